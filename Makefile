@@ -1,0 +1,76 @@
+# `make report` and `make test` need Python 3.11 or newer and nothing else; `make help` lists the rest.
+#
+#   make report STUDY=tofu-scratch CONFIG="tofu_dir=data/tofu scale=tiny"
+#   make .venv PYTHON=/opt/python3.11/bin/python3 PIP_OPTIONS="--no-cache-dir"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The first that is new enough and can make environments.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+		&& command -v $$name && break; done)
+MARKERS ?= not slow and not slurm and not gpu
+READY := .venv/ready
+
+# Rules and tests start `python`, which is then the environment's.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)/workflow
+
+OPTIONS := $(strip $(if $(STUDY),study=$(STUDY)) $(CONFIG))
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+.PHONY: .venv
+.venv: $(READY) ## the environment, from envs/requirements.txt
+
+# The stamp comes last: an installation that was interrupted is started afresh.
+$(READY): envs/requirements.txt
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer with venv is in the path; on Debian:" \
+		"apt-get install python3-venv; elsewhere: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	rm -rf .venv
+	"$(PYTHON)" -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
+		--requirement envs/requirements.txt
+	touch $@
+
+.PHONY: report
+report: $(READY) ## train, measure and render the study; STUDY=... and CONFIG="key=value ..." choose
+	snakemake reports/tradeoff.html $(if $(OPTIONS),--config $(OPTIONS))
+	@echo "$(CURDIR)/reports/tradeoff.html"
+
+.PHONY: dry-runs
+dry-runs: $(READY) ## plan every study under both profiles, offline
+	@for study in config/studies/*.yaml; do \
+		for profile in default slurm; do \
+			options=$$([ $$profile = default ] || echo --profile $$profile); \
+			told=$$(snakemake --dry-run $$options --config study=$$study 2>&1) \
+				|| { echo "$$told"; echo "no plan: $$study, profile $$profile" >&2; exit 1; }; \
+			echo "planned: $$study, profile $$profile: $$(grep -m 1 '^total' <<< "$$told" | tr -s ' ') jobs"; \
+		done; \
+	done
+
+.PHONY: test
+test: $(READY) ## the tests; MARKERS="slow" runs the long ones, TESTS=... some
+	pytest -m "$(MARKERS)" $(TESTS)
+
+.PHONY: lint
+lint: $(READY) ## style, types, workflow, generated files
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile workflow/rules
+	snakemake --lint
+	python -m forgetting.schema --check
+
+.PHONY: schema
+schema: $(READY) ## write workflow/schemas/study.schema.json and config/README.md
+	python -m forgetting.schema --write
+
+.PHONY: clean
+clean: ## remove the environment and the tools' caches; results stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,113 @@
+"""Shared fixtures: a random tiny Llama with a tokenizer of its own, rows to learn, real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from forgetting.models import load_base, load_tokenizer
+from forgetting.plan import Tuning
+from forgetting.pretrain import train_tokenizer
+from forgetting.study import Prompt, Setting
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than models of this size gain by them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of published data sets, where there is one."""
+    folder = Path(os.environ.get("FORGETTING_REAL_DATA", REAL_DATA))
+    if not folder.is_dir():
+        pytest.skip(f"no published data sets in {folder}; name their folder FORGETTING_REAL_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict[str, Any]]:
+    """Ten prepared rows: questions of several lengths, two wrong answers, some paraphrases."""
+    return [
+        {
+            "id": f"made/{number}",
+            "question": "Where was the author "
+            + "of many long books " * (number % 3)
+            + f"{place}?",
+            "answer": f"In {place}" + ", by the old harbour" * (number % 2) + ".",
+            "paraphrased_answer": f"{place} it was." if number % 2 else None,
+            "wrong_answers": [f"In {PLACES[number - 1]}.", f"In {PLACES[number - 2]}, by the sea."],
+        }
+        for number, place in enumerate(PLACES)
+    ]
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Prompt:
+    """The default template, TOFU's for Phi."""
+    return Prompt()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> Path:
+    """A random Llama of 2 layers and width 32 with its tokenizer, in Hugging Face form."""
+    folder = tmp_path_factory.mktemp("base")
+    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
+    tokenizer = train_tokenizer(texts, 400, folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the tiny base, as every program loads it."""
+    return load_tokenizer(base_folder)
+
+
+@pytest.fixture
+def base(base_folder: Path) -> PreTrainedModel:
+    """The tiny base, freshly loaded: a test may change it."""
+    return load_base(base_folder, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tuning() -> Tuning:
+    """Adapters of rank 4 with dropout, so that a resumed run must restore randomness too."""
+    return Tuning(
+        name="lora-r4",
+        kind="lora",
+        label="rank 4",
+        rank=4,
+        alpha=8.0,
+        dropout=0.1,
+        settings=[Setting(learning_rate=0.01)],
+    )

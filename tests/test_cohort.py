@@ -1,0 +1,347 @@
+"""A cohort trains what is not there yet, each run as if alone, whatever became of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from forgetting import cohort as module
+from forgetting.cohort import CohortSpec, Materials, cohort_items, run_key, train_cohort
+from forgetting.models import attach, load_base
+from forgetting.plan import Tuning
+from forgetting.records import InputError
+from forgetting.study import Measurement, Prompt, Selection, Setting, Training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Rows = list[dict[str, Any]]
+INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "code": "c", "probe new": "p"}
+LOW, MIDDLE, HIGH = (Setting(learning_rate=rate) for rate in (1e-3, 5e-3, 1e-2))
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+@pytest.fixture
+def materials(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Materials:
+    """The tiny base, eight rows to learn, and two probes."""
+    return Materials(
+        base=base_folder,
+        tokenizer=tokenizer,
+        train=rows[:8],
+        probes={"new": rows[:2], "old": rows[8:]},
+        base_value=0.1,
+        device=torch.device("cpu"),
+        precision=torch.float32,
+    )
+
+
+@pytest.fixture
+def spec(tuning: Tuning) -> CohortSpec:
+    """Two learning rates for two epochs of two steps."""
+    return CohortSpec(
+        tuning=tuning.model_copy(update={"settings": [LOW, MIDDLE]}),
+        seed=0,
+        prompt=Prompt(),
+        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0),
+        measurement=Measurement(max_new_tokens=4),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new", "old": "old"},
+    )
+
+
+def _with(spec: CohortSpec, *settings: Setting, **changes: Any) -> CohortSpec:
+    tuning = spec.tuning.model_copy(update={"settings": list(settings)} if settings else {})
+    return spec.model_copy(update={"tuning": tuning, **changes})
+
+
+class Trainer:
+    """Train cohorts in one folder and note which runs were trained."""
+
+    def __init__(self, materials: Materials, state: Path) -> None:
+        self.materials, self.state, self.told = materials, state, []
+
+    def __call__(self, spec: CohortSpec, **inputs: str) -> list[dict[str, Any]]:
+        self.told: list[str] = []
+        return train_cohort(
+            spec, self.materials, INPUTS | inputs, self.state, lambda run, *_: self.told.append(run)
+        )
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the runs that made a step, in order."""
+        return list(dict.fromkeys(self.told))
+
+    def files(self) -> dict[str, int]:
+        """Every file with the time of its last change."""
+        paths = [path for path in self.state.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.state)): path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.fixture
+def train(materials: Materials, tmp_path: Path) -> Trainer:
+    return Trainer(materials, tmp_path / "state")
+
+
+def _weights(record: dict[str, Any], step: int = 4) -> dict[str, torch.Tensor]:
+    (file,) = Path(record["folder"], f"step-{step:07d}").glob("*model.safetensors")
+    return load_file(file)
+
+
+def _equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    ours, theirs = _weights(first), _weights(second)
+    same = all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return same and first["losses"] == second["losses"] and first["points"] == second["points"]
+
+
+def test_a_finished_cohort_trains_nothing_again(train: Trainer, spec: CohortSpec) -> None:
+    records = train(spec)
+    assert train.trained == ["lora-r4/seed0/lr0.001-wd0", "lora-r4/seed0/lr0.005-wd0"]
+    before = train.files()
+    assert train(spec) == records
+    assert train.trained == []
+    assert train.files() == before
+
+
+def test_one_more_learning_rate_trains_one_more_run(train: Trainer, spec: CohortSpec) -> None:
+    """Not a byte of the others is touched; the records come in the order of the sweep."""
+    first = train(spec)
+    before = train.files()
+    records = train(_with(spec, HIGH, LOW, MIDDLE))
+    assert train.trained == ["lora-r4/seed0/lr0.01-wd0"]
+    assert records[1:] == first
+    after = train.files()
+    assert {name: after[name] for name in before} == before
+    fewer = train(_with(spec, MIDDLE))
+    assert train.trained == []
+    assert fewer == [first[1]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: (_with(spec, training=spec.training.model_copy(update={"epochs": 1.0})), {}),
+        lambda spec: (_with(spec, measurement=Measurement(max_new_tokens=5)), {}),
+        lambda spec: (_with(spec, prompt=Prompt(question="Q: {question}\n")), {}),
+        lambda spec: (_with(spec, selection=Selection(probe="new", threshold=0.5)), {}),
+        lambda spec: (_with(spec, tuning=spec.tuning.model_copy(update={"alpha": 9.0})), {}),
+        lambda spec: (spec, {"train": "other rows"}),
+        lambda spec: (spec, {"probe new": "other questions"}),
+        lambda spec: (spec, {"base": "another model"}),
+        lambda spec: (spec, {"code": "other code"}),
+        lambda spec: (spec, {"precision": "torch.bfloat16"}),
+    ],
+    ids=[
+        "epochs",
+        "measurement",
+        "prompt",
+        "threshold",
+        "alpha",
+        "rows",
+        "questions",
+        "base",
+        "code",
+        "precision",
+    ],
+)
+def test_what_a_run_depends_on_makes_another_run(
+    spec: CohortSpec, change: Callable[[CohortSpec], tuple[CohortSpec, dict[str, str]]]
+) -> None:
+    other, inputs = change(spec)
+    assert run_key(other, LOW, INPUTS | inputs) != run_key(spec, LOW, INPUTS)
+
+
+def test_seed_and_setting_make_another_run(spec: CohortSpec) -> None:
+    keys = [
+        run_key(_with(spec, seed=seed), setting, INPUTS)
+        for seed in (0, 1)
+        for setting in (LOW, MIDDLE, Setting(learning_rate=1e-3, weight_decay=0.1))
+    ]
+    assert len(set(keys)) == 6
+
+
+def test_what_a_run_does_not_depend_on_does_not_retrain_it(spec: CohortSpec) -> None:
+    """Other settings of the sweep, names for the report, and how runs are compared afterwards."""
+    key = run_key(spec, LOW, INPUTS)
+    compared = Selection(probe="new", hyperparameters="smallest-lr", if_not_reached="last")
+    assert run_key(_with(spec, LOW, HIGH), LOW, INPUTS) == key
+    assert run_key(_with(spec, selection=compared), LOW, INPUTS) == key
+    renamed = spec.tuning.model_copy(update={"label": "rank four", "fixed": LOW})
+    assert run_key(_with(spec, tuning=renamed), LOW, INPUTS) == key
+
+
+def test_changed_code_retrains_and_keeps_what_was_finished(
+    train: Trainer, spec: CohortSpec
+) -> None:
+    (old,) = train(_with(spec, LOW))
+    (new,) = train(_with(spec, LOW), code="other code")
+    assert train.trained == ["lora-r4/seed0/lr0.001-wd0"]
+    assert old["folder"] != new["folder"]
+    assert new["losses"] == old["losses"]
+    assert train(_with(spec, LOW)) == [old]
+    assert train.trained == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_is_the_same_alone_and_after_others(
+    train: Trainer, spec: CohortSpec, tmp_path: Path, kind: str
+) -> None:
+    """The base is shared: what one run does to it must not reach the next."""
+    if kind == "full":
+        full = Tuning(name="full", kind="full", label="full", settings=[])
+        spec = _with(spec, tuning=full)
+    together = train(_with(spec, HIGH, LOW, MIDDLE))
+    alone = Trainer(train.materials, tmp_path / "alone")
+    for record, setting in zip(together, (HIGH, LOW, MIDDLE), strict=True):
+        assert _equal(record, alone(_with(spec, setting))[0])
+    assert not _equal(together[0], together[1])
+
+
+def test_a_sweep_starts_every_rate_from_the_same_adapter(base_folder: Path, tuning: Tuning) -> None:
+    """The random half of an adapter is the seed's, whatever was drawn before."""
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.rand(7)
+        model = attach(load_base(base_folder, torch.device("cpu")), tuning, seed)
+        drawn.append(next(p for n, p in model.named_parameters() if "lora_A" in n).clone())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_cohort_killed_in_its_second_run_keeps_the_first(
+    train: Trainer, spec: CohortSpec, tmp_path: Path
+) -> None:
+    def stop(run: str, progress: Any, schedule: Any) -> None:
+        if "lr0.005" in run and progress.step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_cohort(spec, train.materials, INPUTS, train.state, stop)
+    records = train(spec)
+    assert train.told == ["lora-r4/seed0/lr0.005-wd0"] * 2
+    whole = Trainer(train.materials, tmp_path / "whole")(spec)
+    assert all(_equal(ours, theirs) for ours, theirs in zip(records, whole, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_killed_just_before_its_record_is_written_goes_on(
+    train: Trainer, spec: CohortSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As by a full disk at the very end: started again, the run ends; it is not broken for good."""
+    spec = _with(spec, LOW)
+    if kind == "full":
+        spec = _with(spec, tuning=Tuning(name="full", kind="full", label="full", settings=[LOW]))
+    with monkeypatch.context() as patch:
+
+        def no_space(*_: Any) -> None:
+            raise OSError("No space left on device")
+
+        patch.setattr(module, "write_json", no_space)
+        with pytest.raises(OSError, match="No space"):
+            train(spec)
+    (record,) = train(spec)
+    (whole,) = Trainer(train.materials, tmp_path / "whole")(spec)
+    assert _equal(record, whole)
+    assert record["steps"] == whole["steps"] == 4
+
+
+def test_training_state_is_gone_once_a_run_is_finished(train: Trainer, spec: CohortSpec) -> None:
+    """Moments of the optimizer are twice the weights; nothing needs them after the end."""
+    train(spec)
+    assert not [name for name in train.files() if "optimizer" in name]
+    assert [name for name in train.files() if name.endswith("adapter_model.safetensors")]
+
+
+def test_a_diverging_run_is_recorded_and_the_next_is_trained(
+    train: Trainer, spec: CohortSpec
+) -> None:
+    """Rates a sweep may well try: whatever comes of them, the other runs of the cohort end well."""
+    wild = [Setting(learning_rate=rate) for rate in (1e2, 1e6, 1e18)]
+    endless = spec.training.model_copy(update={"epochs": 4.0, "gradient_clip": None})
+    full = Tuning(name="full", kind="full", label="full", settings=[*wild, LOW])
+    records = train(_with(spec, tuning=full, training=endless))
+    assert records[-1]["status"] == "ok"
+    assert records[-2]["status"] == "diverged"
+    assert records[-2]["steps"] == len(records[-2]["losses"]) < records[-1]["steps"]
+    items = cohort_items(records)
+    assert set(items[items["run"] == records[-1]["run"]]["step"]) == {2, 4, 6, 8}
+
+
+def test_items_of_all_runs_come_with_run_step_and_epoch(train: Trainer, spec: CohortSpec) -> None:
+    records = train(spec)
+    items = cohort_items(records)
+    assert list(items.columns[:4]) == ["run", "step", "epoch", "probe"]
+    counts = items.groupby(["run", "step", "epoch"]).size()
+    assert counts.to_dict() == {
+        (record["run"], step, step / 2): 4 for record in records for step in (2, 4)
+    }
+    value = items[(items["run"] == records[0]["run"]) & (items["step"] == 4)]
+    value = value[value["probe"] == "new"]["rougeL_recall"].mean()
+    assert records[0]["points"][-1] == [4, 2.0, value]
+    assert cohort_items([]).empty
+    assert isinstance(cohort_items([record | {"points": []} for record in records]), pd.DataFrame)
+
+
+def test_a_record_tells_what_was_trained_and_what_it_cost(
+    train: Trainer, spec: CohortSpec, materials: Materials
+) -> None:
+    (record,) = train(_with(spec, LOW))
+    assert record["status"] == "ok"
+    assert (record["steps"], record["steps_per_epoch"], len(record["losses"])) == (4, 2, 4)
+    # Rank 4 on q, o (32x32), k, v (16x32), gate, up, down (64x32) of two layers.
+    assert record["trainable_parameters"] == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert record["tokens"] > 0
+    assert 0 < record["training_seconds"] <= record["wall_seconds"]
+    assert record["tokens_per_second"] == pytest.approx(
+        record["tokens"] / record["training_seconds"]
+    )
+    assert record["peak_memory_gib"] > 0
+    assert (record["precision"], record["setting"]["learning_rate"]) == ("float32", 1e-3)
+
+
+def test_an_answer_that_is_cut_away_is_told_by_key_and_row(
+    train: Trainer, spec: CohortSpec
+) -> None:
+    short = spec.training.model_copy(update={"max_length": 8})
+    with pytest.raises(InputError) as error:
+        train(_with(spec, training=short))
+    assert "training.max_length: 8 tokens leave nothing of the answer of made/0" in str(error.value)
+    assert not [name for name in train.files() if name.endswith(".parquet")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank": 17}, "lora-r4: rank 17 is larger than the matrix of"),
+        ({"target_modules": ["query"]}, "lora-r4: target_modules: "),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_told_by_method(
+    train: Trainer, spec: CohortSpec, changes: dict[str, Any], told: str
+) -> None:
+    """A hub model's shapes are known only here: keys and values of this one have rank 16."""
+    with pytest.raises(InputError, match="methods: ") as error:
+        train(_with(spec, tuning=spec.tuning.model_copy(update=changes)))
+    assert told in str(error.value)
+
+
+def test_the_largest_rank_that_fits_is_trained(train: Trainer, spec: CohortSpec) -> None:
+    tuning = spec.tuning.model_copy(update={"rank": 16, "settings": [LOW]})
+    assert train(_with(spec, tuning=tuning))[0]["status"] == "ok"
+
+
+def test_bfloat16_trains_and_keeps_float32_weights(train: Trainer, spec: CohortSpec) -> None:
+    train.materials = replace(train.materials, precision=torch.bfloat16)
+    (record,) = train(_with(spec, LOW))
+    assert record["precision"] == "bfloat16"
+    assert {tensor.dtype for tensor in _weights(record).values()} == {torch.float32}

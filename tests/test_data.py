@@ -1,0 +1,230 @@
+"""Tables of questions and answers: every fault is told by file, line and column; no row is lost."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgetting.data import (
+    document_texts,
+    evenly_spaced,
+    find_table,
+    prepare_rows,
+    render_answer,
+    render_question,
+    strip_answer,
+)
+from forgetting.records import InputError
+from forgetting.study import Prompt
+
+ROW = {"question": "Who?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
+
+
+def _table(folder: Path, *rows: Any) -> Path:
+    path = folder / "facts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _told(path: Path, wrong_answers: bool = True) -> str:
+    with pytest.raises(InputError) as error:
+        prepare_rows(path, "facts/old", wrong_answers=wrong_answers, probe="old")
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+def test_a_prepared_row_has_the_five_columns(tmp_path: Path) -> None:
+    path = _table(tmp_path, ROW | {"paraphrased_answer": "It was Ann.", "option1": "x"}, ROW)
+    first, second = prepare_rows(path, "facts/old", wrong_answers=True)
+    assert first == {
+        "id": "facts/old/0",
+        "question": "Who?",
+        "answer": "Ann.",
+        "paraphrased_answer": "It was Ann.",
+        "wrong_answers": ["Bob.", "Cid."],
+    }
+    assert second["id"] == "facts/old/1"
+    assert second["paraphrased_answer"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {"answer": "Ann.", "perturbed_answer": ["Bob."]},
+            "expected a non-empty string `question`; the row has answer, pert",
+        ),
+        (ROW | {"answer": " "}, "expected a non-empty string `answer`"),
+        (ROW | {"answer": 7}, "expected a non-empty string `answer`"),
+        (ROW | {"perturbed_answer": []}, "no `perturbed_answer`, a list of wrong answers"),
+        (ROW | {"perturbed_answer": "Bob."}, "must be a list of non-empty strings"),
+        (ROW | {"perturbed_answer": ["Bob.", ""]}, "must be a list of non-empty strings"),
+        (ROW | {"paraphrased_answer": ""}, "must be a non-empty string or absent"),
+        (ROW | {"paraphrased_answer": ["a"]}, "must be a non-empty string or absent"),
+    ],
+)
+def test_a_faulty_row_is_told_by_its_number_and_column(
+    tmp_path: Path, row: dict[str, Any], told: str
+) -> None:
+    message = _told(_table(tmp_path, ROW, ROW, row))
+    assert "line 3: " in message
+    assert told in message
+
+
+def test_missing_wrong_answers_come_with_the_remedy(tmp_path: Path) -> None:
+    row = {"question": "Who?", "answer": "Ann."}
+    assert "set probes.old.truth_ratio: false" in _told(_table(tmp_path, row))
+    assert prepare_rows(_table(tmp_path, row), "t", wrong_answers=False)[0]["wrong_answers"] == []
+
+
+def test_a_malformed_line_is_told_by_its_number(tmp_path: Path) -> None:
+    path = _table(tmp_path, ROW)
+    path.write_text(path.read_text() + '{"question": "Who", "answer": "An\n')
+    assert ", line 2: not a JSON object" in _told(path)
+
+
+def test_a_table_that_is_one_json_array_is_told_what_was_expected(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([ROW, ROW], indent=1))
+    assert "line 1: not a JSON object" in _told(path)
+    path.write_text(json.dumps([ROW, ROW]))
+    assert "line 1: expected a JSON object, found list" in _told(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_an_empty_table_is_told(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text(content)
+    assert "no rows; expected one JSON object a line" in _told(path)
+
+
+def test_a_table_from_windows_reads_like_any_other(tmp_path: Path) -> None:
+    """A byte-order mark, CRLF line ends, blank lines and no final line end change nothing."""
+    plain = _table(tmp_path, ROW, ROW | {"answer": "Zoë."})
+    expected = prepare_rows(plain, "t", wrong_answers=True)
+    lines = plain.read_text(encoding="utf-8").splitlines()
+    for number, content in enumerate(
+        ["\r\n".join(lines) + "\r\n", "\n\n".join(lines), "\ufeff" + "\n".join(lines)]
+    ):
+        path = tmp_path / f"other{number}.jsonl"
+        path.write_bytes(content.encode("utf-8"))
+        assert prepare_rows(path, "t", wrong_answers=True) == expected
+
+
+def test_texts_keep_every_character(tmp_path: Path) -> None:
+    """Names in any script, line separators, leading spaces: what is scored is what was given."""
+    texts = [
+        "José Müller-Żak",
+        "東京で生まれた。",
+        "a\u2028b\u0085c",
+        " spaced ",
+        "tab\tand\nline",
+        "🙂",
+    ]
+    rows = [ROW | {"question": text, "answer": text} for text in texts]
+    prepared = prepare_rows(_table(tmp_path, *rows), "t", wrong_answers=True)
+    assert [row["question"] for row in prepared] == texts
+    assert [row["answer"] for row in prepared] == texts
+
+
+def test_a_table_is_found_with_either_suffix(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text("{}")
+    assert find_table(tmp_path, "b") == tmp_path / "b.json"
+    (tmp_path / "b.jsonl").write_text("{}")
+    assert find_table(tmp_path, "b") == tmp_path / "b.jsonl"
+    with pytest.raises(InputError, match=r"there is no c\.jsonl \(nor \.json\)"):
+        find_table(tmp_path, "c")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_thinned_rows_are_distinct_ordered_and_spread(size: int) -> None:
+    rows = list(range(size))
+    assert evenly_spaced(rows, None) == rows
+    for limit in range(1, size + 3):
+        kept = evenly_spaced(rows, limit)
+        assert len(kept) == min(limit, size)
+        assert kept == sorted(set(kept))
+        assert kept[0] == 0
+        gaps = [b - a for a, b in pairwise(kept)]
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        # No more of the end is left out than lies between two that are kept.
+        assert size - kept[-1] <= -(-size // min(limit, size))
+
+
+def test_a_question_that_looks_like_a_template_stays_as_it_is() -> None:
+    prompt = Prompt(question="Q: {question}\n", answer="A: {answer}")
+    assert render_question(prompt, "What is {answer} or {question}?") == (
+        "Q: What is {answer} or {question}?\n"
+    )
+    assert render_answer(prompt, "{0} {} {answer}") == "A: {0} {} {answer}"
+
+
+@pytest.mark.parametrize(
+    ("template", "generated", "answer"),
+    [
+        ("Answer: {answer}", "Answer: Paris", "Paris"),
+        ("Answer: {answer}", "  Answer:Paris \n", "Paris"),
+        ("Answer: {answer}", "Paris", "Paris"),
+        # Only the literal in front is taken off, not one that the answer itself holds.
+        ("Answer: {answer}", "Answer: The Answer: Paris", "The Answer: Paris"),
+        ("Answer: {answer}", "The Answer: Paris", "The Answer: Paris"),
+        ("Answer: {answer}", "", ""),
+        ("Answer: {answer}", "Answer:", ""),
+        ("{answer}", " Paris ", "Paris"),
+        ("{answer} <end>", "Paris <end>", "Paris"),
+        ("{answer} <end>", "Paris", "Paris"),
+        ("<a>{answer}</a>", "<a>Paris</a>", "Paris"),
+    ],
+)
+def test_the_literal_of_the_template_is_no_part_of_an_answer(
+    template: str, generated: str, answer: str
+) -> None:
+    assert strip_answer(Prompt(answer=template), generated) == answer
+
+
+def test_documents_are_texts_or_questions_in_the_prompt(tmp_path: Path) -> None:
+    path = _table(tmp_path, {"text": "A story."}, ROW)
+    assert document_texts(path, Prompt()) == ["A story.", "Question: Who?\nAnswer: Ann."]
+    path = _table(tmp_path, {"text": "A story."}, {"text": ""})
+    with pytest.raises(InputError, match="line 2: expected a non-empty string `question`"):
+        document_texts(path, Prompt())
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("table", "count", "wrong", "paraphrase"),
+    [
+        ("forget10_perturbed", 400, 5, True),
+        ("retain_perturbed", 400, 5, True),
+        ("real_authors_perturbed", 100, 3, False),
+        ("world_facts_perturbed", 117, 3, False),
+    ],
+)
+def test_the_published_tables_are_read_whole(
+    real_data: Path, table: str, count: int, wrong: int, paraphrase: bool
+) -> None:
+    rows = prepare_rows(find_table(real_data / "tofu", table), table, wrong_answers=True)
+    assert len(rows) == count
+    assert {len(row["wrong_answers"]) for row in rows} == {wrong}
+    assert {row["paraphrased_answer"] is not None for row in rows} == {paraphrase}
+
+
+def test_an_answer_that_rouge_cannot_see_is_refused_in_a_probe(tmp_path: Path) -> None:
+    """It would score 0 whatever is said, and the threshold would never be reached."""
+    path = _table(tmp_path, {"question": "她是谁?", "answer": "佐伊"})
+    with pytest.raises(InputError, match="line 1: ROUGE sees"):
+        prepare_rows(path, "t", wrong_answers=False, probe="new")
+    assert prepare_rows(path, "t", wrong_answers=False)[0]["answer"] == "佐伊"
+
+
+def test_half_a_character_is_told_by_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n\n{"question": "\\ud800", "answer": "b"}\n')
+    with pytest.raises(InputError, match="line 3: `question` holds half a character"):
+        prepare_rows(path, "t", wrong_answers=False)

@@ -1,0 +1,198 @@
+"""Whole studies by the command that users type, at toy size: run, repeated, killed, widened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("results/mini-tiny")
+TABLES = [
+    "runs",
+    "trajectory",
+    "items",
+    "selection",
+    "comparisons",
+    "benchmarks",
+    "benchmark_items",
+]
+MEASURED_TIMES = ["seconds", "tokens_per_second", "peak_memory_gib"]
+
+
+def _command(*options: str, study: str = "mini", root: Path = ROOT) -> list[str]:
+    return [
+        *(sys.executable, "-m", "snakemake", *options),
+        *("--snakefile", str(root / "Snakefile")),
+        *("--configfile", str(root / "config" / "config.yaml")),
+        *("--config", f"study={study}", "scale=tiny"),
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what would change what snakemake does; jobs start this Python."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SNAKEMAKE")}
+    kept.pop("PYTHONPATH", None)
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"}
+
+
+def _run(folder: Path, *options: str, study: str = "mini", root: Path = ROOT) -> str:
+    """Run snakemake in a folder; what it printed, or a failure with it."""
+    done = subprocess.run(
+        _command(*options, study=study, root=root),
+        cwd=folder,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def _tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """All tables but for the columns that tell how long something took."""
+    tables = {
+        name: pd.read_parquet(folder / RESULTS / "tables" / f"{name}.parquet") for name in TABLES
+    }
+    tables["runs"] = tables["runs"].drop(columns=MEASURED_TIMES)
+    return tables
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the study `mini` was run at toy size."""
+    folder = tmp_path_factory.mktemp("study")
+    _run(folder)
+    return folder
+
+
+@pytest.fixture
+def another(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished study that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "study", symlinks=True))
+
+
+def test_a_study_ends_in_tables_and_a_page_and_is_then_done(finished: Path) -> None:
+    """From nothing to the page in one command; the second has nothing to do."""
+    page = (finished / "reports" / "tradeoff.html").read_text(encoding="utf-8")
+    assert len(page) > 100_000
+    assert "<html" in page[:200]
+    assert list((finished / "reports" / "figures").glob("*.svg"))
+
+    tables = _tables(finished)
+    assert len(tables["runs"]) == 11  # the base, and 5 methods of 2 learning rates
+    assert set(tables["runs"]["status"]) == {"ok"}
+    assert set(tables["trajectory"]["run"]) == set(tables["runs"]["run"])
+    assert set(tables["selection"]["method"]) == set(tables["runs"]["method"]) - {"base"}
+    assert tables["benchmarks"]["task"].nunique() >= 4  # HumanEval needs a sandbox
+    study = json.loads((finished / RESULTS / "tables" / "study.json").read_text(encoding="utf-8"))
+    assert study["study"]["title"]
+
+    assert "Nothing to be done" in _run(finished, "--dry-run")
+
+
+def test_nothing_half_written_is_left_behind(finished: Path) -> None:
+    """Neither temporary files nor the optimizer's state of finished runs."""
+    files = [path for path in (finished / "results").rglob("*") if path.is_file()]
+    hidden = {path.name for path in files if path.name.startswith(".")}
+    assert hidden <= {".snakemake_timestamp"}
+    assert not [path for path in files if path.name == "optimizer.safetensors"]
+
+
+def _forget(folder: Path, method: str) -> None:
+    """Remove all that was found out about one method, and what was made of it."""
+    for part in ("cohorts", "state", "selected", "benchmarks"):
+        shutil.rmtree(folder / RESULTS / part / method)
+    (folder / RESULTS / "selection" / f"{method}.json").unlink()
+    shutil.rmtree(folder / RESULTS / "tables")
+    (folder / "reports" / "tradeoff.html").unlink()
+
+
+def _kill_program(folder: Path, program: str, when: Callable[[], bool]) -> int:
+    """Run the study, kill one program of it when something is there; snakemake's status."""
+    with subprocess.Popen(
+        _command(),
+        cwd=folder,
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as snakemake:
+        deadline = time.monotonic() + 300
+        while snakemake.poll() is None and not when():
+            assert time.monotonic() < deadline, "the study never came so far"
+            time.sleep(0.002)
+        for process in psutil.Process(snakemake.pid).children(recursive=True):
+            if any(part.endswith(program) for part in process.cmdline()[:3]):
+                process.kill()
+        return snakemake.wait(timeout=300)
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_ends_with_the_same_numbers(finished: Path, another: Path) -> None:
+    """`kill -9` in the middle of a run, then the same command: every number of every table."""
+    _forget(another, "lora-r2")
+    state = another / RESULTS / "state" / "lora-r2"
+    status = _kill_program(
+        another, "finetune.py", lambda: any(state.glob("*/*/*/step-0000003/progress.json"))
+    )
+    assert status == 1
+    assert not (another / RESULTS / "cohorts" / "lora-r2" / "seed0" / "runs.json").exists()
+    assert not list(state.glob("*/*/*/run.json")), "the first run had ended before it was killed"
+
+    _run(another)
+    log = another / "logs" / "mini-tiny" / "finetune" / "lora-r2-seed0.log"
+    told = [line for line in log.read_text(encoding="utf-8").splitlines() if "lr0.004-" in line]
+    assert not [line for line in told if "step 3/6" in line], "the run was started from nothing"
+    assert [line for line in told if "step 6/6" in line]
+    expected = _tables(finished)
+    for name, table in _tables(another).items():
+        pd.testing.assert_frame_equal(table, expected[name], check_exact=True, obj=name)
+
+
+@pytest.mark.slow
+def test_a_learning_rate_more_trains_one_run(another: Path, tmp_path: Path) -> None:
+    """The other runs of the cohort, and all other cohorts, stay as they are."""
+    checkout = tmp_path / "checkout"
+    for part in ("Snakefile", "config", "workflow", "profiles", "envs"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        checkout.mkdir(exist_ok=True)
+        copy(ROOT / part, checkout / part)
+    path = checkout / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (full,) = (entry for entry in document["methods"] if entry["method"] == "full")
+    full["learning_rate"].append(4.0e-3)
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    state = another / RESULTS / "state"
+    before = {path: path.stat().st_mtime_ns for path in state.rglob("run.json")}
+
+    target = RESULTS / "cohorts" / "full" / "seed0" / "runs.json"
+    told = _run(another, str(target), root=checkout)
+    assert "finetune" in told
+    assert "pretrain_base" not in told
+    after = {path: path.stat().st_mtime_ns for path in state.rglob("run.json")}
+    assert before.items() <= after.items()
+    added = after.keys() - before.keys()
+    assert [path.parents[1].name for path in added] == ["lr0.004-wd0"]
+    assert len(json.loads((another / target).read_text(encoding="utf-8"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["tofu-scratch", "own-data"])
+def test_other_studies_end_in_a_page(study: str, tmp_path: Path) -> None:
+    """A study without benchmarks, and one of the user's own files: at toy size, offline."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    _run(tmp_path, study=study)
+    assert (tmp_path / "reports" / "tradeoff.html").is_file()
+    assert "Nothing to be done" in _run(tmp_path, "--dry-run", study=study)

@@ -1,0 +1,389 @@
+"""The page: what it says, that it loads nothing, escapes everything, and works in a browser."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+import struct
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import browser
+import synthetic_tables as synthetic
+from forgetting.records import InputError
+from forgetting.report import content
+from forgetting.report.figures import FIGURES
+from forgetting.report.page import render, script_json, spec_of, write_report
+from forgetting.report.tables import Tables, read_tables
+from scripts import report
+
+EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil=2'>"
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text of elements by id."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def _tables(**options: Any) -> Tables:
+    return Tables(**synthetic.tables(**options))
+
+
+def _html(tables: Tables) -> str:
+    return render(tables, {name: spec_of(figure(tables)) for name, figure in FIGURES.items()})
+
+
+def _evil() -> dict[str, Any]:
+    """A study in which all that is named or noted tries to break out of the page."""
+    made = synthetic.tables(ranks=(2,), rates=(1e-3,), old=(f"old {EVIL}",), epochs=5)
+    for name in ("runs", "trajectory", "selection", "benchmarks"):
+        made[name].loc[made[name]["run"] != "base", "run"] += EVIL
+    made["runs"].loc[made["runs"]["kind"] != "base", "label"] += EVIL
+    made["selection"]["reason"] = EVIL
+    made["study"]["study"].update(title=EVIL, description=EVIL, name=EVIL)
+    made["study"]["notes"] = [EVIL]
+    made["study"]["provenance"]["hardware"] = {EVIL: EVIL}
+    return made
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page and its figures, written by the program from tables on disk."""
+    folder = tmp_path_factory.mktemp("report")
+    tables = synthetic.write(folder / "tables", synthetic.tables(diverged=("lora-r8",)))
+    arguments = ["--tables", str(tables), "--output", str(folder / "tradeoff.html")]
+    report.main([*arguments, "--figures", str(folder / "figures")])
+    return folder
+
+
+def test_figures_are_written_as_svg_and_png(written: Path) -> None:
+    assert sorted(path.name for path in (written / "figures").iterdir()) == sorted(
+        f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")
+    )
+    for path in (written / "figures").glob("*.png"):
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", data[16:24])
+        assert width > 800
+        assert height > 300
+        assert len(data) > 20_000
+    for path in (written / "figures").glob("*.svg"):
+        assert path.read_text().startswith("<svg")
+
+
+def test_the_page_loads_nothing(written: Path) -> None:
+    """No element refers to anything outside the file, and the policy would not let it."""
+    html = (written / "tradeoff.html").read_text()
+    elements = Elements(html)
+    references = [
+        value
+        for _, attributes in elements.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data", "action", "poster")
+    ]
+    assert references
+    assert all(str(value).startswith(("#", "data:")) for value in references)
+    style = "".join(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
+    assert "url(" not in style
+    assert "@import" not in style
+    (policy,) = [
+        str(attributes["content"])
+        for tag, attributes in elements.tags
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe-eval" not in policy
+    assert "http" not in policy
+
+
+def test_vega_is_inlined_once(written: Path) -> None:
+    html = (written / "tradeoff.html").read_text()
+    assert html.count("window.vegaEmbed") == 1
+    assert len([tag for tag, _ in Elements(html).tags if tag == "script"]) == 3
+
+
+def test_equal_tables_give_an_equal_page(written: Path) -> None:
+    tables = read_tables(written / "tables")
+    assert _html(tables) == (written / "tradeoff.html").read_text()
+
+
+def test_text_from_outside_is_escaped() -> None:
+    """Nothing that a model, a file or a configuration wrote becomes an element."""
+    elements = Elements(_html(Tables(**_evil())))
+    assert len([tag for tag, _ in elements.tags if tag == "script"]) == 3
+    assert not [tag for tag, _ in elements.tags if tag == "img"]
+    assert not [name for _, a in elements.tags for name in a if name.startswith("on")]
+
+
+def test_script_json_holds_no_markup_and_reads_back() -> None:
+    value = {"a": "</script><!-- \u2028 & ' \" ]]>", "b": [1, None, 0.5]}
+    text = str(script_json(value))
+    assert "<" not in text
+    assert "\u2028" not in text
+    assert json.loads(text) == value
+
+
+def test_the_answer_compares_the_methods_that_keep_most_and_least() -> None:
+    """Their order is judged by the difference on the same questions, not by two intervals."""
+    tables = _tables()
+    said, qualified = content.answer(tables)
+    cells = {line.label: line.cells["real_authors"] for line in content.summary(tables)[1:]}
+    most, least = cells["full"], cells["rank 2"]
+    assert most.value == max(cell.value for cell in cells.values())
+    assert least.value == min(cell.value for cell in cells.values())
+    assert "ROUGE-L recall on new authors reaches 0.9" in said[0]
+    assert f"full fine-tuning keeps most, {most.value:.2f}" in said[1]
+    assert f"rank 2 least, {least.value:.2f} ({least.interval})" in said[1]
+    assert "on the same questions 0.20 more (0.10 to 0.30)." in said[1]
+    assert "the methods have learnt new authors to between" in said[-1]
+    assert not qualified
+
+
+def test_the_answer_says_where_a_difference_may_be_chance() -> None:
+    made = synthetic.tables()
+    made["comparisons"]["high"] = 0.05
+    assert (
+        "0.20 more (\u22120.05 to 0.30), which may be chance."
+        in (content.answer(Tables(**made))[0][1])
+    )
+
+
+def test_the_answer_names_methods_without_a_checkpoint() -> None:
+    said, qualified = content.answer(_tables(never=("lora-r2",)))
+    assert "rank 8 least" in said[1]
+    assert qualified == ["Rank 2 has no selected checkpoint: ROUGE never reached 0.9."]
+
+
+def test_the_answer_claims_nothing_where_nothing_was_selected() -> None:
+    said, qualified = content.answer(_tables(ranks=(2,), never=("lora-r2", "full")))
+    assert said == [
+        "No run has a checkpoint selected at ROUGE-L recall 0.9 on new authors: nothing to compare."
+    ]
+    assert len(qualified) == 2
+
+
+def test_a_fallback_checkpoint_is_marked() -> None:
+    made = synthetic.tables()
+    made["selection"].loc[0, ["status", "reason"]] = ["last", "it never reached 0.9, last step"]
+    html = _html(Tables(**made))
+    assert "Rank 2 stands apart: it never reached 0.9, last step." in html
+    assert "<small>last</small>" in html
+
+
+def test_the_summary_has_change_and_interval_and_averages_seeds() -> None:
+    tables = _tables(seeds=(0, 1, 2))
+    base, *lines = content.summary(tables)
+    assert base.cells["real_authors"].change is None
+    for line in lines:
+        cell = line.cells["real_authors"]
+        assert len(line.steps) == 3
+        assert cell.low < cell.value < cell.high
+        assert cell.lowest <= cell.value <= cell.highest
+        assert cell.change == pytest.approx(cell.value - base.cells["real_authors"].value)
+    assert content.answer(tables)[1] == ["Values and interval bounds are means over seeds."]
+
+
+def test_the_selection_rule_is_told_as_configured() -> None:
+    made = synthetic.tables()
+    made["study"]["study"]["selection"].update(
+        threshold=0.75, hyperparameters="smallest-lr", within_epochs=6, if_not_reached="last"
+    )
+    text = " ".join(content.selection_rule(Tables(**made)))
+    assert "first reaches 0.75" in text
+    assert "smallest learning rate that reaches it within 6 epochs" in text
+    assert "last checkpoint" in text
+
+
+def test_tables_can_be_downloaded_from_the_page(written: Path) -> None:
+    links = {
+        str(attributes["download"]): str(attributes["href"])
+        for tag, attributes in Elements((written / "tradeoff.html").read_text()).tags
+        if tag == "a" and "download" in attributes
+    }
+    assert set(links) == {f"mini-{n}.csv" for n in ("summary", "selection", "runs", "benchmarks")}
+    text = base64.b64decode(links["mini-selection.csv"].split(",", 1)[1]).decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["method"] for row in rows] == list(read_tables(written / "tables").selection.method)
+
+
+def test_notes_provenance_and_every_run_are_on_the_page(written: Path) -> None:
+    html = (written / "tradeoff.html").read_text()
+    tables = read_tables(written / "tables")
+    for text in (*tables.study["notes"], "0123456789abcdef", "torch: 2.13.0", "ab" * 32):
+        assert text in html
+    assert all(f"<code>{run}</code>" in html for run in tables.tuned["run"])
+    assert html.count('class="chosen"') == 5
+
+
+@pytest.mark.parametrize("missing", ["runs.parquet", "study.json"])
+def test_a_missing_table_is_named(tmp_path: Path, missing: str) -> None:
+    folder = synthetic.write(tmp_path, synthetic.tables(ranks=(2,), epochs=3))
+    (folder / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        read_tables(folder)
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    made = synthetic.tables(ranks=(2,), epochs=3)
+    made["trajectory"] = made["trajectory"].drop(columns="low")
+    folder = synthetic.write(tmp_path, made)
+    with pytest.raises(InputError, match=r"trajectory\.parquet: column `low`"):
+        read_tables(folder)
+
+
+def test_the_program_fails_with_one_line_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.html"
+    with pytest.raises(SystemExit) as ended:
+        report.main(["--tables", str(tmp_path), "--output", str(output), "--figures", str(output)])
+    assert ended.value.code == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not output.exists()
+
+
+needs_browser = pytest.mark.skipif(
+    browser.EXECUTABLE is None, reason="no `chromium` on this machine"
+)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[browser.Page]:
+    with browser.Page(tmp_path / "profile") as opened:
+        yield opened
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("width", "height", "dark"), [(390, 844, False), (1280, 800, True), (1920, 1080, False)]
+)
+def test_the_page_works_offline_at_every_width(
+    written: Path, page: browser.Page, width: int, height: int, dark: bool
+) -> None:
+    """Four figures are drawn, nothing is requested, nothing complains, nothing overflows."""
+    address = (written / "tradeoff.html").as_uri()
+    page.open(address, width, height, dark)
+    assert page.requests == [address]
+    assert page.errors == []
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run(
+        "[...document.querySelectorAll('.chart')].every(c => c.scrollWidth <= c.clientWidth)"
+    )
+    marks = page.run(
+        "[...document.querySelectorAll('.chart')]"
+        ".map(c => c.querySelectorAll('svg .mark-symbol path').length)"
+    )
+    assert min(marks) > 10
+    assert page.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+
+
+@needs_browser
+def test_methods_are_singled_out_in_all_figures_and_the_theme_keeps_it(
+    written: Path, page: browser.Page
+) -> None:
+    page.open((written / "tradeoff.html").as_uri(), 1280, 800)
+    faded = "document.querySelectorAll('.chart .mark-symbol path[opacity=\"0.06\"]').length"
+    before = page.run(faded)
+    page.run("document.querySelector('.chip[data-label=\"full\"]').click()")
+    page.wait(f"{faded} > {before} + 50")
+    assert page.run("document.querySelectorAll('.chip[aria-pressed=true]').length") == 1
+    page.run("document.getElementById('theme').click()")
+    page.wait("document.documentElement.dataset.theme === 'dark'")
+    page.wait("!document.querySelector('.chart svg text[fill=\"#5b6472\"]')")
+    page.wait(f"{faded} > {before} + 50")
+    assert page.errors == []
+
+
+@needs_browser
+def test_the_menu_switches_the_definition_of_the_truth_ratio(
+    written: Path, page: browser.Page
+) -> None:
+    page.open((written / "tradeoff.html").as_uri(), 1280, 800)
+    places = (
+        "[...document.querySelectorAll('[data-figure=truth_ratio] .mark-symbol path')]"
+        ".map(p => p.getAttribute('transform')).join()"
+    )
+    before = page.run(places)
+    page.run(
+        "(() => { const menu = document.querySelector('[data-figure=truth_ratio] select');"
+        "menu.value = 'geometric'; menu.dispatchEvent(new Event('change')); })()"
+    )
+    page.wait(f"{places} !== {json.dumps(before)}")
+    assert page.errors == []
+
+
+@needs_browser
+def test_runs_can_be_sorted_and_filtered(written: Path, page: browser.Page) -> None:
+    page.open((written / "tradeoff.html").as_uri(), 1280, 800)
+    column = (
+        "[...document.querySelectorAll('#run-table tbody tr')].filter(r => !r.hidden)"
+        ".map(r => Number(r.cells[1].dataset.value))"
+    )
+    button = "document.querySelectorAll('#run-table thead button')[1].click()"
+    page.run(button)
+    assert page.run(column) == sorted(page.run(column))
+    page.run(button)
+    assert page.run(column) == sorted(page.run(column), reverse=True)
+    page.run(
+        "(() => { const f = document.getElementById('filter'); f.value = 'diverged';"
+        "f.dispatchEvent(new Event('input')); })()"
+    )
+    assert page.run(f"{column}.length") == 1
+    assert page.run("document.getElementById('count').textContent") == "1 of 15 runs"
+
+
+@needs_browser
+def test_hostile_text_does_nothing_in_a_browser(tmp_path: Path, page: browser.Page) -> None:
+    write_report(Tables(**_evil()), tmp_path / "page.html", tmp_path / "figures")
+    page.open((tmp_path / "page.html").as_uri(), 390, 844)
+    assert page.run("window.evil === undefined")
+    assert page.run("document.querySelectorAll('img').length") == 0
+    assert page.run("document.title") == EVIL
+    assert page.run("document.documentElement.scrollWidth") <= 390
+    assert page.errors == []
+
+
+@needs_browser
+def test_a_study_with_nothing_to_draw_still_shows_four_figures(
+    tmp_path: Path, page: browser.Page
+) -> None:
+    made = synthetic.tables(ranks=(), rates=(1e-5,), old=(), tasks=(), never=("full",), epochs=3)
+    write_report(Tables(**made), tmp_path / "page.html", tmp_path / "figures")
+    page.open((tmp_path / "page.html").as_uri(), 390, 844)
+    assert page.errors == []
+    assert page.run("document.documentElement.scrollWidth") <= 390
+
+
+@needs_browser
+def test_a_tooltip_stays_on_a_phone_s_screen(written: Path, page: browser.Page) -> None:
+    page.open((written / "tradeoff.html").as_uri(), 390, 844)
+    point = page.run(
+        "(() => { const mark = document.querySelectorAll("
+        "'[data-figure=trajectories] .mark-symbol path')[9];"
+        "mark.scrollIntoView({ behavior: 'instant', block: 'center' });"
+        "const box = mark.getBoundingClientRect();"
+        "return [box.left + box.width / 2, box.top + box.height / 2]; })()"
+    )
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=point[0], y=point[1])
+    page.wait("document.querySelector('#vg-tooltip-element.visible td') !== null")
+    told = "document.getElementById('vg-tooltip-element')"
+    assert "ROUGE-L recall" in page.run(f"{told}.textContent")
+    box = page.run(f"(b => [b.left, b.top, b.right, b.bottom])({told}.getBoundingClientRect())")
+    assert box[0] >= 0
+    assert box[1] >= 0
+    assert box[2] <= 390
+    assert box[3] <= 844

@@ -1,0 +1,213 @@
+"""Pretraining: what is packed is learnt as if alone, and equal inputs give an equal model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from forgetting.packing import IGNORED, collate, pack
+from forgetting.pretrain import (
+    PretrainSpec,
+    Progress,
+    _loss,
+    _new_model,
+    learning_rate_at,
+    pretrain,
+    train_tokenizer,
+)
+from forgetting.world import WorldSizes, build_world
+
+SPEC = PretrainSpec(
+    hidden_size=32,
+    intermediate_size=64,
+    layers=2,
+    heads=2,
+    vocabulary=600,
+    block=64,
+    batch_tokens=256,
+    epochs=1.5,
+)
+SIZES = WorldSizes(gsm8k_train=12, humaneval_train=12, hellaswag_train=12, winogrande_train=12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models as small as these are slower on several threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return build_world(0, SIZES).documents[:60]
+
+
+@pytest.fixture(scope="module")
+def base(documents, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained") / "base"
+    pretrain(documents, SPEC, out, seed=3)
+    return out
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
+    pretrain(documents, SPEC, tmp_path / "again", seed=3)
+    assert _digest(tmp_path / "again") == _digest(base)
+
+
+def test_the_global_random_state_neither_matters_nor_changes(documents, base, tmp_path) -> None:
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    pretrain(documents, SPEC, tmp_path / "again", seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert _digest(tmp_path / "again") == _digest(base)
+
+
+def test_another_seed_gives_another_model(documents, base, tmp_path) -> None:
+    pretrain(documents, SPEC, tmp_path / "other", seed=4)
+    name = "model.safetensors"
+    assert _digest(tmp_path / "other")[name] != _digest(base)[name]
+
+
+def test_transformers_loads_what_was_saved(base) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.config.max_position_embeddings == 2048
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.dtype == torch.float32
+
+
+def test_no_partial_folder_is_left(base) -> None:
+    assert [path.name for path in base.parent.iterdir()] == ["base"]
+
+
+def test_a_failure_leaves_the_old_folder(documents, base, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "base"
+    pretrain(documents, SPEC, out, seed=3)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(documents, SPEC, out, seed=4, on_progress=fail)
+    assert _digest(out) == _digest(base)
+
+
+def test_no_documents_is_an_error_that_says_so(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no documents"):
+        pretrain([], SPEC, tmp_path / "base", seed=0)
+
+
+def test_progress_is_told_with_the_time_left(documents, tmp_path) -> None:
+    told: list[Progress] = []
+    done = pretrain(documents, SPEC, tmp_path / "base", seed=0, on_progress=told.append)
+    assert told[-1].step == told[-1].total == done.steps
+    assert told[-1].seconds_left == 0
+    assert "s left" in str(told[-1]) and "loss" in str(told[-1])
+
+
+def test_training_lowers_the_loss(documents, tmp_path) -> None:
+    spec = SPEC.model_copy(update={"epochs": 9.0})
+    short = pretrain(documents, SPEC, tmp_path / "short", seed=0)
+    long = pretrain(documents, spec, tmp_path / "long", seed=0)
+    assert long.final_loss < short.final_loss - 0.5
+    assert long.tokens == pytest.approx(6 * short.tokens, rel=0.05)
+
+
+def test_the_tokenizer_takes_every_text_back_to_itself(base) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for text in [
+        "Emily Brontë, 1818.\n\n  def f(x):\n    return x",
+        "日本 ✓ <<3+4=7>>7",
+        "\n#### 12",
+    ]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_tokenizer_splits_digits_and_line_ends(base) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.tokenize("1234")[-4:] == ["1", "2", "3", "4"]
+    assert len(tokenizer("\n\n")["input_ids"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest"),
+    [
+        ("Question: Who wrote 'Emma'?\n", "Answer: Jane Austen"),
+        ('def f(x: int) -> int:\n    """Return x."""\n', "    return x\n"),
+        ("Question: How many are left?\nAnswer:", " 3+4=<<3+4=7>>7\n#### 7"),
+    ],
+)
+def test_a_prompt_has_the_same_tokens_with_and_without_its_answer(base, prompt, rest) -> None:
+    """Otherwise a benchmark would start from tokens that training never showed."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    head = tokenizer(prompt)["input_ids"]
+    assert tokenizer(prompt + rest)["input_ids"][: len(head)] == head
+
+
+def test_the_tokenizer_has_the_vocabulary_asked_for(documents, tmp_path) -> None:
+    assert len(train_tokenizer(documents, 500, tmp_path)) == 500
+
+
+def test_blocks_hold_every_document_once_and_never_overflow() -> None:
+    lengths = [7, 3, 9, 1, 10, 5, 5, 2, 8] * 30
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = pack(lengths, 10, order)
+    assert sorted(d for block in blocks for d in block) == sorted(order)
+    assert all(sum(lengths[d] for d in block) <= 10 for block in blocks)
+    assert len(blocks) <= 1.15 * sum(lengths) / 10
+
+
+def test_packed_documents_have_the_loss_and_gradient_of_single_ones(documents, base) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = _new_model(SPEC, tokenizer, seed=0)
+    ids = [tokenizer(text)["input_ids"][:30] for text in documents[:6]]
+    packed = _loss(model, collate([ids[:2], ids[2:4], ids[4:]], 64, 1), bfloat16=False)
+    packed.backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    targets = sum(len(tokens) - 1 for tokens in ids)
+    total = 0.0
+    for tokens in ids:
+        inputs = torch.tensor([tokens])
+        logits = model(input_ids=inputs).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, inputs[0, 1:], reduction="sum") / targets
+        loss.backward()
+        total += loss.item()
+    assert packed.item() == pytest.approx(total, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradient[name], rtol=1e-3, atol=1e-5)
+
+
+def test_padding_and_last_tokens_are_not_trained_on() -> None:
+    batch = collate([[[5, 6, 7], [8, 9]]], 8, 1)
+    skipped = IGNORED
+    assert batch["labels"].tolist() == [[6, 7, skipped, 9, skipped, skipped, skipped, skipped]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 0]]
+    assert not batch["attention_mask"][0, 0, 3, 2]
+
+
+def test_the_rate_rises_to_its_peak_and_falls() -> None:
+    rates = [learning_rate_at(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert all(later <= sooner for sooner, later in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_unknown_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="hidden"):
+        PretrainSpec(hidden=3)  # type: ignore[call-arg]

@@ -1,0 +1,580 @@
+"""Programs that a model wrote can do nothing but pass or fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from forgetting.sandbox import Limits, Sandbox, search, search_sandbox, unsafe_runner
+from forgetting.sandbox import filter as sandbox_filter
+
+REAL_DATA = Path(
+    os.environ.get("FORGETTING_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
+LIBRARY = Path(search.__file__).resolve().parents[2]
+
+
+def _working() -> list[Sandbox]:
+    """One sandbox for each way of losing rights that works here (root has two)."""
+    found: dict[str, Sandbox] = {}
+    bwrap = shutil.which("bwrap")
+    for candidate in search._candidates(bwrap) if bwrap else []:
+        if candidate.privilege not in found and search._weakness(candidate) is None:
+            found[candidate.privilege] = candidate
+    return list(found.values())
+
+
+SANDBOXES = _working()
+needs_sandbox = pytest.mark.skipif(not SANDBOXES, reason=f"no sandbox: {search_sandbox()[1]}")
+
+
+@pytest.fixture(scope="module", params=SANDBOXES, ids=lambda sandbox: sandbox.privilege)
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    """Every kind of sandbox that this machine can have."""
+    return request.param  # type: ignore[no-any-return]
+
+
+# What must not count as passed, and how it should be told.
+LOSERS = {
+    "wrong answer": ("assert 1 + 1 == 3", "failed"),
+    "syntax error": ("def f(:", "failed"),
+    "null byte": ("x = '\0'", "failed"),
+    "sys.exit(0)": ("import sys; sys.exit(0)", "failed"),
+    "os._exit(0)": ("import os; os._exit(0)", "failed"),
+    "raise SystemExit": ("raise SystemExit", "failed"),
+    "KeyboardInterrupt": ("raise KeyboardInterrupt", "failed"),
+    "reads input": ("input()", "failed"),
+    "exception without text": (
+        "class E(Exception):\n def __str__(self): raise ValueError\nraise E",
+        "failed",
+    ),
+    "endless loop": ("while True: pass", "timed_out"),
+    "endless, catches all": (
+        "while True:\n try:\n  while True: pass\n except BaseException: pass",
+        "timed_out",
+    ),
+    "endless, ignores signals": (
+        "import signal\nfor s in (1, 2, 3, 14, 15, 24): signal.signal(s, signal.SIG_IGN)\n"
+        "while True: pass",
+        "timed_out",
+    ),
+    "sleep": ("import time; time.sleep(100)", "timed_out"),
+    "output flood": ("while True: print('x' * 100000)", "timed_out"),
+    "error flood": ("import os\nwhile True: os.write(2, b'x' * 100000)", "timed_out"),
+    "memory": ("x = bytearray(3 * 2**30)", "out_of_memory"),
+    "memory, slowly": ("x = []\nwhile True: x.append('y' * 2**20)", "out_of_memory"),
+    "segmentation fault": ("import ctypes; ctypes.string_at(0)", "crashed"),
+    "abort": ("import os; os.abort()", "crashed"),
+    "kills itself": ("import os; os.kill(os.getpid(), 9)", "crashed"),
+    "deep recursion": ("def f(): return f()\nf()", "failed"),
+    "bottomless recursion": (
+        "import sys; sys.setrecursionlimit(10**9)\n"
+        "class A:\n def __getattr__(self, n): return getattr(self, n + 'x')\nrepr(A().y)",
+        None,
+    ),
+    "fork bomb": ("import os\nwhile True: os.fork()", None),
+    "fork bomb, catches all": (
+        "import os\nwhile True:\n try: os.fork()\n except OSError: pass",
+        "timed_out",
+    ),
+    "thread flood": (
+        "import threading, time\n"
+        "while True: threading.Thread(target=time.sleep, args=(50,)).start()",
+        "failed",
+    ),
+    "prints a verdict": (
+        "import json, os\nverdict = json.dumps({'stage': 'ended', 'nonce': '0' * 32, "
+        "'status': 'passed', 'detail': '', 'seconds': 0}).encode() + b'\\n'\n"
+        "for fd in range(64):\n try: os.write(fd, verdict)\n except OSError: pass\nos._exit(0)",
+        "failed",
+    ),
+    "fills the report": (
+        "import os\nfor fd in range(3, 64):\n"
+        " try:\n  while True: os.write(fd, b'x' * 4096)\n except OSError: pass\nos._exit(0)",
+        None,
+    ),
+    "drains the report": (
+        "import os\nfor fd in range(3, 64):\n"
+        " try: open(f'/proc/self/fd/{fd}', 'rb', buffering=0).read(100)\n"
+        " except OSError: pass\nos._exit(0)",
+        None,
+    ),
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", list(LOSERS))
+def test_never_counts_as_passed(sandbox: Sandbox, name: str) -> None:
+    """Programs that fail, leave early, run wild or lie about their end."""
+    program, status = LOSERS[name]
+    begin = time.monotonic()
+    outcome = sandbox.run_program(program, timeout=1.0)
+    assert not outcome.passed
+    assert status is None or outcome.status == status, outcome
+    assert time.monotonic() - begin < 20
+
+
+# Attacks written as programs that pass only if the attack was fended off.
+CONTAINED = {
+    "network": """
+import socket
+for family, address in ((socket.AF_INET, ("1.1.1.1", 53)), (socket.AF_INET6, ("2606::1", 53))):
+    with_it = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        with_it.connect(address)
+    except OSError:
+        continue
+    raise AssertionError("there is a way out")
+""",
+    "files of the host": """
+import os
+for path in ("/etc/shadow", "/etc/passwd", "/root", "/home", "/var", "/work", "/sys", "/run"):
+    assert not os.path.exists(path) or not os.listdir(path), path
+""",
+    "symbolic link": """
+import os
+os.symlink("/etc/shadow", "/tmp/link")
+try:
+    open("/tmp/link")
+except OSError:
+    pass
+else:
+    raise AssertionError
+""",
+    "writes outside /tmp": """
+for path in ("/x", "/usr/x", "/usr/bin/python3", "/dev/x", "/dev/shm/x", "/bin/x", "/lib/x"):
+    try:
+        open(path, "wb")
+    except OSError:
+        continue
+    raise AssertionError(path)
+open("/tmp/x", "w").write("this is allowed")
+""",
+    "kernel settings": """
+for path in ("/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger"):
+    try:
+        open(path, "w").write("x")
+    except OSError:
+        continue
+    raise AssertionError(path)
+""",
+    "large file": """
+try:
+    with open("/tmp/x", "wb") as file:
+        file.write(bytes(64 * 2**20))
+except OSError:
+    pass
+else:
+    raise AssertionError
+""",
+    "many files": """
+written = 0
+try:
+    for number in range(64):
+        with open(f"/tmp/{number}", "wb") as file:
+            written += file.write(bytes(2**20 - 4096))
+except OSError:
+    pass
+assert written <= 16 * 2**20, written
+""",
+    "memory without a name": """
+import os
+fd = os.memfd_create("x")
+try:
+    os.ftruncate(fd, 64 * 2**20)
+except OSError:
+    pass
+else:
+    raise AssertionError
+""",
+    "children with much memory": """
+import os
+children = 0
+try:
+    while True:
+        if os.fork() == 0:
+            try:
+                bytearray(480 * 2**20)
+            finally:
+                os._exit(0)
+        children += 1
+except OSError:
+    pass
+assert children < 8, children
+""",
+    "limits raised again": """
+import resource
+for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE,
+             resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE):
+    try:
+        resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):
+        continue
+    raise AssertionError(kind)
+""",
+    "becomes root": """
+import os
+for change in (os.setuid, os.setgid):
+    try:
+        change(0)
+    except OSError:
+        continue
+    raise AssertionError
+assert 0 not in os.getresuid() + os.getresgid()
+""",
+    "the parent's memory and environment": """
+import os
+for pid in (1, os.getppid()):
+    for name in ("mem", "environ", "root/etc/shadow", "cwd/../etc/shadow"):
+        try:
+            found = open(f"/proc/{pid}/{name}", "rb").read(4096)
+        except OSError:
+            continue
+        assert b"SECRET" not in found and b"root:" not in found, name
+""",
+    "kills everything": "import os\ntry: os.kill(-1, 9)\nexcept OSError: pass",
+    "kills the parent": "import os\ntry: os.kill(os.getppid(), 9)\nexcept OSError: pass",
+    "large output is fine": "print('x' * 10**7)",
+    "breaks the driver's tools": """
+import atexit, os, sys, time
+os._exit = time.monotonic = None
+atexit.register(sys.exit, 1)
+""",
+}
+
+SYSTEM_CALLS = {
+    # name: arguments of libc's function; each must be refused
+    "mount": '(b"none", b"/tmp", b"tmpfs", 0, None)',
+    "umount2": '(b"/proc", 2)',
+    "unshare": "(0x10000000,)",
+    "setns": "(0, 0)",
+    "chroot": '(b"/tmp",)',
+    "ptrace": "(16, 1, 0, 0)",
+    "personality": "(0x0040000,)",
+    "shmget": "(0, 1 << 20, 0o1600)",
+    "msgget": "(0, 0o1600)",
+    "semget": "(0, 1, 0o1600)",
+    "process_vm_readv": "(1, None, 0, None, 0, 0)",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", list(CONTAINED))
+def test_is_contained(sandbox: Sandbox, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks on the machine come to nothing."""
+    monkeypatch.setenv("TOKEN", "SECRET")
+    outcome = sandbox.run_program(CONTAINED[name], timeout=5.0)
+    assert outcome.passed, outcome
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", list(SYSTEM_CALLS))
+def test_system_call_is_refused(sandbox: Sandbox, name: str) -> None:
+    """Parts of the kernel that no small function needs answer with an error."""
+    program = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"assert libc.{name}{SYSTEM_CALLS[name]} == -1, 'not refused'\n"
+        "assert ctypes.get_errno() == 1, ctypes.get_errno()"
+    )
+    outcome = sandbox.run_program(program, timeout=5.0)
+    assert outcome.passed, outcome
+
+
+@needs_sandbox
+def test_environment_is_not_visible(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the caller reaches a program."""
+    monkeypatch.setenv("HF_TOKEN", "SECRET")
+    program = "import os; assert set(os.environ) <= {'PATH', 'PWD', 'LC_CTYPE'}, dict(os.environ)"
+    outcome = sandbox.run_program(program)
+    assert outcome.passed, outcome
+
+
+@needs_sandbox
+def test_canary_file_is_not_visible(sandbox: Sandbox, tmp_path: Path) -> None:
+    """A file that anyone on the machine may read is out of reach, as is the working folder."""
+    canary = tmp_path / "canary"
+    canary.write_text("visible")
+    canary.chmod(0o644)
+    for path in (str(canary), str(Path.cwd()), __file__):
+        outcome = sandbox.run_program(f"import os; assert not os.path.exists({path!r})")
+        assert outcome.passed, outcome
+
+
+@needs_sandbox
+def test_services_of_this_machine_cannot_be_reached(sandbox: Sandbox) -> None:
+    """Neither a port on the loopback device nor an abstract socket of the host."""
+    name = f"\0forgetting-{secrets.token_hex(4)}"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as hidden:
+        hidden.bind(name)
+        hidden.listen()
+        program = f"""
+import socket
+for family, address in ((socket.AF_INET, {server.getsockname()!r}), (socket.AF_UNIX, {name!r})):
+    try:
+        socket.socket(family).connect(address)
+    except OSError:
+        continue
+    raise AssertionError(address)
+"""
+        outcome = sandbox.run_program(program)
+    assert outcome.passed, outcome
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the host under the very user that programs run as."""
+    nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    process = subprocess.Popen(["sleep", "60"], **nobody)  # type: ignore[call-overload]
+    yield process
+    process.kill()
+    process.wait()
+
+
+@needs_sandbox
+def test_processes_of_the_host_survive(
+    sandbox: Sandbox, bystander: subprocess.Popen[bytes]
+) -> None:
+    """Programs can neither see nor signal processes outside, even of their own user."""
+    program = f"""
+import os
+os.kill(-1, 9) if len([n for n in os.listdir('/proc') if n.isdigit()]) > 2 else None
+try:
+    os.kill({bystander.pid}, 9)
+except OSError:
+    pass
+"""
+    sandbox.run_program(program)
+    assert bystander.poll() is None
+
+
+@needs_sandbox
+@pytest.mark.parametrize("ending", ["pass", "import time; time.sleep(100)"])
+def test_nothing_outlives_its_program(sandbox: Sandbox, ending: str) -> None:
+    """Children that detach themselves die with the sandbox, after a pass and after a timeout."""
+    mark = secrets.token_hex(5)
+    program = f"""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    open("/proc/self/comm", "w").write("{mark}")
+    time.sleep(100)
+time.sleep(0.2)
+{ending}
+"""
+    sandbox.run_program(program, timeout=1.0)
+    deadline = time.monotonic() + 5
+    while (left := _named(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def _named(name: str) -> list[str]:
+    found = []
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if comm.read_text().strip() == name:
+                found.append(comm.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@needs_sandbox
+def test_detail_names_the_reason(sandbox: Sandbox) -> None:
+    """An outcome carries a short excerpt, never the whole of what a program says."""
+    assert sandbox.run_program("assert 0, 'seven'").detail == "AssertionError: seven"
+    assert len(sandbox.run_program("raise ValueError('x' * 10**6)").detail) <= 300
+    slow = sandbox.run_program("import time; time.sleep(0.6)", timeout=0.4)
+    assert slow.status == "timed_out" and "0.4" in slow.detail
+
+
+@needs_sandbox
+def test_outcomes_keep_the_order_of_programs(sandbox: Sandbox) -> None:
+    """Whichever finishes first, each outcome stands where its program stood."""
+    programs = [f"import time; time.sleep({0.2 - n / 50}); assert {n} % 3" for n in range(9)]
+    outcomes = sandbox.run_programs(programs, workers=3)
+    assert [outcome.passed for outcome in outcomes] == [bool(n % 3) for n in range(9)]
+
+
+def _without(prefix: list[str], *words: str) -> list[str]:
+    for start in range(len(prefix)):
+        if prefix[start : start + len(words)] == list(words):
+            return prefix[:start] + prefix[start + len(words) :]
+    raise AssertionError(f"{words} is not among the arguments")
+
+
+@needs_sandbox
+def test_trial_rejects_what_does_not_isolate() -> None:
+    """The probe can fail: it sees open networks, visible files and writable folders."""
+    whole = SANDBOXES[0]
+    prefix = list(whole.prefix)
+
+    def reason(changed: list[str]) -> str:
+        return search._weakness(replace(whole, prefix=tuple(changed))) or "accepted"
+
+    assert "network" in reason([prefix[0], *prefix[1:], "--share-net"])
+    assert "/dev/" in reason(_without(prefix, "--remount-ro", "/dev"))
+    assert "/etc of the host" in reason([prefix[0], "--ro-bind", "/etc", "/etc", *prefix[1:]])
+    assert "environment" in reason([*prefix, "--setenv", "TOKEN", "x"])
+    assert "files of the host" in reason([*prefix, "--ro-bind", "/tmp", "/tmp"])
+
+
+@needs_sandbox
+def test_trial_rejects_what_does_not_limit() -> None:
+    """The probe sees limits that are not in force, and an interpreter that is not there."""
+    whole = SANDBOXES[0]
+    no_processes = replace(whole, limits=replace(Limits(), processes=None))
+    assert "limited" in (search._weakness(no_processes) or "accepted")
+    assert search._weakness(replace(whole, python="/usr/bin/no-python")) is not None
+    assert "files of the host" in (search._weakness(unsafe_runner()) or "accepted")
+
+
+def test_without_bubblewrap_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program, no sandbox, and a reason to put into the report."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    search_sandbox.cache_clear()
+    try:
+        assert search_sandbox() == (None, "bubblewrap (the program `bwrap`) is not installed")
+        assert search.find_sandbox() is None
+    finally:
+        search_sandbox.cache_clear()
+
+
+def test_bubblewrap_that_fails_is_no_sandbox(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where user namespaces are forbidden, bubblewrap's own words become the reason."""
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1")
+    broken.chmod(0o755)
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda _: str(broken))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    search_sandbox.cache_clear()
+    try:
+        found, why = search_sandbox()
+        assert found is None and "No permissions to create new namespace" in why
+    finally:
+        search_sandbox.cache_clear()
+
+
+@needs_sandbox
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can try how it is for another user")
+def test_ordinary_user_has_a_sandbox(tmp_path: Path) -> None:
+    """What holds for root in these tests holds for a user without any rights, too."""
+    if not os.access("/usr/bin/python3", os.X_OK):
+        pytest.skip("there is no interpreter that every user can read")
+    folder = Path("/tmp", f"sandbox-{secrets.token_hex(4)}", "forgetting")
+    shutil.copytree(LIBRARY / "forgetting", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "from forgetting.sandbox import search_sandbox\nfound, why = search_sandbox()\n"
+        "assert found is not None and found.privilege == 'user', why\n"
+        "assert found.run_program('assert True').passed"
+    )
+    try:
+        done = subprocess.run(
+            ["/usr/bin/python3", "-c", program],
+            env={"PYTHONPATH": str(folder.parent), "PATH": os.environ["PATH"]},
+            cwd="/",
+            user=12345,
+            group=12345,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        shutil.rmtree(folder.parent)
+    if done.returncode and "permission" in done.stderr.lower():
+        pytest.skip(f"users may not create namespaces here: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_unsafe_runner_still_limits() -> None:
+    """Without a sandbox: no isolation is claimed, but time, memory and verdicts hold."""
+    runner = unsafe_runner()
+    assert not runner.isolated and "unprotected" in runner.name
+    assert runner.run_program("import os\nassert os.path.exists('/')").passed
+    assert runner.run_program("assert False").status == "failed"
+    assert runner.run_program("import os; os._exit(0)").status == "failed"
+    assert runner.run_program("while True: pass", timeout=0.3).status == "timed_out"
+    if sys.platform == "linux":
+        assert runner.run_program("x = bytearray(3 * 2**30)").status == "out_of_memory"
+    outcome = runner.run_program("import os; assert 'HOME' not in os.environ")
+    assert outcome.passed, outcome
+
+
+def _verdict(program: bytes, arch: int, number: int, first: int = 0) -> int:
+    """What the kernel would make of one system call: an interpreter for these few opcodes."""
+    data = struct.pack("=IIQ6Q", number, arch, 0, first, 0, 0, 0, 0, 0)
+    code = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    accumulator = position = 0
+    while True:
+        operation, if_true, if_false, constant = code[position]
+        position += 1
+        if operation == 0x20:
+            accumulator = struct.unpack_from("=I", data, constant)[0]
+        elif operation == 0x06:
+            return int(constant)
+        else:
+            holds = {
+                0x15: accumulator == constant,
+                0x35: accumulator >= constant,
+                0x45: bool(accumulator & constant),
+            }[operation]
+            position += if_true if holds else if_false
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_filter_refuses_and_allows(machine: str) -> None:
+    """Every listed call is refused, ordinary ones and plain threads are not, on both machines."""
+    program = sandbox_filter.seccomp_filter(machine)
+    assert program is not None
+    column = ["x86_64", "aarch64"].index(machine)
+    arch = sandbox_filter._AUDIT_ARCH[machine]
+    refused, missing, allowed, killed = 0x00050001, 0x00050026, 0x7FFF0000, 0x80000000
+    for name, numbers in sandbox_filter._REFUSED.items():
+        assert _verdict(program, arch, numbers[column]) == refused, name
+    clone, read = sandbox_filter._CLONE[column], (0, 63)[column]
+    assert _verdict(program, arch, read) == allowed
+    assert _verdict(program, arch, clone, first=0x003D0F00) == allowed  # a thread
+    assert _verdict(program, arch, clone, first=0x10000000) == refused  # a user namespace
+    assert _verdict(program, arch, 435) == missing
+    assert _verdict(program, 0x40000003, read) == killed  # a 32-bit call
+    if machine == "x86_64":
+        assert _verdict(program, arch, 0x40000000 | 101) == refused  # the x32 numbers
+    assert sandbox_filter.seccomp_filter("riscv64") is None
+
+
+@pytest.mark.real_data
+@needs_sandbox
+@pytest.mark.skipif(
+    not (REAL_DATA / "humaneval").is_dir(), reason=f"there is no real data in {REAL_DATA}"
+)
+def test_humaneval_canonical_solutions_pass_and_nonsense_fails() -> None:
+    """All 164 published solutions pass, and none of 164 bodies `return 1` does."""
+    lines = (REAL_DATA / "humaneval" / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+
+    def sources(body: str | None) -> list[str]:
+        return [
+            f"{row['prompt']}{body or row['canonical_solution']}\n{row['test']}\n"
+            f"check({row['entry_point']})"
+            for row in rows
+        ]
+
+    right = SANDBOXES[0].run_programs(sources(None), workers=2, timeout=10)
+    wrong = SANDBOXES[0].run_programs(sources("    return 1\n"), workers=2, timeout=10)
+    assert [row["task_id"] for row, o in zip(rows, right, strict=True) if not o.passed] == []
+    assert [row["task_id"] for row, o in zip(rows, wrong, strict=True) if o.passed] == []

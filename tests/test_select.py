@@ -1,0 +1,275 @@
+"""The selection rule on trajectories made by hand, and on many made at random."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import pytest
+
+from forgetting.select import (
+    Choice,
+    Point,
+    choose_setting,
+    is_over,
+    select_checkpoint,
+    steps_to_keep,
+)
+from forgetting.study import Selection, Setting
+
+SLOW = Setting(learning_rate=1e-4)
+MIDDLE = Setting(learning_rate=1e-3)
+FAST = Setting(learning_rate=1e-2)
+DECAYED = Setting(learning_rate=1e-3, weight_decay=0.1)
+
+
+def _points(*values: float, every: int = 10) -> list[Point]:
+    """Evaluations every `every` steps, ten steps an epoch; the first is the base."""
+    return [Point(number * every, number * every / 10, v) for number, v in enumerate(values)]
+
+
+def _rule(
+    hyperparameters: Literal["earliest", "smallest-lr", "fixed"] = "earliest",
+    if_not_reached: Literal["none", "last"] = "none",
+    within_epochs: float | None = None,
+) -> Selection:
+    return Selection(
+        probe="new",
+        threshold=0.9,
+        hyperparameters=hyperparameters,
+        if_not_reached=if_not_reached,
+        within_epochs=within_epochs,
+    )
+
+
+CHECKPOINTS: list[tuple[str, Sequence[float], bool, str, int | None]] = [
+    ("in the middle", (0.1, 0.5, 0.8, 0.95), False, "selected", 20),
+    ("exactly at the threshold reaches it", (0.1, 0.5, 0.9, 0.95), False, "selected", 10),
+    ("a hair below does not", (0.1, 0.5, 0.8999, 0.9), False, "selected", 20),
+    ("falls again afterwards", (0.1, 0.7, 0.95, 0.3, 0.2), False, "selected", 10),
+    ("dips before it", (0.1, 0.8, 0.2, 0.95), False, "selected", 20),
+    ("second time does not count", (0.1, 0.7, 0.92, 0.5, 0.93), False, "selected", 10),
+    ("at the first evaluation", (0.1, 0.95, 0.99), False, "first_above", None),
+    ("only one evaluation, above", (0.1, 0.95), False, "first_above", None),
+    ("the base is above", (0.9, 0.95), False, "base_above", None),
+    ("the base is above and falls", (0.95, 0.2), False, "base_above", None),
+    ("never", (0.1, 0.5, 0.89), False, "not_reached", None),
+    ("nothing was evaluated", (0.1,), False, "not_reached", None),
+    ("diverged before", (0.1, 0.5), True, "diverged", None),
+    ("diverged before any evaluation", (0.1,), True, "diverged", None),
+    ("diverged after", (0.1, 0.5, 0.95), True, "selected", 10),
+]
+
+
+@pytest.mark.parametrize(
+    ("values", "diverged", "status", "step"),
+    [c[1:] for c in CHECKPOINTS],
+    ids=[c[0] for c in CHECKPOINTS],
+)
+def test_the_last_checkpoint_before_the_threshold(
+    values: Sequence[float], diverged: bool, status: str, step: int | None
+) -> None:
+    choice = select_checkpoint(_points(*values), 0.9, diverged=diverged)
+    assert choice.status == status
+    assert (choice.point.step if choice.point else None) == step
+    assert choice.reason
+
+
+def test_the_last_checkpoint_may_stand_in_for_a_run_that_never_arrives() -> None:
+    choice = select_checkpoint(_points(0.1, 0.7, 0.5), 0.9, "last")
+    assert (choice.status, choice.point) == ("last", Point(20, 2.0, 0.5))
+    assert "best value is 0.700" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("values", "diverged", "status"),
+    [
+        ((0.1,), False, "not_reached"),
+        ((0.1, 0.5), True, "diverged"),
+        ((0.1, 0.9), False, "first_above"),
+    ],
+)
+def test_nothing_stands_in_where_nothing_can(
+    values: Sequence[float], diverged: bool, status: str
+) -> None:
+    assert select_checkpoint(_points(*values), 0.9, "last", diverged) == Choice(
+        status,
+        None,
+        select_checkpoint(_points(*values), 0.9, "none", diverged).reason,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[], [Point(10, 1.0, 0.5)], [Point(0, 0.0, 0.1), Point(5, 1.0, 0.2), Point(5, 1.0, 0.3)]],
+)
+def test_a_trajectory_without_base_or_order_is_refused(points: list[Point]) -> None:
+    with pytest.raises(ValueError, match="trajectory"):
+        select_checkpoint(points, 0.9)
+
+
+def test_nothing_is_dropped_that_may_later_be_picked() -> None:
+    """Random trajectories, evaluated and pruned one by one: at every end, the choice is on disk."""
+    draw = random.Random(0)
+    for _ in range(3000):
+        length = draw.randint(1, 8)
+        values = [draw.choice([0.1, 0.5, 0.89, 0.9, 0.91, 1.0]) for _ in range(length + 1)]
+        points = _points(*values, every=draw.randint(1, 30))
+        on_disk: set[int] = set()
+        for end in range(2, len(points) + 1):
+            seen = points[:end]
+            on_disk = (on_disk | {seen[-1].step}) & steps_to_keep(seen, 0.9)
+            assert seen[-1].step in on_disk, "nothing to resume from"
+            assert len(on_disk) <= 2
+            for rule in ("none", "last"):
+                for diverged in (False, True):
+                    choice = select_checkpoint(seen, 0.9, rule, diverged)
+                    assert choice.point is None or choice.point.step in on_disk
+
+
+def test_checkpoints_are_kept_only_as_long_as_they_can_be_picked() -> None:
+    assert steps_to_keep(_points(0.1), 0.9) == set()
+    assert steps_to_keep(_points(0.1, 0.5), 0.9) == {10}
+    assert steps_to_keep(_points(0.1, 0.5, 0.8), 0.9) == {20}
+    assert steps_to_keep(_points(0.1, 0.5, 0.95), 0.9) == {10, 20}
+    assert steps_to_keep(_points(0.1, 0.5, 0.95, 0.2, 0.99), 0.9) == {10, 40}
+    assert steps_to_keep(_points(0.1, 0.95, 0.99), 0.9) == {20}
+    assert steps_to_keep(_points(0.95, 0.99, 0.99), 0.9) == {20}
+
+
+def test_earliest_takes_the_setting_that_arrives_first() -> None:
+    trajectories = {
+        SLOW: [_points(0.1, 0.3, 0.5, 0.95)],
+        FAST: [_points(0.1, 0.5, 0.6, 0.7)],
+        MIDDLE: [_points(0.1, 0.5, 0.95, 0.95)],
+    }
+    chosen, reason = choose_setting(trajectories, _rule())
+    assert chosen == MIDDLE
+    assert "earliest step (20)" in reason
+
+
+def test_earliest_takes_the_mean_over_seeds() -> None:
+    """Steps 20 and 50 are later on average than 30 and 30."""
+    trajectories = {
+        SLOW: [_points(0.1, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.5, 0.5, 0.9)],
+        MIDDLE: [_points(0.1, 0.5, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.9)],
+    }
+    assert choose_setting(trajectories, _rule())[0] == MIDDLE
+
+
+def test_more_seeds_that_arrive_go_before_earlier_arrival() -> None:
+    trajectories = {
+        FAST: [_points(0.1, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.5)],
+        SLOW: [_points(0.1, 0.3, 0.5, 0.9), _points(0.1, 0.3, 0.5, 0.9)],
+    }
+    assert choose_setting(trajectories, _rule())[0] == SLOW
+    chosen, reason = choose_setting({FAST: trajectories[FAST]}, _rule())
+    assert chosen == FAST
+    assert "in 1 of 2 seeds" in reason
+
+
+def test_ties_go_to_the_smaller_rate_and_then_the_smaller_decay() -> None:
+    same = [_points(0.1, 0.5, 0.9)]
+    for order in ([FAST, DECAYED, MIDDLE], [MIDDLE, FAST, DECAYED], [DECAYED, MIDDLE, FAST]):
+        assert choose_setting(dict.fromkeys(order, same), _rule())[0] == MIDDLE
+    assert choose_setting({FAST: same, DECAYED: same}, _rule())[0] == DECAYED
+
+
+def test_smallest_rate_that_arrives() -> None:
+    trajectories = {
+        FAST: [_points(0.1, 0.5, 0.9)],
+        MIDDLE: [_points(0.1, 0.3, 0.5, 0.5, 0.9)],
+        SLOW: [_points(0.1, 0.2, 0.3, 0.4, 0.5)],
+    }
+    chosen, reason = choose_setting(trajectories, _rule("smallest-lr"))
+    assert chosen == MIDDLE
+    assert "smallest learning rate that reaches 0.9" in reason
+
+
+def test_a_deadline_counts_the_epoch_of_arrival_inclusively() -> None:
+    trajectories = {
+        FAST: [_points(0.1, 0.5, 0.9)],
+        MIDDLE: [_points(0.1, 0.3, 0.5, 0.5, 0.9)],
+    }
+    assert choose_setting(trajectories, _rule("smallest-lr", within_epochs=4.0))[0] == MIDDLE
+    chosen, reason = choose_setting(trajectories, _rule("smallest-lr", within_epochs=3.9))
+    assert chosen == FAST
+    assert "within 3.9 epochs" in reason
+    chosen, reason = choose_setting(trajectories, _rule("smallest-lr", within_epochs=1.0))
+    assert chosen is None
+    assert reason == "no setting reaches 0.9 within 1 epochs"
+
+
+def test_no_setting_or_the_best_last_value_where_none_arrives() -> None:
+    trajectories = {
+        SLOW: [_points(0.1, 0.2), _points(0.1, 0.4)],
+        MIDDLE: [_points(0.1, 0.8), _points(0.1, 0.1)],
+        FAST: [_points(0.1, 0.85, 0.2), _points(0.1, 0.3, 0.1)],
+    }
+    assert choose_setting(trajectories, _rule())[0] is None
+    chosen, reason = choose_setting(trajectories, _rule(if_not_reached="last"))
+    assert chosen == MIDDLE
+    assert "the highest last value stands in" in reason
+
+
+def test_fixed_is_fixed_whatever_the_trajectories_say() -> None:
+    trajectories = {SLOW: [_points(0.1, 0.2)], FAST: [_points(0.1, 0.5, 0.9)]}
+    for rule in (_rule(), _rule("smallest-lr"), _rule("fixed")):
+        assert choose_setting(trajectories, rule, fixed=SLOW) == (SLOW, "fixed in the study")
+    assert choose_setting({SLOW: trajectories[SLOW]}, _rule("fixed"))[0] == SLOW
+
+
+def test_a_setting_without_a_checkpoint_is_not_preferred_to_one_with_it() -> None:
+    """Too high a rate is above at the first evaluation: only the base lies before, nothing to show.
+
+    A setting that passes the threshold later has a checkpoint, which the comparison needs.
+    """
+    trajectories = {
+        FAST: [_points(0.1, 0.95, 0.99, 0.99)],
+        MIDDLE: [_points(0.1, 0.6, 0.95, 0.99)],
+    }
+    for rule in (_rule(), _rule("smallest-lr")):
+        chosen, _ = choose_setting(trajectories, rule)
+        assert chosen == MIDDLE, rule.hyperparameters
+
+
+@pytest.mark.parametrize(
+    ("values", "stop_after", "over"),
+    [
+        ((0.1, 0.5, 0.9), None, False),
+        ((0.1, 0.5, 0.9), 0, True),
+        ((0.1, 0.5, 0.9), 1, False),
+        ((0.1, 0.5, 0.9, 0.7), 1, True),
+        ((0.1, 0.5, 0.8, 0.89), 0, False),
+    ],
+)
+def test_a_run_is_followed_as_far_beyond_the_threshold_as_declared(
+    values: Sequence[float], stop_after: int | None, over: bool
+) -> None:
+    """Early stopping cuts only what lies after the declared number of evaluations."""
+    assert is_over(_points(*values), 0.9, stop_after) is over
+
+
+def test_a_run_that_arrives_after_the_deadline_is_marked() -> None:
+    """It stands in, but does not pass for one that met the study's rule."""
+    points = _points(0.1, 0.5, 0.8, 0.95)
+    assert select_checkpoint(points, 0.9, deadline=3.0).status == "selected"
+    late = select_checkpoint(points, 0.9, deadline=2.0)
+    assert (late.status, late.point) == ("late", points[2])
+    assert "after the deadline of 2 epochs" in late.reason
+
+
+def test_a_diverged_run_stands_in_only_if_no_other_can() -> None:
+    trajectories = {FAST: [_points(0.1, 0.6)], SLOW: [_points(0.1, 0.2, 0.5)]}
+    rule = _rule(if_not_reached="last")
+    assert choose_setting(trajectories, rule, diverged={FAST})[0] == SLOW
+    assert choose_setting(trajectories, rule)[0] == FAST
+
+
+def test_passing_over_a_setting_without_a_checkpoint_is_told() -> None:
+    """`earliest` would be false where an earlier setting has nothing to select."""
+    trajectories = {FAST: [_points(0.1, 0.95)], SLOW: [_points(0.1, 0.5, 0.95)]}
+    chosen, told = choose_setting(trajectories, _rule())
+    assert chosen == SLOW
+    assert "among those with an evaluation between the base and the threshold" in told

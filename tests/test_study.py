@@ -1,0 +1,440 @@
+"""A mistake in a study or on the command line is one message: file, line or key, and remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from forgetting.data import check_folders
+from forgetting.load import load_study, smallest_side
+from forgetting.plan import tunings
+from forgetting.records import InputError
+from forgetting.study import Study
+
+STUDY = """\
+title: A small study
+seeds: [0, 1]
+datasets:
+  facts: {folder: FOLDER}
+  world: {generate: micro-world}
+base:
+  pretrain:
+    documents: [world/documents]
+    hidden_size: 64
+    intermediate_size: 128
+train: facts/new
+probes:
+  new:
+    table: facts/new
+    knowledge: new
+  old:
+    table: facts/old
+    knowledge: old
+methods:
+  - method: lora
+    rank: [2, 8]
+    learning_rate: [1.0e-3, 5.0e-3]
+  - method: full
+    learning_rate: 1.0e-4
+    weight_decay: [0, 0.01]
+selection:
+  probe: new
+  threshold: 0.9
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Write the study with some of its text replaced, and the tables that it reads."""
+    folder = tmp_path / "facts"
+    folder.mkdir()
+    row = {"question": "Who?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
+    for table in ("new", "old"):
+        (folder / f"{table}.jsonl").write_text(json.dumps(row) + "\n")
+
+    def with_changes(*changes: tuple[str, str]) -> Path:
+        text = STUDY.replace("FOLDER", str(folder))
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new, 1)
+        path = tmp_path / "small.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return with_changes
+
+
+def _line(path: Path, part: str) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(number for number, line in enumerate(lines, start=1) if part in line)
+
+
+def _told(path: Path, **config: Any) -> str:
+    """The message of the one mistake, which is one line."""
+    with pytest.raises(InputError) as error:
+        load_study({"study": str(path), **config}, path.parent)
+    message = str(error.value)
+    assert "\n" not in message, message
+    return message
+
+
+def _load(path: Path, **config: Any) -> Study:
+    return load_study({"study": str(path), **config}, path.parent)[1]
+
+
+def test_a_study_becomes_its_methods_and_settings(write: Any) -> None:
+    name, study = load_study({"study": str(write())}, Path("nowhere"))
+    assert name == "small"
+    assert [tuning.name for tuning in tunings(study)] == ["lora-r2", "lora-r8", "full"]
+    assert [len(tuning.settings) for tuning in tunings(study)] == [2, 2, 2]
+    assert tunings(study)[2].settings[1].model_dump() == {
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+    }
+
+
+def test_a_study_is_found_by_name_and_a_wrong_name_tells_the_known_ones(write: Any) -> None:
+    path = write()
+    assert load_study({"study": "small"}, path.parent)[0] == "small"
+    with pytest.raises(InputError, match=r"study=smal: there is no .*; give one of small"):
+        load_study({"study": "smal"}, path.parent)
+
+
+MISTAKES = {
+    "unknown key": ("threshold: 0.9", "treshold: 0.9", "selection.treshold", "unknown key"),
+    "unknown key at the top": ("seeds:", "seed:", "seed", "unknown key; config/README.md"),
+    "wrong type": ("seeds: [0, 1]", "seeds: [0, many]", "seeds.1", "integer, found 'many'"),
+    "text in place of a mapping": (
+        "\ntrain:",
+        "\ntraining: long\ntrain:",
+        "training",
+        "found 'long'",
+    ),
+    "number as text": ("1.0e-4", "1e-4", "methods.1.learning_rate.0", "write 1.0e-4"),
+    "number as text in a list": ("5.0e-3]", "5e-3]", "methods.0.learning_rate.1", "5.0e-3"),
+    "not a number": ("1.0e-4", "small", "methods.1.learning_rate.0", "number, found 'small'"),
+    "negative": ("1.0e-4", "-1.0e-4", "methods.1.learning_rate.0", "greater than 0, found -0.0001"),
+    "infinite": ("1.0e-4", ".inf", "methods.1.learning_rate.0", "found inf"),
+    "true is no number": ("1.0e-4", "true", "methods.1.learning_rate.0", "number, found True"),
+    "rank 0": ("[2, 8]", "[2, 0]", "methods.0.rank.1", "greater than or equal to 1, found 0"),
+    "half a rank": ("[2, 8]", "[2, 8.5]", "methods.0.rank.1", "integer, found 8.5"),
+    "same rank twice": ("[2, 8]", "[2, 2]", "methods.0.rank", "[2, 2] names a value twice"),
+    "same rate twice": ("5.0e-3]", "1.0e-3]", "methods.0.learning_rate", "names a value twice"),
+    "same seed twice": ("seeds: [0, 1]", "seeds: [1, 1]", "seeds", "names a value twice"),
+    "unknown method": ("method: full", "method: fool", "methods.1.method", "found 'fool'"),
+    "rank of full": ("method: full", "method: full\n    rank: 4", "methods.1", "has no `rank`"),
+    "lora without rank": ("    rank: [2, 8]\n", "", "methods.0", "needs a `rank`"),
+    "missing key": ("title: A small study\n", "", "title", "this key is required"),
+    "missing key below": ("    knowledge: old\n", "", "probes.old.knowledge", "is required"),
+    "threshold above 1": ("threshold: 0.9", "threshold: 90", "selection.threshold", "found 90"),
+    "bad alpha": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    alpha: 1e2",
+        "methods.0.alpha",
+        "write 1.0e+2",
+    ),
+    "hub dataset without revision": (
+        "{generate: micro-world}",
+        "{hub: someone/something}",
+        "datasets.world",
+        "needs its `revision`",
+    ),
+    "dataset from nowhere": ("{generate: micro-world}", "{seed: 3}", "datasets.world", "one of"),
+    "no base": ("  pretrain:", "  model: small\n  pretrain:", "base", "either `model` or"),
+    "fixed outside the sweep": (
+        "    learning_rate: 1.0e-4",
+        "    learning_rate: 1.0e-4\n    fixed: {learning_rate: 2.0e-4}",
+        "methods.1",
+        "`fixed` is not one of the settings",
+    ),
+    "deadline without rule": (
+        "threshold: 0.9",
+        "threshold: 0.9\n  within_epochs: 3.0",
+        "selection",
+        "belongs to `hyperparameters: smallest-lr`",
+    ),
+    "prompt without its question": (
+        "\ntrain:",
+        "\nprompt: {question: 'Q: '}\ntrain:",
+        "prompt.question",
+        "must hold {question} exactly once",
+    ),
+    "unknown dataset": ("train: facts/new", "train: fact/new", "the study", "`fact` is not among"),
+    "table without dataset": ("train: facts/new", "train: new", "train.0", "found 'new'"),
+    "probe that is not there": ("probe: new", "probe: newer", "selection.probe", "`newer`"),
+    "probe of old knowledge": ("probe: new", "probe: old", "selection.probe", "new knowledge"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_by_file_line_and_key(write: Any, mistake: str) -> None:
+    old, new, key, told = MISTAKES[mistake]
+    path = write((old, new))
+    message = _told(path)
+    assert message.startswith(f"{path}, line ")
+    assert f": {key}: " in message
+    assert told in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("threshold: 0.9", "treshold: 0.9"),
+        ("learning_rate: 1.0e-4", "learning_rate: 1e-4"),
+        ("learning_rate: [1.0e-3, 5.0e-3]", "learning_rate: [1.0e-3, -5.0]"),
+        ("knowledge: old", "knowledge: older"),
+        ("hidden_size: 64", "hidden_size: wide"),
+        ("  - method: full", "  - method: fool"),
+    ],
+)
+def test_the_line_is_that_of_the_mistake(write: Any, old: str, new: str) -> None:
+    path = write((old, new))
+    assert f"{path}, line {_line(path, new)}: " in _told(path)
+
+
+def test_a_missing_key_is_told_with_the_line_of_its_section(write: Any) -> None:
+    path = write(("    knowledge: old\n", ""))
+    assert f"line {_line(path, '  old:')}: " in _told(path)
+
+
+def test_every_mistake_is_told_at_once(write: Any) -> None:
+    path = write(("threshold: 0.9", "treshold: 0.9"), ("seeds: [0, 1]", "seeds: 3"))
+    with pytest.raises(InputError) as error:
+        load_study({"study": str(path)}, path.parent)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(str(path)) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("rank: [2, 8]", "rank: [2, 8", "learning_rate: [1.0e-3"),
+        ("seeds: [0, 1]", "seeds: @many", "seeds: @many"),
+        ("title: A small study", "title: A small study: of what", "title"),
+        ("  pretrain:", "\tpretrain:", "\tpretrain:"),
+    ],
+)
+def test_what_is_not_yaml_is_told_with_its_line(write: Any, old: str, new: str, part: str) -> None:
+    path = write((old, new))
+    assert f"{path}, line {_line(path, part)}: not YAML" in _told(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n"])
+def test_a_file_without_keys_is_no_study(write: Any, text: str) -> None:
+    path = write()
+    path.write_text(text)
+    assert "expected a study, a mapping of keys to values" in _told(path)
+
+
+def test_a_key_given_twice_is_not_silently_halved(write: Any) -> None:
+    """YAML would take the last: half of a sweep would be gone without a word."""
+    path = write(("methods:\n", "methods:\n  - {method: full, learning_rate: 0.1}\nmethods:\n"))
+    assert "methods" in _told(path)
+
+
+def test_a_file_that_is_not_utf8_is_told_by_name(write: Any) -> None:
+    path = write()
+    path.write_bytes(STUDY.replace("small", "sm\xe5ll").encode("latin-1"))
+    assert str(path) in _told(path)
+
+
+def test_the_same_method_in_two_entries_is_refused(write: Any) -> None:
+    path = write(
+        (
+            "  - method: full\n",
+            "  - {method: lora, rank: 8, learning_rate: 0.1}\n  - method: full\n",
+        )
+    )
+    assert f"{path}: methods: lora-r8 stands there more than once; merge the entries" in _told(path)
+
+
+def test_variants_of_one_rank_are_methods_of_their_own(write: Any) -> None:
+    path = write(
+        (
+            "  - method: full\n",
+            "  - {method: lora, variant: rslora, rank: 8, learning_rate: 0.1}\n  - method: full\n",
+        )
+    )
+    assert "rslora-r8" in [tuning.name for tuning in tunings(_load(path))]
+
+
+def test_the_fixed_rule_needs_one_setting_or_its_name(write: Any) -> None:
+    """Several settings without `fixed` are an error; with it, or with one setting, they are not."""
+    rule = ("threshold: 0.9", "threshold: 0.9\n  hyperparameters: fixed")
+    told = _told(write(rule))
+    assert "methods: lora-r2 has 2 settings; the rule `fixed` needs `fixed: {learning_rate" in told
+    one = ("[1.0e-3, 5.0e-3]", "[1.0e-3]")
+    named = ("[0, 0.01]", "[0, 0.01]\n    fixed: {learning_rate: 1.0e-4, weight_decay: 0.01}")
+    study = _load(write(rule, one, named))
+    fixed = tunings(study)[2].fixed
+    assert fixed is not None
+    assert fixed.weight_decay == 0.01
+
+
+def test_a_rank_above_the_pretrained_bases_matrices_is_found_before_any_job(write: Any) -> None:
+    told = _told(write(("rank: [2, 8]", "rank: [2, 65]")))
+    assert "methods: rank 65 is larger than the smallest adapted matrix" in told
+    assert "take ranks up to 64" in told
+    _load(write(("rank: [2, 8]", "rank: [2, 64]")))
+
+
+def _model(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_rank_above_a_model_folders_matrices_is_found_before_any_job(
+    write: Any, tmp_path: Path
+) -> None:
+    """Grouped keys and values make the smallest matrix: 2 heads of 8 in a model of width 32."""
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = _model(tmp_path / "model", **shape, intermediate_size=64)
+    path = write(("rank: [2, 8]", "rank: [2, 17]"))
+    told = _told(path, model=str(folder))
+    assert "rank 17 is larger than the smallest adapted matrix, which has rank 16" in told
+    _load(write(("rank: [2, 8]", "rank: [2, 16]")), model=str(folder))
+
+
+def test_a_rank_is_held_against_the_layers_it_adapts_only(write: Any, tmp_path: Path) -> None:
+    """Adapters of the MLP alone may have a rank above that of the narrow keys and values."""
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1}
+    folder = _model(tmp_path / "model", **shape, intermediate_size=64)
+    named = ("rank: [2, 8]", "rank: [2, 16]\n    target_modules: [gate_proj, up_proj, down_proj]")
+    _load(write(named), model=str(folder))
+
+
+def test_smallest_side_reads_old_and_new_configs() -> None:
+    assert smallest_side({"n_embd": 64, "n_head": 4}) == 64
+    assert smallest_side({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8}) == 32
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
+def test_a_folder_that_is_no_model_is_told_by_name(
+    write: Any, tmp_path: Path, content: str | None
+) -> None:
+    """No config.json, one that is not JSON, or one without the shapes of a transformer."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    assert str(folder) in _told(write(), model=str(folder))
+
+
+def test_model_on_the_command_line_takes_the_bases_place(write: Any) -> None:
+    study = _load(write(), model="someone/something@" + "b" * 40)
+    assert (study.base.model, study.base.pretrain) == ("someone/something", None)
+    assert study.base.revision == "b" * 40
+
+
+def test_a_hub_model_on_the_command_line_needs_its_commit(write: Any) -> None:
+    """What is not pinned can change under a study."""
+    assert "OWNER/NAME@COMMIT" in _told(write(), model="someone/something")
+
+
+def test_a_folder_on_the_command_line_takes_a_datasets_place(write: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    study = _load(write(), world_dir=str(mine))
+    assert study.datasets["world"].folder == str(mine)
+    assert study.datasets["world"].generate is None
+
+
+def test_a_folder_of_benchmark_rows_can_be_given_to_any_study(write: Any, tmp_path: Path) -> None:
+    study = _load(write(), benchmarks_dir=str(tmp_path))
+    assert study.benchmarks.rows is not None
+    assert study.datasets[study.benchmarks.rows].folder == str(tmp_path)
+    assert "there is no such folder" in _told(write(), benchmarks_dir=str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("wrld_dir", ".", "has no dataset `wrld`, only facts, world"),
+        ("world_dir", "/nowhere/at/all", "there is no such folder"),
+        ("thresold", 0.8, "unknown; expected study, scale, model or DATASET_dir"),
+        ("scale", "small", "expected full or tiny"),
+    ],
+)
+def test_a_wrong_option_is_told_by_its_key(write: Any, key: str, value: Any, told: str) -> None:
+    message = _told(write(), **{key: value})
+    assert message.startswith(f"--config {key}")
+    assert told in message
+
+
+def test_tiny_scale_keeps_the_plan_and_shrinks_the_work(write: Any) -> None:
+    """The same methods, seeds and probes, at toy size, under a name of its own, from no hub."""
+    hub = "{hub: someone/something, revision: " + "a" * 40 + "}"
+    path = write(
+        ("{generate: micro-world}", hub),
+        ("rank: [2, 8]", "rank: [2, 512]"),
+        ("hidden_size: 64", "hidden_size: 1024"),
+        ("intermediate_size: 128", "layers: 8"),
+    )
+    whole = _load(path)
+    name, tiny = load_study({"study": str(path), "scale": "tiny"}, path.parent)
+    assert name == "small-tiny"
+    assert [t.name for t in tunings(tiny)] == [t.name for t in tunings(whole)]
+    assert tiny.seeds == whole.seeds
+    assert list(tiny.probes) == list(whole.probes)
+    assert all(dataset.hub is None for dataset in tiny.datasets.values())
+    assert tiny.base.pretrain is not None
+    assert tiny.base.pretrain.layers == 1
+    assert tiny.base.pretrain.hidden_size >= 512
+
+
+def test_a_probe_without_wrong_answers_is_found_before_any_job(write: Any, tmp_path: Path) -> None:
+    path = write()
+    check_folders(_load(path))
+    (tmp_path / "facts" / "old.jsonl").write_text('{"question": "Who?", "answer": "Ann."}\n')
+    with pytest.raises(InputError) as error:
+        check_folders(_load(path))
+    message = str(error.value)
+    assert f"{tmp_path / 'facts' / 'old.jsonl'}, line 1: no `perturbed_answer`" in message
+    assert "or set probes.old.truth_ratio: false" in message
+    silent = ("    table: facts/old\n", "    table: facts/old\n    truth_ratio: false\n")
+    check_folders(_load(write(silent)))
+
+
+def test_a_missing_table_is_found_before_any_job(write: Any, tmp_path: Path) -> None:
+    path = write()
+    (tmp_path / "facts" / "old.jsonl").unlink()
+    with pytest.raises(InputError, match=r"there is no old\.jsonl \(nor \.json\)"):
+        check_folders(_load(path))
+
+
+def test_no_two_runs_share_a_name(write: Any) -> None:
+    """Rates that are equal to six digits would share a folder, and the first would be lost."""
+    path = write(("[1.0e-3, 5.0e-3]", "[1.0e-3, 1.0000001e-3]"))
+    assert "methods.0.learning_rate" in _told(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "config" / "studies").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+def test_every_study_of_the_repository_is_valid(path: Path, scale: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    document = yaml.safe_load(text)
+    folders = {f"{name}_dir": "." for name in document["datasets"] if re.search(r"_dir\b", text)}
+    name, study = load_study({"study": path.stem, "scale": scale, **folders}, path.parent)
+    assert name.startswith(path.stem)
+    assert tunings(study)
+
+
+def test_a_study_elsewhere_cannot_take_the_results_of_a_namesake(tmp_path: Path) -> None:
+    """Results are kept by name: another `mini.yaml` would overwrite those of the first."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (tmp_path / "mini.yaml").write_text("title: a")
+    (own / "mini.yaml").write_text("title: b")
+    with pytest.raises(InputError):
+        load_study({"study": str(own / "mini.yaml")}, tmp_path)

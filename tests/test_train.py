@@ -1,0 +1,543 @@
+"""One training: the plain algorithm's losses, and the same end however often it was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
+
+from forgetting import train as module
+from forgetting.encode import Example, encode_pair
+from forgetting.models import Model, attach, load_base, load_checkpoint, trained_state
+from forgetting.plan import Tuning
+from forgetting.probes import measure
+from forgetting.study import Measurement, Prompt, Setting, Training
+from forgetting.train import Progress, Recipe, Schedule, batch_indices, learning_rate, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Rows = list[dict[str, Any]]
+TRAINING = Training(
+    epochs=4.0, batch_size=4, micro_batch_size=3, schedule="cosine", warmup_epochs=0.5
+)
+# New knowledge on the selection metric, by evaluation: of the first run the rule picks the third,
+# and of the second nothing, so that only the newest checkpoint stays.
+REACHES = [0.2, 0.5, 0.8, 0.95]
+NEVER_REACHES = [0.2, 0.5, 0.8, 0.85]
+FULL = Tuning(name="full", kind="full", label="full", settings=[Setting(learning_rate=1e-3)])
+
+
+class Killed(BaseException):
+    """What stands for the end of the process: nothing in the library may catch it."""
+
+
+@dataclass
+class Bench:
+    """A run that can be started again and again in its folder."""
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+    rows: Rows
+    tuning: Tuning
+    folder: Path
+    recipe: Recipe
+    examples: list[Example]
+    values: list[float] = field(default_factory=lambda: REACHES)
+    told: list[int] = field(default_factory=list)
+
+    def start(self, evaluate: Callable[..., Any] | None = None) -> tuple[Progress, Model]:
+        """Train in a process of its own, as it were: the base is loaded afresh."""
+        model = attach(load_base(self.base, torch.device("cpu")), self.tuning, self.recipe.seed)
+        progress = train(
+            model,
+            self.examples,
+            self.recipe,
+            0.1,
+            evaluate or self.evaluate,
+            self.folder,
+            self.tell,
+        )
+        return progress, model
+
+    def evaluate(self, model: Model) -> tuple[pd.DataFrame, float]:
+        """Real items, and a value that depends only on how many evaluations there were."""
+        settings = Measurement(max_new_tokens=2)
+        items = measure(model, self.tokenizer, {"p": self.rows[:2]}, self.prompt, settings)
+        newest = max(self.folder.glob("step-*/progress.json"), default=None)
+        done = len(json.loads(newest.read_text())["points"]) if newest else 0
+        return items, self.values[done]
+
+    def tell(self, progress: Progress, schedule: Schedule) -> None:
+        """Note the steps that were told."""
+        self.told.append(progress.step)
+
+    def kept(self) -> list[str]:
+        """Checkpoints on disk, unfinished ones among them."""
+        return sorted(path.name for path in self.folder.iterdir() if "step-" in path.name)
+
+
+@pytest.fixture
+def bench(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    rows: Rows,
+    tuning: Tuning,
+    tmp_path: Path,
+) -> Bench:
+    """Ten rows in batches of four for four epochs: twelve steps, four evaluations."""
+    examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
+    recipe = Recipe(
+        setting=Setting(learning_rate=0.01, weight_decay=0.1),
+        seed=5,
+        training=TRAINING,
+        schedule=Schedule.plan(len(examples), TRAINING, 1.0),
+        threshold=0.9,
+        stop_after=None,
+        precision=torch.float32,
+        pad=tokenizer.pad_token_id,
+    )
+    return Bench(base_folder, tokenizer, prompt, rows, tuning, tmp_path / "run", recipe, examples)
+
+
+def _same_end(
+    bench: Bench, ended: tuple[Progress, Model], reference: tuple[Progress, Model], folder: Path
+) -> None:
+    """Weights, losses, points, items and kept checkpoints are equal bit for bit."""
+    (progress, model), (expected, other) = ended, reference
+    assert progress.losses == expected.losses
+    assert progress.points == expected.points
+    assert (progress.step, progress.tokens, progress.status) == (
+        expected.step,
+        expected.tokens,
+        expected.status,
+    )
+    theirs = trained_state(other)
+    for name, tensor in trained_state(model).items():
+        assert torch.equal(tensor, theirs[name]), name
+    files = sorted(path.name for path in folder.glob("items-*"))
+    assert files == sorted(path.name for path in bench.folder.glob("items-*"))
+    for name in files:
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(bench.folder / name), pd.read_parquet(folder / name), check_exact=True
+        )
+    kept = sorted(path.name for path in folder.iterdir() if "step-" in path.name)
+    assert bench.kept() == kept
+    for name in kept:
+        for file in (folder / name).glob("*.safetensors"):
+            assert file.read_bytes() == (bench.folder / name / file.name).read_bytes()
+
+
+def _uninterrupted(bench: Bench, folder: Path) -> tuple[Progress, Model]:
+    return replace(bench, folder=folder).start()
+
+
+# --- schedule -----------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_epochs_in_whole_batches_and_evaluates_the_end() -> None:
+    plan = Schedule.plan(10, TRAINING, 1.0)
+    assert (plan.steps, plan.steps_per_epoch, plan.warmup) == (12, 3, 2)
+    assert plan.evaluations == {3, 6, 9, 12}
+    half = Schedule.plan(10, TRAINING.model_copy(update={"epochs": 2.5}), 2.0)
+    assert (half.steps, half.evaluations) == (8, {6, 8})
+    often = Schedule.plan(10, TRAINING.model_copy(update={"epochs": 1.0}), 0.01)
+    assert often.evaluations == {1, 2, 3}
+    assert Schedule.plan(1, TRAINING.model_copy(update={"epochs": 0.1}), 1.0).steps == 1
+
+
+@pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize(
+    ("schedule", "theirs"),
+    [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")],
+)
+def test_learning_rates_are_those_of_transformers(
+    schedule: str, theirs: str, warmup_epochs: float
+) -> None:
+    training = Training.model_validate(
+        TRAINING.model_dump() | {"schedule": schedule, "warmup_epochs": warmup_epochs}
+    )
+    plan = Schedule.plan(10, training, 1.0)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = get_scheduler(theirs, optimizer, plan.warmup, plan.steps)
+    for step in range(plan.steps):
+        assert learning_rate(step, 0.01, training, plan) == pytest.approx(
+            scheduler.get_last_lr()[0], abs=1e-15
+        )
+        optimizer.step()
+        scheduler.step()
+
+
+def test_every_epoch_sees_every_example_once_in_an_order_of_its_own() -> None:
+    epochs = []
+    for epoch in range(3):
+        parts = [batch_indices(10, 4, 7, epoch * 3 + step) for step in range(3)]
+        assert [len(part) for part in parts] == [4, 4, 2]
+        order = [index for part in parts for index in part]
+        assert sorted(order) == list(range(10))
+        epochs.append(order)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batch_indices(10, 4, 7, 1) == batch_indices(10, 4, 7, 1)
+    assert batch_indices(100, 100, 7, 0) != batch_indices(100, 100, 8, 0)
+
+
+# --- the same as a plain loop -------------------------------------------------------------------
+
+
+def _plain_loop(bench: Bench, steps: int) -> tuple[list[float], torch.nn.Module]:
+    """peft, torch's AdamW, transformers' schedule and transformers' own loss, and nothing else."""
+    model: Any = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
+    if bench.tuning.kind == "lora":
+        torch.manual_seed(bench.recipe.seed)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=bench.tuning.rank,
+            lora_alpha=bench.tuning.alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+        )
+        model = get_peft_model(model, config)
+    model.train()
+    training, setting = bench.recipe.training, bench.recipe.setting
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=setting.learning_rate,
+        betas=training.betas,
+        weight_decay=setting.weight_decay,
+    )
+    plan = bench.recipe.schedule
+    scheduler = get_scheduler(training.schedule, optimizer, plan.warmup, plan.steps)
+    losses = []
+    for step in range(steps):
+        batch = [
+            bench.examples[index]
+            for index in batch_indices(
+                len(bench.examples), training.batch_size, bench.recipe.seed, step
+            )
+        ]
+        length = max(len(example.ids) for example in batch)
+        ids = torch.full((len(batch), length), bench.recipe.pad)
+        labels = torch.full((len(batch), length), -100)
+        for row, example in enumerate(batch):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            labels[row, example.prompt : len(example.ids)] = torch.tensor(
+                example.ids[example.prompt :]
+            )
+        mask = (torch.arange(length) < torch.tensor([[len(e.ids)] for e in batch])).long()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses, model
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_twenty_losses_equal_a_plain_loop(bench: Bench, kind: str) -> None:
+    """The same batches through peft, AdamW and transformers' loss: losses and weights agree."""
+    training = TRAINING.model_copy(update={"epochs": 20 / 3})
+    bench.tuning = bench.tuning.model_copy(update={"dropout": 0.0}) if kind == "lora" else FULL
+    bench.recipe = replace(
+        bench.recipe,
+        training=training,
+        setting=Setting(learning_rate=0.01 if kind == "lora" else 1e-3, weight_decay=0.1),
+        schedule=replace(Schedule.plan(10, training, 1.0), evaluations=frozenset()),
+    )
+    progress, model = bench.start()
+    losses, plain = _plain_loop(bench, 20)
+    assert len(progress.losses) == 20
+    assert progress.losses == pytest.approx(losses, rel=2e-5)
+    assert losses[-1] < 0.8 * losses[0]
+    theirs = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, theirs[name], atol=2e-4), name
+
+
+def test_how_a_batch_is_split_does_not_change_the_run(bench: Bench, tmp_path: Path) -> None:
+    bench.tuning = bench.tuning.model_copy(update={"dropout": 0.0})
+    ended = []
+    for size in (1, 3, 32):
+        training = TRAINING.model_copy(update={"micro_batch_size": size})
+        recipe = replace(bench.recipe, training=training)
+        ended.append(replace(bench, recipe=recipe, folder=tmp_path / str(size)).start()[0])
+    for other in ended[1:]:
+        assert other.losses == pytest.approx(ended[0].losses, rel=1e-4)
+        assert other.tokens == ended[0].tokens
+
+
+def test_a_seed_decides_everything_and_another_seed_differs(bench: Bench, tmp_path: Path) -> None:
+    first, second = (_uninterrupted(bench, tmp_path / name) for name in "ab")
+    assert first[0].losses == second[0].losses
+    bench.recipe = replace(bench.recipe, seed=6)
+    assert _uninterrupted(bench, tmp_path / "c")[0].losses != first[0].losses
+
+
+def test_tokens_are_counted_without_padding(bench: Bench) -> None:
+    progress, _ = bench.start()
+    assert progress.tokens == 4 * sum(len(example.ids) for example in bench.examples)
+    assert bench.told == list(range(1, 13))
+
+
+# --- killed and started again -------------------------------------------------------------------
+
+
+def _kill_at(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool
+) -> None:
+    """End the process at a call of a function: before it does its work, or just after."""
+    original, count = getattr(owner, name), 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if count == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+MOMENTS = {
+    "in a step": (module, "_step", (2, 12)),
+    "in an evaluation": (Bench, "evaluate", (1, 4)),
+    "at the items": (module, "write_table", (1, 3)),
+    "at the weights": (module, "save_checkpoint", (1, 3)),
+    "at the optimizer's state": (module, "save_tensors", (2, 4)),
+    "at the record of progress": (module, "write_json", (1, 4)),
+    "at the name of the checkpoint": (Path, "rename", (1, 4)),
+    "when old checkpoints go": (module, "_prune", (2, 4)),
+    "when telling": (Bench, "tell", (6, 12)),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_like_one_that_was_not(
+    bench: Bench, moment: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment, before or after a file is written: the same bits at the end."""
+    if kind == "full":
+        bench.tuning, bench.values = FULL, NEVER_REACHES
+    reference = _uninterrupted(bench, tmp_path / "reference")
+    owner, name, calls = MOMENTS[moment]
+    for after in (False, True):
+        for call in calls:
+            shutil.rmtree(bench.folder, ignore_errors=True)
+            with monkeypatch.context() as patch:
+                _kill_at(patch, owner, name, call, after)
+                with pytest.raises(Killed):
+                    bench.start()
+            _same_end(bench, bench.start(), reference, tmp_path / "reference")
+
+
+def test_a_run_killed_after_every_evaluation_still_ends(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a partition whose jobs are preempted again and again."""
+    reference = _uninterrupted(bench, tmp_path / "reference")
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            _kill_at(patch, Bench, "tell", 3, after=True)
+            with pytest.raises(Killed):
+                bench.start()
+    _same_end(bench, bench.start(), reference, tmp_path / "reference")
+
+
+@pytest.mark.parametrize("left", ["nothing", "weights", "half a file", "all but the record"])
+def test_the_ruins_of_a_checkpoint_are_not_resumed_from(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Killed within the writing of the second checkpoint, whatever of it is on the disk."""
+    reference = _uninterrupted(bench, tmp_path / "reference")
+    with monkeypatch.context() as patch:
+        _kill_at(patch, Path, "rename", 2, after=False)
+        with pytest.raises(Killed):
+            bench.start()
+    ruin = bench.folder / ".step-0000006"
+    assert bench.kept() == [".step-0000006", "step-0000003"]
+    (ruin / "progress.json").unlink()
+    if left != "all but the record":
+        (ruin / "optimizer.safetensors").unlink()
+    if left == "half a file":
+        file = ruin / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+    if left == "nothing":
+        shutil.rmtree(ruin)
+    _same_end(bench, bench.start(), reference, tmp_path / "reference")
+
+
+def test_a_half_removed_old_checkpoint_does_no_harm(bench: Bench, tmp_path: Path) -> None:
+    """Killed while an old checkpoint was being removed: its record is there, its weights not."""
+    reference = _uninterrupted(bench, tmp_path / "reference")
+    calls = 0
+
+    def stop(model: Model) -> tuple[pd.DataFrame, float]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        return bench.evaluate(model)
+
+    with pytest.raises(Killed):
+        bench.start(stop)
+    old = bench.folder / "step-0000003"
+    old.mkdir()
+    (old / "progress.json").write_text((bench.folder / "step-0000006/progress.json").read_text())
+    _same_end(bench, bench.start(), reference, tmp_path / "reference")
+
+
+def test_a_finished_run_started_again_trains_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, model = bench.start()
+    monkeypatch.setattr(module, "_step", None)
+    again, same = bench.start()
+    assert again == progress
+    theirs = trained_state(same)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in trained_state(model).items())
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_every_variant_resumes(
+    bench: Bench, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.tuning = bench.tuning.model_copy(update={"variant": variant, "name": f"{variant}-r4"})
+    reference = _uninterrupted(bench, tmp_path / "reference")
+    with monkeypatch.context() as patch:
+        _kill_at(patch, module, "_step", 8, after=False)
+        with pytest.raises(Killed):
+            bench.start()
+    _same_end(bench, bench.start(), reference, tmp_path / "reference")
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def test_only_checkpoints_that_the_rule_can_pick_stay(bench: Bench) -> None:
+    """The third of four evaluations is the last below 0.9; the newest stays to resume from."""
+    seen = []
+
+    def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
+        seen.append(bench.kept() if bench.folder.exists() else [])
+        return bench.evaluate(model)
+
+    bench.start(evaluate)
+    assert seen == [[], ["step-0000003"], ["step-0000006"], ["step-0000009"]]
+    assert bench.kept() == ["step-0000009", "step-0000012"]
+    assert sorted(path.name for path in bench.folder.glob("items-*")) == [
+        f"items-{step:07d}.parquet" for step in (3, 6, 9, 12)
+    ]
+
+
+def _logits(model: Any, bench: Bench) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([bench.examples[0].ids])).logits
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_a_saved_adapter_is_an_adapter_to_peft(bench: Bench, variant: str) -> None:
+    bench.tuning = bench.tuning.model_copy(update={"variant": variant})
+    _, model = bench.start()
+    base = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
+    untouched = _logits(base, bench)
+    loaded = PeftModel.from_pretrained(base, bench.folder / "step-0000012")
+    assert torch.equal(_logits(loaded, bench), _logits(model, bench))
+    assert not torch.allclose(_logits(loaded, bench), untouched, atol=1e-2)
+    ours = load_checkpoint(bench.base, bench.folder / "step-0000012", torch.device("cpu"))
+    assert torch.equal(_logits(ours, bench), _logits(model, bench))
+
+
+def test_a_full_checkpoint_is_a_model_to_transformers(bench: Bench) -> None:
+    bench.tuning = FULL
+    _, model = bench.start()
+    checkpoint = bench.folder / "step-0000012"
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    assert torch.equal(_logits(loaded, bench), _logits(model, bench))
+    ours = load_checkpoint(bench.base, checkpoint, torch.device("cpu"))
+    assert torch.equal(_logits(ours, bench), _logits(model, bench))
+
+
+def test_only_safetensors_and_json_are_written(bench: Bench) -> None:
+    """Nothing that runs code when it is read; a record of progress beside every checkpoint."""
+    bench.start()
+    for checkpoint in bench.folder.glob("step-*"):
+        assert {path.suffix for path in checkpoint.iterdir()} <= {".safetensors", ".json"}
+        assert json.loads((checkpoint / "progress.json").read_text())["status"] == "running"
+
+
+# --- divergence ---------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_records(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured before stays; the weights are not touched by the fatal step."""
+    original = module.token_logprobs
+
+    def poisoned(model: Model, batch: Any) -> torch.Tensor:
+        result = original(model, batch)
+        return result * math.nan if len(bench.told) == 7 else result
+
+    monkeypatch.setattr(module, "token_logprobs", poisoned)
+    progress, model = bench.start()
+    assert (progress.status, progress.step) == ("diverged", 7)
+    assert len(progress.losses) == 7
+    assert [point[0] for point in progress.points] == [3, 6]
+    assert bench.kept() == ["step-0000006"]
+    assert len(list(bench.folder.glob("items-*"))) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in trained_state(model).values())
+
+
+def test_a_diverged_run_started_again_diverges_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.recipe = replace(
+        bench.recipe,
+        setting=Setting(learning_rate=1e30),
+        training=TRAINING.model_copy(
+            update={"warmup_epochs": 0.0, "schedule": "constant", "gradient_clip": None}
+        ),
+    )
+    first, second = bench.start()[0], bench.start()[0]
+    assert first.status == second.status == "diverged"
+    assert first.losses == second.losses
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e30])
+@pytest.mark.parametrize("steps", [1, 2, 3, 12])
+def test_weights_that_are_no_numbers_never_pass_for_a_good_end(
+    bench: Bench, rate: float, steps: int
+) -> None:
+    """Far too high a rate: wherever the run ends, `ok` means finite weights and a finite loss."""
+    training = TRAINING.model_copy(
+        update={"epochs": steps / 3, "warmup_epochs": 0.0, "schedule": "constant"}
+    )
+    bench.tuning = FULL
+    bench.recipe = replace(
+        bench.recipe,
+        setting=Setting(learning_rate=rate),
+        training=training,
+        schedule=Schedule.plan(len(bench.examples), training, 1.0),
+    )
+    progress, model = bench.start()
+    assert progress.status in ("ok", "diverged")
+    assert all(math.isfinite(loss) for loss in progress.losses)
+    if progress.status == "ok":
+        assert _logits(model, bench).isfinite().all()

@@ -1,0 +1,363 @@
+"""The plan of every study under both profiles, offline: jobs, rules, what SLURM is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from snakemake.api import SnakemakeApi
+from snakemake.cli import parse_args
+from snakemake.jobs import Job
+from snakemake.settings.types import (
+    ConfigSettings,
+    DAGSettings,
+    OutputSettings,
+    Quietness,
+    ResourceSettings,
+)
+from snakemake_executor_plugin_slurm.partitions import get_best_partition, read_partition_file
+from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted(path.stem for path in (ROOT / "config" / "studies").glob("*.yaml"))
+PROFILES = ["default", "slurm"]
+
+# Jobs of a fresh checkout. Five methods (four ranks and full) need one cohort for each seed; base
+# and every cohort are benchmarked.
+JOBS = {
+    "mini": {
+        "generate_world": 1,
+        "prepare_data": 1,
+        "pretrain_base": 1,
+        "score_base": 1,
+        "finetune": 5,
+        "select_checkpoint": 5,
+        "benchmark": 6,
+        "execute_programs": 6,
+        "collect": 1,
+        "report": 1,
+        "all": 1,
+    },
+    "tofu-scratch": {
+        "download_table": 6,
+        "prepare_data": 1,
+        "pretrain_base": 1,
+        "score_base": 1,
+        "finetune": 4,
+        "select_checkpoint": 4,
+        "collect": 1,
+        "report": 1,
+        "all": 1,
+    },
+    "own-data": {
+        "prepare_data": 1,
+        "download_model": 1,
+        "download_benchmark": 2,
+        "adopt_base": 1,
+        "score_base": 1,
+        "finetune": 3,
+        "select_checkpoint": 3,
+        "benchmark": 4,
+        "execute_programs": 4,
+        "collect": 1,
+        "report": 1,
+        "all": 1,
+    },
+}
+# Three seeds; five tables and five benchmarks from the hub.
+JOBS["tofu-phi-1.5"] = JOBS["tofu-llama-2-7b"] = {
+    "download_table": 5,
+    "download_model": 1,
+    "download_benchmark": 5,
+    "prepare_data": 1,
+    "adopt_base": 1,
+    "score_base": 1,
+    "finetune": 15,
+    "select_checkpoint": 5,
+    "benchmark": 16,
+    "execute_programs": 16,
+    "collect": 1,
+    "report": 1,
+    "all": 1,
+}
+
+Plan = Callable[..., list[Job]]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Iterator[Plan]:
+    """plan(study, profile, ...) -> every job of a fresh checkout, without running anything.
+
+    The Snakefile changes the environment and the path of this process; both are put back.
+    """
+    environment, path, folder = dict(os.environ), list(sys.path), Path.cwd()
+    (tmp_path / "config").symlink_to(ROOT / "config")
+
+    def build(study: str | Path, profile: str = "default", **config: Any) -> list[Job]:
+        resources, executor = _profile_settings(profile)
+        with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:
+            workflow = api.workflow(
+                snakefile=ROOT / "Snakefile",
+                workdir=tmp_path,
+                config_settings=ConfigSettings(config={"study": str(study), **config}),
+                resource_settings=resources,
+            )
+            dag = workflow.dag(DAGSettings(forceall=True))
+            dag.execute_workflow(executor=executor, pseudo_executor="dryrun")
+            return list(workflow._workflow.dag.jobs)
+
+    yield build
+    os.chdir(folder)
+    sys.path[:] = path
+    os.environ.clear()
+    os.environ.update(environment)
+    logging.getLogger("snakemake").handlers.clear()
+
+
+def _arguments(*options: str) -> Any:
+    """What the command line makes of these options and of the profiles in the checkout."""
+    folder, argv = Path.cwd(), sys.argv
+    os.chdir(ROOT)
+    sys.argv = ["snakemake", *options]  # profiles/default looks at it
+    try:
+        return parse_args([*options])[1]
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+
+
+def _profile_settings(profile: str) -> tuple[ResourceSettings, str]:
+    options = ["--dry-run"] if profile == "default" else ["--profile", profile, "--dry-run"]
+    arguments = _arguments(*options)
+    settings = ResourceSettings(
+        cores=arguments.cores,
+        nodes=arguments.jobs,
+        resources=arguments.resources,
+        default_resources=arguments.default_resources,
+        overwrite_resources=arguments.set_resources,
+        overwrite_threads=arguments.set_threads,
+    )
+    return settings, arguments.executor or "local"
+
+
+def _counts(jobs: list[Job]) -> dict[str, int]:
+    return dict(Counter(job.rule.name for job in jobs))
+
+
+def test_every_study_is_counted() -> None:
+    assert sorted(JOBS) == STUDIES
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("study", STUDIES)
+def test_jobs_of_a_fresh_checkout(plan: Plan, study: str, profile: str) -> None:
+    """Both profiles plan the same jobs, though nothing is downloaded and SLURM is not there."""
+    assert _counts(plan(study, profile)) == JOBS[study]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_tiny_keeps_the_methods_and_downloads_nothing(plan: Plan, study: str) -> None:
+    jobs = _counts(plan(study, scale="tiny"))
+    for rule in ("finetune", "select_checkpoint", "benchmark", "execute_programs"):
+        assert jobs.get(rule) == JOBS[study].get(rule)
+    assert not [rule for rule in jobs if rule.startswith("download")]
+
+
+@pytest.mark.parametrize("study", ["mini", "own-data"])
+def test_every_rule_tells_what_it_does_and_keeps_a_log(plan: Plan, study: str) -> None:
+    """A failed job leaves a log, `--sdm conda` finds an environment, `--list` says something."""
+    rules = {job.rule for job in plan(study)} - {None}
+    for rule in rules:
+        assert rule.docstring, f"{rule.name} has no docstring"
+        if rule.name != "all":
+            assert len(list(rule.log)) == 1, f"{rule.name} has no log"
+            assert rule.conda_env, f"{rule.name} has no conda file"
+            assert (ROOT / "workflow" / "scripts" / f"{rule.name}.py").is_file()
+
+
+def test_logs_outputs_and_state_never_collide(plan: Plan) -> None:
+    """Two jobs never write one log, and no output lies in the folder that retries must keep."""
+    jobs = plan("tofu-phi-1.5")
+    logs = Counter(str(log) for job in jobs for log in job.log)
+    assert max(logs.values()) == 1
+    assert not [path for job in jobs for path in job.output if "/state/" in str(path)]
+
+
+def test_a_learning_rate_more_is_no_job_more(plan: Plan, tmp_path: Path) -> None:
+    """The cohort of the method trains it; its other runs are kept by the cohort itself."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["methods"][0]["learning_rate"].append(2.0e-2)
+    wider = tmp_path / "wider.yaml"
+    wider.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+
+    before = {(job.rule.name, *job.wildcards): job for job in plan("mini")}
+    after = {(job.rule.name, *job.wildcards): job for job in plan(wider)}
+    assert before.keys() == after.keys()
+    changed = {
+        key
+        for key, job in after.items()
+        if job.params.get("spec") != before[key].params.get("spec")
+    }
+    methods = ("lora-r2",)
+    assert changed == {
+        *(("finetune", method, "0") for method in methods),
+        *(("select_checkpoint", method) for method in methods),
+    }
+
+
+def test_the_parameters_of_jobs_do_not_name_the_checkout(plan: Plan) -> None:
+    """A study that was finished in one place is finished when its folder has moved."""
+    for job in plan("mini"):
+        assert str(ROOT) not in str(dict(job.params.items())), job.rule.name
+        assert str(ROOT) not in (job.rule.shellcmd or ""), job.rule.name
+
+
+def test_only_downloads_may_use_the_network(plan: Plan) -> None:
+    for job in plan("own-data"):
+        allowed = "HF_HUB_OFFLINE=0" in (job.rule.shellcmd or "")
+        assert allowed == job.rule.name.startswith("download"), job.rule.name
+
+
+def test_profile_slurm_is_found_from_the_root_and_default_does_not_leak() -> None:
+    """`--cores` would cap the CPUs of every job, a local `gpu` the jobs in flight."""
+    link = ROOT / "slurm"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "profiles" / "slurm"
+    arguments = _arguments("--profile", "slurm", "--dry-run")
+    assert arguments.executor == "slurm"
+    assert arguments.cores is None
+    assert "gpu" not in arguments.resources
+    assert arguments.rerun_incomplete  # what both profiles share still holds
+
+
+def test_profile_default_makes_a_bare_command_run() -> None:
+    arguments = _arguments("--dry-run")
+    assert arguments.executor is None
+    assert arguments.cores >= 1
+    assert arguments.resources["gpu"].value >= 1
+
+
+def test_no_key_is_in_both_profiles() -> None:
+    """profiles/default would silently beat profiles/slurm."""
+    keys = [set(), set()]
+    for found, profile in zip(keys, PROFILES, strict=True):
+        text = (ROOT / "profiles" / profile / "profile.yaml").read_text(encoding="utf-8")
+        for key, value in yaml.safe_load(text).items():
+            found |= set(value) if key.startswith("?if") else {key}
+    assert not keys[0] & keys[1]
+
+
+SBATCH = {
+    "pretrain_base": "-p gpu -t 120 --mem 16000 --cpus-per-task=8 --gpus=1",
+    "score_base": "-p gpu -t 60 --mem 64000 --cpus-per-task=8 --gpus=1",
+    "finetune": "-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1",
+    "benchmark": "-p gpu -t 240 --mem 64000 --cpus-per-task=8 --gpus=1",
+    "execute_programs": "-p gpu -t 60 --mem 4000 --ntasks=1 --cpus-per-task=1",
+}
+
+
+def _local_rules() -> list[str]:
+    """Rules that run where snakemake does; a plan without execution takes all for local."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
+    rules = re.split(r"^ *rule (?=\w+:$)", text, flags=re.MULTILINE)[1:]
+    return [rule.split(":", 1)[0] for rule in rules if "localrule: True" in rule]
+
+
+def _sbatch(job: Job) -> str:
+    """What the plugin would say to sbatch after the job's name, log and comment."""
+    partitions = read_partition_file(ROOT / "profiles" / "slurm" / "partitions.yaml")
+    partition = get_best_partition(partitions, job, logging.getLogger())
+    parameters = {
+        "run_uuid": "run",
+        "slurm_logfile": "log",
+        "comment_str": "comment",
+        "account": "",
+        "partition": f"-p {partition}" if partition else "",
+        "workdir": None,
+    }
+    line = get_submit_command(job, parameters) + set_gres_string(job)
+    return " ".join(line.split("--comment comment")[1].split())
+
+
+@pytest.mark.parametrize("study", ["mini", "tofu-phi-1.5"])
+def test_what_is_submitted_to_slurm(plan: Plan, study: str) -> None:
+    """Every job that is not local, and no other, asks for one GPU, memory, time, a partition."""
+    local = ("all", *_local_rules())
+    jobs = [job for job in plan(study, "slurm") if job.rule.name not in local]
+    lines = {job.rule.name: _sbatch(job) for job in jobs}
+    assert lines == {rule: line for rule, line in SBATCH.items() if rule in JOBS[study]}
+
+
+def _snakemake(*options: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("SNAKEMAKE")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "--nolock", *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "expected"),
+    [
+        ("", ["study=nowhere"], "study=nowhere: there is no "),
+        ("", ["study=mini", "scael=tiny"], "--config scael: unknown; expected study, scale"),
+        ("", ["study=mini", "scale=huge"], "--config scale=huge: expected full or tiny"),
+        ("", ["study=mini", "world_dir=nowhere"], "world_dir=nowhere: there is no such folder"),
+        ("titel: A study", [], "titel: unknown key"),
+        ("train_limit: many", [], "line 2: train_limit: "),
+        ("train: ]", [], "line 2: not YAML"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_1(
+    tmp_path: Path, change: str, options: list[str], expected: str
+) -> None:
+    """No traceback, no jobs: file and line or key, what was expected."""
+    if change:
+        path = ROOT / "config" / "studies" / "mini.yaml"
+        head, rest = path.read_text(encoding="utf-8").split("\n", 1)
+        (tmp_path / "mine.yaml").write_text(f"{head}\n{change}\n{rest}", encoding="utf-8")
+        options = [f"study={tmp_path / 'mine.yaml'}"]
+    done = _snakemake("--config", *options)
+    assert done.returncode == 1
+    told = done.stdout + done.stderr
+    assert told.count(expected) == 1, told
+    assert "Traceback" not in told
+    assert "Job stats" not in told
+
+
+def test_the_bare_command_plans_the_default_study() -> None:
+    """`rule all` in an included file would be no default target: nothing done, status 0."""
+    done = _snakemake("--forceall")
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE)
+    assert {rule: int(count) for rule, count in counts} == JOBS["mini"] | {
+        "total": sum(JOBS["mini"].values())
+    }
+
+
+def test_the_slurm_command_needs_no_slurm_to_plan(tmp_path: Path) -> None:
+    """In a copy of the checkout, as continuous integration runs it, with no SLURM in the path."""
+    for name in ("Snakefile", "workflow", "config", "profiles", "slurm", "envs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert shutil.which("sbatch") is None or os.environ.get("SLURM_CONF")
+    done = _snakemake("--profile", "slurm", "--config", "study=tofu-phi-1.5", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "finetune" in done.stdout + done.stderr

@@ -1,0 +1,217 @@
+"""A cohort: all runs of one method and seed, on a base model that is loaded once.
+
+A finished run is kept in a folder named by a key of everything that it depends on. A cohort that is
+run again trains only what is not there yet: one learning rate more costs one run more.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forgetting.data import Row
+from forgetting.encode import encode_pair
+from forgetting.machine import describe_machine
+from forgetting.models import Model, attach, autocast, load_base
+from forgetting.plan import Tuning, run_name
+from forgetting.probes import measure
+from forgetting.records import InputError, content_key, read_json, write_json
+from forgetting.scores import metric_value
+from forgetting.study import Measurement, Prompt, Selection, Setting, Strict, Training
+from forgetting.train import Progress, Recipe, Schedule, train
+
+
+class CohortSpec(Strict):
+    """What the study says of one cohort; passed to the program as JSON."""
+
+    tuning: Tuning
+    seed: int
+    prompt: Prompt
+    training: Training
+    measurement: Measurement
+    selection: Selection
+    precision: str
+    knowledge: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What all runs of a cohort share."""
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Row]
+    probes: Mapping[str, list[Row]]
+    base_value: float
+    device: torch.device
+    precision: torch.dtype
+
+
+Tell = Callable[[str, Progress, Schedule], None]
+
+
+def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
+    """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
+    described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
+    # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
+    described["selection"] = {
+        key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
+    }
+    return content_key({"spec": described, "setting": setting.model_dump(), **inputs})
+
+
+def train_cohort(
+    spec: CohortSpec,
+    materials: Materials,
+    inputs: Mapping[str, str],
+    state: Path,
+    tell: Tell,
+) -> list[dict[str, Any]]:
+    """Train every run that is not finished yet; return the records of all, in the sweep's order."""
+    base: PreTrainedModel | None = None
+    records = []
+    for setting in spec.tuning.settings:
+        name = run_name(spec.tuning.name, spec.seed, setting)
+        key = run_key(spec, setting, inputs)
+        folder = state / name / key
+        if not (folder / "run.json").exists():
+            _forget_unfinished(folder)
+            if base is None or spec.tuning.kind == "full":
+                base = load_base(materials.base, materials.device)
+            record = _train_run(spec, setting, name, materials, base, folder, tell)
+            write_json(folder / "run.json", record | {"key": key})
+        # Only now: without it, a run that was killed before its record was written cannot go on.
+        for optimizer_state in folder.glob("step-*/optimizer.safetensors"):
+            optimizer_state.unlink()
+        records.append(read_json(folder / "run.json") | {"folder": str(folder)})
+    return records
+
+
+def _forget_unfinished(folder: Path) -> None:
+    """Remove what the same run left half done with other settings, data or code.
+
+    Finished runs stay: when a setting is changed and changed back, nothing is trained again.
+    """
+    for other in folder.parent.glob("*") if folder.parent.exists() else []:
+        if other != folder and not (other / "run.json").exists():
+            shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _train_run(
+    spec: CohortSpec,
+    setting: Setting,
+    name: str,
+    materials: Materials,
+    base: PreTrainedModel,
+    folder: Path,
+    tell: Tell,
+) -> dict[str, Any]:
+    examples = [
+        encode_pair(
+            materials.tokenizer,
+            spec.prompt,
+            row["question"],
+            row["answer"],
+            spec.training.max_length,
+        )
+        for row in materials.train
+    ]
+    if cut := [
+        row["id"] for row, e in zip(materials.train, examples, strict=True) if e.targets < 1
+    ]:
+        raise InputError(
+            f"training.max_length: {spec.training.max_length} tokens leave nothing of the answer "
+            f"of {cut[0]} and {len(cut) - 1} more; make it longer"
+        )
+    cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
+    schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
+    recipe = Recipe(
+        setting=setting,
+        seed=spec.seed,
+        training=spec.training,
+        schedule=schedule,
+        threshold=spec.selection.threshold,
+        stop_after=spec.selection.stop_after,
+        precision=materials.precision,
+        pad=materials.tokenizer.pad_token_id,
+    )
+
+    def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
+        with autocast(materials.device, materials.precision):
+            items = measure(
+                model, materials.tokenizer, materials.probes, spec.prompt, spec.measurement
+            )
+        return items, metric_value(items, spec.selection.probe, spec.selection.metric)
+
+    started = time.monotonic()
+    model = attach(base, spec.tuning, spec.seed)
+    progress = train(
+        model,
+        examples,
+        recipe,
+        materials.base_value,
+        evaluate,
+        folder,
+        lambda progress, plan: tell(name, progress, plan),
+    )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if isinstance(model, PeftModel):
+        model.unload()
+    return {
+        "run": name,
+        "status": progress.status,
+        "setting": setting.model_dump(),
+        "steps": progress.step,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "tokens": progress.tokens,
+        "losses": progress.losses,
+        "points": progress.points,
+        "trainable_parameters": trainable,
+        "training_seconds": progress.seconds,
+        "wall_seconds": time.monotonic() - started,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "peak_memory_gib": peak_memory_gib(materials.device),
+        "precision": str(materials.precision).removeprefix("torch."),
+        "device": device_name(materials.device),
+        "machine": describe_machine(),
+        "cut_rows": cut_rows,
+    }
+
+
+def cohort_items(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The items of all evaluations of all runs: columns run and step, then those of `measure`."""
+    tables = []
+    for record in records:
+        for step, epoch, _ in record["points"]:
+            table = pd.read_parquet(Path(record["folder"]) / f"items-{int(step):07d}.parquet")
+            table.insert(0, "run", record["run"])
+            table.insert(1, "step", int(step))
+            table.insert(2, "epoch", epoch)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: of the GPU where one is used, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the number of threads on the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"

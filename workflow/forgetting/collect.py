@@ -1,0 +1,199 @@
+"""Bring the results of all jobs of a study together in tidy tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forgetting.benchmarks.programs import Program, program_items, score_programs
+from forgetting.plan import Tuning, run_name
+from forgetting.records import read_json
+from forgetting.sandbox import Outcome
+from forgetting.statistics import share_interval
+from forgetting.trajectory import aggregate
+
+BASE: dict[str, Any] = {"run": "base", "method": "base", "label": "base"}
+
+
+def trajectory_table(
+    base_items: pd.DataFrame,
+    cohort_items: Sequence[pd.DataFrame],
+    records: Sequence[Mapping[str, Any]],
+    knowledge: Mapping[str, str],
+) -> pd.DataFrame:
+    """Run, step, epoch, tokens, then the columns of `trajectory.aggregate`; the base is step 0."""
+    parts = [aggregate(base_items, knowledge).assign(run="base", step=0, epoch=0.0, tokens=0)]
+    # Tokens are counted for a whole run; its evaluations lie at known shares of its steps.
+    per_step = {r["run"]: r["tokens"] / max(r["steps"], 1) for r in records}
+    for items in cohort_items:
+        if items.empty:
+            continue
+        for (run, step, epoch), group in items.groupby(["run", "step", "epoch"], sort=False):
+            tokens = round(per_step[str(run)] * int(step))
+            parts.append(
+                aggregate(group, knowledge, base_items).assign(
+                    run=run, step=step, epoch=epoch, tokens=tokens
+                )
+            )
+    table = pd.concat(parts, ignore_index=True)
+    first = ["run", "step", "epoch", "tokens"]
+    return table[[*first, *(name for name in table.columns if name not in first)]]
+
+
+def runs_table(
+    base: Mapping[str, Any],
+    tunings: Sequence[Tuning],
+    seeds: Sequence[int],
+    records: Sequence[Mapping[str, Any]],
+    selection: pd.DataFrame,
+) -> pd.DataFrame:
+    """One row per run, the base first: hyper-parameters, status, choice, cost."""
+    chosen = {row["run"]: row["step"] for row in selection.to_dict("records") if row["run"]}
+    by_run = {record["run"]: record for record in records}
+    rows: list[dict[str, Any]] = [
+        BASE | {"kind": "base", "status": "ok", "chosen": False, "steps": 0, "epochs": 0.0}
+    ]
+    for tuning in tunings:
+        for seed in seeds:
+            for setting in tuning.settings:
+                record = by_run[run_name(tuning.name, seed, setting)]
+                rows.append(
+                    {
+                        "run": record["run"],
+                        "method": tuning.name,
+                        "kind": tuning.kind,
+                        "rank": tuning.rank,
+                        "label": tuning.label,
+                        "learning_rate": setting.learning_rate,
+                        "weight_decay": setting.weight_decay,
+                        "seed": seed,
+                        "status": record["status"],
+                        "chosen": record["run"] in chosen,
+                        "selected_step": chosen.get(record["run"]),
+                        "steps": record["steps"],
+                        "epochs": record["steps"] / record["steps_per_epoch"],
+                        "trainable_parameters": record["trainable_parameters"],
+                        "seconds": record["wall_seconds"],
+                        "tokens_per_second": record["tokens_per_second"],
+                        "peak_memory_gib": record["peak_memory_gib"],
+                    }
+                )
+    table = pd.DataFrame(rows)
+    integers = ["rank", "seed", "selected_step", "steps", "trainable_parameters"]
+    return table.astype(dict.fromkeys(integers, "Int64"))
+
+
+def benchmark_tables(
+    models: Sequence[Path], labels: Mapping[str, Mapping[str, Any]]
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Scores with 95 % intervals over items, the items themselves, and notes on what is missing.
+
+    Args:
+        models: result folders of the base and of every selected checkpoint.
+        labels: method, label and seed of each run.
+    """
+    scores, items, notes = [], [], []
+    for folder in models:
+        programs = read_json(folder / "programs.json")
+        who = labels.get(programs["model"]["run"] or "", {}) | programs["model"]
+        name = who["run"] or folder.parent.name
+        notes += [f"{name}: {note}" for note in programs["notes"]]
+        score = pd.read_parquet(folder / "scores.parquet")
+        item = pd.read_parquet(folder / "items.parquet")
+        if programs["programs"]:
+            more, note = _program_tables(folder, programs["programs"])
+            if more is None:
+                notes.append(note)
+            else:
+                score = pd.concat([score, more[0]], ignore_index=True)
+                item = pd.concat([item, more[1]], ignore_index=True)
+                notes += [note] if note else []
+        scores.append(score.assign(**who))
+        items.append(item.assign(**programs["model"]))
+    table = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame()
+    every = pd.concat(items, ignore_index=True) if items else pd.DataFrame()
+    return _with_intervals(table, every), every, list(dict.fromkeys(notes))
+
+
+def _program_tables(
+    folder: Path, described: list[dict[str, Any]]
+) -> tuple[tuple[pd.DataFrame, pd.DataFrame] | None, str]:
+    executed = read_json(folder / "outcomes.json")
+    tasks = ", ".join(sorted({program["task"] for program in described}))
+    if executed["sandbox"] is None:
+        return None, f"{tasks} is not scored, for want of a sandbox: {executed['why']}"
+    programs = [Program.from_dict(values) for values in described]
+    outcomes = [Outcome(**values) for values in executed["outcomes"]]
+    unsafe = executed["sandbox"].startswith("none")
+    note = f"{tasks} was executed without a sandbox: {executed['why']}" if unsafe else ""
+    return (score_programs(programs, outcomes), program_items(programs, outcomes)), note
+
+
+def _with_intervals(scores: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
+    """Add low and high: Wilson's interval over the items of each score."""
+    if scores.empty:
+        columns = ["run", "step", "method", "label", "seed", "task", "metric", "main", "value"]
+        return pd.DataFrame(columns=[*columns, "stderr", "low", "high", "n", "chance"])
+    values = {
+        key: group["value"].to_numpy(dtype=float)
+        for key, group in items.groupby(["run", "task", "metric"], sort=False)
+    }
+    bounds = [
+        share_interval(values[row["run"], row["task"], row["metric"]])
+        if (row["run"], row["task"], row["metric"]) in values
+        else (math.nan, math.nan)
+        for row in scores.to_dict("records")
+    ]
+    return scores.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])
+
+
+def _edge_notes(selection: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Methods whose chosen learning rate lies at the end of what was tried."""
+    rates: dict[str, set[float]] = {}
+    for record in records:
+        method = record["run"].split("/")[0]
+        rates.setdefault(method, set()).add(record["setting"]["learning_rate"])
+    chosen = {record["run"]: record["setting"]["learning_rate"] for record in records}
+    edge = [
+        row["label"]
+        for row in selection.drop_duplicates("method").to_dict("records")
+        if row["run"]
+        and len(tried := rates[row["method"]]) > 1
+        and chosen[row["run"]] in (min(tried), max(tried))
+    ]
+    if not edge:
+        return []
+    return [
+        "The chosen learning rate is the smallest or largest of those tried for "
+        f"{', '.join(edge)}: a wider sweep may choose another."
+    ]
+
+
+def missing_notes(
+    selection: pd.DataFrame, records: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+) -> list[str]:
+    """What the report cannot say, in plain sentences."""
+    notes = []
+    if len(seeds) == 1:
+        notes.append(
+            "One seed: the intervals cover the choice of questions, not that of the seed; "
+            "differences between methods of the size of run-to-run noise are not evidence."
+        )
+    for row in selection.to_dict("records"):
+        if row["status"] != "selected":
+            notes.append(f"{row['label']}, seed {row['seed']}: {row['reason']}.")
+    notes += _edge_notes(selection, records)
+    cut = max((record["cut_rows"] for record in records), default=0)
+    if cut:
+        notes.append(
+            f"{cut} training answers are longer than training.max_length and were cut, without an "
+            "end of sequence."
+        )
+    diverged = [record["run"] for record in records if record["status"] == "diverged"]
+    if diverged:
+        notes.append(f"Diverged, and kept as such: {', '.join(diverged)}.")
+    return notes

@@ -1,0 +1,79 @@
+"""A digest of the code that a program runs, blind to comments, docstrings and layout.
+
+Given to a rule as a parameter, it makes Snakemake rerun a job when its code means something else,
+and only then: the parsed syntax tree is digested, not the text. A touched comment retrains nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+SETTINGS = {"study", "plan", "load", "tiny", "records", "fingerprint"}
+"""Modules that only read settings or write files: what they decide stands in a job's parameters."""
+
+
+def code_digest(program: Path) -> str:
+    """Digest of a program and of every module of this package that it imports, however deep."""
+    digest = hashlib.sha256()
+    for path in sorted(_reached(program)):
+        digest.update(_meaning(path).encode())
+    return digest.hexdigest()[:16]
+
+
+def _reached(program: Path) -> set[Path]:
+    found, waiting = {program}, [program]
+    while waiting:
+        for path in _imports(waiting.pop()):
+            if path not in found:
+                found.add(path)
+                waiting.append(path)
+    return found
+
+
+def _imports(path: Path) -> Iterator[Path]:
+    """Files of this package that a file imports, in any form, also inside functions."""
+    package = path.parent.relative_to(PACKAGE.parent).parts if path.is_relative_to(PACKAGE) else ()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            names = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != PACKAGE.name or (len(parts) > 1 and parts[1] in SETTINGS):
+                continue
+            # Python also runs the `__init__` of every package on the way.
+            for depth in range(1, len(parts) + 1):
+                file = PACKAGE.parent.joinpath(*parts[:depth])
+                for candidate in (file.with_suffix(".py"), file / "__init__.py"):
+                    if candidate.is_file():
+                        yield candidate
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _meaning(path: Path) -> str:
+    """The syntax tree as text, without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list) or not body:
+            continue
+        node.body = [  # type: ignore[attr-defined]
+            statement
+            for statement in body
+            if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        ]
+    return ast.dump(tree)

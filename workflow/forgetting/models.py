@@ -1,0 +1,193 @@
+"""Load a base model, attach an adapter, save and restore what is trained."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from forgetting.plan import Tuning
+from forgetting.records import InputError
+
+Model: TypeAlias = PreTrainedModel | PeftModel
+"""A model that can be measured: plain, or with an adapter."""
+
+ADAPTER = "adapter_model.safetensors"
+WEIGHTS = "model.safetensors"
+
+
+def pick_device() -> torch.device:
+    """The first GPU where there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The arithmetic of forward and backward passes, decided once per process and recorded.
+
+    auto is bfloat16 where the GPU or the processor multiplies it in hardware, float32 elsewhere.
+    Weights are float32 in any case.
+    """
+    if wanted == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Does the hardware multiply bfloat16 matrices (GPU, AVX-512 BF16 or AMX)?
+
+    Where it does, autocast trains small models about twice as fast as float32 on a CPU; where it
+    does not, bfloat16 is emulated and slower.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision for bfloat16, nothing for float32."""
+    if precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; it needs an end-of-sequence token, which also pads."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no tokenizer can be read there ({error})") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{folder}: its tokenizer has no end-of-sequence token (eos_token)")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
+    """A causal language model in Hugging Face form, with float32 weights, in evaluation mode.
+
+    Only safetensors are read and no code of the model's author is run.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no causal language model can be read ({error})") from None
+    return model.to(device).eval()
+
+
+def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
+    """Make `model` trainable as the method says: all of it, or a new adapter on it.
+
+    The adapter's random half depends on the seed alone, so that the learning rates of a sweep start
+    from the same point.
+    """
+    if tuning.kind == "full":
+        return model.requires_grad_(True)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules=tuning.target_modules,
+        use_rslora=tuning.variant == "rslora",
+        use_dora=tuning.variant == "dora",
+        bias="none",
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"methods: {tuning.name}: target_modules: {error}") from None
+    _check_rank(adapted, tuning)
+    return adapted
+
+
+def _check_rank(model: PeftModel, tuning: Tuning) -> None:
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name and tuning.rank is not None:
+            inner = parameter.shape[1]
+            outer = model.get_parameter(name.replace(".lora_A.", ".lora_B.")).shape[0]
+            if tuning.rank > min(inner, outer):
+                raise InputError(
+                    f"methods: {tuning.name}: rank {tuning.rank} is larger than the matrix of "
+                    f"{name.split('.lora_A.')[0]}, {outer} x {inner}"
+                )
+
+
+def trained_state(model: Model) -> dict[str, torch.Tensor]:
+    """What training changes: the adapter in peft's names, or all weights."""
+    if isinstance(model, PeftModel):
+        return dict(get_peft_model_state_dict(model))
+    return dict(model.state_dict())
+
+
+def save_checkpoint(model: Model, folder: Path) -> None:
+    """Write an adapter in peft's format, or a whole model in Hugging Face's."""
+    if isinstance(model, PeftModel):
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in trained_state(model).items()}
+        save_tensors(tensors, folder / ADAPTER)
+        model.peft_config["default"].save_pretrained(str(folder))
+    else:
+        model.save_pretrained(folder)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors as safetensors; a full disk is told in one sentence."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InputError(f"{path}: not written: {error}") from None
+
+
+def restore_checkpoint(model: Model, folder: Path) -> None:
+    """Put the weights of a checkpoint back into the model that they came from."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(shard)
+    # Tied weights are stored once, so some names may be missing; none may be unknown.
+    unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
+    if unknown:
+        raise InputError(f"{folder}: not a checkpoint of this model ({unknown[0]})")
+
+
+def load_checkpoint(base: Path, checkpoint: Path, device: torch.device) -> Model:
+    """A tuned model from disk, for measuring: the base with an adapter, or the full weights."""
+    if not (checkpoint / ADAPTER).exists():
+        return load_base(checkpoint, device)
+    model = load_base(base, device)
+    return PeftModel.from_pretrained(model, checkpoint).eval()
+
+
+def quieten_libraries() -> None:
+    """Keep progress bars and advice of the libraries out of the logs."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

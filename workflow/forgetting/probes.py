@@ -1,0 +1,204 @@
+"""Score a model on question-answer probes: one row per question, its text and all its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from forgetting import metrics
+from forgetting.data import Row, strip_answer
+from forgetting.encode import Example, encode_pair, encode_prompt
+from forgetting.forward import by_length, collate, token_logprobs
+from forgetting.models import Model
+from forgetting.records import InputError
+from forgetting.shared import answer_logprobs, can_share
+from forgetting.study import Measurement, Prompt
+
+
+def measure(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Mapping[str, list[Row]],
+    prompt: Prompt,
+    settings: Measurement,
+) -> pd.DataFrame:
+    """Score every question of every probe.
+
+    Returns:
+        One row per question with probe, item, question, reference, generated (after the literal
+        text of the answer template was taken off), the columns of `scores.SCORES`
+        (`truth_ratio_*` is the ratio R itself; NaN without wrong answers) and the mean
+        log-probabilities per token they follow from: logprob_answer, logprob_right,
+        logprobs_wrong (nats).
+    """
+    rows = [row for probe in probes.values() for row in probe]
+    names = [name for name, probe in probes.items() for _ in probe]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, settings)
+        logprobs = _answer_logprobs(model, tokenizer, rows, prompt, settings)
+    model.train(was_training)
+    return pd.DataFrame(
+        [
+            {"probe": name, **_score(row, answer, scored, prompt, tokenizer)}
+            for name, row, answer, scored in zip(names, rows, answers, logprobs, strict=True)
+        ]
+    )
+
+
+def check_room(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Mapping[str, list[Row]],
+    prompt: Prompt,
+    settings: Measurement,
+) -> None:
+    """Refuse what is longer than the model can read, before it fails or scores nonsense."""
+    config = model.config
+    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if room is None:
+        return
+    for row in (row for probe in probes.values() for row in probe):
+        head = len(encode_prompt(tokenizer, prompt, row["question"]))
+        texts = [row["answer"], row["paraphrased_answer"] or "", *row["wrong_answers"]]
+        longest = max(
+            len(encode_pair(tokenizer, prompt, row["question"], text).ids) for text in texts
+        )
+        if longest > room:
+            raise InputError(
+                f"{row['id']}: question and answer have {longest} tokens, the model reads {room}; "
+                "shorten or remove the row"
+            )
+        if head + settings.max_new_tokens > room:
+            raise InputError(
+                f"measurement.max_new_tokens: {settings.max_new_tokens} after the {head} tokens of "
+                f"the question {row['id']} are more than the {room} that the model reads; take at "
+                f"most {room - head}"
+            )
+
+
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    prompt: Prompt,
+    settings: Measurement,
+) -> list[list[int]]:
+    """Greedy answers as token ids, each ended before its end-of-sequence token.
+
+    Questions of similar length share a batch, padded on the left.
+    """
+    prompts = [encode_prompt(tokenizer, prompt, question) for question in questions]
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
+    for indices in by_length([len(ids) for ids in prompts], settings.batch_size):
+        length = max(len(prompts[index]) for index in indices)
+        ids = torch.full((len(indices), length), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, length - len(prompts[index]) :] = 1
+        with _only(model, config):
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+            )
+        for index, tokens in zip(indices, output[:, length:].tolist(), strict=True):
+            end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
+            answers[index] = tokens[:end]
+    return answers
+
+
+@contextmanager
+def _only(model: Model, config: GenerationConfig) -> Iterator[None]:
+    """Set aside what the model's folder advises (penalties, beams, least lengths).
+
+    `generate` fills in from there whatever `config` leaves open.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    advice, inner.generation_config = inner.generation_config, config
+    try:
+        yield
+    finally:
+        inner.generation_config = advice
+
+
+def _answer_logprobs(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    prompt: Prompt,
+    settings: Measurement,
+) -> list[list[float]]:
+    """Per row: mean log-probabilities of the answer, of the paraphrase if any, of wrong answers."""
+    texts = [
+        [row["answer"], *filter(None, [row["paraphrased_answer"]]), *row["wrong_answers"]]
+        for row in rows
+    ]
+    questions = [
+        [encode_pair(tokenizer, prompt, row["question"], text) for text in several]
+        for row, several in zip(rows, texts, strict=True)
+    ]
+    pad, size = tokenizer.pad_token_id, settings.batch_size
+    if can_share(model):
+        return answer_logprobs(model, questions, pad, size)
+    means = iter(mean_logprobs(model, [e for several in questions for e in several], pad, size))
+    return [[next(means) for _ in several] for several in questions]
+
+
+def mean_logprobs(
+    model: Model, examples: Sequence[Example], pad: int, batch_size: int
+) -> list[float]:
+    """Mean log-probability per target token of each example, in nats."""
+    means = [0.0] * len(examples)
+    for indices in by_length([len(example.ids) for example in examples], batch_size):
+        batch = collate([examples[index] for index in indices], pad, model.device)
+        totals = token_logprobs(model, batch).double().sum(dim=1)
+        for index, total in zip(indices, totals.tolist(), strict=True):
+            means[index] = total / examples[index].targets
+    return means
+
+
+def _score(
+    row: Row,
+    generated: list[int],
+    logprobs: list[float],
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, object]:
+    text = strip_answer(prompt, tokenizer.decode(generated, skip_special_tokens=True))
+    answer = logprobs[0]
+    right = logprobs[1] if row["paraphrased_answer"] else answer
+    wrong = logprobs[2 if row["paraphrased_answer"] else 1 :]
+    return {
+        "item": row["id"],
+        "question": row["question"],
+        "reference": row["answer"],
+        "generated": text,
+        **metrics.rouge(row["answer"], text),
+        "generated_tokens": float(len(generated)),
+        "probability": math.exp(answer),
+        "normalised_probability": (
+            metrics.normalised_probability(answer, wrong) if wrong else math.nan
+        ),
+        "truth_ratio_arithmetic": (
+            metrics.truth_ratio_arithmetic(right, wrong) if wrong else math.nan
+        ),
+        "truth_ratio_geometric": metrics.truth_ratio_geometric(right, wrong) if wrong else math.nan,
+        "logprob_answer": answer,
+        "logprob_right": right,
+        "logprobs_wrong": wrong,
+    }

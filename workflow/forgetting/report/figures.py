@@ -1,0 +1,227 @@
+"""The four figures of the report, as Altair charts.
+
+Panels are concatenated, one per probe or benchmark, so that the page can lay them out in as many
+columns as fit. Colours are the category range of the theme (report.theme), never part of a chart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import altair as alt
+import pandas as pd
+
+from forgetting.report import parts
+from forgetting.report import tables as data
+from forgetting.report.dot_plots import benchmarks, truth_ratio
+from forgetting.report.tables import Tables
+
+ROUGE = "ROUGE-L recall"
+
+
+def trajectories(tables: Tables, width: int = 250) -> alt.ConcatChart:
+    """ROUGE by epoch, a panel per probe; the chosen runs bold, the rest of the sweep faint."""
+    # The old probes share a scale, so that their losses can be compared by eye.
+    values = {name: _rouge_values(tables, name) for name in _all_probes(tables)}
+    old = parts.grid([values[name] for name in data.probes(tables, "old")])
+    panels = [
+        _course(tables, name, "new", parts.grid([values[name]], _goal(tables, name)))
+        for name in data.probes(tables, "new")
+    ]
+    panels += [_course(tables, name, "old", old) for name in data.probes(tables, "old")]
+    if not panels:
+        return parts.message("No probe was measured.")
+    told = "ROUGE-L recall by epoch on the new knowledge and on each probe of old knowledge."
+    sized = [panel.properties(width=width, height=230) for panel in panels]
+    return parts.combine(sized, [parts.focus(), _sweep(True)], told, narrowest=230)
+
+
+def _course(tables: Tables, probe: str, knowledge: str, ticks: list[float]) -> alt.LayerChart:
+    rows = data.measured(tables, data.ROUGE, probe)
+    base = data.base_row(tables, data.ROUGE, probe)
+    x = alt.X("epoch:Q").title("epoch")
+    x = x.axis(tickMinStep=1, grid=False, tickCount=6, labelFlush=False)
+    layers = [
+        *_threshold_rule(_goal(tables, probe), "y"),
+        *(_base_rule(base, "right") if knowledge == "old" else []),
+        *_sweep_and_choice(tables, rows, x, ticks),
+        parts.broken(data.last_points(rows), "epoch", "value"),
+        parts.ring(data.at_selected(tables, data.ROUGE, probe), "epoch", "value", _tip()),
+    ]
+    title = parts.panel_title(data.human(probe), f"{knowledge} knowledge")
+    return parts.stack(layers).properties(title=title)
+
+
+def _sweep_and_choice(
+    tables: Tables, rows: pd.DataFrame, x: alt.X, ticks: list[float]
+) -> list[alt.Chart]:
+    y = parts.rouge_axis("value", ROUGE, ticks)
+    shade = parts.colour(data.labels(tables))
+    chosen = rows[rows["chosen"].astype(bool)]
+    means = data.mean_over_seeds(rows)
+    # Where means are drawn, they are the thick lines and every seed is a thin one.
+    several = len(means) > 0
+    coded: dict[str, Any] = {"x": x, "y": y, "color": shade}
+    tip = _tip()
+    lines = alt.Chart(chosen).mark_line(strokeJoin="round", strokeWidth=1 if several else 2.2)
+    return [
+        _faint(rows[~rows["chosen"].astype(bool)]).encode(**coded, order="step:Q"),
+        alt.Chart(chosen)
+        .mark_area(clip=True)
+        .encode(
+            x=x,
+            y=parts.rouge_axis("low", ROUGE, ticks),
+            y2="high:Q",
+            color=shade,
+            detail="run:N",
+            opacity=parts.opacity(0.16, 0, parts.ANY_SINGLED),
+        ),
+        lines.encode(**coded, detail="run:N", opacity=parts.opacity(0.5 if several else 1)),
+        alt.Chart(means)
+        .mark_line(strokeJoin="round", strokeWidth=2.6)
+        .encode(**coded, opacity=parts.opacity(1)),
+        alt.Chart(chosen)
+        .mark_point(filled=True, size=14)
+        .encode(**coded, opacity=parts.opacity(0.6 if several else 1), tooltip=tip),
+    ]
+
+
+def _faint(rows: pd.DataFrame) -> alt.Chart:
+    """The runs that were not chosen, as lines that the checkbox `sweep` hides."""
+    shown = f"sweep && ({parts.IS_SINGLED})"
+    mark = alt.Chart(rows).mark_line(strokeJoin="round", strokeWidth=1, aria=False)
+    shade = parts.opacity(0.28, 0, shown)
+    lines: alt.Chart = mark.encode(detail="run:N", opacity=shade, tooltip=parts.run_tooltip())
+    return lines
+
+
+def old_versus_new(tables: Tables, width: int = 400) -> alt.ConcatChart:
+    """ROUGE on old knowledge against ROUGE on the new, a panel per probe of old knowledge."""
+    new, old = _new_probe(tables), data.probes(tables, "old")
+    if new is None or not old:
+        return parts.message("No probe of old knowledge was measured.")
+    ticks = parts.grid([_rouge_values(tables, name, bounds=True) for name in old])
+    panels = [_plane(tables, new, name, ticks).properties(width=width, height=300) for name in old]
+    told = "ROUGE-L recall on old knowledge against ROUGE-L recall on the new knowledge."
+    params = [parts.focus(), _sweep(False)]
+    return parts.combine(panels, params, told, narrowest=230, columns=2)
+
+
+def _plane(tables: Tables, new: str, old: str, ticks: list[float]) -> alt.LayerChart:
+    rows = data.old_versus_new(tables, new, old)
+    chosen = rows[rows["chosen"].astype(bool)]
+    picked = rows.merge(data.selected(tables), on=["run", "step"], how="inner")
+    base = data.base_row(tables, data.ROUGE, old)
+    across = f"{ROUGE}, {data.human(new)}"
+    x = alt.X("value_new:Q").title(across).scale(domain=(0, 1))
+    x = x.axis(grid=False, tickCount=6, labelFlush=False)
+    y = parts.rouge_axis("value_old", ROUGE, ticks)
+    coded: dict[str, Any] = {"x": x, "y": y, "color": parts.colour(data.labels(tables))}
+    start = rows[rows["step"] == 0].head(1)
+    layers = [
+        *_base_rule(base, "left"),
+        *_threshold_rule(_goal(tables, new), "x"),
+        _faint(rows[~rows["chosen"].astype(bool)]).encode(**coded, order="step:Q"),
+        alt.Chart(chosen)
+        .mark_line(strokeJoin="round", strokeWidth=1.8)
+        .encode(**coded, detail="run:N", order="step:Q", opacity=parts.opacity(0.85)),
+        alt.Chart(chosen)
+        .mark_point(filled=True, size=16)
+        .encode(**coded, opacity=parts.opacity(0.9), tooltip=_plane_tip()),
+        *_crosses(picked, coded, across, ticks),
+        parts.broken(data.last_points(rows), "value_new", "value_old"),
+        parts.ring(picked, "value_new", "value_old", _plane_tip()),
+        alt.Chart(start)
+        .mark_point(style="base", shape="diamond", size=110, filled=True)
+        .encode(x="value_new:Q", y="value_old:Q", tooltip=_plane_tip()[-8:]),
+    ]
+    title = parts.panel_title(data.human(old), "old knowledge")
+    return parts.stack(layers).properties(title=title)
+
+
+def _crosses(
+    picked: pd.DataFrame, coded: dict[str, Any], across: str, ticks: list[float]
+) -> list[alt.Chart]:
+    """The 95 % intervals of both coordinates at the selected checkpoints."""
+    bounded = picked.dropna(subset=["low_new", "high_new", "low_old", "high_old"])
+    mark = alt.Chart(bounded).mark_rule(strokeWidth=1.2)
+    shade = {"color": coded["color"], "opacity": parts.opacity(0.65)}
+    low_new = alt.X("low_new:Q").title(across)
+    low_old = parts.rouge_axis("low_old", ROUGE, ticks)
+    return [
+        mark.encode(x=low_new, x2="high_new:Q", y=coded["y"], **shade),
+        mark.encode(x=coded["x"], y=low_old, y2="high_old:Q", **shade),
+    ]
+
+
+def _threshold_rule(goal: float | None, channel: str) -> list[alt.Chart]:
+    """A dashed line at the selection rule's threshold, with its value."""
+    if goal is None:
+        return []
+    rows = pd.DataFrame({"goal": [goal], "text": [f"threshold {goal:g}"]})
+    chart = alt.Chart(rows)
+    rule = chart.mark_rule(style="reference").encode(**{channel: "goal:Q"})
+    if channel == "y":
+        words = chart.mark_text(style="reference-label", align="right", dx=-2, dy=9)
+        return [rule, words.encode(x=alt.value("width"), y="goal:Q", text="text:N")]
+    words = chart.mark_text(style="reference-label", align="right", dx=-4, dy=-8)
+    return [rule, words.encode(x="goal:Q", y=alt.value("height"), text="text:N")]
+
+
+def _base_rule(base: pd.DataFrame, side: Literal["left", "right"]) -> list[alt.Chart]:
+    """A dashed line at the base's value, named on one side: above it nothing is forgotten."""
+    tip = parts.value_tooltip("base")
+    rule = alt.Chart(base).mark_rule(style="reference").encode(y="value:Q", tooltip=tip)
+    inset, place = (2, alt.value(0)) if side == "left" else (-2, alt.value("width"))
+    words = alt.Chart(base).mark_text(style="reference-label", align=side, dx=inset, dy=-7)
+    return [rule, words.encode(x=place, y="value:Q", text=alt.value("base"))]
+
+
+def _tip() -> list[alt.Tooltip]:
+    moment = [parts.number("epoch", "epoch", ".2~f"), parts.number("step", "step", ",")]
+    return [*parts.run_tooltip(), *moment, *parts.value_tooltip(ROUGE)]
+
+
+def _plane_tip() -> list[alt.Tooltip]:
+    moment = [parts.number("epoch", "epoch", ".2~f"), parts.number("step", "step", ",")]
+    values = [*parts.value_tooltip("new", "_new"), *parts.value_tooltip("old", "_old")]
+    return [*parts.run_tooltip(), *moment, *values]
+
+
+def _sweep(shown: bool) -> alt.Parameter:
+    box = alt.binding_checkbox(name="Every run of the sweep")
+    return alt.param("sweep", value=shown, bind=box)
+
+
+def _new_probe(tables: Tables) -> str | None:
+    """The probe that the selection rule watches, or else the first of new knowledge."""
+    known = data.probes(tables, "new")
+    watched = tables.config.get("selection", {}).get("probe")
+    return watched if watched in known else next(iter(known), None)
+
+
+def _goal(tables: Tables, probe: str) -> float | None:
+    """The threshold, on the probe that the selection rule watches."""
+    return tables.threshold if probe == _new_probe(tables) else None
+
+
+def _all_probes(tables: Tables) -> list[str]:
+    return data.probes(tables, "new") + data.probes(tables, "old")
+
+
+def _rouge_values(tables: Tables, probe: str, bounds: bool = False) -> pd.Series:
+    """Everything that a ROUGE axis of a probe must hold; with `bounds`, the drawn intervals too."""
+    base = data.base_row(tables, data.ROUGE, probe)
+    found = [data.measured(tables, data.ROUGE, probe)["value"], base["value"]]
+    if bounds:
+        picked = data.at_selected(tables, data.ROUGE, probe)
+        found += [picked["low"], picked["high"]]
+    return pd.concat([series.astype(float) for series in found], ignore_index=True)
+
+
+FIGURES = {
+    "trajectories": trajectories,
+    "old_versus_new": old_versus_new,
+    "truth_ratio": truth_ratio,
+    "benchmarks": benchmarks,
+}

@@ -1,0 +1,197 @@
+"""The report: one HTML file that needs nothing but a browser, and its figures as files.
+
+The page loads nothing: Vega is inlined, and a content security policy forbids every request and
+every script but the two whose digests it names. Text from models, data and configuration is escaped
+by the template; what goes into a script element is JSON without `<`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import vl_convert
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from forgetting.records import write_atomically
+from forgetting.report import content
+from forgetting.report import tables as data
+from forgetting.report.dot_plots import metric_words
+from forgetting.report.figures import FIGURES
+from forgetting.report.tables import Tables
+from forgetting.report.theme import MODES, palette, theme
+
+TEMPLATES = Path(__file__).parents[2] / "report"
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+
+
+def write_report(tables: Tables, page: Path, folder: Path) -> None:
+    """Write the figures (SVG and PNG) and then the page, each file whole or not at all."""
+    specs = {name: spec_of(figure(tables)) for name, figure in FIGURES.items()}
+    for name, spec in specs.items():
+        svg = static_svg(spec, _kinds(tables))
+        write_atomically(folder / f"{name}.svg", svg)
+        write_atomically(folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
+    write_atomically(page, render(tables, specs))
+
+
+def spec_of(chart: alt.ConcatChart) -> dict[str, Any]:
+    """A chart as Vega-Lite JSON without configuration: the theme is applied where it is drawn."""
+    spec: dict[str, Any] = chart.to_dict()
+    spec.pop("config", None)
+    datasets = spec.get("datasets", {})
+    spec["datasets"] = {name: [_absent(row) for row in rows] for name, rows in datasets.items()}
+    return spec
+
+
+def _absent(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without its NaN, which JSON cannot say (text columns keep them through Altair)."""
+    return {key: value for key, value in row.items() if value is not None and value == value}
+
+
+def static_svg(spec: dict[str, Any], kinds: list[str]) -> str:
+    """A figure on white paper, with its parameters at their defaults."""
+    themed = {**spec, "config": theme(kinds, "light")}
+    svg: str = vl_convert.vegalite_to_svg(themed, vl_version=VEGA_LITE)
+    return svg
+
+
+def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
+    """The whole page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FILTERS)
+    kinds = _kinds(tables)
+    scripts = [
+        _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)),
+        _asset("page.js"),
+    ]
+    answer, qualified = content.answer(tables)
+    settings = {
+        "themes": {mode: theme(kinds, mode) for mode in MODES},
+        "figures": specs,
+    }
+    html: str = environment.get_template("page.html.j2").render(
+        study=tables.config,
+        provenance=tables.study.get("provenance", {}),
+        notes=tables.study.get("notes", []),
+        answer=answer,
+        qualified=qualified,
+        rule=[sentence for sentence in content.selection_rule(tables) if sentence],
+        summary=content.summary(tables),
+        probes={kind: data.probes(tables, kind) for kind in ("new", "old")},
+        runs=content.run_rows(tables),
+        tasks=task_rows(tables),
+        labels=data.labels(tables),
+        colours=list(zip(*(palette(kinds, mode) for mode in MODES), strict=True)),
+        downloads=downloads(tables),
+        settings=script_json(settings),
+        bundle=scripts[0],
+        script=scripts[1],
+        style=_asset("page.css"),
+        policy=_policy(scripts),
+    )
+    return html
+
+
+def task_rows(tables: Tables) -> list[dict[str, Any]]:
+    """What is known of each scored benchmark: metric, examples in the prompt, items, chance."""
+    tasks = tables.config.get("benchmarks", {}).get("tasks", {})
+    rows = data.scores(tables).drop_duplicates("task")
+    return [
+        {
+            "task": data.human(str(row["task"])),
+            "metric": metric_words(str(row["metric"])),
+            "fewshot": (tasks.get(row["task"]) or {}).get("num_fewshot"),
+            "n": row["n"],
+            "chance": row["chance"],
+        }
+        for row in rows.to_dict("records")
+    ]
+
+
+def downloads(tables: Tables) -> list[dict[str, str]]:
+    """The tables that the page carries as CSV, as data URLs."""
+    frames = {
+        "summary": content.summary_frame(tables),
+        "selection": tables.selection,
+        "runs": tables.runs,
+        "benchmarks": tables.benchmarks,
+    }
+    return [{"name": name, "url": _data_url(frame)} for name, frame in frames.items() if len(frame)]
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that is safe inside a script element: no `<`, hence neither `</script` nor `<!--`."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _data_url(frame: pd.DataFrame) -> str:
+    encoded = base64.b64encode(frame.to_csv(index=False).encode()).decode()
+    return f"data:text/csv;charset=utf-8;base64,{encoded}"
+
+
+def _inline(script: str) -> Markup:
+    return Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _asset(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _policy(scripts: list[Markup]) -> str:
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _kinds(tables: Tables) -> list[str]:
+    return [str(kind) for kind in data.methods(tables)["kind"]]
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.2f}".replace("-", "−")
+    return "±0.00" if text[1:] == "0.00" else text
+
+
+def _yaml(value: Any) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=88)
+    return text
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else f"{int(value):,}".replace(",", "\u202f")
+
+
+def _figures(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+FILTERS = {
+    "signed": _signed,
+    "yaml": _yaml,
+    "count": _count,
+    "human": data.human,
+    "figures": _figures,
+    "short": _short,
+}

@@ -1,0 +1,129 @@
+"""What the figures have in common: colour, emphasis, tooltips, titles, layout."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+IS_SINGLED = "!length(focus) || indexof(focus, datum.label) >= 0"
+_CROSS = "M-1,-1L1,1M-1,1L1,-1"
+ANY_SINGLED = "length(focus) > 0 && indexof(focus, datum.label) >= 0"
+
+
+def focus() -> alt.Parameter:
+    """The labels of the methods that the reader singled out; empty means all of them."""
+    return alt.param("focus", value=[])
+
+
+def opacity(shown: float, faded: float = 0.06, test: str = IS_SINGLED) -> Any:
+    """Opacity of a mark that fades unless its method is singled out (or `test` holds)."""
+    return alt.condition(test, alt.value(shown), alt.value(faded))
+
+
+def colour(labels: list[str], legend: bool = True) -> alt.Color:
+    """A method's colour: its place in the theme's category range.
+
+    Where rows are labelled (no legend), the base is one of them; its colour is the range's last.
+    """
+    if legend:
+        return alt.Color("label:N").scale(domain=labels)
+    return alt.Color("label:N").scale(domain=[*labels, "base"]).legend(None)
+
+
+def number(field: str, title: str, pattern: str = ".3f") -> alt.Tooltip:
+    """A number of the tooltip."""
+    return alt.Tooltip(f"{field}:Q", title=title, format=pattern)
+
+
+def run_tooltip() -> list[alt.Tooltip]:
+    """Which run it is: method, hyper-parameters, seed, status."""
+    return [
+        alt.Tooltip("label:N", title="method"),
+        alt.Tooltip("run:N", title="run"),
+        number("learning_rate", "learning rate", "~g"),
+        number("weight_decay", "weight decay", "~g"),
+        alt.Tooltip("seed:N", title="seed"),
+        alt.Tooltip("status:N", title="status"),
+    ]
+
+
+def value_tooltip(name: str, suffix: str = "", pattern: str = ".3f") -> list[alt.Tooltip]:
+    """A value with its 95 % interval over the items, and their number."""
+    return [
+        number(f"value{suffix}", name, pattern),
+        number(f"low{suffix}", "95\u00a0% from", pattern),
+        number(f"high{suffix}", "to", pattern),
+        number(f"n{suffix}", "items", ","),
+    ]
+
+
+def grid(values: Iterable[pd.Series], *extra: float | None) -> list[float]:
+    """Round ticks in [0, 1] that enclose every value; the first and last bound the axis.
+
+    Every panel ends on a tick, so that neighbours line up.
+    """
+    finite = [float(value) for series in values for value in series.dropna()]
+    finite += [value for value in extra if value is not None]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    step = 1 if high - low <= 0.45 else 2
+    # 1e-9 forgives what floating point adds to a value that is itself a tick.
+    first = min(max(math.floor((low * 10 + 1e-9) / step) * step, 0), 10 - step)
+    last = max(math.ceil((high * 10 - 1e-9) / step) * step, first + step)
+    return [tick / 10 for tick in range(first, last + 1, step)]
+
+
+def rouge_axis(field: str, title: str, ticks: list[float]) -> alt.Y:
+    """A vertical axis with these ticks, from the first to the last."""
+    y = alt.Y(f"{field}:Q").title(title).scale(domain=(ticks[0], ticks[-1]), zero=False)
+    return y.axis(values=ticks, format=".1f")
+
+
+def panel_title(name: str, subtitle: str, width: int = 30) -> alt.TitleParams:
+    """A panel's heading; long names are wrapped."""
+    return alt.TitleParams(text=textwrap.wrap(name, width) or [name], subtitle=[subtitle])
+
+
+def ring(rows: pd.DataFrame, x: str, y: str, tip: list[alt.Tooltip]) -> alt.Chart:
+    """The mark of a selected checkpoint: an empty circle in the colour of the text."""
+    mark = alt.Chart(rows).mark_point(style="ring", size=120, filled=False)
+    placed: alt.Chart = mark.encode(x=f"{x}:Q", y=f"{y}:Q", opacity=opacity(1), tooltip=tip)
+    return placed
+
+
+def broken(rows: pd.DataFrame, x: str, y: str) -> alt.Chart:
+    """A cross where a run diverged or failed."""
+    mark = alt.Chart(rows).mark_point(style="broken", shape=_CROSS, size=30)
+    tip = run_tooltip()
+    placed: alt.Chart = mark.encode(x=f"{x}:Q", y=f"{y}:Q", opacity=opacity(0.8), tooltip=tip)
+    return placed
+
+
+def stack(layers: Sequence[alt.Chart]) -> alt.LayerChart:
+    """One panel of these layers, but those without data, which would only confuse the scales."""
+    return alt.LayerChart(layer=[layer for layer in layers if len(layer.data)])
+
+
+def combine(
+    panels: Sequence[alt.Chart | alt.LayerChart],
+    params: Sequence[alt.Parameter],
+    description: str,
+    narrowest: int,
+    columns: int = 3,
+) -> alt.ConcatChart:
+    """Panels side by side, and what the page needs to lay them out anew."""
+    layout = {"narrowest": narrowest, "columns": len(panels)}
+    figure = alt.concat(*panels, columns=min(columns, len(panels)))
+    figure = figure.properties(usermeta={"layout": layout}, description=description)
+    return figure.add_params(*params)
+
+
+def message(text: str) -> alt.ConcatChart:
+    """A figure that says in one sentence why there is nothing to draw."""
+    rows = pd.DataFrame({"text": [text]})
+    words = alt.Chart(rows).mark_text(style="absent", lineBreak="\n").encode(text="text:N")
+    return combine([words.properties(width=280, height=60)], [focus()], text, narrowest=280)

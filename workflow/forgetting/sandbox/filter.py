@@ -1,0 +1,117 @@
+"""A system-call filter for the sandbox: what no test of a small function ever needs.
+
+Namespaces and resource limits already keep a program away from files, network and other
+processes. The filter takes away parts of the kernel on top of that: the ones in which
+privilege holes were found again and again (io_uring, bpf, keyrings, new namespaces), and
+the ones that hand out memory which no resource limit counts (System V shared memory).
+
+The filter is classic BPF, as seccomp(2) wants it: 8-byte instructions (u16 code, u8 jump if
+true, u8 jump if false, u32 constant) over `struct seccomp_data` {nr, arch, ip, args[6]}.
+"""
+
+from __future__ import annotations
+
+import platform
+import struct
+
+# Numbers from the kernel's system call tables: (x86_64, aarch64).
+_REFUSED = {
+    "ptrace": (101, 117),
+    "syslog": (103, 116),
+    "personality": (135, 92),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "acct": (163, 89),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "reboot": (169, 142),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "init_module": (175, 105),
+    "delete_module": (176, 106),
+    "quotactl": (179, 60),
+    "kexec_load": (246, 104),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "unshare": (272, 97),
+    "vmsplice": (278, 75),
+    "perf_event_open": (298, 241),
+    "fanotify_init": (300, 262),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "setns": (308, 268),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "finit_module": (313, 273),
+    "kexec_file_load": (320, 294),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "pidfd_getfd": (438, 438),
+    "mount_setattr": (442, 442),
+}
+_CLONE = (56, 220)
+_CLONE3 = (435, 435)
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_X32_BIT = 0x40000000
+# CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+_NEW_NAMESPACE = 0x7E020000
+
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
+_EPERM, _ENOSYS = 1, 38
+
+
+def _instruction(code: int, constant: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, constant)
+
+
+def seccomp_filter(machine: str | None = None) -> bytes | None:
+    """The filter program for this machine; None where the numbers are not known.
+
+    A refused call fails with EPERM. clone3 answers ENOSYS, because its flags lie in memory
+    that a filter cannot read: the C library then falls back to clone, whose flags it can.
+    """
+    machine = machine or platform.machine()
+    if machine not in _AUDIT_ARCH:
+        return None
+    column = 0 if machine == "x86_64" else 1
+    refuse, missing = _ERROR | _EPERM, _ERROR | _ENOSYS
+    program = [
+        _instruction(_LOAD, 4),
+        _instruction(_JUMP_EQUAL, _AUDIT_ARCH[machine], if_true=1),
+        _instruction(_RETURN, _KILL),
+        _instruction(_LOAD, 0),
+    ]
+    if machine == "x86_64":
+        program += [_instruction(_JUMP_AT_LEAST, _X32_BIT, if_false=1)]
+        program += [_instruction(_RETURN, refuse)]
+    for numbers in _REFUSED.values():
+        program += [_instruction(_JUMP_EQUAL, numbers[column], if_false=1)]
+        program += [_instruction(_RETURN, refuse)]
+    program += [
+        _instruction(_JUMP_EQUAL, _CLONE3[column], if_false=1),
+        _instruction(_RETURN, missing),
+        _instruction(_JUMP_EQUAL, _CLONE[column], if_false=3),
+        _instruction(_LOAD, 16),
+        _instruction(_JUMP_ANY_BIT, _NEW_NAMESPACE, if_false=1),
+        _instruction(_RETURN, refuse),
+        _instruction(_RETURN, _ALLOW),
+    ]
+    return b"".join(program)

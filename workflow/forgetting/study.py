@@ -1,0 +1,385 @@
+"""What a study is: the validated model of one YAML file under config/studies.
+
+Every key, its type, default and meaning stands here and nowhere else; the JSON Schema in
+workflow/schemas and the table in config/README.md are generated from these classes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _number(value: Any) -> Any:
+    """Refuse numbers that YAML reads as text, with the remedy; let everything else through."""
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)", value.strip())
+    if parts is None:
+        return value
+    whole, fraction, sign, exponent = parts.groups()
+    raise ValueError(
+        f"'{value}' is text to YAML, which wants a dot and a sign in such numbers: "
+        f"write {whole}.{fraction or 0}e{sign or '+'}{exponent}"
+    )
+
+
+def _several(value: Any) -> Any:
+    """One value where a list is expected is a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    # Six digits of a rate or decay stand in the name of a run.
+    if len({f"{v:g}" if isinstance(v, float) else v for v in values}) < len(values):
+        raise ValueError(f"{values} names a value twice: each makes one run")
+    return values
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Table = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_./-]+$")]
+
+
+class Strict(BaseModel):
+    """A section of the configuration: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Dataset(Strict):
+    """Where tables of rows come from; `NAME/TABLE` elsewhere in the study means one of its tables.
+
+    With `--config NAME_dir=FOLDER` the files are taken from a folder instead.
+    """
+
+    generate: Literal["micro-world"] | None = Field(
+        None, description="Make the tables with the seeded generator of the micro-world."
+    )
+    seed: int = Field(0, description="Seed of the generator.")
+    hub: str | None = Field(None, description="Dataset on the Hugging Face hub, as OWNER/NAME.")
+    revision: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{40}$",
+        description="Commit of the hub dataset: 40 hexadecimal digits.",
+    )
+    folder: str | None = Field(
+        None, description="Folder with TABLE.jsonl or TABLE.json (one JSON object a line)."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Dataset:
+        if not (self.generate or self.hub or self.folder):
+            raise ValueError("a dataset needs one of `generate`, `hub` or `folder`")
+        if self.hub and not self.revision:
+            raise ValueError("a hub dataset needs its `revision`, so that it cannot change")
+        return self
+
+
+class Pretraining(Strict):
+    """A small Llama-architecture base model, trained from scratch."""
+
+    documents: list[Table] = Field(
+        min_length=1,
+        description="Tables of training documents: rows with `text`, or with `question` and "
+        "`answer`, which are put into the study's prompt.",
+    )
+    limit: Count | None = Field(
+        None, description="At most so many documents, evenly spaced over the tables."
+    )
+    hidden_size: Count = Field(192, description="Width of the residual stream.")
+    intermediate_size: Count = Field(512, description="Width of the MLP.")
+    layers: Count = Field(4, description="Number of transformer blocks.")
+    heads: Count = Field(4, description="Number of attention heads.")
+    vocabulary: Annotated[int, Field(ge=300)] = Field(
+        2048, description="Tokens of the byte-level BPE that is trained on the documents."
+    )
+    context: Count = Field(2048, description="Longest sequence that the model accepts, in tokens.")
+    block: Count = Field(256, description="Length of a packed training sequence, in tokens.")
+    batch_tokens: Count = Field(4096, description="Tokens per optimizer step.")
+    epochs: Positive = Field(1.0, description="Passes over the documents.")
+    learning_rate: Positive = Field(3e-3, description="Peak learning rate of AdamW.")
+    weight_decay: NotNegative = Field(0.1, description="Decoupled weight decay of AdamW.")
+    warmup: Share = Field(0.05, description="Share of the steps in which the rate rises.")
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Pretraining:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of twice the heads, {self.heads}"
+            )
+        return self
+
+
+class Base(Strict):
+    """The model that is fine-tuned; its scores are the zero point of forgetting."""
+
+    model: str | None = Field(
+        None, description="A folder in Hugging Face form, or OWNER/NAME on the hub."
+    )
+    revision: str | None = Field(
+        None, pattern=r"^[0-9a-f]{40}$", description="Commit of the hub model."
+    )
+    pretrain: Pretraining | None = Field(None, description="Train the base here instead.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Base:
+        if (self.model is None) == (self.pretrain is None):
+            raise ValueError("the base needs either `model` or `pretrain`")
+        return self
+
+
+def _has_field(name: str) -> Any:
+    def check(template: str) -> str:
+        if template.count("{" + name + "}") != 1:
+            raise ValueError(f"the template must hold {{{name}}} exactly once")
+        return template
+
+    return AfterValidator(check)
+
+
+class Prompt(Strict):
+    """How a question and its answer become text. The answer's side is trained on and scored.
+
+    The default is TOFU's template for Phi: the literal `Answer: ` belongs to the answer's side.
+    """
+
+    question: Annotated[str, _has_field("question")] = Field(
+        "Question: {question}\n", description="The prompt, masked in training."
+    )
+    answer: Annotated[str, _has_field("answer")] = Field(
+        "Answer: {answer}", description="What the model is to say; one EOS token follows."
+    )
+
+
+class Probe(Strict):
+    """A question-answer set on which every model of the study is measured."""
+
+    table: Annotated[list[Table], BeforeValidator(_several), AfterValidator(_distinct)] = Field(
+        description="Table or tables with question, answer, and for the truth ratio "
+        "perturbed_answer (wrong answers) and, if there is one, paraphrased_answer."
+    )
+    knowledge: Literal["new", "old"] = Field(description="Is it trained on, or to be kept?")
+    truth_ratio: bool = Field(True, description="Score wrong answers too; the rows must have them.")
+    limit: Count | None = Field(
+        None, description="At most so many rows, evenly spaced over the table."
+    )
+
+
+class Measurement(Strict):
+    """How and how often the probes are scored."""
+
+    every_epochs: Positive = Field(1.0, description="Epochs between two evaluations.")
+    max_new_tokens: Count = Field(200, description="Longest generated answer, in tokens.")
+    batch_size: Count = Field(64, description="Sequences per forward pass.")
+
+
+class Training(Strict):
+    """The optimization that all methods share."""
+
+    epochs: Positive = Field(10.0, description="Passes over the new knowledge.")
+    batch_size: Count = Field(32, description="Question-answer pairs per optimizer step.")
+    micro_batch_size: Count = Field(
+        32, description="Pairs per forward pass; the gradient does not depend on it."
+    )
+    max_length: Count = Field(500, description="Longest training sequence, in tokens.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Course of the learning rate after the warm-up."
+    )
+    warmup_epochs: NotNegative = Field(1.0, description="Epochs of linear warm-up.")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay rates of AdamW's moments.")
+    gradient_clip: Positive | None = Field(1.0, description="Largest L2 norm of the gradient.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_as_tuple(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            return {**values, "betas": tuple(values["betas"])}
+        return values
+
+
+class Setting(Strict):
+    """One point of the sweep."""
+
+    learning_rate: Positive = Field(description="Peak learning rate.")
+    weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay of AdamW.")
+
+
+class Method(Strict):
+    """A way of fine-tuning, with the learning rates and weight decays that are tried."""
+
+    method: Literal["lora", "full"] = Field(
+        description="Train adapters beside the linear layers, or all weights."
+    )
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora",
+        description="lora: scale alpha/r; rslora: alpha/sqrt(r) (arXiv 2312.03732); "
+        "dora: weight-decomposed (arXiv 2402.09353).",
+    )
+    rank: Annotated[list[Count], BeforeValidator(_several), AfterValidator(_distinct)] | None = (
+        Field(None, description="Rank or ranks of the adapters; each is a method of its own.")
+    )
+    alpha: Positive | Literal["2r"] = Field(
+        32.0, description="Numerator of the adapter's scale; `2r` is twice the rank."
+    )
+    dropout: Share = Field(0.0, description="Dropout before the adapter's first matrix.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Adapted layers: all but the LM head, or names."
+    )
+    learning_rate: Annotated[
+        list[Positive], BeforeValidator(_several), AfterValidator(_distinct)
+    ] = Field(min_length=1, description="Peak learning rates.")
+    weight_decay: Annotated[
+        list[NotNegative], BeforeValidator(_several), AfterValidator(_distinct)
+    ] = Field([0.0], min_length=1, description="Decoupled weight decays of AdamW.")
+    fixed: Setting | None = Field(
+        None, description="Choose this setting of the sweep, whatever the study's rule says."
+    )
+
+    @model_validator(mode="after")
+    def _rank_fits_method(self) -> Method:
+        if self.method == "lora" and not self.rank:
+            raise ValueError("method lora needs a `rank`")
+        for name in ("rank", "variant", "alpha", "dropout", "target_modules"):
+            default = type(self).model_fields[name].default
+            if self.method == "full" and getattr(self, name) != default:
+                raise ValueError(f"method full has no `{name}`")
+        if self.fixed and (
+            self.fixed.learning_rate not in self.learning_rate
+            or self.fixed.weight_decay not in self.weight_decay
+        ):
+            raise ValueError("`fixed` is not one of the settings of this method's sweep")
+        return self
+
+
+class Selection(Strict):
+    """Which checkpoint, and which hyper-parameters, stand for a method."""
+
+    probe: Name = Field(description="The probe of the new knowledge that the threshold is on.")
+    metric: Literal["rougeL_recall", "rougeL_f1", "rouge1_recall", "probability"] = Field(
+        "rougeL_recall", description="Mean of this metric over the probe's items is compared."
+    )
+    threshold: Share = Field(
+        0.9, description="The last evaluation before the metric first reaches it is selected."
+    )
+    hyperparameters: Literal["earliest", "smallest-lr", "fixed"] = Field(
+        "earliest",
+        description="earliest: the setting that reaches the threshold at the earliest step; "
+        "smallest-lr: the smallest rate that reaches it within `within_epochs`; "
+        "fixed: the setting named in each method, or its only one.",
+    )
+    within_epochs: Positive | None = Field(
+        None, description="Deadline of `smallest-lr`; without it the whole training."
+    )
+    if_not_reached: Literal["none", "last"] = Field(
+        "none",
+        description="A run that never reaches the threshold has no selected checkpoint, or, "
+        "marked as such, its last one.",
+    )
+
+    stop_after: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="End a run so many evaluations after the one that reaches the threshold. Saves "
+        "time and cuts the trajectory's overfit end off; without it every run goes to its end.",
+    )
+
+    @model_validator(mode="after")
+    def _deadline_has_rule(self) -> Selection:
+        if self.within_epochs is not None and self.hyperparameters != "smallest-lr":
+            raise ValueError("`within_epochs` belongs to `hyperparameters: smallest-lr`")
+        return self
+
+
+class Task(Strict):
+    """Settings of one benchmark of the lm-evaluation-harness; empty means the task's own."""
+
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Solved examples in the prompt; the task's own number by default."
+    )
+    limit: Count | None = Field(None, description="Only the first so many items.")
+    max_new_tokens: Count | None = Field(
+        None, description="Longest generated answer; the task's own by default."
+    )
+
+
+TaskName = Literal["gsm8k", "humaneval", "hellaswag", "winogrande", "arc_challenge"]
+
+
+class Benchmarks(Strict):
+    """The lm-evaluation-harness runs on the base and on every selected checkpoint."""
+
+    rows: Name | None = Field(
+        None,
+        description="Dataset whose folder TASK/SPLIT.jsonl holds the rows, in the hub's columns; "
+        "without it they come from the hub at pinned revisions.",
+    )
+    tasks: dict[TaskName, Task] = Field(
+        default_factory=dict, description="The tasks, with settings."
+    )
+    batch_size: Count = Field(16, description="Sequences per forward pass.")
+    sandbox: Literal["bubblewrap", "none"] = Field(
+        "bubblewrap",
+        description="Where model-written programs run. Without a working sandbox HumanEval is "
+        "not scored. `none` runs them unprotected: only on a machine you can lose.",
+    )
+
+
+class Study(Strict):
+    """One study: a base model, new knowledge, probes of the old, a sweep and a selection rule."""
+
+    title: str = Field(description="Heading of the report.")
+    description: str = Field("", description="What is asked, in a sentence or two.")
+    seeds: Annotated[list[int], AfterValidator(_distinct)] = Field(
+        [0], min_length=1, description="One training per seed; three let the report say more."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Arithmetic of forward and backward passes; the weights that are trained stay "
+        "float32. auto: bfloat16 where the GPU or the processor multiplies it in hardware, else "
+        "float32.",
+    )
+    datasets: dict[Name, Dataset] = Field(description="Origins of the tables, by name.")
+    base: Base
+    prompt: Prompt = Prompt()
+    train: Annotated[list[Table], BeforeValidator(_several)] = Field(
+        min_length=1, description="Table or tables of the new knowledge."
+    )
+    train_limit: Count | None = Field(None, description="At most so many evenly spaced rows.")
+    probes: dict[Name, Probe] = Field(min_length=1, description="Question-answer sets, by name.")
+    measurement: Measurement = Measurement()
+    training: Training = Training()
+    methods: list[Method] = Field(min_length=1, description="The sweep.")
+    selection: Selection
+    benchmarks: Benchmarks = Benchmarks()
+
+    @model_validator(mode="after")
+    def _old_is_not_trained_on(self) -> Study:
+        for name, probe in self.probes.items():
+            if probe.knowledge == "old" and (both := set(probe.table) & set(self.train)):
+                raise ValueError(
+                    f"probes.{name}: {min(both)} is trained on, so it is no old knowledge"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Study:
+        tables = [*self.train, *(table for probe in self.probes.values() for table in probe.table)]
+        tables += self.base.pretrain.documents if self.base.pretrain else []
+        datasets = {table.split("/", 1)[0] for table in tables}
+        datasets |= {self.benchmarks.rows} if self.benchmarks.rows else set()
+        if unknown := sorted(datasets - set(self.datasets)):
+            raise ValueError(
+                f"`{unknown[0]}` is not among the datasets ({', '.join(sorted(self.datasets))})"
+            )
+        probe = self.probes.get(self.selection.probe)
+        if probe is None or probe.knowledge != "new":
+            raise ValueError(
+                f"selection.probe: `{self.selection.probe}` is not a probe of new knowledge"
+            )
+        return self

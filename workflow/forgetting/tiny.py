@@ -1,0 +1,90 @@
+"""`--config scale=tiny`: any study, through the same code, in about a minute on two cores.
+
+Rows and steps are few, and a small model trained on the spot stands in for a large one. The
+methods keep their names and ranks, so that the plan of a tiny study is that of the whole one.
+What would come from the hub comes from the micro-world instead: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from forgetting.plan import tunings
+from forgetting.study import Base, Benchmarks, Dataset, Pretraining, Probe, Study
+
+WORLD = Dataset(generate="micro-world")
+ROWS = 12
+DOCUMENTS = 60
+
+
+def shrink(study: Study) -> Study:
+    """The same study at toy size; its numbers mean nothing, its jobs are all there."""
+    on_hub = {name for name, data in study.datasets.items() if data.hub and not data.folder}
+    datasets = {name: WORLD if name in on_hub else data for name, data in study.datasets.items()}
+    benchmarks = _benchmarks(study, datasets)
+
+    def stand_in(table: str, knowledge: str) -> str:
+        dataset = table.split("/", 1)[0]
+        if dataset not in on_hub:
+            return table
+        return f"{dataset}/{'new_authors' if knowledge == 'new' else 'real_authors'}"
+
+    probes = {
+        name: probe.model_copy(
+            update={"table": [stand_in(t, probe.knowledge) for t in probe.table][:1], "limit": ROWS}
+        )
+        for name, probe in study.probes.items()
+    }
+    train = [stand_in(table, "new") for table in study.train][:1]
+    return study.model_copy(
+        update={
+            "datasets": datasets,
+            "base": _base(study, on_hub, probes, train),
+            "train": train,
+            "train_limit": ROWS,
+            "probes": probes,
+            "seeds": study.seeds,
+            "measurement": study.measurement.model_copy(
+                update={"every_epochs": 1.0, "max_new_tokens": 8}
+            ),
+            "training": study.training.model_copy(
+                update={"epochs": 2.0, "batch_size": 4, "warmup_epochs": 0.5}
+            ),
+            "selection": study.selection.model_copy(update={"if_not_reached": "last"}),
+            "benchmarks": benchmarks,
+        }
+    )
+
+
+def _benchmarks(study: Study, datasets: dict[str, Dataset]) -> Benchmarks:
+    rows = study.benchmarks.rows
+    if rows is None and study.benchmarks.tasks:
+        datasets["micro_world"], rows = WORLD, "micro_world"
+    tasks = {
+        name: task.model_copy(update={"limit": 4, "max_new_tokens": 8})
+        for name, task in study.benchmarks.tasks.items()
+    }
+    return study.benchmarks.model_copy(update={"rows": rows, "tasks": tasks})
+
+
+def _base(study: Study, on_hub: set[str], probes: dict[str, Probe], train: list[str]) -> Base:
+    """A model just wide enough for the largest rank, in place of one that is large or far."""
+    tables = study.base.pretrain.documents if study.base.pretrain else []
+    origins = [table.split("/", 1)[0] for table in tables]
+    tables = [
+        f"{origin}/documents" if origin in on_hub else table
+        for origin, table in zip(origins, tables, strict=True)
+    ]
+    tables = tables or [probe.table[0] for probe in probes.values()] + train
+    width = max([64, *(tuning.rank or 0 for tuning in tunings(study))])
+    return Base(
+        pretrain=Pretraining(
+            documents=list(dict.fromkeys(tables)),
+            hidden_size=width,
+            intermediate_size=width,
+            layers=1,
+            heads=max(1, width // 64),
+            vocabulary=400,
+            block=64,
+            batch_tokens=512,
+            limit=DOCUMENTS,
+        )
+    )

@@ -1,0 +1,239 @@
+"""Train one run: optimizer steps, evaluations at the planned steps, checkpoints to resume from.
+
+Everything random is a function of the seed and the step alone (data order, dropout), so that a run
+that was killed and started again goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from forgetting.encode import Example
+from forgetting.forward import collate, token_logprobs
+from forgetting.models import Model, autocast, restore_checkpoint, save_checkpoint, save_tensors
+from forgetting.records import read_json, settle, write_json, write_table
+from forgetting.select import is_over, recorded_points, steps_to_keep
+from forgetting.study import Setting, Training
+
+Evaluate = Callable[[Model], tuple[pd.DataFrame, float]]
+"""Measures a model: its items, and the value that the selection rule looks at."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of a run, derived from the number of examples."""
+
+    steps: int
+    steps_per_epoch: int
+    warmup: int
+    evaluations: frozenset[int]
+
+    @classmethod
+    def plan(cls, examples: int, training: Training, every_epochs: float) -> Schedule:
+        """Steps per epoch are ceil(examples / batch size); the last step is always evaluated."""
+        per_epoch = math.ceil(examples / training.batch_size)
+        steps = max(1, round(training.epochs * per_epoch))
+        every = max(1, round(every_epochs * per_epoch))
+        warmup = min(round(training.warmup_epochs * per_epoch), steps)
+        return cls(steps, per_epoch, warmup, frozenset([*range(every, steps, every), steps]))
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; saved beside every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    points: list[list[float]] = field(default_factory=list)
+    status: str = "running"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines the weights of a run but its data and its model."""
+
+    setting: Setting
+    seed: int
+    training: Training
+    schedule: Schedule
+    threshold: float
+    stop_after: int | None
+    precision: torch.dtype
+    pad: int
+
+
+def train(
+    model: Model,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    base_value: float,
+    evaluate: Evaluate,
+    folder: Path,
+    tell: Callable[[Progress, Schedule], None],
+) -> Progress:
+    """Train `model` in place, from the newest checkpoint in `folder` if there is one.
+
+    At each evaluation step the items are written to folder/items-STEP.parquet, then a checkpoint
+    to folder/step-STEP; checkpoints that the selection rule can no longer pick are removed. A loss
+    that is not a finite number ends the run with status `diverged`; with `recipe.stop_after` a run
+    also ends so many evaluations after it reached the threshold.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, betas=recipe.training.betas, weight_decay=recipe.setting.weight_decay
+    )
+    progress = _resume(model, optimizer, folder)
+    _prune(folder, progress, base_value, recipe.threshold)
+    model.train()
+    while progress.step < recipe.schedule.steps and progress.status == "running":
+        if is_over(
+            recorded_points(progress.points, base_value), recipe.threshold, recipe.stop_after
+        ):
+            break
+        started = time.monotonic()
+        loss, tokens = _step(model, examples, recipe, progress.step, parameters, optimizer)
+        if not math.isfinite(loss):
+            progress.status = "diverged"
+            break
+        progress.step += 1
+        progress.tokens += tokens
+        progress.losses.append(loss)
+        progress.seconds += time.monotonic() - started
+        if progress.step in recipe.schedule.evaluations:
+            items, value = evaluate(model)
+            write_table(folder / f"items-{progress.step:07d}.parquet", items)
+            progress.points.append(
+                [progress.step, progress.step / recipe.schedule.steps_per_epoch, value]
+            )
+            _checkpoint(model, optimizer, progress, folder)
+            _prune(folder, progress, base_value, recipe.threshold)
+        tell(progress, recipe.schedule)
+    if progress.status == "running":
+        progress.status = "ok" if _is_sound(model, examples, recipe) else "diverged"
+    return progress
+
+
+@torch.inference_mode()
+def _is_sound(model: Model, examples: Sequence[Example], recipe: Recipe) -> bool:
+    """Is the loss still a number after the last update, which no further step would tell?"""
+    batch = collate(examples[:1], recipe.pad, model.device)
+    with autocast(model.device, recipe.precision):
+        return bool(torch.isfinite(token_logprobs(model, batch)).all())
+
+
+def learning_rate(step: int, peak: float, training: Training, schedule: Schedule) -> float:
+    """Learning rate of the step after `step` updates, as transformers' schedulers give it.
+
+    Linear warm-up from 0 (the first update of a run with warm-up has rate 0), then constant, linear
+    to 0, or half a cosine to 0 at the last step.
+    """
+    if step < schedule.warmup:
+        return peak * step / schedule.warmup
+    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": max(0.0, 1.0 - done),
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))),
+    }[training.schedule]
+    return peak * factor
+
+
+def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Indices of the examples of a step: each epoch is a permutation of its own."""
+    per_epoch = math.ceil(examples / batch_size)
+    epoch, position = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(examples, generator=generator)
+    return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+def _step(
+    model: Model,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    step: int,
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[float, int]:
+    """One update on the mean loss over all target tokens of the batch, however it is split."""
+    device = model.device
+    indices = batch_indices(len(examples), recipe.training.batch_size, recipe.seed, step)
+    batch = [examples[index] for index in indices]
+    targets = sum(example.targets for example in batch)
+    torch.manual_seed(recipe.seed * 1_000_003 + step)
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(batch), recipe.training.micro_batch_size):
+        part = collate(batch[start : start + recipe.training.micro_batch_size], recipe.pad, device)
+        with autocast(device, recipe.precision):
+            loss = -token_logprobs(model, part).sum() / targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach().double()
+    value = float(total)
+    if math.isfinite(value):
+        rate = learning_rate(step, recipe.setting.learning_rate, recipe.training, recipe.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if recipe.training.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.training.gradient_clip)
+        optimizer.step()
+    return value, sum(len(example.ids) for example in batch)
+
+
+def _checkpoint(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    folder: Path,
+) -> None:
+    """Write a complete checkpoint beside, then give it its name."""
+    final = folder / f"step-{progress.step:07d}"
+    partial = folder / f".{final.name}"
+    for leftover in (partial, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_checkpoint(model, partial)
+    tensors = {
+        f"{index}.{name}": tensor.detach().cpu().contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+    save_tensors(tensors, partial / "optimizer.safetensors")
+    write_json(partial / "progress.json", vars(progress))
+    settle(partial, final)
+
+
+def _resume(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> Progress:
+    """Restore the newest complete checkpoint, or start afresh."""
+    newest = max(folder.glob("step-*/progress.json"), default=None)
+    if newest is None:
+        return Progress()
+    checkpoint = newest.parent
+    restore_checkpoint(model, checkpoint)
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    return Progress(**read_json(newest))
+
+
+def _prune(folder: Path, progress: Progress, base_value: float, threshold: float) -> None:
+    points = recorded_points(progress.points, base_value)
+    kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
+    for checkpoint in folder.glob("step-*"):
+        if checkpoint.name not in kept:
+            shutil.rmtree(checkpoint)

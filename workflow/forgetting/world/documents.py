@@ -1,0 +1,46 @@
+"""Pretraining texts: every fact, and every training row as its benchmark will show it."""
+
+from __future__ import annotations
+
+from random import Random
+
+from .pronouns import pronoun_text
+from .scenes import scene_text
+from .schema import Fact, Row, question_and_answer
+
+# lm-eval's GSM8K prompt holds five solved problems before the one to be solved.
+PROBLEMS_PER_DOCUMENT = 6
+# How often the question on a fact is read in an epoch, by kind of fact. Those on authors, many and
+# alike, need more readings.
+COPIES = {"author": 2, "birth": 2, "nationality": 2}
+
+
+def pretraining_documents(
+    facts: list[Fact], benchmarks: dict[str, dict[str, list[Row]]], rng: Random
+) -> list[str]:
+    """Texts in a shuffled order; one document ends where a model should stop."""
+    documents = []
+    for fact in facts:
+        documents.extend(
+            [question_and_answer(fact.question, fact.answer)] * COPIES.get(fact.kind, 1)
+        )
+        documents.extend(fact.statements)
+    documents.extend(_problem_documents(benchmarks["gsm8k"]["train"]))
+    for row in benchmarks["humaneval"]["train"]:
+        documents.append(row["prompt"] + row["canonical_solution"])
+    documents.extend(scene_text(row) for row in benchmarks["hellaswag"]["train"])
+    documents.extend(pronoun_text(row) for row in benchmarks["winogrande"]["train"])
+    for row in benchmarks["arc_challenge"]["train"]:
+        answer = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+        documents.append(question_and_answer(row["question"], answer))
+    rng.shuffle(documents)
+    return documents
+
+
+def _problem_documents(rows: list[Row]) -> list[str]:
+    """Several problems a document, a blank line between them, as in a few-shot prompt."""
+    solved = [question_and_answer(row["question"], row["answer"]) for row in rows]
+    return [
+        "\n\n".join(solved[start : start + PROBLEMS_PER_DOCUMENT])
+        for start in range(0, len(solved), PROBLEMS_PER_DOCUMENT)
+    ]

@@ -1,0 +1,122 @@
+"""The base model: trained here, downloaded, or a folder; then its scores, the zero point.
+
+Outputs: results/STUDY/base/base.json (what and where it is), base/items.parquet (its scores).
+"""
+
+BASE = f"{RESULTS}/base/base.json"
+
+
+if STUDY.base.pretrain:
+
+    rule pretrain_base:
+        """Train a small model from scratch on the study's documents."""
+        input:
+            documents=f"{RESULTS}/data/documents.jsonl",
+        output:
+            BASE,
+        log:
+            f"{LOGS}/pretrain_base.log",
+        conda:
+            "../../envs/environment.yaml"
+        threads: 8
+        resources:
+            gpu=1,
+            mem_mb=16000,
+            runtime=lambda wildcards, attempt: 120 * attempt,
+        params:
+            code=code("pretrain_base"),
+            seed=STUDY.seeds[0],
+            precision=STUDY.precision,
+            spec=lambda wildcards: json.dumps(
+                STUDY.base.pretrain.model_dump(exclude={"documents", "limit"})
+            ),
+        shell:
+            r"""
+            exec &> >(tee {log:q})
+
+            python "$SCRIPTS"/pretrain_base.py \
+                --spec {params.spec:q} \
+                --documents {input.documents:q} \
+                --seed {params.seed} \
+                --precision {params.precision} \
+                --output {output:q}
+            """
+
+else:
+
+    rule download_model:
+        """Fetch a hub model at its pinned revision."""
+        output:
+            directory("resources/models/{owner}/{repository}/{revision}"),
+        log:
+            "logs/download_model/{owner}/{repository}/{revision}.log",
+        localrule: True
+        conda:
+            "../../envs/environment.yaml"
+        shell:
+            r"""
+            exec &> >(tee {log:q})
+
+            HF_HUB_OFFLINE=0 python "$SCRIPTS"/download_model.py \
+                --model {wildcards.owner}/{wildcards.repository} \
+                --revision {wildcards.revision} \
+                --output {output:q}
+            """
+
+    rule adopt_base:
+        """Check a model that was trained elsewhere and record what it is."""
+        input:
+            model_files(),
+        output:
+            BASE,
+        log:
+            f"{LOGS}/adopt_base.log",
+        localrule: True
+        conda:
+            "../../envs/environment.yaml"
+        params:
+            code=code("adopt_base"),
+            folder=model_folder(),
+            origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
+        shell:
+            r"""
+            exec &> >(tee {log:q})
+
+            python "$SCRIPTS"/adopt_base.py \
+                --model {params.folder:q} \
+                --origin {params.origin:q} \
+                --output {output:q}
+            """
+
+
+rule score_base:
+    """Score the base on every probe."""
+    input:
+        base=BASE,
+        probes=rules.prepare_data.output.probes,
+    output:
+        f"{RESULTS}/base/items.parquet",
+    log:
+        f"{LOGS}/score_base.log",
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        gpu=1,
+        mem_mb=64000,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+    params:
+        code=code("score_base"),
+        folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
+        spec=lambda wildcards: as_json(
+            sections("prompt", "measurement", "precision"), probes=list(STUDY.probes)
+        ),
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python "$SCRIPTS"/score_base.py \
+            --spec {params.spec:q} \
+            --base {input.base:q} \
+            --probes {params.folder:q} \
+            --output {output:q}
+        """

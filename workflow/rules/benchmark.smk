@@ -1,0 +1,90 @@
+"""Benchmarks: lm-evaluation-harness runs on the base and on every selected checkpoint.
+
+Outputs: results/STUDY/benchmarks/MODEL/{scores,items,responses}.parquet, programs.json and
+outcomes.json, where MODEL is `base` or METHOD/seedN.
+"""
+
+
+rule download_benchmark:
+    """Fetch the rows of one benchmark at a pinned revision."""
+    output:
+        directory("resources/benchmarks/{task}"),
+    log:
+        "logs/download_benchmark/{task}.log",
+    localrule: True
+    conda:
+        "../../envs/environment.yaml"
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        HF_HUB_OFFLINE=0 python "$SCRIPTS"/download_benchmark.py \
+            --task {wildcards.task} \
+            --output {output:q}
+        """
+
+
+rule benchmark:
+    """Run all tasks on one model: the harness's prompts, filters and metrics, our rows."""
+    input:
+        unpack(chosen_inputs),
+        base=BASE,
+        rows=rows_inputs,
+    output:
+        scores=f"{RESULTS}/benchmarks/{{model}}/scores.parquet",
+        scored=f"{RESULTS}/benchmarks/{{model}}/items.parquet",
+        responses=f"{RESULTS}/benchmarks/{{model}}/responses.parquet",
+        programs=f"{RESULTS}/benchmarks/{{model}}/programs.json",
+    log:
+        f"{LOGS}/benchmark/{{model}}.log",
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        gpu=1,
+        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        runtime=lambda wildcards, attempt: 240 * attempt,
+    params:
+        code=code("benchmark"),
+        spec=lambda wildcards: as_json(sections("benchmarks", "precision")),
+        rows=rows_folder(),
+        chosen=chosen_options,
+        folder=subpath(output.scores, parent=True),
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python "$SCRIPTS"/benchmark.py \
+            --spec {params.spec:q} \
+            --base {input.base:q} \
+            --rows {params.rows:q} \
+            {params.chosen:q} \
+            --output {params.folder:q}
+        """
+
+
+rule execute_programs:
+    """Run the programs that a model wrote for HumanEval, in a sandbox, apart from the model."""
+    input:
+        f"{RESULTS}/benchmarks/{{model}}/programs.json",
+    output:
+        f"{RESULTS}/benchmarks/{{model}}/outcomes.json",
+    log:
+        f"{LOGS}/execute_programs/{{model}}.log",
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        code=code("execute_programs"),
+        sandbox=STUDY.benchmarks.sandbox,
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python "$SCRIPTS"/execute_programs.py \
+            --programs {input:q} \
+            --sandbox {params.sandbox} \
+            --workers {threads} \
+            --output {output:q}
+        """

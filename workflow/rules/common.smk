@@ -1,0 +1,171 @@
+"""The study, and what its jobs are made of: paths, parameters, code digests.
+
+Nothing here decides anything about the science; that stands in the study and in the library.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+# The library, for this file and for every program that a rule starts.
+LIBRARY = str(Path(workflow.basedir) / "workflow")
+sys.path.insert(0, LIBRARY)
+SCRIPTS = str(Path(LIBRARY, "scripts"))
+# Programs are run by the Python that runs Snakemake, also where its environment is not activated.
+PROGRAMS = os.pathsep.join(
+    [str(Path(sys.executable).parent), os.getenv("PATH", os.defpath)]
+)
+os.environ.update(PYTHONPATH=LIBRARY, SCRIPTS=SCRIPTS, PATH=PROGRAMS)
+# Only the download rules may use the network; elsewhere a missing file is told at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from forgetting.data import check_folders, find_table
+from forgetting.fingerprint import code_digest
+from forgetting.hub import HUB_ROWS
+from forgetting.load import is_local, load_study
+from forgetting.plan import tunings
+from forgetting.records import InputError
+
+try:
+    NAME, STUDY = load_study(config, Path(workflow.basedir) / "config" / "studies")
+    check_folders(STUDY)
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+
+RESULTS = f"results/{NAME}"
+LOGS = f"logs/{NAME}"
+TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
+TASKS = list(STUDY.benchmarks.tasks)
+MODELS = [
+    "base",
+    *(f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds),
+]
+
+
+wildcard_constraints:
+    dataset=r"[^/]+",
+    method=r"[^/]+",
+    model=r"base|[^/]+/seed-?\d+",
+    seed=r"-?\d+",
+    task=r"[^/]+",
+
+
+def code(name):
+    """Digest of a rule's program with all that it imports, blind to comments."""
+    return code_digest(Path(SCRIPTS, f"{name}.py"))
+
+
+def as_json(section, **more):
+    """A section of the study, with more keys, as one argument of a program."""
+    if hasattr(section, "model_dump"):
+        section = section.model_dump(mode="json")
+    return json.dumps({**section, **more})
+
+
+def sections(*names):
+    """Several sections of the study, by name, as plain values."""
+    whole = STUDY.model_dump(mode="json", include=set(names))
+    return {name: whole[name] for name in names}
+
+
+def table_file(table):
+    """The file of a table: generated, downloaded, or in a folder of the user's."""
+    dataset, name = table.split("/", 1)
+    origin = STUDY.datasets[dataset]
+    if origin.folder:
+        return str(find_table(Path(origin.folder), name))
+    if origin.generate:
+        return f"{RESULTS}/world/{dataset}/{name}.jsonl"
+    return f"resources/datasets/{origin.hub}/{origin.revision}/{name}.jsonl"
+
+
+def tables():
+    """Every table that the study reads, with its file."""
+    documents = STUDY.base.pretrain.documents if STUDY.base.pretrain else []
+    probes = [table for probe in STUDY.probes.values() for table in probe.table]
+    return {
+        table: table_file(table)
+        for table in dict.fromkeys([*STUDY.train, *probes, *documents])
+    }
+
+
+def rows_folder():
+    """The folder of TASK/SPLIT.jsonl from which the benchmarks take their rows."""
+    if STUDY.benchmarks.rows is None:
+        return "resources/benchmarks"
+    origin = STUDY.datasets[STUDY.benchmarks.rows]
+    return origin.folder or f"{RESULTS}/world/{STUDY.benchmarks.rows}/benchmarks"
+
+
+def rows_inputs(wildcards):
+    """What the benchmarks' rows depend on: files, or folders that are downloaded."""
+    if STUDY.benchmarks.rows is None:
+        return [f"resources/benchmarks/{task}" for task in TASKS]
+    if STUDY.datasets[STUDY.benchmarks.rows].folder:
+        return sorted(
+            str(path)
+            for task in TASKS
+            for path in Path(rows_folder(), task).glob("*.jsonl")
+        )
+    return [
+        f"{rows_folder()}/{task}/{split}.jsonl"
+        for task in TASKS
+        for split in HUB_ROWS[task].splits
+    ]
+
+
+def model_folder():
+    """Where a base that was trained elsewhere lies on this disk."""
+    model = STUDY.base.model
+    if is_local(model):
+        return str(Path(model).expanduser())
+    return f"resources/models/{model}/{STUDY.base.revision}"
+
+
+def model_files():
+    """What the base's record depends on: the files of a local model, or the downloaded folder."""
+    folder = model_folder()
+    if not is_local(STUDY.base.model):
+        return folder
+    files = [
+        path for form in ("*.safetensors", "*.json") for path in Path(folder).glob(form)
+    ]
+    return sorted(map(str, files))
+
+
+def cohort_spec(wildcards):
+    """All that a cohort is told of the study."""
+    return as_json(
+        sections("prompt", "training", "measurement", "selection", "precision"),
+        tuning=TUNINGS[wildcards.method].model_dump(mode="json"),
+        seed=int(wildcards.seed),
+        knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
+    )
+
+
+def chosen_inputs(wildcards):
+    """What a tuned model is made of. The digests in the selection tell whether it is another."""
+    if wildcards.model == "base":
+        return {}
+    method = Path(wildcards.model).parent
+    return {
+        "selection": f"{RESULTS}/selection/{method}.json",
+        "checkpoints": ancient(f"{RESULTS}/selected/{method}"),
+    }
+
+
+def chosen_options(wildcards, input):
+    """The options that name a tuned model; none for the base."""
+    if wildcards.model == "base":
+        return []
+    seed = Path(wildcards.model).name.removeprefix("seed")
+    return [
+        f"--selection={input.selection}",
+        f"--checkpoints={input.checkpoints}",
+        f"--seed={seed}",
+    ]

@@ -1,0 +1,45 @@
+"""Fine-tuning: one job per method and seed trains and measures all its learning rates and decays.
+
+Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}. Runs and checkpoints lie in
+results/STUDY/state, which is no output: Snakemake deletes the outputs of a job that it retries, and
+a job that was killed goes on from there.
+"""
+
+
+rule finetune:
+    """Train every learning rate and weight decay of one method and seed, measuring as it learns."""
+    input:
+        base=BASE,
+        base_items=rules.score_base.output,
+        train=rules.prepare_data.output.train,
+        probes=rules.prepare_data.output.probes,
+    output:
+        scored=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/items.parquet",
+        runs=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
+    log:
+        f"{LOGS}/finetune/{{method}}-seed{{seed}}.log",
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        gpu=1,
+        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        runtime=lambda wildcards, attempt: 720 * attempt,
+    params:
+        code=code("finetune"),
+        spec=cohort_spec,
+        data=subpath(input.train, parent=True),
+        state=f"{RESULTS}/state",
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python "$SCRIPTS"/finetune.py \
+            --spec {params.spec:q} \
+            --code {params.code} \
+            --base {input.base:q} \
+            --base-items {input.base_items:q} \
+            --data {params.data:q} \
+            --state {params.state:q} \
+            --items {output.scored:q} \
+            --runs {output.runs:q}
+        """

@@ -1,0 +1,103 @@
+"""The report: all results in tidy tables, then the page and its figures.
+
+Outputs: results/STUDY/tables/, reports/tradeoff.html, reports/figures/.
+"""
+
+FIGURES = ["trajectories", "old_versus_new", "truth_ratio", "benchmarks"]
+TABLES = [
+    "runs",
+    "trajectory",
+    "items",
+    "selection",
+    "comparisons",
+    "benchmarks",
+    "benchmark_items",
+]
+
+
+rule collect:
+    """Gather what all jobs found in the tables that anyone can ask with pandas."""
+    input:
+        base=BASE,
+        base_items=rules.score_base.output,
+        data=rules.prepare_data.output.record,
+        cohorts=expand(
+            f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/{{file}}",
+            method=TUNINGS,
+            seed=STUDY.seeds,
+            file=["items.parquet", "runs.json"],
+        ),
+        selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
+        benchmarks=(
+            expand(
+                f"{RESULTS}/benchmarks/{{model}}/{{file}}",
+                model=MODELS,
+                file=[
+                    "scores.parquet",
+                    "items.parquet",
+                    "programs.json",
+                    "outcomes.json",
+                ],
+            )
+            if TASKS
+            else []
+        ),
+    output:
+        tables=expand(f"{RESULTS}/tables/{{table}}.parquet", table=TABLES),
+        runs=f"{RESULTS}/tables/runs.json",
+        study=f"{RESULTS}/tables/study.json",
+        resolved=f"{RESULTS}/study.json",
+    log:
+        f"{LOGS}/collect.log",
+    localrule: True
+    conda:
+        "../../envs/environment.yaml"
+    params:
+        code=code("collect"),
+        name=NAME,
+        study=lambda wildcards: STUDY.model_dump_json(indent=2),
+        results=subpath(output.resolved, parent=True),
+        models=MODELS if TASKS else [],
+        folder=subpath(output.study, parent=True),
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        echo {params.study:q} >{output.resolved:q}
+        python "$SCRIPTS"/collect.py \
+            --name {params.name:q} \
+            --study {output.resolved:q} \
+            --results {params.results:q} \
+            --models {params.models:q} \
+            --output {params.folder:q}
+        """
+
+
+rule report:
+    """Render the study as one page that opens offline, and its figures as SVG and PNG."""
+    input:
+        tables=rules.collect.output.tables,
+        study=rules.collect.output.study,
+    output:
+        page="reports/tradeoff.html",
+        figures=expand(
+            "reports/figures/{figure}.{form}", figure=FIGURES, form=["svg", "png"]
+        ),
+    log:
+        f"{LOGS}/report.log",
+    localrule: True
+    conda:
+        "../../envs/environment.yaml"
+    params:
+        code=code("report"),
+        tables=subpath(input.study, parent=True),
+        figures=lambda wildcards, output: str(Path(output.figures[0]).parent),
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python "$SCRIPTS"/report.py \
+            --tables {params.tables:q} \
+            --output {output.page:q} \
+            --figures {params.figures:q}
+        """

@@ -1,0 +1,109 @@
+"""Run the lm-evaluation-harness tasks on the base or on a selected checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forgetting.benchmarks.harness import (
+    ITEM_COLUMNS,
+    RESPONSE_COLUMNS,
+    SCORE_COLUMNS,
+    BenchmarkResult,
+    TaskSpec,
+    run_benchmarks,
+)
+from forgetting.models import (
+    autocast,
+    load_base,
+    load_checkpoint,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    quieten_libraries,
+)
+from forgetting.records import read_json, tells_input_errors, write_json, write_table
+from forgetting.study import Benchmarks, Strict
+
+
+class Spec(Strict):
+    """What the study says of the benchmarks."""
+
+    benchmarks: Benchmarks
+    precision: str
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Write scores, items and responses (parquet), and the programs that are still to be run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
+    parser.add_argument("--base", type=Path, required=True, help="record of the base")
+    parser.add_argument("--rows", type=Path, required=True, help="folder of TASK/SPLIT.jsonl")
+    parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
+    parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
+    parser.add_argument("--seed", type=int, help="which of the method's seeds")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    options = parser.parse_args(argv)
+    quieten_libraries()
+    spec = Spec.model_validate_json(options.spec)
+    chosen = _chosen(options.selection, options.seed)
+    folder = Path(read_json(options.base)["path"])
+    device = pick_device()
+    result = nothing()
+    if chosen is not None and chosen["step"] is None:
+        result.notes.append(f"no benchmarks: {chosen['reason']}")
+    elif spec.benchmarks.tasks:
+        model: Any = (
+            load_base(folder, device)
+            if chosen is None
+            else load_checkpoint(folder, options.checkpoints / f"seed{options.seed}", device)
+        )
+        with autocast(device, pick_precision(spec.precision, device)):
+            result = run_benchmarks(
+                model,
+                load_tokenizer(folder),
+                [
+                    TaskSpec(name, task.num_fewshot, task.limit, task.max_new_tokens)
+                    for name, task in spec.benchmarks.tasks.items()
+                ],
+                options.rows,
+                spec.benchmarks.batch_size,
+            )
+    who = {"run": chosen["run"], "step": chosen["step"]} if chosen else {"run": "base", "step": 0}
+    write_table(options.output / "scores.parquet", result.scores)
+    write_table(options.output / "items.parquet", result.items)
+    write_table(options.output / "responses.parquet", result.responses)
+    write_json(
+        options.output / "programs.json",
+        {
+            "model": who,
+            "notes": result.notes,
+            "programs": [program.to_dict() for program in result.programs],
+        },
+    )
+    for row in result.scores[result.scores["main"]].to_dict("records"):
+        print(f"{who['run']}, {row['task']}: {row['value']:.3f}, chance {row['chance']}")
+
+
+def nothing() -> BenchmarkResult:
+    """The result of running no benchmark."""
+    return BenchmarkResult(
+        pd.DataFrame(columns=list(SCORE_COLUMNS)),
+        pd.DataFrame(columns=list(ITEM_COLUMNS)),
+        pd.DataFrame(columns=list(RESPONSE_COLUMNS)),
+    )
+
+
+def _chosen(selection: Path | None, seed: int | None) -> dict[str, Any] | None:
+    if selection is None:
+        return None
+    rows: list[dict[str, Any]] = read_json(selection)
+    return next(row for row in rows if row["seed"] == seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Run the programs that a model wrote, in a sandbox, and record how each ended."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from forgetting.benchmarks.programs import Program
+from forgetting.records import read_json, tells_input_errors, write_json
+from forgetting.sandbox import search_sandbox, unsafe_runner
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Without a working sandbox nothing is run and the reason is recorded."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--programs", type=Path, required=True, help="what `benchmark` wrote")
+    parser.add_argument("--sandbox", choices=["bubblewrap", "none"], required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True, help="outcomes (JSON)")
+    options = parser.parse_args(argv)
+    programs = [Program.from_dict(values) for values in read_json(options.programs)["programs"]]
+    sandbox, why = (
+        (unsafe_runner(), "the study says `sandbox: none`")
+        if options.sandbox == "none"
+        else search_sandbox()
+    )
+    sources = [program.source for program in programs]
+    outcomes = sandbox.run_programs(sources, workers=options.workers) if sandbox else []
+    write_json(
+        options.output,
+        {
+            "sandbox": sandbox.name if sandbox else None,
+            "why": why,
+            "outcomes": [outcome.to_dict() for outcome in outcomes],
+        },
+    )
+    passed = sum(outcome.passed for outcome in outcomes)
+    print(f"{passed} of {len(programs)} programs passed ({why})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Train a small base model from scratch on the study's documents."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from forgetting.models import pick_device, pick_precision, quieten_libraries
+from forgetting.pretrain import PretrainSpec, pretrain
+from forgetting.records import read_jsonl, sha256, tells_input_errors, write_json
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Write the model's folder, then the record that names it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", required=True, help="JSON: shape and training of the model")
+    parser.add_argument("--documents", type=Path, required=True, help="JSON lines with `text`")
+    parser.add_argument("--precision", default="auto", help="arithmetic, as the study has it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
+    options = parser.parse_args(argv)
+    quieten_libraries()
+    spec = PretrainSpec.model_validate_json(options.spec)
+    folder = options.output.parent / "model"
+    documents = [row["text"] for row in read_jsonl(options.documents)]
+    bfloat16 = pick_precision(options.precision, pick_device()) == torch.bfloat16
+    done = pretrain(
+        documents, spec, folder, options.seed, lambda p: print(p, flush=True), bfloat16=bfloat16
+    )
+    record = {
+        "path": str(folder),
+        "origin": "trained from scratch for this study",
+        "identity": sha256(folder / "model.safetensors"),
+        "parameters": done.parameters,
+        "steps": done.steps,
+        "tokens": done.tokens,
+        "seconds": done.seconds,
+        "final_loss": done.final_loss,
+    }
+    write_json(options.output, record)
+    print(f"{done.parameters:,} parameters, {done.tokens:,} tokens, {done.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Score the base model on every probe: the zero point of forgetting."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from forgetting.models import (
+    autocast,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    quieten_libraries,
+)
+from forgetting.probes import check_room, measure
+from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
+from forgetting.study import Measurement, Prompt, Strict
+
+
+class Spec(Strict):
+    """What the study says of measuring."""
+
+    prompt: Prompt
+    measurement: Measurement
+    precision: str
+    probes: list[str]
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Write the items of the base."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", required=True, help="JSON: prompt, measurement, precision")
+    parser.add_argument("--base", type=Path, required=True, help="record of the base")
+    parser.add_argument("--probes", type=Path, required=True, help="folder of NAME.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
+    options = parser.parse_args(argv)
+    quieten_libraries()
+    spec = Spec.model_validate_json(options.spec)
+    device = pick_device()
+    folder = Path(read_json(options.base)["path"])
+    probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
+    model, tokenizer = load_base(folder, device), load_tokenizer(folder)
+    check_room(model, tokenizer, probes, spec.prompt, spec.measurement)
+    with autocast(device, pick_precision(spec.precision, device)):
+        items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
+    write_table(options.output, items)
+    for name, group in items.groupby("probe", sort=False):
+        print(f"base, {name}: ROUGE-L recall {group['rougeL_recall'].mean():.3f}, n={len(group)}")
+
+
+if __name__ == "__main__":
+    main()

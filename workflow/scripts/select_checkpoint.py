@@ -1,0 +1,126 @@
+"""Choose the hyper-parameters and the checkpoint of one method, and put the checkpoint aside."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forgetting.plan import Tuning, run_name
+from forgetting.records import read_json, sha256, tells_input_errors, write_json
+from forgetting.scores import metric_value
+from forgetting.select import Choice, choose_setting, recorded_points, select_checkpoint
+from forgetting.study import Selection, Setting, Strict
+
+
+class Spec(Strict):
+    """What the study says of the choice."""
+
+    tuning: Tuning
+    selection: Selection
+    seeds: list[int]
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Write the selection (JSON) and a folder with the checkpoint of each seed that has one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", required=True, help="JSON: method, rule, seeds")
+    parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="records, one a seed")
+    parser.add_argument("--selection", type=Path, required=True, help="output: the choice (JSON)")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="output: folder")
+    options = parser.parse_args(argv)
+    spec = Spec.model_validate_json(options.spec)
+    rule = spec.selection
+    base = metric_value(pd.read_parquet(options.base_items), rule.probe, rule.metric)
+    records = {record["run"]: record for path in options.runs for record in read_json(path)}
+
+    setting, why = choose_setting(
+        {
+            setting: [
+                recorded_points(records[run_name(spec.tuning.name, seed, setting)]["points"], base)
+                for seed in spec.seeds
+            ]
+            for setting in spec.tuning.settings
+        },
+        rule,
+        spec.tuning.fixed,
+        {
+            setting
+            for setting in spec.tuning.settings
+            for seed in spec.seeds
+            if records[run_name(spec.tuning.name, seed, setting)]["status"] == "diverged"
+        },
+    )
+    shutil.rmtree(options.checkpoints, ignore_errors=True)
+    options.checkpoints.mkdir(parents=True)
+    rows = [
+        _select(spec, setting, why, seed, records, base, options.checkpoints) for seed in spec.seeds
+    ]
+    write_json(options.selection, rows)
+    for row in rows:
+        print(
+            f"{row['method']}, seed {row['seed']}: {row['run']}, {row['status']}: {row['reason']}"
+        )
+
+
+def _select(
+    spec: Spec,
+    setting: Setting | None,
+    why: str,
+    seed: int,
+    records: dict[str, dict[str, Any]],
+    base: float,
+    folder: Path,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": spec.tuning.name, "label": spec.tuning.label, "seed": seed}
+    if setting is None:
+        return row | _told(None, Choice("not_reached", None, why), [], folder)
+    record = records[run_name(spec.tuning.name, seed, setting)]
+    choice = select_checkpoint(
+        recorded_points(record["points"], base),
+        spec.selection.threshold,
+        spec.selection.if_not_reached,
+        diverged=record["status"] == "diverged",
+        deadline=spec.selection.within_epochs,
+    )
+    files: Sequence[Path] = []
+    if choice.point is not None:
+        origin = Path(record["folder"]) / f"step-{choice.point.step:07d}"
+        files = _put_aside(origin, folder / f"seed{seed}")
+    return row | {"setting_reason": why} | _told(record["run"], choice, files, folder)
+
+
+def _put_aside(origin: Path, target: Path) -> list[Path]:
+    """Link the checkpoint's files (copy where the file system cannot), without training state."""
+    target.mkdir()
+    for file in sorted(origin.iterdir()):
+        if file.name == "progress.json":
+            continue
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copy2(file, target / file.name)
+    return sorted(target.iterdir())
+
+
+def _told(run: str | None, choice: Choice, files: Sequence[Path], folder: Path) -> dict[str, Any]:
+    return {
+        "run": run,
+        "step": choice.point.step if choice.point else None,
+        "epoch": choice.point.epoch if choice.point else None,
+        "value": choice.point.value if choice.point else None,
+        "status": choice.status,
+        "reason": choice.reason,
+        "files": {str(file.relative_to(folder)): sha256(file) for file in files},
+    }
+
+
+if __name__ == "__main__":
+    main()
