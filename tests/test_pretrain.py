@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from forgetting.packing import IGNORED, collate, pack
 from forgetting.pretrain import (
-    PretrainSpec,
     Progress,
     _loss,
     _new_model,
@@ -20,9 +19,10 @@ from forgetting.pretrain import (
     pretrain,
     train_tokenizer,
 )
+from forgetting.study import SmallModel
 from forgetting.world import WorldSizes, build_world
 
-SPEC = PretrainSpec(
+SPEC = SmallModel(
     hidden_size=32,
     intermediate_size=64,
     layers=2,
@@ -210,4 +210,4 @@ def test_the_rate_rises_to_its_peak_and_falls() -> None:
 
 def test_unknown_keys_are_refused() -> None:
     with pytest.raises(ValueError, match="hidden"):
-        PretrainSpec(hidden=3)  # type: ignore[call-arg]
+        SmallModel(hidden=3)  # type: ignore[call-arg]

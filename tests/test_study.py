@@ -387,6 +387,16 @@ def test_tiny_scale_keeps_the_plan_and_shrinks_the_work(write: Any) -> None:
     assert tiny.base.pretrain is not None
     assert tiny.base.pretrain.layers == 1
     assert tiny.base.pretrain.hidden_size >= 512
+    assert [len(tuning.settings) for tuning in tunings(tiny)] == [2, 2, 1]
+
+
+def test_tiny_scale_trains_the_fixed_setting(write: Any) -> None:
+    """The rule `fixed` finds its setting in the shrunk sweep, too."""
+    fixed = "    fixed: {learning_rate: 5.0e-3, weight_decay: 0.0}\n"
+    three = ("[1.0e-3, 5.0e-3]\n", "[1.0e-3, 2.0e-3, 5.0e-3]\n" + fixed)
+    path = write(three)
+    _, tiny = load_study({"study": str(path), "scale": "tiny"}, path.parent)
+    assert [setting.learning_rate for setting in tunings(tiny)[0].settings] == [5e-3]
 
 
 def test_a_probe_without_wrong_answers_is_found_before_any_job(write: Any, tmp_path: Path) -> None:

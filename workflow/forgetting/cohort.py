@@ -22,13 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.data import Row
 from forgetting.encode import encode_pair
+from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.models import Model, attach, autocast, load_base
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
 from forgetting.records import InputError, content_key, read_json, write_json
 from forgetting.scores import metric_value
-from forgetting.study import Measurement, Prompt, Selection, Setting, Strict, Training
+from forgetting.study import Measurement, Prompt, Selection, Setting, Training
 from forgetting.train import Progress, Recipe, Schedule, train
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from forgetting.study import Method, Setting, Strict, Study
+from forgetting.fields import Strict
+from forgetting.study import Method, Setting, Study
 
 
 class Tuning(Strict):

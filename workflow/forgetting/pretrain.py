@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -26,33 +25,11 @@ from transformers import (
 )
 
 from forgetting.packing import IGNORED, collate, pack
+from forgetting.study import SmallModel
 
 END = "<|end|>"
 PADDING = "<|pad|>"
 PROGRESS_SECONDS = 2.0
-
-
-class PretrainSpec(BaseModel):
-    """Shape of the model and course of its training."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hidden_size: int = Field(192, ge=1, description="Width of the residual stream.")
-    intermediate_size: int = Field(512, ge=1, description="Width of the MLP.")
-    layers: int = Field(4, ge=1, description="Number of transformer blocks.")
-    heads: int = Field(4, ge=1, description="Number of attention heads.")
-    vocabulary: int = Field(2048, ge=300, description="Tokens of the byte-level BPE.")
-    context: int = Field(
-        2048, ge=2, description="Longest sequence that the model accepts, in tokens."
-    )
-    block: int = Field(256, ge=2, description="Length of a packed training sequence, in tokens.")
-    batch_tokens: int = Field(4096, ge=2, description="Tokens per optimizer step.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the documents.")
-    learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay of AdamW.")
-    warmup: float = Field(
-        0.05, ge=0, le=1, description="Share of the steps in which the rate rises."
-    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +107,7 @@ def learning_rate_at(step: int, total: int, warmup: float) -> float:
 
 
 def _schedule_blocks(
-    lengths: Sequence[int], spec: PretrainSpec, generator: torch.Generator
+    lengths: Sequence[int], spec: SmallModel, generator: torch.Generator
 ) -> list[list[int]]:
     """Documents of all blocks of all epochs, each epoch in an order of its own."""
     blocks: list[list[int]] = []
@@ -143,9 +120,7 @@ def _schedule_blocks(
     return blocks
 
 
-def _new_model(
-    spec: PretrainSpec, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> LlamaForCausalLM:
+def _new_model(spec: SmallModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=spec.hidden_size,
@@ -166,7 +141,7 @@ def _new_model(
         return LlamaForCausalLM(config)
 
 
-def _optimizer(model: LlamaForCausalLM, spec: PretrainSpec) -> torch.optim.AdamW:
+def _optimizer(model: LlamaForCausalLM, spec: SmallModel) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -193,7 +168,7 @@ def _loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], bfloat16: boo
 
 def pretrain(
     documents: Sequence[str],
-    spec: PretrainSpec,
+    spec: SmallModel,
     out_dir: Path,
     seed: int,
     on_progress: Callable[[Progress], None] | None = None,
@@ -253,7 +228,7 @@ def pretrain(
 def _fit(
     model: LlamaForCausalLM,
     batches: Sequence[Sequence[Sequence[Sequence[int]]]],
-    spec: PretrainSpec,
+    spec: SmallModel,
     padding: int,
     on_progress: Callable[[Progress], None] | None,
     bfloat16: bool,

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
-from forgetting import study
+from forgetting import fields, study
 from forgetting.records import InputError, tells_input_errors, write_atomically
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ class _Generator(GenerateJsonSchema):
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> Any:
         """Where one value stands for a list of one, allow the value too."""
         inner = super().function_before_schema(schema)
-        if schema["function"]["function"] is study._several:
+        if schema["function"]["function"] is fields.several:
             return {"anyOf": [inner["items"], inner]}
         return inner
 

@@ -6,51 +6,21 @@ workflow/schemas and the table in config/README.md are generated from these clas
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-
-def _number(value: Any) -> Any:
-    """Refuse numbers that YAML reads as text, with the remedy; let everything else through."""
-    if not isinstance(value, str):
-        return value
-    parts = re.fullmatch(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)", value.strip())
-    if parts is None:
-        return value
-    whole, fraction, sign, exponent = parts.groups()
-    raise ValueError(
-        f"'{value}' is text to YAML, which wants a dot and a sign in such numbers: "
-        f"write {whole}.{fraction or 0}e{sign or '+'}{exponent}"
-    )
-
-
-def _several(value: Any) -> Any:
-    """One value where a list is expected is a list of one."""
-    return value if isinstance(value, list) else [value]
-
-
-def _distinct(values: list[Any]) -> list[Any]:
-    # Six digits of a rate or decay stand in the name of a run.
-    if len({f"{v:g}" if isinstance(v, float) else v for v in values}) < len(values):
-        raise ValueError(f"{values} names a value twice: each makes one run")
-    return values
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Table = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_./-]+$")]
-
-
-class Strict(BaseModel):
-    """A section of the configuration: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from forgetting.fields import (
+    Count,
+    Name,
+    NotNegative,
+    Positive,
+    Share,
+    Strict,
+    Table,
+    distinct,
+    several,
+)
 
 
 class Dataset(Strict):
@@ -82,17 +52,9 @@ class Dataset(Strict):
         return self
 
 
-class Pretraining(Strict):
-    """A small Llama-architecture base model, trained from scratch."""
+class SmallModel(Strict):
+    """Shape of a small Llama-architecture model, and course of its training from scratch."""
 
-    documents: list[Table] = Field(
-        min_length=1,
-        description="Tables of training documents: rows with `text`, or with `question` and "
-        "`answer`, which are put into the study's prompt.",
-    )
-    limit: Count | None = Field(
-        None, description="At most so many documents, evenly spaced over the tables."
-    )
     hidden_size: Count = Field(192, description="Width of the residual stream.")
     intermediate_size: Count = Field(512, description="Width of the MLP.")
     layers: Count = Field(4, description="Number of transformer blocks.")
@@ -109,12 +71,25 @@ class Pretraining(Strict):
     warmup: Share = Field(0.05, description="Share of the steps in which the rate rises.")
 
     @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Pretraining:
+    def _heads_divide_the_width(self) -> SmallModel:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of twice the heads, {self.heads}"
             )
         return self
+
+
+class Pretraining(SmallModel):
+    """A small base model, trained from scratch on tables of the study."""
+
+    documents: list[Table] = Field(
+        min_length=1,
+        description="Tables of training documents: rows with `text`, or with `question` and "
+        "`answer`, which are put into the study's prompt.",
+    )
+    limit: Count | None = Field(
+        None, description="At most so many documents, evenly spaced over the tables."
+    )
 
 
 class Base(Strict):
@@ -161,7 +136,7 @@ class Prompt(Strict):
 class Probe(Strict):
     """A question-answer set on which every model of the study is measured."""
 
-    table: Annotated[list[Table], BeforeValidator(_several), AfterValidator(_distinct)] = Field(
+    table: Annotated[list[Table], BeforeValidator(several), AfterValidator(distinct)] = Field(
         description="Table or tables with question, answer, and for the truth ratio "
         "perturbed_answer (wrong answers) and, if there is one, paraphrased_answer."
     )
@@ -222,8 +197,8 @@ class Method(Strict):
         description="lora: scale alpha/r; rslora: alpha/sqrt(r) (arXiv 2312.03732); "
         "dora: weight-decomposed (arXiv 2402.09353).",
     )
-    rank: Annotated[list[Count], BeforeValidator(_several), AfterValidator(_distinct)] | None = (
-        Field(None, description="Rank or ranks of the adapters; each is a method of its own.")
+    rank: Annotated[list[Count], BeforeValidator(several), AfterValidator(distinct)] | None = Field(
+        None, description="Rank or ranks of the adapters; each is a method of its own."
     )
     alpha: Positive | Literal["2r"] = Field(
         32.0, description="Numerator of the adapter's scale; `2r` is twice the rank."
@@ -232,11 +207,11 @@ class Method(Strict):
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="Adapted layers: all but the LM head, or names."
     )
-    learning_rate: Annotated[
-        list[Positive], BeforeValidator(_several), AfterValidator(_distinct)
-    ] = Field(min_length=1, description="Peak learning rates.")
+    learning_rate: Annotated[list[Positive], BeforeValidator(several), AfterValidator(distinct)] = (
+        Field(min_length=1, description="Peak learning rates.")
+    )
     weight_decay: Annotated[
-        list[NotNegative], BeforeValidator(_several), AfterValidator(_distinct)
+        list[NotNegative], BeforeValidator(several), AfterValidator(distinct)
     ] = Field([0.0], min_length=1, description="Decoupled weight decays of AdamW.")
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."
@@ -335,7 +310,7 @@ class Study(Strict):
 
     title: str = Field(description="Heading of the report.")
     description: str = Field("", description="What is asked, in a sentence or two.")
-    seeds: Annotated[list[int], AfterValidator(_distinct)] = Field(
+    seeds: Annotated[list[int], AfterValidator(distinct)] = Field(
         [0], min_length=1, description="One training per seed; three let the report say more."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -347,7 +322,7 @@ class Study(Strict):
     datasets: dict[Name, Dataset] = Field(description="Origins of the tables, by name.")
     base: Base
     prompt: Prompt = Prompt()
-    train: Annotated[list[Table], BeforeValidator(_several)] = Field(
+    train: Annotated[list[Table], BeforeValidator(several)] = Field(
         min_length=1, description="Table or tables of the new knowledge."
     )
     train_limit: Count | None = Field(None, description="At most so many evenly spaced rows.")

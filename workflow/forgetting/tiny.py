@@ -8,7 +8,7 @@ What would come from the hub comes from the micro-world instead: nothing is down
 from __future__ import annotations
 
 from forgetting.plan import tunings
-from forgetting.study import Base, Benchmarks, Dataset, Pretraining, Probe, Study
+from forgetting.study import Base, Benchmarks, Dataset, Method, Pretraining, Probe, Study
 
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
@@ -41,7 +41,7 @@ def shrink(study: Study) -> Study:
             "train": train,
             "train_limit": ROWS,
             "probes": probes,
-            "seeds": study.seeds,
+            "methods": [_few_settings(method) for method in study.methods],
             "measurement": study.measurement.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
@@ -52,6 +52,14 @@ def shrink(study: Study) -> Study:
             "benchmarks": benchmarks,
         }
     )
+
+
+def _few_settings(method: Method) -> Method:
+    """At most two learning rates and one weight decay; only the `fixed` setting if there is one."""
+    rates, decays = method.learning_rate[:2], method.weight_decay[:1]
+    if method.fixed:
+        rates, decays = [method.fixed.learning_rate], [method.fixed.weight_decay]
+    return method.model_copy(update={"learning_rate": rates, "weight_decay": decays})
 
 
 def _benchmarks(study: Study, datasets: dict[str, Dataset]) -> Benchmarks:

@@ -16,6 +16,7 @@ from forgetting.benchmarks.harness import (
     TaskSpec,
     run_benchmarks,
 )
+from forgetting.fields import Strict
 from forgetting.models import (
     autocast,
     load_base,
@@ -26,7 +27,7 @@ from forgetting.models import (
     quieten_libraries,
 )
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
-from forgetting.study import Benchmarks, Strict
+from forgetting.study import Benchmarks
 
 
 class Spec(Strict):

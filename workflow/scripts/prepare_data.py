@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from forgetting.data import document_texts, evenly_spaced, prepare_rows
+from forgetting.fields import Strict
 from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_jsonl
-from forgetting.study import Probe, Prompt, Strict
+from forgetting.study import Probe, Prompt
 
 
 class Spec(Strict):

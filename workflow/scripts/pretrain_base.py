@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from forgetting.models import pick_device, pick_precision, quieten_libraries
-from forgetting.pretrain import PretrainSpec, pretrain
+from forgetting.pretrain import pretrain
 from forgetting.records import read_jsonl, sha256, tells_input_errors, write_json
+from forgetting.study import SmallModel
 
 
 @tells_input_errors
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     quieten_libraries()
-    spec = PretrainSpec.model_validate_json(options.spec)
+    spec = SmallModel.model_validate_json(options.spec)
     folder = options.output.parent / "model"
     documents = [row["text"] for row in read_jsonl(options.documents)]
     bfloat16 = pick_precision(options.precision, pick_device()) == torch.bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.fields import Strict
 from forgetting.models import (
     autocast,
     load_base,
@@ -15,7 +16,7 @@ from forgetting.models import (
 )
 from forgetting.probes import check_room, measure
 from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
-from forgetting.study import Measurement, Prompt, Strict
+from forgetting.study import Measurement, Prompt
 
 
 class Spec(Strict):

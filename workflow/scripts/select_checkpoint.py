@@ -11,11 +11,12 @@ from typing import Any
 
 import pandas as pd
 
+from forgetting.fields import Strict
 from forgetting.plan import Tuning, run_name
 from forgetting.records import read_json, sha256, tells_input_errors, write_json
 from forgetting.scores import metric_value
 from forgetting.select import Choice, choose_setting, recorded_points, select_checkpoint
-from forgetting.study import Selection, Setting, Strict
+from forgetting.study import Selection, Setting
 
 
 class Spec(Strict):

@@ -1,0 +1,50 @@
+"""Types of the study's keys: numbers with bounds, names, and sections that know their keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _number(value: Any) -> Any:
+    """Refuse numbers that YAML reads as text, with the remedy; let everything else through."""
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)", value.strip())
+    if parts is None:
+        return value
+    whole, fraction, sign, exponent = parts.groups()
+    raise ValueError(
+        f"'{value}' is text to YAML, which wants a dot and a sign in such numbers: "
+        f"write {whole}.{fraction or 0}e{sign or '+'}{exponent}"
+    )
+
+
+def several(value: Any) -> Any:
+    """One value where a list is expected is a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def distinct(values: list[Any]) -> list[Any]:
+    """Refuse a list that names a value twice, as far as the names of runs can tell."""
+    # Six digits of a rate or decay stand in the name of a run.
+    if len({f"{v:g}" if isinstance(v, float) else v for v in values}) < len(values):
+        raise ValueError(f"{values} names a value twice: each makes one run")
+    return values
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Table = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_./-]+$")]
+
+
+class Strict(BaseModel):
+    """A section of the configuration: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
