@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from forgetting.packing import IGNORED, collate, pack
+from forgetting.records import settle
 from forgetting.study import SmallModel
 
 END = "<|end|>"
@@ -215,7 +216,7 @@ def pretrain(
     )
     model.to("cpu").save_pretrained(partial)
     shutil.rmtree(out_dir, ignore_errors=True)
-    partial.replace(out_dir)
+    settle(partial, out_dir)
     return Pretrained(
         parameters=sum(p.numel() for p in model.parameters()),
         steps=len(batches),

@@ -53,10 +53,10 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        _flush(temporary)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _flush(path.parent)
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise InputError(f"{path}: not written: {error.strerror}; make room there") from None
@@ -68,12 +68,18 @@ def replacing(path: Path) -> Iterator[Path]:
 def settle(partial: Path, final: Path) -> None:
     """Give a finished folder its name, after its files have reached the disk."""
     for path in [*(file for file in partial.rglob("*") if file.is_file()), partial]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush(path)
     partial.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -72,6 +72,7 @@ rule execute_programs:
         f"{LOGS}/execute_programs/{{model}}.log",
     conda:
         "../../envs/environment.yaml"
+    threads: 4
     resources:
         mem_mb=4000,
         runtime=60,

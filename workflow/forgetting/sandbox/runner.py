@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import secrets
@@ -12,9 +13,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import IO, Any, Literal
 
+from forgetting.sandbox import driver
 from forgetting.sandbox.filter import seccomp_filter
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "crashed"]
@@ -25,7 +26,6 @@ MEBIBYTE = 2**20
 START_SECONDS = 30.0  # for the sandbox and the interpreter to come up on a busy machine
 GRACE_SECONDS = 1.0  # beyond a program's own time, before it is killed
 REPORT_BYTES = 65536
-_DRIVER = Path(__file__).with_name("driver.py")
 _SIGNALS = {6: "aborted", 9: "killed", 11: "segmentation fault", 24: "processor time used up"}
 
 
@@ -138,7 +138,7 @@ def _started(
     if sandbox.filtered:
         inherited.append(_filter_pipe())
         command += ["--seccomp", str(inherited[0]), "--"]
-    command += [sandbox.python, "-I", "-S", "-c", _DRIVER.read_text(encoding="utf-8")]
+    command += [sandbox.python, "-I", "-S", "-c", inspect.getsource(driver)]
     nobody: dict[str, Any] = {}
     if sandbox.privilege == "nobody_outside":
         nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
