@@ -57,6 +57,15 @@ dry-runs: $(READY) ## plan every study under both profiles, offline
 test: $(READY) ## the tests; MARKERS="slow" runs the long ones, TESTS=... some
 	pytest -m "$(MARKERS)" $(TESTS)
 
+.PHONY: bench-train
+bench-train: .venv/ready-bench ## training speed against Trainer and trl; BENCH="--data FILE ..." sets more
+	python bench/train.py $(BENCH)
+
+.venv/ready-bench: $(READY) envs/bench.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
+		--requirement envs/bench.txt --constraint envs/requirements.txt
+	touch $@
+
 .PHONY: lint
 lint: $(READY) ## style, types, workflow, generated files
 	ruff check .

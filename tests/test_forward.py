@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from forgetting.encode import Example
-from forgetting.forward import by_length, collate, token_logprobs
+from forgetting.forward import by_length, collate, micro_batches, token_logprobs
 from forgetting.probes import mean_logprobs
 from forgetting.shared import answer_logprobs, can_share
 
@@ -247,3 +247,28 @@ def test_batches_by_length_hold_every_index_once_longest_first() -> None:
     order = [index for batch in batches for index in batch]
     assert sorted(order) == list(range(7))
     assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+@pytest.mark.parametrize("overhead", [0, 10, 100_000])
+def test_a_batch_is_split_where_least_is_computed(most: int, overhead: int) -> None:
+    """Against all ways to cut the examples, sorted by length, into parts."""
+    lengths = [7, 30, 8, 31, 5, 29, 90]
+    parts = micro_batches(lengths, most, overhead)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    assert max(map(len, parts)) <= most
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(len(part) * max(lengths[i] for i in part) + overhead for part in parts)
+
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    ways = []
+    for cuts in range(2 ** (len(order) - 1)):
+        way, begin = [], 0
+        for end in range(1, len(order) + 1):
+            if end == len(order) or cuts >> (end - 1) & 1:
+                way.append(order[begin:end])
+                begin = end
+        if max(map(len, way)) <= most:
+            ways.append(way)
+    assert cost(parts) == min(cost(way) for way in ways)

@@ -14,11 +14,19 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
 from forgetting import train as module
 from forgetting.encode import Example, encode_pair
-from forgetting.models import Model, attach, load_base, load_checkpoint, trained_state
+from forgetting.models import (
+    Model,
+    attach,
+    load_base,
+    load_checkpoint,
+    round_frozen,
+    trained_state,
+)
 from forgetting.plan import Tuning
 from forgetting.probes import measure
 from forgetting.study import Measurement, Prompt, Setting, Training
@@ -541,3 +549,30 @@ def test_weights_that_are_no_numbers_never_pass_for_a_good_end(
     assert all(math.isfinite(loss) for loss in progress.losses)
     if progress.status == "ok":
         assert _logits(model, bench).isfinite().all()
+
+
+def test_rounding_the_frozen_weights_once_changes_no_bit(bench: Bench) -> None:
+    """Autocast rounds them at every pass; stored rounded, losses and adapters are the same."""
+    recipe = replace(bench.recipe, precision=torch.bfloat16)
+    tuning = bench.tuning.model_copy(update={"dropout": 0.0})
+    outcomes = []
+    for rounded in (False, True):
+        model = attach(load_base(bench.base, torch.device("cpu")), tuning, recipe.seed)
+        if rounded:
+            round_frozen(model, recipe.precision)
+        folder = bench.folder / str(rounded)
+        progress = train(
+            model,
+            bench.examples,
+            recipe,
+            0.1,
+            lambda _: (pd.DataFrame({"value": [0.5]}), 0.5),
+            folder,
+            bench.tell,
+        )
+        outcomes.append((progress.losses, trained_state(model)))
+    adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert {layer.get_base_layer().weight.dtype for layer in adapted} == {torch.bfloat16}
+    (plain, weights), (again, same) = outcomes
+    assert plain == again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)

@@ -1,4 +1,4 @@
-"""A cohort: all runs of one method and seed, on a base model that is loaded once.
+"""A cohort: all runs of one method and seed, one after the other in one process.
 
 A finished run is kept in a folder named by a key of everything that it depends on. A cohort that is
 run again trains only what is not there yet: one learning rate more costs one run more.
@@ -17,14 +17,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from forgetting.data import Row
 from forgetting.encode import encode_pair
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
-from forgetting.models import Model, attach, autocast, load_base
+from forgetting.models import Model, attach, autocast, load_base, round_frozen
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
 from forgetting.records import InputError, content_key, read_json, write_json
@@ -80,7 +79,6 @@ def train_cohort(
     tell: Tell,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; return the records of all, in the sweep's order."""
-    base: PreTrainedModel | None = None
     records = []
     for setting in spec.tuning.settings:
         name = run_name(spec.tuning.name, spec.seed, setting)
@@ -88,9 +86,7 @@ def train_cohort(
         folder = state / name / key
         if not (folder / "run.json").exists():
             _forget_unfinished(folder)
-            if base is None or spec.tuning.kind == "full":
-                base = load_base(materials.base, materials.device)
-            record = _train_run(spec, setting, name, materials, base, folder, tell)
+            record = _train_run(spec, setting, name, materials, folder, tell)
             write_json(folder / "run.json", record | {"key": key})
         # Only now: without it, a run that was killed before its record was written cannot go on.
         for optimizer_state in folder.glob("step-*/optimizer.safetensors"):
@@ -115,7 +111,6 @@ def _train_run(
     setting: Setting,
     name: str,
     materials: Materials,
-    base: PreTrainedModel,
     folder: Path,
     tell: Tell,
 ) -> dict[str, Any]:
@@ -157,7 +152,9 @@ def _train_run(
         return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
     started = time.monotonic()
-    model = attach(base, spec.tuning, spec.seed)
+    # From disk for every run: training and rounding change the weights that were loaded.
+    model = attach(load_base(materials.base, materials.device), spec.tuning, spec.seed)
+    round_frozen(model, materials.precision)
     progress = train(
         model,
         examples,
@@ -168,8 +165,6 @@ def _train_run(
         lambda progress, plan: tell(name, progress, plan),
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if isinstance(model, PeftModel):
-        model.unload()
     return {
         "run": name,
         "status": progress.status,

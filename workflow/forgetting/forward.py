@@ -75,3 +75,30 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def micro_batches(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:
+    """Indices of a batch in parts of similar length, longest first, so that least is computed.
+
+    Minimizes the sum over parts of rows x longest + overhead, where a part has at most `most` rows.
+
+    Args:
+        lengths: tokens of each example.
+        most: rows of the largest part.
+        overhead: what a forward and backward pass costs beside its tokens, in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    cost, begin = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        options = [
+            (cost[start] + (end - start) * lengths[order[start]] + overhead, start)
+            for start in range(max(0, end - most), end)
+        ]
+        best, start = min(options)
+        cost.append(best)
+        begin.append(start)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[begin[end] : end])
+        end = begin[end]
+    return parts[::-1]

@@ -16,6 +16,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -121,6 +122,23 @@ def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
         raise InputError(f"methods: {tuning.name}: target_modules: {error}") from None
     _check_rank(adapted, tuning)
     return adapted
+
+
+def round_frozen(model: Model, precision: torch.dtype) -> None:
+    """Store the frozen matrices under LoRA in the arithmetic's precision, once and for all.
+
+    Autocast would round them to bfloat16 at every forward pass, and peft would widen every input to
+    the adapter's float32 first: the numbers are the same bit by bit, without the copies and with
+    half the memory. Trained weights, embeddings (also as a tied LM head) and norms stay float32;
+    DoRA, which takes norms of the frozen weights, is left alone.
+    """
+    if precision == torch.float32 or not isinstance(model, PeftModel):
+        return
+    for module in model.modules():
+        if type(module) is LoraLinear and not any(module.use_dora.values()):
+            module.cast_input_dtype_enabled = False
+            base = module.get_base_layer()
+            base.weight.data = base.weight.data.to(precision)
 
 
 def _check_rank(model: PeftModel, tuning: Tuning) -> None:

@@ -19,11 +19,15 @@ import torch
 from safetensors.torch import load_file
 
 from forgetting.encode import Example
-from forgetting.forward import collate, token_logprobs
+from forgetting.forward import collate, micro_batches, token_logprobs
 from forgetting.models import Model, autocast, restore_checkpoint, save_checkpoint, save_tensors
 from forgetting.records import read_json, settle, write_json, write_table
 from forgetting.select import is_over, recorded_points, steps_to_keep
 from forgetting.study import Setting, Training
+
+FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
+"""What a forward and backward pass costs beside its tokens, in tokens: on a CPU, splitting a batch
+in two pays for a small model; a GPU waits for launches rather than for padding."""
 
 Evaluate = Callable[[Model], tuple[pd.DataFrame, float]]
 """Measures a model: its items, and the value that the selection rule looks at."""
@@ -175,8 +179,10 @@ def _step(
     torch.manual_seed(recipe.seed * 1_000_003 + step)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(batch), recipe.training.micro_batch_size):
-        part = collate(batch[start : start + recipe.training.micro_batch_size], recipe.pad, device)
+    lengths = [len(example.ids) for example in batch]
+    overhead = FORWARD_OVERHEAD[device.type]
+    for rows in micro_batches(lengths, recipe.training.micro_batch_size, overhead):
+        part = collate([batch[row] for row in rows], recipe.pad, device)
         with autocast(device, recipe.precision):
             loss = -token_logprobs(model, part).sum() / targets
         loss.backward()  # type: ignore[no-untyped-call]
