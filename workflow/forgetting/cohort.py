@@ -24,6 +24,7 @@ from forgetting.data import Row
 from forgetting.encode import encode_pair
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
+from forgetting.mitigate import build_safeguards
 from forgetting.models import Model, attach, autocast, load_base
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
@@ -137,6 +138,8 @@ def _train_run(
             f"of {cut[0]} and {len(cut) - 1} more; make it longer"
         )
     cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
+    started = time.monotonic()
+    model = attach(base, spec.tuning, spec.seed)
     schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
         setting=setting,
@@ -147,6 +150,7 @@ def _train_run(
         stop_after=spec.selection.stop_after,
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
+        safeguards=build_safeguards(model, spec.tuning.mitigation),
     )
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
@@ -156,8 +160,6 @@ def _train_run(
             )
         return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
-    started = time.monotonic()
-    model = attach(base, spec.tuning, spec.seed)
     progress = train(
         model,
         examples,

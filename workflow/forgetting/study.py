@@ -186,6 +186,40 @@ class Setting(Strict):
     weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay of AdamW.")
 
 
+class ParameterPenalty(Strict):
+    """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
+
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    """
+
+    weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
+
+
+class Mitigation(Strict):
+    """What a method does against forgetting, beside its training on the new knowledge."""
+
+    l2_sp: ParameterPenalty | None = Field(
+        None, description="Keep the weights near the base's; not for dora."
+    )
+    suffix: Name | None = Field(
+        None,
+        description="End of the method's name, in place of the one that is made of the settings.",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Mitigation:
+        if not any(value for key, value in self if key != "suffix"):
+            raise ValueError("name at least one mitigation, or leave the section out")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The end of the method's name: `l2_sp0.01`."""
+        parts = {"l2_sp": self.l2_sp and self.l2_sp.weight}
+        made = [f"{key}{value:g}" for key, value in parts.items() if value is not None]
+        return self.suffix or "-".join(made)
+
+
 class Method(Strict):
     """A way of fine-tuning, with the learning rates and weight decays that are tried."""
 
@@ -216,6 +250,9 @@ class Method(Strict):
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."
     )
+    mitigation: Mitigation | None = Field(
+        None, description="What is done against forgetting; its name ends the method's name."
+    )
 
     @model_validator(mode="after")
     def _rank_fits_method(self) -> Method:
@@ -230,6 +267,18 @@ class Method(Strict):
             or self.fixed.weight_decay not in self.weight_decay
         ):
             raise ValueError("`fixed` is not one of the settings of this method's sweep")
+        return self
+
+    @model_validator(mode="after")
+    def _update_is_known(self) -> Method:
+        # What moves the weights of other variants is not scale*B*A alone.
+        if self.mitigation and self.method == "lora" and self.variant not in ("lora", "rslora"):
+            for name in ("l2_sp",):
+                if getattr(self.mitigation, name):
+                    raise ValueError(
+                        f"mitigation.{name} needs the update of the weights, which is scale*B*A "
+                        f"for variants lora and rslora, not for {self.variant}"
+                    )
         return self
 
 

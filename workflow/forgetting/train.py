@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from forgetting.encode import Example
 from forgetting.forward import collate, token_logprobs
+from forgetting.mitigate import Safeguards
 from forgetting.models import Model, autocast, restore_checkpoint, save_checkpoint, save_tensors
 from forgetting.records import read_json, settle, write_json, write_table
 from forgetting.select import is_over, recorded_points, steps_to_keep
@@ -72,6 +73,7 @@ class Recipe:
     stop_after: int | None
     precision: torch.dtype
     pad: int
+    safeguards: Safeguards = field(default_factory=Safeguards)
 
 
 def train(
@@ -167,7 +169,10 @@ def _step(
     parameters: list[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[float, int]:
-    """One update on the mean loss over all target tokens of the batch, however it is split."""
+    """One update on the mean loss over all target tokens of the batch, however it is split.
+
+    Returns the loss, penalties included, and the number of tokens.
+    """
     device = model.device
     indices = batch_indices(len(examples), recipe.training.batch_size, recipe.seed, step)
     batch = [examples[index] for index in indices]
@@ -179,6 +184,10 @@ def _step(
         part = collate(batch[start : start + recipe.training.micro_batch_size], recipe.pad, device)
         with autocast(device, recipe.precision):
             loss = -token_logprobs(model, part).sum() / targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach().double()
+    for penalty in recipe.safeguards.on_weights:
+        loss = penalty(model)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().double()
     value = float(total)

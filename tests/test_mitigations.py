@@ -1,0 +1,278 @@
+"""Mitigations of forgetting: each against its formula, and in training against none at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgetting import train as module
+from forgetting.encode import Example, encode_pair
+from forgetting.forward import collate, target_logits
+from forgetting.mitigate import Safeguards, adapted_layers, build_safeguards, l2_sp
+from forgetting.models import Model, attach, load_base, trained_state
+from forgetting.plan import Tuning, tunings
+from forgetting.study import Mitigation, Prompt, Setting, Study, Training
+from forgetting.train import Progress, Recipe, Schedule, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Rows = list[dict[str, Any]]
+CPU = torch.device("cpu")
+FULL = Tuning(name="full", kind="full", label="full", settings=[])
+LORA = Tuning(name="lora-r4", kind="lora", label="rank 4", rank=4, alpha=8.0, settings=[])
+RATES = {"lora": 0.01, "full": 2e-3}
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+@dataclass
+class Gym:
+    """Trains the tiny base on seven rows; the last three stand for what it knew before."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    work: Path
+
+    def model(self, tuning: Tuning = LORA) -> Model:
+        """The base as training starts from it."""
+        return attach(load_base(self.folder, CPU), tuning, 3)
+
+    def recipe(self, tuning: Tuning = LORA, **changes: Any) -> Recipe:
+        """Three epochs in batches of four, each of two forward passes."""
+        training = Training(epochs=3.0, batch_size=4, micro_batch_size=2, warmup_epochs=0.0)
+        training = training.model_copy(update=changes)
+        return Recipe(
+            setting=Setting(learning_rate=RATES[tuning.kind]),
+            seed=3,
+            training=training,
+            schedule=Schedule.plan(7, training, 1.0),
+            threshold=0.9,
+            stop_after=None,
+            precision=torch.float32,
+            pad=self.tokenizer.pad_token_id,
+        )
+
+    def run(
+        self,
+        build: Callable[[Model], Safeguards] | None,
+        tuning: Tuning = LORA,
+        name: str = "run",
+        **changes: Any,
+    ) -> tuple[Progress, Model]:
+        """A run with safeguards, in a process of its own, as it were."""
+        model = self.model(tuning)
+        recipe = self.recipe(tuning, **changes)
+        if build:
+            recipe = replace(recipe, safeguards=build(model))
+
+        def evaluate(_: Model) -> tuple[pd.DataFrame, float]:
+            return pd.DataFrame({"value": [0.1]}), 0.1
+
+        folder = self.work / name
+        progress = train(model, self.examples[:7], recipe, 0.1, evaluate, folder, lambda *_: None)
+        return progress, model.eval()
+
+    def drift(self, model: Model) -> float:
+        """Mean change of the logits on text that is not trained on."""
+        batch = collate(self.examples[7:], self.tokenizer.pad_token_id)
+        with torch.no_grad():
+            base = target_logits(load_base(self.folder, CPU), batch)
+            return float((target_logits(model, batch) - base).abs().mean())
+
+
+@pytest.fixture
+def gym(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    rows: Rows,
+    tmp_path: Path,
+) -> Gym:
+    examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
+    return Gym(base_folder, tokenizer, examples, tmp_path)
+
+
+def _builder(**sections: Any) -> Callable[[Model], Safeguards]:
+    mitigation = Mitigation.model_validate(sections)
+    return lambda model: build_safeguards(model, mitigation)
+
+
+def _moved(model: Model) -> Model:
+    """Random changes of all that is trained."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _same(first: tuple[Progress, Model], second: tuple[Progress, Model]) -> bool:
+    ours, theirs = trained_state(first[1]), trained_state(second[1])
+    same = all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return same and first[0].losses == second[0].losses
+
+
+def _gradients(gym: Gym, build: Callable[[Model], Safeguards], tuning: Tuning, size: int) -> Any:
+    """Gradients of one step of a run that has moved away from the base."""
+    model = gym.model(tuning)
+    recipe = replace(gym.recipe(tuning, micro_batch_size=size), safeguards=build(model))
+    _moved(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    recipe = replace(recipe, training=recipe.training.model_copy(update={"gradient_clip": None}))
+    module._step(model, gym.examples[:7], recipe, 1, trained, optimizer)
+    return [parameter.grad for parameter in trained]
+
+
+# --- in training --------------------------------------------------------------------------------
+
+WEIGHTLESS = {"l2_sp": {"l2_sp": {"weight": 0.0}}}
+STRONG = {"l2_sp": {"l2_sp": {"weight": 100.0}}}
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", WEIGHTLESS.values(), ids=WEIGHTLESS)
+def test_weight_0_is_the_run_without(gym: Gym, tuning: Tuning, sections: Any) -> None:
+    """Bit for bit."""
+    without = gym.run(None, tuning, "without")
+    assert _same(gym.run(_builder(**sections), tuning), without)
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", STRONG.values(), ids=STRONG)
+def test_a_strong_mitigation_keeps_the_model_near_the_base(
+    gym: Gym, tuning: Tuning, sections: Any
+) -> None:
+    """On text that is not trained on, outputs move much less far."""
+    _, without = gym.run(None, tuning, "without")
+    _, kept = gym.run(_builder(**sections), tuning)
+    assert 0 < gym.drift(kept) < 0.7 * gym.drift(without)
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", STRONG.values(), ids=STRONG)
+def test_the_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Tuning, sections: Any) -> None:
+    whole = _gradients(gym, _builder(**sections), tuning, 32)
+    for size in (1, 3):
+        for ours, theirs in zip(
+            _gradients(gym, _builder(**sections), tuning, size), whole, strict=True
+        ):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- L2-SP --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_l2_sp_of_adapters_is_that_of_the_merged_matrices(gym: Gym, variant: str) -> None:
+    """tr((B^T B)(A A^T)) is the norm of the product, and so are the gradients."""
+    tuning = LORA.model_copy(update={"variant": variant})
+    model = gym.model(tuning)
+    penalty = l2_sp(model, 0.5)
+    assert penalty(model).item() == 0.0
+    _moved(model)
+    before = {n: p.clone() for n, p in load_base(gym.folder, CPU).named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    formed = (
+        0.25
+        * torch.stack(
+            [
+                (layer.lora_B["default"].weight @ layer.lora_A["default"].weight * tuning.scale)
+                .square()
+                .sum()
+                for layer in adapted_layers(model)
+            ]
+        ).sum()
+    )
+    ours = torch.autograd.grad(penalty(model), trained)
+    theirs = torch.autograd.grad(formed, trained)
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, theirs, strict=True)
+    )
+    value = float(penalty(model).detach())
+    merged = model.merge_and_unload()
+    distances = [(p - before[n]).square().sum() for n, p in merged.named_parameters()]
+    assert value == pytest.approx(0.25 * float(sum(distances)), rel=1e-4)
+
+
+def test_l2_sp_of_full_fine_tuning_pulls_each_weight_back(gym: Gym) -> None:
+    """Its gradient is weight * (theta - theta0)."""
+    model = gym.model(FULL)
+    penalty = l2_sp(model, 0.5)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert penalty(model).item() == 0.0
+    _moved(model)
+    penalty(model).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, 0.5 * (parameter - start[name]), atol=1e-7)
+
+
+def test_l2_sp_covers_an_adapted_embedding(gym: Gym) -> None:
+    tuning = LORA.model_copy(update={"target_modules": ["embed_tokens"]})
+    model = gym.model(tuning)
+    penalty = l2_sp(model, 1.0)
+    _moved(model)
+    (layer,) = adapted_layers(model)
+    formed = 0.5 * layer.get_delta_weight("default").square().sum()
+    assert penalty(model).item() == pytest.approx(formed.item(), rel=1e-5)
+
+
+# --- in the study -------------------------------------------------------------------------------
+
+METHOD: dict[str, Any] = {"method": "lora", "rank": [2, 4], "learning_rate": 1e-3}
+STUDY: dict[str, Any] = {
+    "title": "A study",
+    "datasets": {"world": {"generate": "micro-world"}},
+    "base": {"pretrain": {"documents": ["world/documents"]}},
+    "train": "world/new_authors",
+    "probes": {
+        "new": {"table": "world/new_authors", "knowledge": "new"},
+        "old": {"table": "world/real_authors", "knowledge": "old"},
+    },
+    "selection": {"probe": "new"},
+}
+
+
+def _study(*mitigations: dict[str, Any] | None, **changes: Any) -> Study:
+    methods = [METHOD | changes | {"mitigation": mitigation} for mitigation in mitigations]
+    return Study.model_validate(STUDY | {"methods": methods})
+
+
+def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
+    study = _study(None, {"l2_sp": {"weight": 0.01}}, {"l2_sp": {"weight": 0.1}, "suffix": "near"})
+    named = [(tuning.name, tuning.label) for tuning in tunings(study)]
+    assert named[::2] == [
+        ("lora-r2", "rank 2"),
+        ("lora-r2-l2_sp0.01", "rank 2, l2_sp0.01"),
+        ("lora-r2-near", "rank 2, near"),
+    ]
+    assert [tuning.mitigation for tuning in tunings(study)][::2] == [
+        method.mitigation for method in study.methods
+    ]
+
+
+MISTAKES = {
+    "nothing": ({}, {}, "name at least one mitigation, or leave the section out"),
+    "null": ({"l2_sp": None, "suffix": "x"}, {}, "name at least one mitigation"),
+    "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the update"),
+}
+
+
+@pytest.mark.parametrize(("mitigation", "changes", "told"), MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_be_is_refused(
+    mitigation: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        _study(mitigation, **changes)
