@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetting import train as module
 from forgetting.encode import Example, encode_pair
 from forgetting.forward import collate, target_logits
-from forgetting.mitigate import Safeguards, adapted_layers, build_safeguards, l2_sp
+from forgetting.mitigate import Safeguards, adapted_layers, build_safeguards, divergence, kl, l2_sp
 from forgetting.models import Model, attach, load_base, trained_state
 from forgetting.plan import Tuning, tunings
 from forgetting.study import Mitigation, Prompt, Setting, Study, Training
@@ -138,8 +139,8 @@ def _gradients(gym: Gym, build: Callable[[Model], Safeguards], tuning: Tuning, s
 
 # --- in training --------------------------------------------------------------------------------
 
-WEIGHTLESS = {"l2_sp": {"l2_sp": {"weight": 0.0}}}
-STRONG = {"l2_sp": {"l2_sp": {"weight": 100.0}}}
+WEIGHTLESS = {"l2_sp": {"l2_sp": {"weight": 0.0}}, "kl": {"kl": {"weight": 0.0}}}
+STRONG = {"l2_sp": {"l2_sp": {"weight": 100.0}}, "kl": {"kl": {"weight": 30.0}}}
 
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
@@ -227,6 +228,78 @@ def test_l2_sp_covers_an_adapted_embedding(gym: Gym) -> None:
     (layer,) = adapted_layers(model)
     formed = 0.5 * layer.get_delta_weight("default").square().sum()
     assert penalty(model).item() == pytest.approx(formed.item(), rel=1e-5)
+
+
+# --- KL -----------------------------------------------------------------------------------------
+
+
+def test_kl_by_hand() -> None:
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2, and nothing where masked."""
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    labels = torch.tensor([[0, -100]])
+    base, logits = p.log().expand(1, 2, 3), (q.log() + 7.0).expand(1, 2, 3)
+    found = divergence(base, logits, labels)
+    assert found.flatten().tolist() == pytest.approx([0.25 * math.log(2), 0.0], abs=1e-7)
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(p), torch.distributions.Categorical(q)
+    )
+    assert found[0, 0].item() == pytest.approx(exact.item())
+    logits = logits.clone().requires_grad_()
+    divergence(base, logits, labels).sum().backward()
+    assert torch.allclose(logits.grad[0, 0], q - p, atol=1e-6)
+    assert logits.grad[0, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
+    """With dropout in the adapter too: the base is asked without it."""
+    changes = {"variant": variant, "dropout": 0.5}
+    model = gym.model(FULL if variant == "full" else LORA.model_copy(update=changes)).train()
+    penalty = kl(model, 2.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    value = penalty(model, batch, target_logits(model, batch))
+    assert value.item() == 0.0
+    assert model.training
+    value.backward()
+    gradients = [p.grad.abs().max().item() for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert max(gradients) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+def test_kl_is_to_the_base_from_disk(gym: Gym, variant: str) -> None:
+    """Whatever became of the model; the sum over its tokens, with the gradient of the formula."""
+    model = gym.model(FULL if variant == "full" else LORA.model_copy(update={"variant": variant}))
+    penalty = kl(model, 2.0)
+    _moved(model)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    logits = target_logits(model, batch)
+    value = penalty(model, batch, logits)
+    p = target_logits(load_base(gym.folder, CPU), batch).detach().double().log_softmax(-1)
+    q = target_logits(model, batch).double().log_softmax(-1)
+    formed = 2.0 * (p.exp() * (p - q)).sum(-1)[batch.labels != -100].sum()
+    assert value.item() == pytest.approx(formed.item(), rel=1e-5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours, theirs = torch.autograd.grad(value, trained), torch.autograd.grad(formed, trained)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_kl_of_an_adapter_that_does_not_start_as_nothing_is_to_a_copy(gym: Gym) -> None:
+    """Without such an adapter the model would not be the base."""
+    model = _moved(gym.model())
+    penalty = kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    assert penalty(model, batch, target_logits(model, batch)).item() == 0.0
+
+
+def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
+    model = gym.model(FULL)
+    penalty = kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = penalty(_moved(model), batch, target_logits(model, batch))
+    assert value.dtype == torch.float32
 
 
 # --- in the study -------------------------------------------------------------------------------

@@ -489,13 +489,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_records(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured before stays; the weights are not touched by the fatal step."""
-    original = module.token_logprobs
+    original = module.logprobs_of
 
-    def poisoned(model: Model, batch: Any) -> torch.Tensor:
-        result = original(model, batch)
+    def poisoned(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        result = original(logits, batch)
         return result * math.nan if len(bench.told) == 7 else result
 
-    monkeypatch.setattr(module, "token_logprobs", poisoned)
+    monkeypatch.setattr(module, "logprobs_of", poisoned)
     progress, model = bench.start()
     assert (progress.status, progress.step) == ("diverged", 7)
     assert len(progress.losses) == 7

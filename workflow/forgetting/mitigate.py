@@ -8,6 +8,7 @@ split.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
+from forgetting.forward import Batch, target_logits
 from forgetting.models import Model
 from forgetting.study import Mitigation
 
@@ -24,11 +26,16 @@ WeightPenalty = Callable[[Model], Tensor]
 """What is added to the loss of a step for where the weights are."""
 
 
+TokenPenalty = Callable[[Model, Batch, Tensor], Tensor]
+"""A sum over the target tokens of a batch, given the model's logits at its columns."""
+
+
 @dataclass(frozen=True)
 class Safeguards:
     """All that a run does against forgetting."""
 
     on_weights: tuple[WeightPenalty, ...] = ()
+    on_tokens: TokenPenalty | None = None
 
 
 def build_safeguards(model: Model, mitigation: Mitigation | None) -> Safeguards:
@@ -36,7 +43,64 @@ def build_safeguards(model: Model, mitigation: Mitigation | None) -> Safeguards:
     on_weights: list[WeightPenalty] = []
     if mitigation and mitigation.l2_sp:
         on_weights.append(l2_sp(model, mitigation.l2_sp.weight))
-    return Safeguards(tuple(on_weights))
+    return Safeguards(
+        on_weights=tuple(on_weights),
+        on_tokens=kl(model, mitigation.kl.weight) if mitigation and mitigation.kl else None,
+    )
+
+
+def kl(model: Model, weight: float) -> TokenPenalty:
+    """weight * sum over target tokens of KL(base || model)."""
+    base_logits = base_predictor(model)
+
+    def penalty(model: Model, batch: Batch, logits: Tensor) -> Tensor:
+        return weight * divergence(base_logits(model, batch), logits, batch.labels).sum()
+
+    return penalty
+
+
+def divergence(base: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats at each target, 0 elsewhere.
+
+    p is the base's and q the model's distribution of the next token, in float32.
+    """
+    losses = nn.functional.kl_div(
+        logits.float().log_softmax(-1),
+        base.float().log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    )
+    return losses.sum(-1).masked_fill(labels == -100, 0.0)
+
+
+def base_predictor(model: Model) -> Callable[[Model, Batch], Tensor]:
+    """What gives the base's logits at a batch's columns, without dropout and without gradients.
+
+    An adapter that starts as nothing leaves the base's weights as they are: without it, the model
+    is the base. Otherwise a frozen copy of the model is made, as it is before training.
+    """
+    if isinstance(model, PeftModel) and all(_is_zero(layer) for layer in adapted_layers(model)):
+        return _without_adapter
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def predict(model: Model, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return target_logits(frozen, batch)
+
+    return predict
+
+
+def _is_zero(layer: Any) -> bool:
+    return bool((squared_update(layer) == 0).all())
+
+
+def _without_adapter(model: Model, batch: Batch) -> Tensor:
+    training = model.training
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        logits = target_logits(model, batch)
+    model.train(training)
+    return logits
 
 
 def l2_sp(model: Model, weight: float) -> WeightPenalty:

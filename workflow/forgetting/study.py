@@ -186,6 +186,15 @@ class Setting(Strict):
     weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay of AdamW.")
 
 
+class PredictionPenalty(Strict):
+    """Adds weight * KL(base || model), the mean over target tokens in nats, to the loss.
+
+    This direction asks for all that the base deems likely (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
+
+
 class ParameterPenalty(Strict):
     """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
 
@@ -198,6 +207,9 @@ class ParameterPenalty(Strict):
 class Mitigation(Strict):
     """What a method does against forgetting, beside its training on the new knowledge."""
 
+    kl: PredictionPenalty | None = Field(
+        None, description="Keep the predictions of next tokens near the base's."
+    )
     l2_sp: ParameterPenalty | None = Field(
         None, description="Keep the weights near the base's; not for dora."
     )
@@ -214,8 +226,8 @@ class Mitigation(Strict):
 
     @property
     def name(self) -> str:
-        """The end of the method's name: `l2_sp0.01`."""
-        parts = {"l2_sp": self.l2_sp and self.l2_sp.weight}
+        """The end of the method's name: `kl0.5-l2_sp0.01`."""
+        parts = {"kl": self.kl and self.kl.weight, "l2_sp": self.l2_sp and self.l2_sp.weight}
         made = [f"{key}{value:g}" for key, value in parts.items() if value is not None]
         return self.suffix or "-".join(made)
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from forgetting.encode import Example
-from forgetting.forward import collate, token_logprobs
+from forgetting.forward import collate, logprobs_of, target_logits, token_logprobs
 from forgetting.mitigate import Safeguards
 from forgetting.models import Model, autocast, restore_checkpoint, save_checkpoint, save_tensors
 from forgetting.records import read_json, settle, write_json, write_table
@@ -183,7 +183,10 @@ def _step(
     for start in range(0, len(batch), recipe.training.micro_batch_size):
         part = collate(batch[start : start + recipe.training.micro_batch_size], recipe.pad, device)
         with autocast(device, recipe.precision):
-            loss = -token_logprobs(model, part).sum() / targets
+            logits = target_logits(model, part)
+            loss = -logprobs_of(logits, part).sum() / targets
+            if recipe.safeguards.on_tokens:
+                loss = loss + recipe.safeguards.on_tokens(model, part, logits) / targets
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().double()
     for penalty in recipe.safeguards.on_weights:
