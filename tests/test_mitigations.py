@@ -15,13 +15,23 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting import train as module
-from forgetting.encode import Example, encode_pair
-from forgetting.forward import collate, target_logits
-from forgetting.mitigate import Safeguards, adapted_layers, build_safeguards, divergence, kl, l2_sp
+from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
+from forgetting.encode import Example, encode_pair, encode_text
+from forgetting.forward import collate, target_logits, token_logprobs
+from forgetting.mitigate import (
+    Safeguards,
+    adapted_layers,
+    build_safeguards,
+    divergence,
+    kl,
+    l2_sp,
+    replay_indices,
+)
 from forgetting.models import Model, attach, load_base, trained_state
 from forgetting.plan import Tuning, tunings
-from forgetting.study import Mitigation, Prompt, Setting, Study, Training
-from forgetting.train import Progress, Recipe, Schedule, train
+from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
+from forgetting.tiny import shrink
+from forgetting.train import Progress, Recipe, Schedule, batch_indices, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +53,7 @@ class Gym:
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     examples: list[Example]
+    general: list[Example]
     work: Path
 
     def model(self, tuning: Tuning = LORA) -> Model:
@@ -101,12 +112,13 @@ def gym(
     tmp_path: Path,
 ) -> Gym:
     examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
-    return Gym(base_folder, tokenizer, examples, tmp_path)
+    general = [encode_text(tokenizer, f"{row['answer']} {row['question']}") for row in rows[7:]]
+    return Gym(base_folder, tokenizer, examples, general, tmp_path)
 
 
-def _builder(**sections: Any) -> Callable[[Model], Safeguards]:
+def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Safeguards]:
     mitigation = Mitigation.model_validate(sections)
-    return lambda model: build_safeguards(model, mitigation)
+    return lambda model: build_safeguards(model, mitigation, {"world/documents": gym.general})
 
 
 def _moved(model: Model) -> Model:
@@ -139,8 +151,14 @@ def _gradients(gym: Gym, build: Callable[[Model], Safeguards], tuning: Tuning, s
 
 # --- in training --------------------------------------------------------------------------------
 
+REPLAY = {"table": "world/documents", "share": 0.3}
 WEIGHTLESS = {"l2_sp": {"l2_sp": {"weight": 0.0}}, "kl": {"kl": {"weight": 0.0}}}
-STRONG = {"l2_sp": {"l2_sp": {"weight": 100.0}}, "kl": {"kl": {"weight": 30.0}}}
+STRONG = {
+    "l2_sp": {"l2_sp": {"weight": 100.0}},
+    "kl": {"kl": {"weight": 30.0}},
+    "kl on replay": {"replay": REPLAY, "kl": {"weight": 30.0, "on": "replay"}},
+}
+SPLIT = STRONG | {"replay": {"replay": REPLAY}}
 
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
@@ -148,7 +166,7 @@ STRONG = {"l2_sp": {"l2_sp": {"weight": 100.0}}, "kl": {"kl": {"weight": 30.0}}}
 def test_weight_0_is_the_run_without(gym: Gym, tuning: Tuning, sections: Any) -> None:
     """Bit for bit."""
     without = gym.run(None, tuning, "without")
-    assert _same(gym.run(_builder(**sections), tuning), without)
+    assert _same(gym.run(_builder(gym, **sections), tuning), without)
 
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
@@ -158,17 +176,17 @@ def test_a_strong_mitigation_keeps_the_model_near_the_base(
 ) -> None:
     """On text that is not trained on, outputs move much less far."""
     _, without = gym.run(None, tuning, "without")
-    _, kept = gym.run(_builder(**sections), tuning)
-    assert 0 < gym.drift(kept) < 0.7 * gym.drift(without)
+    _, kept = gym.run(_builder(gym, **sections), tuning)
+    assert 0 < gym.drift(kept) < 0.8 * gym.drift(without)
 
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("sections", STRONG.values(), ids=STRONG)
+@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
 def test_the_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Tuning, sections: Any) -> None:
-    whole = _gradients(gym, _builder(**sections), tuning, 32)
+    whole = _gradients(gym, _builder(gym, **sections), tuning, 32)
     for size in (1, 3):
         for ours, theirs in zip(
-            _gradients(gym, _builder(**sections), tuning, size), whole, strict=True
+            _gradients(gym, _builder(gym, **sections), tuning, size), whole, strict=True
         ):
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -302,7 +320,95 @@ def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
     assert value.dtype == torch.float32
 
 
-# --- in the study -------------------------------------------------------------------------------
+# --- replay -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.75])
+def test_the_share_of_replay_is_exact_in_the_long_run(share: float) -> None:
+    """Batches of 4, 4 and 2 of ten new examples: whatever does not fit one step comes later."""
+    starts = [epoch * 10 + place for epoch in range(38) for place in (0, 4, 8)]
+    drawn = [
+        replay_indices(7, share, 5, start, start + (4 if start % 10 < 8 else 2)) for start in starts
+    ]
+    total = sum(map(len, drawn))
+    assert total == pytest.approx(380 * share / (1 - share), abs=1)
+    assert max(map(len, drawn)) <= math.ceil(4 * share / (1 - share))
+    stream = [index for part in drawn for index in part]
+    for start in range(0, total - 6, 7):
+        assert sorted(stream[start : start + 7]) == list(range(7))
+
+
+def test_replay_is_a_function_of_seed_and_step_alone() -> None:
+    whole = replay_indices(100, 0.5, 5, 0, 40)
+    assert whole == [i for at in range(0, 40, 4) for i in replay_indices(100, 0.5, 5, at, at + 4)]
+    assert whole != replay_indices(100, 0.5, 6, 0, 40)
+    assert whole != replay_indices(100, 0.5, 5, 100, 140)
+    # A table that is smaller than what one step takes.
+    assert sorted(replay_indices(2, 0.75, 5, 0, 2)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_all_tokens_of_a_text_are_targets(gym: Gym) -> None:
+    example = encode_text(gym.tokenizer, "In Oslo, by the harbour.")
+    assert example.targets == len(example.ids) - 1 > 5
+    assert example.ids[-1] == gym.tokenizer.eos_token_id
+    assert gym.tokenizer.decode(example.ids[:-1]) == "In Oslo, by the harbour."
+    assert encode_text(gym.tokenizer, "In Oslo, by the harbour.", 4).ids == example.ids[:4]
+
+
+def test_the_loss_is_the_mean_over_all_tokens_replayed_ones_among_them(gym: Gym) -> None:
+    """Of the first step, whose weights are those of the base."""
+    half = {"table": "world/documents", "share": 0.5}
+    progress, _ = gym.run(_builder(gym, replay=half), FULL)
+    new = [gym.examples[index] for index in batch_indices(7, 4, 3, 0)]
+    old = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 4)]
+    assert len(old) == len(new) == 4
+    batch = collate([*new, *old], gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        logprobs = token_logprobs(load_base(gym.folder, CPU), batch)
+    assert progress.losses[0] == pytest.approx(-logprobs.sum().item() / batch.targets, rel=1e-5)
+    # Six steps of 21 new and as many old examples.
+    drawn = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 21)]
+    seen = [*(gym.examples[:7] * 3), *drawn]
+    assert progress.tokens == sum(len(example.ids) for example in seen)
+
+
+def test_replay_keeps_what_is_replayed(gym: Gym) -> None:
+    """The general text is predicted better than by a run without."""
+    batch = collate(gym.general, gym.tokenizer.pad_token_id)
+    half = {"table": "world/documents", "share": 0.5}
+    found = []
+    for name, build in (("without", None), ("with", _builder(gym, replay=half))):
+        _, model = gym.run(build, LORA, name, epochs=8.0)
+        with torch.no_grad():
+            found.append(-token_logprobs(model, batch).sum().item() / batch.targets)
+    assert found[1] < 0.8 * found[0]
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
+def test_a_killed_run_ends_like_one_that_was_not(
+    gym: Gym, tuning: Tuning, sections: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: what the mitigation compares with is the base, not what was resumed from."""
+    tuning = tuning.model_copy(update={"dropout": 0.1}) if tuning.kind == "lora" else tuning
+    reference = gym.run(_builder(gym, **sections), tuning, "reference")
+    original, calls = module._step, 0
+
+    def deadly(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_step", deadly)
+        with pytest.raises(Killed):
+            gym.run(_builder(gym, **sections), tuning)
+    assert _same(gym.run(_builder(gym, **sections), tuning), reference)
+
+
+# --- in the cohort and the study ----------------------------------------------------------------
 
 METHOD: dict[str, Any] = {"method": "lora", "rank": [2, 4], "learning_rate": 1e-3}
 STUDY: dict[str, Any] = {
@@ -337,6 +443,19 @@ def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
 
 
 MISTAKES = {
+    "replay of a probe": (
+        {"replay": {"table": "world/real_authors"}},
+        {},
+        "probes.old: methods.0 replays world/real_authors",
+    ),
+    "unknown dataset": ({"replay": {"table": "word/documents"}}, {}, "`word` is not among"),
+    "share 1": ({"replay": REPLAY | {"share": 1.0}}, {}, "less than 1"),
+    "share 0": ({"replay": REPLAY | {"share": 0.0}}, {}, "greater than 0"),
+    "kl on no replay": (
+        {"kl": {"weight": 1.0, "on": "replay"}},
+        {},
+        "needs a `replay` beside it",
+    ),
     "nothing": ({}, {}, "name at least one mitigation, or leave the section out"),
     "null": ({"l2_sp": None, "suffix": "x"}, {}, "name at least one mitigation"),
     "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the update"),
@@ -349,3 +468,63 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(told)):
         _study(mitigation, **changes)
+
+
+def test_a_tiny_study_takes_the_micro_world_for_a_table_from_the_hub() -> None:
+    hub = {"hub": "someone/text", "revision": "0" * 40}
+    sections = {"replay": {"table": "text/train", "share": 0.2}, "kl": {"weight": 1.0}}
+    datasets = {"datasets": STUDY["datasets"] | {"text": hub}}
+    methods = [METHOD | {"mitigation": sections}, METHOD]
+    study = shrink(Study.model_validate(STUDY | datasets | {"methods": methods}))
+    assert study.methods[0].mitigation == Mitigation.model_validate(
+        sections | {"replay": {"table": "text/documents", "share": 0.2}}
+    )
+    assert study.datasets["text"].generate == "micro-world"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_cohort_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -> None:
+    """The runs of a sweep share a base: each has its own penalties on what it was at the start."""
+    sections = {"replay": REPLAY, "kl": {"weight": 1.0}, "l2_sp": {"weight": 1.0}}
+    tuning = (LORA if kind == "lora" else FULL).model_copy(
+        update={
+            "settings": [Setting(learning_rate=rate) for rate in (1e-2, 1e-3)],
+            "mitigation": Mitigation.model_validate(sections),
+        }
+    )
+    spec = CohortSpec(
+        tuning=tuning,
+        seed=0,
+        prompt=Prompt(),
+        training=Training(epochs=1.0, batch_size=4, warmup_epochs=0.0),
+        measurement=Measurement(max_new_tokens=2),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )
+    materials = Materials(
+        base=gym.folder,
+        tokenizer=gym.tokenizer,
+        train=rows[:7],
+        probes={"new": rows[:1]},
+        base_value=0.1,
+        device=CPU,
+        precision=torch.float32,
+        general={"world/documents": [{"id": "d/0", "text": "Oslo."}, rows[8]]},
+    )
+    spec = CohortSpec.model_validate_json(spec.model_dump_json())
+    both = train_cohort(spec, materials, {}, gym.work / "both", lambda *_: None)
+    second = tuning.model_copy(update={"settings": tuning.settings[1:]})
+    (alone,) = train_cohort(
+        spec.model_copy(update={"tuning": second}), materials, {}, gym.work / "one", lambda *_: None
+    )
+    assert both[1]["losses"] == alone["losses"]
+    assert both[0]["losses"][0] == both[1]["losses"][0]
+    assert both[0]["losses"][1] != both[1]["losses"][1]
+    other = tuning.model_copy(update={"mitigation": Mitigation.model_validate({"replay": REPLAY})})
+    keys = [
+        run_key(spec.model_copy(update={"tuning": which}), tuning.settings[0], inputs)
+        for which in (tuning, other)
+        for inputs in ({}, {"table world/documents": "0"})
+    ]
+    assert len(set(keys)) == 4

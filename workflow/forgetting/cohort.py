@@ -11,7 +11,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.data import Row
-from forgetting.encode import encode_pair
+from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.mitigate import build_safeguards
@@ -58,6 +58,8 @@ class Materials:
     base_value: float
     device: torch.device
     precision: torch.dtype
+    general: Mapping[str, list[Row]] = field(default_factory=dict)
+    """Tables of general text that the method's mitigation reads."""
 
 
 Tell = Callable[[str, Progress, Schedule], None]
@@ -111,6 +113,25 @@ def _forget_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _encode(
+    rows: Sequence[Row], spec: CohortSpec, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """Questions with their answers in the study's prompt, and texts as they are."""
+    limit = spec.training.max_length
+    examples = [
+        encode_text(tokenizer, row["text"], limit)
+        if "text" in row
+        else encode_pair(tokenizer, spec.prompt, row["question"], row["answer"], limit)
+        for row in rows
+    ]
+    if cut := [row["id"] for row, e in zip(rows, examples, strict=True) if e.targets < 1]:
+        raise InputError(
+            f"training.max_length: {limit} tokens leave nothing of the answer "
+            f"of {cut[0]} and {len(cut) - 1} more; make it longer"
+        )
+    return examples
+
+
 def _train_run(
     spec: CohortSpec,
     setting: Setting,
@@ -120,23 +141,10 @@ def _train_run(
     folder: Path,
     tell: Tell,
 ) -> dict[str, Any]:
-    examples = [
-        encode_pair(
-            materials.tokenizer,
-            spec.prompt,
-            row["question"],
-            row["answer"],
-            spec.training.max_length,
-        )
-        for row in materials.train
-    ]
-    if cut := [
-        row["id"] for row, e in zip(materials.train, examples, strict=True) if e.targets < 1
-    ]:
-        raise InputError(
-            f"training.max_length: {spec.training.max_length} tokens leave nothing of the answer "
-            f"of {cut[0]} and {len(cut) - 1} more; make it longer"
-        )
+    examples = _encode(materials.train, spec, materials.tokenizer)
+    general = {
+        table: _encode(rows, spec, materials.tokenizer) for table, rows in materials.general.items()
+    }
     cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
     started = time.monotonic()
     model = attach(base, spec.tuning, spec.seed)
@@ -150,7 +158,7 @@ def _train_run(
         stop_after=spec.selection.stop_after,
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
-        safeguards=build_safeguards(model, spec.tuning.mitigation),
+        safeguards=build_safeguards(model, spec.tuning.mitigation, general),
     )
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:

@@ -9,7 +9,8 @@ split.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from forgetting.encode import Example
 from forgetting.forward import Batch, target_logits
 from forgetting.models import Model
 from forgetting.study import Mitigation
@@ -32,21 +34,66 @@ TokenPenalty = Callable[[Model, Batch, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Safeguards:
-    """All that a run does against forgetting."""
+    """All that a run does against forgetting.
 
+    Attributes:
+        replay: examples of general text.
+        share: share of them among all examples that are trained on.
+        on_new: penalty on the predictions of target tokens of the new knowledge.
+        on_replayed: the same of the replayed examples.
+        on_weights: penalties on the weights.
+    """
+
+    replay: Sequence[Example] = ()
+    share: float = 0.0
+    on_new: TokenPenalty | None = None
+    on_replayed: TokenPenalty | None = None
     on_weights: tuple[WeightPenalty, ...] = ()
-    on_tokens: TokenPenalty | None = None
+
+    def replayed(self, seed: int, first: int, last: int) -> list[Example]:
+        """The examples replayed beside the new ones from the `first` of a run to the `last`."""
+        if not self.replay:
+            return []
+        indices = replay_indices(len(self.replay), self.share, seed, first, last)
+        return [self.replay[index] for index in indices]
 
 
-def build_safeguards(model: Model, mitigation: Mitigation | None) -> Safeguards:
+def build_safeguards(
+    model: Model, mitigation: Mitigation | None, tables: Mapping[str, Sequence[Example]]
+) -> Safeguards:
     """What the method asks for; `model` must still compute what the base does."""
+    if mitigation is None:
+        return Safeguards()
+    on_tokens = kl(model, mitigation.kl.weight) if mitigation.kl else None
     on_weights: list[WeightPenalty] = []
-    if mitigation and mitigation.l2_sp:
+    if mitigation.l2_sp:
         on_weights.append(l2_sp(model, mitigation.l2_sp.weight))
     return Safeguards(
+        replay=tables[mitigation.replay.table] if mitigation.replay else (),
+        share=mitigation.replay.share if mitigation.replay else 0.0,
+        on_new=on_tokens if mitigation.kl and mitigation.kl.on == "all" else None,
+        on_replayed=on_tokens,
         on_weights=tuple(on_weights),
-        on_tokens=kl(model, mitigation.kl.weight) if mitigation and mitigation.kl else None,
     )
+
+
+def replay_indices(rows: int, share: float, seed: int, first: int, last: int) -> list[int]:
+    """Which of `rows` general rows stand beside the new examples [first, last) of a run.
+
+    Beside n new ones stand floor(n * share / (1 - share)) in all, so that the share is exact in the
+    long run, also of small batches. The rows come in permutations, each row once before any twice.
+    """
+    start, end = (math.floor(count * share / (1 - share) + 1e-9) for count in (first, last))
+    indices: list[int] = []
+    while start < end:
+        round_, place = divmod(start, rows)
+        # Far from the seeds that order the new examples.
+        generator = torch.Generator().manual_seed(2**40 + seed * 1_000_003 + round_)
+        order = torch.randperm(rows, generator=generator)
+        taken = order[place : place + end - start].tolist()
+        indices += taken
+        start += len(taken)
+    return indices
 
 
 def kl(model: Model, weight: float) -> TokenPenalty:

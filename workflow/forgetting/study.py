@@ -14,6 +14,7 @@ from forgetting.fields import (
     Count,
     Name,
     NotNegative,
+    Number,
     Positive,
     Share,
     Strict,
@@ -186,6 +187,20 @@ class Setting(Strict):
     weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay of AdamW.")
 
 
+class Replay(Strict):
+    """Trains on general text too, as if a share of each batch were known already.
+
+    Replayed rows come on top of the batch, so that an epoch of the new knowledge has as many steps
+    as without. The loss of a step stays the mean over all its target tokens; a long text thus
+    counts more than a short answer. A `text` is trained on whole, up to `training.max_length`.
+    """
+
+    table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
+    share: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        0.1, description="Replayed rows among all rows that are trained on."
+    )
+
+
 class PredictionPenalty(Strict):
     """Adds weight * KL(base || model), the mean over target tokens in nats, to the loss.
 
@@ -193,6 +208,9 @@ class PredictionPenalty(Strict):
     """
 
     weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
+    on: Literal["all", "replay"] = Field(
+        "all", description="The mean is over all target tokens, or those of the replayed rows."
+    )
 
 
 class ParameterPenalty(Strict):
@@ -207,6 +225,7 @@ class ParameterPenalty(Strict):
 class Mitigation(Strict):
     """What a method does against forgetting, beside its training on the new knowledge."""
 
+    replay: Replay | None = Field(None, description="Mix general text into the batches.")
     kl: PredictionPenalty | None = Field(
         None, description="Keep the predictions of next tokens near the base's."
     )
@@ -222,12 +241,23 @@ class Mitigation(Strict):
     def _does_something(self) -> Mitigation:
         if not any(value for key, value in self if key != "suffix"):
             raise ValueError("name at least one mitigation, or leave the section out")
+        if self.kl and self.kl.on == "replay" and not self.replay:
+            raise ValueError("`kl: {on: replay}` needs a `replay` beside it")
         return self
 
     @property
+    def tables(self) -> list[str]:
+        """The tables that are read, each once."""
+        return [self.replay.table] if self.replay else []
+
+    @property
     def name(self) -> str:
-        """The end of the method's name: `kl0.5-l2_sp0.01`."""
-        parts = {"kl": self.kl and self.kl.weight, "l2_sp": self.l2_sp and self.l2_sp.weight}
+        """The end of the method's name: `replay0.1-kl0.5`."""
+        parts = {
+            "replay": self.replay and self.replay.share,
+            "kl": self.kl and self.kl.weight,
+            "l2_sp": self.l2_sp and self.l2_sp.weight,
+        }
         made = [f"{key}{value:g}" for key, value in parts.items() if value is not None]
         return self.suffix or "-".join(made)
 
@@ -401,12 +431,20 @@ class Study(Strict):
                 raise ValueError(
                     f"probes.{name}: {min(both)} is trained on, so it is no old knowledge"
                 )
+            for number, method in enumerate(self.methods):
+                replay = method.mitigation and method.mitigation.replay
+                if replay and replay.table in probe.table:
+                    raise ValueError(
+                        f"probes.{name}: methods.{number} replays {replay.table}, so the probe "
+                        "would not tell what is forgotten; replay another table"
+                    )
         return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> Study:
         tables = [*self.train, *(table for probe in self.probes.values() for table in probe.table)]
         tables += self.base.pretrain.documents if self.base.pretrain else []
+        tables += [table for m in self.methods if m.mitigation for table in m.mitigation.tables]
         datasets = {table.split("/", 1)[0] for table in tables}
         datasets |= {self.benchmarks.rows} if self.benchmarks.rows else set()
         if unknown := sorted(datasets - set(self.datasets)):

@@ -41,7 +41,7 @@ def shrink(study: Study) -> Study:
             "train": train,
             "train_limit": ROWS,
             "probes": probes,
-            "methods": [_few_settings(method) for method in study.methods],
+            "methods": [_few_settings(_offline(method, on_hub)) for method in study.methods],
             "measurement": study.measurement.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
@@ -60,6 +60,17 @@ def _few_settings(method: Method) -> Method:
     if method.fixed:
         rates, decays = [method.fixed.learning_rate], [method.fixed.weight_decay]
     return method.model_copy(update={"learning_rate": rates, "weight_decay": decays})
+
+
+def _offline(method: Method, on_hub: set[str]) -> Method:
+    """The same mitigation with the micro-world's documents in place of a table from the hub."""
+    replay = method.mitigation and method.mitigation.replay
+    if not method.mitigation or not replay:
+        return method
+    dataset = replay.table.split("/", 1)[0]
+    table = f"{dataset}/documents" if dataset in on_hub else replay.table
+    sections = {"replay": replay.model_copy(update={"table": table})}
+    return method.model_copy(update={"mitigation": method.mitigation.model_copy(update=sections)})
 
 
 def _benchmarks(study: Study, datasets: dict[str, Dataset]) -> Benchmarks:

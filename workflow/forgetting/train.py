@@ -175,22 +175,30 @@ def _step(
     """
     device = model.device
     indices = batch_indices(len(examples), recipe.training.batch_size, recipe.seed, step)
-    batch = [examples[index] for index in indices]
-    targets = sum(example.targets for example in batch)
+    new = [examples[index] for index in indices]
+    epoch, position = divmod(step, recipe.schedule.steps_per_epoch)
+    seen = epoch * len(examples) + position * recipe.training.batch_size
+    old = recipe.safeguards.replayed(recipe.seed, seen, seen + len(new))
+    groups = ((new, recipe.safeguards.on_new), (old, recipe.safeguards.on_replayed))
+    targets = sum(example.targets for rows, _ in groups for example in rows)
+    penalized = sum(example.targets for rows, penalty in groups if penalty for example in rows)
     torch.manual_seed(recipe.seed * 1_000_003 + step)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(batch), recipe.training.micro_batch_size):
-        part = collate(batch[start : start + recipe.training.micro_batch_size], recipe.pad, device)
-        with autocast(device, recipe.precision):
-            logits = target_logits(model, part)
-            loss = -logprobs_of(logits, part).sum() / targets
-            if recipe.safeguards.on_tokens:
-                loss = loss + recipe.safeguards.on_tokens(model, part, logits) / targets
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach().double()
-    for penalty in recipe.safeguards.on_weights:
-        loss = penalty(model)
+    size = recipe.training.micro_batch_size
+    # Long texts are no reason to pad short answers, so the two never share a forward pass.
+    for rows, on_tokens in groups:
+        for start in range(0, len(rows), size):
+            part = collate(rows[start : start + size], recipe.pad, device)
+            with autocast(device, recipe.precision):
+                logits = target_logits(model, part)
+                loss = -logprobs_of(logits, part).sum() / targets
+                if on_tokens:
+                    loss = loss + on_tokens(model, part, logits) / penalized
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach().double()
+    for on_weights in recipe.safeguards.on_weights:
+        loss = on_weights(model)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().double()
     value = float(total)
@@ -201,7 +209,7 @@ def _step(
         if recipe.training.gradient_clip:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.training.gradient_clip)
         optimizer.step()
-    return value, sum(len(example.ids) for example in batch)
+    return value, sum(len(example.ids) for example in [*new, *old])
 
 
 def _checkpoint(
