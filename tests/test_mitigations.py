@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,8 @@ from forgetting.mitigate import (
     adapted_layers,
     build_safeguards,
     divergence,
+    ewc,
+    fisher,
     kl,
     l2_sp,
     replay_indices,
@@ -118,7 +121,7 @@ def gym(
 
 def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Safeguards]:
     mitigation = Mitigation.model_validate(sections)
-    return lambda model: build_safeguards(model, mitigation, {"world/documents": gym.general})
+    return lambda model: build_safeguards(model, mitigation, {"world/documents": gym.general}, 3)
 
 
 def _moved(model: Model) -> Model:
@@ -152,10 +155,16 @@ def _gradients(gym: Gym, build: Callable[[Model], Safeguards], tuning: Tuning, s
 # --- in training --------------------------------------------------------------------------------
 
 REPLAY = {"table": "world/documents", "share": 0.3}
-WEIGHTLESS = {"l2_sp": {"l2_sp": {"weight": 0.0}}, "kl": {"kl": {"weight": 0.0}}}
+EWC = {"table": "world/documents", "samples": 2}
+WEIGHTLESS = {
+    "l2_sp": {"l2_sp": {"weight": 0.0}},
+    "kl": {"kl": {"weight": 0.0}},
+    "ewc": {"ewc": EWC | {"weight": 0.0}},
+}
 STRONG = {
     "l2_sp": {"l2_sp": {"weight": 100.0}},
     "kl": {"kl": {"weight": 30.0}},
+    "ewc": {"ewc": EWC | {"weight": 1e5}},
     "kl on replay": {"replay": REPLAY, "kl": {"weight": 30.0, "on": "replay"}},
 }
 SPLIT = STRONG | {"replay": {"replay": REPLAY}}
@@ -320,6 +329,75 @@ def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
     assert value.dtype == torch.float32
 
 
+# --- EWC ----------------------------------------------------------------------------------------
+
+
+class Unigram(torch.nn.Module):
+    """Predicts the same distribution, softmax(theta), whatever came before."""
+
+    device = CPU
+
+    def __init__(self, probabilities: list[float]) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> Any:
+        shape = (len(input_ids), len(logits_to_keep), len(self.theta))
+        return SimpleNamespace(logits=self.theta.expand(shape))
+
+
+def test_fisher_of_a_model_whose_information_is_known() -> None:
+    """p (1 - p) of a softmax, though the text says one and the same token again and again."""
+    p = [0.6, 0.3, 0.1]
+    model: Any = Unigram(p)
+    rows = [Example(ids=[1] * 9, prompt=1)] * 3000
+    (found,) = fisher(model, [model.theta], rows, 0)
+    assert found.tolist() == pytest.approx([x * (1 - x) for x in p], abs=0.01)
+    (again,) = fisher(model, [model.theta], rows, 0)
+    assert torch.equal(found, again)
+    # Near the base the penalty is KL(base || model), of one changed weight exactly.
+    penalty = ewc(model, 1.0, rows, 0)
+    base = model.theta.detach().clone()
+    with torch.no_grad():
+        model.theta[1] += 0.05
+    exact = divergence(base, model.theta, torch.tensor(0)).item()
+    assert penalty(model).item() == pytest.approx(exact, rel=0.08)
+
+
+def test_ewc_is_the_weighted_distance(gym: Gym) -> None:
+    """Of all weights, and of adapters the same as of the matrices merged, with their gradients."""
+    model, full = gym.model(), gym.model(FULL)
+    names = [
+        name.removesuffix(".base_layer.weight").removeprefix("base_model.model.") + ".weight"
+        for name, _ in model.named_parameters()
+        if name.endswith(".base_layer.weight")
+    ]
+    assert len(names) == 14
+    weights = dict(full.named_parameters())
+    information = fisher(full, list(weights.values()), gym.general, 3)
+    by_name = dict(zip(weights, information, strict=True))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    penalty, whole = ewc(model, 0.5, gym.general, 3), ewc(full, 0.5, gym.general, 3)
+    assert penalty(model).item() == whole(full).item() == 0.0
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    _moved(model)
+    value = penalty(model)
+    value.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n in trained)
+
+    start = {name: p.detach().clone() for name, p in full.named_parameters()}
+    merged = dict(model.merge_and_unload().named_parameters())
+    terms = [(by_name[n] * (merged[n] - start[n]).square()).sum() for n in names]
+    assert value.item() == pytest.approx(0.25 * torch.stack(terms).sum().item(), rel=1e-4)
+
+    _moved(full)
+    whole(full).backward()
+    for name, parameter in full.named_parameters():
+        expected = 0.5 * by_name[name] * (parameter - start[name])
+        assert torch.allclose(parameter.grad, expected, atol=1e-7), name
+
+
 # --- replay -------------------------------------------------------------------------------------
 
 
@@ -456,6 +534,11 @@ MISTAKES = {
         {},
         "needs a `replay` beside it",
     ),
+    "ewc of dora": (
+        {"ewc": EWC | {"weight": 1.0}},
+        {"variant": "dora"},
+        "mitigation.ewc needs the update of the weights",
+    ),
     "nothing": ({}, {}, "name at least one mitigation, or leave the section out"),
     "null": ({"l2_sp": None, "suffix": "x"}, {}, "name at least one mitigation"),
     "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the update"),
@@ -472,7 +555,10 @@ def test_what_cannot_be_is_refused(
 
 def test_a_tiny_study_takes_the_micro_world_for_a_table_from_the_hub() -> None:
     hub = {"hub": "someone/text", "revision": "0" * 40}
-    sections = {"replay": {"table": "text/train", "share": 0.2}, "kl": {"weight": 1.0}}
+    sections = {
+        "replay": {"table": "text/train", "share": 0.2},
+        "ewc": {"table": "world/documents", "weight": 1.0},
+    }
     datasets = {"datasets": STUDY["datasets"] | {"text": hub}}
     methods = [METHOD | {"mitigation": sections}, METHOD]
     study = shrink(Study.model_validate(STUDY | datasets | {"methods": methods}))
@@ -485,7 +571,8 @@ def test_a_tiny_study_takes_the_micro_world_for_a_table_from_the_hub() -> None:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_cohort_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -> None:
     """The runs of a sweep share a base: each has its own penalties on what it was at the start."""
-    sections = {"replay": REPLAY, "kl": {"weight": 1.0}, "l2_sp": {"weight": 1.0}}
+    penalty = {"weight": 1.0}
+    sections = {"replay": REPLAY, "kl": penalty, "ewc": EWC | penalty, "l2_sp": penalty}
     tuning = (LORA if kind == "lora" else FULL).model_copy(
         update={
             "settings": [Setting(learning_rate=rate) for rate in (1e-2, 1e-3)],

@@ -158,7 +158,7 @@ def _train_run(
         stop_after=spec.selection.stop_after,
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
-        safeguards=build_safeguards(model, spec.tuning.mitigation, general),
+        safeguards=build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
     )
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:

@@ -19,8 +19,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from forgetting.data import evenly_spaced
 from forgetting.encode import Example
-from forgetting.forward import Batch, target_logits
+from forgetting.forward import Batch, collate, target_logits
 from forgetting.models import Model
 from forgetting.study import Mitigation
 
@@ -59,13 +60,19 @@ class Safeguards:
 
 
 def build_safeguards(
-    model: Model, mitigation: Mitigation | None, tables: Mapping[str, Sequence[Example]]
+    model: Model,
+    mitigation: Mitigation | None,
+    tables: Mapping[str, Sequence[Example]],
+    seed: int,
 ) -> Safeguards:
     """What the method asks for; `model` must still compute what the base does."""
     if mitigation is None:
         return Safeguards()
     on_tokens = kl(model, mitigation.kl.weight) if mitigation.kl else None
     on_weights: list[WeightPenalty] = []
+    if mitigation.ewc:
+        rows = evenly_spaced(list(tables[mitigation.ewc.table]), mitigation.ewc.samples)
+        on_weights.append(ewc(model, mitigation.ewc.weight, rows, seed))
     if mitigation.l2_sp:
         on_weights.append(l2_sp(model, mitigation.l2_sp.weight))
     return Safeguards(
@@ -173,6 +180,71 @@ def l2_sp(model: Model, weight: float) -> WeightPenalty:
         return weight / 2 * torch.stack(distances).sum()
 
     return penalty
+
+
+def ewc(model: Model, weight: float, rows: Sequence[Example], seed: int) -> WeightPenalty:
+    """weight/2 * sum_i F_i (theta_i - theta0_i)^2 over all that is trained.
+
+    With adapters, over the updates scale*B*A, with the information of the matrices that they stand
+    beside: the adapter's own entries have no place from which to measure a distance.
+    """
+    if isinstance(model, PeftModel):
+        layers = adapted_layers(model)
+        information = fisher(model, [layer.get_base_layer().weight for layer in layers], rows, seed)
+
+        def penalty_on_updates(model: Model) -> Tensor:
+            updates = [
+                layer.get_delta_weight(*layer.active_adapters) for layer in adapted_layers(model)
+            ]
+            terms = [(f * u.square()).sum() for f, u in zip(information, updates, strict=True)]
+            return weight / 2 * torch.stack(terms).sum()
+
+        return penalty_on_updates
+
+    start = trained_weights(model)
+    weights = [model.get_parameter(name) for name in start]
+    by_name = dict(zip(start, fisher(model, weights, rows, seed), strict=True))
+
+    def penalty(model: Model) -> Tensor:
+        terms = [
+            (by_name[name] * (parameter - start[name]).square()).sum()
+            for name, parameter in model.named_parameters()
+            if name in start
+        ]
+        return weight / 2 * torch.stack(terms).sum()
+
+    return penalty
+
+
+def fisher(
+    model: Model, weights: Sequence[nn.Parameter], rows: Sequence[Example], seed: int
+) -> list[Tensor]:
+    """Diagonal Fisher information of some weights, per target token of the rows.
+
+    F_i = mean over contexts of E_{y ~ model}[(d log p(y | context) / d theta_i)^2]. For each target
+    a token is drawn from the model instead: with the text's own tokens it would be the empirical
+    Fisher, another matrix wherever the model does not fit the text (Kunstner et al. 2019, arXiv
+    1905.12558). The gradients of drawn tokens have mean 0 and are uncorrelated, so that the square
+    of their sum over a row is, on average, the sum of their squares: one backward pass a row.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    sums = [torch.zeros_like(weight) for weight in weights]
+    trained, training = [weight.requires_grad for weight in weights], model.training
+    model.eval()
+    for weight in weights:
+        weight.requires_grad_(True)
+    for row in rows:
+        logits = target_logits(model, collate([row], 0, model.device))[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        score = -nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        gradients = torch.autograd.grad(score, weights, materialize_grads=True)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient.square()
+    for weight, was in zip(weights, trained, strict=True):
+        weight.requires_grad_(was)
+    model.train(training)
+    targets = sum(row.targets for row in rows)
+    return [total / targets for total in sums]
 
 
 def adapted_layers(model: Model) -> list[Any]:

@@ -222,12 +222,32 @@ class ParameterPenalty(Strict):
     weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
 
 
+class FisherPenalty(Strict):
+    """EWC: adds weight/2 * sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, equation 3).
+
+    F_i is the diagonal of the base's Fisher information per target token of a general text, so that
+    near the base the sum is the part of KL(base || model) in nats per token that a diagonal sees.
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    """
+
+    weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
+    table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
+    samples: Count = Field(
+        128, description="So many rows, evenly spaced over the table, estimate the information."
+    )
+
+
 class Mitigation(Strict):
     """What a method does against forgetting, beside its training on the new knowledge."""
 
     replay: Replay | None = Field(None, description="Mix general text into the batches.")
     kl: PredictionPenalty | None = Field(
         None, description="Keep the predictions of next tokens near the base's."
+    )
+    ewc: FisherPenalty | None = Field(
+        None,
+        description="Keep the weights near the base's, the more they matter to it; not for dora. "
+        "Takes the memory of the trained or adapted weights once or twice more.",
     )
     l2_sp: ParameterPenalty | None = Field(
         None, description="Keep the weights near the base's; not for dora."
@@ -248,7 +268,8 @@ class Mitigation(Strict):
     @property
     def tables(self) -> list[str]:
         """The tables that are read, each once."""
-        return [self.replay.table] if self.replay else []
+        read = [section.table for section in (self.replay, self.ewc) if section]
+        return list(dict.fromkeys(read))
 
     @property
     def name(self) -> str:
@@ -256,6 +277,7 @@ class Mitigation(Strict):
         parts = {
             "replay": self.replay and self.replay.share,
             "kl": self.kl and self.kl.weight,
+            "ewc": self.ewc and self.ewc.weight,
             "l2_sp": self.l2_sp and self.l2_sp.weight,
         }
         made = [f"{key}{value:g}" for key, value in parts.items() if value is not None]
@@ -315,7 +337,7 @@ class Method(Strict):
     def _update_is_known(self) -> Method:
         # What moves the weights of other variants is not scale*B*A alone.
         if self.mitigation and self.method == "lora" and self.variant not in ("lora", "rslora"):
-            for name in ("l2_sp",):
+            for name in ("ewc", "l2_sp"):
                 if getattr(self.mitigation, name):
                     raise ValueError(
                         f"mitigation.{name} needs the update of the weights, which is scale*B*A "

@@ -8,7 +8,17 @@ What would come from the hub comes from the micro-world instead: nothing is down
 from __future__ import annotations
 
 from forgetting.plan import tunings
-from forgetting.study import Base, Benchmarks, Dataset, Method, Pretraining, Probe, Study
+from forgetting.study import (
+    Base,
+    Benchmarks,
+    Dataset,
+    FisherPenalty,
+    Method,
+    Pretraining,
+    Probe,
+    Replay,
+    Study,
+)
 
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
@@ -63,13 +73,15 @@ def _few_settings(method: Method) -> Method:
 
 
 def _offline(method: Method, on_hub: set[str]) -> Method:
-    """The same mitigation with the micro-world's documents in place of a table from the hub."""
-    replay = method.mitigation and method.mitigation.replay
-    if not method.mitigation or not replay:
+    """The same mitigation with the micro-world's documents in place of tables from the hub."""
+    if method.mitigation is None:
         return method
-    dataset = replay.table.split("/", 1)[0]
-    table = f"{dataset}/documents" if dataset in on_hub else replay.table
-    sections = {"replay": replay.model_copy(update={"table": table})}
+    sections: dict[str, Replay | FisherPenalty] = {}
+    for name, section in method.mitigation:
+        if isinstance(section, Replay | FisherPenalty):
+            dataset = section.table.split("/", 1)[0]
+            table = f"{dataset}/documents" if dataset in on_hub else section.table
+            sections[name] = section.model_copy(update={"table": table})
     return method.model_copy(update={"mitigation": method.mitigation.model_copy(update=sections)})
 
 
