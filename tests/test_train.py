@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_sche
 
 from forgetting import train as module
 from forgetting.encode import Example, encode_pair
+from forgetting.forward import target_logits
 from forgetting.models import (
     Model,
     attach,
@@ -29,6 +30,7 @@ from forgetting.models import (
 )
 from forgetting.plan import Tuning
 from forgetting.probes import measure
+from forgetting.records import InputError
 from forgetting.study import Measurement, Prompt, Setting, Training
 from forgetting.train import Progress, Recipe, Schedule, batch_indices, learning_rate, train
 
@@ -497,13 +499,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_records(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured before stays; the weights are not touched by the fatal step."""
-    original = module.token_logprobs
+    original = module.logprobs_of
 
-    def poisoned(model: Model, batch: Any) -> torch.Tensor:
-        result = original(model, batch)
+    def poisoned(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        result = original(logits, batch)
         return result * math.nan if len(bench.told) == 7 else result
 
-    monkeypatch.setattr(module, "token_logprobs", poisoned)
+    monkeypatch.setattr(module, "logprobs_of", poisoned)
     progress, model = bench.start()
     assert (progress.status, progress.step) == ("diverged", 7)
     assert len(progress.losses) == 7
@@ -576,3 +578,50 @@ def test_rounding_the_frozen_weights_once_changes_no_bit(bench: Bench) -> None:
     (plain, weights), (again, same) = outcomes
     assert plain == again
     assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def _limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """A machine whose memory holds so many rows; the rows of all attempts are noted."""
+    attempts: list[int] = []
+
+    def limited(model: Model, batch: Any) -> torch.Tensor:
+        attempts.append(len(batch.ids))
+        if len(batch.ids) > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return target_logits(model, batch)
+
+    monkeypatch.setattr(module, "target_logits", limited)
+    monkeypatch.setitem(module.FORWARD_OVERHEAD, "cpu", 10_000)  # never split for padding's sake
+    return attempts
+
+
+def test_out_of_memory_halves_the_pass_and_keeps_the_result(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is repeated, not skipped, and the rest of the run does not try in vain again."""
+    bench.tuning = bench.tuning.model_copy(update={"dropout": 0.0})
+    roomy, _ = replace(bench, folder=tmp_path / "roomy").start()
+    attempts = _limit_rows(monkeypatch, 1)
+    tight, _ = replace(bench, folder=tmp_path / "tight").start()
+    assert tight.losses == pytest.approx(roomy.losses, rel=1e-4)
+    assert tight.micro_batch_size == 1
+    assert sum(size > 1 for size in attempts) == 1
+
+
+def test_an_example_that_fits_no_memory_is_told(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _limit_rows(monkeypatch, 0)
+    with pytest.raises(InputError, match="single example"):
+        bench.start()
+
+
+def test_other_errors_are_not_taken_for_memory(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: Model, batch: Any) -> torch.Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(module, "target_logits", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        bench.start()

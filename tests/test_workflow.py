@@ -217,6 +217,28 @@ def test_a_learning_rate_more_is_no_job_more(plan: Plan, tmp_path: Path) -> None
     }
 
 
+def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:
+    """Its table is an input of its own cohort, and is prepared for nobody else."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    replay = {"table": "world/documents", "share": 0.1}
+    method = document["methods"][1] | {"mitigation": {"replay": replay}}
+    document["methods"].append(method)
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    before, after = (
+        {(job.rule.name, *job.wildcards): job for job in plan(study)} for study in ("mini", longer)
+    )
+    cohort = after["finetune", "lora-r8-replay0.1", "0"]
+    assert "results/longer/world/world/documents.jsonl" in list(cohort.input)
+    for key, job in before.items():
+        if key[0] not in ("collect", "report", "all"):
+            told = [
+                str([list(each.input), dict(each.params.items())]) for each in (job, after[key])
+            ]
+            assert told[0] == told[1].replace("/longer", "/mini"), key
+
+
 def test_the_parameters_of_jobs_do_not_name_the_checkout(plan: Plan) -> None:
     """A study that was finished in one place is finished when its folder has moved."""
     for job in plan("mini"):

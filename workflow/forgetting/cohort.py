@@ -7,11 +7,10 @@ run again trains only what is not there yet: one learning rate more costs one ru
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.data import Row
-from forgetting.encode import encode_pair
+from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
+from forgetting.memory import peak_memory_gib
+from forgetting.mitigate import build_safeguards
 from forgetting.models import Model, attach, autocast, load_base, round_frozen
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
@@ -56,6 +57,8 @@ class Materials:
     base_value: float
     device: torch.device
     precision: torch.dtype
+    general: Mapping[str, list[Row]] = field(default_factory=dict)
+    """Tables of general text that the method's mitigation reads."""
 
 
 Tell = Callable[[str, Progress, Schedule], None]
@@ -106,6 +109,25 @@ def _forget_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _encode(
+    rows: Sequence[Row], spec: CohortSpec, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """Questions with their answers in the study's prompt, and texts as they are."""
+    limit = spec.training.max_length
+    examples = [
+        encode_text(tokenizer, row["text"], limit)
+        if "text" in row
+        else encode_pair(tokenizer, spec.prompt, row["question"], row["answer"], limit)
+        for row in rows
+    ]
+    if cut := [row["id"] for row, e in zip(rows, examples, strict=True) if e.targets < 1]:
+        raise InputError(
+            f"training.max_length: {limit} tokens leave nothing of the answer "
+            f"of {cut[0]} and {len(cut) - 1} more; make it longer"
+        )
+    return examples
+
+
 def _train_run(
     spec: CohortSpec,
     setting: Setting,
@@ -114,24 +136,14 @@ def _train_run(
     folder: Path,
     tell: Tell,
 ) -> dict[str, Any]:
-    examples = [
-        encode_pair(
-            materials.tokenizer,
-            spec.prompt,
-            row["question"],
-            row["answer"],
-            spec.training.max_length,
-        )
-        for row in materials.train
-    ]
-    if cut := [
-        row["id"] for row, e in zip(materials.train, examples, strict=True) if e.targets < 1
-    ]:
-        raise InputError(
-            f"training.max_length: {spec.training.max_length} tokens leave nothing of the answer "
-            f"of {cut[0]} and {len(cut) - 1} more; make it longer"
-        )
+    examples = _encode(materials.train, spec, materials.tokenizer)
+    general = {
+        table: _encode(rows, spec, materials.tokenizer) for table, rows in materials.general.items()
+    }
     cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
+    started = time.monotonic()
+    # From disk for every run: training and rounding change the weights that were loaded.
+    model = attach(load_base(materials.base, materials.device), spec.tuning, spec.seed)
     schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
         setting=setting,
@@ -142,7 +154,9 @@ def _train_run(
         stop_after=spec.selection.stop_after,
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
+        safeguards=build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
     )
+    round_frozen(model, materials.precision)
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
         with autocast(materials.device, materials.precision):
@@ -151,10 +165,6 @@ def _train_run(
             )
         return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
-    started = time.monotonic()
-    # From disk for every run: training and rounding change the weights that were loaded.
-    model = attach(load_base(materials.base, materials.device), spec.tuning, spec.seed)
-    round_frozen(model, materials.precision)
     progress = train(
         model,
         examples,
@@ -197,13 +207,6 @@ def cohort_items(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             table.insert(2, "epoch", epoch)
             tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: of the GPU where one is used, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def device_name(device: torch.device) -> str:

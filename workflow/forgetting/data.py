@@ -84,15 +84,28 @@ def prepare_rows(path: Path, table: str, *, wrong_answers: bool, probe: str = ""
 
 def document_texts(path: Path, prompt: Prompt) -> list[str]:
     """Training documents of a table: `text` as it is, questions and answers in the prompt."""
-    texts = []
-    for line, row in read_numbered(path):
-        if _is_text(row.get("text")):
-            texts.append(row["text"])
-        else:
-            where = f"{path}, line {line}"
-            question, answer = _text(row, "question", where), _text(row, "answer", where)
-            texts.append(render_question(prompt, question) + render_answer(prompt, answer))
-    return texts
+    return [
+        row["text"]
+        if "text" in row
+        else render_question(prompt, row["question"]) + render_answer(prompt, row["answer"])
+        for row in general_rows(path, path.stem)
+    ]
+
+
+def general_rows(path: Path, table: str) -> list[Row]:
+    """Rows of a table of general text: each an id, and `text` or `question` and `answer`.
+
+    Raises:
+        InputError: names the file, the line and the column.
+    """
+    rows = []
+    for number, (line, row) in enumerate(read_numbered(path)):
+        columns = ("text",) if _is_text(row.get("text")) else ("question", "answer")
+        cells = {column: _text(row, column, f"{path}, line {line}") for column in columns}
+        rows.append({"id": f"{table}/{number}", **cells})
+    if not rows:
+        raise InputError(f"{path}: no rows; expected one JSON object a line")
+    return rows
 
 
 def render_question(prompt: Prompt, question: str) -> str:
@@ -127,7 +140,8 @@ def check_folders(study: Study) -> None:
     documents = study.base.pretrain.documents if study.base.pretrain else []
     uses = [(table, "") for table in study.train]
     uses += [(table, name) for name, probe in study.probes.items() for table in probe.table]
-    for table in dict.fromkeys([*documents, *(table for table, _ in uses)]):
+    general = [table for m in study.methods if m.mitigation for table in m.mitigation.tables]
+    for table in dict.fromkeys([*documents, *general, *(table for table, _ in uses)]):
         dataset, name = table.split("/", 1)
         if dataset in folders:
             find_table(folders[dataset], name)
@@ -139,6 +153,10 @@ def check_folders(study: Study) -> None:
         if path.stat().st_size <= LARGE:
             scored = bool(probe) and study.probes[probe].truth_ratio
             prepare_rows(path, table, wrong_answers=scored, probe=probe)
+    for table in general:
+        dataset, name = table.split("/", 1)
+        if dataset in folders and find_table(folders[dataset], name).stat().st_size <= LARGE:
+            general_rows(find_table(folders[dataset], name), table)
 
 
 def _is_text(value: object) -> bool:

@@ -56,5 +56,13 @@ def encode_pair(
     return Example(ids=ids[:max_length], prompt=len(head))
 
 
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None
+) -> Example:
+    """Token ids of a text and its end; every token that has one before it is a target."""
+    ids = _without_end(tokenizer, tokenizer(text)["input_ids"])
+    return Example(ids=[*ids, tokenizer.eos_token_id][:max_length], prompt=1)
+
+
 def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -54,18 +54,28 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device | str = 
 
 
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """log p of each target token given all before it, 0 elsewhere: (rows, width), float32 nats.
+    """log p of each target token given all before it, 0 elsewhere: (rows, width), float32 nats."""
+    return logprobs_of(target_logits(model, batch), batch)
+
+
+def target_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of the next token at the batch's columns: (rows, width, vocabulary), float32.
 
     The LM head runs only at positions where something is predicted in some row.
     """
-    logits = model(
+    logits: Tensor = model(
         input_ids=batch.ids,
         attention_mask=batch.mask,
         logits_to_keep=batch.columns,
         use_cache=False,
     ).logits
+    return logits.float()
+
+
+def logprobs_of(logits: Tensor, batch: Batch) -> Tensor:
+    """log p of each target token under the logits at its column, 0 elsewhere: (rows, width)."""
     losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100
+        logits.flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100
     )
     return -losses.view_as(batch.labels)
 

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from forgetting.fields import Strict
-from forgetting.study import Method, Setting, Study
+from forgetting.study import Method, Mitigation, Setting, Study
 
 
 class Tuning(Strict):
@@ -22,6 +22,7 @@ class Tuning(Strict):
     target_modules: str | list[str] = "all-linear"
     settings: list[Setting]
     fixed: Setting | None = None
+    mitigation: Mitigation | None = None
 
     @property
     def scale(self) -> float:
@@ -33,7 +34,11 @@ class Tuning(Strict):
 
 def tunings(study: Study) -> list[Tuning]:
     """The study's methods, one per rank, in the order of the file."""
-    found = [tuning for method in study.methods for tuning in _expand(method)]
+    found = [
+        _mitigated(tuning, method.mitigation)
+        for method in study.methods
+        for tuning in _expand(method)
+    ]
     names = [tuning.name for tuning in found]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"methods: {min(repeated)} stands there more than once; merge the entries")
@@ -72,6 +77,16 @@ def _expand(method: Method) -> list[Tuning]:
         )
         for rank in method.rank or []
     ]
+
+
+def _mitigated(tuning: Tuning, mitigation: Mitigation | None) -> Tuning:
+    if mitigation is None:
+        return tuning
+    named = {
+        "name": f"{tuning.name}-{mitigation.name}",
+        "label": f"{tuning.label}, {mitigation.name}",
+    }
+    return tuning.model_copy(update={**named, "mitigation": mitigation})
 
 
 def run_name(tuning: str, seed: int, setting: Setting) -> str:

@@ -14,6 +14,7 @@ from forgetting.fields import (
     Count,
     Name,
     NotNegative,
+    Number,
     Positive,
     Share,
     Strict,
@@ -186,6 +187,103 @@ class Setting(Strict):
     weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay of AdamW.")
 
 
+class Replay(Strict):
+    """Trains on general text too, as if a share of each batch were known already.
+
+    Replayed rows come on top of the batch, so that an epoch of the new knowledge has as many steps
+    as without. The loss of a step stays the mean over all its target tokens; a long text thus
+    counts more than a short answer. A `text` is trained on whole, up to `training.max_length`.
+    """
+
+    table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
+    share: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        0.1, description="Replayed rows among all rows that are trained on."
+    )
+
+
+class PredictionPenalty(Strict):
+    """Adds weight * KL(base || model), the mean over target tokens in nats, to the loss.
+
+    This direction asks for all that the base deems likely (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
+    on: Literal["all", "replay"] = Field(
+        "all", description="The mean is over all target tokens, or those of the replayed rows."
+    )
+
+
+class ParameterPenalty(Strict):
+    """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
+
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    """
+
+    weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
+
+
+class FisherPenalty(Strict):
+    """EWC: adds weight/2 * sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, equation 3).
+
+    F_i is the diagonal of the base's Fisher information per target token of a general text, so that
+    near the base the sum is the part of KL(base || model) in nats per token that a diagonal sees.
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    """
+
+    weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
+    table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
+    samples: Count = Field(
+        128, description="So many rows, evenly spaced over the table, estimate the information."
+    )
+
+
+class Mitigation(Strict):
+    """What a method does against forgetting, beside its training on the new knowledge."""
+
+    replay: Replay | None = Field(None, description="Mix general text into the batches.")
+    kl: PredictionPenalty | None = Field(
+        None, description="Keep the predictions of next tokens near the base's."
+    )
+    ewc: FisherPenalty | None = Field(
+        None,
+        description="Keep the weights near the base's, the more they matter to it; not for dora. "
+        "Takes the memory of the trained or adapted weights once or twice more.",
+    )
+    l2_sp: ParameterPenalty | None = Field(
+        None, description="Keep the weights near the base's; not for dora."
+    )
+    suffix: Name | None = Field(
+        None,
+        description="End of the method's name, in place of the one that is made of the settings.",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Mitigation:
+        if not any(value for key, value in self if key != "suffix"):
+            raise ValueError("name at least one mitigation, or leave the section out")
+        if self.kl and self.kl.on == "replay" and not self.replay:
+            raise ValueError("`kl: {on: replay}` needs a `replay` beside it")
+        return self
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables that are read, each once."""
+        read = [section.table for section in (self.replay, self.ewc) if section]
+        return list(dict.fromkeys(read))
+
+    @property
+    def name(self) -> str:
+        """The end of the method's name: `replay0.1-kl0.5`."""
+        parts = {
+            "replay": self.replay and self.replay.share,
+            "kl": self.kl and self.kl.weight,
+            "ewc": self.ewc and self.ewc.weight,
+            "l2_sp": self.l2_sp and self.l2_sp.weight,
+        }
+        made = [f"{key}{value:g}" for key, value in parts.items() if value is not None]
+        return self.suffix or "-".join(made)
+
+
 class Method(Strict):
     """A way of fine-tuning, with the learning rates and weight decays that are tried."""
 
@@ -216,6 +314,9 @@ class Method(Strict):
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."
     )
+    mitigation: Mitigation | None = Field(
+        None, description="What is done against forgetting; its name ends the method's name."
+    )
 
     @model_validator(mode="after")
     def _rank_fits_method(self) -> Method:
@@ -230,6 +331,18 @@ class Method(Strict):
             or self.fixed.weight_decay not in self.weight_decay
         ):
             raise ValueError("`fixed` is not one of the settings of this method's sweep")
+        return self
+
+    @model_validator(mode="after")
+    def _update_is_known(self) -> Method:
+        # What moves the weights of other variants is not scale*B*A alone.
+        if self.mitigation and self.method == "lora" and self.variant not in ("lora", "rslora"):
+            for name in ("ewc", "l2_sp"):
+                if getattr(self.mitigation, name):
+                    raise ValueError(
+                        f"mitigation.{name} needs the update of the weights, which is scale*B*A "
+                        f"for variants lora and rslora, not for {self.variant}"
+                    )
         return self
 
 
@@ -340,12 +453,20 @@ class Study(Strict):
                 raise ValueError(
                     f"probes.{name}: {min(both)} is trained on, so it is no old knowledge"
                 )
+            for number, method in enumerate(self.methods):
+                replay = method.mitigation and method.mitigation.replay
+                if replay and replay.table in probe.table:
+                    raise ValueError(
+                        f"probes.{name}: methods.{number} replays {replay.table}, so the probe "
+                        "would not tell what is forgotten; replay another table"
+                    )
         return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> Study:
         tables = [*self.train, *(table for probe in self.probes.values() for table in probe.table)]
         tables += self.base.pretrain.documents if self.base.pretrain else []
+        tables += [table for m in self.methods if m.mitigation for table in m.mitigation.tables]
         datasets = {table.split("/", 1)[0] for table in tables}
         datasets |= {self.benchmarks.rows} if self.benchmarks.rows else set()
         if unknown := sorted(datasets - set(self.datasets)):

@@ -8,7 +8,17 @@ What would come from the hub comes from the micro-world instead: nothing is down
 from __future__ import annotations
 
 from forgetting.plan import tunings
-from forgetting.study import Base, Benchmarks, Dataset, Method, Pretraining, Probe, Study
+from forgetting.study import (
+    Base,
+    Benchmarks,
+    Dataset,
+    FisherPenalty,
+    Method,
+    Pretraining,
+    Probe,
+    Replay,
+    Study,
+)
 
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
@@ -41,7 +51,7 @@ def shrink(study: Study) -> Study:
             "train": train,
             "train_limit": ROWS,
             "probes": probes,
-            "methods": [_few_settings(method) for method in study.methods],
+            "methods": [_few_settings(_offline(method, on_hub)) for method in study.methods],
             "measurement": study.measurement.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
@@ -60,6 +70,19 @@ def _few_settings(method: Method) -> Method:
     if method.fixed:
         rates, decays = [method.fixed.learning_rate], [method.fixed.weight_decay]
     return method.model_copy(update={"learning_rate": rates, "weight_decay": decays})
+
+
+def _offline(method: Method, on_hub: set[str]) -> Method:
+    """The same mitigation with the micro-world's documents in place of tables from the hub."""
+    if method.mitigation is None:
+        return method
+    sections: dict[str, Replay | FisherPenalty] = {}
+    for name, section in method.mitigation:
+        if isinstance(section, Replay | FisherPenalty):
+            dataset = section.table.split("/", 1)[0]
+            table = f"{dataset}/documents" if dataset in on_hub else section.table
+            sections[name] = section.model_copy(update={"table": table})
+    return method.model_copy(update={"mitigation": method.mitigation.model_copy(update=sections)})
 
 
 def _benchmarks(study: Study, datasets: dict[str, Dataset]) -> Benchmarks:

@@ -12,16 +12,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file
 
 from forgetting.encode import Example
-from forgetting.forward import collate, micro_batches, token_logprobs
+from forgetting.forward import (
+    collate,
+    logprobs_of,
+    micro_batches,
+    target_logits,
+    token_logprobs,
+)
+from forgetting.memory import is_out_of_memory, release_memory
+from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.models import Model, autocast, restore_checkpoint, save_checkpoint, save_tensors
-from forgetting.records import read_json, settle, write_json, write_table
+from forgetting.records import InputError, read_json, settle, write_json, write_table
 from forgetting.select import is_over, recorded_points, steps_to_keep
 from forgetting.study import Setting, Training
 
@@ -62,6 +70,8 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     points: list[list[float]] = field(default_factory=list)
     status: str = "running"
+    micro_batch_size: int | None = None
+    """Rows of a forward pass, once memory has run out with as many as the study allows."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,7 @@ class Recipe:
     stop_after: int | None
     precision: torch.dtype
     pad: int
+    safeguards: Safeguards = field(default_factory=Safeguards)
 
 
 def train(
@@ -107,7 +118,7 @@ def train(
         ):
             break
         started = time.monotonic()
-        loss, tokens = _step(model, examples, recipe, progress.step, parameters, optimizer)
+        loss, tokens = _step(model, examples, recipe, progress, parameters, optimizer)
         if not math.isfinite(loss):
             progress.status = "diverged"
             break
@@ -163,39 +174,94 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[
     return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
+Group: TypeAlias = tuple[list[Example], TokenPenalty | None]
+"""Examples of a step, with the penalty on the predictions of their targets."""
+
+
 def _step(
     model: Model,
     examples: Sequence[Example],
     recipe: Recipe,
-    step: int,
+    progress: Progress,
     parameters: list[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[float, int]:
-    """One update on the mean loss over all target tokens of the batch, however it is split."""
-    device = model.device
-    indices = batch_indices(len(examples), recipe.training.batch_size, recipe.seed, step)
-    batch = [examples[index] for index in indices]
-    targets = sum(example.targets for example in batch)
-    torch.manual_seed(recipe.seed * 1_000_003 + step)
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    lengths = [len(example.ids) for example in batch]
-    overhead = FORWARD_OVERHEAD[device.type]
-    for rows in micro_batches(lengths, recipe.training.micro_batch_size, overhead):
-        part = collate([batch[row] for row in rows], recipe.pad, device)
-        with autocast(device, recipe.precision):
-            loss = -token_logprobs(model, part).sum() / targets
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach().double()
-    value = float(total)
-    if math.isfinite(value):
-        rate = learning_rate(step, recipe.setting.learning_rate, recipe.training, recipe.schedule)
+    """One update on the mean loss over all target tokens of the batch, however it is split.
+
+    Returns the loss, penalties included, and the number of tokens.
+    """
+    step, training = progress.step, recipe.training
+    indices = batch_indices(len(examples), training.batch_size, recipe.seed, step)
+    new = [examples[index] for index in indices]
+    epoch, position = divmod(step, recipe.schedule.steps_per_epoch)
+    seen = epoch * len(examples) + position * training.batch_size
+    old = recipe.safeguards.replayed(recipe.seed, seen, seen + len(new))
+    groups = [(new, recipe.safeguards.on_new), (old, recipe.safeguards.on_replayed)]
+    loss = _gradients_that_fit(model, recipe, groups, progress, optimizer)
+    if math.isfinite(loss):
+        rate = learning_rate(step, recipe.setting.learning_rate, training, recipe.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if recipe.training.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.training.gradient_clip)
+        if training.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
         optimizer.step()
-    return value, sum(len(example.ids) for example in batch)
+    return loss, sum(len(example.ids) for example in [*new, *old])
+
+
+def _gradients_that_fit(
+    model: Model,
+    recipe: Recipe,
+    groups: Sequence[Group],
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """Gradients and loss of a step; where memory runs out, again with half the rows at once.
+
+    The smaller number stays for the rest of the run. Without dropout, whose masks are drawn per
+    forward pass, the result is the same up to the order of sums.
+    """
+    rows = progress.micro_batch_size or recipe.training.micro_batch_size
+    while True:
+        torch.manual_seed(recipe.seed * 1_000_003 + progress.step)
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            return _gradients(model, recipe, groups, rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if rows == 1:
+                raise InputError(
+                    "memory runs out with a single example in a forward pass: use a machine with "
+                    "more, or make training.max_length smaller"
+                ) from None
+        # Outside the handler, where the error no longer keeps the tensors of its frames alive.
+        rows = progress.micro_batch_size = rows // 2
+        release_memory(model.device)
+
+
+def _gradients(model: Model, recipe: Recipe, groups: Sequence[Group], most_rows: int) -> float:
+    """Accumulate the gradients of a step in passes of at most so many rows; returns the loss."""
+    device = model.device
+    targets = sum(example.targets for rows, _ in groups for example in rows)
+    penalized = sum(example.targets for rows, penalty in groups if penalty for example in rows)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    # Long texts are no reason to pad short answers, so the groups never share a forward pass.
+    for rows, on_tokens in groups:
+        lengths = [len(example.ids) for example in rows]
+        for indices in micro_batches(lengths, most_rows, FORWARD_OVERHEAD[device.type]):
+            part = collate([rows[index] for index in indices], recipe.pad, device)
+            with autocast(device, recipe.precision):
+                logits = target_logits(model, part)
+                loss = -logprobs_of(logits, part).sum() / targets
+                if on_tokens:
+                    loss = loss + on_tokens(model, part, logits) / penalized
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach().double()
+    for on_weights in recipe.safeguards.on_weights:
+        loss = on_weights(model)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach().double()
+    return float(total)
 
 
 def _checkpoint(

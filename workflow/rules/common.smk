@@ -94,6 +94,12 @@ def tables():
     }
 
 
+def general_files(wildcards):
+    """The files of the tables that a method's mitigation reads, in its order."""
+    mitigation = TUNINGS[wildcards.method].mitigation
+    return [table_file(table) for table in mitigation.tables] if mitigation else []
+
+
 def rows_folder():
     """The folder of TASK/SPLIT.jsonl from which the benchmarks take their rows."""
     if STUDY.benchmarks.rows is None:

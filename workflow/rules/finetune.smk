@@ -13,6 +13,7 @@ rule finetune:
         base_items=rules.score_base.output,
         train=rules.prepare_data.output.train,
         probes=rules.prepare_data.output.probes,
+        general=general_files,
     output:
         scored=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/items.parquet",
         runs=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
@@ -39,6 +40,7 @@ rule finetune:
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \
+            --general {input.general:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
             --runs {output.runs:q}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from forgetting.cohort import CohortSpec, Materials, cohort_items, train_cohort
+from forgetting.data import general_rows
 from forgetting.models import load_tokenizer, pick_device, pick_precision, quieten_libraries
 from forgetting.records import (
     read_json,
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
+    parser.add_argument(
+        "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
+    )
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
@@ -45,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device()
     precision = pick_precision(spec.precision, device)
     probe_files = {name: options.data / "probes" / f"{name}.jsonl" for name in spec.knowledge}
+    named = spec.tuning.mitigation.tables if spec.tuning.mitigation else []
+    general = dict(zip(named, options.general, strict=True))
     materials = Materials(
         base=Path(base["path"]),
         tokenizer=load_tokenizer(Path(base["path"])),
@@ -55,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
         device=device,
         precision=precision,
+        general={table: general_rows(path, table) for table, path in general.items()},
     )
     inputs = {
         "base": base["identity"],
@@ -62,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         "precision": str(precision),
         "code": options.code,
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
+        **{f"table {name}": sha256(path) for name, path in general.items()},
     }
     records = train_cohort(spec, materials, inputs, options.state, Teller())
     write_table(options.items, cohort_items(records))

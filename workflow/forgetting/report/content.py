@@ -82,7 +82,7 @@ def _row(tables: Tables, method: dict[Any, Any], cells: dict[str, Cell]) -> Row:
     first = runs.iloc[0] if len(runs) else None
     return Row(
         label=str(method["label"]),
-        name="full fine-tuning" if method["kind"] == "full" else str(method["label"]),
+        name="full fine-tuning" if method["label"] == "full" else str(method["label"]),
         cells=cells,
         learning_rate=None if first is None else float(first["learning_rate"]),
         weight_decay=None if first is None else float(first["weight_decay"]),

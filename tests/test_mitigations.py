@@ -1,0 +1,617 @@
+"""Mitigations of forgetting: each against its formula, and in training against none at all."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgetting import train as module
+from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
+from forgetting.encode import Example, encode_pair, encode_text
+from forgetting.forward import collate, target_logits, token_logprobs
+from forgetting.mitigate import (
+    Safeguards,
+    adapted_layers,
+    build_safeguards,
+    divergence,
+    ewc,
+    fisher,
+    kl,
+    l2_sp,
+    replay_indices,
+)
+from forgetting.models import Model, attach, load_base, trained_state
+from forgetting.plan import Tuning, tunings
+from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
+from forgetting.tiny import shrink
+from forgetting.train import Progress, Recipe, Schedule, batch_indices, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Rows = list[dict[str, Any]]
+CPU = torch.device("cpu")
+FULL = Tuning(name="full", kind="full", label="full", settings=[])
+LORA = Tuning(name="lora-r4", kind="lora", label="rank 4", rank=4, alpha=8.0, settings=[])
+RATES = {"lora": 0.01, "full": 2e-3}
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+@dataclass
+class Gym:
+    """Trains the tiny base on seven rows; the last three stand for what it knew before."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    general: list[Example]
+    work: Path
+
+    def model(self, tuning: Tuning = LORA) -> Model:
+        """The base as training starts from it."""
+        return attach(load_base(self.folder, CPU), tuning, 3)
+
+    def recipe(self, tuning: Tuning = LORA, **changes: Any) -> Recipe:
+        """Three epochs in batches of four, each of two forward passes."""
+        training = Training(epochs=3.0, batch_size=4, micro_batch_size=2, warmup_epochs=0.0)
+        training = training.model_copy(update=changes)
+        return Recipe(
+            setting=Setting(learning_rate=RATES[tuning.kind]),
+            seed=3,
+            training=training,
+            schedule=Schedule.plan(7, training, 1.0),
+            threshold=0.9,
+            stop_after=None,
+            precision=torch.float32,
+            pad=self.tokenizer.pad_token_id,
+        )
+
+    def run(
+        self,
+        build: Callable[[Model], Safeguards] | None,
+        tuning: Tuning = LORA,
+        name: str = "run",
+        **changes: Any,
+    ) -> tuple[Progress, Model]:
+        """A run with safeguards, in a process of its own, as it were."""
+        model = self.model(tuning)
+        recipe = self.recipe(tuning, **changes)
+        if build:
+            recipe = replace(recipe, safeguards=build(model))
+
+        def evaluate(_: Model) -> tuple[pd.DataFrame, float]:
+            return pd.DataFrame({"value": [0.1]}), 0.1
+
+        folder = self.work / name
+        progress = train(model, self.examples[:7], recipe, 0.1, evaluate, folder, lambda *_: None)
+        return progress, model.eval()
+
+    def drift(self, model: Model) -> float:
+        """Mean change of the logits on text that is not trained on."""
+        batch = collate(self.examples[7:], self.tokenizer.pad_token_id)
+        with torch.no_grad():
+            base = target_logits(load_base(self.folder, CPU), batch)
+            return float((target_logits(model, batch) - base).abs().mean())
+
+
+@pytest.fixture
+def gym(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    rows: Rows,
+    tmp_path: Path,
+) -> Gym:
+    examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
+    general = [encode_text(tokenizer, f"{row['answer']} {row['question']}") for row in rows[7:]]
+    return Gym(base_folder, tokenizer, examples, general, tmp_path)
+
+
+def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Safeguards]:
+    mitigation = Mitigation.model_validate(sections)
+    return lambda model: build_safeguards(model, mitigation, {"world/documents": gym.general}, 3)
+
+
+def _moved(model: Model) -> Model:
+    """Random changes of all that is trained."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _same(first: tuple[Progress, Model], second: tuple[Progress, Model]) -> bool:
+    ours, theirs = trained_state(first[1]), trained_state(second[1])
+    same = all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return same and first[0].losses == second[0].losses
+
+
+def _gradients(gym: Gym, build: Callable[[Model], Safeguards], tuning: Tuning, size: int) -> Any:
+    """Gradients of one step of a run that has moved away from the base."""
+    model = gym.model(tuning)
+    recipe = replace(gym.recipe(tuning, micro_batch_size=size), safeguards=build(model))
+    _moved(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    recipe = replace(recipe, training=recipe.training.model_copy(update={"gradient_clip": None}))
+    module._step(model, gym.examples[:7], recipe, 1, trained, optimizer)
+    return [parameter.grad for parameter in trained]
+
+
+# --- in training --------------------------------------------------------------------------------
+
+REPLAY = {"table": "world/documents", "share": 0.3}
+EWC = {"table": "world/documents", "samples": 2}
+WEIGHTLESS = {
+    "l2_sp": {"l2_sp": {"weight": 0.0}},
+    "kl": {"kl": {"weight": 0.0}},
+    "ewc": {"ewc": EWC | {"weight": 0.0}},
+}
+STRONG = {
+    "l2_sp": {"l2_sp": {"weight": 100.0}},
+    "kl": {"kl": {"weight": 30.0}},
+    "ewc": {"ewc": EWC | {"weight": 1e5}},
+    "kl on replay": {"replay": REPLAY, "kl": {"weight": 30.0, "on": "replay"}},
+}
+SPLIT = STRONG | {"replay": {"replay": REPLAY}}
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", WEIGHTLESS.values(), ids=WEIGHTLESS)
+def test_weight_0_is_the_run_without(gym: Gym, tuning: Tuning, sections: Any) -> None:
+    """Bit for bit."""
+    without = gym.run(None, tuning, "without")
+    assert _same(gym.run(_builder(gym, **sections), tuning), without)
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", STRONG.values(), ids=STRONG)
+def test_a_strong_mitigation_keeps_the_model_near_the_base(
+    gym: Gym, tuning: Tuning, sections: Any
+) -> None:
+    """On text that is not trained on, outputs move much less far."""
+    _, without = gym.run(None, tuning, "without")
+    _, kept = gym.run(_builder(gym, **sections), tuning)
+    assert 0 < gym.drift(kept) < 0.8 * gym.drift(without)
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
+def test_the_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Tuning, sections: Any) -> None:
+    whole = _gradients(gym, _builder(gym, **sections), tuning, 32)
+    for size in (1, 3):
+        for ours, theirs in zip(
+            _gradients(gym, _builder(gym, **sections), tuning, size), whole, strict=True
+        ):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- L2-SP --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_l2_sp_of_adapters_is_that_of_the_merged_matrices(gym: Gym, variant: str) -> None:
+    """tr((B^T B)(A A^T)) is the norm of the product, and so are the gradients."""
+    tuning = LORA.model_copy(update={"variant": variant})
+    model = gym.model(tuning)
+    penalty = l2_sp(model, 0.5)
+    assert penalty(model).item() == 0.0
+    _moved(model)
+    before = {n: p.clone() for n, p in load_base(gym.folder, CPU).named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    formed = (
+        0.25
+        * torch.stack(
+            [
+                (layer.lora_B["default"].weight @ layer.lora_A["default"].weight * tuning.scale)
+                .square()
+                .sum()
+                for layer in adapted_layers(model)
+            ]
+        ).sum()
+    )
+    ours = torch.autograd.grad(penalty(model), trained)
+    theirs = torch.autograd.grad(formed, trained)
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, theirs, strict=True)
+    )
+    value = float(penalty(model).detach())
+    merged = model.merge_and_unload()
+    distances = [(p - before[n]).square().sum() for n, p in merged.named_parameters()]
+    assert value == pytest.approx(0.25 * float(sum(distances)), rel=1e-4)
+
+
+def test_l2_sp_of_full_fine_tuning_pulls_each_weight_back(gym: Gym) -> None:
+    """Its gradient is weight * (theta - theta0)."""
+    model = gym.model(FULL)
+    penalty = l2_sp(model, 0.5)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert penalty(model).item() == 0.0
+    _moved(model)
+    penalty(model).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, 0.5 * (parameter - start[name]), atol=1e-7)
+
+
+def test_l2_sp_covers_an_adapted_embedding(gym: Gym) -> None:
+    tuning = LORA.model_copy(update={"target_modules": ["embed_tokens"]})
+    model = gym.model(tuning)
+    penalty = l2_sp(model, 1.0)
+    _moved(model)
+    (layer,) = adapted_layers(model)
+    formed = 0.5 * layer.get_delta_weight("default").square().sum()
+    assert penalty(model).item() == pytest.approx(formed.item(), rel=1e-5)
+
+
+# --- KL -----------------------------------------------------------------------------------------
+
+
+def test_kl_by_hand() -> None:
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2, and nothing where masked."""
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    labels = torch.tensor([[0, -100]])
+    base, logits = p.log().expand(1, 2, 3), (q.log() + 7.0).expand(1, 2, 3)
+    found = divergence(base, logits, labels)
+    assert found.flatten().tolist() == pytest.approx([0.25 * math.log(2), 0.0], abs=1e-7)
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(p), torch.distributions.Categorical(q)
+    )
+    assert found[0, 0].item() == pytest.approx(exact.item())
+    logits = logits.clone().requires_grad_()
+    divergence(base, logits, labels).sum().backward()
+    assert torch.allclose(logits.grad[0, 0], q - p, atol=1e-6)
+    assert logits.grad[0, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
+    """With dropout in the adapter too: the base is asked without it."""
+    changes = {"variant": variant, "dropout": 0.5}
+    model = gym.model(FULL if variant == "full" else LORA.model_copy(update=changes)).train()
+    penalty = kl(model, 2.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    value = penalty(model, batch, target_logits(model, batch))
+    assert value.item() == 0.0
+    assert model.training
+    value.backward()
+    gradients = [p.grad.abs().max().item() for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert max(gradients) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+def test_kl_is_to_the_base_from_disk(gym: Gym, variant: str) -> None:
+    """Whatever became of the model; the sum over its tokens, with the gradient of the formula."""
+    model = gym.model(FULL if variant == "full" else LORA.model_copy(update={"variant": variant}))
+    penalty = kl(model, 2.0)
+    _moved(model)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    logits = target_logits(model, batch)
+    value = penalty(model, batch, logits)
+    p = target_logits(load_base(gym.folder, CPU), batch).detach().double().log_softmax(-1)
+    q = target_logits(model, batch).double().log_softmax(-1)
+    formed = 2.0 * (p.exp() * (p - q)).sum(-1)[batch.labels != -100].sum()
+    assert value.item() == pytest.approx(formed.item(), rel=1e-5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours, theirs = torch.autograd.grad(value, trained), torch.autograd.grad(formed, trained)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_kl_of_an_adapter_that_does_not_start_as_nothing_is_to_a_copy(gym: Gym) -> None:
+    """Without such an adapter the model would not be the base."""
+    model = _moved(gym.model())
+    penalty = kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    assert penalty(model, batch, target_logits(model, batch)).item() == 0.0
+
+
+def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
+    model = gym.model(FULL)
+    penalty = kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = penalty(_moved(model), batch, target_logits(model, batch))
+    assert value.dtype == torch.float32
+
+
+# --- EWC ----------------------------------------------------------------------------------------
+
+
+class Unigram(torch.nn.Module):
+    """Predicts the same distribution, softmax(theta), whatever came before."""
+
+    device = CPU
+
+    def __init__(self, probabilities: list[float]) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> Any:
+        shape = (len(input_ids), len(logits_to_keep), len(self.theta))
+        return SimpleNamespace(logits=self.theta.expand(shape))
+
+
+def test_fisher_of_a_model_whose_information_is_known() -> None:
+    """p (1 - p) of a softmax, though the text says one and the same token again and again."""
+    p = [0.6, 0.3, 0.1]
+    model: Any = Unigram(p)
+    rows = [Example(ids=[1] * 9, prompt=1)] * 3000
+    (found,) = fisher(model, [model.theta], rows, 0)
+    assert found.tolist() == pytest.approx([x * (1 - x) for x in p], abs=0.01)
+    (again,) = fisher(model, [model.theta], rows, 0)
+    assert torch.equal(found, again)
+    # Near the base the penalty is KL(base || model), of one changed weight exactly.
+    penalty = ewc(model, 1.0, rows, 0)
+    base = model.theta.detach().clone()
+    with torch.no_grad():
+        model.theta[1] += 0.05
+    exact = divergence(base, model.theta, torch.tensor(0)).item()
+    assert penalty(model).item() == pytest.approx(exact, rel=0.08)
+
+
+def test_ewc_is_the_weighted_distance(gym: Gym) -> None:
+    """Of all weights, and of adapters the same as of the matrices merged, with their gradients."""
+    model, full = gym.model(), gym.model(FULL)
+    names = [
+        name.removesuffix(".base_layer.weight").removeprefix("base_model.model.") + ".weight"
+        for name, _ in model.named_parameters()
+        if name.endswith(".base_layer.weight")
+    ]
+    assert len(names) == 14
+    weights = dict(full.named_parameters())
+    information = fisher(full, list(weights.values()), gym.general, 3)
+    by_name = dict(zip(weights, information, strict=True))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    penalty, whole = ewc(model, 0.5, gym.general, 3), ewc(full, 0.5, gym.general, 3)
+    assert penalty(model).item() == whole(full).item() == 0.0
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    _moved(model)
+    value = penalty(model)
+    value.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n in trained)
+
+    start = {name: p.detach().clone() for name, p in full.named_parameters()}
+    merged = dict(model.merge_and_unload().named_parameters())
+    terms = [(by_name[n] * (merged[n] - start[n]).square()).sum() for n in names]
+    assert value.item() == pytest.approx(0.25 * torch.stack(terms).sum().item(), rel=1e-4)
+
+    _moved(full)
+    whole(full).backward()
+    for name, parameter in full.named_parameters():
+        expected = 0.5 * by_name[name] * (parameter - start[name])
+        assert torch.allclose(parameter.grad, expected, atol=1e-7), name
+
+
+# --- replay -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.75])
+def test_the_share_of_replay_is_exact_in_the_long_run(share: float) -> None:
+    """Batches of 4, 4 and 2 of ten new examples: whatever does not fit one step comes later."""
+    starts = [epoch * 10 + place for epoch in range(38) for place in (0, 4, 8)]
+    drawn = [
+        replay_indices(7, share, 5, start, start + (4 if start % 10 < 8 else 2)) for start in starts
+    ]
+    total = sum(map(len, drawn))
+    assert total == pytest.approx(380 * share / (1 - share), abs=1)
+    assert max(map(len, drawn)) <= math.ceil(4 * share / (1 - share))
+    stream = [index for part in drawn for index in part]
+    for start in range(0, total - 6, 7):
+        assert sorted(stream[start : start + 7]) == list(range(7))
+
+
+def test_replay_is_a_function_of_seed_and_step_alone() -> None:
+    whole = replay_indices(100, 0.5, 5, 0, 40)
+    assert whole == [i for at in range(0, 40, 4) for i in replay_indices(100, 0.5, 5, at, at + 4)]
+    assert whole != replay_indices(100, 0.5, 6, 0, 40)
+    assert whole != replay_indices(100, 0.5, 5, 100, 140)
+    # A table that is smaller than what one step takes.
+    assert sorted(replay_indices(2, 0.75, 5, 0, 2)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_all_tokens_of_a_text_are_targets(gym: Gym) -> None:
+    example = encode_text(gym.tokenizer, "In Oslo, by the harbour.")
+    assert example.targets == len(example.ids) - 1 > 5
+    assert example.ids[-1] == gym.tokenizer.eos_token_id
+    assert gym.tokenizer.decode(example.ids[:-1]) == "In Oslo, by the harbour."
+    assert encode_text(gym.tokenizer, "In Oslo, by the harbour.", 4).ids == example.ids[:4]
+
+
+def test_the_loss_is_the_mean_over_all_tokens_replayed_ones_among_them(gym: Gym) -> None:
+    """Of the first step, whose weights are those of the base."""
+    half = {"table": "world/documents", "share": 0.5}
+    progress, _ = gym.run(_builder(gym, replay=half), FULL)
+    new = [gym.examples[index] for index in batch_indices(7, 4, 3, 0)]
+    old = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 4)]
+    assert len(old) == len(new) == 4
+    batch = collate([*new, *old], gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        logprobs = token_logprobs(load_base(gym.folder, CPU), batch)
+    assert progress.losses[0] == pytest.approx(-logprobs.sum().item() / batch.targets, rel=1e-5)
+    # Six steps of 21 new and as many old examples.
+    drawn = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 21)]
+    seen = [*(gym.examples[:7] * 3), *drawn]
+    assert progress.tokens == sum(len(example.ids) for example in seen)
+
+
+def test_replay_keeps_what_is_replayed(gym: Gym) -> None:
+    """The general text is predicted better than by a run without."""
+    batch = collate(gym.general, gym.tokenizer.pad_token_id)
+    half = {"table": "world/documents", "share": 0.5}
+    found = []
+    for name, build in (("without", None), ("with", _builder(gym, replay=half))):
+        _, model = gym.run(build, LORA, name, epochs=8.0)
+        with torch.no_grad():
+            found.append(-token_logprobs(model, batch).sum().item() / batch.targets)
+    assert found[1] < 0.8 * found[0]
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
+def test_a_killed_run_ends_like_one_that_was_not(
+    gym: Gym, tuning: Tuning, sections: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: what the mitigation compares with is the base, not what was resumed from."""
+    tuning = tuning.model_copy(update={"dropout": 0.1}) if tuning.kind == "lora" else tuning
+    reference = gym.run(_builder(gym, **sections), tuning, "reference")
+    original, calls = module._step, 0
+
+    def deadly(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_step", deadly)
+        with pytest.raises(Killed):
+            gym.run(_builder(gym, **sections), tuning)
+    assert _same(gym.run(_builder(gym, **sections), tuning), reference)
+
+
+# --- in the cohort and the study ----------------------------------------------------------------
+
+METHOD: dict[str, Any] = {"method": "lora", "rank": [2, 4], "learning_rate": 1e-3}
+STUDY: dict[str, Any] = {
+    "title": "A study",
+    "datasets": {"world": {"generate": "micro-world"}},
+    "base": {"pretrain": {"documents": ["world/documents"]}},
+    "train": "world/new_authors",
+    "probes": {
+        "new": {"table": "world/new_authors", "knowledge": "new"},
+        "old": {"table": "world/real_authors", "knowledge": "old"},
+    },
+    "selection": {"probe": "new"},
+}
+
+
+def _study(*mitigations: dict[str, Any] | None, **changes: Any) -> Study:
+    methods = [METHOD | changes | {"mitigation": mitigation} for mitigation in mitigations]
+    return Study.model_validate(STUDY | {"methods": methods})
+
+
+def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
+    study = _study(None, {"l2_sp": {"weight": 0.01}}, {"l2_sp": {"weight": 0.1}, "suffix": "near"})
+    named = [(tuning.name, tuning.label) for tuning in tunings(study)]
+    assert named[::2] == [
+        ("lora-r2", "rank 2"),
+        ("lora-r2-l2_sp0.01", "rank 2, l2_sp0.01"),
+        ("lora-r2-near", "rank 2, near"),
+    ]
+    assert [tuning.mitigation for tuning in tunings(study)][::2] == [
+        method.mitigation for method in study.methods
+    ]
+
+
+MISTAKES = {
+    "replay of a probe": (
+        {"replay": {"table": "world/real_authors"}},
+        {},
+        "probes.old: methods.0 replays world/real_authors",
+    ),
+    "unknown dataset": ({"replay": {"table": "word/documents"}}, {}, "`word` is not among"),
+    "share 1": ({"replay": REPLAY | {"share": 1.0}}, {}, "less than 1"),
+    "share 0": ({"replay": REPLAY | {"share": 0.0}}, {}, "greater than 0"),
+    "kl on no replay": (
+        {"kl": {"weight": 1.0, "on": "replay"}},
+        {},
+        "needs a `replay` beside it",
+    ),
+    "ewc of dora": (
+        {"ewc": EWC | {"weight": 1.0}},
+        {"variant": "dora"},
+        "mitigation.ewc needs the update of the weights",
+    ),
+    "nothing": ({}, {}, "name at least one mitigation, or leave the section out"),
+    "null": ({"l2_sp": None, "suffix": "x"}, {}, "name at least one mitigation"),
+    "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the update"),
+}
+
+
+@pytest.mark.parametrize(("mitigation", "changes", "told"), MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_be_is_refused(
+    mitigation: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        _study(mitigation, **changes)
+
+
+def test_a_tiny_study_takes_the_micro_world_for_a_table_from_the_hub() -> None:
+    hub = {"hub": "someone/text", "revision": "0" * 40}
+    sections = {
+        "replay": {"table": "text/train", "share": 0.2},
+        "ewc": {"table": "world/documents", "weight": 1.0},
+    }
+    datasets = {"datasets": STUDY["datasets"] | {"text": hub}}
+    methods = [METHOD | {"mitigation": sections}, METHOD]
+    study = shrink(Study.model_validate(STUDY | datasets | {"methods": methods}))
+    assert study.methods[0].mitigation == Mitigation.model_validate(
+        sections | {"replay": {"table": "text/documents", "share": 0.2}}
+    )
+    assert study.datasets["text"].generate == "micro-world"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_cohort_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -> None:
+    """The runs of a sweep share a base: each has its own penalties on what it was at the start."""
+    penalty = {"weight": 1.0}
+    sections = {"replay": REPLAY, "kl": penalty, "ewc": EWC | penalty, "l2_sp": penalty}
+    tuning = (LORA if kind == "lora" else FULL).model_copy(
+        update={
+            "settings": [Setting(learning_rate=rate) for rate in (1e-2, 1e-3)],
+            "mitigation": Mitigation.model_validate(sections),
+        }
+    )
+    spec = CohortSpec(
+        tuning=tuning,
+        seed=0,
+        prompt=Prompt(),
+        training=Training(epochs=1.0, batch_size=4, warmup_epochs=0.0),
+        measurement=Measurement(max_new_tokens=2),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )
+    materials = Materials(
+        base=gym.folder,
+        tokenizer=gym.tokenizer,
+        train=rows[:7],
+        probes={"new": rows[:1]},
+        base_value=0.1,
+        device=CPU,
+        precision=torch.float32,
+        general={"world/documents": [{"id": "d/0", "text": "Oslo."}, rows[8]]},
+    )
+    spec = CohortSpec.model_validate_json(spec.model_dump_json())
+    both = train_cohort(spec, materials, {}, gym.work / "both", lambda *_: None)
+    second = tuning.model_copy(update={"settings": tuning.settings[1:]})
+    (alone,) = train_cohort(
+        spec.model_copy(update={"tuning": second}), materials, {}, gym.work / "one", lambda *_: None
+    )
+    assert both[1]["losses"] == alone["losses"]
+    assert both[0]["losses"][0] == both[1]["losses"][0]
+    assert both[0]["losses"][1] != both[1]["losses"][1]
+    other = tuning.model_copy(update={"mitigation": Mitigation.model_validate({"replay": REPLAY})})
+    keys = [
+        run_key(spec.model_copy(update={"tuning": which}), tuning.settings[0], inputs)
+        for which in (tuning, other)
+        for inputs in ({}, {"table world/documents": "0"})
+    ]
+    assert len(set(keys)) == 4
