@@ -19,6 +19,7 @@ from forgetting import train as module
 from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.forward import collate, target_logits, token_logprobs
+from forgetting.interpolate import scaled, scaled_models
 from forgetting.mitigate import (
     Safeguards,
     adapted_layers,
@@ -484,6 +485,49 @@ def test_a_killed_run_ends_like_one_that_was_not(
         with pytest.raises(Killed):
             gym.run(_builder(gym, **sections), tuning)
     assert _same(gym.run(_builder(gym, **sections), tuning), reference)
+
+
+# --- WiSE-FT ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+def test_a_share_of_the_update(gym: Gym, variant: str) -> None:
+    """Nothing of it is the base bit for bit, all of it the tuned model, half lies in between."""
+    model = gym.model(FULL if variant == "full" else LORA.model_copy(update={"variant": variant}))
+    _moved(model).eval()
+    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        base = target_logits(load_base(gym.folder, CPU), batch)
+        tuned = target_logits(model, batch)
+        found = {
+            share: target_logits(between, batch)
+            for share, between in scaled_models(load_base(gym.folder, CPU), model, [1.0, 0.0, 0.5])
+        }
+    assert torch.equal(found[0.0], base)
+    assert torch.allclose(found[1.0], tuned, atol=1e-3)
+    assert not torch.allclose(found[0.5], base, atol=0.1)
+    assert not torch.allclose(found[0.5], tuned, atol=0.1)
+
+
+def test_a_share_of_an_adapter_is_its_scale(gym: Gym) -> None:
+    """As peft's own scaling of the layers gives it."""
+    model = _moved(gym.model()).eval()
+    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        for layer in adapted_layers(model):
+            layer.scale_layer(0.25)
+        expected = target_logits(model, batch)
+        for layer in adapted_layers(model):
+            layer.unscale_layer()
+        ((_, quarter),) = scaled_models(load_base(gym.folder, CPU), model, [0.25])
+        assert torch.allclose(target_logits(quarter, batch), expected, atol=1e-3)
+
+
+def test_weights_lie_on_the_line() -> None:
+    base, tuned = {"w": torch.tensor([1.0, 0.1])}, {"w": torch.tensor([3.0, 0.7])}
+    assert scaled(base, tuned, 0.25)["w"].tolist() == pytest.approx([1.5, 0.25])
+    assert torch.equal(scaled(base, tuned, 0.0)["w"], base["w"])
+    assert torch.equal(scaled(base, tuned, 1.0)["w"], tuned["w"])
 
 
 # --- in the cohort and the study ----------------------------------------------------------------
