@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting import train as module
 from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
+from forgetting.data import check_folders
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.forward import collate, target_logits, token_logprobs
 from forgetting.interpolate import scaled, scaled_models
@@ -33,6 +34,7 @@ from forgetting.mitigate import (
 )
 from forgetting.models import Model, attach, load_base, trained_state
 from forgetting.plan import Tuning, tunings
+from forgetting.records import InputError
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
 from forgetting.train import Progress, Recipe, Schedule, batch_indices, train
@@ -562,6 +564,28 @@ def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
     assert [tuning.mitigation for tuning in tunings(study)][::2] == [
         method.mitigation for method in study.methods
     ]
+
+
+def test_mitigations_of_one_name_are_to_be_told_apart() -> None:
+    """Names hold weights and shares, not tables."""
+    sections = [{"replay": {"table": f"world/{name}"}} for name in ("documents", "world_facts")]
+    with pytest.raises(ValueError, match=r"lora-r2-replay0.1 stands .* apart by `suffix`"):
+        tunings(_study(*sections))
+    named = tunings(_study(sections[0], sections[1] | {"suffix": "facts"}))
+    assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
+
+
+def test_a_bad_table_is_told_before_any_job(tmp_path: Path) -> None:
+    (tmp_path / "general.jsonl").write_text('{"text": "Fine."}\n{"question": "Who?"}\n')
+    folder = {"own": {"folder": str(tmp_path)}}
+    for table, told in (
+        ("general", "general.jsonl, line 2: expected a non-empty string `answer`"),
+        ("missing", "there is no missing.jsonl"),
+    ):
+        method = METHOD | {"mitigation": {"replay": {"table": f"own/{table}"}}}
+        changes = {"datasets": STUDY["datasets"] | folder, "methods": [method]}
+        with pytest.raises(InputError, match=re.escape(told)):
+            check_folders(Study.model_validate(STUDY | changes))
 
 
 MISTAKES = {

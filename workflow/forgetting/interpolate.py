@@ -35,7 +35,7 @@ def scaled_models(
     """
     if isinstance(tuned, PeftModel):
         tuned = tuned.merge_and_unload()
-    # Two models on the device would be one more than training needs.
+    # Kept on the host: two models are the most that the device is to hold.
     start, end = ({n: t.cpu().clone() for n, t in m.state_dict().items()} for m in (base, tuned))
     for share in shares:
         base.load_state_dict(scaled(start, end, share))
