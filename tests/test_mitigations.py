@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -32,12 +33,14 @@ from forgetting.mitigate import (
     l2_sp,
     replay_indices,
 )
-from forgetting.models import Model, attach, load_base, trained_state
+from forgetting.models import Model, attach, load_base, save_checkpoint, trained_state
 from forgetting.plan import Tuning, tunings
-from forgetting.records import InputError
+from forgetting.probes import measure
+from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
 from forgetting.train import Progress, Recipe, Schedule, batch_indices, train
+from scripts import interpolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -530,6 +533,41 @@ def test_weights_lie_on_the_line() -> None:
     assert scaled(base, tuned, 0.25)["w"].tolist() == pytest.approx([1.5, 0.25])
     assert torch.equal(scaled(base, tuned, 0.0)["w"], base["w"])
     assert torch.equal(scaled(base, tuned, 1.0)["w"], tuned["w"])
+
+
+def test_the_program_measures_every_share_of_what_was_selected(gym: Gym, rows: Rows) -> None:
+    """At 0 as the base is measured, at 1 as the checkpoint; nothing where none was selected."""
+    settings = Measurement(max_new_tokens=3)
+    model, base = _moved(gym.model(FULL)), load_base(gym.folder, CPU)
+    save_checkpoint(model, gym.work / "selected" / "seed1")
+    write_jsonl(gym.work / "probes" / "old.jsonl", rows[:2])
+    write_json(gym.work / "base.json", {"path": str(gym.folder)})
+    chosen = {"seed": 1, "run": "full/seed1/lr1-wd0", "step": 7, "reason": ""}
+    spec = {"prompt": {}, "measurement": settings.model_dump(), "precision": "float32"}
+    spec |= {"probes": ["old"], "shares": [0.0, 0.5, 1.0]}
+    found = []
+    for step in (7, None):
+        write_json(gym.work / "selection.json", [chosen | {"step": step}])
+        interpolate.main(
+            [
+                f"--spec={json.dumps(spec)}",
+                f"--base={gym.work / 'base.json'}",
+                f"--probes={gym.work / 'probes'}",
+                f"--selection={gym.work / 'selection.json'}",
+                f"--checkpoints={gym.work / 'selected'}",
+                "--seed=1",
+                f"--output={gym.work / 'items.parquet'}",
+            ]
+        )
+        found.append(pd.read_parquet(gym.work / "items.parquet"))
+    assert found[1].empty
+    assert found[0].groupby(["run", "step", "share"]).size().to_dict() == {
+        (chosen["run"], 7, share): 2 for share in (0.0, 0.5, 1.0)
+    }
+    for share, expected in ((0.0, base), (1.0, model.eval())):
+        items = measure(expected, gym.tokenizer, {"old": rows[:2]}, Prompt(), settings)
+        at = found[0][found[0]["share"] == share].reset_index(drop=True)
+        pd.testing.assert_frame_equal(at[items.columns], items, check_dtype=False)
 
 
 # --- in the cohort and the study ----------------------------------------------------------------
