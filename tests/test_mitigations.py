@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting import train as module
 from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
+from forgetting.data import check_folders
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.forward import collate, target_logits, token_logprobs
+from forgetting.interpolate import scaled, scaled_models
 from forgetting.mitigate import (
     Safeguards,
     adapted_layers,
@@ -30,11 +33,14 @@ from forgetting.mitigate import (
     l2_sp,
     replay_indices,
 )
-from forgetting.models import Model, attach, load_base, trained_state
+from forgetting.models import Model, attach, load_base, save_checkpoint, trained_state
 from forgetting.plan import Tuning, tunings
+from forgetting.probes import measure
+from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
 from forgetting.train import Progress, Recipe, Schedule, batch_indices, train
+from scripts import interpolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -486,6 +492,84 @@ def test_a_killed_run_ends_like_one_that_was_not(
     assert _same(gym.run(_builder(gym, **sections), tuning), reference)
 
 
+# --- WiSE-FT ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+def test_a_share_of_the_update(gym: Gym, variant: str) -> None:
+    """Nothing of it is the base bit for bit, all of it the tuned model, half lies in between."""
+    model = gym.model(FULL if variant == "full" else LORA.model_copy(update={"variant": variant}))
+    _moved(model).eval()
+    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        base = target_logits(load_base(gym.folder, CPU), batch)
+        tuned = target_logits(model, batch)
+        found = {
+            share: target_logits(between, batch)
+            for share, between in scaled_models(load_base(gym.folder, CPU), model, [1.0, 0.0, 0.5])
+        }
+    assert torch.equal(found[0.0], base)
+    assert torch.allclose(found[1.0], tuned, atol=1e-3)
+    assert not torch.allclose(found[0.5], base, atol=0.1)
+    assert not torch.allclose(found[0.5], tuned, atol=0.1)
+
+
+def test_a_share_of_an_adapter_is_its_scale(gym: Gym) -> None:
+    """As peft's own scaling of the layers gives it."""
+    model = _moved(gym.model()).eval()
+    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        for layer in adapted_layers(model):
+            layer.scale_layer(0.25)
+        expected = target_logits(model, batch)
+        for layer in adapted_layers(model):
+            layer.unscale_layer()
+        ((_, quarter),) = scaled_models(load_base(gym.folder, CPU), model, [0.25])
+        assert torch.allclose(target_logits(quarter, batch), expected, atol=1e-3)
+
+
+def test_weights_lie_on_the_line() -> None:
+    base, tuned = {"w": torch.tensor([1.0, 0.1])}, {"w": torch.tensor([3.0, 0.7])}
+    assert scaled(base, tuned, 0.25)["w"].tolist() == pytest.approx([1.5, 0.25])
+    assert torch.equal(scaled(base, tuned, 0.0)["w"], base["w"])
+    assert torch.equal(scaled(base, tuned, 1.0)["w"], tuned["w"])
+
+
+def test_the_program_measures_every_share_of_what_was_selected(gym: Gym, rows: Rows) -> None:
+    """At 0 as the base is measured, at 1 as the checkpoint; nothing where none was selected."""
+    settings = Measurement(max_new_tokens=3)
+    model, base = _moved(gym.model(FULL)), load_base(gym.folder, CPU)
+    save_checkpoint(model, gym.work / "selected" / "seed1")
+    write_jsonl(gym.work / "probes" / "old.jsonl", rows[:2])
+    write_json(gym.work / "base.json", {"path": str(gym.folder)})
+    chosen = {"seed": 1, "run": "full/seed1/lr1-wd0", "step": 7, "reason": ""}
+    spec = {"prompt": {}, "measurement": settings.model_dump(), "precision": "float32"}
+    spec |= {"probes": ["old"], "shares": [0.0, 0.5, 1.0]}
+    found = []
+    for step in (7, None):
+        write_json(gym.work / "selection.json", [chosen | {"step": step}])
+        interpolate.main(
+            [
+                f"--spec={json.dumps(spec)}",
+                f"--base={gym.work / 'base.json'}",
+                f"--probes={gym.work / 'probes'}",
+                f"--selection={gym.work / 'selection.json'}",
+                f"--checkpoints={gym.work / 'selected'}",
+                "--seed=1",
+                f"--output={gym.work / 'items.parquet'}",
+            ]
+        )
+        found.append(pd.read_parquet(gym.work / "items.parquet"))
+    assert found[1].empty
+    assert found[0].groupby(["run", "step", "share"]).size().to_dict() == {
+        (chosen["run"], 7, share): 2 for share in (0.0, 0.5, 1.0)
+    }
+    for share, expected in ((0.0, base), (1.0, model.eval())):
+        items = measure(expected, gym.tokenizer, {"old": rows[:2]}, Prompt(), settings)
+        at = found[0][found[0]["share"] == share].reset_index(drop=True)
+        pd.testing.assert_frame_equal(at[items.columns], items, check_dtype=False)
+
+
 # --- in the cohort and the study ----------------------------------------------------------------
 
 METHOD: dict[str, Any] = {"method": "lora", "rank": [2, 4], "learning_rate": 1e-3}
@@ -518,6 +602,28 @@ def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
     assert [tuning.mitigation for tuning in tunings(study)][::2] == [
         method.mitigation for method in study.methods
     ]
+
+
+def test_mitigations_of_one_name_are_to_be_told_apart() -> None:
+    """Names hold weights and shares, not tables."""
+    sections = [{"replay": {"table": f"world/{name}"}} for name in ("documents", "world_facts")]
+    with pytest.raises(ValueError, match=r"lora-r2-replay0.1 stands .* apart by `suffix`"):
+        tunings(_study(*sections))
+    named = tunings(_study(sections[0], sections[1] | {"suffix": "facts"}))
+    assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
+
+
+def test_a_bad_table_is_told_before_any_job(tmp_path: Path) -> None:
+    (tmp_path / "general.jsonl").write_text('{"text": "Fine."}\n{"question": "Who?"}\n')
+    folder = {"own": {"folder": str(tmp_path)}}
+    for table, told in (
+        ("general", "general.jsonl, line 2: expected a non-empty string `answer`"),
+        ("missing", "there is no missing.jsonl"),
+    ):
+        method = METHOD | {"mitigation": {"replay": {"table": f"own/{table}"}}}
+        changes = {"datasets": STUDY["datasets"] | folder, "methods": [method]}
+        with pytest.raises(InputError, match=re.escape(told)):
+            check_folders(Study.model_validate(STUDY | changes))
 
 
 MISTAKES = {

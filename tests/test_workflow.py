@@ -239,6 +239,20 @@ def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> N
             assert told[0] == told[1].replace("/longer", "/mini"), key
 
 
+def test_shares_of_the_update_are_one_job_a_model(plan: Plan, tmp_path: Path) -> None:
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["selection"]["wise_ft"] = [0.5, 0.75]
+    scaled = tmp_path / "scaled.yaml"
+    scaled.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    jobs = plan(scaled, "slurm")
+    assert _counts(jobs) == JOBS["mini"] | {"interpolate": 5}
+    (collect,) = (job for job in jobs if job.rule.name == "collect")
+    assert "results/scaled/tables/wise_ft.parquet" in list(collect.output)
+    lines = {_sbatch(job) for job in jobs if job.rule.name == "interpolate"}
+    assert lines == {"-p gpu -t 120 --mem 64000 --cpus-per-task=8 --gpus=1"}
+
+
 def test_the_parameters_of_jobs_do_not_name_the_checkout(plan: Plan) -> None:
     """A study that was finished in one place is finished when its folder has moved."""
     for job in plan("mini"):

@@ -41,7 +41,10 @@ def tunings(study: Study) -> list[Tuning]:
     ]
     names = [tuning.name for tuning in found]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"methods: {min(repeated)} stands there more than once; merge the entries")
+        raise ValueError(
+            f"methods: {min(repeated)} stands there more than once; merge the entries, or tell "
+            "their mitigations apart by `suffix`"
+        )
     if study.selection.hyperparameters == "fixed":
         for tuning in found:
             if tuning.fixed is None and len(tuning.settings) > 1:

@@ -376,6 +376,11 @@ class Selection(Strict):
         description="End a run so many evaluations after the one that reaches the threshold. Saves "
         "time and cuts the trajectory's overfit end off; without it every run goes to its end.",
     )
+    wise_ft: Annotated[list[Share], AfterValidator(distinct)] = Field(
+        [],
+        description="Measure selected checkpoints also with these shares of their update, from 0, "
+        "the base, to 1; no training (WiSE-FT, arXiv 2109.01903). Table `wise_ft` has the items.",
+    )
 
     @model_validator(mode="after")
     def _deadline_has_rule(self) -> Selection:

@@ -13,6 +13,8 @@ TABLES = [
     "benchmarks",
     "benchmark_items",
 ]
+if STUDY.selection.wise_ft:
+    TABLES.append("wise_ft")
 
 
 rule collect:
@@ -28,6 +30,11 @@ rule collect:
             file=["items.parquet", "runs.json"],
         ),
         selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
+        scaled=(
+            expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=MODELS[1:])
+            if STUDY.selection.wise_ft
+            else []
+        ),
         benchmarks=(
             expand(
                 f"{RESULTS}/benchmarks/{{model}}/{{file}}",
@@ -69,6 +76,7 @@ rule collect:
             --study {output.resolved:q} \
             --results {params.results:q} \
             --models {params.models:q} \
+            --scaled {input.scaled:q} \
             --output {params.folder:q}
         """
 

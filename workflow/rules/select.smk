@@ -1,6 +1,7 @@
 """Selection: of each method's hyper-parameters, and of each seed's checkpoint.
 
-Outputs: results/STUDY/selection/METHOD.json and the checkpoints, results/STUDY/selected/METHOD/.
+Outputs: results/STUDY/selection/METHOD.json and the checkpoints, results/STUDY/selected/METHOD/;
+on demand results/STUDY/wise_ft/METHOD/seedN/items.parquet, of the checkpoints with scaled updates.
 """
 
 
@@ -36,4 +37,42 @@ rule select_checkpoint:
             --runs {input.runs:q} \
             --selection {output.selection:q} \
             --checkpoints {output.checkpoints:q}
+        """
+
+
+rule interpolate:
+    """Measure a selected checkpoint with shares of its update, from the base to the whole."""
+    input:
+        unpack(chosen_inputs),
+        base=BASE,
+        probes=rules.prepare_data.output.probes,
+    output:
+        f"{RESULTS}/wise_ft/{{model}}/items.parquet",
+    log:
+        f"{LOGS}/interpolate/{{model}}.log",
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        gpu=1,
+        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        runtime=lambda wildcards, attempt: 120 * attempt,
+    params:
+        code=code("interpolate"),
+        chosen=chosen_options,
+        folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
+        spec=lambda wildcards: as_json(
+            sections("prompt", "measurement", "precision"),
+            probes=list(STUDY.probes),
+            shares=STUDY.selection.wise_ft,
+        ),
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python "$SCRIPTS"/interpolate.py \
+            --spec {params.spec:q} \
+            --base {input.base:q} \
+            --probes {params.folder:q} \
+            {params.chosen:q} \
+            --output {output:q}
         """

@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--study", type=Path, required=True, help="the resolved study (JSON)")
     parser.add_argument("--results", type=Path, required=True, help="folder of the results")
     parser.add_argument("--models", nargs="*", default=[], help="models with benchmark results")
+    parser.add_argument(
+        "--scaled", type=Path, nargs="*", default=[], help="items of models with a scaled update"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
     options = parser.parse_args(argv)
     study = Study.model_validate_json(options.study.read_text())
@@ -73,6 +76,10 @@ def main(argv: list[str] | None = None) -> None:
     write_table(options.output / "comparisons.parquet", compare_methods(every, selection))
     write_table(options.output / "benchmarks.parquet", benchmarks)
     write_table(options.output / "benchmark_items.parquet", benchmark_items)
+    if options.scaled:
+        write_table(
+            options.output / "wise_ft.parquet", pd.concat(map(pd.read_parquet, options.scaled))
+        )
     write_json(options.output / "runs.json", records)
     write_json(
         options.output / "study.json",

@@ -1,0 +1,73 @@
+"""Measure the selected checkpoint of one run with its update scaled down, as WiSE-FT does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from forgetting.fields import Strict
+from forgetting.interpolate import scaled_models
+from forgetting.models import (
+    autocast,
+    load_base,
+    load_checkpoint,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    quieten_libraries,
+)
+from forgetting.probes import measure
+from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
+from forgetting.study import Measurement, Prompt
+
+
+class Spec(Strict):
+    """What the study says of measuring, and the shares of the update."""
+
+    prompt: Prompt
+    measurement: Measurement
+    precision: str
+    probes: list[str]
+    shares: list[float]
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Write the items at every share; none if the run has no selected checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", required=True, help="JSON: prompt, measurement, shares")
+    parser.add_argument("--base", type=Path, required=True, help="record of the base")
+    parser.add_argument("--probes", type=Path, required=True, help="folder of NAME.jsonl")
+    parser.add_argument("--selection", type=Path, required=True, help="choice of the method")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="its checkpoints")
+    parser.add_argument("--seed", type=int, required=True, help="which of the method's seeds")
+    parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
+    options = parser.parse_args(argv)
+    quieten_libraries()
+    spec = Spec.model_validate_json(options.spec)
+    chosen = next(row for row in read_json(options.selection) if row["seed"] == options.seed)
+    if chosen["step"] is None:
+        write_table(options.output, pd.DataFrame())
+        print(f"nothing to scale: {chosen['reason']}")
+        return
+    device = pick_device()
+    folder = Path(read_json(options.base)["path"])
+    probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
+    tokenizer, base = load_tokenizer(folder), load_base(folder, device)
+    tuned = load_checkpoint(folder, options.checkpoints / f"seed{options.seed}", device)
+    tables = []
+    for share, model in scaled_models(base, tuned, spec.shares):
+        with autocast(device, pick_precision(spec.precision, device)):
+            items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
+        about = {"run": chosen["run"], "step": chosen["step"], "share": share}
+        tables.append(items.assign(**about)[[*about, *items.columns]])
+        for name, group in items.groupby("probe", sort=False):
+            recall = group["rougeL_recall"].mean()
+            print(f"{chosen['run']}, {share:g} of the update, {name}: ROUGE-L recall {recall:.3f}")
+    write_table(options.output, pd.concat(tables, ignore_index=True))
+
+
+if __name__ == "__main__":
+    main()
