@@ -38,11 +38,12 @@ from forgetting.models import (
     pick_precision,
     quieten_libraries,
 )
+from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.pretrain import pretrain
 from forgetting.records import read_jsonl
 from forgetting.study import Prompt, Setting, SmallModel, Training
-from forgetting.train import Progress, Recipe, Schedule, train
+from forgetting.train import Progress, Recipe, train
 from forgetting.world import build_world
 
 LEARNING_RATE = 1e-3

@@ -34,12 +34,13 @@ from forgetting.mitigate import (
     replay_indices,
 )
 from forgetting.models import Model, attach, load_base, save_checkpoint, trained_state
+from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, tunings
 from forgetting.probes import measure
 from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
-from forgetting.train import Progress, Recipe, Schedule, batch_indices, train
+from forgetting.train import Progress, Recipe, batch_indices, train
 from scripts import interpolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

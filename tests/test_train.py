@@ -28,11 +28,12 @@ from forgetting.models import (
     round_frozen,
     trained_state,
 )
+from forgetting.optimize import Schedule, learning_rate
 from forgetting.plan import Tuning
 from forgetting.probes import measure
 from forgetting.records import InputError
 from forgetting.study import Measurement, Prompt, Setting, Training
-from forgetting.train import Progress, Recipe, Schedule, batch_indices, learning_rate, train
+from forgetting.train import Progress, Recipe, batch_indices, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,7 +225,7 @@ def _plain_loop(bench: Bench, steps: int) -> tuple[list[float], torch.nn.Module]
     optimizer = torch.optim.AdamW(
         parameters,
         lr=setting.learning_rate,
-        betas=training.betas,
+        betas=training.decay_rates,
         weight_decay=setting.weight_decay,
     )
     plan = bench.recipe.schedule
@@ -438,6 +439,21 @@ def test_every_variant_resumes(
 
 
 # --- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["lionw", "adafactor"])
+def test_every_optimizer_resumes(
+    bench: Bench, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state, factored or not, comes back from the disk bit by bit."""
+    training = TRAINING.model_copy(update={"optimizer": optimizer})
+    bench.recipe = replace(bench.recipe, training=training)
+    reference = _uninterrupted(bench, tmp_path / "reference")
+    with monkeypatch.context() as patch:
+        _kill_at(patch, module, "_step", 8, after=False)
+        with pytest.raises(Killed):
+            bench.start()
+    _same_end(bench, bench.start(), reference, tmp_path / "reference")
 
 
 def test_only_checkpoints_that_the_rule_can_pick_stay(bench: Bench) -> None:

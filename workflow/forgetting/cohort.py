@@ -25,12 +25,13 @@ from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.mitigate import build_safeguards
 from forgetting.models import Model, attach, autocast, load_base, round_frozen
+from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
 from forgetting.records import InputError, content_key, read_json, write_json
 from forgetting.scores import metric_value
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
-from forgetting.train import Progress, Recipe, Schedule, train
+from forgetting.train import Progress, Recipe, train
 
 
 class CohortSpec(Strict):

@@ -165,12 +165,53 @@ class Training(Strict):
         32, description="Pairs per forward pass; the gradient does not depend on it."
     )
     max_length: Count = Field(500, description="Longest training sequence, in tokens.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="Course of the learning rate after the warm-up."
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "trapezoid"] = Field(
+        "linear",
+        description="Course of the learning rate after the warm-up: as it is, down to `floor`, or "
+        "(inverse_sqrt, trapezoid) down to `floor` in a cooldown at the end.",
+    )
+    floor: Share = Field(
+        0.0, description="Share of the peak at which the learning rate ends; not for constant."
+    )
+    cooldown: Share | None = Field(
+        None,
+        description="Share of all steps in which inverse_sqrt or trapezoid fall linearly to the "
+        "floor at the end; 0.2 by default.",
     )
     warmup_epochs: NotNegative = Field(1.0, description="Epochs of linear warm-up.")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay rates of AdamW's moments.")
+    optimizer: Literal["adamw", "lionw", "adafactor"] = Field(
+        "adamw",
+        description="adamw; lionw: Lion with a weight decay that the rate does not multiply; "
+        "adafactor: factored second moments, steps relative to the weights.",
+    )
+    betas: tuple[Share, Share] | None = Field(
+        None,
+        description="Decay rates of the moments: (0.9, 0.999) for adamw and (0.9, 0.95) for lionw "
+        "by default; adafactor has none.",
+    )
     gradient_clip: Positive | None = Field(1.0, description="Largest L2 norm of the gradient.")
+
+    @property
+    def decay_rates(self) -> tuple[float, float]:
+        """`betas`, or the optimizer's usual ones."""
+        return self.betas or ((0.9, 0.95) if self.optimizer == "lionw" else (0.9, 0.999))
+
+    @property
+    def cooldown_share(self) -> float:
+        """`cooldown`, or the usual one of the schedule."""
+        if self.schedule not in ("inverse_sqrt", "trapezoid"):
+            return 0.0
+        return 0.2 if self.cooldown is None else self.cooldown
+
+    @model_validator(mode="after")
+    def _keys_have_effect(self) -> Training:
+        if self.floor and self.schedule == "constant":
+            raise ValueError("a constant rate has no `floor`")
+        if self.cooldown is not None and self.schedule not in ("inverse_sqrt", "trapezoid"):
+            raise ValueError(f"{self.schedule} has no `cooldown`; inverse_sqrt and trapezoid do")
+        if self.betas and self.optimizer == "adafactor":
+            raise ValueError("adafactor has no `betas`")
+        return self
 
     @model_validator(mode="before")
     @classmethod

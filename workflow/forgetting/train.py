@@ -29,6 +29,7 @@ from forgetting.forward import (
 from forgetting.memory import is_out_of_memory, release_memory
 from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.models import Model, autocast, restore_checkpoint, save_checkpoint, save_tensors
+from forgetting.optimize import Schedule, learning_rate, make_optimizer
 from forgetting.records import InputError, read_json, settle, write_json, write_table
 from forgetting.select import is_over, recorded_points, steps_to_keep
 from forgetting.study import Setting, Training
@@ -39,25 +40,6 @@ in two pays for a small model; a GPU waits for launches rather than for padding.
 
 Evaluate = Callable[[Model], tuple[pd.DataFrame, float]]
 """Measures a model: its items, and the value that the selection rule looks at."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps of a run, derived from the number of examples."""
-
-    steps: int
-    steps_per_epoch: int
-    warmup: int
-    evaluations: frozenset[int]
-
-    @classmethod
-    def plan(cls, examples: int, training: Training, every_epochs: float) -> Schedule:
-        """Steps per epoch are ceil(examples / batch size); the last step is always evaluated."""
-        per_epoch = math.ceil(examples / training.batch_size)
-        steps = max(1, round(training.epochs * per_epoch))
-        every = max(1, round(every_epochs * per_epoch))
-        warmup = min(round(training.warmup_epochs * per_epoch), steps)
-        return cls(steps, per_epoch, warmup, frozenset([*range(every, steps, every), steps]))
 
 
 @dataclass
@@ -106,9 +88,7 @@ def train(
     also ends so many evaluations after it reached the threshold.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, betas=recipe.training.betas, weight_decay=recipe.setting.weight_decay
-    )
+    optimizer = make_optimizer(parameters, recipe.training, recipe.setting)
     progress = _resume(model, optimizer, folder)
     _prune(folder, progress, base_value, recipe.threshold)
     model.train()
@@ -146,23 +126,6 @@ def _is_sound(model: Model, examples: Sequence[Example], recipe: Recipe) -> bool
     batch = collate(examples[:1], recipe.pad, model.device)
     with autocast(model.device, recipe.precision):
         return bool(torch.isfinite(token_logprobs(model, batch)).all())
-
-
-def learning_rate(step: int, peak: float, training: Training, schedule: Schedule) -> float:
-    """Learning rate of the step after `step` updates, as transformers' schedulers give it.
-
-    Linear warm-up from 0 (the first update of a run with warm-up has rate 0), then constant, linear
-    to 0, or half a cosine to 0 at the last step.
-    """
-    if step < schedule.warmup:
-        return peak * step / schedule.warmup
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    factor = {
-        "constant": 1.0,
-        "linear": max(0.0, 1.0 - done),
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))),
-    }[training.schedule]
-    return peak * factor
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:

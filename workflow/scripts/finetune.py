@@ -15,6 +15,7 @@ import pandas as pd
 from forgetting.cohort import CohortSpec, Materials, cohort_items, train_cohort
 from forgetting.data import general_rows
 from forgetting.models import load_tokenizer, pick_device, pick_precision, quieten_libraries
+from forgetting.optimize import Schedule
 from forgetting.records import (
     read_json,
     read_jsonl,
@@ -24,7 +25,7 @@ from forgetting.records import (
     write_table,
 )
 from forgetting.scores import metric_value
-from forgetting.train import Progress, Schedule
+from forgetting.train import Progress
 
 
 @tells_input_errors
