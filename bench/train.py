@@ -28,6 +28,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from forgetting.checkpoints import Progress
 from forgetting.encode import Example, encode_pair
 from forgetting.models import (
     attach,
@@ -41,9 +42,10 @@ from forgetting.models import (
 from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.pretrain import pretrain
+from forgetting.recipe import Recipe
 from forgetting.records import read_jsonl
 from forgetting.study import Prompt, Setting, SmallModel, Training
-from forgetting.train import Progress, Recipe, train
+from forgetting.train import train
 from forgetting.world import build_world
 
 LEARNING_RATE = 1e-3

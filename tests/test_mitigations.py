@@ -17,10 +17,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting import train as module
+from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
 from forgetting.data import check_folders
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.forward import collate, target_logits, token_logprobs
+from forgetting.gradients import gradients_that_fit
 from forgetting.interpolate import scaled, scaled_models
 from forgetting.mitigate import (
     Safeguards,
@@ -37,10 +39,11 @@ from forgetting.models import Model, attach, load_base, save_checkpoint, trained
 from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, tunings
 from forgetting.probes import measure
+from forgetting.recipe import Recipe, batch_indices, groups_of_step
 from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
-from forgetting.train import Progress, Recipe, batch_indices, train
+from forgetting.train import train
 from scripts import interpolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,8 +157,8 @@ def _gradients(gym: Gym, build: Callable[[Model], Safeguards], tuning: Tuning, s
     _moved(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0)
-    recipe = replace(recipe, training=recipe.training.model_copy(update={"gradient_clip": None}))
-    module._step(model, gym.examples[:7], recipe, 1, trained, optimizer)
+    groups = groups_of_step(gym.examples[:7], recipe, 1)
+    gradients_that_fit(model, recipe, groups, Progress(step=1), optimizer)
     return [parameter.grad for parameter in trained]
 
 

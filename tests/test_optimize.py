@@ -99,7 +99,7 @@ def test_every_optimizer_descends(optimizer: Any) -> None:
     torch.manual_seed(0)
     target, weight = torch.randn(8, 4), torch.nn.Parameter(torch.zeros(8, 4))
     made = make_optimizer(
-        [weight], Training(optimizer=optimizer), Setting(learning_rate=0.05, weight_decay=1e-4)
+        {"w": weight}, Training(optimizer=optimizer), Setting(learning_rate=0.05, weight_decay=1e-4)
     )
     before = (weight - target).square().sum().item()
     for _ in range(300):
@@ -114,3 +114,18 @@ def test_usual_moments_belong_to_the_optimizer() -> None:
     assert Training().decay_rates == (0.9, 0.999)
     assert Training(optimizer="lionw").decay_rates == (0.9, 0.95)
     assert Training(optimizer="lionw", betas=(0.8, 0.9)).decay_rates == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lionw"])
+def test_lora_plus_moves_b_by_its_multiple(optimizer: Any) -> None:
+    """The first step of both optimizers has the size of the rate, which is the group's own."""
+    names = ["q.lora_A.default.weight", "q.lora_B.default.weight"]
+    weights = {name: torch.nn.Parameter(torch.ones(3)) for name in names}
+    setting = Setting(learning_rate=0.001, weight_decay=0.0)
+    made = make_optimizer(weights, Training(optimizer=optimizer), setting, lora_plus_ratio=16.0)
+    for weight in weights.values():
+        weight.grad = torch.tensor([1.0, -2.0, 3.0])
+    made.step()
+    moved = [(weight - 1.0).abs().detach() for weight in weights.values()]
+    assert torch.allclose(moved[0], torch.full((3,), 0.001), rtol=1e-3)
+    assert torch.allclose(moved[1], torch.full((3,), 0.016), rtol=1e-3)

@@ -399,6 +399,14 @@ def test_tiny_scale_trains_the_fixed_setting(write: Any) -> None:
     assert [setting.learning_rate for setting in tunings(tiny)[0].settings] == [5e-3]
 
 
+def test_what_sets_a_method_apart_stands_in_its_name(write: Any) -> None:
+    more = (
+        "    rank: [2, 8]\n    variant: pissa\n    target_modules: mlp\n    lora_plus_ratio: 16.0\n"
+    )
+    _, study = load_study({"study": str(write(("    rank: [2, 8]\n", more)))}, Path("nowhere"))
+    assert [t.name for t in tunings(study)][:2] == ["pissa-r2-mlp-plus16", "pissa-r8-mlp-plus16"]
+
+
 def test_a_probe_without_wrong_answers_is_found_before_any_job(write: Any, tmp_path: Path) -> None:
     path = write()
     check_folders(_load(path))

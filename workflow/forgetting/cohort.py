@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.checkpoints import Progress
 from forgetting.data import Row
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.fields import Strict
@@ -28,10 +29,11 @@ from forgetting.models import Model, attach, autocast, load_base, round_frozen
 from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
+from forgetting.recipe import Recipe
 from forgetting.records import InputError, content_key, read_json, write_json
 from forgetting.scores import metric_value
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
-from forgetting.train import Progress, Recipe, train
+from forgetting.train import train
 
 
 class CohortSpec(Strict):
@@ -155,6 +157,7 @@ def _train_run(
         stop_after=spec.selection.stop_after,
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
+        lora_plus_ratio=spec.tuning.lora_plus_ratio,
         safeguards=build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
     )
     round_frozen(model, materials.precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from peft import (
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -111,7 +113,8 @@ def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
         r=tuning.rank,
         lora_alpha=tuning.alpha,
         lora_dropout=tuning.dropout,
-        target_modules=tuning.target_modules,
+        target_modules=_target_modules(model, tuning),
+        init_lora_weights="pissa" if tuning.variant == "pissa" else True,
         use_rslora=tuning.variant == "rslora",
         use_dora=tuning.variant == "dora",
         bias="none",
@@ -121,7 +124,48 @@ def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
     except ValueError as error:
         raise InputError(f"methods: {tuning.name}: target_modules: {error}") from None
     _check_rank(adapted, tuning)
+    if tuning.variant == "pissa":
+        adapted.start = {name: t.clone() for name, t in trained_state(adapted).items()}
     return adapted
+
+
+def _target_modules(model: PreTrainedModel, tuning: Tuning) -> str | list[str]:
+    """Names for peft; `attention` and `mlp` are the linear layers in modules so called."""
+    parts = {"attention": {"self_attn", "attn", "attention"}, "mlp": {"mlp", "feed_forward"}}
+    if isinstance(tuning.target_modules, list) or tuning.target_modules not in parts:
+        return tuning.target_modules
+    wanted = parts[tuning.target_modules]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name in linear if wanted & set(name.split("."))]
+    if not found:
+        ends = sorted({name.split(".")[-1] for name in linear})
+        raise InputError(
+            f"methods: {tuning.name}: target_modules: this architecture has no part called "
+            f"{tuning.target_modules}; name its linear layers, of {', '.join(ends)}"
+        )
+    return found
+
+
+def convert_pissa(
+    start: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The adapter of twice the rank that does to the base what PiSSA's has done.
+
+    PiSSA (Meng et al. 2024, arXiv 2404.02948) puts W - s B0 A0 in the place of W, so that the
+    update of W is s (B A - B0 A0) = s [B, -B0] [A; A0]. The first half of the rank is the trained
+    one, from which a run goes on.
+    """
+    converted = {}
+    for name, tensor in trained.items():
+        if ".lora_A." in name:
+            converted[name] = torch.cat([tensor, start[name]], dim=0)
+        else:
+            converted[name] = torch.cat([tensor, -start[name]], dim=1)
+    return converted
+
+
+def _trained_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.chunk(2, dim=0 if ".lora_A." in name else 1)[0].contiguous()
 
 
 def round_frozen(model: Model, precision: torch.dtype) -> None:
@@ -164,9 +208,14 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     """Write an adapter in peft's format, or a whole model in Hugging Face's."""
     if isinstance(model, PeftModel):
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in trained_state(model).items()}
+        state, config = trained_state(model), model.peft_config["default"]
+        if config.init_lora_weights == "pissa":
+            state = convert_pissa(model.start, state)
+            double = {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha}
+            config = replace(config, **double, init_lora_weights=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_tensors(tensors, folder / ADAPTER)
-        model.peft_config["default"].save_pretrained(str(folder))
+        config.save_pretrained(str(folder))
     else:
         model.save_pretrained(folder)
 
@@ -182,7 +231,10 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def restore_checkpoint(model: Model, folder: Path) -> None:
     """Put the weights of a checkpoint back into the model that they came from."""
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+        state = load_file(folder / ADAPTER)
+        if model.peft_config["default"].init_lora_weights == "pissa":
+            state = {name: _trained_half(name, tensor) for name, tensor in state.items()}
+        set_peft_model_state_dict(model, state)
         return
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(folder.glob("model*.safetensors")):

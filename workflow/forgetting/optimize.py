@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,19 +76,36 @@ def _factor(step: int, training: Training, schedule: Schedule) -> float:
 
 
 def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter], training: Training, setting: Setting
+    parameters: Mapping[str, torch.nn.Parameter],
+    training: Training,
+    setting: Setting,
+    lora_plus_ratio: float | None = None,
 ) -> torch.optim.Optimizer:
-    """The study's optimizer, with the peak learning rate; the loop sets the rate of every step.
+    """The study's optimizer over trained weights by name; the loop sets the rate of every step.
+
+    With `lora_plus_ratio` the B of every adapter is a group whose rate is that multiple (LoRA+,
+    Hayou et al. 2024, arXiv 2402.12354); each group has its multiple under `ratio`.
 
     Adafactor is torch's own (Shazeer & Stern 2018, arXiv 1804.04235), whose whole state is tensors,
     so that it is saved and restored exactly; its step is relative to the size of the weights.
     """
     rate, decay = setting.learning_rate, setting.weight_decay
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values()), "ratio": 1.0, "lr": rate}]
+    if lora_plus_ratio is not None:
+        outer = {name for name in parameters if ".lora_B." in name}
+        groups[0]["params"] = [p for name, p in parameters.items() if name not in outer]
+        groups.append(
+            {
+                "params": [p for name, p in parameters.items() if name in outer],
+                "ratio": lora_plus_ratio,
+                "lr": lora_plus_ratio * rate,
+            }
+        )
     if training.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.Adafactor(groups, weight_decay=decay)
     if training.optimizer == "lionw":
-        return LionW(parameters, rate, training.decay_rates, decay)
-    return torch.optim.AdamW(parameters, lr=rate, betas=training.decay_rates, weight_decay=decay)
+        return LionW(groups, rate, training.decay_rates, decay)
+    return torch.optim.AdamW(groups, betas=training.decay_rates, weight_decay=decay)
 
 
 class LionW(torch.optim.Optimizer):
@@ -105,14 +123,14 @@ class LionW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Iterable[torch.nn.Parameter] | list[dict[str, Any]],
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        super().__init__(
-            parameters, {"lr": lr, "peak": lr, "betas": betas, "weight_decay": weight_decay}
-        )
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            group["peak"] = group["lr"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -15,11 +15,12 @@ class Tuning(Strict):
     name: str
     kind: Literal["lora", "full"]
     label: str
-    variant: Literal["lora", "rslora", "dora"] = "lora"
+    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    lora_plus_ratio: float | None = None
     settings: list[Setting]
     fixed: Setting | None = None
     mitigation: Mitigation | None = None
@@ -65,16 +66,24 @@ def _expand(method: Method) -> list[Tuning]:
         return [
             Tuning(name="full", kind="full", label="full", settings=settings, fixed=method.fixed)
         ]
+    more: list[str] = []
+    if method.target_modules in ("attention", "mlp"):
+        more.append(str(method.target_modules))
+    if method.lora_plus_ratio is not None:
+        more.append(f"plus{method.lora_plus_ratio:g}")
     return [
         Tuning(
-            name=f"{method.variant}-r{rank}",
+            name="-".join([f"{method.variant}-r{rank}", *more]),
             kind="lora",
-            label=f"rank {rank}" if method.variant == "lora" else f"{method.variant} {rank}",
+            label=", ".join(
+                [f"rank {rank}" if method.variant == "lora" else f"{method.variant} {rank}", *more]
+            ),
             variant=method.variant,
             rank=rank,
             alpha=2.0 * rank if method.alpha == "2r" else method.alpha,
             dropout=method.dropout,
             target_modules=method.target_modules,
+            lora_plus_ratio=method.lora_plus_ratio,
             settings=settings,
             fixed=method.fixed,
         )

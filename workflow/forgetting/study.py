@@ -331,10 +331,11 @@ class Method(Strict):
     method: Literal["lora", "full"] = Field(
         description="Train adapters beside the linear layers, or all weights."
     )
-    variant: Literal["lora", "rslora", "dora"] = Field(
+    variant: Literal["lora", "rslora", "dora", "pissa"] = Field(
         "lora",
         description="lora: scale alpha/r; rslora: alpha/sqrt(r) (arXiv 2312.03732); "
-        "dora: weight-decomposed (arXiv 2402.09353).",
+        "dora: weight-decomposed (arXiv 2402.09353); pissa: starts from the largest singular "
+        "values (arXiv 2404.02948).",
     )
     rank: Annotated[list[Count], BeforeValidator(several), AfterValidator(distinct)] | None = Field(
         None, description="Rank or ranks of the adapters; each is a method of its own."
@@ -343,8 +344,15 @@ class Method(Strict):
         32.0, description="Numerator of the adapter's scale; `2r` is twice the rank."
     )
     dropout: Share = Field(0.0, description="Dropout before the adapter's first matrix.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Adapted layers: all but the LM head, or names."
+    target_modules: Literal["all-linear", "attention", "mlp"] | list[str] = Field(
+        "all-linear",
+        description="Adapted linear layers: all but the LM head, those of the attention or of the "
+        "MLP, or names.",
+    )
+    lora_plus_ratio: Positive | None = Field(
+        None,
+        description="LoRA+: the learning rate of B is this multiple of that of A, which is "
+        "`learning_rate` (arXiv 2402.12354 advises 16).",
     )
     learning_rate: Annotated[list[Positive], BeforeValidator(several), AfterValidator(distinct)] = (
         Field(min_length=1, description="Peak learning rates.")
@@ -363,7 +371,7 @@ class Method(Strict):
     def _rank_fits_method(self) -> Method:
         if self.method == "lora" and not self.rank:
             raise ValueError("method lora needs a `rank`")
-        for name in ("rank", "variant", "alpha", "dropout", "target_modules"):
+        for name in ("rank", "variant", "alpha", "dropout", "target_modules", "lora_plus_ratio"):
             default = type(self).model_fields[name].default
             if self.method == "full" and getattr(self, name) != default:
                 raise ValueError(f"method full has no `{name}`")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, cohort_items, train_cohort
 from forgetting.data import general_rows
 from forgetting.models import load_tokenizer, pick_device, pick_precision, quieten_libraries
@@ -25,7 +26,6 @@ from forgetting.records import (
     write_table,
 )
 from forgetting.scores import metric_value
-from forgetting.train import Progress
 
 
 @tells_input_errors

@@ -1,0 +1,77 @@
+"""The state of a run on disk: complete checkpoints, from which it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from forgetting.models import Model, restore_checkpoint, save_checkpoint, save_tensors
+from forgetting.records import read_json, settle, write_json
+from forgetting.select import recorded_points, steps_to_keep
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; saved beside every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    points: list[list[float]] = field(default_factory=list)
+    status: str = "running"
+    micro_batch_size: int | None = None
+    """Rows of a forward pass, once memory has run out with as many as the study allows."""
+
+
+def write_checkpoint(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    folder: Path,
+) -> None:
+    """Write a complete checkpoint beside, then give it its name."""
+    final = folder / f"step-{progress.step:07d}"
+    partial = folder / f".{final.name}"
+    for leftover in (partial, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_checkpoint(model, partial)
+    tensors = {
+        f"{index}.{name}": tensor.detach().cpu().contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+    save_tensors(tensors, partial / "optimizer.safetensors")
+    write_json(partial / "progress.json", vars(progress))
+    settle(partial, final)
+
+
+def resume(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> Progress:
+    """Restore the newest complete checkpoint, or start afresh."""
+    newest = max(folder.glob("step-*/progress.json"), default=None)
+    if newest is None:
+        return Progress()
+    checkpoint = newest.parent
+    restore_checkpoint(model, checkpoint)
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    return Progress(**read_json(newest))
+
+
+def prune(folder: Path, progress: Progress, base_value: float, threshold: float) -> None:
+    """Remove the checkpoints that the selection rule can no longer pick."""
+    points = recorded_points(progress.points, base_value)
+    kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
+    for checkpoint in folder.glob("step-*"):
+        if checkpoint.name not in kept:
+            shutil.rmtree(checkpoint)
