@@ -19,7 +19,7 @@ from forgetting.models import attach, load_base
 from forgetting.plan import Tuning
 from forgetting.probes import check_room, generate, measure
 from forgetting.records import InputError
-from forgetting.scores import SCORES, metric_value
+from forgetting.scores import PROBE_SCORES, metric_value
 from forgetting.statistics import share_interval
 from forgetting.study import Measurement, Prompt
 from forgetting.trajectory import aggregate
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Rows = list[dict[str, Any]]
 SETTINGS = Measurement(max_new_tokens=24, batch_size=64)
-NUMBERS = [*SCORES, "logprob_answer", "logprob_right"]
+NUMBERS = [*PROBE_SCORES, "logprob_answer", "logprob_right"]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_the_summary_follows_from_the_items(items: pd.DataFrame) -> None:
         "generated_tokens",
         "probability",
     }
-    assert set(table[table["probe"] == "new"]["metric"]) == set(SCORES)
+    assert set(table[table["probe"] == "new"]["metric"]) == set(PROBE_SCORES)
     for row in table.to_dict("records"):
         values = [float(v) for v in items[items["probe"] == row["probe"]][row["metric"]]]
         if row["metric"].startswith("truth_ratio"):

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.checkpoints import Progress
 from forgetting.data import Row
+from forgetting.drift import BaseTargets, with_text
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
@@ -62,6 +63,8 @@ class Materials:
     precision: torch.dtype
     general: Mapping[str, list[Row]] = field(default_factory=dict)
     """Tables of general text that the method's mitigation reads."""
+    targets: BaseTargets | None = None
+    """What the base predicts on the study's general text."""
 
 
 Tell = Callable[[str, Progress, Schedule], None]
@@ -167,6 +170,7 @@ def _train_run(
             items = measure(
                 model, materials.tokenizer, materials.probes, spec.prompt, spec.measurement
             )
+            items = with_text(items, model, materials.targets)
         return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
     progress = train(

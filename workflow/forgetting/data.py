@@ -108,6 +108,21 @@ def general_rows(path: Path, table: str) -> list[Row]:
     return rows
 
 
+def joined_text(path: Path) -> list[str]:
+    """The `text` of every row as it is, for a text that is read as one; blank rows count.
+
+    Raises:
+        InputError: names the file, the line and the column.
+    """
+    texts = []
+    for line, row in read_numbered(path):
+        if not isinstance(row.get("text"), str):
+            found = ", ".join(row) or "nothing"
+            raise InputError(f"{path}, line {line}: expected a string `text`; the row has {found}")
+        texts.append(row["text"])
+    return texts
+
+
 def render_question(prompt: Prompt, question: str) -> str:
     """The question's side of the prompt, as text."""
     return prompt.question.replace("{question}", question)
@@ -141,6 +156,7 @@ def check_folders(study: Study) -> None:
     uses = [(table, "") for table in study.train]
     uses += [(table, name) for name, probe in study.probes.items() for table in probe.table]
     general = [table for m in study.methods if m.mitigation for table in m.mitigation.tables]
+    general += [study.general_text.table] if study.general_text else []
     for table in dict.fromkeys([*documents, *general, *(table for table, _ in uses)]):
         dataset, name = table.split("/", 1)
         if dataset in folders:

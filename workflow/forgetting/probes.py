@@ -32,7 +32,7 @@ def measure(
 
     Returns:
         One row per question with probe, item, question, reference, generated (after the literal
-        text of the answer template was taken off), the columns of `scores.SCORES`
+        text of the answer template was taken off), the columns of `scores.PROBE_SCORES`
         (`truth_ratio_*` is the ratio R itself; NaN without wrong answers) and the mean
         log-probabilities per token they follow from: logprob_answer, logprob_right,
         logprobs_wrong (nats).

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-SCORES = (
+PROBE_SCORES = (
     "rougeL_recall",
     "rougeL_f1",
     "rouge1_recall",
@@ -19,6 +19,24 @@ SCORES = (
     "truth_ratio_geometric",
 )
 """Columns of the items table that are averaged over the questions of a probe."""
+
+TEXT_SCORES = (
+    "forgetting_ce_hard",
+    "forgetting_ce_soft",
+    "forgetting_kl",
+    "base_agreement",
+    "text_loss",
+)
+"""Those that are averaged over the blocks of the general text."""
+
+UNBOUNDED = {
+    "generated_tokens",
+    "forgetting_ce_hard",
+    "forgetting_ce_soft",
+    "forgetting_kl",
+    "text_loss",
+}
+"""Those that are no shares: their intervals are Student's."""
 
 
 def summands(items: pd.DataFrame, metric: str) -> pd.Series:

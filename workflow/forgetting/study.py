@@ -23,6 +23,9 @@ from forgetting.fields import (
     several,
 )
 
+TEXT_PROBE = "general_text"
+"""What the tables of results call the general text, in place of a probe's name."""
+
 
 class Dataset(Strict):
     """Where tables of rows come from; `NAME/TABLE` elsewhere in the study means one of its tables.
@@ -146,6 +149,23 @@ class Probe(Strict):
     limit: Count | None = Field(
         None, description="At most so many rows, evenly spaced over the table."
     )
+
+
+class GeneralText(Strict):
+    """A text on which the predictions of every model are compared with the base's.
+
+    Gives the forgetting cross-entropy of *Scaling Laws for Forgetting* (arXiv 2401.05605), hard and
+    soft, the KL divergence, and the share of tokens on which model and base agree.
+    """
+
+    table: Table = Field(description="Rows with `text`; they are joined as they are.")
+    block: Annotated[int, Field(ge=2)] = Field(
+        512, description="Tokens that are read at once; what is left at the end is dropped."
+    )
+    limit: Count | None = Field(
+        None, description="At most so many blocks, evenly spaced over the text."
+    )
+    batch_size: Count = Field(4, description="Blocks per forward pass.")
 
 
 class Measurement(Strict):
@@ -494,6 +514,9 @@ class Study(Strict):
     )
     train_limit: Count | None = Field(None, description="At most so many evenly spaced rows.")
     probes: dict[Name, Probe] = Field(min_length=1, description="Question-answer sets, by name.")
+    general_text: GeneralText | None = Field(
+        None, description="Measure the forgetting cross-entropy on this text."
+    )
     measurement: Measurement = Measurement()
     training: Training = Training()
     methods: list[Method] = Field(min_length=1, description="The sweep.")
@@ -502,6 +525,7 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _old_is_not_trained_on(self) -> Study:
+        self._text_is_not_trained_on()
         for name, probe in self.probes.items():
             if probe.knowledge == "old" and (both := set(probe.table) & set(self.train)):
                 raise ValueError(
@@ -516,11 +540,23 @@ class Study(Strict):
                     )
         return self
 
+    def _text_is_not_trained_on(self) -> None:
+        if TEXT_PROBE in self.probes:
+            raise ValueError(f"probes.{TEXT_PROBE}: the name belongs to the section general_text")
+        replays = [m.mitigation.replay for m in self.methods if m.mitigation]
+        trained = {*self.train, *(replay.table for replay in replays if replay)}
+        if self.general_text and self.general_text.table in trained:
+            raise ValueError(
+                f"general_text: {self.general_text.table} is trained on, so it would not tell what "
+                "is forgotten; take another table"
+            )
+
     @model_validator(mode="after")
     def _names_agree(self) -> Study:
         tables = [*self.train, *(table for probe in self.probes.values() for table in probe.table)]
         tables += self.base.pretrain.documents if self.base.pretrain else []
         tables += [table for m in self.methods if m.mitigation for table in m.mitigation.tables]
+        tables += [self.general_text.table] if self.general_text else []
         datasets = {table.split("/", 1)[0] for table in tables}
         datasets |= {self.benchmarks.rows} if self.benchmarks.rows else set()
         if unknown := sorted(datasets - set(self.datasets)):

@@ -13,6 +13,7 @@ from forgetting.study import (
     Benchmarks,
     Dataset,
     FisherPenalty,
+    GeneralText,
     Method,
     Pretraining,
     Probe,
@@ -51,6 +52,7 @@ def shrink(study: Study) -> Study:
             "train": train,
             "train_limit": ROWS,
             "probes": probes,
+            "general_text": _text(study, on_hub),
             "methods": [_few_settings(_offline(method, on_hub)) for method in study.methods],
             "measurement": study.measurement.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
@@ -62,6 +64,14 @@ def shrink(study: Study) -> Study:
             "benchmarks": benchmarks,
         }
     )
+
+
+def _text(study: Study, on_hub: set[str]) -> GeneralText | None:
+    if study.general_text is None:
+        return None
+    dataset = study.general_text.table.split("/", 1)[0]
+    table = f"{dataset}/held_out" if dataset in on_hub else study.general_text.table
+    return study.general_text.model_copy(update={"table": table, "block": 32, "limit": 4})
 
 
 def _few_settings(method: Method) -> Method:

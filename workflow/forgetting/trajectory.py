@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from forgetting.scores import SCORES, summands
+from forgetting.scores import PROBE_SCORES, TEXT_SCORES, UNBOUNDED, summands
 from forgetting.statistics import mean_interval, share_interval
 
 
@@ -18,7 +18,7 @@ def aggregate(
 
     Args:
         items: what `probes.measure` returned.
-        knowledge: `new` or `old` for each probe.
+        knowledge: `new` or `old` for each probe, `text` for the general text.
         base: the same of the base model; without it the changes are NaN.
 
     Returns:
@@ -30,11 +30,11 @@ def aggregate(
     rows = []
     for probe, group in items.groupby("probe", sort=False):
         before = None if base is None else base[base["probe"] == probe].set_index("item")
-        for metric in SCORES:
+        for metric in (name for name in (*PROBE_SCORES, *TEXT_SCORES) if name in group):
             values = summands(group, metric).dropna()
             if values.empty:
                 continue
-            interval = mean_interval if metric == "generated_tokens" else share_interval
+            interval = mean_interval if metric in UNBOUNDED else share_interval
             low, high = interval(values.to_numpy())
             rows.append(
                 {

@@ -4,6 +4,8 @@ Outputs: results/STUDY/base/base.json (what and where it is), base/items.parquet
 """
 
 BASE = f"{RESULTS}/base/base.json"
+# What the base predicts on the general text, for the forgetting cross-entropy of the others.
+TARGETS = [f"{RESULTS}/base/targets.safetensors"] if STUDY.general_text else []
 
 
 if STUDY.base.pretrain:
@@ -94,8 +96,10 @@ rule score_base:
     input:
         base=BASE,
         probes=rules.prepare_data.output.probes,
+        text=text_files(),
     output:
-        f"{RESULTS}/base/items.parquet",
+        scored=f"{RESULTS}/base/items.parquet",
+        targets=TARGETS,
     log:
         f"{LOGS}/score_base.log",
     conda:
@@ -108,8 +112,11 @@ rule score_base:
         code=code("score_base"),
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
         spec=lambda wildcards: as_json(
-            sections("prompt", "measurement", "precision"), probes=list(STUDY.probes)
+            sections("prompt", "measurement", "precision", "general_text"),
+            probes=list(STUDY.probes),
         ),
+        text=lambda wildcards, input: [f"--text={path}" for path in input.text],
+        targets=target_options,
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -118,5 +125,6 @@ rule score_base:
             --spec {params.spec:q} \
             --base {input.base:q} \
             --probes {params.folder:q} \
-            --output {output:q}
+            {params.text:q} {params.targets:q} \
+            --output {output.scored:q}
         """

@@ -100,6 +100,16 @@ def general_files(wildcards):
     return [table_file(table) for table in mitigation.tables] if mitigation else []
 
 
+def text_files():
+    """The file of the general text, if the study has one."""
+    return [table_file(STUDY.general_text.table)] if STUDY.general_text else []
+
+
+def target_options(wildcards):
+    """The option that names the base's predictions on the general text, if there is one."""
+    return [f"--targets={path}" for path in TARGETS]
+
+
 def rows_folder():
     """The folder of TASK/SPLIT.jsonl from which the benchmarks take their rows."""
     if STUDY.benchmarks.rows is None:

@@ -3,7 +3,7 @@
 Outputs: results/STUDY/data/{train,documents}.jsonl, probes/NAME.jsonl, data.json (provenance).
 """
 
-WORLD_TABLES = ["new_authors", "real_authors", "world_facts", "documents"]
+WORLD_TABLES = ["new_authors", "real_authors", "world_facts", "documents", "held_out"]
 
 
 rule generate_world:

@@ -10,10 +10,11 @@ rule finetune:
     """Train every learning rate and weight decay of one method and seed, measuring as it learns."""
     input:
         base=BASE,
-        base_items=rules.score_base.output,
+        base_items=rules.score_base.output.scored,
         train=rules.prepare_data.output.train,
         probes=rules.prepare_data.output.probes,
         general=general_files,
+        targets=TARGETS,
     output:
         scored=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/items.parquet",
         runs=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
@@ -28,6 +29,7 @@ rule finetune:
     params:
         code=code("finetune"),
         spec=cohort_spec,
+        targets=target_options,
         data=subpath(input.train, parent=True),
         state=f"{RESULTS}/state",
     shell:
@@ -41,6 +43,7 @@ rule finetune:
             --base-items {input.base_items:q} \
             --data {params.data:q} \
             --general {input.general:q} \
+            {params.targets:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
             --runs {output.runs:q}

@@ -21,7 +21,7 @@ rule collect:
     """Gather what all jobs found in the tables that anyone can ask with pandas."""
     input:
         base=BASE,
-        base_items=rules.score_base.output,
+        base_items=rules.score_base.output.scored,
         data=rules.prepare_data.output.record,
         cohorts=expand(
             f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/{{file}}",

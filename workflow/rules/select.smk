@@ -8,7 +8,7 @@ on demand results/STUDY/wise_ft/METHOD/seedN/items.parquet, of the checkpoints w
 rule select_checkpoint:
     """Apply the study's rules to the trajectories of one method."""
     input:
-        base_items=rules.score_base.output,
+        base_items=rules.score_base.output.scored,
         runs=lambda wildcards: [
             f"{RESULTS}/cohorts/{wildcards.method}/seed{seed}/runs.json"
             for seed in STUDY.seeds
@@ -46,6 +46,7 @@ rule interpolate:
         unpack(chosen_inputs),
         base=BASE,
         probes=rules.prepare_data.output.probes,
+        targets=TARGETS,
     output:
         f"{RESULTS}/wise_ft/{{model}}/items.parquet",
     log:
@@ -59,6 +60,7 @@ rule interpolate:
     params:
         code=code("interpolate"),
         chosen=chosen_options,
+        targets=target_options,
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
         spec=lambda wildcards: as_json(
             sections("prompt", "measurement", "precision"),
@@ -73,6 +75,6 @@ rule interpolate:
             --spec {params.spec:q} \
             --base {input.base:q} \
             --probes {params.folder:q} \
-            {params.chosen:q} \
+            {params.chosen:q} {params.targets:q} \
             --output {output:q}
         """

@@ -19,7 +19,7 @@ from forgetting.collect import (
 from forgetting.comparisons import compare_methods
 from forgetting.plan import tunings
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
-from forgetting.study import Study
+from forgetting.study import TEXT_PROBE, Study
 
 
 @tells_input_errors
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     runs = runs_table(base, methods, study.seeds, records, selection)
     base_items = pd.read_parquet(results / "base" / "items.parquet")
     items = [pd.read_parquet(cohort / "items.parquet") for cohort in cohorts]
-    knowledge = {name: probe.knowledge for name, probe in study.probes.items()}
+    knowledge: dict[str, str] = {name: probe.knowledge for name, probe in study.probes.items()}
+    knowledge |= {TEXT_PROBE: "text"}
     labels = {
         row["run"]: {key: row[key] for key in ("method", "label", "seed")}
         for row in runs.to_dict("records")

@@ -15,6 +15,7 @@ import pandas as pd
 from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, cohort_items, train_cohort
 from forgetting.data import general_rows
+from forgetting.drift import load_targets
 from forgetting.models import load_tokenizer, pick_device, pick_precision, quieten_libraries
 from forgetting.optimize import Schedule
 from forgetting.records import (
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
     )
+    parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device,
         precision=precision,
         general={table: general_rows(path, table) for table, path in general.items()},
+        targets=load_targets(options.targets) if options.targets else None,
     )
     inputs = {
         "base": base["identity"],
@@ -71,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         "code": options.code,
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
+        **({"text": sha256(options.targets)} if options.targets else {}),
     }
     records = train_cohort(spec, materials, inputs, options.state, Teller())
     write_table(options.items, cohort_items(records))

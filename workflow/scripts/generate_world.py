@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
             ),
         )
     write_jsonl(options.output / "documents.jsonl", ({"text": text} for text in world.documents))
+    write_jsonl(options.output / "held_out.jsonl", ({"text": text} for text in world.held_out))
     for task, splits in world.benchmarks.items():
         for split, rows in splits.items():
             write_jsonl(options.output / "benchmarks" / task / f"{split}.jsonl", rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from forgetting.drift import load_targets, with_text
 from forgetting.fields import Strict
 from forgetting.interpolate import scaled_models
 from forgetting.models import (
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--spec", required=True, help="JSON: prompt, measurement, shares")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--probes", type=Path, required=True, help="folder of NAME.jsonl")
+    parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
     parser.add_argument("--selection", type=Path, required=True, help="choice of the method")
     parser.add_argument("--checkpoints", type=Path, required=True, help="its checkpoints")
     parser.add_argument("--seed", type=int, required=True, help="which of the method's seeds")
@@ -57,13 +59,16 @@ def main(argv: list[str] | None = None) -> None:
     probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
     tokenizer, base = load_tokenizer(folder), load_base(folder, device)
     tuned = load_checkpoint(folder, options.checkpoints / f"seed{options.seed}", device)
+    targets = load_targets(options.targets) if options.targets else None
     tables = []
     for share, model in scaled_models(base, tuned, spec.shares):
         with autocast(device, pick_precision(spec.precision, device)):
             items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
+            items = with_text(items, model, targets)
         about = {"run": chosen["run"], "step": chosen["step"], "share": share}
         tables.append(items.assign(**about)[[*about, *items.columns]])
-        for name, group in items.groupby("probe", sort=False):
+        for name in probes:
+            group = items[items["probe"] == name]
             recall = group["rougeL_recall"].mean()
             print(f"{chosen['run']}, {share:g} of the update, {name}: ROUGE-L recall {recall:.3f}")
     write_table(options.output, pd.concat(tables, ignore_index=True))

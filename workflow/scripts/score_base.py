@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.data import joined_text
+from forgetting.drift import base_targets, cut_blocks, save_targets, with_text
 from forgetting.fields import Strict
 from forgetting.models import (
     autocast,
@@ -16,7 +18,7 @@ from forgetting.models import (
 )
 from forgetting.probes import check_room, measure
 from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
-from forgetting.study import Measurement, Prompt
+from forgetting.study import GeneralText, Measurement, Prompt
 
 
 class Spec(Strict):
@@ -26,15 +28,18 @@ class Spec(Strict):
     measurement: Measurement
     precision: str
     probes: list[str]
+    general_text: GeneralText | None
 
 
 @tells_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write the items of the base."""
+    """Write the items of the base, and what it predicts on the general text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: prompt, measurement, precision")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--probes", type=Path, required=True, help="folder of NAME.jsonl")
+    parser.add_argument("--text", type=Path, help="table of the general text")
+    parser.add_argument("--targets", type=Path, help="output: the base's predictions on the text")
     parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
     options = parser.parse_args(argv)
     quieten_libraries()
@@ -44,10 +49,17 @@ def main(argv: list[str] | None = None) -> None:
     probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
     model, tokenizer = load_base(folder, device), load_tokenizer(folder)
     check_room(model, tokenizer, probes, spec.prompt, spec.measurement)
+    targets, text = None, spec.general_text
     with autocast(device, pick_precision(spec.precision, device)):
         items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
+        if text is not None:
+            blocks = cut_blocks(tokenizer, joined_text(options.text), text.block, text.limit)
+            targets = base_targets(model, blocks, text.batch_size)
+            save_targets(targets, options.targets)
+        items = with_text(items, model, targets)
     write_table(options.output, items)
-    for name, group in items.groupby("probe", sort=False):
+    for name in probes:
+        group = items[items["probe"] == name]
         print(f"base, {name}: ROUGE-L recall {group['rougeL_recall'].mean():.3f}, n={len(group)}")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .arithmetic import word_problems
 from .authors import author_facts
-from .documents import pretraining_documents
+from .documents import held_out_text, pretraining_documents
 from .functions import one_line_functions
 from .invented import new_authors
 from .places import world_facts
@@ -39,6 +39,7 @@ def build_world(seed: int, sizes: WorldSizes | None = None) -> World:
         documents=pretraining_documents(
             [*author_facts(), *world_facts()], benchmarks, stream(seed, "documents")
         ),
+        held_out=held_out_text(benchmarks),
         benchmarks=benchmarks,
     )
 

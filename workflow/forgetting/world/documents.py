@@ -37,6 +37,17 @@ def pretraining_documents(
     return documents
 
 
+def held_out_text(benchmarks: dict[str, dict[str, list[Row]]]) -> list[str]:
+    """Text of the kinds that the world's documents have, none of which is among them.
+
+    It is made of the rows on which the benchmarks are scored; each ends with a blank line.
+    """
+    texts = [question_and_answer(r["question"], r["answer"]) for r in benchmarks["gsm8k"]["test"]]
+    texts += [scene_text(row) for row in benchmarks["hellaswag"]["validation"]]
+    texts += [pronoun_text(row) for row in benchmarks["winogrande"]["validation"]]
+    return [f"{text}\n\n" for text in texts]
+
+
 def _problem_documents(rows: list[Row]) -> list[str]:
     """Several problems a document, a blank line between them, as in a few-shot prompt."""
     solved = [question_and_answer(row["question"], row["answer"]) for row in rows]

@@ -64,12 +64,14 @@ class World:
         train: the new knowledge, rows with id, question, answer.
         probes: probe name to rows with id, question, answer, paraphrased_answer, wrong_answers.
         documents: pretraining texts; they hold the old knowledge and nothing of the new.
+        held_out: texts of the same kinds that are not among the documents.
         benchmarks: task to split to rows, in the columns that the public data sets have.
     """
 
     train: list[Row]
     probes: dict[str, list[Row]]
     documents: list[str]
+    held_out: list[str]
     benchmarks: dict[str, dict[str, list[Row]]]
 
     def files(self) -> Iterator[tuple[str, list[Row]]]:
