@@ -119,6 +119,25 @@ def benchmark_tables(
     return _with_intervals(table, every), every, list(dict.fromkeys(notes))
 
 
+def responses_table(models: Sequence[Path]) -> pd.DataFrame:
+    """Run, step, task, item and response of every benchmark of every model."""
+    tables = [
+        pd.read_parquet(folder / "responses.parquet").assign(
+            **read_json(folder / "programs.json")["model"]
+        )
+        for folder in models
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def main_items(scores: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
+    """The items of each benchmark's main metric."""
+    if items.empty:
+        return items
+    main = scores[scores["main"].astype(bool)][["task", "metric"]].drop_duplicates()
+    return items.merge(main, on=["task", "metric"])
+
+
 def _program_tables(
     folder: Path, described: list[dict[str, Any]]
 ) -> tuple[tuple[pd.DataFrame, pd.DataFrame] | None, str]:

@@ -10,6 +10,7 @@ TABLES = [
     "items",
     "selection",
     "comparisons",
+    "churn",
     "benchmarks",
     "benchmark_items",
 ]
@@ -42,6 +43,7 @@ rule collect:
                 file=[
                     "scores.parquet",
                     "items.parquet",
+                    "responses.parquet",
                     "programs.json",
                     "outcomes.json",
                 ],

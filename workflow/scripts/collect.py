@@ -9,10 +9,13 @@ from typing import Any
 
 import pandas as pd
 
+from forgetting.churn import churn_table
 from forgetting.collect import (
     BASE,
     benchmark_tables,
+    main_items,
     missing_notes,
+    responses_table,
     runs_table,
     trajectory_table,
 )
@@ -62,9 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         row["run"]: {key: row[key] for key in ("method", "label", "seed")}
         for row in runs.to_dict("records")
     }
-    benchmarks, benchmark_items, notes = benchmark_tables(
-        [results / "benchmarks" / model for model in options.models], labels | {"base": BASE}
-    )
+    models = [results / "benchmarks" / model for model in options.models]
+    benchmarks, benchmark_items, notes = benchmark_tables(models, labels | {"base": BASE})
     every = pd.concat([base_items.assign(run="base", step=0, epoch=0.0), *items])
 
     write_table(options.output / "runs.parquet", runs)
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     write_table(options.output / "items.parquet", every)
     write_table(options.output / "selection.parquet", selection)
     write_table(options.output / "comparisons.parquet", compare_methods(every, selection))
+    churn = churn_table(every, responses_table(models), main_items(benchmarks, benchmark_items))
+    write_table(options.output / "churn.parquet", churn)
     write_table(options.output / "benchmarks.parquet", benchmarks)
     write_table(options.output / "benchmark_items.parquet", benchmark_items)
     if options.scaled:

@@ -1,0 +1,103 @@
+"""Churn: which answers changed hands, by hand-made tables."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from forgetting.churn import churn_table
+
+NOTHING = pd.DataFrame()
+
+
+def _item(run: str, item: str, generated: str, recall: float, right: float, wrong: Any) -> Any:
+    return {
+        "run": run,
+        "step": 0 if run == "base" else 4,
+        "epoch": 0.0 if run == "base" else 2.0,
+        "probe": "p",
+        "item": item,
+        "generated": generated,
+        "rougeL_recall": recall,
+        "logprob_right": right,
+        "logprobs_wrong": wrong,
+    }
+
+
+@pytest.fixture
+def items() -> pd.DataFrame:
+    """The run says one thing as before, one better, one worse; it picks another wrong answer."""
+    return pd.DataFrame(
+        [
+            _item("base", "a", "In Oslo.", 1.0, -1.0, [-2.0, -3.0]),
+            _item("base", "b", "In Lima.", 0.2, -3.0, [-1.0, -2.0]),
+            _item("base", "c", "In Rome.", 0.8, -1.0, [-2.0, -2.0]),
+            _item("base", "d", "In Bonn.", 0.0, -5.0, [-1.0, -2.0]),
+            _item("run", "d", "", 0.0, -5.0, [-2.0, -1.0]),
+            _item("run", "c", "Somewhere.", 0.3, -3.0, [-2.0, -1.0]),
+            _item("run", "b", "In Kyoto.", 0.7, -1.0, [-1.5, -2.0]),
+            _item("run", "a", " In  Oslo. ", 1.0, -1.0, [-2.0, -3.0]),
+        ]
+    )
+
+
+def test_gains_and_losses_do_not_cancel(items: pd.DataFrame) -> None:
+    """The mean score stands still on `choice`, while two of four answers changed hands."""
+    table = churn_table(items, NOTHING, NOTHING).set_index("answer")
+    generated, choice = table.loc["generated"], table.loc["choice"]
+    assert (generated["n"], generated["agreement"]) == (4, 0.25)
+    assert generated["gained"] == pytest.approx(0.5 / 4)
+    assert generated["lost"] == pytest.approx(0.5 / 4)
+    assert (choice["gained"], choice["lost"], choice["agreement"]) == (0.25, 0.25, 0.25)
+    assert choice["value"] == choice["base_value"] == 0.5
+    for row in (generated, choice):
+        assert row["value"] - row["base_value"] == pytest.approx(row["gained"] - row["lost"])
+        assert row["agreement_low"] <= row["agreement"] <= row["agreement_high"]
+
+
+def test_a_copy_of_the_base_has_none(items: pd.DataFrame) -> None:
+    base = items[items["run"] == "base"]
+    table = churn_table(pd.concat([base, base.assign(run="copy", step=4)]), NOTHING, NOTHING)
+    assert (table["agreement"] == 1.0).all()
+    assert (table[["gained", "lost"]] == 0.0).all(axis=None)
+
+
+def test_the_general_text_is_no_answer(items: pd.DataFrame) -> None:
+    text = {
+        "run": "run",
+        "step": 4,
+        "epoch": 2.0,
+        "probe": "general_text",
+        "item": "general_text/0",
+    }
+    both = pd.concat([items, pd.DataFrame([text, text | {"run": "base", "step": 0}])])
+    pd.testing.assert_frame_equal(
+        churn_table(both, NOTHING, NOTHING), churn_table(items, NOTHING, NOTHING)
+    )
+
+
+def test_benchmarks_by_choice_and_by_text(items: pd.DataFrame) -> None:
+    said = {
+        ("arc", 0): ([-1.0, -2.0], [-1.5, -2.5], 1.0, 1.0),
+        ("arc", 1): ([-1.0, -2.0], [-3.0, -2.5], 1.0, 0.0),
+        ("gsm8k", 0): ("#### 4", "#### 4", 1.0, 1.0),
+        ("gsm8k", 1): ("17", "#### 5", 0.0, 1.0),
+    }
+    responses, scores = [], []
+    for (task, item), (before, after, base, tuned) in said.items():
+        for run, step, text, value in (("base", 0, before, base), ("run", 4, after, tuned)):
+            key = {"run": run, "step": step, "task": task, "item": item}
+            written = text if isinstance(text, str) else json.dumps(text)
+            responses.append({**key, "response": written})
+            scores.append({**key, "value": value})
+    table = churn_table(items, pd.DataFrame(responses), pd.DataFrame(scores))
+    rows = table[table["epoch"].isna()].set_index("probe")
+    assert rows.loc["arc", ["answer", "agreement", "gained", "lost"]].tolist() == [
+        "choice", 0.5, 0.0, 0.5,
+    ]  # fmt: skip
+    assert rows.loc["gsm8k", ["answer", "agreement", "gained", "lost"]].tolist() == [
+        "generated", 0.5, 0.5, 0.0,
+    ]  # fmt: skip
