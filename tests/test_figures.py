@@ -1,4 +1,4 @@
-"""The four figures: what they encode, how many marks, and what they do where data are missing."""
+"""The figures: what they encode, how many marks, and what they do where data are missing."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def page(tmp_path: Path) -> Iterator[browser.Page]:
 def test_the_page_works_offline_at_every_width(
     written: Path, page: browser.Page, width: int, height: int, dark: bool
 ) -> None:
-    """Four figures are drawn, nothing is requested, nothing complains, nothing overflows."""
+    """Every figure is drawn, nothing is requested, nothing complains, nothing overflows."""
     address = (written / "tradeoff.html").as_uri()
     page.open(address, width, height, dark)
     assert page.requests == [address]
@@ -358,7 +358,7 @@ def test_hostile_text_does_nothing_in_a_browser(tmp_path: Path, page: browser.Pa
 
 
 @needs_browser
-def test_a_study_with_nothing_to_draw_still_shows_four_figures(
+def test_a_study_with_nothing_to_draw_still_shows_every_figure(
     tmp_path: Path, page: browser.Page
 ) -> None:
     made = synthetic.tables(ranks=(), rates=(1e-5,), old=(), tasks=(), never=("full",), epochs=3)

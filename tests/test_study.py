@@ -456,3 +456,24 @@ def test_a_study_elsewhere_cannot_take_the_results_of_a_namesake(tmp_path: Path)
     (own / "mini.yaml").write_text("title: b")
     with pytest.raises(InputError):
         load_study({"study": str(own / "mini.yaml")}, tmp_path)
+
+
+def test_a_text_that_is_trained_on_would_not_tell_what_is_forgotten(write: Any) -> None:
+    text = ("selection:", "general_text: {table: world/held_out}\nselection:")
+    assert _load(write(text)).general_text is not None
+    replayed = (
+        "    rank: [2, 8]\n",
+        "    rank: [2, 8]\n    mitigation: {replay: {table: world/held_out}}\n",
+    )
+    with pytest.raises(InputError, match="world/held_out is trained on"):
+        _load(write(text, replayed))
+    with pytest.raises(InputError, match="the name belongs to the section general_text"):
+        _load(write(("  old:\n", "  general_text:\n")))
+
+
+def test_a_row_without_text_is_found_before_any_job(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "facts" / "prose.jsonl").write_text('{"text": "A."}\n{"body": "B."}\n')
+    with pytest.raises(InputError, match=r"prose.jsonl, line 2: expected a string `text`"):
+        check_folders(
+            _load(write(("selection:", "general_text: {table: facts/prose}\nselection:")))
+        )

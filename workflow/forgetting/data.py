@@ -156,8 +156,8 @@ def check_folders(study: Study) -> None:
     uses = [(table, "") for table in study.train]
     uses += [(table, name) for name, probe in study.probes.items() for table in probe.table]
     general = [table for m in study.methods if m.mitigation for table in m.mitigation.tables]
-    general += [study.general_text.table] if study.general_text else []
-    for table in dict.fromkeys([*documents, *general, *(table for table, _ in uses)]):
+    read = [study.general_text.table] if study.general_text else []
+    for table in dict.fromkeys([*documents, *general, *read, *(table for table, _ in uses)]):
         dataset, name = table.split("/", 1)
         if dataset in folders:
             find_table(folders[dataset], name)
@@ -173,6 +173,10 @@ def check_folders(study: Study) -> None:
         dataset, name = table.split("/", 1)
         if dataset in folders and find_table(folders[dataset], name).stat().st_size <= LARGE:
             general_rows(find_table(folders[dataset], name), table)
+    for table in read:
+        dataset, name = table.split("/", 1)
+        if dataset in folders and find_table(folders[dataset], name).stat().st_size <= LARGE:
+            joined_text(find_table(folders[dataset], name))
 
 
 def _is_text(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""The four figures of the report, as Altair charts.
+"""The figures of the report, as Altair charts.
 
 Panels are concatenated, one per probe or benchmark, so that the page can lay them out in as many
 columns as fit. Colours are the category range of the theme (report.theme), never part of a chart.
@@ -13,6 +13,7 @@ import pandas as pd
 
 from forgetting.report import parts
 from forgetting.report import tables as data
+from forgetting.report.distance import distance
 from forgetting.report.dot_plots import benchmarks, truth_ratio
 from forgetting.report.tables import Tables
 
@@ -97,7 +98,7 @@ def _faint(rows: pd.DataFrame) -> alt.Chart:
 
 def old_versus_new(tables: Tables, width: int = 400) -> alt.ConcatChart:
     """ROUGE on old knowledge against ROUGE on the new, a panel per probe of old knowledge."""
-    new, old = _new_probe(tables), data.probes(tables, "old")
+    new, old = data.watched(tables), data.probes(tables, "old")
     if new is None or not old:
         return parts.message("No probe of old knowledge was measured.")
     ticks = parts.grid([_rouge_values(tables, name, bounds=True) for name in old])
@@ -193,16 +194,9 @@ def _sweep(shown: bool) -> alt.Parameter:
     return alt.param("sweep", value=shown, bind=box)
 
 
-def _new_probe(tables: Tables) -> str | None:
-    """The probe that the selection rule watches, or else the first of new knowledge."""
-    known = data.probes(tables, "new")
-    watched = tables.config.get("selection", {}).get("probe")
-    return watched if watched in known else next(iter(known), None)
-
-
 def _goal(tables: Tables, probe: str) -> float | None:
     """The threshold, on the probe that the selection rule watches."""
-    return tables.threshold if probe == _new_probe(tables) else None
+    return tables.threshold if probe == data.watched(tables) else None
 
 
 def _all_probes(tables: Tables) -> list[str]:
@@ -223,5 +217,6 @@ FIGURES = {
     "trajectories": trajectories,
     "old_versus_new": old_versus_new,
     "truth_ratio": truth_ratio,
+    "distance": distance,
     "benchmarks": benchmarks,
 }

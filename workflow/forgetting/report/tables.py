@@ -96,6 +96,13 @@ def probes(tables: Tables, knowledge: str) -> list[str]:
     return [str(name) for name in known["probe"].drop_duplicates()]
 
 
+def watched(tables: Tables) -> str | None:
+    """The probe that the selection rule watches, or else the first of new knowledge."""
+    known = probes(tables, "new")
+    named = tables.config.get("selection", {}).get("probe")
+    return named if named in known else next(iter(known), None)
+
+
 def human(name: str) -> str:
     """A key of the configuration as words."""
     return name.replace("_", " ").strip()
