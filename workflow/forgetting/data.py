@@ -162,21 +162,22 @@ def check_folders(study: Study) -> None:
         if dataset in folders:
             find_table(folders[dataset], name)
     for table, probe in uses:
-        dataset, name = table.split("/", 1)
-        if dataset not in folders:
-            continue
-        path = find_table(folders[dataset], name)
-        if path.stat().st_size <= LARGE:
+        if path := _checked_now(table, folders):
             scored = bool(probe) and study.probes[probe].truth_ratio
             prepare_rows(path, table, wrong_answers=scored, probe=probe)
     for table in general:
-        dataset, name = table.split("/", 1)
-        if dataset in folders and find_table(folders[dataset], name).stat().st_size <= LARGE:
-            general_rows(find_table(folders[dataset], name), table)
+        if path := _checked_now(table, folders):
+            general_rows(path, table)
     for table in read:
-        dataset, name = table.split("/", 1)
-        if dataset in folders and find_table(folders[dataset], name).stat().st_size <= LARGE:
-            joined_text(find_table(folders[dataset], name))
+        if path := _checked_now(table, folders):
+            joined_text(path)
+
+
+def _checked_now(table: str, folders: Mapping[str, Path]) -> Path | None:
+    """The table's file, if it is the user's own and small enough to be read before any job."""
+    dataset, name = table.split("/", 1)
+    path = find_table(folders[dataset], name) if dataset in folders else None
+    return path if path and path.stat().st_size <= LARGE else None
 
 
 def _is_text(value: object) -> bool:
