@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting import train as module
+from forgetting.adapters import attach
 from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
 from forgetting.data import check_folders
@@ -35,7 +36,7 @@ from forgetting.mitigate import (
     l2_sp,
     replay_indices,
 )
-from forgetting.models import Model, attach, load_base, save_checkpoint, trained_state
+from forgetting.models import Model, load_base
 from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, tunings
 from forgetting.probes import measure
@@ -44,6 +45,7 @@ from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
 from forgetting.train import train
+from forgetting.tuned import save_checkpoint, trained_state
 from scripts import interpolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

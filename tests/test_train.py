@@ -19,17 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_sche
 
 from forgetting import checkpoints, gradients
 from forgetting import train as module
+from forgetting.adapters import attach, round_frozen
 from forgetting.checkpoints import Progress
 from forgetting.encode import Example, encode_pair
 from forgetting.forward import target_logits
-from forgetting.models import (
-    Model,
-    attach,
-    load_base,
-    load_checkpoint,
-    round_frozen,
-    trained_state,
-)
+from forgetting.models import Model, load_base
 from forgetting.optimize import Schedule, learning_rate
 from forgetting.plan import Tuning
 from forgetting.probes import measure
@@ -37,6 +31,7 @@ from forgetting.recipe import Recipe, batch_indices
 from forgetting.records import InputError
 from forgetting.study import Measurement, Prompt, Setting, Training
 from forgetting.train import train
+from forgetting.tuned import load_checkpoint, trained_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from forgetting.models import Model, restore_checkpoint, save_checkpoint, save_tensors
+from forgetting.models import Model
 from forgetting.records import read_json, settle, write_json
 from forgetting.select import recorded_points, steps_to_keep
+from forgetting.tuned import restore_checkpoint, save_checkpoint, save_tensors
 
 
 @dataclass

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.adapters import attach, round_frozen
 from forgetting.checkpoints import Progress
 from forgetting.data import Row
 from forgetting.encode import Example, encode_pair, encode_text
@@ -25,7 +26,7 @@ from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.mitigate import build_safeguards
-from forgetting.models import Model, attach, autocast, load_base, round_frozen
+from forgetting.models import Model, autocast, load_base
 from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
