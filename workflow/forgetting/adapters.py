@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,27 +20,70 @@ def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
     from the same point.
     """
     if tuning.kind == "full":
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        for embedding in _embeddings(model).values():
+            embedding.requires_grad_(tuning.trains_embeddings)
+        return model
     torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,
-        lora_dropout=tuning.dropout,
-        target_modules=_target_modules(model, tuning),
-        init_lora_weights="pissa" if tuning.variant == "pissa" else True,
-        use_rslora=tuning.variant == "rslora",
-        use_dora=tuning.variant == "dora",
-        bias="none",
-    )
     try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
+        adapted = get_peft_model(model, _config(model, tuning))
+    except (TypeError, ValueError) as error:
         raise InputError(f"methods: {tuning.name}: target_modules: {error}") from None
     _check_rank(adapted, tuning)
     if tuning.variant == "pissa":
-        adapted.start = {name: t.clone() for name, t in get_peft_model_state_dict(adapted).items()}
+        adapted.start = {
+            name: tensor.clone()
+            for name, tensor in get_peft_model_state_dict(adapted).items()
+            if ".lora_" in name
+        }
     return adapted
+
+
+def _config(model: PreTrainedModel, tuning: Tuning) -> LoraConfig:
+    embeddings = list(_embeddings(model)) if tuning.trains_embeddings else None
+    shared = {
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": tuning.alpha,
+        "lora_dropout": tuning.dropout,
+        "target_modules": _target_modules(model, tuning),
+        "modules_to_save": embeddings,
+        # Else peft would train one copy for the input and another for the head.
+        "ensure_weight_tying": embeddings is not None and _is_tied(model),
+        "bias": "none",
+    }
+    if tuning.budget:
+        # The steps are known later, when `plan_budget` lays the budget over them.
+        return AdaLoraConfig(
+            target_r=tuning.rank,
+            init_r=tuning.initial_rank,
+            total_step=1,
+            orth_reg_weight=tuning.budget.orthogonality,
+            **shared,
+        )
+    return LoraConfig(
+        r=tuning.rank,
+        init_lora_weights="pissa" if tuning.variant == "pissa" else True,
+        use_rslora=tuning.variant == "rslora",
+        use_dora=tuning.variant == "dora",
+        **shared,
+    )
+
+
+def _embeddings(model: Model) -> dict[str, nn.Module]:
+    """The input embedding and the LM head, by name."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: m for name, m in model.named_modules() if any(m is end for end in ends)}
+
+
+def _is_tied(model: Model) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def embedding_weights(model: Model) -> set[str]:
+    """Names of the weights of the input embedding and of the LM head, trained copies of them."""
+    weights = [module.weight for module in _embeddings(model).values()]
+    return {name for name, p in model.named_parameters() if any(p is weight for weight in weights)}
 
 
 def _target_modules(model: PreTrainedModel, tuning: Tuning) -> str | list[str]:
@@ -73,13 +116,17 @@ def convert_pissa(
     for name, tensor in trained.items():
         if ".lora_A." in name:
             converted[name] = torch.cat([tensor, start[name]], dim=0)
-        else:
+        elif ".lora_B." in name:
             converted[name] = torch.cat([tensor, -start[name]], dim=1)
+        else:
+            converted[name] = tensor
     return converted
 
 
 def trained_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Of a converted tensor of PiSSA's, the half that was trained."""
+    if ".lora_" not in name:
+        return tensor
     return tensor.chunk(2, dim=0 if ".lora_A." in name else 1)[0].contiguous()
 
 
@@ -102,11 +149,12 @@ def round_frozen(model: Model, precision: torch.dtype) -> None:
 
 def _check_rank(model: PeftModel, tuning: Tuning) -> None:
     for name, parameter in model.named_parameters():
-        if ".lora_A." in name and tuning.rank is not None:
+        if ".lora_A." in name and tuning.initial_rank is not None:
             inner = parameter.shape[1]
             outer = model.get_parameter(name.replace(".lora_A.", ".lora_B.")).shape[0]
-            if tuning.rank > min(inner, outer):
+            if tuning.initial_rank > min(inner, outer):
+                what = "initial rank" if tuning.budget else "rank"
                 raise InputError(
-                    f"methods: {tuning.name}: rank {tuning.rank} is larger than the matrix of "
-                    f"{name.split('.lora_A.')[0]}, {outer} x {inner}"
+                    f"methods: {tuning.name}: {what} {tuning.initial_rank} is larger than the "
+                    f"matrix of {name.split('.lora_A.')[0]}, {outer} x {inner}"
                 )

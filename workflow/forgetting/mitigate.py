@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -145,6 +146,8 @@ def base_predictor(model: Model) -> Callable[[Model, Batch], Tensor]:
 
 
 def _is_zero(layer: Any) -> bool:
+    if isinstance(layer, AdaLoraLayer):
+        return not any(values.any() for values in layer.lora_E.values())
     return bool((squared_update(layer) == 0).all())
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from forgetting.adalora import is_adalora, without_pruned
 from forgetting.adapters import convert_pissa, trained_half
 from forgetting.models import Model, load_base
 from forgetting.records import InputError
@@ -19,6 +20,8 @@ ADAPTER = "adapter_model.safetensors"
 
 def trained_state(model: Model) -> dict[str, torch.Tensor]:
     """What training changes: the adapter in peft's names, or all weights."""
+    if is_adalora(model):
+        return without_pruned(model)[0]
     if isinstance(model, PeftModel):
         return dict(get_peft_model_state_dict(model))
     return dict(model.state_dict())
@@ -29,7 +32,9 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     if isinstance(model, PeftModel):
         folder.mkdir(parents=True, exist_ok=True)
         state, config = trained_state(model), model.peft_config["default"]
-        if config.init_lora_weights == "pissa":
+        if is_adalora(model):
+            state, config = without_pruned(model)
+        elif config.init_lora_weights == "pissa":
             state = convert_pissa(model.start, state)
             double = {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha}
             config = replace(config, **double, init_lora_weights=True)
