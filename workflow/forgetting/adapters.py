@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import PreTrainedModel
@@ -141,7 +142,8 @@ def round_frozen(model: Model, precision: torch.dtype) -> None:
     if precision == torch.float32 or not isinstance(model, PeftModel):
         return
     for module in model.modules():
-        if type(module) is LoraLinear and not any(module.use_dora.values()):
+        plain = type(module) is LoraLinear and not any(module.use_dora.values())
+        if plain or type(module) is SVDLinear:
             module.cast_input_dtype_enabled = False
             base = module.get_base_layer()
             base.weight.data = base.weight.data.to(precision)

@@ -92,3 +92,5 @@ def quieten_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # peft looks for AdaLoRA's ranks under names of another form, and finds them later.
+    warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)

@@ -258,7 +258,8 @@ class PredictionPenalty(Strict):
 class ParameterPenalty(Strict):
     """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
 
-    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
+    parts of a hybrid, theta0 is the base.
     """
 
     weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
@@ -269,7 +270,8 @@ class FisherPenalty(Strict):
 
     F_i is the diagonal of the base's Fisher information per target token of a general text, so that
     near the base the sum is the part of KL(base || model) in nats per token that a diagonal sees.
-    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
+    parts of a hybrid, theta0 is the base.
     """
 
     weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
@@ -288,11 +290,13 @@ class Mitigation(Strict):
     )
     ewc: FisherPenalty | None = Field(
         None,
-        description="Keep the weights near the base's, the more they matter to it; not for dora. "
-        "Takes the memory of the trained or adapted weights once or twice more.",
+        description="Keep the weights near the base's, the more they matter to it; for variants "
+        "lora and rslora, and full. Takes the memory of the trained or adapted weights once or "
+        "twice more.",
     )
     l2_sp: ParameterPenalty | None = Field(
-        None, description="Keep the weights near the base's; not for dora."
+        None,
+        description="Keep the weights near the base's; for variants lora and rslora, and full.",
     )
     suffix: Name | None = Field(
         None,
