@@ -28,10 +28,10 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from forgetting.adapters import attach
 from forgetting.checkpoints import Progress
 from forgetting.encode import Example, encode_pair
 from forgetting.models import (
-    attach,
     has_fast_bfloat16,
     load_base,
     load_tokenizer,

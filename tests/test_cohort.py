@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from forgetting import cohort as module
+from forgetting.adapters import attach
 from forgetting.cohort import CohortSpec, Materials, cohort_items, run_key, train_cohort
-from forgetting.models import attach, load_base
+from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training

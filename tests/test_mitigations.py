@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting import train as module
+from forgetting.adapters import attach
 from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
 from forgetting.data import check_folders
@@ -35,7 +36,7 @@ from forgetting.mitigate import (
     l2_sp,
     replay_indices,
 )
-from forgetting.models import Model, attach, load_base, save_checkpoint, trained_state
+from forgetting.models import Model, load_base
 from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, tunings
 from forgetting.probes import measure
@@ -44,6 +45,8 @@ from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
 from forgetting.train import train
+from forgetting.tuned import save_checkpoint, trained_state
+from forgetting.variants import Budget
 from scripts import interpolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +137,16 @@ def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Safeguards]:
     return lambda model: build_safeguards(model, mitigation, {"world/documents": gym.general}, 3)
 
 
+def _as_variant(variant: str) -> Tuning:
+    """Full fine-tuning, a variant of the adapter, or adapters beside trained embeddings."""
+    if variant == "full":
+        return FULL
+    if variant == "embeddings":
+        return LORA.model_copy(update={"embeddings": "trained"})
+    budget = Budget() if variant == "adalora" else None
+    return LORA.model_copy(update={"variant": variant, "budget": budget})
+
+
 def _moved(model: Model) -> Model:
     """Random changes of all that is trained."""
     torch.manual_seed(9)
@@ -213,10 +226,13 @@ def test_the_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Tuning, sec
 # --- L2-SP --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("embeddings", ["frozen", "trained"])
 @pytest.mark.parametrize("variant", ["lora", "rslora"])
-def test_l2_sp_of_adapters_is_that_of_the_merged_matrices(gym: Gym, variant: str) -> None:
+def test_l2_sp_of_adapters_is_that_of_the_merged_matrices(
+    gym: Gym, variant: str, embeddings: str
+) -> None:
     """tr((B^T B)(A A^T)) is the norm of the product, and so are the gradients."""
-    tuning = LORA.model_copy(update={"variant": variant})
+    tuning = LORA.model_copy(update={"variant": variant, "embeddings": embeddings})
     model = gym.model(tuning)
     penalty = l2_sp(model, 0.5)
     assert penalty(model).item() == 0.0
@@ -234,6 +250,9 @@ def test_l2_sp_of_adapters_is_that_of_the_merged_matrices(gym: Gym, variant: str
             ]
         ).sum()
     )
+    if embeddings == "trained":
+        embedding = model.get_input_embeddings().weight
+        formed = formed + 0.25 * (embedding - before["model.embed_tokens.weight"]).square().sum()
     ours = torch.autograd.grad(penalty(model), trained)
     theirs = torch.autograd.grad(formed, trained)
     assert all(
@@ -287,11 +306,11 @@ def test_kl_by_hand() -> None:
     assert logits.grad[0, 1].abs().max() == 0
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
 def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
     """With dropout in the adapter too: the base is asked without it."""
-    changes = {"variant": variant, "dropout": 0.5}
-    model = gym.model(FULL if variant == "full" else LORA.model_copy(update=changes)).train()
+    tuning = _as_variant(variant)
+    model = gym.model(tuning.model_copy(update={"dropout": 0.5})).train()
     penalty = kl(model, 2.0)
     batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
     value = penalty(model, batch, target_logits(model, batch))
@@ -303,10 +322,10 @@ def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
     assert max(gradients) < 1e-4
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
 def test_kl_is_to_the_base_from_disk(gym: Gym, variant: str) -> None:
     """Whatever became of the model; the sum over its tokens, with the gradient of the formula."""
-    model = gym.model(FULL if variant == "full" else LORA.model_copy(update={"variant": variant}))
+    model = gym.model(_as_variant(variant))
     penalty = kl(model, 2.0)
     _moved(model)
     batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
@@ -374,15 +393,18 @@ def test_fisher_of_a_model_whose_information_is_known() -> None:
     assert penalty(model).item() == pytest.approx(exact, rel=0.08)
 
 
-def test_ewc_is_the_weighted_distance(gym: Gym) -> None:
+@pytest.mark.parametrize("embeddings", ["frozen", "trained"])
+def test_ewc_is_the_weighted_distance(gym: Gym, embeddings: str) -> None:
     """Of all weights, and of adapters the same as of the matrices merged, with their gradients."""
-    model, full = gym.model(), gym.model(FULL)
+    model = gym.model(LORA.model_copy(update={"embeddings": embeddings}))
+    full = gym.model(FULL)
     names = [
         name.removesuffix(".base_layer.weight").removeprefix("base_model.model.") + ".weight"
         for name, _ in model.named_parameters()
         if name.endswith(".base_layer.weight")
     ]
     assert len(names) == 14
+    names += ["model.embed_tokens.weight"] if embeddings == "trained" else []
     weights = dict(full.named_parameters())
     information = fisher(full, list(weights.values()), gym.general, 3)
     by_name = dict(zip(weights, information, strict=True))
@@ -499,10 +521,10 @@ def test_a_killed_run_ends_like_one_that_was_not(
 # --- WiSE-FT ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
 def test_a_share_of_the_update(gym: Gym, variant: str) -> None:
     """Nothing of it is the base bit for bit, all of it the tuned model, half lies in between."""
-    model = gym.model(FULL if variant == "full" else LORA.model_copy(update={"variant": variant}))
+    model = gym.model(_as_variant(variant))
     _moved(model).eval()
     batch = collate(gym.examples, gym.tokenizer.pad_token_id)
     with torch.no_grad():

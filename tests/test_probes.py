@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from forgetting.adapters import attach
 from forgetting.data import Row
 from forgetting.encode import encode_pair, encode_prompt
 from forgetting.forward import collate, token_logprobs
 from forgetting.metrics import rouge
-from forgetting.models import attach, load_base
+from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.probes import check_room, generate, measure
 from forgetting.records import InputError

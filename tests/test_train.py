@@ -19,24 +19,22 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_sche
 
 from forgetting import checkpoints, gradients
 from forgetting import train as module
+from forgetting.adapters import attach, round_frozen
 from forgetting.checkpoints import Progress
 from forgetting.encode import Example, encode_pair
 from forgetting.forward import target_logits
-from forgetting.models import (
-    Model,
-    attach,
-    load_base,
-    load_checkpoint,
-    round_frozen,
-    trained_state,
-)
+from forgetting.mitigate import build_safeguards
+from forgetting.models import Model, load_base
 from forgetting.optimize import Schedule, learning_rate
+from forgetting.parts import Means, train_parts
 from forgetting.plan import Tuning
 from forgetting.probes import measure
 from forgetting.recipe import Recipe, batch_indices
 from forgetting.records import InputError
 from forgetting.study import Measurement, Prompt, Setting, Training
 from forgetting.train import train
+from forgetting.tuned import load_checkpoint, trained_state
+from forgetting.variants import Budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,17 +70,27 @@ class Bench:
 
     def start(self, evaluate: Callable[..., Any] | None = None) -> tuple[Progress, Model]:
         """Train in a process of its own, as it were: the base is loaded afresh."""
-        model = attach(load_base(self.base, torch.device("cpu")), self.tuning, self.recipe.seed)
-        progress = train(
-            model,
-            self.examples,
-            self.recipe,
-            0.1,
-            evaluate or self.evaluate,
-            self.folder,
-            self.tell,
+
+        def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
+            return train(
+                model,
+                self.examples,
+                recipe,
+                0.1,
+                evaluate or self.evaluate,
+                self.folder,
+                self.tell,
+                begun,
+            )
+
+        means = Means(
+            load=lambda: load_base(self.base, torch.device("cpu")),
+            guard=lambda model: build_safeguards(
+                model, self.tuning.mitigation, {}, self.recipe.seed
+            ),
+            fit=fit,
         )
-        return progress, model
+        return train_parts(self.tuning, self.recipe, means, self.folder)
 
     def evaluate(self, model: Model) -> tuple[pd.DataFrame, float]:
         """Real items, and a value that depends only on how many evaluations there were."""
@@ -428,11 +436,11 @@ def test_a_finished_run_started_again_trains_nothing(
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in trained_state(model).items())
 
 
-@pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])
+@pytest.mark.parametrize("variant", ["rslora", "dora", "pissa", "adalora"])
 def test_every_variant_resumes(
     bench: Bench, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.tuning = bench.tuning.model_copy(update={"variant": variant, "name": f"{variant}-r4"})
+    bench.tuning = _as_variant(bench.tuning, variant)
     reference = _uninterrupted(bench, tmp_path / "reference")
     with monkeypatch.context() as patch:
         _kill_at(patch, module, "_step", 8, after=False)
@@ -480,15 +488,21 @@ def _logits(model: Any, bench: Bench) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([bench.examples[0].ids])).logits
 
 
-@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa"])
+def _as_variant(tuning: Tuning, variant: str) -> Tuning:
+    budget = Budget() if variant == "adalora" else None
+    return tuning.model_copy(update={"variant": variant, "name": f"{variant}-r4", "budget": budget})
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "adalora"])
 def test_a_saved_adapter_is_an_adapter_to_peft(bench: Bench, variant: str) -> None:
-    bench.tuning = bench.tuning.model_copy(update={"variant": variant})
+    bench.tuning = _as_variant(bench.tuning, variant)
     _, model = bench.start()
     base = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
     untouched = _logits(base, bench)
     loaded = PeftModel.from_pretrained(base, bench.folder / "step-0000012")
-    # PiSSA's is written as the update of the original weights, whose sums round otherwise.
-    tolerance = 1e-5 if variant == "pissa" else 0.0
+    # PiSSA's is written as the update of the original weights, and AdaLoRA's without what it has
+    # pruned: the sums round otherwise.
+    tolerance = 1e-5 if variant in ("pissa", "adalora") else 0.0
     _assert_close(_logits(loaded, bench), _logits(model, bench), tolerance)
     assert not torch.allclose(_logits(loaded, bench), untouched, atol=1e-2)
     ours = load_checkpoint(bench.base, bench.folder / "step-0000012", torch.device("cpu"))
@@ -499,13 +513,12 @@ def _assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa"])
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "adalora"])
 def test_an_adapter_starts_as_nothing(bench: Bench, variant: str) -> None:
     """Before training every variant is the base; PiSSA, though its base alone is not."""
     base = load_base(bench.base, torch.device("cpu"))
     untouched = _logits(base, bench)
-    tuning = bench.tuning.model_copy(update={"variant": variant})
-    model = attach(base, tuning, 0).eval()
+    model = attach(base, _as_variant(bench.tuning, variant), 0).eval()
     _assert_close(_logits(model, bench), untouched, 1e-5)
     with model.disable_adapter():
         is_base = torch.allclose(_logits(model, bench), untouched, atol=1e-3)

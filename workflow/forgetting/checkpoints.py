@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from forgetting.models import Model, restore_checkpoint, save_checkpoint, save_tensors
+from forgetting.adalora import restore_training, training_state
+from forgetting.models import Model
 from forgetting.records import read_json, settle, write_json
 from forgetting.select import recorded_points, steps_to_keep
+from forgetting.tuned import restore_checkpoint, save_checkpoint, save_tensors
+
+OPTIMIZER = "optimizer.safetensors"
+METHOD = "method.safetensors"
+"""What a run goes on from beside its weights: its optimizer's state, and the method's own."""
 
 
 @dataclass
@@ -46,7 +52,9 @@ def write_checkpoint(
         for index, state in optimizer.state_dict()["state"].items()
         for name, tensor in state.items()
     }
-    save_tensors(tensors, partial / "optimizer.safetensors")
+    save_tensors(tensors, partial / OPTIMIZER)
+    if state_of_method := training_state(model):
+        save_tensors(state_of_method, partial / METHOD)
     write_json(partial / "progress.json", vars(progress))
     settle(partial, final)
 
@@ -57,15 +65,31 @@ def resume(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> Prog
     if newest is None:
         return Progress()
     checkpoint = newest.parent
-    restore_checkpoint(model, checkpoint)
+    if (checkpoint / METHOD).exists():
+        restore_training(model, load_file(checkpoint / METHOD))
+    else:
+        restore_checkpoint(model, checkpoint)
     state: dict[int, dict[str, Any]] = {}
-    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+    for key, tensor in load_file(checkpoint / OPTIMIZER).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
     return Progress(**read_json(newest))
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint, 0 if there is none."""
+    newest = max(folder.glob("step-*/progress.json"), default=None)
+    return 0 if newest is None else int(read_json(newest)["step"])
+
+
+def forget_training(folder: Path) -> None:
+    """Of a finished run, remove what it would go on from; the weights stay."""
+    for name in (OPTIMIZER, METHOD):
+        for path in folder.glob(f"step-*/{name}"):
+            path.unlink()
 
 
 def prune(folder: Path, progress: Progress, base_value: float, threshold: float) -> None:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.checkpoints import Progress
+from forgetting.checkpoints import Progress, forget_training
 from forgetting.data import Row
 from forgetting.drift import BaseTargets, with_text
 from forgetting.encode import Example, encode_pair, encode_text
@@ -26,8 +26,9 @@ from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.mitigate import build_safeguards
-from forgetting.models import Model, attach, autocast, load_base, round_frozen
+from forgetting.models import Model, autocast, load_base
 from forgetting.optimize import Schedule
+from forgetting.parts import Means, train_parts
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
 from forgetting.recipe import Recipe
@@ -98,8 +99,7 @@ def train_cohort(
             record = _train_run(spec, setting, name, materials, folder, tell)
             write_json(folder / "run.json", record | {"key": key})
         # Only now: without it, a run that was killed before its record was written cannot go on.
-        for optimizer_state in folder.glob("step-*/optimizer.safetensors"):
-            optimizer_state.unlink()
+        forget_training(folder)
         records.append(read_json(folder / "run.json") | {"folder": str(folder)})
     return records
 
@@ -148,8 +148,6 @@ def _train_run(
     }
     cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
     started = time.monotonic()
-    # From disk for every run: training and rounding change the weights that were loaded.
-    model = attach(load_base(materials.base, materials.device), spec.tuning, spec.seed)
     schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
         setting=setting,
@@ -161,9 +159,7 @@ def _train_run(
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
         lora_plus_ratio=spec.tuning.lora_plus_ratio,
-        safeguards=build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
     )
-    round_frozen(model, materials.precision)
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
         with autocast(materials.device, materials.precision):
@@ -173,15 +169,25 @@ def _train_run(
             items = with_text(items, model, materials.targets)
         return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
-    progress = train(
-        model,
-        examples,
-        recipe,
-        materials.base_value,
-        evaluate,
-        folder,
-        lambda progress, plan: tell(name, progress, plan),
+    def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
+        return train(
+            model,
+            examples,
+            recipe,
+            materials.base_value,
+            evaluate,
+            folder,
+            lambda progress, plan: tell(name, progress, plan),
+            begun,
+        )
+
+    means = Means(
+        # From disk for every run: training and rounding change the weights that were loaded.
+        load=lambda: load_base(materials.base, materials.device),
+        guard=lambda model: build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
+        fit=fit,
     )
+    progress, model = train_parts(spec.tuning, recipe, means, folder)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "run": name,

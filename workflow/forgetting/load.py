@@ -224,11 +224,12 @@ def _check_ranks(study: Study, path: Path) -> None:
     else:
         return
     for tuning in tunings(study):
-        # The layers that are named may be wider; `models.attach` looks at each of them.
-        if tuning.target_modules == "all-linear" and tuning.rank and tuning.rank > limit:
+        # The layers that are named may be wider; `adapters.attach` looks at each of them.
+        if tuning.target_modules == "all-linear" and (tuning.initial_rank or 0) > limit:
+            what = "initial rank" if tuning.budget else "rank"
             raise InputError(
-                f"{path}: methods: rank {tuning.rank} is larger than the smallest adapted matrix, "
-                f"which has rank {limit}; take ranks up to {limit}"
+                f"{path}: methods: {what} {tuning.initial_rank} is larger than the smallest "
+                f"adapted matrix, which has rank {limit}; take ranks up to {limit}"
             )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -145,6 +146,8 @@ def base_predictor(model: Model) -> Callable[[Model, Batch], Tensor]:
 
 
 def _is_zero(layer: Any) -> bool:
+    if isinstance(layer, AdaLoraLayer):
+        return not any(values.any() for values in layer.lora_E.values())
     return bool((squared_update(layer) == 0).all())
 
 
@@ -163,21 +166,12 @@ def l2_sp(model: Model, weight: float) -> WeightPenalty:
     With adapters, over the updates scale*B*A of the matrices that they stand beside. Weight decay
     of an adapter is another thing: it shrinks A and B, whatever their product.
     """
-    if isinstance(model, PeftModel):
-        return lambda model: (
-            weight
-            / 2
-            * torch.stack([squared_update(layer) for layer in adapted_layers(model)]).sum()
-        )
-    start = trained_weights(model)
+    start = own_weights(model)
 
     def penalty(model: Model) -> Tensor:
-        distances = [
-            (parameter - start[name]).square().sum()
-            for name, parameter in model.named_parameters()
-            if name in start
-        ]
-        return weight / 2 * torch.stack(distances).sum()
+        updates = [squared_update(layer) for layer in adapted_layers(model)]
+        distances = [distance.square().sum() for distance in _distances(model, start)]
+        return weight / 2 * torch.stack([*updates, *distances]).sum()
 
     return penalty
 
@@ -188,32 +182,25 @@ def ewc(model: Model, weight: float, rows: Sequence[Example], seed: int) -> Weig
     With adapters, over the updates scale*B*A, with the information of the matrices that they stand
     beside: the adapter's own entries have no place from which to measure a distance.
     """
-    if isinstance(model, PeftModel):
-        layers = adapted_layers(model)
-        information = fisher(model, [layer.get_base_layer().weight for layer in layers], rows, seed)
-
-        def penalty_on_updates(model: Model) -> Tensor:
-            updates = [
-                layer.get_delta_weight(*layer.active_adapters) for layer in adapted_layers(model)
-            ]
-            terms = [(f * u.square()).sum() for f, u in zip(information, updates, strict=True)]
-            return weight / 2 * torch.stack(terms).sum()
-
-        return penalty_on_updates
-
-    start = trained_weights(model)
-    weights = [model.get_parameter(name) for name in start]
-    by_name = dict(zip(start, fisher(model, weights, rows, seed), strict=True))
+    start = own_weights(model)
+    adapted = [layer.get_base_layer().weight for layer in adapted_layers(model)]
+    weights = [*adapted, *(model.get_parameter(name) for name in start)]
+    information = fisher(model, weights, rows, seed)
 
     def penalty(model: Model) -> Tensor:
-        terms = [
-            (by_name[name] * (parameter - start[name]).square()).sum()
-            for name, parameter in model.named_parameters()
-            if name in start
+        updates = [
+            layer.get_delta_weight(*layer.active_adapters) for layer in adapted_layers(model)
         ]
+        moved = [*updates, *_distances(model, start)]
+        terms = [(f * move.square()).sum() for f, move in zip(information, moved, strict=True)]
         return weight / 2 * torch.stack(terms).sum()
 
     return penalty
+
+
+def _distances(model: Model, start: Mapping[str, Tensor]) -> list[Tensor]:
+    """theta - theta0 of some weights, in the order of `start`."""
+    return [model.get_parameter(name) - was for name, was in start.items()]
 
 
 def fisher(
@@ -267,10 +254,10 @@ def squared_update(layer: Any) -> Tensor:
     return product.sum() * float(layer.scaling[adapter]) ** 2
 
 
-def trained_weights(model: Model) -> dict[str, Tensor]:
-    """A copy of all parameters that are trained."""
+def own_weights(model: Model) -> dict[str, Tensor]:
+    """A copy of all weights of the model that are trained, those of an adapter aside."""
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and ".lora_" not in name
     }

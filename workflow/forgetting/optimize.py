@@ -21,6 +21,8 @@ class Schedule:
     steps_per_epoch: int
     warmup: int
     evaluations: frozenset[int]
+    restart: int = 0
+    """The step at which a second part of the run begins, with an optimizer of its own."""
 
     @classmethod
     def plan(cls, examples: int, training: Training, every_epochs: float) -> Schedule:
@@ -49,7 +51,13 @@ def learning_rate(step: int, peak: float, training: Training, schedule: Schedule
     transformers' schedulers give. The trapezoid is the schedule of continued pretraining in
     Biderman et al. 2024 (warm-up, flat, 20 % cooldown to 0), the cosine with f = 0.01 that of
     their instruction tuning (appendix on training).
+
+    After a restart, the rate rises to that course in a linear warm-up as long as the first: the
+    optimizer's moments are empty again.
     """
+    since = step - schedule.restart
+    if schedule.restart and since < schedule.warmup:
+        peak *= since / schedule.warmup
     if step < schedule.warmup:
         return peak * step / schedule.warmup
     cooldown = round(training.cooldown_share * schedule.steps)
@@ -80,27 +88,29 @@ def make_optimizer(
     training: Training,
     setting: Setting,
     lora_plus_ratio: float | None = None,
+    ratios: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The study's optimizer over trained weights by name; the loop sets the rate of every step.
 
     With `lora_plus_ratio` the B of every adapter is a group whose rate is that multiple (LoRA+,
-    Hayou et al. 2024, arXiv 2402.12354); each group has its multiple under `ratio`.
+    Hayou et al. 2024, arXiv 2402.12354); `ratios` gives other weights multiples of their own. Each
+    group has its multiple under `ratio`.
 
     Adafactor is torch's own (Shazeer & Stern 2018, arXiv 1804.04235), whose whole state is tensors,
     so that it is saved and restored exactly; its step is relative to the size of the weights.
     """
     rate, decay = setting.learning_rate, setting.weight_decay
-    groups: list[dict[str, Any]] = [{"params": list(parameters.values()), "ratio": 1.0, "lr": rate}]
-    if lora_plus_ratio is not None:
-        outer = {name for name in parameters if ".lora_B." in name}
-        groups[0]["params"] = [p for name, p in parameters.items() if name not in outer]
-        groups.append(
-            {
-                "params": [p for name, p in parameters.items() if name in outer],
-                "ratio": lora_plus_ratio,
-                "lr": lora_plus_ratio * rate,
-            }
-        )
+    by_ratio: dict[float, list[torch.nn.Parameter]] = {1.0: []}
+    for name, parameter in parameters.items():
+        ratio = (ratios or {}).get(name, 1.0)
+        if lora_plus_ratio is not None and ".lora_B." in name:
+            ratio = lora_plus_ratio
+        by_ratio.setdefault(ratio, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "ratio": ratio, "lr": ratio * rate}
+        for ratio, weights in by_ratio.items()
+        if weights
+    ]
     if training.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, weight_decay=decay)
     if training.optimizer == "lionw":

@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from forgetting.fields import Strict
 from forgetting.study import Method, Mitigation, Setting, Study
+from forgetting.variants import Budget, Then
 
 
 class Tuning(Strict):
     """One method of the report: full fine-tuning, or adapters of one variant and rank."""
 
     name: str
-    kind: Literal["lora", "full"]
+    kind: Literal["lora", "full", "hybrid"]
     label: str
-    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    variant: Literal["lora", "rslora", "dora", "pissa", "adalora"] = "lora"
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     lora_plus_ratio: float | None = None
+    budget: Budget | None = None
+    embeddings: Literal["frozen", "trained"] | None = None
+    embedding_ratio: float | None = None
+    then: Then | None = None
     settings: list[Setting]
     fixed: Setting | None = None
     mitigation: Mitigation | None = None
 
     @property
+    def initial_rank(self) -> int | None:
+        """Rank of every adapter at the start: of adalora, more than `rank`, the mean at the end."""
+        if self.rank is None or self.budget is None:
+            return self.rank
+        return initial_rank(self.rank, self.budget)
+
+    @property
     def scale(self) -> float:
-        """What multiplies B·A: alpha/r, or alpha/sqrt(r) for rslora (Kalajdzievski 2023)."""
-        if self.rank is None or self.alpha is None:
+        """What multiplies B·A: alpha/r, or alpha/sqrt(r) for rslora (Kalajdzievski 2023).
+
+        Of adalora, alpha over the initial rank multiplies B·diag(E)·A (peft adds 1e-5 to the rank).
+        """
+        if self.initial_rank is None or self.alpha is None:
             raise ValueError(f"{self.name} has no adapter")
-        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+        if self.budget:
+            return self.alpha / (self.initial_rank + 1e-5)
+        return self.alpha / (
+            math.sqrt(self.initial_rank) if self.variant == "rslora" else self.initial_rank
+        )
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Are the input embedding and the LM head trained?"""
+        return (self.embeddings or ("trained" if self.kind == "full" else "frozen")) == "trained"
+
+
+def initial_rank(rank: int, budget: Budget) -> int:
+    """The rank from which a budget falls to `rank`, larger by at least one."""
+    return max(rank + 1, math.ceil(budget.initial_ratio * rank - 1e-9))
 
 
 def tunings(study: Study) -> list[Tuning]:
@@ -57,38 +86,73 @@ def tunings(study: Study) -> list[Tuning]:
 
 
 def _expand(method: Method) -> list[Tuning]:
-    settings = [
-        Setting(learning_rate=rate, weight_decay=decay)
-        for rate in method.learning_rate
-        for decay in method.weight_decay
-    ]
+    shared: dict[str, Any] = {
+        "kind": method.method,
+        "embeddings": method.embeddings,
+        "embedding_ratio": method.embedding_ratio,
+        "settings": [
+            Setting(learning_rate=rate, weight_decay=decay)
+            for rate in method.learning_rate
+            for decay in method.weight_decay
+        ],
+        "fixed": method.fixed,
+    }
+    more = _differences(method)
     if method.method == "full":
-        return [
-            Tuning(name="full", kind="full", label="full", settings=settings, fixed=method.fixed)
-        ]
-    more: list[str] = []
-    if method.target_modules in ("attention", "mlp"):
-        more.append(str(method.target_modules))
-    if method.lora_plus_ratio is not None:
-        more.append(f"plus{method.lora_plus_ratio:g}")
-    return [
-        Tuning(
-            name="-".join([f"{method.variant}-r{rank}", *more]),
-            kind="lora",
-            label=", ".join(
-                [f"rank {rank}" if method.variant == "lora" else f"{method.variant} {rank}", *more]
-            ),
-            variant=method.variant,
-            rank=rank,
-            alpha=2.0 * rank if method.alpha == "2r" else method.alpha,
-            dropout=method.dropout,
-            target_modules=method.target_modules,
-            lora_plus_ratio=method.lora_plus_ratio,
-            settings=settings,
-            fixed=method.fixed,
+        names = ["full", *(name for name, _ in more)]
+        labels = ["full", *(label for _, label in more)]
+        return [Tuning(name="-".join(names), label=", ".join(labels), **shared)]
+    budget = method.budget or (Budget() if method.variant == "adalora" else None)
+    found = []
+    for rank in method.rank or []:
+        first = _first_words(method, rank)
+        double = 2.0 * (initial_rank(rank, budget) if budget else rank)
+        found.append(
+            Tuning(
+                name="-".join([first[0], *(name for name, _ in more)]),
+                label=", ".join([first[1], *(label for _, label in more)]),
+                variant=method.variant,
+                rank=rank,
+                alpha=double if method.alpha == "2r" else method.alpha,
+                dropout=method.dropout,
+                target_modules=method.target_modules,
+                lora_plus_ratio=method.lora_plus_ratio,
+                budget=budget,
+                then=method.then,
+                **shared,
+            )
         )
-        for rank in method.rank or []
-    ]
+    return found
+
+
+def _first_words(method: Method, rank: int) -> tuple[str, str]:
+    """Name and label of an adapter: `dora-r8` and `dora 8`, `hybrid-r8` and `hybrid 8`."""
+    plain = method.variant == "lora"
+    if method.method == "hybrid":
+        words = ["hybrid"] if plain else ["hybrid", method.variant]
+        return "-".join([*words, f"r{rank}"]), " ".join([*words, str(rank)])
+    return f"{method.variant}-r{rank}", f"rank {rank}" if plain else f"{method.variant} {rank}"
+
+
+def _differences(method: Method) -> list[tuple[str, str]]:
+    """What sets a method apart from others of its rank, as parts of its name and of its label."""
+    more: list[tuple[str, str]] = []
+    if method.target_modules in ("attention", "mlp"):
+        more.append((str(method.target_modules), str(method.target_modules)))
+    if method.lora_plus_ratio is not None:
+        more.append((f"plus{method.lora_plus_ratio:g}", f"plus{method.lora_plus_ratio:g}"))
+    if method.budget and method.budget.name:
+        more.append((method.budget.name, method.budget.name))
+    if method.embedding_ratio is not None:
+        ratio = f"{method.embedding_ratio:g}"
+        more.append((f"embeddings{ratio}", f"embeddings at {ratio}"))
+    elif method.embeddings == "trained" and method.method == "lora":
+        more.append(("embeddings", "embeddings trained"))
+    elif method.embeddings == "frozen" and method.method == "full":
+        more.append(("frozen-embeddings", "embeddings frozen"))
+    if method.then:
+        more.append((method.then.name, f"then {method.then.suffix or method.then.layers_name}"))
+    return more
 
 
 def _mitigated(tuning: Tuning, mitigation: Mitigation | None) -> Tuning:

@@ -7,7 +7,7 @@ that was killed and started again goes on with the same numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -32,6 +32,10 @@ class Recipe:
     precision: torch.dtype
     pad: int
     lora_plus_ratio: float | None = None
+    rate_ratios: Mapping[str, float] = field(default_factory=dict)
+    """Weights by name whose learning rate is another multiple of the setting's than 1."""
+    until: int | None = None
+    """The step at which the run is handed on to its next part, if it has one."""
     safeguards: Safeguards = field(default_factory=Safeguards)
 
 

@@ -22,6 +22,7 @@ from forgetting.fields import (
     distinct,
     several,
 )
+from forgetting.variants import Budget, Then
 
 TEXT_PROBE = "general_text"
 """What the tables of results call the general text, in place of a probe's name."""
@@ -277,7 +278,8 @@ class PredictionPenalty(Strict):
 class ParameterPenalty(Strict):
     """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
 
-    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
+    parts of a hybrid, theta0 is the base.
     """
 
     weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
@@ -288,7 +290,8 @@ class FisherPenalty(Strict):
 
     F_i is the diagonal of the base's Fisher information per target token of a general text, so that
     near the base the sum is the part of KL(base || model) in nats per token that a diagonal sees.
-    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside.
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
+    parts of a hybrid, theta0 is the base.
     """
 
     weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
@@ -307,11 +310,13 @@ class Mitigation(Strict):
     )
     ewc: FisherPenalty | None = Field(
         None,
-        description="Keep the weights near the base's, the more they matter to it; not for dora. "
-        "Takes the memory of the trained or adapted weights once or twice more.",
+        description="Keep the weights near the base's, the more they matter to it; for variants "
+        "lora and rslora, and full. Takes the memory of the trained or adapted weights once or "
+        "twice more.",
     )
     l2_sp: ParameterPenalty | None = Field(
-        None, description="Keep the weights near the base's; not for dora."
+        None,
+        description="Keep the weights near the base's; for variants lora and rslora, and full.",
     )
     suffix: Name | None = Field(
         None,
@@ -348,20 +353,24 @@ class Mitigation(Strict):
 class Method(Strict):
     """A way of fine-tuning, with the learning rates and weight decays that are tried."""
 
-    method: Literal["lora", "full"] = Field(
-        description="Train adapters beside the linear layers, or all weights."
+    method: Literal["lora", "full", "hybrid"] = Field(
+        description="Train adapters beside the linear layers, all weights, or first adapters and "
+        "`then` chosen layers in full."
     )
-    variant: Literal["lora", "rslora", "dora", "pissa"] = Field(
+    variant: Literal["lora", "rslora", "dora", "pissa", "adalora"] = Field(
         "lora",
         description="lora: scale alpha/r; rslora: alpha/sqrt(r) (arXiv 2312.03732); "
         "dora: weight-decomposed (arXiv 2402.09353); pissa: starts from the largest singular "
-        "values (arXiv 2404.02948).",
+        "values (arXiv 2404.02948); adalora: spends a budget of ranks where it matters, scale "
+        "alpha over the initial rank (arXiv 2303.10512).",
     )
     rank: Annotated[list[Count], BeforeValidator(several), AfterValidator(distinct)] | None = Field(
         None, description="Rank or ranks of the adapters; each is a method of its own."
     )
     alpha: Positive | Literal["2r"] = Field(
-        32.0, description="Numerator of the adapter's scale; `2r` is twice the rank."
+        32.0,
+        description="Numerator of the adapter's scale; `2r` is twice the rank (of adalora, the "
+        "initial one).",
     )
     dropout: Share = Field(0.0, description="Dropout before the adapter's first matrix.")
     target_modules: Literal["all-linear", "attention", "mlp"] | list[str] = Field(
@@ -374,6 +383,20 @@ class Method(Strict):
         description="LoRA+: the learning rate of B is this multiple of that of A, which is "
         "`learning_rate` (arXiv 2402.12354 advises 16).",
     )
+    budget: Budget | None = Field(
+        None, description="The course of adalora's ranks; that of the defaults if left out."
+    )
+    embeddings: Literal["frozen", "trained"] | None = Field(
+        None,
+        description="Are the input embedding and the LM head trained, in full? By default frozen "
+        "for lora, trained for full.",
+    )
+    embedding_ratio: Positive | None = Field(
+        None,
+        description="The learning rate of trained embeddings is this multiple of `learning_rate` "
+        "(Biderman et al. 2024 suggest 0.1 to 0.5 beside LoRA).",
+    )
+    then: Then | None = Field(None, description="The second part of method hybrid.")
     learning_rate: Annotated[list[Positive], BeforeValidator(several), AfterValidator(distinct)] = (
         Field(min_length=1, description="Peak learning rates.")
     )
@@ -389,12 +412,19 @@ class Method(Strict):
 
     @model_validator(mode="after")
     def _rank_fits_method(self) -> Method:
-        if self.method == "lora" and not self.rank:
-            raise ValueError("method lora needs a `rank`")
-        for name in ("rank", "variant", "alpha", "dropout", "target_modules", "lora_plus_ratio"):
-            default = type(self).model_fields[name].default
-            if self.method == "full" and getattr(self, name) != default:
-                raise ValueError(f"method full has no `{name}`")
+        if self.method != "full" and not self.rank:
+            raise ValueError(f"method {self.method} needs a `rank`")
+        if self.method == "hybrid" and not self.then:
+            raise ValueError("method hybrid needs a section `then`: what is trained in full, when")
+        adapters = ("rank", "variant", "alpha", "dropout", "target_modules", "lora_plus_ratio")
+        absent = {
+            "lora": ("then",),
+            "full": (*adapters, "then", "budget"),
+            "hybrid": ("embeddings", "embedding_ratio", "budget"),
+        }
+        for name in absent[self.method]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"method {self.method} has no `{name}`")
         if self.fixed and (
             self.fixed.learning_rate not in self.learning_rate
             or self.fixed.weight_decay not in self.weight_decay
@@ -403,9 +433,25 @@ class Method(Strict):
         return self
 
     @model_validator(mode="after")
+    def _variant_fits(self) -> Method:
+        if self.budget and self.variant != "adalora":
+            raise ValueError(f"variant {self.variant} has no `budget`; adalora has")
+        if self.variant == "adalora" and self.method == "hybrid":
+            raise ValueError("adalora prunes until its end; a hybrid starts from another variant")
+        if self.variant == "adalora" and self.lora_plus_ratio is not None:
+            raise ValueError(
+                "adalora's A and B both start random and are kept orthogonal; `lora_plus_ratio` is "
+                "for adapters whose B starts at 0"
+            )
+        frozen = self.embeddings == "frozen" or (self.method == "lora" and not self.embeddings)
+        if self.embedding_ratio is not None and frozen:
+            raise ValueError("`embedding_ratio` needs `embeddings: trained`")
+        return self
+
+    @model_validator(mode="after")
     def _update_is_known(self) -> Method:
         # What moves the weights of other variants is not scale*B*A alone.
-        if self.mitigation and self.method == "lora" and self.variant not in ("lora", "rslora"):
+        if self.mitigation and self.variant not in ("lora", "rslora"):
             for name in ("ewc", "l2_sp"):
                 if getattr(self.mitigation, name):
                     raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from forgetting.adalora import allocate
 from forgetting.checkpoints import Progress, prune, resume, write_checkpoint
 from forgetting.encode import Example
 from forgetting.forward import collate, token_logprobs
@@ -32,24 +33,27 @@ def train(
     evaluate: Evaluate,
     folder: Path,
     tell: Callable[[Progress, Schedule], None],
+    begun: Progress | None = None,
 ) -> Progress:
     """Train `model` in place, from the newest checkpoint in `folder` if there is one.
 
     At each evaluation step the items are written to folder/items-STEP.parquet, then a checkpoint
     to folder/step-STEP; checkpoints that the selection rule can no longer pick are removed. A loss
     that is not a finite number ends the run with status `diverged`; with `recipe.stop_after` a run
-    also ends so many evaluations after it reached the threshold.
+    also ends so many evaluations after it reached the threshold. A run of two parts has reached
+    `begun` in its first part, which ends at `recipe.until` with status `running`.
     """
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     parameters = list(trained.values())
-    optimizer = make_optimizer(trained, recipe.training, recipe.setting, recipe.lora_plus_ratio)
-    progress = resume(model, optimizer, folder)
+    optimizer = make_optimizer(
+        trained, recipe.training, recipe.setting, recipe.lora_plus_ratio, recipe.rate_ratios
+    )
+    progress = begun or resume(model, optimizer, folder)
     prune(folder, progress, base_value, recipe.threshold)
     model.train()
-    while progress.step < recipe.schedule.steps and progress.status == "running":
-        if is_over(
-            recorded_points(progress.points, base_value), recipe.threshold, recipe.stop_after
-        ):
+    last = recipe.until or recipe.schedule.steps
+    while progress.step < last and progress.status == "running":
+        if _is_over(progress, base_value, recipe):
             break
         started = time.monotonic()
         loss, tokens = _step(model, examples, recipe, progress, parameters, optimizer)
@@ -69,9 +73,15 @@ def train(
             write_checkpoint(model, optimizer, progress, folder)
             prune(folder, progress, base_value, recipe.threshold)
         tell(progress, recipe.schedule)
-    if progress.status == "running":
+    handed_on = progress.step == recipe.until and not _is_over(progress, base_value, recipe)
+    if progress.status == "running" and not handed_on:
         progress.status = "ok" if _is_sound(model, examples, recipe) else "diverged"
     return progress
+
+
+def _is_over(progress: Progress, base_value: float, recipe: Recipe) -> bool:
+    points = recorded_points(progress.points, base_value)
+    return is_over(points, recipe.threshold, recipe.stop_after)
 
 
 @torch.inference_mode()
@@ -104,4 +114,5 @@ def _step(
         if training.gradient_clip:
             torch.nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
         optimizer.step()
+        allocate(model, step + 1)
     return loss, sum(len(example.ids) for rows, _ in groups for example in rows)

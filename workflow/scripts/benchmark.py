@@ -20,7 +20,6 @@ from forgetting.fields import Strict
 from forgetting.models import (
     autocast,
     load_base,
-    load_checkpoint,
     load_tokenizer,
     pick_device,
     pick_precision,
@@ -28,6 +27,7 @@ from forgetting.models import (
 )
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
 from forgetting.study import Benchmarks
+from forgetting.tuned import load_checkpoint
 
 
 class Spec(Strict):

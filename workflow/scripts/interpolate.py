@@ -13,7 +13,6 @@ from forgetting.interpolate import scaled_models
 from forgetting.models import (
     autocast,
     load_base,
-    load_checkpoint,
     load_tokenizer,
     pick_device,
     pick_precision,
@@ -22,6 +21,7 @@ from forgetting.models import (
 from forgetting.probes import measure
 from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
 from forgetting.study import Measurement, Prompt
+from forgetting.tuned import load_checkpoint
 
 
 class Spec(Strict):

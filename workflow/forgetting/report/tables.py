@@ -78,9 +78,9 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def methods(tables: Tables) -> pd.DataFrame:
-    """Columns method, label, kind, one row per tuning: adapters by rank, then full."""
+    """Columns method, label, kind, one row per tuning: adapters by rank, hybrids, full."""
     order = tables.tuned.drop_duplicates("method").copy()
-    order["last"] = order["kind"] == "full"
+    order["last"] = order["kind"].map({"lora": 0, "hybrid": 1, "full": 2})
     order = order.sort_values(["last", "rank", "method"], na_position="last", kind="stable")
     return order[["method", "label", "kind"]].reset_index(drop=True)
 

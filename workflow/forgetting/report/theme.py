@@ -25,7 +25,7 @@ def palette(kinds: list[str], mode: str) -> list[str]:
     """One colour per method, in their order; the base's comes last.
 
     Args:
-        kinds: `lora` or `full` for each method.
+        kinds: `lora`, `hybrid` or `full` for each method.
         mode: `light` or `dark`.
     """
     adapters = [place for place, kind in enumerate(kinds) if kind != "full"]
