@@ -14,6 +14,9 @@ from forgetting.models import Model, restore_checkpoint, save_checkpoint, save_t
 from forgetting.records import read_json, settle, write_json
 from forgetting.select import recorded_points, steps_to_keep
 
+STARTS = "starts"
+"""Beside a trunk's own checkpoints: those at the steps at which its branches leave it."""
+
 
 @dataclass
 class Progress:
