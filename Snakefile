@@ -27,6 +27,7 @@ rule all:
 include: "workflow/rules/data.smk"
 include: "workflow/rules/base.smk"
 include: "workflow/rules/finetune.smk"
+include: "workflow/rules/cool_down.smk"
 include: "workflow/rules/select.smk"
 include: "workflow/rules/benchmark.smk"
 include: "workflow/rules/report.smk"

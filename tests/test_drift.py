@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from forgetting.adapters import attach
 from forgetting.data import joined_text
 from forgetting.drift import (
     BaseTargets,
@@ -30,7 +31,7 @@ from forgetting.drift import (
     save_targets,
     with_text,
 )
-from forgetting.models import attach, load_base
+from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError, write_jsonl
 from forgetting.scores import TEXT_SCORES, UNBOUNDED

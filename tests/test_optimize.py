@@ -9,7 +9,13 @@ import pytest
 import torch
 from transformers import get_inverse_sqrt_schedule
 
-from forgetting.optimize import LionW, Schedule, learning_rate, make_optimizer
+from forgetting.optimize import (
+    LionW,
+    Schedule,
+    cooldown_start,
+    learning_rate,
+    make_optimizer,
+)
 from forgetting.study import Setting, Training
 
 HUNDRED = Schedule(steps=100, steps_per_epoch=10, warmup=10, evaluations=frozenset({100}))
@@ -59,10 +65,113 @@ def test_the_inverse_root_is_that_of_transformers(warmup: int) -> None:
         theirs.step()
 
 
-def test_a_cooldown_never_reaches_into_the_warm_up() -> None:
-    """The shortest budgets of Biderman et al. end within the warm-up."""
-    plan = Schedule(steps=10, steps_per_epoch=10, warmup=10, evaluations=frozenset({10}))
-    assert _rates(plan, schedule="trapezoid")[:10] == pytest.approx([0.2 * n for n in range(10)])
+def test_a_cooldown_that_begins_in_the_warm_up_falls_from_there() -> None:
+    """The shortest budgets of Biderman et al. end within the warm-up of 1000 steps."""
+    plan = Schedule(steps=318, steps_per_epoch=25431, warmup=1000, evaluations=frozenset({318}))
+    rates = _rates(plan, schedule="trapezoid")
+    assert rates[:255] == pytest.approx([2.0 * step / 1000 for step in range(255)])
+    assert rates[254:] == pytest.approx([0.508 * left / 64 for left in range(64, -1, -1)])
+
+
+def _llm_foundry(
+    step: int, steps: int, warmup: int, scale: int, floors: tuple[float, ...]
+) -> float:
+    """The multiplier of Biderman et al.'s scheduler, written down from its published formula."""
+    cooldown = round(0.2 * steps)
+
+    def before(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return floors[0] + (1 - floors[0]) / math.sqrt((step - warmup + scale) / scale)
+
+    if step < steps - cooldown:
+        return before(step)
+    start = before(steps - cooldown)
+    return start + (floors[1] - start) * (step - steps + cooldown) / cooldown
+
+
+@pytest.mark.parametrize("scale", [500, 1000, 5000])
+@pytest.mark.parametrize("floors", [(1.0, 0.0), (0.0, 0.0), (0.3, 0.1)])
+def test_the_inverse_root_is_that_of_continued_pretraining(
+    scale: int, floors: tuple[float, float]
+) -> None:
+    settings: dict[str, Any] = {
+        "schedule": "inverse_sqrt",
+        "epochs": 0.2,
+        "batch_size": 192,
+        "warmup_steps": 1000,
+        "decay_steps": scale,
+        "decay_floor": floors[0],
+        "floor": floors[1],
+    }
+    plan = Schedule.plan(192 * 25431, Training(**settings), 1.0)
+    assert (plan.steps, plan.warmup) == (5086, 1000)
+    theirs = [2.0 * _llm_foundry(step, 5086, 1000, scale, floors) for step in range(5087)]
+    assert _rates(plan, **settings) == pytest.approx(theirs, rel=1e-12)
+
+
+def test_an_inverse_root_that_does_not_fall_is_a_trapezoid() -> None:
+    flat = _rates(schedule="inverse_sqrt", decay_floor=1.0)
+    assert flat == pytest.approx(_rates(schedule="trapezoid"), rel=1e-12)
+
+
+def test_budgets_leave_the_trunk_at_four_fifths() -> None:
+    """20 B tokens in batches of 192 sequences of 4096: the budgets of Biderman et al. in steps."""
+    billions = [0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 20.0]
+    training = Training(
+        schedule="trapezoid",
+        epochs=1.0,
+        batch_size=192,
+        warmup_steps=1000,
+        budgets=[tokens / 20 for tokens in billions],
+    )
+    plan = Schedule.plan(192 * 25431, training, 0.05)
+    steps = [318, 636, 1272, 2543, 5086, 20345, 25431]
+    assert plan.starts == {steps - round(steps / 5) for steps in steps}
+    assert plan.steps == max(plan.starts) == 25431 - 5086
+    assert plan.evaluations == set(range(1272, plan.steps, 1272))
+    rates = [learning_rate(step, 2.0, training, plan) for step in range(plan.steps + 1)]
+    assert rates[:1000] == pytest.approx([2.0 * step / 1000 for step in range(1000)])
+    assert set(rates[1000:]) == {2.0}
+
+
+@pytest.mark.parametrize("schedule", ["trapezoid", "inverse_sqrt"])
+def test_a_trunk_has_the_rates_of_every_budget_before_its_cooldown(schedule: Any) -> None:
+    training = Training(
+        schedule=schedule, epochs=4.0, batch_size=4, warmup_epochs=1.5, budgets=[0.5, 1.0, 2.0, 4.0]
+    )
+    trunk = Schedule.plan(40, training, 1.0)
+    for budget in training.budgets:
+        alone = training.model_copy(update={"epochs": budget, "budgets": []})
+        plan = Schedule.plan(40, alone, 1.0)
+        start = cooldown_start(alone, plan.steps)
+        assert start in trunk.starts
+        for step in range(start):
+            ours = learning_rate(step, 2.0, training, trunk)
+            assert ours == learning_rate(step, 2.0, alone, plan)
+
+
+def test_the_shortest_cooldown_is_a_step() -> None:
+    training = Training(schedule="trapezoid")
+    assert [cooldown_start(training, steps) for steps in (1, 2, 7, 8)] == [0, 1, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, 10),
+        ({"warmup_epochs": 0.25}, 2),
+        ({"warmup_epochs": 9.0}, 90),
+        ({"warmup_steps": 7}, 7),
+        ({"warmup_steps": 0}, 0),
+        ({"warmup_share": 0.1}, 5),
+    ],
+)
+def test_a_warm_up_is_given_in_epochs_steps_or_as_a_share(
+    settings: dict[str, Any], steps: int
+) -> None:
+    training = Training(epochs=5.0, batch_size=4, **settings)
+    assert Schedule.plan(40, training, 1.0).warmup == steps
 
 
 @pytest.mark.parametrize(
@@ -72,11 +181,33 @@ def test_a_cooldown_never_reaches_into_the_warm_up() -> None:
         ({"schedule": "cosine", "cooldown": 0.1}, "no `cooldown`"),
         ({"optimizer": "adafactor", "betas": (0.9, 0.99)}, "no `betas`"),
         ({"optimizer": "sgd"}, "adamw"),
+        ({"decay_steps": 10}, "no `decay_steps`"),
+        ({"schedule": "trapezoid", "decay_floor": 0.5}, "no `decay_floor`"),
+        ({"warmup_epochs": 1.0, "warmup_steps": 9}, "twice, by `warmup_epochs` and `warmup_steps`"),
     ],
 )
 def test_a_key_without_effect_is_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Training(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"schedule": "linear"}, "schedule trapezoid or inverse_sqrt"),
+        ({"cooldown": 0.0}, "a `cooldown` above 0"),
+        ({"epochs": 2.0}, "4 epochs are more than the 2 `epochs` of the trunk"),
+        ({"epochs": 8.0}, "the longest must be `epochs`, 8"),
+        ({"warmup_share": 0.1}, "take `warmup_steps` or `warmup_epochs`"),
+        ({"budgets": [4.0, 4.0]}, "names a value twice"),
+        ({"budgets": [0.0, 4.0]}, "greater than 0"),
+    ],
+)
+def test_budgets_that_no_trunk_has_are_refused(settings: dict[str, Any], told: str) -> None:
+    trunk: dict[str, Any] = {"schedule": "trapezoid", "epochs": 4.0, "budgets": [1.0, 4.0]}
+    Training(**trunk)
+    with pytest.raises(ValueError, match=told):
+        Training(**trunk | settings)
 
 
 def test_lion_moves_by_signs_and_decays_by_itself() -> None:

@@ -20,6 +20,9 @@ OPTIMIZER = "optimizer.safetensors"
 METHOD = "method.safetensors"
 """What a run goes on from beside its weights: its optimizer's state, and the method's own."""
 
+STARTS = "starts"
+"""Beside a trunk's own checkpoints: those at the steps at which its branches leave it."""
+
 
 @dataclass
 class Progress:

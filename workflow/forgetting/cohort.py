@@ -78,6 +78,8 @@ def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> st
     described["selection"] = {
         key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
     }
+    # A trunk is the same for any shorter budgets: one more is a branch more.
+    described["training"]["budgets"] = bool(spec.training.budgets)
     return content_key({"spec": described, "setting": setting.model_dump(), **inputs})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,41 +51,46 @@ def runs_table(
     seeds: Sequence[int],
     records: Sequence[Mapping[str, Any]],
     selection: pd.DataFrame,
+    budgets: Sequence[float] = (),
 ) -> pd.DataFrame:
-    """One row per run, the base first: hyper-parameters, status, choice, cost."""
+    """One row per run, the base first: hyper-parameters, status, choice, cost.
+
+    With budgets each branch is a run, which began with the steps of its trunk.
+    """
     chosen = {row["run"]: row["step"] for row in selection.to_dict("records") if row["run"]}
     by_run = {record["run"]: record for record in records}
     rows: list[dict[str, Any]] = [
         BASE | {"kind": "base", "status": "ok", "chosen": False, "steps": 0, "epochs": 0.0}
     ]
-    for tuning in tunings:
-        for seed in seeds:
-            for setting in tuning.settings:
-                record = by_run[run_name(tuning.name, seed, setting)]
-                rows.append(
-                    {
-                        "run": record["run"],
-                        "method": tuning.name,
-                        "kind": tuning.kind,
-                        "rank": tuning.rank,
-                        "label": tuning.label,
-                        "learning_rate": setting.learning_rate,
-                        "weight_decay": setting.weight_decay,
-                        "seed": seed,
-                        "status": record["status"],
-                        "chosen": record["run"] in chosen,
-                        "selected_step": chosen.get(record["run"]),
-                        "steps": record["steps"],
-                        "epochs": record["steps"] / record["steps_per_epoch"],
-                        "trainable_parameters": record["trainable_parameters"],
-                        "seconds": record["wall_seconds"],
-                        "tokens_per_second": record["tokens_per_second"],
-                        "peak_memory_gib": record["peak_memory_gib"],
-                    }
-                )
+    for tuning, seed in product(tunings, seeds):
+        for setting, budget in product(tuning.settings, budgets or (None,)):
+            record = by_run[run_name(tuning.name, seed, setting, budget)]
+            rows.append(
+                {
+                    "run": record["run"],
+                    "method": tuning.name,
+                    "kind": tuning.kind,
+                    "rank": tuning.rank,
+                    "label": tuning.label,
+                    "learning_rate": setting.learning_rate,
+                    "weight_decay": setting.weight_decay,
+                    "seed": seed,
+                    "budget": budget,
+                    "status": record["status"],
+                    "chosen": record["run"] in chosen,
+                    "selected_step": chosen.get(record["run"]),
+                    "steps": record["steps"],
+                    "epochs": record["steps"] / record["steps_per_epoch"],
+                    "tokens": record["tokens"],
+                    "trainable_parameters": record["trainable_parameters"],
+                    "seconds": record["wall_seconds"],
+                    "tokens_per_second": record["tokens_per_second"],
+                    "peak_memory_gib": record["peak_memory_gib"],
+                }
+            )
     table = pd.DataFrame(rows)
-    integers = ["rank", "seed", "selected_step", "steps", "trainable_parameters"]
-    return table.astype(dict.fromkeys(integers, "Int64"))
+    integers = ["rank", "seed", "selected_step", "steps", "tokens", "trainable_parameters"]
+    return table.astype(dict.fromkeys(integers, "Int64") | {"budget": "float"})
 
 
 def benchmark_tables(

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.models import Model, save_tensors
+from forgetting.models import Model
 from forgetting.records import InputError
 from forgetting.study import TEXT_PROBE
+from forgetting.tuned import save_tensors
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,15 @@ def _mitigated(tuning: Tuning, mitigation: Mitigation | None) -> Tuning:
     return tuning.model_copy(update={**named, "mitigation": mitigation})
 
 
-def run_name(tuning: str, seed: int, setting: Setting) -> str:
-    """Name of one training, unique in the study: `lora-r8/seed0/lr0.0001-wd0`."""
-    return f"{tuning}/seed{seed}/lr{setting.learning_rate:g}-wd{setting.weight_decay:g}"
+def run_name(tuning: str, seed: int, setting: Setting, budget: float | None = None) -> str:
+    """Name of one training, unique in the study: `lora-r8/seed0/lr0.0001-wd0`.
+
+    The branch of a budget ends in it: `lora-r8/seed0/lr0.0001-wd0/budget0.5`.
+    """
+    name = f"{tuning}/seed{seed}/lr{setting.learning_rate:g}-wd{setting.weight_decay:g}"
+    return name if budget is None else f"{name}/{budget_name(budget)}"
+
+
+def budget_name(budget: float) -> str:
+    """A budget of so many epochs in the names of runs and folders: `budget0.5`."""
+    return f"budget{budget:g}"

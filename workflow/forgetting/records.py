@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -71,6 +72,14 @@ def settle(partial: Path, final: Path) -> None:
         _flush(path)
     partial.rename(final)
     _flush(final.parent)
+
+
+def link_or_copy(origin: str | Path, target: str | Path) -> None:
+    """A second name for a file that nobody changes; a copy where the file system has no links."""
+    try:
+        os.link(origin, target)
+    except OSError:
+        shutil.copy2(origin, target)
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 from forgetting.study import Selection, Setting
 
@@ -38,6 +38,39 @@ class Choice:
 def recorded_points(recorded: Sequence[Sequence[float]], base: float) -> list[Point]:
     """A trajectory from a run's records of step, epoch and value, the base's value first."""
     return [Point(0, 0.0, base), *(Point(int(step), epoch, v) for step, epoch, v in recorded)]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the rules see of one setting and seed, and the run that holds the checkpoint of a step.
+
+    Of a run the points are its evaluations. Of the branches of a trunk they are their ends, each at
+    the steps of its budget: what is measured before a cooldown is over stands for no training.
+    """
+
+    points: list[Point]
+    runs: Mapping[int, str]
+    diverged: bool
+
+    def run_at(self, point: Point | None) -> str:
+        """The run that a checkpoint is of; without one the last."""
+        return self.runs[max(self.runs) if point is None else point.step]
+
+
+def course_of(records: Sequence[Mapping[str, Any]], base: float) -> Course:
+    """From the record of a run, or those of the branches of its budgets.
+
+    Branches that diverged are left out; of several budgets of as many steps one counts.
+    """
+    diverged = any(record["status"] == "diverged" for record in records)
+    if len(records) == 1 and records[0].get("budget") is None:
+        points = recorded_points(records[0]["points"], base)
+        return Course(points, {point.step: records[0]["run"] for point in points}, diverged)
+    ended = {int(record["steps"]): record for record in records if record["status"] != "diverged"}
+    ends = [ended[steps]["points"][-1] for steps in sorted(ended)]
+    runs = {steps: str(record["run"]) for steps, record in ended.items()}
+    first = {0: str(records[0]["run"])}
+    return Course(recorded_points(ends, base), first | runs, diverged)
 
 
 def first_reaching(points: Sequence[Point], threshold: float) -> int | None:

@@ -199,7 +199,32 @@ class Training(Strict):
         description="Share of all steps in which inverse_sqrt or trapezoid fall linearly to the "
         "floor at the end; 0.2 by default.",
     )
-    warmup_epochs: NotNegative = Field(1.0, description="Epochs of linear warm-up.")
+    decay_steps: Count | None = Field(
+        None,
+        description="Steps after the warm-up in which inverse_sqrt falls to 1/sqrt(2) of the peak "
+        "(with `decay_floor` 0); as many as the warm-up by default.",
+    )
+    decay_floor: Share = Field(
+        0.0, description="Share of the peak that inverse_sqrt falls to in the long run."
+    )
+    budgets: Annotated[list[Positive], AfterValidator(distinct)] = Field(
+        [],
+        description="Continued pretraining: durations, in epochs, the longest of which is "
+        "`epochs`; 0.01 is a hundredth of one. One run without cooldown is the trunk of all; for "
+        "each duration a branch leaves it where its own cooldown starts, and ends as the run that "
+        "is trained with these `epochs` alone. What is selected is the end of a branch.",
+    )
+    warmup_epochs: NotNegative | None = Field(
+        None,
+        description="Epochs of linear warm-up: 1 by default, where neither `warmup_steps` nor "
+        "`warmup_share` is given.",
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Steps of linear warm-up, in place of `warmup_epochs`."
+    )
+    warmup_share: Share | None = Field(
+        None, description="Share of all steps that is warm-up, in place of `warmup_epochs`."
+    )
     optimizer: Literal["adamw", "lionw", "adafactor"] = Field(
         "adamw",
         description="adamw; lionw: Lion with a weight decay that the rate does not multiply; "
@@ -225,7 +250,48 @@ class Training(Strict):
         return 0.2 if self.cooldown is None else self.cooldown
 
     @model_validator(mode="after")
+    def _budgets_are_branches_of_one_trunk(self) -> Training:
+        if not self.budgets:
+            return self
+        longest = max(self.budgets)
+        if not self.cooldown_share:
+            raise ValueError(
+                "`budgets` leave one trunk by their cooldowns: take schedule trapezoid or "
+                "inverse_sqrt, with a `cooldown` above 0"
+            )
+        if longest > self.epochs:
+            raise ValueError(
+                f"`budgets`: {longest:g} epochs are more than the {self.epochs:g} `epochs` of the "
+                "trunk; make `epochs` as long"
+            )
+        if longest < self.epochs:
+            raise ValueError(
+                f"`budgets`: the longest must be `epochs`, {self.epochs:g}; nobody would use what "
+                f"is trained after {longest:g}"
+            )
+        if self.warmup_share is not None:
+            raise ValueError(
+                "`budgets` share one warm-up, of which `warmup_share` would give each another; "
+                "take `warmup_steps` or `warmup_epochs`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> Training:
+        named = [
+            name
+            for name in ("warmup_epochs", "warmup_steps", "warmup_share")
+            if getattr(self, name) is not None
+        ]
+        if len(named) > 1:
+            raise ValueError(f"the warm-up is given twice, by `{named[0]}` and `{named[1]}`")
+        return self
+
+    @model_validator(mode="after")
     def _keys_have_effect(self) -> Training:
+        for name in ("decay_steps", "decay_floor"):
+            if getattr(self, name) and self.schedule != "inverse_sqrt":
+                raise ValueError(f"{self.schedule} has no `{name}`; inverse_sqrt does")
         if self.floor and self.schedule == "constant":
             raise ValueError("a constant rate has no `floor`")
         if self.cooldown is not None and self.schedule not in ("inverse_sqrt", "trapezoid"):
@@ -596,6 +662,15 @@ class Study(Strict):
                 f"general_text: {self.general_text.table} is trained on, so it would not tell what "
                 "is forgotten; take another table"
             )
+
+    @model_validator(mode="after")
+    def _branches_see_the_whole_trunk(self) -> Study:
+        if self.training.budgets and self.selection.stop_after is not None:
+            raise ValueError(
+                "selection.stop_after would end the trunk before the longest of training.budgets "
+                "leaves it; take it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> Study:

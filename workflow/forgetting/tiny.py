@@ -19,6 +19,7 @@ from forgetting.study import (
     Probe,
     Replay,
     Study,
+    Training,
 )
 
 WORLD = Dataset(generate="micro-world")
@@ -57,9 +58,7 @@ def shrink(study: Study) -> Study:
             "measurement": study.measurement.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
-            "training": study.training.model_copy(
-                update={"epochs": 2.0, "batch_size": 4, "warmup_epochs": 0.5}
-            ),
+            "training": _short(study.training),
             "selection": study.selection.model_copy(update={"if_not_reached": "last"}),
             "benchmarks": benchmarks,
         }
@@ -72,6 +71,16 @@ def _text(study: Study, on_hub: set[str]) -> GeneralText | None:
     dataset = study.general_text.table.split("/", 1)[0]
     table = f"{dataset}/held_out" if dataset in on_hub else study.general_text.table
     return study.general_text.model_copy(update={"table": table, "block": 32, "limit": 4})
+
+
+def _short(training: Training) -> Training:
+    """Two epochs of small batches, and as many budgets, each as large a share of the longest."""
+    longest = training.epochs
+    no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
+    budgets = [2.0 * budget / longest for budget in training.budgets]
+    return training.model_copy(
+        update={"epochs": 2.0, "batch_size": 4, "budgets": budgets, **no_other}
+    )
 
 
 def _few_settings(method: Method) -> Method:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from forgetting.adalora import allocate
-from forgetting.checkpoints import Progress, prune, resume, write_checkpoint
+from forgetting.checkpoints import STARTS, Progress, prune, resume, write_checkpoint
 from forgetting.encode import Example
 from forgetting.forward import collate, token_logprobs
 from forgetting.gradients import gradients_that_fit
@@ -38,7 +38,8 @@ def train(
     """Train `model` in place, from the newest checkpoint in `folder` if there is one.
 
     At each evaluation step the items are written to folder/items-STEP.parquet, then a checkpoint
-    to folder/step-STEP; checkpoints that the selection rule can no longer pick are removed. A loss
+    to folder/step-STEP; checkpoints that the selection rule can no longer pick are removed. Where
+    branches leave a trunk, a checkpoint is written to folder/starts/step-STEP, and stays. A loss
     that is not a finite number ends the run with status `diverged`; with `recipe.stop_after` a run
     also ends so many evaluations after it reached the threshold. A run of two parts has reached
     `begun` in its first part, which ends at `recipe.until` with status `running`.
@@ -72,6 +73,8 @@ def train(
             )
             write_checkpoint(model, optimizer, progress, folder)
             prune(folder, progress, base_value, recipe.threshold)
+        if progress.step in recipe.schedule.starts:
+            write_checkpoint(model, optimizer, progress, folder / STARTS)
         tell(progress, recipe.schedule)
     handed_on = progress.step == recipe.until and not _is_over(progress, base_value, recipe)
     if progress.status == "running" and not handed_on:

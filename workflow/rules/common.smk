@@ -28,7 +28,7 @@ from forgetting.data import check_folders, find_table
 from forgetting.fingerprint import code_digest
 from forgetting.hub import HUB_ROWS
 from forgetting.load import is_local, load_study
-from forgetting.plan import tunings
+from forgetting.plan import budget_name, tunings
 from forgetting.records import InputError
 
 try:
@@ -40,6 +40,7 @@ except InputError as error:
 RESULTS = f"results/{NAME}"
 LOGS = f"logs/{NAME}"
 TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
+BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
 MODELS = [
     "base",
@@ -48,6 +49,7 @@ MODELS = [
 
 
 wildcard_constraints:
+    budget=r"budget[^/]+",
     dataset=r"[^/]+",
     method=r"[^/]+",
     model=r"base|[^/]+/seed-?\d+",
@@ -162,6 +164,14 @@ def cohort_spec(wildcards):
         seed=int(wildcards.seed),
         knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
     )
+
+
+def finished(method, seed, file):
+    """A file of every job whose runs are results: of the cohort, or of its budgets' branches."""
+    if not BUDGETS:
+        return [f"{RESULTS}/cohorts/{method}/seed{seed}/{file}"]
+    folder = f"{RESULTS}/branches/{method}/seed{seed}"
+    return [f"{folder}/{budget}/{file}" for budget in BUDGETS]
 
 
 def chosen_inputs(wildcards):

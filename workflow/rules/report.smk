@@ -24,11 +24,21 @@ rule collect:
         base=BASE,
         base_items=rules.score_base.output.scored,
         data=rules.prepare_data.output.record,
-        cohorts=expand(
-            f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/{{file}}",
-            method=TUNINGS,
-            seed=STUDY.seeds,
-            file=["items.parquet", "runs.json"],
+        cohorts=[
+            path
+            for method in TUNINGS
+            for seed in STUDY.seeds
+            for file in ["items.parquet", "runs.json"]
+            for path in finished(method, seed, file)
+        ],
+        trunks=(
+            expand(
+                f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
+                method=TUNINGS,
+                seed=STUDY.seeds,
+            )
+            if BUDGETS
+            else []
         ),
         selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
         scaled=(

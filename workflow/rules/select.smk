@@ -10,8 +10,9 @@ rule select_checkpoint:
     input:
         base_items=rules.score_base.output.scored,
         runs=lambda wildcards: [
-            f"{RESULTS}/cohorts/{wildcards.method}/seed{seed}/runs.json"
+            path
             for seed in STUDY.seeds
+            for path in finished(wildcards.method, seed, "runs.json")
         ],
     output:
         selection=f"{RESULTS}/selection/{{method}}.json",
@@ -26,6 +27,7 @@ rule select_checkpoint:
         spec=lambda wildcards: as_json(
             sections("selection", "seeds"),
             tuning=TUNINGS[wildcards.method].model_dump(mode="json"),
+            budgets=STUDY.training.budgets,
         ),
     shell:
         r"""

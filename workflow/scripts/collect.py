@@ -20,7 +20,7 @@ from forgetting.collect import (
     trajectory_table,
 )
 from forgetting.comparisons import compare_methods
-from forgetting.plan import tunings
+from forgetting.plan import budget_name, tunings
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
 from forgetting.study import TEXT_PROBE, Study
 
@@ -42,12 +42,17 @@ def main(argv: list[str] | None = None) -> None:
     results: Path = options.results
     methods = tunings(study)
     base = read_json(results / "base" / "base.json")
-    cohorts = [
-        results / "cohorts" / tuning.name / f"seed{seed}"
-        for tuning in methods
-        for seed in study.seeds
+    budgets = study.training.budgets
+    cohorts = [Path(tuning.name, f"seed{seed}") for tuning in methods for seed in study.seeds]
+    trained = [results / "cohorts" / cohort for cohort in cohorts]
+    branches = [
+        results / "branches" / cohort / budget_name(budget)
+        for cohort in cohorts
+        for budget in budgets
     ]
-    records = [record for cohort in cohorts for record in read_json(cohort / "runs.json")]
+    finished = branches or trained
+    records = read_records(finished)
+    trunks = read_records(trained) if branches else []
     selection = pd.DataFrame(
         [
             row
@@ -56,9 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         ]
     ).drop(columns="files")
     selection = selection.astype({"step": "Int64", "epoch": "float", "value": "float"})
-    runs = runs_table(base, methods, study.seeds, records, selection)
+    runs = runs_table(base, methods, study.seeds, records, selection, budgets)
     base_items = pd.read_parquet(results / "base" / "items.parquet")
-    items = [pd.read_parquet(cohort / "items.parquet") for cohort in cohorts]
+    items = [pd.read_parquet(folder / "items.parquet") for folder in finished]
     knowledge: dict[str, str] = {name: probe.knowledge for name, probe in study.probes.items()}
     knowledge |= {TEXT_PROBE: "text"}
     labels = {
@@ -90,17 +95,29 @@ def main(argv: list[str] | None = None) -> None:
         options.output / "study.json",
         {
             "study": {"name": options.name, **study.model_dump(mode="json")},
-            "provenance": provenance(results, base, records, options.models),
+            "provenance": provenance(results, base, records, trunks, options.models),
             "notes": missing_notes(selection, records, study.seeds) + notes,
         },
     )
     print(f"{len(runs) - 1} runs, {len(every):,} scored answers: {options.output}")
 
 
+def read_records(folders: list[Path]) -> list[dict[str, Any]]:
+    """The records of all runs of several jobs."""
+    return [record for folder in folders for record in read_json(folder / "runs.json")]
+
+
 def provenance(
-    results: Path, base: dict[str, Any], records: list[dict[str, Any]], models: list[str]
+    results: Path,
+    base: dict[str, Any],
+    records: list[dict[str, Any]],
+    trunks: list[dict[str, Any]],
+    models: list[str],
 ) -> dict[str, Any]:
-    """What is needed to know where the numbers come from, and to get them again."""
+    """What is needed to know where the numbers come from, and to get them again.
+
+    The trunks are what the runs have in common, where these are branches.
+    """
     data = read_json(results / "data" / "data.json")
     executed = [read_json(results / "benchmarks" / model / "outcomes.json") for model in models]
     return {
@@ -125,8 +142,8 @@ def provenance(
         "base": {key: value for key, value in base.items() if key != "files"},
         "seconds": {
             "pretraining": base.get("seconds", 0.0),
-            "training": sum(record["training_seconds"] for record in records),
-            "training and measuring": sum(record["wall_seconds"] for record in records),
+            "training": sum(record["training_seconds"] for record in records + trunks),
+            "training and measuring": sum(record["wall_seconds"] for record in records + trunks),
         },
     }
 

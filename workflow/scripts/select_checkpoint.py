@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ import pandas as pd
 
 from forgetting.fields import Strict
 from forgetting.plan import Tuning, run_name
-from forgetting.records import read_json, sha256, tells_input_errors, write_json
+from forgetting.records import link_or_copy, read_json, sha256, tells_input_errors, write_json
 from forgetting.scores import metric_value
-from forgetting.select import Choice, choose_setting, recorded_points, select_checkpoint
-from forgetting.study import Selection, Setting
+from forgetting.select import Choice, Course, choose_setting, course_of, select_checkpoint
+from forgetting.study import Selection
 
 
 class Spec(Strict):
@@ -25,6 +24,7 @@ class Spec(Strict):
     tuning: Tuning
     selection: Selection
     seeds: list[int]
+    budgets: list[float]
 
 
 @tells_input_errors
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: method, rule, seeds")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="records, one a seed")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="records of the runs")
     parser.add_argument("--selection", type=Path, required=True, help="output: the choice (JSON)")
     parser.add_argument("--checkpoints", type=Path, required=True, help="output: folder")
     options = parser.parse_args(argv)
@@ -42,27 +42,38 @@ def main(argv: list[str] | None = None) -> None:
     base = metric_value(pd.read_parquet(options.base_items), rule.probe, rule.metric)
     records = {record["run"]: record for path in options.runs for record in read_json(path)}
 
+    courses = {
+        (setting, seed): course_of(
+            [
+                records[run_name(spec.tuning.name, seed, setting, budget)]
+                for budget in spec.budgets or (None,)
+            ],
+            base,
+        )
+        for setting in spec.tuning.settings
+        for seed in spec.seeds
+    }
     setting, why = choose_setting(
         {
-            setting: [
-                recorded_points(records[run_name(spec.tuning.name, seed, setting)]["points"], base)
-                for seed in spec.seeds
-            ]
+            setting: [courses[setting, seed].points for seed in spec.seeds]
             for setting in spec.tuning.settings
         },
         rule,
         spec.tuning.fixed,
-        {
-            setting
-            for setting in spec.tuning.settings
-            for seed in spec.seeds
-            if records[run_name(spec.tuning.name, seed, setting)]["status"] == "diverged"
-        },
+        {setting for (setting, _), course in courses.items() if course.diverged},
     )
     shutil.rmtree(options.checkpoints, ignore_errors=True)
     options.checkpoints.mkdir(parents=True)
     rows = [
-        _select(spec, setting, why, seed, records, base, options.checkpoints) for seed in spec.seeds
+        _select(
+            spec,
+            courses[setting, seed] if setting else None,
+            why,
+            seed,
+            records,
+            options.checkpoints,
+        )
+        for seed in spec.seeds
     ]
     write_json(options.selection, rows)
     for row in rows:
@@ -73,29 +84,28 @@ def main(argv: list[str] | None = None) -> None:
 
 def _select(
     spec: Spec,
-    setting: Setting | None,
+    course: Course | None,
     why: str,
     seed: int,
     records: dict[str, dict[str, Any]],
-    base: float,
     folder: Path,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"method": spec.tuning.name, "label": spec.tuning.label, "seed": seed}
-    if setting is None:
+    if course is None:
         return row | _told(None, Choice("not_reached", None, why), [], folder)
-    record = records[run_name(spec.tuning.name, seed, setting)]
     choice = select_checkpoint(
-        recorded_points(record["points"], base),
+        course.points,
         spec.selection.threshold,
         spec.selection.if_not_reached,
-        diverged=record["status"] == "diverged",
+        diverged=course.diverged,
         deadline=spec.selection.within_epochs,
     )
+    run = course.run_at(choice.point)
     files: Sequence[Path] = []
     if choice.point is not None:
-        origin = Path(record["folder"]) / f"step-{choice.point.step:07d}"
+        origin = Path(records[run]["folder"]) / f"step-{choice.point.step:07d}"
         files = _put_aside(origin, folder / f"seed{seed}")
-    return row | {"setting_reason": why} | _told(record["run"], choice, files, folder)
+    return row | {"setting_reason": why} | _told(run, choice, files, folder)
 
 
 def _put_aside(origin: Path, target: Path) -> list[Path]:
@@ -104,10 +114,7 @@ def _put_aside(origin: Path, target: Path) -> list[Path]:
     for file in sorted(origin.iterdir()):
         if file.name == "progress.json":
             continue
-        try:
-            os.link(file, target / file.name)
-        except OSError:
-            shutil.copy2(file, target / file.name)
+        link_or_copy(file, target / file.name)
     return sorted(target.iterdir())
 
 

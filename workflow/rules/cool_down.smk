@@ -1,0 +1,53 @@
+"""Continued pretraining: the branches of a trunk, one job per method, seed and budget.
+
+Outputs: results/STUDY/branches/METHOD/seedN/budgetD/{items.parquet,runs.json}, in a study with
+training.budgets. The trunks are the runs of rule finetune there.
+"""
+
+
+rule cool_down:
+    """Train every trunk of one method and seed to the end of one budget, through its cooldown."""
+    input:
+        base=BASE,
+        base_items=rules.score_base.output.scored,
+        train=rules.prepare_data.output.train,
+        probes=rules.prepare_data.output.probes,
+        general=general_files,
+        targets=TARGETS,
+        trunks=rules.finetune.output.runs,
+    output:
+        scored=f"{RESULTS}/branches/{{method}}/seed{{seed}}/{{budget}}/items.parquet",
+        runs=f"{RESULTS}/branches/{{method}}/seed{{seed}}/{{budget}}/runs.json",
+    log:
+        f"{LOGS}/cool_down/{{method}}-seed{{seed}}-{{budget}}.log",
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        gpu=1,
+        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        runtime=lambda wildcards, attempt: 720 * attempt,
+    params:
+        code=code("cool_down"),
+        spec=cohort_spec,
+        budget=lambda wildcards: BUDGETS[wildcards.budget],
+        targets=target_options,
+        data=subpath(input.train, parent=True),
+        state=f"{RESULTS}/state",
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python "$SCRIPTS"/cool_down.py \
+            --spec {params.spec:q} \
+            --code {params.code} \
+            --base {input.base:q} \
+            --base-items {input.base_items:q} \
+            --data {params.data:q} \
+            --general {input.general:q} \
+            {params.targets:q} \
+            --trunks {input.trunks:q} \
+            --budget {params.budget} \
+            --state {params.state:q} \
+            --items {output.scored:q} \
+            --runs {output.runs:q}
+        """

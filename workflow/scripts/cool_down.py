@@ -1,0 +1,44 @@
+"""Train the branches of one budget: every run of a cohort, from its trunk to the end of its
+cooldown.
+
+Like the trunks, branches are kept in a folder that is no output of the rule, and go on where they
+were killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from forgetting.branches import train_branches
+from forgetting.cohort import cohort_items
+from forgetting.job import Teller, add_options, read_job
+from forgetting.models import quieten_libraries
+from forgetting.records import read_json, tells_input_errors, write_json, write_table
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Write the items of all evaluations, the trunk's among them, and the records of all runs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    parser.add_argument("--budget", type=float, required=True, help="epochs of the branch")
+    parser.add_argument("--trunks", type=Path, required=True, help="records of the trunks")
+    options = parser.parse_args(argv)
+    quieten_libraries()
+    job = read_job(options)
+    records = train_branches(
+        job.spec,
+        options.budget,
+        read_json(options.trunks),
+        job.materials,
+        job.inputs,
+        options.state,
+        Teller(),
+    )
+    write_table(options.items, cohort_items(records))
+    write_json(options.runs, records)
+
+
+if __name__ == "__main__":
+    main()
