@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetting.checkpoints import Progress
 from forgetting.data import Row
 from forgetting.encode import Example, encode_pair, encode_text
+from forgetting.examples import arrange, check_packing
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
@@ -147,7 +148,10 @@ def _train_run(
     started = time.monotonic()
     # From disk for every run: training and rounding change the weights that were loaded.
     model = attach(load_base(materials.base, materials.device), spec.tuning, spec.seed)
-    schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
+    check_packing(model, spec.training)
+    sequences = arrange(examples, spec.training)
+    safeguards = build_safeguards(model, spec.tuning.mitigation, general, spec.seed)
+    schedule = Schedule.plan(len(sequences), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
         setting=setting,
         seed=spec.seed,
@@ -158,7 +162,7 @@ def _train_run(
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
         lora_plus_ratio=spec.tuning.lora_plus_ratio,
-        safeguards=build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
+        safeguards=replace(safeguards, replay=arrange(safeguards.replay, spec.training)),
     )
     round_frozen(model, materials.precision)
 
@@ -171,7 +175,7 @@ def _train_run(
 
     progress = train(
         model,
-        examples,
+        sequences,
         recipe,
         materials.base_value,
         evaluate,
