@@ -10,22 +10,23 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.checkpoints import Progress, forget_training
 from forgetting.data import Row
 from forgetting.drift import BaseTargets, with_text
 from forgetting.encode import Example, encode_pair, encode_text
+from forgetting.examples import arrange, check_packing
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
-from forgetting.mitigate import build_safeguards
+from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import Model, autocast, load_base
 from forgetting.optimize import Schedule
 from forgetting.parts import Means, train_parts
@@ -150,7 +151,8 @@ def _train_run(
     }
     cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
     started = time.monotonic()
-    schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
+    sequences = arrange(examples, spec.training)
+    schedule = Schedule.plan(len(sequences), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
         setting=setting,
         seed=spec.seed,
@@ -171,10 +173,20 @@ def _train_run(
             items = with_text(items, model, materials.targets)
         return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
+    def load() -> PreTrainedModel:
+        # From disk for every run: training and rounding change the weights that were loaded.
+        model = load_base(materials.base, materials.device)
+        check_packing(model, spec.training)
+        return model
+
+    def guard(model: Model) -> Safeguards:
+        safeguards = build_safeguards(model, spec.tuning.mitigation, general, spec.seed)
+        return replace(safeguards, replay=arrange(safeguards.replay, spec.training))
+
     def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
         return train(
             model,
-            examples,
+            sequences,
             recipe,
             materials.base_value,
             evaluate,
@@ -183,12 +195,7 @@ def _train_run(
             begun,
         )
 
-    means = Means(
-        # From disk for every run: training and rounding change the weights that were loaded.
-        load=lambda: load_base(materials.base, materials.device),
-        guard=lambda model: build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
-        fit=fit,
-    )
+    means = Means(load=load, guard=guard, fit=fit)
     progress, model = train_parts(spec.tuning, recipe, means, folder)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,15 +14,43 @@ from forgetting.study import Prompt
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt, answer and end of sequence; the first `prompt` ids are the prompt."""
+    """A sequence of tokens, some of which are trained on and scored.
+
+    Attributes:
+        ids: token ids, of one document or of several that are packed.
+        prompt: so many ids stand before the first target.
+        spans: first and last place, the last one excluded, of every run of targets; without any,
+            all that follows the prompt is a target, the end of sequence included.
+        starts: where the documents begin; each sees itself only and counts its positions anew.
+    """
 
     ids: list[int]
     prompt: int
+    spans: tuple[tuple[int, int], ...] = ()
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def target_spans(self) -> tuple[tuple[int, int], ...]:
+        """First and last place of every run of targets."""
+        return self.spans or ((self.prompt, len(self.ids)),)
 
     @property
     def targets(self) -> int:
-        """Number of tokens that are trained on and scored, end of sequence included."""
-        return len(self.ids) - self.prompt
+        """Number of tokens that are trained on and scored."""
+        return sum(end - begin for begin, end in self.target_spans)
+
+
+def join(examples: Sequence[Example]) -> Example:
+    """One sequence of several examples, which stay as blind to each other as they were."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    starts: list[int] = []
+    for example in examples:
+        shift = len(ids)
+        ids += example.ids
+        spans += [(shift + begin, shift + end) for begin, end in example.target_spans]
+        starts += [shift + start for start in example.starts]
+    return Example(ids, spans[0][0], tuple(spans), tuple(starts))
 
 
 # The probes are read anew at every evaluation of a trajectory; their tokens stay the same.

@@ -4,42 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from forgetting.encode import Example
+from forgetting.packing import keep_apart
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples.
+    """Right-padded examples, packed ones among them or not.
 
     Attributes:
         ids: token ids, (rows, length).
-        mask: 1 where there is a token, (rows, length).
+        mask: 1 where there is a token, (rows, length); of packed examples, whether a place (third)
+            sees another (fourth), (rows, 1, length, length).
         columns: positions whose next token is a target in some row, (width,).
         labels: the next token at those positions, or -100, (rows, width).
+        positions: of packed examples, the place of each token in its document, (rows, length).
     """
 
     ids: Tensor
     mask: Tensor
     columns: Tensor
     labels: Tensor
+    positions: Tensor | None = None
 
     @property
     def targets(self) -> int:
         """Number of target tokens."""
         return int((self.labels != -100).sum())
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that are not padding."""
-        return int(self.mask.sum())
-
 
 def collate(examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> Batch:
-    """Pad examples to the longest of them and find what is predicted where."""
+    """Pad examples to the longest of them, and find what is predicted where and what sees what."""
     length = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), length), pad)
     mask = torch.zeros((len(examples), length), dtype=torch.long)
@@ -48,9 +48,15 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device | str = 
         size = len(example.ids)
         ids[row, :size] = torch.tensor(example.ids)
         mask[row, :size] = 1
-        labels[row, example.prompt - 1 : size - 1] = ids[row, example.prompt : size]
+        for begin, end in example.target_spans:
+            labels[row, begin - 1 : end - 1] = ids[row, begin:end]
     columns = (labels != -100).any(dim=0).nonzero().flatten()
-    return Batch(ids.to(device), mask.to(device), columns.to(device), labels[:, columns].to(device))
+    positions = None
+    if any(len(example.starts) > 1 for example in examples):
+        sizes = [[b - a for a, b in pairwise([*e.starts, len(e.ids)])] for e in examples]
+        positions, mask = keep_apart(sizes, length, device)
+    labels = labels[:, columns]
+    return Batch(ids.to(device), mask.to(device), columns.to(device), labels.to(device), positions)
 
 
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
@@ -59,17 +65,20 @@ def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of the next token at the batch's columns: (rows, width, vocabulary), float32.
+    """Logits of the next token at the batch's columns: (rows, width, vocabulary), float32 at least.
 
     The LM head runs only at positions where something is predicted in some row.
     """
+    # Models that know no positions are not given any.
+    positions = {} if batch.positions is None else {"position_ids": batch.positions}
     logits: Tensor = model(
         input_ids=batch.ids,
         attention_mask=batch.mask,
         logits_to_keep=batch.columns,
         use_cache=False,
+        **positions,
     ).logits
-    return logits.float()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def logprobs_of(logits: Tensor, batch: Batch) -> Tensor:

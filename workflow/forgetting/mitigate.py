@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from forgetting.data import evenly_spaced
 from forgetting.encode import Example
+from forgetting.examples import shuffled
 from forgetting.forward import Batch, collate, target_logits
 from forgetting.models import Model
 from forgetting.study import Mitigation
@@ -96,8 +97,7 @@ def replay_indices(rows: int, share: float, seed: int, first: int, last: int) ->
     while start < end:
         round_, place = divmod(start, rows)
         # Far from the seeds that order the new examples.
-        generator = torch.Generator().manual_seed(2**40 + seed * 1_000_003 + round_)
-        order = torch.randperm(rows, generator=generator)
+        order = shuffled(rows, 2**40 + seed * 1_000_003 + round_)
         taken = order[place : place + end - start].tolist()
         indices += taken
         start += len(taken)

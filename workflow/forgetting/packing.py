@@ -41,29 +41,52 @@ def collate(
     """A batch from the token ids of the documents of each block.
 
     Returns:
-        `input_ids`, `position_ids` and `labels` of shape (blocks, block), and a boolean
-        `attention_mask` of shape (blocks, 1, block, block): true where a query may look, which is
-        backwards within its own document. Labels are shifted already: label t is token t + 1.
+        `input_ids`, `position_ids` and `labels` of shape (blocks, block), and the
+        `attention_mask` of `keep_apart`. Labels are shifted already: label t is token t + 1.
     """
     shape = (len(documents), block)
     ids = torch.full(shape, padding)
     labels = torch.full(shape, IGNORED)
-    positions = torch.zeros(shape, dtype=torch.long)
-    owner = torch.full(shape, -1)
     for row, block_documents in enumerate(documents):
         start = 0
-        for number, tokens in enumerate(block_documents):
+        for tokens in block_documents:
             end = start + len(tokens)
             ids[row, start:end] = torch.tensor(tokens)
             labels[row, start : end - 1] = torch.tensor(tokens[1:])
-            positions[row, start:end] = torch.arange(len(tokens))
-            owner[row, start:end] = number
             start = end
-    causal = torch.ones(block, block, dtype=torch.bool).tril()
-    mask = (owner[:, :, None] == owner[:, None, :]) & causal
+    sizes = [[len(tokens) for tokens in block_documents] for block_documents in documents]
+    positions, mask = keep_apart(sizes, block)
     return {
         "input_ids": ids,
         "position_ids": positions,
         "labels": labels,
-        "attention_mask": mask[:, None],
+        "attention_mask": mask,
     }
+
+
+def keep_apart(
+    sizes: Sequence[Sequence[int]], length: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and mask that make each document of a row what it is alone.
+
+    Args:
+        sizes: tokens of the documents of each row, in their order.
+        length: places of a row; those that are left over are padding.
+
+    Returns:
+        Positions that start anew with every document, (rows, length), and which place (third) sees
+        which (fourth), (rows, 1, length, length): backwards within the same document. Padding sees
+        padding, to stay finite.
+    """
+    positions = torch.zeros((len(sizes), length), dtype=torch.long)
+    owner = torch.full((len(sizes), length), -1)
+    for row, documents in enumerate(sizes):
+        start = 0
+        for number, size in enumerate(documents):
+            positions[row, start : start + size] = torch.arange(size)
+            owner[row, start : start + size] = number
+            start += size
+    owner = owner.to(device)
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask = (owner[:, :, None] == owner[:, None, :]) & causal
+    return positions.to(device), mask[:, None]

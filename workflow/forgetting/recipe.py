@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 
 from forgetting.encode import Example
+from forgetting.examples import shuffled
 from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.optimize import Schedule
 from forgetting.study import Setting, Training
@@ -43,8 +44,7 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[
     """Indices of the examples of a step: each epoch is a permutation of its own."""
     per_epoch = math.ceil(examples / batch_size)
     epoch, position = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(examples, generator=generator)
+    order = shuffled(examples, seed * 1_000_003 + epoch)
     return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 

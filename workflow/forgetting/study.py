@@ -186,6 +186,11 @@ class Training(Strict):
         32, description="Pairs per forward pass; the gradient does not depend on it."
     )
     max_length: Count = Field(500, description="Longest training sequence, in tokens.")
+    packing: bool = Field(
+        False,
+        description="Put several examples to a sequence of at most `max_length` tokens, whole and "
+        "each blind to the others; `batch_size` and `micro_batch_size` then count such sequences.",
+    )
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "trapezoid"] = Field(
         "linear",
         description="Course of the learning rate after the warm-up: as it is, down to `floor`, or "
@@ -325,7 +330,9 @@ class Replay(Strict):
 
     table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
     share: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        0.1, description="Replayed rows among all rows that are trained on."
+        0.1,
+        description="Replayed rows among all rows that are trained on; with `training.packing`, "
+        "packed sequences.",
     )
 
 

@@ -90,7 +90,7 @@ def _is_over(progress: Progress, base_value: float, recipe: Recipe) -> bool:
 @torch.inference_mode()
 def _is_sound(model: Model, examples: Sequence[Example], recipe: Recipe) -> bool:
     """Is the loss still a number after the last update, which no further step would tell?"""
-    batch = collate(examples[:1], recipe.pad, model.device)
+    batch = collate([examples[0]], recipe.pad, model.device)
     with autocast(model.device, recipe.precision):
         return bool(torch.isfinite(token_logprobs(model, batch)).all())
 
