@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from forgetting import recipe as batches
+from forgetting.adapters import attach
 from forgetting.encode import Example
-from forgetting.models import attach, load_base
+from forgetting.models import load_base
 from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
