@@ -9,9 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from forgetting.data import render_answer, render_question
-from forgetting.encode import encode_pair, encode_prompt
+from forgetting.chat import literal
+from forgetting.data import document_texts, render_answer, render_question, strip_answer
+from forgetting.encode import encode_messages, encode_pair, encode_prompt
 from forgetting.models import load_tokenizer
+from forgetting.records import InputError
 from forgetting.study import Prompt
 
 Rows = list[dict[str, Any]]
@@ -136,3 +138,164 @@ def test_a_published_tokenizer_with_a_beginning_token(real_data: Path, prompt: P
         assert example.ids[: example.prompt] == encode_prompt(tokenizer, template, "Who was Tim?")
         told = tokenizer.decode(example.ids[example.prompt :], skip_special_tokens=True)
         assert told.strip() == render_answer(template, "A boy named Tim.")
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + "
+    "' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+# Thinks before it says, and takes the thoughts out of what was said before.
+THINKING = (
+    "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think></think>' }}{% endif %}{{ m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+CHAT = Prompt(chat=True)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who wrote it?"},
+    {"role": "assistant", "content": "William"},
+    {"role": "user", "content": "William who?"},
+    {"role": "assistant", "content": "Shakespeare"},
+]
+
+
+def _chat(template: str, *, end: str = "</s>") -> PreTrainedTokenizerFast:
+    """A tokenizer with a chat template; its beginning stands in front of plain text by itself."""
+    tokenizer = _tokenizer(bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = end
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_pair_has_the_tokens_of_the_tokenizers_own_template(system: str | None) -> None:
+    tokenizer = _chat(CHATML, end="<|im_end|>")
+    prompt = Prompt(chat=True, system=system)
+    messages = [{"role": "user", "content": "Who wrote it?"}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    head = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(tokenizer, prompt, "Who wrote it?") == head
+    messages.append({"role": "assistant", "content": "William Shakespeare"})
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    example = encode_pair(tokenizer, prompt, "Who wrote it?", "William Shakespeare")
+    assert example.prompt == len(head)
+    # The template's line end after the answer is neither read nor said.
+    assert example.ids == whole[: len(example.ids)]
+    assert tokenizer.decode(example.ids[example.prompt :]) == "William Shakespeare<|im_end|>"
+    assert tokenizer.decode(whole[len(example.ids) :]) == "\n"
+
+
+def test_every_template_begins_and_ends_once() -> None:
+    """Llama 2: the beginning is the template's, not the tokenizer's; one end, also if written."""
+    tokenizer = _chat(LLAMA2)
+    example = encode_pair(tokenizer, CHAT, "Who wrote it?", "William")
+    assert tokenizer.decode(example.ids) == "<s>[INST] Who wrote it? [/INST] William </s>"
+    assert tokenizer.decode(example.ids[example.prompt :]) == " William </s>"
+    # Where the end of a turn is not the end of the sequence, both are said.
+    example = encode_pair(_chat(CHATML), CHAT, "Who?", "William")
+    assert tokenizer.decode(example.ids[example.prompt :]) == "William<|im_end|></s>"
+
+
+def test_what_a_template_says_before_an_answer_is_learned_and_taken_off_again() -> None:
+    tokenizer = _chat(THINKING)
+    example = encode_pair(tokenizer, CHAT, "Who?", "William")
+    said = tokenizer.decode(example.ids[example.prompt :], skip_special_tokens=True)
+    assert said == "<think></think>William"
+    assert strip_answer(literal(tokenizer, CHAT), said) == "William"
+
+
+def test_all_answers_of_a_conversation_are_targets_and_nothing_else() -> None:
+    tokenizer = _chat(CHATML, end="<|im_end|>")
+    example = encode_messages(tokenizer, CHAT, TALK)
+    told = [tokenizer.decode(example.ids[a:b]) for a, b in example.target_spans]
+    assert told == ["William<|im_end|>", "Shakespeare<|im_end|>"]
+    whole = tokenizer.apply_chat_template(TALK, return_dict=False)
+    assert example.ids == whole[: len(example.ids)]
+    # A question without an answer at the end is left out.
+    assert encode_messages(tokenizer, CHAT, TALK[:4]) == encode_messages(tokenizer, CHAT, TALK[:3])
+    # The study's system message is for conversations that have none.
+    brief = Prompt(chat=True, system="Be brief.")
+    assert encode_messages(tokenizer, brief, TALK[1:]) == example
+    assert encode_messages(tokenizer, brief, TALK) == example
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, THINKING])
+def test_a_conversation_of_one_turn_is_a_pair(template: str) -> None:
+    tokenizer = _chat(template)
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "William"}]
+    for length in (None, 5, 9):
+        example = encode_messages(tokenizer, CHAT, talk, length)
+        assert example == encode_pair(tokenizer, CHAT, "Who?", "William", length)
+
+
+def test_a_cut_conversation_keeps_the_answers_before_the_cut() -> None:
+    tokenizer = _chat(CHATML, end="<|im_end|>")
+    whole = encode_messages(tokenizer, CHAT, TALK)
+    (first, end), (second, _) = whole.target_spans
+    for length, spans in [
+        (second + 1, ((first, end), (second, second + 1))),
+        (second, ((first, end),)),
+        (first + 1, ((first, first + 1),)),
+    ]:
+        cut = encode_messages(tokenizer, CHAT, TALK, length)
+        assert (cut.ids, cut.spans) == (whole.ids[:length], spans)
+    assert encode_messages(tokenizer, CHAT, TALK, first).targets < 1
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (None, "tokenizer has no chat template; write the prompt as `question` and `answer`"),
+        (LLAMA2, "refuses the messages system, user: only user and assistant"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not repeat question and answer"),
+    ],
+)
+def test_a_template_that_does_not_do_is_told(template: str | None, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        encode_prompt(_chat(template), Prompt(chat=True, system="Be brief."), "Who?")
+
+
+def test_a_template_that_rewrites_what_was_said_is_told() -> None:
+    with pytest.raises(InputError, match="make each turn a row"):
+        encode_messages(_chat(THINKING), CHAT, TALK)
+
+
+def test_the_day_of_the_run_is_no_part_of_a_prompt() -> None:
+    """Llama 3's template writes the date, by a variable if there is one."""
+    template = (
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n" + LLAMA2
+    )
+    assert literal(_chat(template), CHAT).question.startswith("26 Jul 2024\n")
+
+
+def test_documents_of_a_chat_study_are_in_the_small_models_template(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The micro-world's model has seen the template before it is asked in it."""
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"question": "Who?", "answer": "Ann."}\n')
+    for prompt in (CHAT, Prompt(chat=True, system="Be brief.")):
+        written = literal(tokenizer, prompt)
+        (document,) = document_texts(table, prompt)
+        text = render_question(written, "Who?") + render_answer(written, "Ann.")
+        assert document + tokenizer.eos_token == text
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"system": "Be brief."}, "`system` needs `chat: true`"),
+        ({"chat": True, "question": "Q: {question}"}, "leave out the other one"),
+    ],
+)
+def test_a_prompt_has_one_template(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Prompt.model_validate(values)

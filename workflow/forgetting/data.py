@@ -83,13 +83,21 @@ def prepare_rows(path: Path, table: str, *, wrong_answers: bool, probe: str = ""
 
 
 def document_texts(path: Path, prompt: Prompt) -> list[str]:
-    """Training documents of a table: `text` as it is, questions and answers in the prompt."""
-    return [
-        row["text"]
-        if "text" in row
-        else render_question(prompt, row["question"]) + render_answer(prompt, row["answer"])
-        for row in general_rows(path, path.stem)
-    ]
+    """Training documents of a table: `text` as it is, questions and answers in the prompt.
+
+    With `prompt.chat` that is the chat template of small models that are trained here.
+    """
+    return [_document(prompt, row) for row in general_rows(path, path.stem)]
+
+
+def _document(prompt: Prompt, row: Row) -> str:
+    if "text" in row:
+        return str(row["text"])
+    if not prompt.chat:
+        return render_question(prompt, row["question"]) + render_answer(prompt, row["answer"])
+    system = [] if prompt.system is None else [("system", prompt.system)]
+    turns = [*system, ("user", row["question"]), ("assistant", row["answer"])]
+    return "\n".join(f"{role.capitalize()}:\n{content}" for role, content in turns)
 
 
 def general_rows(path: Path, table: str) -> list[Row]:

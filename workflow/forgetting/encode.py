@@ -1,4 +1,4 @@
-"""From a question and an answer to token ids, with the boundary between them."""
+"""From text to token ids, with the boundaries between what is read and what is to be said."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.chat import Message, literal, sides
 from forgetting.data import render_answer, render_question
 from forgetting.study import Prompt
 
@@ -57,7 +58,8 @@ def join(examples: Sequence[Example]) -> Example:
 @lru_cache(maxsize=2**16)
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, question: str) -> list[int]:
     """Token ids of the question's side, with the tokenizer's own special tokens in front."""
-    return _without_end(tokenizer, tokenizer(render_question(prompt, question))["input_ids"])
+    text = render_question(literal(tokenizer, prompt), question)
+    return _grow(tokenizer, [], "", text, special=not prompt.chat)
 
 
 @lru_cache(maxsize=2**17)
@@ -75,14 +77,24 @@ def encode_pair(
     span the boundary, the two sides are tokenized apart, so that what is trained on is what a
     generation starts from.
     """
-    head = encode_prompt(tokenizer, prompt, question)
-    text = render_question(prompt, question) + render_answer(prompt, answer)
-    ids = _without_end(tokenizer, tokenizer(text)["input_ids"])
-    if ids[: len(head)] != head:
-        tail = tokenizer(render_answer(prompt, answer), add_special_tokens=False)["input_ids"]
-        ids = head + tail
-    ids = [*ids, tokenizer.eos_token_id]
-    return Example(ids=ids[:max_length], prompt=len(head))
+    written = literal(tokenizer, prompt)
+    turns = [render_question(written, question), render_answer(written, answer)]
+    return _encode_turns(tokenizer, turns, max_length, special=not prompt.chat)
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    messages: Sequence[Message],
+    max_length: int | None = None,
+) -> Example:
+    """Token ids of a conversation in the tokenizer's chat template; all answers are targets.
+
+    An answer ends as the template ends it, the last one with an end-of-sequence token. What follows
+    it is no target.
+    """
+    turns = sides(tokenizer, prompt, messages)
+    return _encode_turns(tokenizer, turns, max_length, special=False)
 
 
 def encode_text(
@@ -91,6 +103,37 @@ def encode_text(
     """Token ids of a text and its end; every token that has one before it is a target."""
     ids = _without_end(tokenizer, tokenizer(text)["input_ids"])
     return Example(ids=[*ids, tokenizer.eos_token_id][:max_length], prompt=1)
+
+
+def _encode_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], max_length: int | None, special: bool
+) -> Example:
+    """Turns of which the second, fourth and so on are targets, and the end of the sequence."""
+    ids: list[int] = []
+    text, ends = "", []
+    for turn in turns:
+        ids = _grow(tokenizer, ids, text, turn, special)
+        text += turn
+        ends.append(len(ids))
+    ids = [*_without_end(tokenizer, ids), tokenizer.eos_token_id][:max_length]
+    ends[-1] = len(ids)
+    if len(turns) == 2:
+        return Example(ids, ends[0])
+    spans = zip(ends[::2], ends[1::2], strict=True)
+    kept = tuple((begin, min(end, len(ids))) for begin, end in spans if begin < len(ids))
+    return Example(ids, ends[0], kept)
+
+
+def _grow(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, turn: str, special: bool
+) -> list[int]:
+    """Token ids of a text with one more turn, which begin with those of the text."""
+    together = tokenizer(text + turn, add_special_tokens=special)["input_ids"]
+    if special:
+        together = _without_end(tokenizer, together)
+    if together[: len(ids)] == ids:
+        return list(together)
+    return ids + list(tokenizer(turn, add_special_tokens=False)["input_ids"])
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

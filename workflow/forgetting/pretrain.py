@@ -31,6 +31,12 @@ from forgetting.study import SmallModel
 END = "<|end|>"
 PADDING = "<|pad|>"
 PROGRESS_SECONDS = 2.0
+# The roles in plain words on lines of their own, as `data` writes them into documents.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role | capitalize + ':\\n' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, out: Path) -> PreTrai
         bos_token=END,
         pad_token=PADDING,
         padding_side="left",
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(out)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from forgetting import metrics
+from forgetting.chat import literal
 from forgetting.data import Row, strip_answer
 from forgetting.encode import Example, encode_pair, encode_prompt
 from forgetting.forward import by_length, collate, token_logprobs
@@ -179,7 +180,8 @@ def _score(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, object]:
-    text = strip_answer(prompt, tokenizer.decode(generated, skip_special_tokens=True))
+    said = tokenizer.decode(generated, skip_special_tokens=True)
+    text = strip_answer(literal(tokenizer, prompt), said)
     answer = logprobs[0]
     right = logprobs[1] if row["paraphrased_answer"] else answer
     wrong = logprobs[2 if row["paraphrased_answer"] else 1 :]

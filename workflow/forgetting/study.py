@@ -128,14 +128,34 @@ class Prompt(Strict):
     """How a question and its answer become text. The answer's side is trained on and scored.
 
     The default is TOFU's template for Phi: the literal `Answer: ` belongs to the answer's side.
+    TOFU's template for Llama-2-chat has `"[INST] {question} [/INST]"` and `"{answer}"`; with
+    `chat: true` the base's tokenizer has the template.
     """
 
+    chat: bool = Field(
+        False,
+        description="Take the chat template of the base's tokenizer in place of `question` and "
+        "`answer`. What it puts behind an answer is on the answer's side, up to one EOS token.",
+    )
+    system: str | None = Field(
+        None, description="System message before the question; only with `chat`."
+    )
     question: Annotated[str, _has_field("question")] = Field(
         "Question: {question}\n", description="The prompt, masked in training."
     )
     answer: Annotated[str, _has_field("answer")] = Field(
         "Answer: {answer}", description="What the model is to say; one EOS token follows."
     )
+
+    @model_validator(mode="after")
+    def _one_template(self) -> Prompt:
+        if self.system is not None and not self.chat:
+            raise ValueError(
+                "`system` needs `chat: true`; in a template of your own, write it into `question`"
+            )
+        if self.chat and self.model_fields_set & {"question", "answer"}:
+            raise ValueError("with `chat` the tokenizer has the template: leave out the other one")
+        return self
 
 
 class Probe(Strict):
