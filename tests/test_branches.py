@@ -1,0 +1,464 @@
+"""Budgets of one trunk: each branch ends as the run of its budget that was trained alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from forgetting import branches as module
+from forgetting import checkpoints, gradients
+from forgetting import cohort as cohort_module
+from forgetting import train as train_module
+from forgetting.branches import alone, train_branches, train_trunks
+from forgetting.cohort import CohortSpec, Materials, cohort_items, run_key, train_cohort
+from forgetting.plan import Tuning, budget_name
+from forgetting.select import course_of
+from forgetting.study import Measurement, Prompt, Selection, Setting, Training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
+INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "code": "c", "probe new": "p"}
+LOW, HIGH = Setting(learning_rate=5e-3), Setting(learning_rate=1e-2, weight_decay=1e-3)
+# Three steps an epoch: branches at steps 2 (within the warm-up), 5 and 10, of 2, 6 and 12 steps.
+BUDGETS = [0.75, 2.0, 4.0]
+STARTS = {0.75: 1, 2.0: 5, 4.0: 10}
+TRAINING = Training(
+    epochs=4.0,
+    batch_size=4,
+    micro_batch_size=3,
+    schedule="trapezoid",
+    warmup_epochs=1.0,
+    budgets=BUDGETS,
+)
+FULL = Tuning(name="full", kind="full", label="full", settings=[Setting(learning_rate=1e-3)])
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+@pytest.fixture
+def materials(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Materials:
+    """The tiny base, ten rows to learn, and two probes."""
+    return Materials(
+        base=base_folder,
+        tokenizer=tokenizer,
+        train=rows,
+        probes={"new": rows[:2], "old": rows[8:]},
+        base_value=0.1,
+        device=torch.device("cpu"),
+        precision=torch.float32,
+    )
+
+
+@pytest.fixture
+def spec(tuning: Tuning) -> CohortSpec:
+    """One rate; evaluated twice an epoch, so that some evaluations lie within a cooldown."""
+    return CohortSpec(
+        tuning=tuning.model_copy(update={"settings": [HIGH]}),
+        seed=3,
+        prompt=Prompt(),
+        training=TRAINING,
+        measurement=Measurement(max_new_tokens=2, every_epochs=1 / 3),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new", "old": "old"},
+    )
+
+
+class Lab:
+    """Trains trunks and branches in one folder, and runs of one budget alone in another."""
+
+    def __init__(self, materials: Materials, folder: Path) -> None:
+        self.materials, self.state, self.apart = materials, folder / "state", folder / "apart"
+        self.told: list[tuple[str, int]] = []
+
+    def trunks(self, spec: CohortSpec) -> Records:
+        """As the program `finetune` does."""
+        return train_trunks(spec, self.materials, INPUTS, self.state, self.tell)
+
+    def branches(self, spec: CohortSpec, budget: float, trunks: Records | None = None) -> Records:
+        """As the program `cool_down` does; the trunks must have ended before."""
+        trunks = self.trunks(spec) if trunks is None else trunks
+        return train_branches(spec, budget, trunks, self.materials, INPUTS, self.state, self.tell)
+
+    def alone(self, spec: CohortSpec, budget: float) -> Records:
+        """What the budget's runs are when nothing else is trained."""
+        return train_cohort(
+            alone(spec, budget), self.materials, INPUTS, self.apart, lambda *_: None
+        )
+
+    def tell(self, run: str, progress: Any, schedule: Any) -> None:
+        """Note the steps that were told."""
+        self.told.append((run, progress.step))
+
+    def starts(self) -> list[str]:
+        """The trunk's checkpoints that are still there."""
+        return sorted(path.name for path in self.state.glob("*/*/*/*/starts/*"))
+
+
+@pytest.fixture
+def lab(materials: Materials, tmp_path: Path) -> Lab:
+    return Lab(materials, tmp_path)
+
+
+def _assert_same(branch: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Weights, losses, points, tokens and items are equal bit for bit."""
+    for key in ("losses", "points", "tokens", "steps", "steps_per_epoch", "status", "setting"):
+        assert branch[key] == expected[key], key
+    folders = Path(branch["folder"]), Path(expected["folder"])
+    names = [sorted(path.name for path in folder.glob("items-*")) for folder in folders]
+    assert names[0] == names[1]
+    for name in names[0]:
+        ours, theirs = (pd.read_parquet(folder / name) for folder in folders)
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    last = f"step-{expected['steps']:07d}"
+    (file,) = (folders[1] / last).glob("*model.safetensors")
+    ours, theirs = (load_file(folder / last / file.name) for folder in folders)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+# --- the same as alone --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_branch_is_the_run_of_its_budget_alone(lab: Lab, spec: CohortSpec, kind: str) -> None:
+    """Dropout, decay, clipping and evaluations in between: every bit of every budget's run."""
+    if kind == "full":
+        spec = spec.model_copy(update={"tuning": FULL})
+    trunks = lab.trunks(spec)
+    assert trunks[0]["steps"] == STARTS[4.0]
+    for budget in BUDGETS:
+        (branch,) = lab.branches(spec, budget, trunks)
+        (expected,) = lab.alone(spec, budget)
+        _assert_same(branch, expected)
+        assert branch["budget"] == budget
+        assert branch["run"] == f"{expected['run']}/{budget_name(budget)}"
+        trained = [step for run, step in lab.told if run == branch["run"]]
+        assert trained == list(range(STARTS[budget] + 1, expected["steps"] + 1))
+    assert [step for run, step in lab.told if run == trunks[0]["run"]] == list(range(1, 11))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "lionw"},
+        {"optimizer": "adafactor"},
+        {"schedule": "inverse_sqrt", "decay_floor": 0.2, "floor": 0.1, "cooldown": 0.5},
+        {"warmup_epochs": None, "warmup_steps": 8},
+    ],
+    ids=["lionw", "adafactor", "inverse_sqrt", "long warm-up"],
+)
+def test_it_is_so_with_every_schedule_and_optimizer(
+    lab: Lab, spec: CohortSpec, changes: dict[str, Any]
+) -> None:
+    training = Training.model_validate(TRAINING.model_dump() | changes)
+    spec = spec.model_copy(update={"training": training})
+    for budget in (0.75, 2.0):
+        _assert_same(lab.branches(spec, budget)[0], lab.alone(spec, budget)[0])
+
+
+def test_every_run_of_a_sweep_has_its_branch(lab: Lab, spec: CohortSpec) -> None:
+    tuning = spec.tuning.model_copy(update={"settings": [LOW, HIGH]})
+    spec = spec.model_copy(update={"tuning": tuning})
+    both = lab.branches(spec, 2.0)
+    assert [record["setting"] for record in both] == [s.model_dump() for s in (LOW, HIGH)]
+    for record, expected in zip(both, lab.alone(spec, 2.0), strict=True):
+        _assert_same(record, expected)
+    assert both[0]["losses"] != both[1]["losses"]
+
+
+def test_the_shortest_budget_starts_with_the_trunk(lab: Lab, spec: CohortSpec) -> None:
+    """A cooldown that is the whole run: nothing of the trunk is in it."""
+    training = TRAINING.model_copy(update={"budgets": [0.1, 4.0]})
+    spec = spec.model_copy(update={"training": training})
+    (branch,) = lab.branches(spec, 0.1)
+    assert branch["steps"] == 1
+    _assert_same(branch, lab.alone(spec, 0.1)[0])
+
+
+def test_budgets_of_as_many_steps_end_alike(lab: Lab, spec: CohortSpec) -> None:
+    training = TRAINING.model_copy(update={"budgets": [0.7, 0.75, 4.0]})
+    spec = spec.model_copy(update={"training": training})
+    one, other = lab.branches(spec, 0.7), lab.branches(spec, 0.75)
+    assert one[0]["losses"] == other[0]["losses"]
+    course = course_of([*one, *other], 0.1)
+    assert [point.step for point in course.points] == [0, 2]
+
+
+def test_the_time_of_a_branch_is_without_the_trunks(lab: Lab, spec: CohortSpec) -> None:
+    (branch,) = lab.branches(spec, 4.0)
+    (expected,) = lab.alone(spec, 4.0)
+    whole = branch["tokens"] / branch["tokens_per_second"]
+    assert branch["training_seconds"] == pytest.approx(whole * 2 / 12)
+    assert expected["training_seconds"] == pytest.approx(
+        expected["tokens"] / expected["tokens_per_second"]
+    )
+
+
+# --- trunks that diverge, and budgets that come later -------------------------------------------
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Make the loss of a step no number, in every run that makes that step."""
+    original = train_module._step
+
+    def poisoned(model: Any, examples: Any, recipe: Any, progress: Any, *more: Any) -> Any:
+        loss, tokens = original(model, examples, recipe, progress, *more)
+        return (float("nan"), tokens) if progress.step == at else (loss, tokens)
+
+    monkeypatch.setattr(train_module, "_step", poisoned)
+
+
+def test_branches_before_a_trunk_diverges_are_sound(
+    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those after it are recorded as diverged, as the run alone would be."""
+    _poison(monkeypatch, 7)
+    trunks = lab.trunks(spec)
+    assert trunks[0]["status"] == "diverged"
+    ended = {budget: lab.branches(spec, budget, trunks)[0] for budget in BUDGETS}
+    assert [record["status"] for record in ended.values()] == ["ok", "ok", "diverged"]
+    (expected,) = lab.alone(spec, 4.0)
+    for key in ("losses", "points", "steps", "status"):
+        assert ended[4.0][key] == expected[key], key
+    course = course_of([ended[budget] for budget in BUDGETS], 0.1)
+    assert course.diverged
+    assert [point.step for point in course.points] == [0, 2, 6]
+    assert course.run_at(None).endswith("budget2")
+
+
+def test_one_more_budget_trains_one_more_branch(lab: Lab, spec: CohortSpec) -> None:
+    """The trunk stays; the new branch starts at the last state that is still there."""
+    trunks = lab.trunks(spec)
+    lab.branches(spec, 0.75, trunks)
+    wider = spec.model_copy(
+        update={"training": TRAINING.model_copy(update={"budgets": [0.75, 3.0, 2.0, 4.0]})}
+    )
+    lab.told.clear()
+    assert lab.trunks(wider) == trunks
+    (branch,) = lab.branches(wider, 3.0, trunks)
+    assert {step for _, step in lab.told} == {6, 7, 8, 9}
+    _assert_same(branch, lab.alone(wider, 3.0)[0])
+    longer = spec.model_copy(
+        update={"training": TRAINING.model_copy(update={"epochs": 5.0, "budgets": [0.75, 5.0]})}
+    )
+    assert run_key(longer, HIGH, INPUTS) != run_key(spec, HIGH, INPUTS)
+
+
+def test_a_trunk_is_not_taken_for_the_run_without_budgets(spec: CohortSpec) -> None:
+    """It ends before the cooldown; without `budgets` in the study the run is another."""
+    without = spec.model_copy(update={"training": TRAINING.model_copy(update={"budgets": []})})
+    assert run_key(without, HIGH, INPUTS) != run_key(spec, HIGH, INPUTS)
+
+
+# --- what lies on the disk ----------------------------------------------------------------------
+
+
+def test_starts_stay_until_their_branches_are_done(lab: Lab, spec: CohortSpec) -> None:
+    trunks = lab.trunks(spec)
+    assert lab.starts() == ["step-0000001", "step-0000005", "step-0000010"]
+    lab.branches(spec, 2.0, trunks)
+    assert lab.starts() == ["step-0000001", "step-0000010"]
+    lab.branches(spec, 4.0, trunks)
+    lab.branches(spec, 0.75, trunks)
+    assert lab.starts() == []
+    assert not list(lab.state.rglob("optimizer.safetensors"))
+    kept = [path.parent.name for path in lab.state.rglob("*model.safetensors")]
+    assert sorted(kept) == ["step-0000002", "step-0000006", "step-0000012"]
+
+
+def test_a_finished_branch_trains_nothing_again(lab: Lab, spec: CohortSpec) -> None:
+    trunks = lab.trunks(spec)
+    done = {budget: lab.branches(spec, budget, trunks) for budget in BUDGETS}
+    lab.told.clear()
+    assert lab.trunks(spec) == trunks
+    assert {budget: lab.branches(spec, budget, trunks) for budget in BUDGETS} == done
+    assert lab.told == []
+
+
+def test_a_file_system_without_links_is_served_by_copies(
+    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    _assert_same(lab.branches(spec, 2.0)[0], lab.alone(spec, 2.0)[0])
+
+
+def test_items_of_a_branch_begin_with_the_trunks(lab: Lab, spec: CohortSpec) -> None:
+    """A branch is a whole run to whoever reads the tables."""
+    (branch,) = lab.branches(spec, 2.0)
+    items = cohort_items([branch])
+    assert list(items["step"].unique()) == [1, 2, 3, 4, 5, 6]
+    assert set(items["run"]) == {branch["run"]}
+
+
+# --- killed and started again -------------------------------------------------------------------
+
+
+def _kill_at(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool
+) -> None:
+    """End the process at a call of a function: before it does its work, or just after."""
+    original, count = getattr(owner, name), 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if count == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+def _ends_whatever_kills_it(
+    monkeypatch: pytest.MonkeyPatch,
+    moments: Sequence[tuple[Any, str, int]],
+    begin: Callable[[], None],
+    end: Callable[[], None],
+) -> None:
+    for owner, name, call in moments:
+        for after in (False, True):
+            begin()
+            with monkeypatch.context() as patch:
+                _kill_at(patch, owner, name, call, after)
+                with pytest.raises(Killed):
+                    end()
+            end()
+
+
+# Of the six checkpoints, the first, third and sixth are those that branches start from.
+TRUNK_MOMENTS = [
+    (train_module, "_step", 6),
+    (train_module, "write_table", 2),
+    (train_module, "write_checkpoint", 6),
+    (checkpoints, "save_checkpoint", 3),
+    (checkpoints, "save_tensors", 3),
+    (checkpoints, "write_json", 6),
+    (Path, "rename", 1),
+    (Path, "rename", 3),
+    (cohort_module, "write_json", 1),
+]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_killed_trunk_stores_the_same_starts(
+    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """In a step, an evaluation, or while a start is written: the same bytes in every start."""
+    if kind == "full":
+        spec = spec.model_copy(update={"tuning": FULL})
+    rarely = Measurement(max_new_tokens=2, every_epochs=1.0)
+    spec = spec.model_copy(update={"measurement": rarely})
+    whole = Lab(lab.materials, tmp_path / "whole")
+    (expected,) = whole.trunks(spec)
+
+    def begin() -> None:
+        shutil.rmtree(lab.state, ignore_errors=True)
+
+    def end() -> None:
+        (trunk,) = lab.trunks(spec)
+        assert (trunk["losses"], trunk["points"]) == (expected["losses"], expected["points"])
+        assert lab.starts() == whole.starts()
+        for file in Path(expected["folder"], "starts").rglob("*.safetensors"):
+            ours = Path(trunk["folder"]) / file.relative_to(expected["folder"])
+            assert ours.read_bytes() == file.read_bytes()
+
+    _ends_whatever_kills_it(monkeypatch, TRUNK_MOMENTS, begin, end)
+
+
+def test_a_killed_trunk_goes_on_from_a_start(
+    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where evaluations are rare, less is lost."""
+    rarely = Measurement(max_new_tokens=2, every_epochs=9.0)
+    spec = spec.model_copy(update={"measurement": rarely})
+    with monkeypatch.context() as patch:
+        _kill_at(patch, train_module, "_step", 8, after=False)
+        with pytest.raises(Killed):
+            lab.trunks(spec)
+    assert lab.told[-1][1] == 7
+    lab.told.clear()
+    lab.trunks(spec)
+    assert [step for _, step in lab.told] == [6, 7, 8, 9, 10]
+
+
+BRANCH_MOMENTS = [
+    (shutil, "copytree", 1),
+    (module, "link_or_copy", 1),
+    (module, "settle", 1),
+    (Path, "rename", 1),
+    (Path, "rename", 2),
+    (train_module, "_step", 1),
+    (train_module, "_step", 2),
+    (train_module, "write_table", 1),
+    (checkpoints, "save_tensors", 1),
+    (train_module, "prune", 2),
+    (cohort_module, "write_json", 1),
+    (module, "_forget_trunk", 1),
+    (Path, "unlink", 1),
+    (shutil, "rmtree", 3),
+]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_killed_branch_ends_like_one_that_was_not(
+    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """While the trunk's state is taken over, in the cooldown, at its end, and as starts go."""
+    if kind == "full":
+        spec = spec.model_copy(update={"tuning": FULL})
+    trunks = lab.trunks(spec)
+    (expected,) = lab.alone(spec, 4.0)
+    shutil.copytree(lab.state, tmp_path / "trunks")
+
+    def begin() -> None:
+        shutil.rmtree(lab.state)
+        shutil.copytree(tmp_path / "trunks", lab.state)
+
+    def end() -> None:
+        (branch,) = lab.branches(spec, 4.0, trunks)
+        _assert_same(branch, expected)
+        assert lab.starts() == ["step-0000001", "step-0000005"]
+
+    _ends_whatever_kills_it(monkeypatch, BRANCH_MOMENTS, begin, end)
+
+
+def test_memory_that_ran_out_in_the_trunk_is_remembered(
+    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch does not try again what did not fit; alone it would have ended the same."""
+    original, seen = gradients.target_logits, []
+
+    def narrow(model: Any, batch: Any) -> torch.Tensor:
+        seen.append(len(batch.ids))
+        if len(batch.ids) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(model, batch)
+
+    monkeypatch.setattr(gradients, "target_logits", narrow)
+    lab.materials = replace(lab.materials, train=lab.materials.train[:4])
+    trunks = lab.trunks(spec)
+    seen.clear()
+    lab.branches(spec, 4.0, trunks)
+    assert set(seen) == {1}
