@@ -38,7 +38,9 @@ def save_checkpoint(model: Model, folder: Path) -> None:
             state = convert_pissa(model.start, state)
             double = {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha}
             config = replace(config, **double, init_lora_weights=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        # Copies, since a trained embedding and its tied head are one, and a file wants two.
+        form = {"memory_format": torch.contiguous_format}
+        tensors = {name: tensor.detach().cpu().clone(**form) for name, tensor in state.items()}
         save_tensors(tensors, folder / ADAPTER)
         config.save_pretrained(str(folder))
     else:
