@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from forgetting import metrics
 from forgetting.chat import literal
 from forgetting.data import Row, strip_answer
+from forgetting.decode import greedy_answers
 from forgetting.encode import Example, encode_pair, encode_prompt
 from forgetting.forward import by_length, collate, token_logprobs
 from forgetting.models import Model
@@ -92,49 +91,16 @@ def generate(
     prompt: Prompt,
     settings: Measurement,
 ) -> list[list[int]]:
-    """Greedy answers as token ids, each ended before its end-of-sequence token.
-
-    Questions of similar length share a batch, padded on the left.
-    """
+    """Greedy answers as token ids, each ended before its end-of-sequence token."""
     prompts = [encode_prompt(tokenizer, prompt, question) for question in questions]
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    return greedy_answers(
+        model,
+        prompts,
+        settings.max_new_tokens,
+        settings.batch_size,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
     )
-    answers: list[list[int]] = [[] for _ in prompts]
-    for indices in by_length([len(ids) for ids in prompts], settings.batch_size):
-        length = max(len(prompts[index]) for index in indices)
-        ids = torch.full((len(indices), length), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(indices):
-            ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, length - len(prompts[index]) :] = 1
-        with _only(model, config):
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-            )
-        for index, tokens in zip(indices, output[:, length:].tolist(), strict=True):
-            end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
-            answers[index] = tokens[:end]
-    return answers
-
-
-@contextmanager
-def _only(model: Model, config: GenerationConfig) -> Iterator[None]:
-    """Set aside what the model's folder advises (penalties, beams, least lengths).
-
-    `generate` fills in from there whatever `config` leaves open.
-    """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    advice, inner.generation_config = inner.generation_config, config
-    try:
-        yield
-    finally:
-        inner.generation_config = advice
 
 
 def _answer_logprobs(

@@ -1,0 +1,109 @@
+"""Greedy answers to many questions: batched by length, each row leaving as soon as it ends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from forgetting.forward import by_length
+from forgetting.models import Model
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: Model, prompts: Sequence[Sequence[int]], most: int, batch_size: int, end: int, pad: int
+) -> list[list[int]]:
+    """The likeliest next token again and again, up to `end`, which is left out, or `most` tokens.
+
+    Prompts of similar length share a batch, padded on the left.
+    """
+    decode = _decode if can_drop_rows(model) else _generate
+    answers: list[list[int]] = [[] for _ in prompts]
+    for indices in by_length([len(prompt) for prompt in prompts], batch_size):
+        length = max(len(prompts[index]) for index in indices)
+        ids = torch.full((len(indices), length), pad)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, length - len(prompts[index]) :] = 1
+        found = decode(model, ids.to(model.device), mask.to(model.device), most, end)
+        for index, tokens in zip(indices, found, strict=True):
+            answers[index] = tokens
+    return answers
+
+
+def can_drop_rows(model: Model) -> bool:
+    """Is all that a row remembers in a cache of keys and values, by positions that we may give?"""
+    inner = _inner(model)
+    return (
+        not getattr(inner, "_is_stateful", False)
+        and "position_ids" in inspect.signature(inner.forward).parameters
+    )
+
+
+def _decode(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> list[list[int]]:
+    """Rows that have ended are taken out of the batch and the cache: nothing is computed for them.
+
+    `generate` computes every row until the last one ends, which for short answers beside one that
+    never ends is most of its time.
+    """
+    answers: list[list[int]] = [[] for _ in ids]
+    rows = list(range(len(ids)))
+    cache = DynamicCache(config=_inner(model).config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(most):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        tokens = logits[:, -1].argmax(-1)
+        going_on = (tokens != end).nonzero().flatten()
+        if len(going_on) == 0:
+            break
+        if len(going_on) < len(rows):
+            cache.batch_select_indices(going_on)
+            rows = [rows[place] for place in going_on.tolist()]
+            tokens, mask, positions = tokens[going_on], mask[going_on], positions[going_on]
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            answers[row].append(token)
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return answers
+
+
+def _generate(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> list[list[int]]:
+    """The same with transformers' `generate`, for models that keep more than keys and values."""
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=most, eos_token_id=end, pad_token_id=end
+    )
+    with _only(_inner(model), config):
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    found = output[:, ids.shape[1] :].tolist()
+    return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in found]
+
+
+def _inner(model: Model) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Set aside what the model's folder advises (penalties, beams, least lengths).
+
+    `generate` fills in from there whatever `config` leaves open.
+    """
+    advice, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = advice
