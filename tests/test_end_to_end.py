@@ -61,10 +61,10 @@ def _run(folder: Path, *options: str, study: str = "mini", root: Path = ROOT) ->
     return done.stdout
 
 
-def _tables(folder: Path) -> dict[str, pd.DataFrame]:
+def _tables(folder: Path, results: Path = RESULTS) -> dict[str, pd.DataFrame]:
     """All tables but for the columns that tell how long something took."""
     tables = {
-        name: pd.read_parquet(folder / RESULTS / "tables" / f"{name}.parquet") for name in TABLES
+        name: pd.read_parquet(folder / results / "tables" / f"{name}.parquet") for name in TABLES
     }
     tables["runs"] = tables["runs"].drop(columns=MEASURED_TIMES)
     return tables
@@ -120,10 +120,10 @@ def _forget(folder: Path, method: str) -> None:
     (folder / "reports" / "tradeoff.html").unlink()
 
 
-def _kill_program(folder: Path, program: str, when: Callable[[], bool]) -> int:
+def _kill_program(folder: Path, program: str, when: Callable[[], bool], study: str = "mini") -> int:
     """Run the study, kill one program of it when something is there; snakemake's status."""
     with subprocess.Popen(
-        _command(),
+        _command(study=study),
         cwd=folder,
         env=_environment(),
         stdout=subprocess.DEVNULL,
@@ -186,6 +186,65 @@ def test_another_learning_rate_trains_one_run(another: Path, tmp_path: Path) -> 
     added = after.keys() - before.keys()
     assert [path.parents[1].name for path in added] == ["lr0.004-wd0"]
     assert len(json.loads((another / target).read_text(encoding="utf-8"))) == 2
+
+
+@pytest.fixture
+def budgets(tmp_path: Path) -> Path:
+    """The study `mini` with two methods, three budgets, and benchmarks of every end."""
+    document = yaml.safe_load((ROOT / "config" / "studies" / "mini.yaml").read_text("utf-8"))
+    document["methods"] = document["methods"][-2:]
+    document["training"] |= {"schedule": "trapezoid", "epochs": 8, "budgets": [1, 4, 8]}
+    document["selection"] = {"probe": "new_authors", "threshold": 0.9}
+    document["benchmarks"] = {
+        "rows": "world",
+        "tasks": {"arc_challenge": {}},
+        "models": "budgets",
+    }
+    path = tmp_path / "budgets.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_a_study_with_budgets_tells_what_every_duration_does(budgets: Path, tmp_path: Path) -> None:
+    """Trunks, branches, choice, benchmarks of every end and the page; and once more after a kill.
+
+    When all is done the trunk's states are gone. A branch whose results are removed then is trained
+    from the start, be it killed on the way: the same numbers, since it is the run of its budget.
+    """
+    folder, results, study = tmp_path / "work", Path("results/budgets-tiny"), str(budgets)
+    folder.mkdir()
+    _run(folder, study=study)
+    assert (folder / "reports" / "tradeoff.html").is_file()
+    assert "Nothing to be done" in _run(folder, "--dry-run", study=study)
+    expected = _tables(folder, results)
+    runs = expected["runs"].dropna(subset=["budget"])
+    assert len(runs) == 12  # two methods of two learning rates
+    assert dict(zip(runs["budget"], runs["steps"], strict=True)) == {0.25: 1, 1.0: 3, 2.0: 6}
+    ends = expected["trajectory"].merge(runs[["run", "steps"]], on="run")
+    ends = ends[ends["step"] == ends["steps"]]
+    assert set(ends["run"]) == set(runs["run"])
+    assert set(expected["selection"]["step"]) == {6}
+    scored = expected["benchmarks"]
+    assert scored.groupby("method")["step"].unique().map(sorted).to_dict() == {
+        "base": [0],
+        "lora-r128": [1, 3, 6],
+        "full": [1, 3, 6],
+    }
+    state = folder / results / "state"
+    assert not list(state.rglob("optimizer.safetensors"))
+    assert not [path for path in state.glob("*/*/*/*/starts/*") if path.is_dir()]
+
+    shutil.rmtree(state / "budget2" / "full")
+    shutil.rmtree(folder / results / "branches" / "full" / "seed0" / "budget2")
+    newest = "full/seed0/*/*/step-0000003/progress.json"
+    _kill_program(
+        folder, "cool_down.py", lambda: any((state / "budget2").glob(newest)), study=study
+    )
+    assert not list((state / "budget2").glob("full/seed0/*/*/run.json"))
+    _run(folder, study=study)
+    for name, table in _tables(folder, results).items():
+        pd.testing.assert_frame_equal(table, expected[name], check_exact=True, obj=name)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from forgetting.select import (
     Choice,
     Point,
     choose_setting,
+    course_of,
     is_over,
     select_checkpoint,
     steps_to_keep,
@@ -273,3 +274,54 @@ def test_passing_over_a_setting_without_a_checkpoint_is_told() -> None:
     chosen, told = choose_setting(trajectories, _rule())
     assert chosen == SLOW
     assert "among those with an evaluation between the base and the threshold" in told
+
+
+# --- one run, or the branches of a trunk --------------------------------------------------------
+
+
+def _record(run: str, *points: tuple[int, float], **more: object) -> dict[str, object]:
+    """Ten steps an epoch."""
+    told = [[step, step / 10, value] for step, value in points]
+    return {"run": run, "status": "ok", "steps": points[-1][0], "points": told} | more
+
+
+def test_the_course_of_a_run_is_its_evaluations() -> None:
+    course = course_of([_record("a", (10, 0.5), (20, 0.95))], 0.1)
+    assert course.points == _points(0.1, 0.5, 0.95)
+    assert course.run_at(course.points[1]) == course.run_at(None) == "a"
+    assert not course.diverged
+
+
+def test_the_course_of_branches_is_their_ends() -> None:
+    """Whatever the trunk and the branches measured before; in the order of the durations."""
+    branches = [
+        _record("a/budget4", (10, 0.6), (30, 0.95), (40, 0.97), budget=4.0),
+        _record("a/budget1", (5, 0.2), (10, 0.4), budget=1.0),
+        _record("a/budget2", (10, 0.6), (20, 0.8), budget=2.0),
+    ]
+    course = course_of(branches, 0.1)
+    assert [(point.step, point.value) for point in course.points] == [
+        (0, 0.1),
+        (10, 0.4),
+        (20, 0.8),
+        (40, 0.97),
+    ]
+    choice = select_checkpoint(course.points, 0.9)
+    assert (choice.status, course.run_at(choice.point)) == ("selected", "a/budget2")
+    assert course.run_at(None) == "a/budget4"
+
+
+def test_one_budget_has_one_point() -> None:
+    course = course_of([_record("a/budget4", (10, 0.6), (40, 0.7), budget=4.0)], 0.1)
+    assert [point.step for point in course.points] == [0, 40]
+
+
+def test_branches_that_diverged_are_no_points() -> None:
+    broken = {"budget": 2.0, "status": "diverged"}
+    ended = _record("a/budget1", (10, 0.4), budget=1.0)
+    course = course_of([ended, _record("a/budget2", (10, 0.6), **broken)], 0.1)
+    assert [point.step for point in course.points] == [0, 10]
+    assert course.diverged
+    none = course_of([_record("a/budget2", (10, 0.6), **broken)], 0.1)
+    assert select_checkpoint(none.points, 0.9, "last", none.diverged).status == "diverged"
+    assert none.run_at(None) == "a/budget2"

@@ -390,6 +390,30 @@ def test_tiny_scale_keeps_the_plan_and_shrinks_the_work(write: Any) -> None:
     assert [len(tuning.settings) for tuning in tunings(tiny)] == [2, 2, 1]
 
 
+BUDGETS = """\
+training: {schedule: trapezoid, epochs: 20, warmup_steps: 1000, budgets: [0.25, 1, 20]}
+selection:
+"""
+
+
+def test_tiny_scale_keeps_every_budget_and_its_share(write: Any) -> None:
+    """Of two epochs; the warm-up of a whole study is longer than a tiny one."""
+    tiny = _load(write(("selection:\n", BUDGETS)), scale="tiny")
+    assert tiny.training.budgets == pytest.approx([0.025, 0.1, 2.0])
+    assert (tiny.training.epochs, tiny.training.warmup_steps) == (2.0, None)
+    assert Study.model_validate_json(tiny.model_dump_json()) == tiny
+
+
+def test_budgets_need_the_whole_trunk(write: Any) -> None:
+    path = write(("selection:\n", BUDGETS), ("threshold: 0.9", "stop_after: 1"))
+    assert "selection.stop_after would end the trunk" in _told(path)
+
+
+def test_the_ends_of_budgets_are_benchmarked_only_where_there_are_budgets(write: Any) -> None:
+    path = write(("selection:\n", "benchmarks: {models: budgets}\nselection:\n"))
+    assert "benchmarks.models: `budgets` needs training.budgets" in _told(path)
+
+
 def test_tiny_scale_trains_the_fixed_setting(write: Any) -> None:
     """The rule `fixed` finds its setting in the shrunk sweep, too."""
     fixed = "    fixed: {learning_rate: 5.0e-3, weight_decay: 0.0}\n"

@@ -253,6 +253,76 @@ def test_shares_of_the_update_are_one_job_a_model(plan: Plan, tmp_path: Path) ->
     assert lines == {"-p gpu -t 120 --mem 64000 --cpus-per-task=8 --gpus=1"}
 
 
+def _budgets(tmp_path: Path, **changes: Any) -> Path:
+    """The study `mini` with three budgets, one seed and two methods."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["methods"] = document["methods"][-2:]
+    document["training"] |= {"schedule": "trapezoid", "epochs": 8, "budgets": [0.5, 2, 8]}
+    document["selection"].pop("stop_after")
+    for section, values in changes.items():
+        document[section] |= values
+    budgets = tmp_path / "budgets.yaml"
+    budgets.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return budgets
+
+
+BUDGETS = JOBS["mini"] | {
+    "finetune": 2,
+    "cool_down": 6,
+    "select_checkpoint": 2,
+    "benchmark": 3,
+    "execute_programs": 3,
+}
+
+
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+def test_every_budget_is_a_job_of_its_own_after_the_trunk(
+    plan: Plan, tmp_path: Path, scale: str
+) -> None:
+    """Branches wait for the trunk of their method and seed only, and the choice for all of them."""
+    jobs = plan(_budgets(tmp_path), "slurm", scale=scale)
+    assert _counts(jobs) == BUDGETS
+    branches = [job for job in jobs if job.rule.name == "cool_down"]
+    for job in branches:
+        cohort = f"/cohorts/{job.wildcards.method}/seed0/runs.json"
+        assert [path for path in job.input if "/cohorts/" in str(path)] == [job.input.trunks]
+        assert str(job.input.trunks).endswith(cohort)
+    lines = {_sbatch(job) for job in branches}
+    assert lines == {"-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1"}
+    for job in jobs:
+        if job.rule.name == "select_checkpoint":
+            assert len(job.input.runs) == 3
+            assert all("/branches/" in str(path) for path in job.input.runs)
+
+
+def test_every_budget_is_benchmarked_where_the_study_says_so(plan: Plan, tmp_path: Path) -> None:
+    jobs = plan(_budgets(tmp_path, benchmarks={"models": "budgets"}, selection={"wise_ft": [0.5]}))
+    expected = BUDGETS | {"benchmark": 7, "execute_programs": 7, "interpolate": 2}
+    assert _counts(jobs) == expected
+    (job,) = (
+        job
+        for job in jobs
+        if job.rule.name == "benchmark" and job.wildcards.model == "full/seed0-budget0.5"
+    )
+    assert list(job.params.chosen) == [
+        "--selection=results/budgets/selection/full.json",
+        "--checkpoints=results/budgets/selected/full",
+        "--seed=0",
+        "--budget=budget0.5",
+    ]
+
+
+def test_one_more_budget_is_one_more_branch(plan: Plan, tmp_path: Path) -> None:
+    """The trunk's job looks again at what it has; nothing of what it trains is another."""
+    before = {(job.rule.name, *job.wildcards) for job in plan(_budgets(tmp_path))}
+    more = _budgets(tmp_path, training={"budgets": [0.5, 2, 4, 8]})
+    after = {(job.rule.name, *job.wildcards) for job in plan(more)}
+    assert after - before == {
+        ("cool_down", method, "0", "budget4") for method in ("lora-r128", "full")
+    }
+
+
 def test_the_parameters_of_jobs_do_not_name_the_checkout(plan: Plan) -> None:
     """A study that was finished in one place is finished when its folder has moved."""
     for job in plan("mini"):
@@ -299,6 +369,7 @@ SBATCH = {
     "pretrain_base": "-p gpu -t 120 --mem 16000 --cpus-per-task=8 --gpus=1",
     "score_base": "-p gpu -t 60 --mem 64000 --cpus-per-task=8 --gpus=1",
     "finetune": "-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1",
+    "cool_down": "-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1",
     "benchmark": "-p gpu -t 240 --mem 64000 --cpus-per-task=8 --gpus=1",
     "execute_programs": "-p gpu -t 60 --mem 4000 --ntasks=1 --cpus-per-task=4",
 }

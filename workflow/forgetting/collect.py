@@ -199,10 +199,18 @@ def _edge_notes(selection: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -
 
 
 def missing_notes(
-    selection: pd.DataFrame, records: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    selection: pd.DataFrame,
+    records: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    budgets: Sequence[float] = (),
 ) -> list[str]:
     """What the report cannot say, in plain sentences."""
     notes = []
+    if budgets:
+        notes.append(
+            "Every point of a trajectory is the end of a training of that length, after its own "
+            f"cooldown: {', '.join(f'{budget:g}' for budget in sorted(budgets))} epochs."
+        )
     if len(seeds) == 1:
         notes.append(
             "One seed: the intervals cover the choice of questions, not that of the seed; "

@@ -613,7 +613,7 @@ TaskName = Literal["gsm8k", "humaneval", "hellaswag", "winogrande", "arc_challen
 
 
 class Benchmarks(Strict):
-    """The lm-evaluation-harness runs on the base and on every selected checkpoint."""
+    """The lm-evaluation-harness runs on the base and on tuned models."""
 
     rows: Name | None = Field(
         None,
@@ -622,6 +622,11 @@ class Benchmarks(Strict):
     )
     tasks: dict[TaskName, Task] = Field(
         default_factory=dict, description="The tasks, with settings."
+    )
+    models: Literal["selected", "budgets"] = Field(
+        "selected",
+        description="What is scored beside the base: the selected checkpoints, or the end of every "
+        "one of `training.budgets` with the chosen setting, the selected among them.",
     )
     batch_size: Count = Field(16, description="Sequences per forward pass.")
     sandbox: Literal["bubblewrap", "none"] = Field(
@@ -691,7 +696,9 @@ class Study(Strict):
             )
 
     @model_validator(mode="after")
-    def _branches_see_the_whole_trunk(self) -> Study:
+    def _budgets_are_there_and_whole(self) -> Study:
+        if self.benchmarks.models == "budgets" and not self.training.budgets:
+            raise ValueError("benchmarks.models: `budgets` needs training.budgets")
         if self.training.budgets and self.selection.stop_after is not None:
             raise ValueError(
                 "selection.stop_after would end the trunk before the longest of training.budgets "

@@ -1,7 +1,8 @@
 """Benchmarks: lm-evaluation-harness runs on the base and on every selected checkpoint.
 
 Outputs: results/STUDY/benchmarks/MODEL/{scores,items,responses}.parquet, programs.json and
-outcomes.json, where MODEL is `base` or METHOD/seedN.
+outcomes.json, where MODEL is `base` or METHOD/seedN; METHOD/seedN-budgetD where the ends of all
+budgets are scored.
 """
 
 

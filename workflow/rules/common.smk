@@ -42,17 +42,16 @@ LOGS = f"logs/{NAME}"
 TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
 BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
-MODELS = [
-    "base",
-    *(f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds),
-]
+SELECTED = [f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds]
+ENDS = [f"{model}-{budget}" for model in SELECTED for budget in BUDGETS]
+MODELS = ["base", *(ENDS if STUDY.benchmarks.models == "budgets" else SELECTED)]
 
 
 wildcard_constraints:
     budget=r"budget[^/]+",
     dataset=r"[^/]+",
     method=r"[^/]+",
-    model=r"base|[^/]+/seed-?\d+",
+    model=r"base|[^/]+/seed-?\d+(-budget[^/]+)?",
     seed=r"-?\d+",
     task=r"[^/]+",
 
@@ -189,9 +188,12 @@ def chosen_options(wildcards, input):
     """The options that name a tuned model; none for the base."""
     if wildcards.model == "base":
         return []
-    seed = Path(wildcards.model).name.removeprefix("seed")
+    seed, _, budget = (
+        Path(wildcards.model).name.removeprefix("seed").partition("-budget")
+    )
     return [
         f"--selection={input.selection}",
         f"--checkpoints={input.checkpoints}",
         f"--seed={seed}",
+        *([f"--budget=budget{budget}"] if budget else []),
     ]

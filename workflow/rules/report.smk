@@ -42,7 +42,7 @@ rule collect:
         ),
         selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
         scaled=(
-            expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=MODELS[1:])
+            expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=SELECTED)
             if STUDY.selection.wise_ft
             else []
         ),

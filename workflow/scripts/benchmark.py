@@ -47,11 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
     parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
     parser.add_argument("--seed", type=int, help="which of the method's seeds")
+    parser.add_argument("--budget", help="the end of this budget, not what is selected: budget0.5")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
-    chosen = _chosen(options.selection, options.seed)
+    chosen = _chosen(options.selection, options.seed, options.budget)
+    name = "-".join(filter(None, [f"seed{options.seed}", options.budget]))
     folder = Path(read_json(options.base)["path"])
     device = pick_device()
     result = nothing()
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         model: Any = (
             load_base(folder, device)
             if chosen is None
-            else load_checkpoint(folder, options.checkpoints / f"seed{options.seed}", device)
+            else load_checkpoint(folder, options.checkpoints / name, device)
         )
         with autocast(device, pick_precision(spec.precision, device)):
             result = run_benchmarks(
@@ -99,11 +101,17 @@ def nothing() -> BenchmarkResult:
     )
 
 
-def _chosen(selection: Path | None, seed: int | None) -> dict[str, Any] | None:
+def _chosen(selection: Path | None, seed: int | None, budget: str | None) -> dict[str, Any] | None:
+    """Run, step and, if there is no checkpoint, the reason; None for the base."""
     if selection is None:
         return None
     rows: list[dict[str, Any]] = read_json(selection)
-    return next(row for row in rows if row["seed"] == seed)
+    row = next(row for row in rows if row["seed"] == seed)
+    if budget is None:
+        return row
+    no_end = {"run": row["run"], "step": None, "reason": f"no run of {budget} ended well"}
+    end: dict[str, Any] = row["ends"].get(budget, no_end)
+    return end
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             for tuning in methods
             for row in read_json(results / "selection" / f"{tuning.name}.json")
         ]
-    ).drop(columns="files")
+    ).drop(columns=["files", "ends"], errors="ignore")
     selection = selection.astype({"step": "Int64", "epoch": "float", "value": "float"})
     runs = runs_table(base, methods, study.seeds, records, selection, budgets)
     base_items = pd.read_parquet(results / "base" / "items.parquet")
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             "study": {"name": options.name, **study.model_dump(mode="json")},
             "provenance": provenance(results, base, records, trunks, options.models),
-            "notes": missing_notes(selection, records, study.seeds) + notes,
+            "notes": missing_notes(selection, records, study.seeds, budgets) + notes,
         },
     )
     print(f"{len(runs) - 1} runs, {len(every):,} scored answers: {options.output}")

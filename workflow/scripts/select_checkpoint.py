@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from forgetting.fields import Strict
-from forgetting.plan import Tuning, run_name
+from forgetting.plan import Tuning, budget_name, run_name
 from forgetting.records import link_or_copy, read_json, sha256, tells_input_errors, write_json
 from forgetting.scores import metric_value
 from forgetting.select import Choice, Course, choose_setting, course_of, select_checkpoint
@@ -64,17 +64,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     shutil.rmtree(options.checkpoints, ignore_errors=True)
     options.checkpoints.mkdir(parents=True)
-    rows = [
-        _select(
-            spec,
-            courses[setting, seed] if setting else None,
-            why,
-            seed,
-            records,
-            options.checkpoints,
-        )
-        for seed in spec.seeds
-    ]
+    rows = []
+    for seed in spec.seeds:
+        course = courses[setting, seed] if setting else None
+        row = _select(spec, course, why, seed, records, options.checkpoints)
+        if spec.budgets:
+            row["ends"] = _put_ends_aside(course, records, options.checkpoints / f"seed{seed}")
+        rows.append(row)
     write_json(options.selection, rows)
     for row in rows:
         print(
@@ -103,9 +99,26 @@ def _select(
     run = course.run_at(choice.point)
     files: Sequence[Path] = []
     if choice.point is not None:
-        origin = Path(records[run]["folder"]) / f"step-{choice.point.step:07d}"
+        origin = _checkpoint(records[run], choice.point.step)
         files = _put_aside(origin, folder / f"seed{seed}")
     return row | {"setting_reason": why} | _told(run, choice, files, folder)
+
+
+def _put_ends_aside(
+    course: Course | None, records: dict[str, dict[str, Any]], beside: Path
+) -> dict[str, dict[str, Any]]:
+    """Put the end of every budget that has one into a folder of its own: `seed0-budget0.5`."""
+    ends = {}
+    for step, run in course.runs.items() if course else ():
+        if step > 0:
+            name = budget_name(records[run]["budget"])
+            _put_aside(_checkpoint(records[run], step), Path(f"{beside}-{name}"))
+            ends[name] = {"run": run, "step": step}
+    return ends
+
+
+def _checkpoint(record: dict[str, Any], step: int) -> Path:
+    return Path(record["folder"]) / f"step-{step:07d}"
 
 
 def _put_aside(origin: Path, target: Path) -> list[Path]:

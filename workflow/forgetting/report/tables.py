@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from forgetting.records import InputError, read_json
+from forgetting.report.durations import by_duration
 
 ROUGE = "rougeL_recall"
 TRUTH_RATIOS = {
@@ -59,12 +60,15 @@ class Tables:
 
 
 def read_tables(folder: Path) -> Tables:
-    """Read a study's tables; a missing file or column is an `InputError` that names it."""
+    """Read a study's tables, branches of a trunk as one run (`durations.by_duration`).
+
+    A missing file or column is an `InputError` that names it.
+    """
     frames = {name: _read(folder / f"{name}.parquet", COLUMNS[name].split()) for name in COLUMNS}
     path = folder / "study.json"
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; it holds the study and its provenance")
-    return Tables(**frames, study=read_json(path))
+    return Tables(**by_duration(frames), study=read_json(path))
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
