@@ -19,6 +19,7 @@ from forgetting import train as module
 from forgetting.adalora import plan_budget
 from forgetting.adapters import attach, embedding_weights, round_frozen
 from forgetting.checkpoints import Progress
+from forgetting.cohort import CohortSpec, Materials, train_cohort
 from forgetting.interpolate import scaled_models
 from forgetting.mitigate import build_safeguards
 from forgetting.models import load_base
@@ -27,13 +28,14 @@ from forgetting.parts import Means, choose_layers, switch_step, train_parts
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe, batch_indices
 from forgetting.records import InputError
-from forgetting.study import Mitigation, Setting
+from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting
 from forgetting.tuned import load_checkpoint, save_checkpoint
 from forgetting.variants import Budget, Then
 from test_train import (
     TRAINING,
     Bench,
     Killed,
+    Rows,
     _assert_close,
     _kill_at,
     _logits,
@@ -188,6 +190,55 @@ def test_an_adapter_of_plain_peft_is_read(bench: Bench, variant: str, embeddings
     model.save_pretrained(folder, **(conversion if variant == "pissa" else {}))
     ours = load_checkpoint(bench.base, folder, CPU)
     _assert_close(_logits(ours, bench), _logits(model, bench), 1e-4 if variant == "pissa" else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["adalora", "hybrid"])
+def test_a_cohort_trains_it_and_keeps_only_weights(
+    bench: Bench, rows: Rows, prompt: Prompt, kind: str, tmp_path: Path
+) -> None:
+    """From the program's JSON, with a mitigation; what a finished run went on from is removed."""
+    mitigation = Mitigation.model_validate({"kl": {"weight": 0.1}, "replay": {"table": "a/b"}})
+    settings = [Setting(learning_rate=rate) for rate in (1e-2, 5e-3)]
+    tuning = (_tuning("adalora") if kind == "adalora" else _hybrid("last 1")).model_copy(
+        update={"settings": settings, "mitigation": mitigation}
+    )
+    spec = CohortSpec(
+        tuning=tuning,
+        seed=0,
+        prompt=prompt,
+        training=TRAINING.model_copy(update={"epochs": 2.0}),
+        measurement=Measurement(max_new_tokens=2),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )
+    materials = Materials(
+        base=bench.base,
+        tokenizer=bench.tokenizer,
+        train=rows[:7],
+        probes={"new": rows[:1]},
+        base_value=0.1,
+        device=CPU,
+        precision=torch.float32,
+        general={"a/b": rows[7:]},
+    )
+    spec = CohortSpec.model_validate_json(spec.model_dump_json())
+    records = train_cohort(spec, materials, {}, tmp_path, lambda *_: None)
+    assert [record["status"] for record in records] == ["ok", "ok"]
+    assert records[0]["losses"][0] == records[1]["losses"][0]
+    for record in records:
+        folder = Path(record["folder"]) / "step-0000004"
+        names = {path.name for path in folder.iterdir()}
+        weights = "adapter_model" if kind == "adalora" else "model"
+        assert f"{weights}.safetensors" in names
+        assert not names & {"optimizer.safetensors", "method.safetensors"}
+        model = load_checkpoint(bench.base, folder, CPU)
+        assert _logits(model, bench).isfinite().all()
+        # AdaLoRA's initial matrices and their values; a block of attention, MLP and two norms.
+        expected = 2 * 6 * (64 + 48 + 48 + 64 + 96 + 96 + 96) + 2 * 7 * 6
+        if kind == "hybrid":
+            expected = 2 * 1024 + 2 * 512 + 3 * 2048 + 2 * 32
+        assert record["trainable_parameters"] == expected
 
 
 # --- AdaLoRA ------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def test_a_study_is_found_by_name_and_a_wrong_name_tells_the_known_ones(write: A
         load_study({"study": "smal"}, path.parent)
 
 
+THEN = "then: {layers: all, learning_rate: 1.0}"
 MISTAKES = {
     "unknown key": ("threshold: 0.9", "treshold: 0.9", "selection.treshold", "unknown key"),
     "unknown key at the top": ("seeds:", "seed:", "seed", "unknown key; config/README.md"),
@@ -129,6 +130,38 @@ MISTAKES = {
     "unknown method": ("method: full", "method: fool", "methods.1.method", "found 'fool'"),
     "rank of full": ("method: full", "method: full\n    rank: 4", "methods.1", "has no `rank`"),
     "lora without rank": ("    rank: [2, 8]\n", "", "methods.0", "needs a `rank`"),
+    **{
+        f"no effect: {keys}": (
+            "  - method: lora\n    rank: [2, 8]\n",
+            f"  - {{{keys}, learning_rate: 1.0}}\n  - method: lora\n    rank: [2, 8]\n",
+            "methods.0",
+            told,
+        )
+        for keys, told in {
+            "method: lora, rank: 2, budget: {every: 2}": "variant lora has no `budget`",
+            f"method: lora, rank: 2, {THEN}": "has no `then`",
+            "method: full, budget: {}": "method full has no `budget`",
+            "method: full, embeddings: frozen, embedding_ratio: 0.1": "needs `embeddings: trained`",
+            "method: lora, rank: 2, embedding_ratio: 0.1": "needs `embeddings: trained`",
+            "method: lora, rank: 2, variant: adalora, lora_plus_ratio: 9.0": "adapters whose B",
+            "method: hybrid, rank: 2": "needs a section `then`",
+            f"method: hybrid, {THEN}": "hybrid needs a `rank`",
+            f"method: hybrid, rank: 2, embeddings: frozen, {THEN}": "hybrid has no `embeddings`",
+            f"method: hybrid, rank: 2, variant: adalora, {THEN}": "starts from another variant",
+        }.items()
+    },
+    "a budget without time": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    variant: adalora\n    budget: {tinit: 0.6, tfinal: 0.4}",
+        "methods.0.budget",
+        "leave no time for the budget to fall",
+    ),
+    "layers in other words": (
+        "  - method: lora\n    rank: [2, 8]",
+        "  - method: hybrid\n    then: {layers: [], learning_rate: 1.0}\n    rank: [2, 8]",
+        "methods.0.then.layers",
+        "expected all, last N (such as last 4) or a list of names of modules, found []",
+    ),
     "missing key": ("title: A small study\n", "", "title", "this key is required"),
     "missing key below": ("    knowledge: old\n", "", "probes.old.knowledge", "is required"),
     "threshold above 1": ("threshold: 0.9", "threshold: 90", "selection.threshold", "found 90"),
@@ -429,6 +462,47 @@ def test_what_sets_a_method_apart_stands_in_its_name(write: Any) -> None:
     )
     _, study = load_study({"study": str(write(("    rank: [2, 8]\n", more)))}, Path("nowhere"))
     assert [t.name for t in tunings(study)][:2] == ["pissa-r2-mlp-plus16", "pissa-r8-mlp-plus16"]
+
+
+def test_methods_of_one_rank_have_names_of_their_own(write: Any) -> None:
+    """AdaLoRA's budgets, embeddings and hybrids stand side by side in one study."""
+    entries = [
+        "{method: lora, rank: 2, variant: adalora, learning_rate: 1.0}",
+        "{method: lora, rank: 2, variant: adalora, budget: {tinit: 0.2, every: 10}, "
+        "learning_rate: 1.0}",
+        "{method: lora, rank: 2, embeddings: trained, learning_rate: 1.0}",
+        "{method: lora, rank: 2, embeddings: trained, embedding_ratio: 0.1, learning_rate: 1.0}",
+        "{method: full, embeddings: frozen, learning_rate: 1.0}",
+        "{method: hybrid, rank: 2, then: {layers: last 4, learning_rate: 1.0e-5}, "
+        "learning_rate: 1.0}",
+        "{method: hybrid, variant: dora, rank: 2, then: {after: 0.25, layers: [layers.*.mlp, "
+        "lm_head], learning_rate: 1.0e-5}, learning_rate: 1.0}",
+        "{method: hybrid, rank: 2, then: {layers: all, learning_rate: 1.0, suffix: all-late}, "
+        "learning_rate: 1.0}",
+    ]
+    found = tunings(_load(write(("methods:\n", "methods:\n  - " + "\n  - ".join(entries) + "\n"))))
+    assert [(tuning.name, tuning.label) for tuning in found[:8]] == [
+        ("adalora-r2", "adalora 2"),
+        ("adalora-r2-tinit0.2-every10", "adalora 2, tinit0.2-every10"),
+        ("lora-r2-embeddings", "rank 2, embeddings trained"),
+        ("lora-r2-embeddings0.1", "rank 2, embeddings at 0.1"),
+        ("full-frozen-embeddings", "full, embeddings frozen"),
+        ("hybrid-r2-last4-at0.5-lr1e-05", "hybrid 2, then last4"),
+        (
+            "hybrid-dora-r2-layers._.mlp-lm_head-at0.25-lr1e-05",
+            "hybrid dora 2, then layers._.mlp-lm_head",
+        ),
+        ("hybrid-r2-all-late", "hybrid 2, then all-late"),
+    ]
+
+
+def test_adaloras_ranks_are_held_against_the_initial_one(write: Any) -> None:
+    """`2r` is a scale of 2, and a matrix must hold the rank from which the budget falls."""
+    adalora = "[2, 8]\n    variant: adalora\n    alpha: 2r\n    budget: {initial_ratio: 2.0}"
+    first, second = tunings(_load(write(("[2, 8]", adalora))))[:2]
+    assert (first.initial_rank, second.initial_rank) == (4, 16)
+    assert (first.scale, second.scale) == pytest.approx((2.0, 2.0), rel=1e-5)
+    assert "initial rank 66 is larger" in _told(write(("[2, 8]", adalora.replace("8", "33"))))
 
 
 def test_a_probe_without_wrong_answers_is_found_before_any_job(write: Any, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from forgetting.fields import Count, Name, NotNegative, Number, Positive, Share, Strict
+
+_LAYERS = r"^(all|last [1-9][0-9]*)$"
 
 
 class Budget(Strict):
@@ -47,6 +49,17 @@ class Budget(Strict):
         return "-".join(f"{key.split('_')[0]}{value:g}" for key, value in changed.items())
 
 
+def _layers_in_words(value: Any) -> Any:
+    """Tell in one sentence what may be named; the types alone would tell it of each in turn."""
+    words = isinstance(value, str) and re.fullmatch(_LAYERS, value)
+    names = isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)
+    if not (words or names):
+        raise ValueError(
+            f"expected all, last N (such as last 4) or a list of names of modules, found {value!r}"
+        )
+    return value
+
+
 class Then(Strict):
     """The second part of a hybrid: the adapter is merged, and chosen layers are trained in full.
 
@@ -57,10 +70,11 @@ class Then(Strict):
     after: Annotated[Number, Field(gt=0, lt=1)] = Field(
         0.5, description="Share of the steps that train the adapter."
     )
-    layers: (
-        Annotated[str, Field(pattern=r"^(all|last [1-9][0-9]*)$")]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    ) = Field(
+    layers: Annotated[
+        Annotated[str, Field(pattern=_LAYERS)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
+        BeforeValidator(_layers_in_words),
+    ] = Field(
         description="What is trained after that: `all`, the `last N` blocks, or modules by the end "
         "of their names, in which * stands for anything: `mlp`, `layers.3.self_attn`, `lm_head`."
     )
