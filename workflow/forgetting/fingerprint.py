@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-SETTINGS = {"fields", "study", "plan", "load", "tiny", "records", "fingerprint"}
+SETTINGS = {"fields", "columns", "study", "plan", "load", "tiny", "records", "fingerprint"}
 """Modules that only read settings or write files: what they decide stands in a job's parameters."""
 
 

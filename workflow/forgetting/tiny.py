@@ -23,6 +23,7 @@ from forgetting.study import (
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
 DOCUMENTS = 60
+CONTEXT = 2048
 
 
 def shrink(study: Study) -> Study:
@@ -56,7 +57,12 @@ def shrink(study: Study) -> Study:
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
             "training": study.training.model_copy(
-                update={"epochs": 2.0, "batch_size": 4, "warmup_epochs": 0.5}
+                update={
+                    "epochs": 2.0,
+                    "batch_size": 4,
+                    "warmup_epochs": 0.5,
+                    "max_length": min(study.training.max_length, CONTEXT),
+                }
             ),
             "selection": study.selection.model_copy(update={"if_not_reached": "last"}),
             "benchmarks": benchmarks,
@@ -114,6 +120,7 @@ def _base(study: Study, on_hub: set[str], probes: dict[str, Probe], train: list[
             layers=1,
             heads=max(1, width // 64),
             vocabulary=400,
+            context=CONTEXT,
             block=64,
             batch_tokens=512,
             limit=DOCUMENTS,
