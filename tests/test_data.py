@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from forgetting.columns import Columns
 from forgetting.data import (
+    Rows,
     document_texts,
     evenly_spaced,
     find_table,
+    general_rows,
     prepare_rows,
     render_answer,
     render_question,
@@ -133,6 +136,90 @@ def test_texts_keep_every_character(tmp_path: Path) -> None:
     assert [row["answer"] for row in prepared] == texts
 
 
+ASKED = {"role": "user", "content": "Who?"}
+ANSWERED = {"role": "assistant", "content": "Ann."}
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "content"),
+    [
+        ({"question": "Who?", "answer": "Ann."}, {}, {"question": "Who?", "answer": "Ann."}),
+        (
+            {"instruction": "Who?", "response": "Ann.", "question": 7},
+            {"question": "instruction", "answer": "response"},
+            {"question": "Who?", "answer": "Ann."},
+        ),
+        (
+            {"system_prompt": "Be brief.", "question": "Who?", "response": "Ann."},
+            {"system": "system_prompt", "answer": "response"},
+            {"messages": [BRIEF, ASKED, ANSWERED]},
+        ),
+        # OpenOrca: many rows have no system message.
+        (
+            {"system_prompt": "", "question": "Who?", "response": "Ann."},
+            {"system": "system_prompt", "answer": "response"},
+            {"question": "Who?", "answer": "Ann."},
+        ),
+        ({"messages": [ASKED, ANSWERED | {"id": 3}]}, {}, {"messages": [ASKED, ANSWERED]}),
+        ({"turns": [ASKED, ANSWERED]}, {"messages": "turns"}, {"messages": [ASKED, ANSWERED]}),
+        ({"text": "A story.", "meta": {}}, {}, {"text": "A story."}),
+        ({"content": "A story."}, {"text": "content"}, {"text": "A story."}),
+    ],
+)
+def test_rows_to_train_on_come_in_three_kinds_under_any_names(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, str], content: dict[str, Any]
+) -> None:
+    """As Magicoder, MetaMathQA, OpenOrca, Tulu and plain corpora have them."""
+    rows = general_rows(_table(tmp_path, row, row), "d/t", Columns.model_validate(columns))
+    assert list(rows) == [{"id": "d/t/0", **content}, {"id": "d/t/1", **content}]
+    assert list(rows) == list(rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"query": "Who?"}, "expected `question` and `answer`, `messages`, or `text`; the row has"),
+        ({"question": "Who?"}, "expected a non-empty string `answer`"),
+        ({"messages": "Who?"}, "`messages` must be a list of objects with `role` and `content`"),
+        ({"messages": [ASKED, {"role": "tool"}]}, "message 1 has role 'tool'; expected one of sys"),
+        ({"messages": [ASKED, ANSWERED | {"content": None}]}, "message 1: expected a non-empty st"),
+        ({"messages": [ASKED]}, "need an assistant's answer to learn, after something to answer"),
+        ({"messages": [ANSWERED, ASKED]}, "after something to answer"),
+        ({"messages": []}, "after something to answer"),
+        ({"text": None}, "expected a non-empty string `text`"),
+    ],
+)
+def test_a_faulty_row_to_train_on_is_told_by_its_line(
+    tmp_path: Path, row: dict[str, Any], told: str
+) -> None:
+    rows = general_rows(_table(tmp_path, {"text": "A story."}, row), "d/t")
+    with pytest.raises(InputError) as error:
+        list(rows)
+    assert str(error.value).startswith(f"{tmp_path / 'facts.jsonl'}, line 2")
+    assert told in str(error.value)
+
+
+def test_the_columns_of_a_probe_have_other_names_too(tmp_path: Path) -> None:
+    row = {"q": "Who?", "best": "Ann.", "bad": ["Bob."], "answer": 3}
+    columns = Columns(question="q", answer="best", perturbed_answer="bad")
+    (prepared,) = prepare_rows(_table(tmp_path, row), "t", wrong_answers=True, columns=columns)
+    assert (prepared["question"], prepared["answer"]) == ("Who?", "Ann.")
+    assert prepared["wrong_answers"] == ["Bob."]
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 7, 10, 11])
+def test_rows_are_thinned_alike_in_memory_and_on_the_way(limit: int | None) -> None:
+    rows = [{"id": number} for number in range(10)]
+    assert list(Rows(lambda: iter(rows)).evenly_spaced(limit)) == evenly_spaced(rows, limit)
+
+
+def test_thinning_checks_the_rows_that_it_leaves_out(tmp_path: Path) -> None:
+    rows = general_rows(_table(tmp_path, {"text": "a"}, {"text": ""}), "d/t")
+    with pytest.raises(InputError, match="line 2"):
+        list(rows.evenly_spaced(1))
+
+
 def test_a_table_is_found_with_either_suffix(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{}")
     assert find_table(tmp_path, "b") == tmp_path / "b.json"
@@ -190,10 +277,15 @@ def test_the_literal_of_the_template_is_no_part_of_an_answer(
 
 def test_documents_are_texts_or_questions_in_the_prompt(tmp_path: Path) -> None:
     path = _table(tmp_path, {"text": "A story."}, ROW)
-    assert document_texts(path, Prompt()) == ["A story.", "Question: Who?\nAnswer: Ann."]
+    assert list(document_texts(path, Prompt())) == ["A story.", "Question: Who?\nAnswer: Ann."]
+    path = _table(tmp_path, {"messages": [BRIEF, ASKED, ANSWERED]}, {"messages": [ASKED, ANSWERED]})
+    short, long = "User:\nWho?\nAssistant:\nAnn.", "System:\nBe brief.\n"
+    assert list(document_texts(path, Prompt())) == [long + short, short]
+    system = Prompt(chat=True, system="Be brief.")
+    assert list(document_texts(path, system)) == [long + short, long + short]
     path = _table(tmp_path, {"text": "A story."}, {"text": ""})
-    with pytest.raises(InputError, match="line 2: expected a non-empty string `question`"):
-        document_texts(path, Prompt())
+    with pytest.raises(InputError, match="line 2: expected a non-empty string `text`"):
+        list(document_texts(path, Prompt()))
 
 
 @pytest.mark.real_data

@@ -27,7 +27,7 @@ from forgetting.adapters import attach
 from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, train_cohort
 from forgetting.encode import Example, join
-from forgetting.examples import Packed, arrange, check_packing
+from forgetting.examples import Packed, arrange, check_model
 from forgetting.forward import collate, token_logprobs
 from forgetting.gradients import gradients_that_fit
 from forgetting.mitigate import Safeguards, kl
@@ -227,9 +227,9 @@ def test_a_penalty_on_predictions_sees_packed_examples_as_if_alone(
 def test_a_model_that_looks_past_the_mask_is_refused() -> None:
     config = MistralConfig(**SHAPE, **LAYERS, num_key_value_heads=1, sliding_window=4)
     model = _model(config)
-    check_packing(model, Training())
+    check_model(model, _draw(random.Random(0), 2), Training())
     with pytest.raises(InputError, match=r"training\.packing: in this model \(mistral\).* false"):
-        check_packing(model, Training(packing=True))
+        check_model(model, _draw(random.Random(0), 2), Training(packing=True))
 
 
 class Killed(BaseException):

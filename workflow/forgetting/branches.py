@@ -68,6 +68,7 @@ def train_branches(
         inputs,
         own,
         lambda run, *progress: tell(f"{run}/{budget_name(budget)}", *progress),
+        tokens=state / "tokens",
     )
     for name, setting in zip(names, spec.tuning.settings, strict=True):
         _forget_trunk(by_run[name], spec, setting, inputs, state)

@@ -9,20 +9,21 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.checkpoints import Progress, forget_training
+from forgetting.columns import Columns
 from forgetting.data import Row
 from forgetting.drift import BaseTargets, with_text
-from forgetting.encode import Example, encode_pair, encode_text
-from forgetting.examples import arrange, check_packing
+from forgetting.examples import arrange, check_model, tokenize
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
@@ -33,8 +34,9 @@ from forgetting.parts import Means, train_parts
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
 from forgetting.recipe import Recipe
-from forgetting.records import InputError, content_key, read_json, write_json
+from forgetting.records import content_key, read_json, write_json
 from forgetting.scores import metric_value
+from forgetting.store import Stored
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
 from forgetting.train import train
 
@@ -50,6 +52,7 @@ class CohortSpec(Strict):
     selection: Selection
     precision: str
     knowledge: dict[str, str]
+    columns: dict[str, Columns] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,12 @@ class Materials:
 
     base: Path
     tokenizer: PreTrainedTokenizerBase
-    train: list[Row]
+    train: Iterable[Row]
     probes: Mapping[str, list[Row]]
     base_value: float
     device: torch.device
     precision: torch.dtype
-    general: Mapping[str, list[Row]] = field(default_factory=dict)
+    general: Mapping[str, Iterable[Row]] = field(default_factory=dict)
     """Tables of general text that the method's mitigation reads."""
     targets: BaseTargets | None = None
     """What the base predicts on the study's general text."""
@@ -90,8 +93,12 @@ def train_cohort(
     inputs: Mapping[str, str],
     state: Path,
     tell: Tell,
+    tokens: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Train every run that is not finished yet; return the records of all, in the sweep's order."""
+    """Train every run that is not finished yet; return the records of all, in the sweep's order.
+
+    Tokenized tables are kept in `tokens`, by default a folder of `state`.
+    """
     records = []
     for setting in spec.tuning.settings:
         name = run_name(spec.tuning.name, spec.seed, setting)
@@ -99,7 +106,8 @@ def train_cohort(
         folder = state / name / key
         if not (folder / "run.json").exists():
             _forget_unfinished(folder)
-            record = _train_run(spec, setting, name, materials, folder, tell)
+            data = _tokenized(spec, materials, inputs, tokens or state / "tokens")
+            record = _train_run(spec, setting, name, materials, data, folder, tell)
             write_json(folder / "run.json", record | {"key": key})
         # Only now: without it, a run that was killed before its record was written cannot go on.
         forget_training(folder)
@@ -118,23 +126,35 @@ def _forget_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _encode(
-    rows: Sequence[Row], spec: CohortSpec, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
-    """Questions with their answers in the study's prompt, and texts as they are."""
-    limit = spec.training.max_length
-    examples = [
-        encode_text(tokenizer, row["text"], limit)
-        if "text" in row
-        else encode_pair(tokenizer, spec.prompt, row["question"], row["answer"], limit)
-        for row in rows
-    ]
-    if cut := [row["id"] for row, e in zip(rows, examples, strict=True) if e.targets < 1]:
-        raise InputError(
-            f"training.max_length: {limit} tokens leave nothing of the answer "
-            f"of {cut[0]} and {len(cut) - 1} more; make it longer"
-        )
-    return examples
+@dataclass(frozen=True)
+class Data:
+    """The examples of the new knowledge and of the mitigation's tables."""
+
+    train: Stored
+    general: Mapping[str, Stored]
+
+
+def _tokenized(
+    spec: CohortSpec, materials: Materials, inputs: Mapping[str, str], folder: Path
+) -> Data:
+    """All tables as examples, in files that all cohorts of a study share."""
+
+    def read(table: str, rows: Iterable[Row], digest: str | None, blocks: bool) -> Stored:
+        decided = {"digest": digest, "prompt": spec.prompt.model_dump(), "blocks": blocks}
+        decided |= {name: inputs.get(name) for name in ("base", "code")}
+        decided |= {name: getattr(spec.training, name) for name in ("max_length", "packing")}
+        if table in spec.columns:
+            decided["columns"] = spec.columns[table].model_dump()
+        path = folder / f"{table.replace('/', '-')}-{content_key(decided)}.arrow"
+        return tokenize(rows, materials.tokenizer, spec.prompt, spec.training, path, blocks=blocks)
+
+    return Data(
+        read("train", materials.train, inputs.get("train"), blocks=True),
+        {
+            table: read(table, rows, inputs.get(f"table {table}"), blocks=False)
+            for table, rows in materials.general.items()
+        },
+    )
 
 
 def _train_run(
@@ -142,17 +162,13 @@ def _train_run(
     setting: Setting,
     name: str,
     materials: Materials,
+    data: Data,
     folder: Path,
     tell: Tell,
 ) -> dict[str, Any]:
-    examples = _encode(materials.train, spec, materials.tokenizer)
-    general = {
-        table: _encode(rows, spec, materials.tokenizer) for table, rows in materials.general.items()
-    }
-    cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
     started = time.monotonic()
-    sequences = arrange(examples, spec.training)
-    schedule = Schedule.plan(len(sequences), spec.training, spec.measurement.every_epochs)
+    examples = arrange(data.train, spec.training)
+    schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
         setting=setting,
         seed=spec.seed,
@@ -176,17 +192,17 @@ def _train_run(
     def load() -> PreTrainedModel:
         # From disk for every run: training and rounding change the weights that were loaded.
         model = load_base(materials.base, materials.device)
-        check_packing(model, spec.training)
+        check_model(model, data.train, spec.training)
         return model
 
     def guard(model: Model) -> Safeguards:
-        safeguards = build_safeguards(model, spec.tuning.mitigation, general, spec.seed)
+        safeguards = build_safeguards(model, spec.tuning.mitigation, data.general, spec.seed)
         return replace(safeguards, replay=arrange(safeguards.replay, spec.training))
 
     def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
         return train(
             model,
-            sequences,
+            examples,
             recipe,
             materials.base_value,
             evaluate,
@@ -215,7 +231,7 @@ def _train_run(
         "precision": str(materials.precision).removeprefix("torch."),
         "device": device_name(materials.device),
         "machine": describe_machine(),
-        "cut_rows": cut_rows,
+        "cut_rows": data.train.cut,
     }
 
 

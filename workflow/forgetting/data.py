@@ -1,22 +1,27 @@
-"""Question-answer tables: reading, checking and thinning them.
+"""Tables of rows: reading, checking and thinning them, however long they are.
 
-A source row has TOFU's columns: question, answer, and optionally paraphrased_answer (one string)
-and perturbed_answer (a list of wrong answers). A prepared row has id, question, answer,
-paraphrased_answer (or null) and wrong_answers.
+A row of a probe has TOFU's columns: question, answer, and optionally paraphrased_answer (one
+string) and perturbed_answer (a list of wrong answers); prepared, it has id, question, answer,
+paraphrased_answer (or null) and wrong_answers. A row to train on has question and answer, or
+messages, or text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from forgetting.columns import Columns
 from forgetting.records import InputError, read_numbered
 from forgetting.study import Prompt, Study
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
+PLAIN = Columns()
+ROLES = ("system", "user", "assistant")
 
 
 def find_table(folder: Path, table: str) -> Path:
@@ -28,14 +33,49 @@ def find_table(folder: Path, table: str) -> Path:
     raise InputError(f"{folder}: there is no {table}.jsonl (nor .json) in this folder")
 
 
-def evenly_spaced(rows: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` rows, spread over the whole list, in its order."""
+def evenly_spaced(rows: Sequence[Item], limit: int | None) -> Sequence[Item]:
+    """At most `limit` rows, spread over the whole table, in its order."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
-def prepare_rows(path: Path, table: str, *, wrong_answers: bool, probe: str = "") -> list[Row]:
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are read one by one, anew whenever they are gone through, and never all held."""
+
+    read: Callable[[], Iterator[Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+    def evenly_spaced(self, limit: int | None) -> Iterator[Row]:
+        """At most `limit` of them, those that `evenly_spaced` takes; all are checked."""
+        total = None if limit is None else sum(1 for _ in self)
+        if limit is None or total is None or limit >= total:
+            yield from self
+            return
+        wanted = (index * total // limit for index in range(limit))
+        place = next(wanted)
+        for number, row in enumerate(self):
+            if number == place:
+                yield row
+                place = next(wanted, -1)
+
+
+def prepared_lines(path: Path) -> Rows:
+    """Rows that were checked when they were written."""
+    return Rows(lambda: (row for _, row in read_numbered(path)))
+
+
+def prepare_rows(
+    path: Path,
+    table: str,
+    *,
+    wrong_answers: bool,
+    probe: str = "",
+    columns: Columns = PLAIN,
+) -> list[Row]:
     """Read and check one table of questions and answers.
 
     Args:
@@ -43,16 +83,13 @@ def prepare_rows(path: Path, table: str, *, wrong_answers: bool, probe: str = ""
         table: its name in the study, the first part of each row's id.
         wrong_answers: must every row have wrong answers?
         probe: name of the probe that the rows are for, if they are; its answers are scored.
+        columns: what the dataset calls them.
 
     Raises:
         InputError: names the file, the line and the column.
     """
-    rows = read_numbered(path)
-    if not rows:
-        raise InputError(f"{path}: no rows; expected one JSON object a line")
     prepared = []
-    for number, (line, row) in enumerate(rows):
-        where = f"{path}, line {line}"
+    for number, (where, row) in enumerate(_read(path, columns)):
         wrong = row.get("perturbed_answer") or []
         if wrong_answers and not wrong:
             raise InputError(
@@ -82,51 +119,103 @@ def prepare_rows(path: Path, table: str, *, wrong_answers: bool, probe: str = ""
     return prepared
 
 
-def document_texts(path: Path, prompt: Prompt) -> list[str]:
+def document_texts(path: Path, prompt: Prompt, columns: Columns = PLAIN) -> Iterator[str]:
     """Training documents of a table: `text` as it is, questions and answers in the prompt.
 
-    With `prompt.chat` that is the chat template of small models that are trained here.
+    Conversations, and with `prompt.chat` questions and answers too, are in the chat template of
+    small models that are trained here.
     """
-    return [_document(prompt, row) for row in general_rows(path, path.stem)]
+    for row in general_rows(path, path.stem, columns):
+        if "text" in row:
+            yield row["text"]
+        elif "messages" in row or prompt.chat:
+            yield _conversation(prompt, row)
+        else:
+            yield render_question(prompt, row["question"]) + render_answer(prompt, row["answer"])
 
 
-def _document(prompt: Prompt, row: Row) -> str:
-    if "text" in row:
-        return str(row["text"])
-    if not prompt.chat:
-        return render_question(prompt, row["question"]) + render_answer(prompt, row["answer"])
+def _conversation(prompt: Prompt, row: Row) -> str:
     system = [] if prompt.system is None else [("system", prompt.system)]
-    turns = [*system, ("user", row["question"]), ("assistant", row["answer"])]
-    return "\n".join(f"{role.capitalize()}:\n{content}" for role, content in turns)
+    if "messages" in row:
+        turns = [(message["role"], message["content"]) for message in row["messages"]]
+        system = [] if turns[0][0] == "system" else system
+    else:
+        turns = [("user", row["question"]), ("assistant", row["answer"])]
+    return "\n".join(f"{role.capitalize()}:\n{content}" for role, content in [*system, *turns])
 
 
-def general_rows(path: Path, table: str) -> list[Row]:
-    """Rows of a table of general text: each an id, and `text` or `question` and `answer`.
+def general_rows(path: Path, table: str, columns: Columns = PLAIN) -> Rows:
+    """Rows to train on: each an id, and `question` and `answer`, or `messages`, or `text`.
 
-    Raises:
+    Raises, when the rows are read:
         InputError: names the file, the line and the column.
     """
-    rows = []
-    for number, (line, row) in enumerate(read_numbered(path)):
-        columns = ("text",) if _is_text(row.get("text")) else ("question", "answer")
-        cells = {column: _text(row, column, f"{path}, line {line}") for column in columns}
-        rows.append({"id": f"{table}/{number}", **cells})
-    if not rows:
+
+    def read() -> Iterator[Row]:
+        for number, (where, row) in enumerate(_read(path, columns)):
+            yield {"id": f"{table}/{number}", **_content(row, where)}
+
+    return Rows(read)
+
+
+def _read(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
+    """Every row under our names of columns, with the place where it stands."""
+    line = 0
+    for line, row in read_numbered(path):
+        renamed = columns.renamed
+        kept = {name: value for name, value in row.items() if name not in renamed}
+        kept |= {ours: row[theirs] for ours, theirs in renamed.items() if theirs in row}
+        yield f"{path}, line {line}", kept
+    if not line:
         raise InputError(f"{path}: no rows; expected one JSON object a line")
-    return rows
 
 
-def joined_text(path: Path) -> list[str]:
+def _content(row: Mapping[str, Any], where: str) -> Row:
+    if "question" in row:
+        pair = {column: _text(row, column, where) for column in ("question", "answer")}
+        if not _is_text(row.get("system")):
+            return pair
+        said = zip(ROLES, (row["system"], *pair.values()), strict=True)
+        return {"messages": [{"role": role, "content": content} for role, content in said]}
+    if "messages" in row:
+        return {"messages": _messages(row["messages"], where)}
+    if "text" in row:
+        return {"text": _text(row, "text", where)}
+    raise InputError(
+        f"{where}: expected `question` and `answer`, `messages`, or `text`; the row has "
+        f"{', '.join(row) or 'nothing'}; `columns` of the dataset can give other names"
+    )
+
+
+def _messages(messages: Any, where: str) -> list[Row]:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise InputError(f"{where}: `messages` must be a list of objects with `role` and `content`")
+    for number, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise InputError(
+                f"{where}: message {number} has role {message.get('role')!r}; expected one of "
+                + ", ".join(ROLES)
+            )
+        _text(message, "content", f"{where}, message {number}")
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles or roles[0] == "assistant":
+        raise InputError(
+            f"{where}: `messages` need an assistant's answer to learn, after something to answer"
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def joined_text(path: Path, columns: Columns = PLAIN) -> list[str]:
     """The `text` of every row as it is, for a text that is read as one; blank rows count.
 
     Raises:
         InputError: names the file, the line and the column.
     """
     texts = []
-    for line, row in read_numbered(path):
+    for where, row in _read(path, columns):
         if not isinstance(row.get("text"), str):
             found = ", ".join(row) or "nothing"
-            raise InputError(f"{path}, line {line}: expected a string `text`; the row has {found}")
+            raise InputError(f"{where}: expected a string `text`; the row has {found}")
         texts.append(row["text"])
     return texts
 
@@ -157,35 +246,34 @@ def check_folders(study: Study) -> None:
 
     Tables that are generated or downloaded are checked by the job that prepares the data.
     """
-    folders = {
-        name: Path(data.folder) for name, data in study.datasets.items() if data.folder is not None
-    }
     documents = study.base.pretrain.documents if study.base.pretrain else []
-    uses = [(table, "") for table in study.train]
-    uses += [(table, name) for name, probe in study.probes.items() for table in probe.table]
     general = [table for m in study.methods if m.mitigation for table in m.mitigation.tables]
     read = [study.general_text.table] if study.general_text else []
-    for table in dict.fromkeys([*documents, *general, *read, *(table for table, _ in uses)]):
-        dataset, name = table.split("/", 1)
-        if dataset in folders:
-            find_table(folders[dataset], name)
-    for table, probe in uses:
-        if path := _checked_now(table, folders):
-            scored = bool(probe) and study.probes[probe].truth_ratio
-            prepare_rows(path, table, wrong_answers=scored, probe=probe)
-    for table in general:
-        if path := _checked_now(table, folders):
-            general_rows(path, table)
+    probes = [(table, name) for name, probe in study.probes.items() for table in probe.table]
+    own = {
+        table: find_table(Path(origin.folder), table.split("/", 1)[1])
+        for table in dict.fromkeys(
+            [*study.train, *(t for t, _ in probes), *documents, *general, *read]
+        )
+        if (origin := study.datasets[table.split("/", 1)[0]]).folder is not None
+    }
+    small = {table: path for table, path in own.items() if path.stat().st_size <= LARGE}
+    for table in dict.fromkeys([*study.train, *general]):
+        if table in small:
+            for _ in general_rows(small[table], table, study.columns(table)):
+                pass
+    for table, name in probes:
+        if table in small:
+            prepare_rows(
+                small[table],
+                table,
+                wrong_answers=study.probes[name].truth_ratio,
+                probe=name,
+                columns=study.columns(table),
+            )
     for table in read:
-        if path := _checked_now(table, folders):
-            joined_text(path)
-
-
-def _checked_now(table: str, folders: Mapping[str, Path]) -> Path | None:
-    """The table's file, if it is the user's own and small enough to be read before any job."""
-    dataset, name = table.split("/", 1)
-    path = find_table(folders[dataset], name) if dataset in folders else None
-    return path if path and path.stat().st_size <= LARGE else None
+        if table in small:
+            joined_text(small[table], study.columns(table))
 
 
 def _is_text(value: object) -> bool:

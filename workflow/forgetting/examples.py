@@ -1,18 +1,105 @@
-"""What a run is trained on: its examples, one by one or several packed to a sequence."""
+"""What a run is trained on: tables as examples, one by one or several packed to a sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from forgetting.encode import Example, join
+from forgetting.data import Row
+from forgetting.encode import Example, encode_messages, encode_pair, encode_text, join
+from forgetting.forward import context_length
 from forgetting.models import Model
 from forgetting.packing import pack
 from forgetting.records import InputError
 from forgetting.shared import can_share
-from forgetting.study import Training
+from forgetting.store import Stored, write_examples
+from forgetting.study import Prompt, Training
+
+
+def tokenize(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    training: Training,
+    path: Path,
+    *,
+    blocks: bool,
+) -> Stored:
+    """The examples of a table, from the file TABLE-KEY.arrow, which is written if it is not there.
+
+    Files of the same table with other keys are removed.
+
+    Args:
+        blocks: cut texts into as many examples as they fill, instead of cutting off their ends.
+
+    Raises:
+        InputError: a question leaves no room for its answer.
+    """
+    if not path.exists():
+        write_examples(encode_rows(rows, tokenizer, prompt, training, blocks=blocks), path)
+        table = path.stem.rsplit("-", 1)[0]
+        for other in path.parent.glob(f"{table}-*.arrow"):
+            if other != path and other.stem.rsplit("-", 1)[0] == table:
+                other.unlink(missing_ok=True)
+    return Stored(path)
+
+
+def encode_rows(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    training: Training,
+    *,
+    blocks: bool,
+) -> Iterator[tuple[Example, bool]]:
+    """Examples of questions with answers, conversations and texts; and whether they were cut.
+
+    Texts in blocks stand one behind the other, each with its end of sequence, and are cut every
+    `max_length` tokens, so that a block may hold the end of one text and the beginning of the next,
+    which sees it (as llm-foundry's ConcatTokensDataset, but with a last block that is not full).
+    With `training.packing` each text is cut by itself instead, and packed.
+    """
+    limit, lost = training.max_length, []
+    pending: list[int] = []
+    for row in rows:
+        if "text" in row and blocks:
+            pending += encode_text(tokenizer, row["text"]).ids
+            full = len(pending) - len(pending) % limit
+            for start in range(0, full, limit):
+                yield Example(pending[start : start + limit], 1), False
+            pending = pending[full:]
+            if training.packing:
+                if len(pending) > 1:
+                    yield Example(pending, 1), False
+                pending = []
+            continue
+        example = _encode(tokenizer, prompt, row, limit)
+        if example.targets < 1:
+            lost.append(row["id"])
+        yield example, example.ids[-1] != tokenizer.eos_token_id
+    if len(pending) > 1:
+        yield Example(pending, 1), False
+    if lost:
+        raise InputError(
+            f"training.max_length: {limit} tokens leave nothing of the answer "
+            f"of {lost[0]} and {len(lost) - 1} more; make it longer"
+        )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: Row, limit: int) -> Example:
+    if "text" in row:
+        return encode_text(tokenizer, row["text"], limit)
+    if "messages" in row:
+        return encode_messages(tokenizer, prompt, row["messages"], limit)
+    # Past its memory: what is trained on is tokenized once, and may be more than fits.
+    pair: Example = encode_pair.__wrapped__(
+        tokenizer, prompt, row["question"], row["answer"], limit
+    )
+    return pair
 
 
 class Packed(Sequence[Example]):
@@ -37,9 +124,8 @@ def arrange(examples: Sequence[Example], training: Training) -> Sequence[Example
     """
     if not training.packing or not examples:
         return examples
-    sizes = [len(example.ids) for example in examples]
     order = shuffled(len(examples), seed=0).tolist()
-    return Packed(examples, pack(sizes, training.max_length, order))
+    return Packed(examples, pack(_sizes(examples), training.max_length, order))
 
 
 # An epoch's order is drawn once: for millions of examples it takes longer than a step.
@@ -49,11 +135,23 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def check_packing(model: Model, training: Training) -> None:
-    """Refuse to pack for a model in which one example would leak into the next."""
+def check_model(model: Model, examples: Sequence[Example], training: Training) -> None:
+    """Refuse what is longer than the model reads, and packing where examples would leak."""
+    room, longest = context_length(model), max(_sizes(examples))
+    if room is not None and longest > room:
+        raise InputError(
+            f"training.max_length: the longest training sequence has {longest} tokens, the model "
+            f"reads {room}; take at most {room}"
+        )
     if training.packing and not can_share(model):
         raise InputError(
             f"training.packing: in this model ({model.config.model_type}) the attention mask alone "
             "does not decide what a token sees, so that packed examples would not be apart; set "
             "packing: false"
         )
+
+
+def _sizes(examples: Sequence[Example]) -> list[int]:
+    if isinstance(examples, Stored):
+        return list(examples.sizes.tolist())
+    return [len(example.ids) for example in examples]

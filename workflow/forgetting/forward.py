@@ -59,6 +59,13 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device | str = 
     return Batch(ids.to(device), mask.to(device), columns.to(device), labels.to(device), positions)
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Number of tokens that the model can read, where it says so."""
+    config = model.config
+    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if room is None else int(room)
+
+
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     """log p of each target token given all before it, 0 elsewhere: (rows, width), float32 nats."""
     return logprobs_of(target_logits(model, batch), batch)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials
-from forgetting.data import general_rows
+from forgetting.data import general_rows, prepared_lines
 from forgetting.drift import load_targets
 from forgetting.models import load_tokenizer, pick_device, pick_precision
 from forgetting.optimize import Schedule
@@ -56,14 +56,16 @@ def read_job(options: argparse.Namespace) -> Job:
     materials = Materials(
         base=Path(base["path"]),
         tokenizer=load_tokenizer(Path(base["path"])),
-        train=read_jsonl(options.data / "train.jsonl"),
+        train=prepared_lines(options.data / "train.jsonl"),
         probes={name: read_jsonl(path) for name, path in probe_files.items()},
         base_value=metric_value(
             pd.read_parquet(options.base_items), spec.selection.probe, spec.selection.metric
         ),
         device=device,
         precision=precision,
-        general={table: general_rows(path, table) for table, path in general.items()},
+        general={
+            table: general_rows(path, table, spec.columns[table]) for table, path in general.items()
+        },
         targets=load_targets(options.targets) if options.targets else None,
     )
     inputs = {

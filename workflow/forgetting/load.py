@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from forgetting.columns import Columns
 from forgetting.plan import tunings
 from forgetting.records import InputError, read_json
 from forgetting.study import Base, Dataset, Study
@@ -172,7 +173,8 @@ def _override(study: Study, config: Mapping[str, Any], path: Path) -> Study:
                 )
             if not Path(str(value)).is_dir():
                 raise InputError(f"--config {key}={value}: there is no such folder")
-            datasets[name] = Dataset(folder=str(value))
+            columns = datasets[name].columns if name in datasets else Columns()
+            datasets[name] = Dataset(folder=str(value), columns=columns)
         elif key == "model":
             base = _named_model(str(value))
         elif key not in ("study", "scale"):

@@ -73,7 +73,7 @@ def build_safeguards(
     on_tokens = kl(model, mitigation.kl.weight) if mitigation.kl else None
     on_weights: list[WeightPenalty] = []
     if mitigation.ewc:
-        rows = evenly_spaced(list(tables[mitigation.ewc.table]), mitigation.ewc.samples)
+        rows = evenly_spaced(tables[mitigation.ewc.table], mitigation.ewc.samples)
         on_weights.append(ewc(model, mitigation.ewc.weight, rows, seed))
     if mitigation.l2_sp:
         on_weights.append(l2_sp(model, mitigation.l2_sp.weight))

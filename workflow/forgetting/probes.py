@@ -14,7 +14,7 @@ from forgetting.chat import literal
 from forgetting.data import Row, strip_answer
 from forgetting.decode import greedy_answers
 from forgetting.encode import Example, encode_pair, encode_prompt
-from forgetting.forward import by_length, collate, token_logprobs
+from forgetting.forward import by_length, collate, context_length, token_logprobs
 from forgetting.models import Model
 from forgetting.records import InputError
 from forgetting.shared import answer_logprobs, can_share
@@ -61,8 +61,7 @@ def check_room(
     settings: Measurement,
 ) -> None:
     """Refuse what is longer than the model can read, before it fails or scores nonsense."""
-    config = model.config
-    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    room = context_length(model)
     if room is None:
         return
     for row in (row for probe in probes.values() for row in probe):

@@ -114,10 +114,17 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, "".join(lines))
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object a line, whole or not at all, and return how many there are.
+
+    Rows are taken as they are written, so that they need not fit into memory together.
+    """
+    count = 0
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -125,31 +132,33 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_numbered(path)]
 
 
-def read_numbered(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The same with the number of each line; blank lines are counted and left out."""
-    rows: list[tuple[int, dict[str, Any]]] = []
+def read_numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same one by one, with the number of each line; blank lines are counted and left out."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows writes a byte-order mark.
+        file = path.open("rb")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _parse(line, f"{path}, line {number}")
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # Windows writes a byte-order mark.
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: not a JSON object ({error.msg} at column {error.colno}); "
-                "expected one object a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{path}, line {number}: expected a JSON object, found {type(row).__name__}"
-            )
-        rows.append((number, row))
-    return rows
+        raise InputError(
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: not a JSON object ({error.msg} at column {error.colno}); "
+            "expected one object a line"
+        ) from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

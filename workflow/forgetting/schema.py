@@ -69,6 +69,16 @@ makes editors that know the YAML language server complete and check keys as you 
 A table is named `DATASET/TABLE`. Its rows have `question` and `answer`; for the truth ratio of a
 probe also `perturbed_answer`, a list of wrong answers, and, if there is one, `paraphrased_answer`.
 
+Rows that are trained on may instead have `messages`, a conversation as a list of `role` (system,
+user, assistant) and `content`, of which all answers of the assistant are learned, in the chat
+template of the base's tokenizer; or `text`, of which every token is learned: texts are joined, each
+with its end of sequence, and cut into blocks of `training.max_length` tokens. Rows of all kinds may
+stand side by side. What is learned from texts is measured by probes in tables of their own. Where a
+dataset has other names for its columns, `columns` says which: `{question: instruction, answer:
+response}` for Magicoder, `{question: query, answer: response}` for MetaMathQA, `{system:
+system_prompt, answer: response}` for OpenOrca. Tables are read row by row, and trained on from
+files of tokens; they need not fit into memory.
+
 ## All keys
 
 The rest of this file is generated from `workflow/forgetting/study.py` by `make schema`."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from forgetting.columns import Columns
 from forgetting.fields import (
     Count,
     Name,
@@ -47,6 +48,7 @@ class Dataset(Strict):
     folder: str | None = Field(
         None, description="Folder with TABLE.jsonl or TABLE.json (one JSON object a line)."
     )
+    columns: Columns = Columns()
 
     @model_validator(mode="after")
     def _one_origin(self) -> Dataset:
@@ -54,6 +56,8 @@ class Dataset(Strict):
             raise ValueError("a dataset needs one of `generate`, `hub` or `folder`")
         if self.hub and not self.revision:
             raise ValueError("a hub dataset needs its `revision`, so that it cannot change")
+        if self.generate and self.columns.renamed:
+            raise ValueError("generated tables have their `columns`; leave them out")
         return self
 
 
@@ -153,7 +157,8 @@ class Prompt(Strict):
             raise ValueError(
                 "`system` needs `chat: true`; in a template of your own, write it into `question`"
             )
-        if self.chat and self.model_fields_set & {"question", "answer"}:
+        own = [type(self).model_fields[name].default for name in ("question", "answer")]
+        if self.chat and [self.question, self.answer] != own:
             raise ValueError("with `chat` the tokenizer has the template: leave out the other one")
         return self
 
@@ -205,7 +210,11 @@ class Training(Strict):
     micro_batch_size: Count = Field(
         32, description="Pairs per forward pass; the gradient does not depend on it."
     )
-    max_length: Count = Field(500, description="Longest training sequence, in tokens.")
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        500,
+        description="Longest training sequence, in tokens; texts are joined and cut into so long "
+        "blocks.",
+    )
     packing: bool = Field(
         False,
         description="Put several examples to a sequence of at most `max_length` tokens, whole and "
@@ -707,6 +716,16 @@ class Study(Strict):
         return self
 
     @model_validator(mode="after")
+    def _system_messages_are_used(self) -> Study:
+        for name, dataset in self.datasets.items():
+            if dataset.columns.system and not self.prompt.chat:
+                raise ValueError(
+                    f"datasets.{name}.columns: `system` needs `prompt: {{chat: true}}`: other "
+                    "templates have no place for it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _names_agree(self) -> Study:
         tables = [*self.train, *(table for probe in self.probes.values() for table in probe.table)]
         tables += self.base.pretrain.documents if self.base.pretrain else []
@@ -724,3 +743,7 @@ class Study(Strict):
                 f"selection.probe: `{self.selection.probe}` is not a probe of new knowledge"
             )
         return self
+
+    def columns(self, table: str) -> Columns:
+        """What the dataset of a table calls its columns."""
+        return self.datasets[table.split("/", 1)[0]].columns

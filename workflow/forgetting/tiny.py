@@ -25,6 +25,7 @@ from forgetting.study import (
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
 DOCUMENTS = 60
+CONTEXT = 2048
 
 
 def shrink(study: Study) -> Study:
@@ -79,7 +80,13 @@ def _short(training: Training) -> Training:
     no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
     budgets = [2.0 * budget / longest for budget in training.budgets]
     return training.model_copy(
-        update={"epochs": 2.0, "batch_size": 4, "budgets": budgets, **no_other}
+        update={
+            "epochs": 2.0,
+            "batch_size": 4,
+            "budgets": budgets,
+            "max_length": min(training.max_length, CONTEXT),
+            **no_other,
+        }
     )
 
 
@@ -133,6 +140,7 @@ def _base(study: Study, on_hub: set[str], probes: dict[str, Probe], train: list[
             layers=1,
             heads=max(1, width // 64),
             vocabulary=400,
+            context=CONTEXT,
             block=64,
             batch_tokens=512,
             limit=DOCUMENTS,

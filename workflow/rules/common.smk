@@ -95,10 +95,20 @@ def tables():
     }
 
 
-def general_files(wildcards):
-    """The files of the tables that a method's mitigation reads, in its order."""
+def columns(tables):
+    """What the columns of tables are called, by table."""
+    return {table: STUDY.columns(table).model_dump() for table in tables}
+
+
+def general_tables(wildcards):
+    """The tables that a method's mitigation reads, in its order."""
     mitigation = TUNINGS[wildcards.method].mitigation
-    return [table_file(table) for table in mitigation.tables] if mitigation else []
+    return mitigation.tables if mitigation else []
+
+
+def general_files(wildcards):
+    """Their files."""
+    return [table_file(table) for table in general_tables(wildcards)]
 
 
 def text_files():
@@ -162,6 +172,7 @@ def cohort_spec(wildcards):
         tuning=TUNINGS[wildcards.method].model_dump(mode="json"),
         seed=int(wildcards.seed),
         knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
+        columns=columns(general_tables(wildcards)),
     )
 
 

@@ -78,6 +78,7 @@ rule prepare_data:
         folder=subpath(output.record, parent=True),
         spec=lambda wildcards: as_json(
             sections("prompt", "train", "train_limit", "probes"),
+            columns=columns(tables()),
             documents=STUDY.base.pretrain.documents if STUDY.base.pretrain else [],
             documents_limit=STUDY.base.pretrain.limit if STUDY.base.pretrain else None,
         ),

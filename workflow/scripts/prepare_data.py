@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
-from forgetting.data import document_texts, evenly_spaced, prepare_rows
+from forgetting.columns import Columns
+from forgetting.data import Rows, document_texts, evenly_spaced, general_rows, prepare_rows
 from forgetting.fields import Strict
 from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_jsonl
 from forgetting.study import Probe, Prompt
@@ -20,6 +22,7 @@ class Spec(Strict):
     probes: dict[str, Probe]
     documents: list[str]
     documents_limit: int | None
+    columns: dict[str, Columns]
 
 
 @tells_input_errors
@@ -33,28 +36,36 @@ def main(argv: list[str] | None = None) -> None:
     spec = Spec.model_validate_json(options.spec)
     files = {table: Path(path) for table, path in read_json(options.tables).items()}
 
-    train = [
-        {key: row[key] for key in ("id", "question", "answer")}
-        for table in spec.train
-        for row in prepare_rows(files[table], table, wrong_answers=False)
-    ]
-    write_jsonl(options.output / "train.jsonl", evenly_spaced(train, spec.train_limit))
-    counts = {"train": len(evenly_spaced(train, spec.train_limit))}
+    train = Rows(
+        lambda: chain.from_iterable(
+            general_rows(files[table], table, spec.columns[table]) for table in spec.train
+        )
+    )
+    kept = train.evenly_spaced(spec.train_limit)
+    counts = {"train": write_jsonl(options.output / "train.jsonl", kept)}
     for name, probe in spec.probes.items():
         rows = [
             row if probe.truth_ratio else row | {"paraphrased_answer": None, "wrong_answers": []}
             for table in probe.table
             for row in prepare_rows(
-                files[table], table, wrong_answers=probe.truth_ratio, probe=name
+                files[table],
+                table,
+                wrong_answers=probe.truth_ratio,
+                probe=name,
+                columns=spec.columns[table],
             )
         ]
-        rows = evenly_spaced(rows, probe.limit)
-        write_jsonl(options.output / "probes" / f"{name}.jsonl", rows)
-        counts[name] = len(rows)
-    texts = [text for table in spec.documents for text in document_texts(files[table], spec.prompt)]
-    texts = evenly_spaced(texts, spec.documents_limit)
-    write_jsonl(options.output / "documents.jsonl", ({"text": text} for text in texts))
-    counts["documents"] = len(texts)
+        kept_rows = evenly_spaced(rows, probe.limit)
+        counts[name] = write_jsonl(options.output / "probes" / f"{name}.jsonl", kept_rows)
+    documents = Rows(
+        lambda: (
+            {"text": text}
+            for table in spec.documents
+            for text in document_texts(files[table], spec.prompt, spec.columns[table])
+        )
+    )
+    kept = documents.evenly_spaced(spec.documents_limit)
+    counts["documents"] = write_jsonl(options.output / "documents.jsonl", kept)
 
     origins = {table: {"path": str(p), "sha256": sha256(p)} for table, p in files.items()}
     write_json(options.output / "data.json", {"tables": origins, "rows": counts})

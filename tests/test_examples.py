@@ -1,0 +1,312 @@
+"""Tables as examples: blocks of text, conversations, files of tokens, memory that stays small."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgetting import examples as module
+from forgetting import store
+from forgetting.cohort import CohortSpec, Materials, train_cohort
+from forgetting.data import Rows, general_rows, prepared_lines
+from forgetting.encode import Example, encode_messages, encode_pair, encode_text
+from forgetting.examples import arrange, check_model, encode_rows, tokenize
+from forgetting.models import load_base
+from forgetting.plan import Tuning
+from forgetting.records import InputError, read_json
+from forgetting.store import Stored, write_examples
+from forgetting.study import Measurement, Prompt, Selection, Setting, Study, Training
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
+import prepare_data
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TALK = [
+    {"role": "user", "content": "Where was she born?"},
+    {"role": "assistant", "content": "In Oslo."},
+    {"role": "user", "content": "When?"},
+    {"role": "assistant", "content": "Long ago."},
+]
+TEXTS = ["In Oslo, by the old harbour.", "Where was the author?", "In Lima.", "Riga. " * 30]
+
+
+def _rows(texts: list[str] = TEXTS) -> list[dict[str, Any]]:
+    return [{"id": f"t/{number}", "text": text} for number, text in enumerate(texts)]
+
+
+def _encoded(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **training: Any
+) -> list[Example]:
+    encoded = encode_rows(rows, tokenizer, Prompt(), Training(**training), blocks=True)
+    return [example for example, _ in encoded]
+
+
+@pytest.mark.parametrize("length", [2, 7, 16, 500])
+def test_texts_fill_blocks_and_no_token_is_lost(
+    tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    """Joined as in continued pretraining: each text, its end, the next; all but the last full."""
+    joined = [token for text in TEXTS for token in encode_text(tokenizer, text).ids]
+    blocks = _encoded(_rows(), tokenizer, max_length=length)
+    assert {len(block.ids) for block in blocks[:-1]} <= {length}
+    found = [token for block in blocks for token in block.ids]
+    assert found == joined[: len(found)]
+    assert len(joined) - len(found) <= 1  # a last token with none before it has nothing to teach
+    assert all(block.targets == len(block.ids) - 1 for block in blocks)
+    assert all(block.starts == (0,) for block in blocks)
+
+
+def test_with_packing_texts_are_cut_one_by_one_and_kept_apart(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    training = Training(max_length=16, packing=True)
+    pieces = _encoded(_rows(), tokenizer, max_length=16, packing=True)
+    ends = [encode_text(tokenizer, text).ids for text in TEXTS]
+    expected = [ids[start : start + 16] for ids in ends for start in range(0, len(ids), 16)]
+    assert [piece.ids for piece in pieces] == [ids for ids in expected if len(ids) > 1]
+    packed = arrange(pieces, training)
+    assert len(packed) < len(pieces)
+    assert sum(len(sequence.starts) for sequence in packed) == len(pieces)
+
+
+def test_rows_of_all_kinds_stand_side_by_side(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Pairs and conversations are examples, texts are blocks; from disk they are what they were."""
+    talk = {"id": "m/0", "messages": TALK}
+    mixed = [_rows()[0], rows[0], talk, _rows()[1], rows[1]]
+    texts = [token for text in TEXTS[:2] for token in encode_text(tokenizer, text).ids]
+    expected = [
+        *(encode_pair(tokenizer, Prompt(), r["question"], r["answer"], 500) for r in rows[:2]),
+        encode_messages(tokenizer, Prompt(), TALK, 500),
+        Example(texts, 1),
+    ]
+    path = tmp_path / "train-0.arrow"
+    stored = tokenize(mixed, tokenizer, Prompt(), Training(), path, blocks=True)
+    assert len(stored) == 4
+    assert sorted(stored, key=str) == sorted(expected, key=str)
+    assert stored.sizes.tolist() == [len(example.ids) for example in stored]
+    assert stored.cut == 0
+
+
+def test_rows_that_are_replayed_are_cut_and_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "general-0.arrow"
+    stored = tokenize(_rows(), tokenizer, Prompt(), Training(max_length=8), path, blocks=False)
+    assert len(stored) == len(TEXTS)
+    assert [stored[n].ids for n in range(4)] == [encode_text(tokenizer, t, 8).ids for t in TEXTS]
+    assert stored.cut == sum(len(encode_text(tokenizer, text).ids) > 8 for text in TEXTS) > 0
+
+
+def test_a_file_of_tokens_is_written_once_whole_or_not_at_all(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def files() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    def read(name: str, length: int = 500) -> Stored:
+        training = Training(max_length=length)
+        return tokenize(rows, tokenizer, Prompt(), training, tmp_path / name, blocks=True)
+
+    with pytest.raises(InputError, match="8 tokens leave nothing of the answer of made/0 and 9"):
+        read("train-a.arrow", 8)
+    assert files() == []
+    first = read("train-a.arrow")
+    read("train-extra-b.arrow")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode_rows", None)
+        assert list(read("train-a.arrow")) == list(first)
+    assert files() == ["train-a.arrow", "train-extra-b.arrow"]
+    read("train-c.arrow")
+    assert files() == ["train-c.arrow", "train-extra-b.arrow"]
+    # Who still reads the file that was removed goes on reading.
+    assert first[0] == encode_pair(tokenizer, Prompt(), rows[0]["question"], rows[0]["answer"])
+
+
+def test_many_examples_come_back_in_their_order(tmp_path: Path) -> None:
+    """More than are written at once; runs of targets among them."""
+    examples = [
+        Example(list(range(n % 7 + 4)), 2, ((2, 3), (4, 4 + n % 7)) if n % 3 == 2 else ())
+        for n in range(2500)
+    ]
+    write_examples(((example, n % 5 == 0) for n, example in enumerate(examples)), tmp_path / "e")
+    stored = Stored(tmp_path / "e")
+    assert list(stored) == examples
+    assert stored[-1] == examples[-1]
+    assert stored.cut == 500
+
+
+def test_a_sequence_longer_than_the_model_reads_is_told_before_training(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = load_base(base_folder, torch.device("cpu"))
+    for length in (256, 300):
+        training = Training(max_length=length)
+        blocks = _encoded(_rows(TEXTS * 20), tokenizer, max_length=length)
+        if length == 256:
+            check_model(model, blocks, training)
+            continue
+        with pytest.raises(InputError, match="has 300 tokens, the model reads 256; take at most"):
+            check_model(model, blocks, training)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _prepare(folder: Path, tables: dict[str, Path], **spec: Any) -> Path:
+    """Run the program that prepares data, with one probe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tables.json").write_text(json.dumps({t: str(p) for t, p in tables.items()}))
+    probe = {"table": ["own/probe"], "knowledge": "new", "truth_ratio": False}
+    asked = {
+        "prompt": {},
+        "train_limit": None,
+        "probes": {"new": probe},
+        "documents": [],
+        "documents_limit": None,
+        "columns": {table: {} for table in tables},
+        **spec,
+    }
+    prepare_data.main(
+        ["--spec", json.dumps(asked), f"--tables={folder}/tables.json", f"--output={folder}"]
+    )
+    return folder
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tuning: Tuning,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    packing: bool,
+) -> None:
+    """Continued pretraining: from a table of texts to a trained cohort, with its provenance."""
+    tables = {
+        "own/text": _write(tmp_path / "text.jsonl", _rows()),
+        "own/talk": _write(tmp_path / "talk.jsonl", [{"turns": TALK}]),
+        "own/probe": _write(tmp_path / "probe.jsonl", rows[:2]),
+    }
+    data = _prepare(
+        tmp_path / "data",
+        tables,
+        train=["own/text", "own/talk"],
+        columns={"own/text": {}, "own/talk": {"messages": "turns"}, "own/probe": {}},
+    )
+    record = read_json(data / "data.json")
+    assert record["rows"] == {"train": 5, "new": 2, "documents": 0}
+    assert set(record["tables"]) == set(tables)
+    spec = CohortSpec(
+        tuning=tuning.model_copy(update={"settings": [Setting(learning_rate=1e-2)]}),
+        seed=0,
+        prompt=Prompt(),
+        training=Training(
+            epochs=3.0, batch_size=2, max_length=32, warmup_epochs=0.0, packing=packing
+        ),
+        measurement=Measurement(max_new_tokens=2),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )
+    materials = Materials(
+        base=base_folder,
+        tokenizer=tokenizer,
+        train=prepared_lines(data / "train.jsonl"),
+        probes={"new": list(prepared_lines(data / "probes" / "new.jsonl"))},
+        base_value=0.1,
+        device=torch.device("cpu"),
+        precision=torch.float32,
+    )
+    (done,) = train_cohort(spec, materials, {}, tmp_path / "state", lambda *_: None)
+    joined = sum(len(encode_text(tokenizer, text).ids) for text in TEXTS)
+    talk = len(encode_messages(tokenizer, Prompt(), TALK, 32).ids)
+    assert done["tokens"] == pytest.approx(3 * (joined + talk), abs=3 * len(TEXTS))
+    assert done["losses"][-1] < done["losses"][0]
+    assert done["cut_rows"] == 1
+    (tokens,) = (tmp_path / "state" / "tokens").iterdir()
+    assert tokens.name.startswith("train-")
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    work()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_memory_does_not_grow_with_the_table(
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """Preparing, thinning, tokenizing and packing 2 MB take hardly more than 0.2 MB do."""
+    monkeypatch.setattr(store, "TOKENS_AT_ONCE", 2**12)
+    words = "In Oslo, by the old harbour. " * 30
+    row = {"text": words} if kind == "text" else {"question": words[:400], "answer": words}
+    probe = _write(tmp_path / "probe.jsonl", [{"question": "Who?", "answer": "Ann."}])
+    peaks = []
+    # The first time tells what is allocated once and stays.
+    for number, size in enumerate([200, 200, 2000]):
+        table = _write(tmp_path / f"{number}.jsonl", [row] * size)
+
+        def work(folder: Path = tmp_path / f"data{number}", table: Path = table) -> None:
+            tables = {"own/table": table, "own/probe": probe}
+            _prepare(folder, tables, train=["own/table"], train_limit=100_000)
+            training = Training(max_length=400, packing=True)
+            rows = prepared_lines(folder / "train.jsonl")
+            path = folder / "train-0.arrow"
+            stored = tokenize(rows, tokenizer, Prompt(), training, path, blocks=True)
+            packed = arrange(stored, training)
+            assert sum(len(sequence.ids) for sequence in packed) > 100 * len(stored)
+
+        peaks.append(_peak(work))
+    assert peaks[2] < 1.2 * peaks[1] + 200_000  # 100 bytes a row for the order and the packs
+
+
+def test_a_probe_of_new_knowledge_need_not_be_trained_on() -> None:
+    study = {
+        "title": "t",
+        "datasets": {"own": {"folder": "x", "columns": {"text": "content"}}},
+        "base": {"model": "./x"},
+        "train": "own/corpus",
+        "probes": {"new": {"table": "own/probe", "knowledge": "new", "truth_ratio": False}},
+        "methods": [{"method": "full", "learning_rate": 1e-3}],
+        "selection": {"probe": "new"},
+    }
+    checked = Study.model_validate(study)
+    assert checked.columns("own/corpus").renamed == {"text": "content"}
+    study["datasets"]["own"]["columns"] = {"system": "system_prompt"}
+    with pytest.raises(ValueError, match=r"datasets\.own\.columns: `system` needs `prompt"):
+        Study.model_validate(study)
+    Study.model_validate(study | {"prompt": {"chat": True}})
+
+
+def test_general_rows_are_read_anew_each_time(tmp_path: Path) -> None:
+    table = _write(tmp_path / "t.jsonl", _rows())
+    rows = general_rows(table, "own/t")
+    assert isinstance(rows, Rows)
+    assert (
+        [row["id"] for row in rows]
+        == [row["id"] for row in rows]
+        == [f"own/t/{number}" for number in range(len(TEXTS))]
+    )
