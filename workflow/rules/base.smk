@@ -114,6 +114,7 @@ rule score_base:
         spec=lambda wildcards: as_json(
             sections("prompt", "measurement", "precision", "general_text"),
             probes=list(STUDY.probes),
+            columns=columns([STUDY.general_text.table] if STUDY.general_text else []),
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,

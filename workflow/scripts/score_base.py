@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.columns import Columns
 from forgetting.data import joined_text
 from forgetting.drift import base_targets, cut_blocks, save_targets, with_text
 from forgetting.fields import Strict
@@ -29,6 +30,7 @@ class Spec(Strict):
     precision: str
     probes: list[str]
     general_text: GeneralText | None
+    columns: dict[str, Columns]
 
 
 @tells_input_errors
@@ -53,7 +55,12 @@ def main(argv: list[str] | None = None) -> None:
     with autocast(device, pick_precision(spec.precision, device)):
         items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
         if text is not None:
-            blocks = cut_blocks(tokenizer, joined_text(options.text), text.block, text.limit)
+            blocks = cut_blocks(
+                tokenizer,
+                joined_text(options.text, spec.columns[text.table]),
+                text.block,
+                text.limit,
+            )
             targets = base_targets(model, blocks, text.batch_size)
             save_targets(targets, options.targets)
         items = with_text(items, model, targets)
