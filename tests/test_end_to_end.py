@@ -237,6 +237,8 @@ def test_a_study_with_budgets_tells_what_every_duration_does(budgets: Path, tmp_
 
     shutil.rmtree(state / "budget2" / "full")
     shutil.rmtree(folder / results / "branches" / "full" / "seed0" / "budget2")
+    shutil.rmtree(folder / results / "tables")
+    (folder / "reports" / "tradeoff.html").unlink()
     newest = "full/seed0/*/*/step-0000003/progress.json"
     _kill_program(
         folder, "cool_down.py", lambda: any((state / "budget2").glob(newest)), study=study

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetting.records import InputError
+import pyarrow.parquet as pq
+
+from forgetting.records import InputError, replacing
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,53 @@ HUB_ROWS = {
 ADVICE = "check the network and the name, or give a local folder instead"
 
 
-def fetch_file(dataset: str, revision: str, names: Sequence[str]) -> Path:
-    """The first of `names` that the dataset's repository has, in the local cache."""
-    from huggingface_hub import hf_hub_download
+def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
+    """Write a table of a dataset's repository as JSON lines.
+
+    It is the file TABLE.jsonl or TABLE.json; or TABLE.parquet, in one file or many, named
+    TABLE-00000-of-00114.parquet and so on as the hub's own tools name them.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for name in names:
-        try:
-            return Path(hf_hub_download(dataset, name, repo_type="dataset", revision=revision))
-        except LocalEntryNotFoundError as error:
-            raise _unreachable(dataset, revision, error) from None
-        except EntryNotFoundError:
-            continue
-        except Exception as error:
-            raise _unreachable(dataset, revision, error) from None
-    raise InputError(f"{dataset} at {revision} has none of {', '.join(names)}")
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(dataset, name, repo_type="dataset", revision=revision))
+
+    def fetch_lines() -> Path | None:
+        for name in (f"{table}.jsonl", f"{table}.json"):
+            try:
+                return fetch(name)
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+        return None
+
+    try:
+        with replacing(target) as temporary:
+            if found := fetch_lines():
+                shutil.copyfile(found, temporary)
+                return
+            part = re.compile(re.escape(table) + r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet")
+            listed = HfApi().list_repo_files(dataset, repo_type="dataset", revision=revision)
+            shards = sorted(filter(part.fullmatch, listed))
+            if not shards:
+                names = f"{table}.jsonl, {table}.json, {table}.parquet"
+                raise InputError(f"{dataset} at {revision} has none of {names}")
+            with temporary.open("w", encoding="utf-8") as file:
+                for shard in shards:
+                    file.writelines(_lines(fetch(shard)))
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unreachable(dataset, revision, error) from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The rows of a parquet file as JSON, a few in memory; dates and the like become text."""
+    for batch in pq.ParquetFile(path).iter_batches(1000):
+        for row in batch.to_pylist():
+            yield json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
 def fetch_rows(origin: HubRows, split: str) -> list[dict[str, Any]]:

@@ -52,6 +52,9 @@ wildcard_constraints:
     dataset=r"[^/]+",
     method=r"[^/]+",
     model=r"base|[^/]+/seed-?\d+(-budget[^/]+)?",
+    owner=r"[^/]+",
+    repository=r"[^/]+",
+    revision=r"[0-9a-f]{40}",
     seed=r"-?\d+",
     task=r"[^/]+",
 
