@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from forgetting.models import Model, restore_checkpoint, save_checkpoint, save_tensors
-from forgetting.records import read_json, settle, write_json
+from forgetting.records import read_json, replacing_folder, write_json
 from forgetting.select import recorded_points, steps_to_keep
 
 
@@ -36,23 +36,24 @@ def write_checkpoint(
     folder: Path,
 ) -> None:
     """Write a complete checkpoint beside, then give it its name."""
-    final = folder / f"step-{progress.step:07d}"
-    partial = folder / f".{final.name}"
-    for leftover in (partial, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_checkpoint(model, partial)
-    tensors = {
-        f"{index}.{name}": tensor.detach().cpu().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, tensor in state.items()
-    }
-    save_tensors(tensors, partial / "optimizer.safetensors")
-    write_json(partial / "progress.json", vars(progress))
-    settle(partial, final)
+    with replacing_folder(folder / f"step-{progress.step:07d}") as partial:
+        save_checkpoint(model, partial)
+        tensors = {
+            f"{index}.{name}": tensor.detach().cpu().contiguous()
+            for index, state in optimizer.state_dict()["state"].items()
+            for name, tensor in state.items()
+        }
+        save_tensors(tensors, partial / "optimizer.safetensors")
+        write_json(partial / "progress.json", vars(progress))
 
 
 def resume(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> Progress:
-    """Restore the newest complete checkpoint, or start afresh."""
+    """Restore the newest complete checkpoint, or start afresh.
+
+    What a killed process left half written is removed.
+    """
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     newest = max(folder.glob("step-*/progress.json"), default=None)
     if newest is None:
         return Progress()

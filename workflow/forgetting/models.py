@@ -18,7 +18,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from forgetting.plan import Tuning
-from forgetting.records import InputError
+from forgetting.records import InputError, writing
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model that can be measured: plain, or with an adapter."""
@@ -222,10 +221,8 @@ def save_checkpoint(model: Model, folder: Path) -> None:
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write tensors as safetensors; a full disk is told in one sentence."""
-    try:
+    with writing(path):
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise InputError(f"{path}: not written: {error}") from None
 
 
 def restore_checkpoint(model: Model, folder: Path) -> None:
