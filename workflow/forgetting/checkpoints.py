@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from forgetting.adalora import restore_training, training_state
 from forgetting.models import Model
-from forgetting.records import read_json, settle, write_json
+from forgetting.records import read_json, replacing_folder, write_json
 from forgetting.select import recorded_points, steps_to_keep
 from forgetting.tuned import restore_checkpoint, save_checkpoint, save_tensors
 
@@ -45,25 +45,26 @@ def write_checkpoint(
     folder: Path,
 ) -> None:
     """Write a complete checkpoint beside, then give it its name."""
-    final = folder / f"step-{progress.step:07d}"
-    partial = folder / f".{final.name}"
-    for leftover in (partial, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_checkpoint(model, partial)
-    tensors = {
-        f"{index}.{name}": tensor.detach().cpu().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, tensor in state.items()
-    }
-    save_tensors(tensors, partial / OPTIMIZER)
-    if state_of_method := training_state(model):
-        save_tensors(state_of_method, partial / METHOD)
-    write_json(partial / "progress.json", vars(progress))
-    settle(partial, final)
+    with replacing_folder(folder / f"step-{progress.step:07d}") as partial:
+        save_checkpoint(model, partial)
+        tensors = {
+            f"{index}.{name}": tensor.detach().cpu().contiguous()
+            for index, state in optimizer.state_dict()["state"].items()
+            for name, tensor in state.items()
+        }
+        save_tensors(tensors, partial / OPTIMIZER)
+        if state_of_method := training_state(model):
+            save_tensors(state_of_method, partial / METHOD)
+        write_json(partial / "progress.json", vars(progress))
 
 
 def resume(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> Progress:
-    """Restore the newest complete checkpoint, or start afresh."""
+    """Restore the newest complete checkpoint, or start afresh.
+
+    What a killed process left half written is removed.
+    """
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     newest = max(folder.glob("step-*/progress.json"), default=None)
     if newest is None:
         return Progress()

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from forgetting.packing import IGNORED, collate, pack
-from forgetting.records import settle
+from forgetting.records import settle, writing
 from forgetting.study import SmallModel
 
 END = "<|end|>"
@@ -221,7 +221,8 @@ def pretrain(
         on_progress,
         bfloat16,
     )
-    model.to("cpu").save_pretrained(partial)
+    with writing(out_dir):
+        model.to("cpu").save_pretrained(partial)
     shutil.rmtree(out_dir, ignore_errors=True)
     settle(partial, out_dir)
     return Pretrained(

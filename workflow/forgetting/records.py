@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -42,6 +43,19 @@ def tells_input_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell of a disk that is full or read-only in one sentence, whoever writes in the block."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"{path}: not written: {error}; make room there") from None
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise InputError(f"{path}: not written: {error.strerror}; make room there") from None
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place once the block has ended well.
 
@@ -53,17 +67,30 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        _flush(path.parent)
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise InputError(f"{path}: not written: {error.strerror}; make room there") from None
-        raise
+        with writing(path):
+            yield temporary
+            _flush(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder of files: yields the path of one that takes its place when complete."""
+    partial = path.with_name(f".{path.name}")
+    for leftover in (partial, path):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with writing(path):
+            partial.mkdir(parents=True)
+            yield partial
+            settle(partial, path)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def settle(partial: Path, final: Path) -> None:

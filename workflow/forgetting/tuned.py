@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from forgetting.adalora import is_adalora, without_pruned
 from forgetting.adapters import convert_pissa, trained_half
 from forgetting.models import Model, load_base
-from forgetting.records import InputError
+from forgetting.records import InputError, writing
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -49,10 +48,8 @@ def save_checkpoint(model: Model, folder: Path) -> None:
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write tensors as safetensors; a full disk is told in one sentence."""
-    try:
+    with writing(path):
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise InputError(f"{path}: not written: {error}") from None
 
 
 def restore_checkpoint(model: Model, folder: Path) -> None:
