@@ -114,6 +114,8 @@ rule score_base:
         spec=lambda wildcards: as_json(
             sections("prompt", "measurement", "precision", "general_text"),
             probes=list(STUDY.probes),
+            watched=STUDY.selection.probe,
+            metric=STUDY.selection.metric,
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,
