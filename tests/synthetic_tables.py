@@ -241,6 +241,7 @@ def _score(
         "high": min(value + 1.96 * error, 1.0),
         "n": 200,
         "chance": chance,
+        "num_fewshot": 0 if task == "humaneval" else 5,
         "status": "ok",
     }
 
@@ -263,7 +264,7 @@ def _study(new: str, seeds: tuple[int, ...], tasks: tuple[str, ...]) -> dict[str
                 "hyperparameters": "earliest",
                 "if_not_reached": "none",
             },
-            "benchmarks": {"tasks": {task: {"num_fewshot": 5} for task in tasks}},
+            "benchmarks": {"tasks": {task: {"num_fewshot": None} for task in tasks}},
         },
         "provenance": {
             "created": "2026-01-02T03:04:05Z",

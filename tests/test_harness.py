@@ -296,6 +296,7 @@ def test_scores_equal_simple_evaluate(
         batch_size=4,
     )
     tasks = [_untouched(name) for name in scored]
+    assert ours.examples == {task.config.task: task.config.num_fewshot or 0 for task in tasks}
     theirs = _harness_results(
         model, tokenizer, tasks, limit=5, gen_kwargs={"max_gen_toks": 24}, log_samples=True
     )

@@ -229,6 +229,13 @@ def test_notes_provenance_and_every_run_are_on_the_page(written: Path) -> None:
     assert html.count('class="chosen"') == 5
 
 
+def test_the_definitions_tell_how_many_examples_each_prompt_had() -> None:
+    """The number of the loaded task, where the study left it to the task."""
+    html = _html(_tables(ranks=(2,), epochs=3, tasks=("gsm8k", "humaneval")))
+    cells = re.findall(r'<th scope="row">(gsm8k|humaneval)</th><td>.*?</td><td>(.*?)</td>', html)
+    assert cells == [("gsm8k", "5"), ("humaneval", "0")]
+
+
 @pytest.mark.parametrize("missing", ["runs.parquet", "study.json"])
 def test_a_missing_table_is_named(tmp_path: Path, missing: str) -> None:
     folder = synthetic.write(tmp_path, synthetic.tables(ranks=(2,), epochs=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Literal
@@ -23,6 +24,7 @@ SLOW = Setting(learning_rate=1e-4)
 MIDDLE = Setting(learning_rate=1e-3)
 FAST = Setting(learning_rate=1e-2)
 DECAYED = Setting(learning_rate=1e-3, weight_decay=0.1)
+NAN = math.nan
 
 
 def _points(*values: float, every: int = 10) -> list[Point]:
@@ -60,6 +62,10 @@ CHECKPOINTS: list[tuple[str, Sequence[float], bool, str, int | None]] = [
     ("diverged before", (0.1, 0.5), True, "diverged", None),
     ("diverged before any evaluation", (0.1,), True, "diverged", None),
     ("diverged after", (0.1, 0.5, 0.95), True, "selected", 10),
+    ("no number just before it", (0.1, 0.5, NAN, 0.95), False, "selected", 10),
+    ("no number but the base's before it", (0.1, NAN, 0.95), False, "first_above", None),
+    ("no number at the end", (0.1, 0.5, NAN), False, "not_reached", None),
+    ("infinite is no number", (0.1, 0.5, math.inf), False, "not_reached", None),
 ]
 
 
@@ -103,7 +109,12 @@ def test_nothing_stands_in_where_nothing_can(
 
 @pytest.mark.parametrize(
     "points",
-    [[], [Point(10, 1.0, 0.5)], [Point(0, 0.0, 0.1), Point(5, 1.0, 0.2), Point(5, 1.0, 0.3)]],
+    [
+        [],
+        _points(NAN, 0.5),
+        [Point(10, 1.0, 0.5)],
+        [Point(0, 0.0, 0.1), Point(5, 1.0, 0.2), Point(5, 1.0, 0.3)],
+    ],
 )
 def test_a_trajectory_without_base_or_order_is_refused(points: list[Point]) -> None:
     with pytest.raises(ValueError, match="trajectory"):
@@ -115,7 +126,8 @@ def test_nothing_is_dropped_that_may_later_be_picked() -> None:
     draw = random.Random(0)
     for _ in range(3000):
         length = draw.randint(1, 8)
-        values = [draw.choice([0.1, 0.5, 0.89, 0.9, 0.91, 1.0]) for _ in range(length + 1)]
+        values = [draw.choice([0.1, 0.5, 0.9])]
+        values += [draw.choice([0.1, 0.5, 0.89, 0.9, 1.0, NAN]) for _ in range(length)]
         points = _points(*values, every=draw.randint(1, 30))
         on_disk: set[int] = set()
         for end in range(2, len(points) + 1):
@@ -274,6 +286,73 @@ def test_passing_over_a_setting_without_a_checkpoint_is_told() -> None:
     chosen, told = choose_setting(trajectories, _rule())
     assert chosen == SLOW
     assert "among those with an evaluation between the base and the threshold" in told
+
+
+def test_the_last_measured_checkpoint_stands_in_for_one_without_a_number() -> None:
+    choice = select_checkpoint(_points(0.1, 0.7, NAN), 0.9, "last")
+    assert choice.point == Point(10, 1.0, 0.7)
+    assert choice.reason == (
+        "never reaches 0.9; its best value is 0.700; the last checkpoint with a finite value "
+        "stands in"
+    )
+
+
+def test_values_that_are_no_numbers_do_not_choose_a_setting() -> None:
+    """Whatever the order of the sweep, and even if a run gave no number at all."""
+    rule = _rule(if_not_reached="last")
+    runs = {SLOW: [_points(0.1, 0.2, NAN)], FAST: [_points(0.1, 0.5, 0.6)]}
+    for order in ((SLOW, FAST), (FAST, SLOW)):
+        assert choose_setting({setting: runs[setting] for setting in order}, rule)[0] == FAST
+    runs = {SLOW: [_points(0.1, NAN, NAN)], FAST: [_points(0.1, 0.05)]}
+    assert choose_setting(runs, rule)[0] == FAST
+
+
+def test_seeds_that_arrive_are_counted_apart_from_those_with_a_checkpoint() -> None:
+    """Both seeds reach the threshold, one of them at once; the step is the mean of both."""
+    trajectories = {
+        SLOW: [_points(0.1, 0.95), _points(0.1, 0.5, 0.95)],
+        FAST: [_points(0.1, 0.2, 0.3, 0.95), _points(0.1, 0.2, 0.3, 0.4)],
+    }
+    chosen, told = choose_setting(trajectories, _rule())
+    assert chosen == SLOW
+    assert told == (
+        "reaches 0.9 at the earliest step (15); 1 of 2 seeds that reach it has an evaluation "
+        "between the base and the threshold"
+    )
+    chosen, told = choose_setting({FAST: trajectories[FAST]}, _rule())
+    assert told == "reaches 0.9 at the earliest step (30), in 1 of 2 seeds"
+
+
+def test_an_earlier_setting_that_fewer_seeds_reach_is_told() -> None:
+    trajectories = {
+        FAST: [_points(0.1, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.5)],
+        SLOW: [_points(0.1, 0.3, 0.5, 0.9), _points(0.1, 0.3, 0.5, 0.9)],
+    }
+    assert choose_setting(trajectories, _rule()) == (
+        SLOW,
+        "reaches 0.9 at the earliest step (30), among those with an evaluation between the base "
+        "and the threshold in as many seeds",
+    )
+
+
+def test_settings_that_are_all_above_at_once_have_nothing_to_select() -> None:
+    chosen, told = choose_setting({FAST: [_points(0.1, 0.95)], SLOW: [_points(0.1, 0.9)]}, _rule())
+    assert chosen == SLOW
+    assert told == (
+        "reaches 0.9 at the earliest step (10); without an evaluation between the base and the "
+        "threshold"
+    )
+
+
+def test_nothing_is_said_of_learning_where_the_base_is_above() -> None:
+    trajectories = {FAST: [_points(0.95, 0.96)], SLOW: [_points(0.95, 0.2)]}
+    for rule in (_rule(), _rule("smallest-lr", within_epochs=3)):
+        chosen, told = choose_setting(trajectories, rule)
+        assert chosen == SLOW
+        assert told == (
+            "the base itself is at 0.950, so that no setting learns sooner than another; the "
+            "smallest learning rate stands in"
+        )
 
 
 # --- one run, or the branches of a trunk --------------------------------------------------------

@@ -93,6 +93,13 @@ def test_few_or_equal_values_do_not_pretend_to_certainty() -> None:
         assert 0.0 <= low <= value <= high <= 1.0
 
 
+def test_none_right_may_be_none_and_all_right_may_be_all() -> None:
+    """The bound is 0 or 1 itself, not 7e-18."""
+    for n in range(1, 200):
+        assert share_interval([0.0] * n)[0] == 0.0
+        assert share_interval([1.0] * n)[1] == 1.0
+
+
 def test_no_values_have_no_interval() -> None:
     assert all(math.isnan(bound) for bound in share_interval([]))
     assert all(math.isnan(bound) for bound in mean_interval([]))

@@ -26,9 +26,12 @@ def trajectory_table(
     records: Sequence[Mapping[str, Any]],
     knowledge: Mapping[str, str],
 ) -> pd.DataFrame:
-    """Run, step, epoch, tokens, then the columns of `trajectory.aggregate`; the base is step 0."""
+    """Run, step, epoch, tokens, then the columns of `trajectory.aggregate`; the base is step 0.
+
+    `tokens` is no count: it is the step times the mean number of tokens of the run's steps.
+    """
     parts = [aggregate(base_items, knowledge).assign(run="base", step=0, epoch=0.0, tokens=0)]
-    # Tokens are counted for a whole run; its evaluations lie at known shares of its steps.
+    # Tokens are counted for a whole run only.
     per_step = {r["run"]: r["tokens"] / max(r["steps"], 1) for r in records}
     for items in cohort_items:
         if items.empty:
@@ -118,7 +121,8 @@ def benchmark_tables(
                 score = pd.concat([score, more[0]], ignore_index=True)
                 item = pd.concat([item, more[1]], ignore_index=True)
                 notes += [note] if note else []
-        scores.append(score.assign(**who))
+        examples = score["task"].map(programs["examples"]).astype("Int64")
+        scores.append(score.assign(num_fewshot=examples, **who))
         items.append(item.assign(**programs["model"]))
     table = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame()
     every = pd.concat(items, ignore_index=True) if items else pd.DataFrame()
@@ -162,7 +166,8 @@ def _with_intervals(scores: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
     """Add low and high: Wilson's interval over the items of each score."""
     if scores.empty:
         columns = ["run", "step", "method", "label", "seed", "task", "metric", "main", "value"]
-        return pd.DataFrame(columns=[*columns, "stderr", "low", "high", "n", "chance"])
+        more = ["stderr", "low", "high", "n", "chance", "num_fewshot"]
+        return pd.DataFrame(columns=[*columns, *more])
     values = {
         key: group["value"].to_numpy(dtype=float)
         for key, group in items.groupby(["run", "task", "metric"], sort=False)

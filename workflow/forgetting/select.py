@@ -1,11 +1,13 @@
 """Which checkpoint and which hyper-parameters stand for a method: pure functions over trajectories.
 
-The rules are those of *Low-Rank Fine-tuning Forgets More*: methods are compared at equal new
-knowledge, at the last checkpoint before ROUGE on the new knowledge reaches a threshold.
+The rules are those of *Low-Rank Fine-tuning Forgets More*: methods are compared at about equal new
+knowledge, at the last checkpoint before ROUGE on the new knowledge reaches a threshold. A value
+that is not finite was not measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -73,9 +75,20 @@ def course_of(records: Sequence[Mapping[str, Any]], base: float) -> Course:
     return Course(recorded_points(ends, base), first | runs, diverged)
 
 
+def measured(points: Sequence[Point]) -> list[Point]:
+    """The base and the evaluations that gave a number."""
+    if not points or points[0].step != 0:
+        raise ValueError("a trajectory begins with the base, at step 0")
+    if not math.isfinite(points[0].value):
+        raise ValueError("a trajectory begins with the value of the base, which is not finite")
+    return [point for point in points if math.isfinite(point.value)]
+
+
 def first_reaching(points: Sequence[Point], threshold: float) -> int | None:
     """Index of the first evaluation whose value is at least the threshold, or None."""
-    return next((i for i, point in enumerate(points) if point.value >= threshold), None)
+    return next(
+        (i for i, p in enumerate(points) if math.isfinite(p.value) and p.value >= threshold), None
+    )
 
 
 def select_checkpoint(
@@ -94,10 +107,9 @@ def select_checkpoint(
         diverged: did the loss of the run cease to be a number?
         deadline: epoch by which the threshold was to be reached; a later run is marked `late`.
     """
-    if not points or points[0].step != 0:
-        raise ValueError("a trajectory begins with the base, at step 0")
     if any(later.step <= earlier.step for earlier, later in pairwise(points)):
         raise ValueError("the steps of a trajectory must rise")
+    end, points = points[-1:], measured(points)
     index = first_reaching(points, threshold)
     if index is None and diverged:
         return Choice("diverged", None, "the loss ceased to be a number before the threshold")
@@ -105,15 +117,16 @@ def select_checkpoint(
         best = max(point.value for point in points)
         told = f"never reaches {threshold:g}; its best value is {best:.3f}"
         if if_not_reached == "last" and len(points) > 1:
-            return Choice("last", points[-1], f"{told}; the last checkpoint stands in")
+            which = "the last checkpoint" + ("" if points[-1:] == end else " with a finite value")
+            return Choice("last", points[-1], f"{told}; {which} stands in")
         return Choice("not_reached", None, told)
     if index == 0:
         told = f"the base itself is at {points[0].value:.3f}: there is nothing new to learn"
         return Choice("base_above", None, told)
     if index == 1:
         told = (
-            f"already {points[1].value:.3f} at the first evaluation, step {points[1].step}: the "
-            "only one before is the base; evaluate more often (measurement.every_epochs)"
+            f"already {points[1].value:.3f} at step {points[1].step}, and nothing was measured "
+            "between it and the base; evaluate more often (measurement.every_epochs)"
         )
         return Choice("first_above", None, told)
     before, reached = points[index - 1], points[index]
@@ -137,11 +150,10 @@ def steps_to_keep(points: Sequence[Point], threshold: float) -> set[int]:
     trained = [point for point in points if point.step > 0]
     if not trained:
         return set()
-    kept = {trained[-1].step}
-    index = first_reaching(points, threshold)
-    if index is not None and index > 0:
-        kept.add(points[index - 1].step)
-    return kept - {0}
+    known = measured(points)
+    index = first_reaching(known, threshold)
+    last = len(known) if index is None else index
+    return {trained[-1].step, known[max(last - 1, 0)].step} - {0}
 
 
 def choose_setting(
@@ -166,67 +178,92 @@ def choose_setting(
         return fixed, "fixed in the study"
     if rule.hyperparameters == "fixed" and len(trajectories) == 1:
         return next(iter(trajectories)), "the only setting"
+    known = {setting: [measured(run) for run in runs] for setting, runs in trajectories.items()}
+    base = max((run[0].value for runs in known.values() for run in runs), default=-math.inf)
+    if base >= rule.threshold:
+        told = f"the base itself is at {base:.3f}, so that no setting learns sooner than another"
+        return min(known, key=_size), f"{told}; the smallest learning rate stands in"
     deadline = rule.within_epochs if rule.hyperparameters == "smallest-lr" else None
-    # A run that is above at its first evaluation has no checkpoint before it: second choice.
-    reached = _reaching(trajectories, rule.threshold, deadline, first_index=2)
-    passed_over = _reaching(trajectories, rule.threshold, deadline, first_index=0) != reached
-    if not any(reached.values()):
-        passed_over = False
-        reached = _reaching(trajectories, rule.threshold, deadline, first_index=0)
-    most = max(map(len, reached.values()), default=0)
-    if most == 0:
-        return _closest(trajectories, rule, deadline, diverged)
-    able = {setting: points for setting, points in reached.items() if len(points) == most}
+    within = f" within {deadline:g} epochs" if deadline else ""
+    arrivals = {
+        setting: _arrivals(runs, rule.threshold, deadline) for setting, runs in known.items()
+    }
+    able = {setting: found for setting, found in arrivals.items() if found}
+    if not able:
+        return _closest(known, rule, f"no setting reaches {rule.threshold:g}{within}", diverged)
 
     def order(setting: Setting) -> tuple[float, float, float]:
-        steps = mean(point.step for point in able[setting])
-        first = steps if rule.hyperparameters == "earliest" else 0.0
-        return first, setting.learning_rate, setting.weight_decay
+        steps = mean(arrival.step for arrival in able[setting])
+        return steps if rule.hyperparameters == "earliest" else 0.0, *_size(setting)
 
-    chosen = min(able, key=order)
-    seeds = len(trajectories[chosen])
-    within = f" within {deadline:g} epochs" if deadline else ""
-    extent = "" if most == seeds else f", in {most} of {seeds} seeds"
+    # A run that is above at its first evaluation has no checkpoint before it: second choice.
+    most = max(map(_with_checkpoint, able.values()))
+    chosen = min((one for one in able if _with_checkpoint(able[one]) == most), key=order)
     told = {
         "earliest": f"reaches {rule.threshold:g} at the earliest step ({order(chosen)[0]:g})",
         "smallest-lr": f"smallest learning rate that reaches {rule.threshold:g}{within}",
     }[rule.hyperparameters]
-    among = ", among those with an evaluation between the base and the threshold"
-    return chosen, told + extent + (among if passed_over else "")
+    seeds = len(known[chosen])
+    among = chosen != min(able, key=order)
+    return chosen, told + _extent(able[chosen], seeds, among)
 
 
-def _reaching(
-    trajectories: Mapping[Setting, Sequence[Sequence[Point]]],
-    threshold: float,
-    deadline: float | None,
-    first_index: int,
-) -> dict[Setting, list[Point]]:
-    """For each setting, where its seeds first reach the threshold: in time, and not too early."""
-    return {
-        setting: [
-            points[index]
-            for points in seeds
-            if (index := first_reaching(points, threshold)) is not None
-            and index >= first_index
-            and (deadline is None or points[index].epoch <= deadline)
-        ]
-        for setting, seeds in trajectories.items()
-    }
+@dataclass(frozen=True)
+class _Arrival:
+    """Where a seed first reaches the threshold, and whether it has a checkpoint before that."""
+
+    step: int
+    has_checkpoint: bool
+
+
+def _arrivals(
+    runs: Sequence[Sequence[Point]], threshold: float, deadline: float | None
+) -> list[_Arrival]:
+    """Of the seeds of a setting that reach the threshold in time."""
+    return [
+        _Arrival(run[index].step, index > 1)
+        for run in runs
+        if (index := first_reaching(run, threshold)) is not None
+        and (deadline is None or run[index].epoch <= deadline)
+    ]
+
+
+def _with_checkpoint(arrivals: Sequence[_Arrival]) -> int:
+    return sum(arrival.has_checkpoint for arrival in arrivals)
+
+
+def _size(setting: Setting) -> tuple[float, float]:
+    return setting.learning_rate, setting.weight_decay
+
+
+def _extent(arrivals: Sequence[_Arrival], seeds: int, among: bool) -> str:
+    """How many seeds arrive, and how many of them have a checkpoint to show."""
+    reached, able = len(arrivals), _with_checkpoint(arrivals)
+    told = "" if reached == seeds else f", in {reached} of {seeds} seeds"
+    between = "an evaluation between the base and the threshold"
+    if among:
+        told += f", among those with {between}" + (" in as many seeds" if seeds > 1 else "")
+    if able == 0:
+        told += f"; without {between}"
+    elif able < reached:
+        told += (
+            f"; {able} of {reached} seeds that reach it {'has' if able == 1 else 'have'} {between}"
+        )
+    return told
 
 
 def _closest(
-    trajectories: Mapping[Setting, Sequence[Sequence[Point]]],
+    known: Mapping[Setting, Sequence[Sequence[Point]]],
     rule: Selection,
-    deadline: float | None,
+    told: str,
     diverged: Collection[Setting],
 ) -> tuple[Setting | None, str]:
-    within = f" within {deadline:g} epochs" if deadline else ""
-    told = f"no setting reaches {rule.threshold:g}{within}"
     if rule.if_not_reached == "none":
         return None, told
 
-    def last(setting: Setting) -> tuple[bool, float, float, float]:
-        value = mean(points[-1].value for points in trajectories[setting])
-        return setting in diverged, -value, setting.learning_rate, setting.weight_decay
+    def last(setting: Setting) -> tuple[int, bool, float, float, float]:
+        runs = known[setting]
+        bare = sum(len(run) < 2 for run in runs)
+        return bare, setting in diverged, -mean(run[-1].value for run in runs), *_size(setting)
 
-    return min(trajectories, key=last), f"{told}; the highest last value stands in"
+    return min(known, key=last), f"{told}; the highest last value stands in"

@@ -33,7 +33,10 @@ def share_interval(values: Sequence[float], level: float = 0.95) -> tuple[float,
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z * math.sqrt(widest / effective + z * z / (4 * effective**2))
     half /= 1 + z * z / effective
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bound is the end itself, which rounding would miss by a hair.
+    low = 0.0 if mean == 0 else max(0.0, centre - half)
+    high = 1.0 if mean == 1 else min(1.0, centre + half)
+    return low, high
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -115,6 +115,8 @@ rule score_base:
             sections("prompt", "measurement", "precision", "general_text"),
             probes=list(STUDY.probes),
             columns=columns([STUDY.general_text.table] if STUDY.general_text else []),
+            watched=STUDY.selection.probe,
+            metric=STUDY.selection.metric,
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,

@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             "model": who,
             "notes": result.notes,
+            "examples": result.examples,
             "programs": [program.to_dict() for program in result.programs],
         },
     )

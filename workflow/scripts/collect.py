@@ -22,6 +22,7 @@ from forgetting.collect import (
 from forgetting.comparisons import compare_methods
 from forgetting.plan import budget_name, tunings
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
+from forgetting.references import reference_notes
 from forgetting.study import TEXT_PROBE, Study
 
 
@@ -96,7 +97,11 @@ def main(argv: list[str] | None = None) -> None:
         {
             "study": {"name": options.name, **study.model_dump(mode="json")},
             "provenance": provenance(results, base, records, trunks, options.models),
-            "notes": missing_notes(selection, records, study.seeds, budgets) + notes,
+            "notes": [
+                *missing_notes(selection, records, study.seeds, budgets),
+                *reference_notes(base_items, study.measurement.max_new_tokens),
+                *notes,
+            ],
         },
     )
     print(f"{len(runs) - 1} runs, {len(every):,} scored answers: {options.output}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from forgetting.columns import Columns
 from forgetting.data import joined_text
 from forgetting.drift import base_targets, cut_blocks, save_targets, with_text
+from forgetting.encode import encode_pair
 from forgetting.fields import Strict
 from forgetting.models import (
     autocast,
@@ -18,7 +20,9 @@ from forgetting.models import (
     quieten_libraries,
 )
 from forgetting.probes import check_room, measure
-from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
+from forgetting.records import InputError, read_json, read_jsonl, tells_input_errors, write_table
+from forgetting.references import check_references
+from forgetting.scores import metric_value
 from forgetting.study import GeneralText, Measurement, Prompt
 
 
@@ -29,6 +33,8 @@ class Spec(Strict):
     measurement: Measurement
     precision: str
     probes: list[str]
+    watched: str
+    metric: str
     general_text: GeneralText | None
     columns: dict[str, Columns]
 
@@ -51,9 +57,20 @@ def main(argv: list[str] | None = None) -> None:
     probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
     model, tokenizer = load_base(folder, device), load_tokenizer(folder)
     check_room(model, tokenizer, probes, spec.prompt, spec.measurement)
+    # One of the targets is the end of the sequence, which nobody has to generate.
+    lengths = {
+        name: [
+            encode_pair(tokenizer, spec.prompt, row["question"], row["answer"]).targets - 1
+            for row in rows
+        ]
+        for name, rows in probes.items()
+    }
+    if spec.metric.startswith("rouge"):
+        check_references(lengths[spec.watched], spec.watched, spec.measurement.max_new_tokens)
     targets, text = None, spec.general_text
     with autocast(device, pick_precision(spec.precision, device)):
         items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
+        items["reference_tokens"] = [length for name in probes for length in lengths[name]]
         if text is not None:
             blocks = cut_blocks(
                 tokenizer,
@@ -64,6 +81,11 @@ def main(argv: list[str] | None = None) -> None:
             targets = base_targets(model, blocks, text.batch_size)
             save_targets(targets, options.targets)
         items = with_text(items, model, targets)
+    if not math.isfinite(metric_value(items, spec.watched, spec.metric)):
+        raise InputError(
+            f"selection.metric: {spec.metric} of the base on {spec.watched} is no finite number; "
+            "choose another metric or probe"
+        )
     write_table(options.output, items)
     for name in probes:
         group = items[items["probe"] == name]

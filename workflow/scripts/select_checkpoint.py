@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,14 @@ import pandas as pd
 
 from forgetting.fields import Strict
 from forgetting.plan import Tuning, budget_name, run_name
-from forgetting.records import link_or_copy, read_json, sha256, tells_input_errors, write_json
+from forgetting.records import (
+    InputError,
+    link_or_copy,
+    read_json,
+    sha256,
+    tells_input_errors,
+    write_json,
+)
 from forgetting.scores import metric_value
 from forgetting.select import Choice, Course, choose_setting, course_of, select_checkpoint
 from forgetting.study import Selection
@@ -40,6 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     spec = Spec.model_validate_json(options.spec)
     rule = spec.selection
     base = metric_value(pd.read_parquet(options.base_items), rule.probe, rule.metric)
+    if not math.isfinite(base):
+        raise InputError(
+            f"selection.metric: {rule.metric} of the base on {rule.probe} is no finite number; "
+            "choose another metric or probe"
+        )
     records = {record["run"]: record for path in options.runs for record in read_json(path)}
 
     courses = {

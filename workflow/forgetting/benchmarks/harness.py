@@ -53,6 +53,7 @@ class BenchmarkResult:
         log-likelihoods of the choices in nats as a JSON list.
     programs: what is still to be run; their tasks have no rows in scores and items yet.
     notes: sentences on what deviates from the protocol.
+    examples: solved examples in the prompts of each task.
     """
 
     scores: pd.DataFrame
@@ -60,6 +61,7 @@ class BenchmarkResult:
     responses: pd.DataFrame
     programs: list[Program] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    examples: dict[str, int] = field(default_factory=dict)
 
 
 def run_benchmarks(
@@ -228,6 +230,7 @@ def _tables(
         pd.DataFrame(responses, columns=list(RESPONSE_COLUMNS)),
         programs,
         notes,
+        {name: int(task.config.num_fewshot) for name, task in tasks.items()},
     )
 
 

@@ -108,13 +108,12 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
 
 def task_rows(tables: Tables) -> list[dict[str, Any]]:
     """What is known of each scored benchmark: metric, examples in the prompt, items, chance."""
-    tasks = tables.config.get("benchmarks", {}).get("tasks", {})
     rows = data.scores(tables).drop_duplicates("task")
     return [
         {
             "task": data.human(str(row["task"])),
             "metric": metric_words(str(row["metric"])),
-            "fewshot": (tasks.get(row["task"]) or {}).get("num_fewshot"),
+            "fewshot": row["num_fewshot"],
             "n": row["n"],
             "chance": row["chance"],
         }

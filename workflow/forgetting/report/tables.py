@@ -24,7 +24,7 @@ COLUMNS = {
     "change_low change_high",
     "selection": "method seed run step epoch status reason",
     "comparisons": "probe metric label other difference low high n",
-    "benchmarks": "run method label seed step task metric main value low high n chance",
+    "benchmarks": "run method label seed step task metric main value low high n chance num_fewshot",
 }
 
 

@@ -1,0 +1,120 @@
+"""What ROUGE cannot see of the reference answers is told, and refused where nothing can be seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from forgetting.metrics import rouge
+from forgetting.records import InputError, write_json, write_jsonl
+from forgetting.references import check_references, ignored_letters, reference_notes
+from forgetting.study import Prompt
+from scripts import score_base
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _items(probe: str, references: list[str], tokens: list[int]) -> pd.DataFrame:
+    return pd.DataFrame({"probe": probe, "reference": references, "reference_tokens": tokens})
+
+
+def test_ignored_letters_are_those_that_rouge_drops() -> None:
+    """ROUGE of a text against itself finds nothing exactly where all letters are ignored."""
+    assert ignored_letters(["Plain words, 12 of them!"]) == 0.0
+    assert ignored_letters(["Пушкин 東京 ١٢"]) == 1.0
+    assert rouge("Пушкин 東京 ١٢", "Пушкин 東京 ١٢")["rougeL_recall"] == 0.0
+    assert ignored_letters(["Müll", "er"]) == pytest.approx(1 / 6)
+    assert rouge("Mller", "Müller")["rougeL_recall"] == 0.0
+    assert ignored_letters([]) == 0.0
+
+
+def test_notes_name_the_probe_and_how_much_is_missed() -> None:
+    items = pd.concat(
+        [
+            _items("kept_facts", ["a b", "c d e", "f"], [9, 10, 11]),
+            _items("names", ["Brontë", "Čapek"], [2, 2]),
+            pd.DataFrame({"probe": ["general_text"], "text_loss": [1.0]}),
+        ]
+    )
+    assert reference_notes(items, 9) == [
+        "2 of 3 reference answers of kept facts are longer than the 9 tokens that are generated "
+        "(measurement.max_new_tokens): ROUGE recall cannot reach 1 on them.",
+        "ROUGE ignores 18% of the letters in the reference answers of names, which are not among "
+        "a–z and 0–9: its values there say little.",
+    ]
+    assert reference_notes(_items("names", ["Emily Brontë of the moors"], [9]), 9) == []
+
+
+def test_answers_that_cannot_be_generated_are_refused() -> None:
+    check_references([5, 6], "new", 5)
+    with pytest.raises(InputError, match=r"max_new_tokens: all 2 .* new .* than 4 .* has 6"):
+        check_references([6, 5], "new", 4)
+
+
+def _score(folder: Path, base: Path, rows: list[dict[str, Any]], **changed: Any) -> pd.DataFrame:
+    write_jsonl(folder / "probes" / "new.jsonl", rows)
+    write_json(folder / "base.json", {"path": str(base)})
+    spec = {
+        "prompt": Prompt().model_dump(),
+        "measurement": {"every_epochs": 1, "max_new_tokens": 8, "batch_size": 8},
+        "precision": "float32",
+        "probes": ["new"],
+        "watched": "new",
+        "metric": "rougeL_recall",
+        "general_text": None,
+    }
+    arguments = {
+        "spec": json.dumps(spec | changed),
+        "base": folder / "base.json",
+        "probes": folder / "probes",
+        "output": folder / "items.parquet",
+    }
+    score_base.main([f"--{key}={value}" for key, value in arguments.items()])
+    return pd.read_parquet(folder / "items.parquet")
+
+
+def test_the_base_is_told_how_long_its_references_are(
+    tmp_path: Path,
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+) -> None:
+    """Counted is what must be generated: the answer as the prompt has it, without its end."""
+    items = _score(tmp_path, base_folder, rows)
+    asked = len(tokenizer(f"Question: {rows[0]['question']}\n")["input_ids"])
+    both = tokenizer(f"Question: {rows[0]['question']}\nAnswer: {rows[0]['answer']}")["input_ids"]
+    assert items["reference_tokens"][0] == len(both) - asked
+    assert items["reference_tokens"].nunique() > 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"measurement": {"every_epochs": 1, "max_new_tokens": 1, "batch_size": 8}},
+            "measurement.max_new_tokens: all 10 reference answers of new are longer than 1 tokens",
+        ),
+        (
+            {"metric": "truth_ratio_geometric"},
+            "selection.metric: truth_ratio_geometric of the base",
+        ),
+    ],
+)
+def test_a_selection_that_cannot_be_seen_is_refused_before_training(
+    tmp_path: Path,
+    base_folder: Path,
+    rows: list[dict[str, Any]],
+    changed: dict[str, Any],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = [row | {"wrong_answers": []} for row in rows]
+    with pytest.raises(SystemExit):
+        _score(tmp_path, base_folder, bare, **changed)
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "items.parquet").exists()
