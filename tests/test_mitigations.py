@@ -144,7 +144,8 @@ def _as_variant(variant: str) -> Tuning:
     if variant == "embeddings":
         return LORA.model_copy(update={"embeddings": "trained"})
     budget = Budget() if variant == "adalora" else None
-    return LORA.model_copy(update={"variant": variant, "budget": budget})
+    initial = 6 if budget else None
+    return LORA.model_copy(update={"variant": variant, "budget": budget, "initial_rank": initial})
 
 
 def _moved(model: Model) -> Model:

@@ -490,7 +490,8 @@ def _logits(model: Any, bench: Bench) -> torch.Tensor:
 
 def _as_variant(tuning: Tuning, variant: str) -> Tuning:
     budget = Budget() if variant == "adalora" else None
-    return tuning.model_copy(update={"variant": variant, "name": f"{variant}-r4", "budget": budget})
+    more = {"name": f"{variant}-r4", "budget": budget, "initial_rank": 6 if budget else None}
+    return tuning.model_copy(update={"variant": variant, **more})
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "adalora"])

@@ -151,12 +151,12 @@ def round_frozen(model: Model, precision: torch.dtype) -> None:
 
 def _check_rank(model: PeftModel, tuning: Tuning) -> None:
     for name, parameter in model.named_parameters():
-        if ".lora_A." in name and tuning.initial_rank is not None:
+        if ".lora_A." in name and tuning.largest_rank is not None:
             inner = parameter.shape[1]
             outer = model.get_parameter(name.replace(".lora_A.", ".lora_B.")).shape[0]
-            if tuning.initial_rank > min(inner, outer):
+            if tuning.largest_rank > min(inner, outer):
                 what = "initial rank" if tuning.budget else "rank"
                 raise InputError(
-                    f"methods: {tuning.name}: {what} {tuning.initial_rank} is larger than the "
+                    f"methods: {tuning.name}: {what} {tuning.largest_rank} is larger than the "
                     f"matrix of {name.split('.lora_A.')[0]}, {outer} x {inner}"
                 )

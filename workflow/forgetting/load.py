@@ -227,10 +227,10 @@ def _check_ranks(study: Study, path: Path) -> None:
         return
     for tuning in tunings(study):
         # The layers that are named may be wider; `adapters.attach` looks at each of them.
-        if tuning.target_modules == "all-linear" and (tuning.initial_rank or 0) > limit:
+        if tuning.target_modules == "all-linear" and (tuning.largest_rank or 0) > limit:
             what = "initial rank" if tuning.budget else "rank"
             raise InputError(
-                f"{path}: methods: {what} {tuning.initial_rank} is larger than the smallest "
+                f"{path}: methods: {what} {tuning.largest_rank} is larger than the smallest "
                 f"adapted matrix, which has rank {limit}; take ranks up to {limit}"
             )
 

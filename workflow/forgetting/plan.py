@@ -18,6 +18,8 @@ class Tuning(Strict):
     label: str
     variant: Literal["lora", "rslora", "dora", "pissa", "adalora"] = "lora"
     rank: int | None = None
+    initial_rank: int | None = None
+    """Of adalora, the rank of every adapter at the start; `rank` is the mean at the end."""
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
@@ -31,11 +33,9 @@ class Tuning(Strict):
     mitigation: Mitigation | None = None
 
     @property
-    def initial_rank(self) -> int | None:
-        """Rank of every adapter at the start: of adalora, more than `rank`, the mean at the end."""
-        if self.rank is None or self.budget is None:
-            return self.rank
-        return initial_rank(self.rank, self.budget)
+    def largest_rank(self) -> int | None:
+        """The rank that the adapted matrices must be able to hold."""
+        return self.initial_rank or self.rank
 
     @property
     def scale(self) -> float:
@@ -43,23 +43,16 @@ class Tuning(Strict):
 
         Of adalora, alpha over the initial rank multiplies B·diag(E)·A (peft adds 1e-5 to the rank).
         """
-        if self.initial_rank is None or self.alpha is None:
+        if self.rank is None or self.alpha is None:
             raise ValueError(f"{self.name} has no adapter")
-        if self.budget:
+        if self.initial_rank:
             return self.alpha / (self.initial_rank + 1e-5)
-        return self.alpha / (
-            math.sqrt(self.initial_rank) if self.variant == "rslora" else self.initial_rank
-        )
+        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
 
     @property
     def trains_embeddings(self) -> bool:
         """Are the input embedding and the LM head trained?"""
         return (self.embeddings or ("trained" if self.kind == "full" else "frozen")) == "trained"
-
-
-def initial_rank(rank: int, budget: Budget) -> int:
-    """The rank from which a budget falls to `rank`, larger by at least one."""
-    return max(rank + 1, math.ceil(budget.initial_ratio * rank - 1e-9))
 
 
 def tunings(study: Study) -> list[Tuning]:
@@ -106,14 +99,16 @@ def _expand(method: Method) -> list[Tuning]:
     found = []
     for rank in method.rank or []:
         first = _first_words(method, rank)
-        double = 2.0 * (initial_rank(rank, budget) if budget else rank)
+        # At least one more than the rank, so that the budget can fall.
+        initial = max(rank + 1, math.ceil(budget.initial_ratio * rank - 1e-9)) if budget else None
         found.append(
             Tuning(
                 name="-".join([first[0], *(name for name, _ in more)]),
                 label=", ".join([first[1], *(label for _, label in more)]),
                 variant=method.variant,
                 rank=rank,
-                alpha=double if method.alpha == "2r" else method.alpha,
+                initial_rank=initial,
+                alpha=2.0 * (initial or rank) if method.alpha == "2r" else method.alpha,
                 dropout=method.dropout,
                 target_modules=method.target_modules,
                 lora_plus_ratio=method.lora_plus_ratio,

@@ -131,7 +131,7 @@ def _base(study: Study, on_hub: set[str], probes: dict[str, Probe], train: list[
         for origin, table in zip(origins, tables, strict=True)
     ]
     tables = tables or [probe.table[0] for probe in probes.values()] + train
-    width = max([64, *(tuning.initial_rank or 0 for tuning in tunings(study))])
+    width = max([64, *(tuning.largest_rank or 0 for tuning in tunings(study))])
     return Base(
         pretrain=Pretraining(
             documents=list(dict.fromkeys(tables)),

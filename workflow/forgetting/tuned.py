@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 
 from forgetting.adalora import is_adalora, without_pruned
@@ -73,5 +74,10 @@ def load_checkpoint(base: Path, checkpoint: Path, device: torch.device) -> Model
     """A tuned model from disk, for measuring: the base with an adapter, or the full weights."""
     if not (checkpoint / ADAPTER).exists():
         return load_base(checkpoint, device)
-    model = load_base(base, device)
-    return PeftModel.from_pretrained(model, checkpoint).eval()
+    model = PeftModel.from_pretrained(load_base(base, device), checkpoint).eval()
+    for name, module in list(model.named_modules()):
+        # In the place of peft's wrapper of them, through which transformers cannot tie weights.
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.modules_to_save["default"])
+    return model
