@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forgetting.records import InputError, read_numbered
-from forgetting.study import Prompt, Study
+from forgetting.study import Prompt
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -148,46 +148,6 @@ def strip_answer(prompt: Prompt, generated: str) -> str:
     return text.removesuffix(after.strip()).strip() if after.strip() else text.strip()
 
 
-LARGE = 50 * 2**20
-"""Tables above so many bytes are checked by the first job that reads them, not before."""
-
-
-def check_folders(study: Study) -> None:
-    """Find every mistake in the user's own files before any job starts.
-
-    Tables that are generated or downloaded are checked by the job that prepares the data.
-    """
-    folders = {
-        name: Path(data.folder) for name, data in study.datasets.items() if data.folder is not None
-    }
-    documents = study.base.pretrain.documents if study.base.pretrain else []
-    uses = [(table, "") for table in study.train]
-    uses += [(table, name) for name, probe in study.probes.items() for table in probe.table]
-    general = [table for m in study.methods if m.mitigation for table in m.mitigation.tables]
-    read = [study.general_text.table] if study.general_text else []
-    for table in dict.fromkeys([*documents, *general, *read, *(table for table, _ in uses)]):
-        dataset, name = table.split("/", 1)
-        if dataset in folders:
-            find_table(folders[dataset], name)
-    for table, probe in uses:
-        if path := _checked_now(table, folders):
-            scored = bool(probe) and study.probes[probe].truth_ratio
-            prepare_rows(path, table, wrong_answers=scored, probe=probe)
-    for table in general:
-        if path := _checked_now(table, folders):
-            general_rows(path, table)
-    for table in read:
-        if path := _checked_now(table, folders):
-            joined_text(path)
-
-
-def _checked_now(table: str, folders: Mapping[str, Path]) -> Path | None:
-    """The table's file, if it is the user's own and small enough to be read before any job."""
-    dataset, name = table.split("/", 1)
-    path = find_table(folders[dataset], name) if dataset in folders else None
-    return path if path and path.stat().st_size <= LARGE else None
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -197,8 +157,4 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = ", ".join(row) or "nothing"
         raise InputError(f"{where}: expected a non-empty string `{column}`; the row has {found}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: `{column}` holds half a character (a surrogate)") from None
     return value

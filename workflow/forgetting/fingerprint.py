@@ -13,7 +13,10 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-SETTINGS = {"fields", "variants", "study", "plan", "load", "tiny", "records", "fingerprint"}
+SETTINGS = {
+    *("fields", "variants", "study", "source", "plan", "load", "tiny", "check"),
+    *("records", "fingerprint"),
+}
 """Modules that only read settings or write files: what they decide stands in a job's parameters."""
 
 
