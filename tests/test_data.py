@@ -315,8 +315,23 @@ def test_an_answer_that_rouge_cannot_see_is_refused_in_a_probe(tmp_path: Path) -
     assert prepare_rows(path, "t", wrong_answers=False)[0]["answer"] == "佐伊"
 
 
-def test_half_a_character_is_told_by_line_and_column(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("question", '"\\ud800"'),
+        ("answer", '"a\\uDC00"'),
+        ("paraphrased_answer", '"\\ud83d!"'),
+        ("perturbed_answer", '["No.", "\\ud800"]'),
+    ],
+)
+def test_half_a_character_is_told_by_line_and_column(
+    tmp_path: Path, column: str, value: str
+) -> None:
+    """Such a text could be read, but neither written nor encoded."""
     path = tmp_path / "t.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}\n\n{"question": "\\ud800", "answer": "b"}\n')
-    with pytest.raises(InputError, match="line 3: `question` holds half a character"):
+    row = f'{{"question": "a", "answer": "b", "{column}": {value}}}'
+    if column in ("question", "answer"):
+        row = row.replace(f'"{column}": "{"a" if column == "question" else "b"}", ', "", 1)
+    path.write_text('{"question": "a", "answer": "\\ud83d\\ude00"}\n\n' + row + "\n")
+    with pytest.raises(InputError, match=f"line 3: `{column}` holds half a character"):
         prepare_rows(path, "t", wrong_answers=False)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -389,6 +390,27 @@ def test_answers_longer_than_the_context_are_refused(tokenizer: Any, rows_dir: P
         run_benchmarks(_tiny_model(context=512), tokenizer, [TaskSpec("humaneval")], rows_dir)
 
 
+def test_a_task_without_a_folder_is_not_sought_on_the_hub(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"'gsm8k': there is no folder .*gsm8k with its rows"):
+        run_benchmarks(model, tokenizer, [TaskSpec("gsm8k")], tmp_path)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_what_is_checked_beforehand_is_what_the_task_takes(name: str, rows_dir: Path) -> None:
+    """Examples in the prompt and the longest answer are those of the definition."""
+    from lm_eval.models.huggingface import HFLM
+
+    task = load_task(name, rows_dir / name)
+    known = BENCHMARKS[name]
+    assert task.config.num_fewshot == known.examples
+    assert (task.OUTPUT_TYPE == "generate_until") == (known.answer_tokens is not None)
+    if known.answer_tokens:
+        lm = SimpleNamespace(max_gen_toks=HFLM.max_gen_toks.fget(None))  # type: ignore[attr-defined]
+        assert harness._answer_tokens(task, lm) == known.answer_tokens
+
+
 def test_missing_download_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hub: one sentence with data set and remedy, within seconds."""
     import datasets
@@ -421,7 +443,7 @@ def test_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None
 def test_bad_input_is_told_by_file_and_remedy(tmp_path: Path, rows_dir: Path) -> None:
     """Unknown tasks, missing or broken rows, too few examples, settings that cannot be."""
     (tmp_path / "test.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
-    with pytest.raises(InputError, match=r"test.jsonl, row 2: the column 'answer' is missing"):
+    with pytest.raises(InputError, match=r"test.jsonl, line 2: the column 'answer' is missing"):
         load_task(TaskSpec("gsm8k", num_fewshot=0), tmp_path)
     (tmp_path / "test.jsonl").write_text('{"question": \n')
     with pytest.raises(InputError, match=r"test.jsonl, line 1: not a JSON object"):

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting import train as module
 from forgetting.adapters import attach
+from forgetting.check import check_folders
 from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
-from forgetting.data import check_folders
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.forward import collate, target_logits, token_logprobs
 from forgetting.gradients import gradients_that_fit
@@ -657,7 +657,7 @@ MISTAKES = {
     "replay of a probe": (
         {"replay": {"table": "world/real_authors"}},
         {},
-        "probes.old: methods.0 replays world/real_authors",
+        "probes.old.table: methods.0 replays world/real_authors",
     ),
     "unknown dataset": ({"replay": {"table": "word/documents"}}, {}, "`word` is not among"),
     "share 1": ({"replay": REPLAY | {"share": 1.0}}, {}, "less than 1"),

@@ -125,6 +125,11 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         (b'{"a": 1}\n{"a": 2\n', "line 2: not a JSON object"),
         (b'{"a": 1}\n\n\n[1, 2]\n', "line 4: expected a JSON object, found list"),
         (b'{"a": "\xff"}\n', "not UTF-8 text"),
+        (b'{"a": ' + b"[" * 10**5 + b"\n", "line 1: nested too deeply"),
+        (b'{"a": 1, "n": ' + b"1" * 5000 + b"}\n", "line 1: a whole number there has more digits"),
+        (b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "line 2: `a` is there twice"),
+        (b'{"a": {"b": 1, "b": 2}}\n', "line 1: `b` is there twice"),
+        (b'{"a": "x", "b": ["y", "\\uD800z"]}\n', "line 1: `b` holds half a character"),
     ],
 )
 def test_malformed_lines_are_told_by_file_and_line(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from forgetting.data import check_folders
-from forgetting.load import load_study, smallest_side
+from forgetting.check import check_folders, check_inputs
+from forgetting.load import load_study, study_source
 from forgetting.plan import tunings
 from forgetting.records import InputError
 from forgetting.study import Study
@@ -54,8 +54,8 @@ def write(tmp_path: Path) -> Any:
     folder = tmp_path / "facts"
     folder.mkdir()
     row = {"question": "Who?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
-    for table in ("new", "old"):
-        (folder / f"{table}.jsonl").write_text(json.dumps(row) + "\n")
+    for table, answer in (("new", "Ann."), ("old", "Eve.")):
+        (folder / f"{table}.jsonl").write_text(json.dumps(row | {"answer": answer}) + "\n")
 
     def with_changes(*changes: tuple[str, str]) -> Path:
         text = STUDY.replace("FOLDER", str(folder))
@@ -77,10 +77,17 @@ def _line(path: Path, part: str) -> int:
 def _told(path: Path, **config: Any) -> str:
     """The message of the one mistake, which is one line."""
     with pytest.raises(InputError) as error:
-        load_study({"study": str(path), **config}, path.parent)
+        _plan(path, **config)
     message = str(error.value)
     assert "\n" not in message, message
     return message
+
+
+def _plan(path: Path, **config: Any) -> None:
+    """What is read and checked before any job, as the Snakefile does it."""
+    asked = {"study": str(path), **config}
+    _, study = load_study(asked, path.parent)
+    check_inputs(study, study_source(asked, path.parent).at)
 
 
 def _load(path: Path, **config: Any) -> Study:
@@ -197,8 +204,47 @@ MISTAKES = {
         "prompt.question",
         "must hold {question} exactly once",
     ),
-    "unknown dataset": ("train: facts/new", "train: fact/new", "the study", "`fact` is not among"),
+    "unknown dataset": ("train: facts/new", "train: fact/new", "train.0", "`fact` is not among"),
     "table without dataset": ("train: facts/new", "train: new", "train.0", "found 'new'"),
+    "names a method has not": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    target_modules: nope",
+        "methods.0.target_modules",
+        "'all-linear', 'attention' or 'mlp', or a valid list, found 'nope'",
+    ),
+    "no name of a layer": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    target_modules: []",
+        "methods.0.target_modules",
+        "at least 1 item",
+    ),
+    "a number for a name": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    target_modules: [q_proj, 1]",
+        "methods.0.target_modules.1",
+        "valid string, found 1",
+    ),
+    "alpha that is not a number": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    alpha: .nan",
+        "methods.0.alpha",
+        "greater than 0, found nan",
+    ),
+    "all is dropped": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    dropout: 1.0",
+        "methods.0.dropout",
+        "less than 1, found 1.0",
+    ),
+    "seed of more than 32 bits": ("[0, 1]", "[0, 2147483648]", "seeds.1", "32 bits"),
+    "seed of a world": ("micro-world}", "micro-world, seed: 1e99}", "datasets.world.seed", "1e99"),
+    "name of a probe": ("  old:", "  o/d:", "probes.o/d", "should match pattern"),
+    "old that is trained on": (
+        "table: facts/old",
+        "table: facts/new",
+        "probes.old.table",
+        "facts/new is trained on",
+    ),
     "probe that is not there": ("probe: new", "probe: newer", "selection.probe", "`newer`"),
     "probe of old knowledge": ("probe: new", "probe: old", "selection.probe", "new knowledge"),
 }
@@ -230,6 +276,25 @@ def test_the_line_is_that_of_the_mistake(write: Any, old: str, new: str) -> None
     assert f"{path}, line {_line(path, new)}: " in _told(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("table: facts/old", "table: fact/old", "table: fact/old"),
+        ("table: facts/old", "table: facts/new", "table: facts/new\n    knowledge: old"),
+        ("probe: new", "probe: newer", "probe: newer"),
+        ("documents: [world/documents]", "documents: [word/documents]", "word/documents"),
+        ("rank: [2, 8]", "rank: [2, 65]", "rank: [2, 65]"),
+    ],
+)
+def test_a_mistake_between_sections_is_told_with_the_line_of_one(
+    write: Any, old: str, new: str, line: str
+) -> None:
+    """What only the whole study shows stands at a key, too, and not at `line 1: the study`."""
+    path = write((old, new))
+    number = path.read_text(encoding="utf-8").split(line)[0].count("\n") + 1
+    assert _told(path).startswith(f"{path}, line {number}: ")
+
+
 def test_a_missing_key_is_told_with_the_line_of_its_section(write: Any) -> None:
     path = write(("    knowledge: old\n", ""))
     assert f"line {_line(path, '  old:')}: " in _told(path)
@@ -258,6 +323,22 @@ def test_what_is_not_yaml_is_told_with_its_line(write: Any, old: str, new: str, 
     assert f"{path}, line {_line(path, part)}: not YAML" in _told(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("&a [*a]", "nested too deeply"),
+        ("2026-13-45", "month must be in 1..12"),
+        ("1" * 5000, "cannot be read"),
+    ],
+)
+def test_a_value_that_yaml_cannot_hold_is_told_by_file(write: Any, value: str, told: str) -> None:
+    path = write(("title: A small study", f"title: {value}"))
+    message = _told(path)
+    assert message.startswith(f"{path}: ")
+    assert told in message
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n"])
 def test_a_file_without_keys_is_no_study(write: Any, text: str) -> None:
     path = write()
@@ -284,7 +365,8 @@ def test_the_same_method_in_two_entries_is_refused(write: Any) -> None:
             "  - {method: lora, rank: 8, learning_rate: 0.1}\n  - method: full\n",
         )
     )
-    assert f"{path}: methods: lora-r8 stands there more than once; merge the entries" in _told(path)
+    place = f"{path}, line {_line(path, 'rank: 8')}: methods.1: "
+    assert place + "lora-r8 stands there more than once; merge the entries" in _told(path)
 
 
 def test_variants_of_one_rank_are_methods_of_their_own(write: Any) -> None:
@@ -300,64 +382,16 @@ def test_variants_of_one_rank_are_methods_of_their_own(write: Any) -> None:
 def test_the_fixed_rule_needs_one_setting_or_its_name(write: Any) -> None:
     """Several settings without `fixed` are an error; with it, or with one setting, they are not."""
     rule = ("threshold: 0.9", "threshold: 0.9\n  hyperparameters: fixed")
-    told = _told(write(rule))
-    assert "methods: lora-r2 has 2 settings; the rule `fixed` needs `fixed: {learning_rate" in told
+    path = write(rule)
+    told = _told(path)
+    assert f"{path}, line {_line(path, '- method: lora')}: methods.0: " in told
+    assert "lora-r2 has 2 settings; the rule `fixed` needs `fixed: {learning_rate" in told
     one = ("[1.0e-3, 5.0e-3]", "[1.0e-3]")
     named = ("[0, 0.01]", "[0, 0.01]\n    fixed: {learning_rate: 1.0e-4, weight_decay: 0.01}")
     study = _load(write(rule, one, named))
     fixed = tunings(study)[2].fixed
     assert fixed is not None
     assert fixed.weight_decay == 0.01
-
-
-def test_a_rank_above_the_pretrained_bases_matrices_is_found_before_any_job(write: Any) -> None:
-    told = _told(write(("rank: [2, 8]", "rank: [2, 65]")))
-    assert "methods: rank 65 is larger than the smallest adapted matrix" in told
-    assert "take ranks up to 64" in told
-    _load(write(("rank: [2, 8]", "rank: [2, 64]")))
-
-
-def _model(folder: Path, **config: Any) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_a_rank_above_a_model_folders_matrices_is_found_before_any_job(
-    write: Any, tmp_path: Path
-) -> None:
-    """Grouped keys and values make the smallest matrix: 2 heads of 8 in a model of width 32."""
-    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = _model(tmp_path / "model", **shape, intermediate_size=64)
-    path = write(("rank: [2, 8]", "rank: [2, 17]"))
-    told = _told(path, model=str(folder))
-    assert "rank 17 is larger than the smallest adapted matrix, which has rank 16" in told
-    _load(write(("rank: [2, 8]", "rank: [2, 16]")), model=str(folder))
-
-
-def test_a_rank_is_held_against_the_layers_it_adapts_only(write: Any, tmp_path: Path) -> None:
-    """Adapters of the MLP alone may have a rank above that of the narrow keys and values."""
-    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1}
-    folder = _model(tmp_path / "model", **shape, intermediate_size=64)
-    named = ("rank: [2, 8]", "rank: [2, 16]\n    target_modules: [gate_proj, up_proj, down_proj]")
-    _load(write(named), model=str(folder))
-
-
-def test_smallest_side_reads_old_and_new_configs() -> None:
-    assert smallest_side({"n_embd": 64, "n_head": 4}) == 64
-    assert smallest_side({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8}) == 32
-
-
-@pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
-def test_a_folder_that_is_no_model_is_told_by_name(
-    write: Any, tmp_path: Path, content: str | None
-) -> None:
-    """No config.json, one that is not JSON, or one without the shapes of a transformer."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    if content is not None:
-        (folder / "config.json").write_text(content)
-    assert str(folder) in _told(write(), model=str(folder))
 
 
 def test_model_on_the_command_line_takes_the_bases_place(write: Any) -> None:
@@ -439,12 +473,29 @@ def test_tiny_scale_keeps_every_budget_and_its_share(write: Any) -> None:
 
 def test_budgets_need_the_whole_trunk(write: Any) -> None:
     path = write(("selection:\n", BUDGETS), ("threshold: 0.9", "stop_after: 1"))
-    assert "selection.stop_after would end the trunk" in _told(path)
+    assert "selection.stop_after: it would end the trunk" in _told(path)
 
 
 def test_the_ends_of_budgets_are_benchmarked_only_where_there_are_budgets(write: Any) -> None:
     path = write(("selection:\n", "benchmarks: {models: budgets}\nselection:\n"))
     assert "benchmarks.models: `budgets` needs training.budgets" in _told(path)
+
+
+def test_tiny_scale_has_no_names_of_layers(write: Any) -> None:
+    """The model that stands in for a large one may have none of its names, and fewer blocks."""
+    named = "    rank: [2, 8]\n    target_modules: [Wqkv]\n"
+    hybrid = (
+        "  - {method: hybrid, rank: 2, learning_rate: 0.1, "
+        "then: {layers: last 9, learning_rate: 0.1}}\n  - method: full\n"
+    )
+    deep = ("    hidden_size: 64\n", "    hidden_size: 64\n    layers: 12\n")
+    path = write(("    rank: [2, 8]\n", named), ("  - method: full\n", hybrid), deep)
+    whole = _load(path)
+    _, tiny = load_study({"study": str(path), "scale": "tiny"}, path.parent)
+    assert [t.name for t in tunings(tiny)] == [t.name for t in tunings(whole)]
+    _plan(path, scale="tiny")
+    with pytest.raises(InputError, match="no linear layer Wqkv"):
+        _plan(path)
 
 
 def test_tiny_scale_trains_the_fixed_setting(write: Any) -> None:

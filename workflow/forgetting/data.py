@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from forgetting.columns import Columns
 from forgetting.records import InputError, read_numbered
-from forgetting.study import Prompt, Study
+from forgetting.study import Prompt
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -237,45 +237,6 @@ def strip_answer(prompt: Prompt, generated: str) -> str:
     return text.removesuffix(after.strip()).strip() if after.strip() else text.strip()
 
 
-LARGE = 50 * 2**20
-"""Tables above so many bytes are checked by the first job that reads them, not before."""
-
-
-def check_folders(study: Study) -> None:
-    """Find every mistake in the user's own files before any job starts.
-
-    Tables that are generated or downloaded are checked by the job that prepares the data.
-    """
-    documents = study.base.pretrain.documents if study.base.pretrain else []
-    general = [table for m in study.methods if m.mitigation for table in m.mitigation.tables]
-    read = [study.general_text.table] if study.general_text else []
-    probes = [(table, name) for name, probe in study.probes.items() for table in probe.table]
-    own = {
-        table: find_table(Path(origin.folder), table.split("/", 1)[1])
-        for table in dict.fromkeys(
-            [*study.train, *(t for t, _ in probes), *documents, *general, *read]
-        )
-        if (origin := study.datasets[table.split("/", 1)[0]]).folder is not None
-    }
-    small = {table: path for table, path in own.items() if path.stat().st_size <= LARGE}
-    for table in dict.fromkeys([*study.train, *general]):
-        if table in small:
-            for _ in general_rows(small[table], table, study.columns(table)):
-                pass
-    for table, name in probes:
-        if table in small:
-            prepare_rows(
-                small[table],
-                table,
-                wrong_answers=study.probes[name].truth_ratio,
-                probe=name,
-                columns=study.columns(table),
-            )
-    for table in read:
-        if table in small:
-            joined_text(small[table], study.columns(table))
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -285,8 +246,4 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = ", ".join(row) or "nothing"
         raise InputError(f"{where}: expected a non-empty string `{column}`; the row has {found}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: `{column}` holds half a character (a surrogate)") from None
     return value

@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class AtKey(ValueError):
+    """A mistake that stands at a key below the section whose validator finds it."""
+
+    def __init__(self, keys: tuple[str | int, ...], message: str) -> None:
+        super().__init__(f"{'.'.join(map(str, keys))}: {message}")
+        self.keys = keys
+        self.message = message
 
 
 def _number(value: Any) -> Any:
@@ -35,11 +44,18 @@ def distinct(values: list[Any]) -> list[Any]:
     return values
 
 
+def _seed(value: int) -> int:
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"a seed has 32 bits, from {-(2**31)} to {2**31 - 1}, found {value:.4g}")
+    return value
+
+
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Seed = Annotated[int, AfterValidator(_seed)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Table = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_./-]+$")]
 

@@ -14,15 +14,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 SETTINGS = {
-    "fields",
-    "columns",
-    "variants",
-    "study",
-    "plan",
-    "load",
-    "tiny",
-    "records",
-    "fingerprint",
+    *("fields", "columns", "variants", "study", "source", "plan", "load", "tiny", "check"),
+    *("records", "fingerprint"),
 }
 """Modules that only read settings or write files: what they decide stands in a job's parameters."""
 

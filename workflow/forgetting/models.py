@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -79,7 +80,7 @@ def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: no causal language model can be read ({error})") from None
     return model.to(device).eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from forgetting.fields import Strict
+from forgetting.fields import AtKey, Strict
 from forgetting.study import Method, Mitigation, Setting, Study
 from forgetting.variants import Budget, Then
 
@@ -57,24 +57,32 @@ class Tuning(Strict):
 
 def tunings(study: Study) -> list[Tuning]:
     """The study's methods, one per rank, in the order of the file."""
+    return [tuning for _, tuning in numbered_tunings(study)]
+
+
+def numbered_tunings(study: Study) -> list[tuple[int, Tuning]]:
+    """The same, each with the number of its entry in the file."""
     found = [
-        _mitigated(tuning, method.mitigation)
-        for method in study.methods
+        (number, _mitigated(tuning, method.mitigation))
+        for number, method in enumerate(study.methods)
         for tuning in _expand(method)
     ]
-    names = [tuning.name for tuning in found]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(
-            f"methods: {min(repeated)} stands there more than once; merge the entries, or tell "
-            "their mitigations apart by `suffix`"
-        )
-    if study.selection.hyperparameters == "fixed":
-        for tuning in found:
-            if tuning.fixed is None and len(tuning.settings) > 1:
-                raise ValueError(
-                    f"methods: {tuning.name} has {len(tuning.settings)} settings; the rule `fixed` "
-                    "needs `fixed: {learning_rate: ..., weight_decay: ...}` there"
-                )
+    names: set[str] = set()
+    for number, tuning in found:
+        if tuning.name in names:
+            raise AtKey(
+                ("methods", number),
+                f"{tuning.name} stands there more than once; merge the entries, or tell their "
+                "mitigations apart by `suffix`",
+            )
+        names.add(tuning.name)
+        several = tuning.fixed is None and len(tuning.settings) > 1
+        if study.selection.hyperparameters == "fixed" and several:
+            raise AtKey(
+                ("methods", number),
+                f"{tuning.name} has {len(tuning.settings)} settings; the rule `fixed` needs "
+                "`fixed: {learning_rate: ..., weight_decay: ...}` there",
+            )
     return found
 
 

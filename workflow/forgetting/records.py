@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,11 @@ def read_numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, _parse(line, f"{path}, line {number}")
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(encoded: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line, with text that can be written again."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # Windows writes a byte-order mark.
+        line = encoded.decode("utf-8-sig")  # Windows writes a byte-order mark.
+        row = json.loads(line, object_pairs_hook=functools.partial(_distinct, where))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where}: not UTF-8 text ({error.reason} at byte {error.start})"
@@ -183,9 +185,34 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
             f"{where}: not a JSON object ({error.msg} at column {error.colno}); "
             "expected one object a line"
         ) from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; expected a flat JSON object") from None
+    except ValueError:
+        raise InputError(f"{where}: a whole number there has more digits than are read") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    # Only an escape can bring half a character into a file that is UTF-8.
+    if r"\ud" in line.lower() and (broken := [name for name in row if not _is_unicode(name, row)]):
+        raise InputError(f"{where}: `{broken[0]}` holds half a character (a surrogate)")
     return row
+
+
+def _distinct(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand there once; JSON itself would take the last of two."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{where}: `{twice}` is there twice; take one of them out")
+    return row
+
+
+def _is_unicode(name: str, row: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps({name: row[name]}, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

@@ -12,11 +12,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from forgetting.columns import Columns
 from forgetting.fields import (
+    AtKey,
     Count,
     Name,
     NotNegative,
     Number,
     Positive,
+    Seed,
     Share,
     Strict,
     Table,
@@ -24,6 +26,9 @@ from forgetting.fields import (
     several,
 )
 from forgetting.variants import Budget, Then
+
+WORLD_TABLES = ("new_authors", "real_authors", "world_facts", "documents", "held_out")
+"""What the generator of the micro-world makes."""
 
 TEXT_PROBE = "general_text"
 """What the tables of results call the general text, in place of a probe's name."""
@@ -38,7 +43,7 @@ class Dataset(Strict):
     generate: Literal["micro-world"] | None = Field(
         None, description="Make the tables with the seeded generator of the micro-world."
     )
-    seed: int = Field(0, description="Seed of the generator.")
+    seed: Seed = Field(0, description="Seed of the generator.")
     hub: str | None = Field(None, description="Dataset on the Hugging Face hub, as OWNER/NAME.")
     revision: str | None = Field(
         None,
@@ -474,8 +479,13 @@ class Method(Strict):
         description="Numerator of the adapter's scale; `2r` is twice the rank (of adalora, the "
         "initial one).",
     )
-    dropout: Share = Field(0.0, description="Dropout before the adapter's first matrix.")
-    target_modules: Literal["all-linear", "attention", "mlp"] | list[str] = Field(
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout before the adapter's first matrix."
+    )
+    target_modules: (
+        Literal["all-linear", "attention", "mlp"]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    ) = Field(
         "all-linear",
         description="Adapted linear layers: all but the LM head, those of the attention or of the "
         "MLP, or names.",
@@ -650,7 +660,7 @@ class Study(Strict):
 
     title: str = Field(description="Heading of the report.")
     description: str = Field("", description="What is asked, in a sentence or two.")
-    seeds: Annotated[list[int], AfterValidator(distinct)] = Field(
+    seeds: Annotated[list[Seed], AfterValidator(distinct)] = Field(
         [0], min_length=1, description="One training per seed; three let the report say more."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -680,28 +690,29 @@ class Study(Strict):
     def _old_is_not_trained_on(self) -> Study:
         self._text_is_not_trained_on()
         for name, probe in self.probes.items():
+            place = ("probes", name, "table")
             if probe.knowledge == "old" and (both := set(probe.table) & set(self.train)):
-                raise ValueError(
-                    f"probes.{name}: {min(both)} is trained on, so it is no old knowledge"
-                )
+                raise AtKey(place, f"{min(both)} is trained on, so it is no old knowledge")
             for number, method in enumerate(self.methods):
                 replay = method.mitigation and method.mitigation.replay
                 if replay and replay.table in probe.table:
-                    raise ValueError(
-                        f"probes.{name}: methods.{number} replays {replay.table}, so the probe "
-                        "would not tell what is forgotten; replay another table"
+                    raise AtKey(
+                        place,
+                        f"methods.{number} replays {replay.table}, so the probe would not tell "
+                        "what is forgotten; replay another table",
                     )
         return self
 
     def _text_is_not_trained_on(self) -> None:
         if TEXT_PROBE in self.probes:
-            raise ValueError(f"probes.{TEXT_PROBE}: the name belongs to the section general_text")
+            raise AtKey(("probes", TEXT_PROBE), "the name belongs to the section general_text")
         replays = [m.mitigation.replay for m in self.methods if m.mitigation]
         trained = {*self.train, *(replay.table for replay in replays if replay)}
         if self.general_text and self.general_text.table in trained:
-            raise ValueError(
-                f"general_text: {self.general_text.table} is trained on, so it would not tell what "
-                "is forgotten; take another table"
+            raise AtKey(
+                ("general_text", "table"),
+                f"{self.general_text.table} is trained on, so it would not tell what is forgotten; "
+                "take another table",
             )
 
     @model_validator(mode="after")
@@ -709,9 +720,10 @@ class Study(Strict):
         if self.benchmarks.models == "budgets" and not self.training.budgets:
             raise ValueError("benchmarks.models: `budgets` needs training.budgets")
         if self.training.budgets and self.selection.stop_after is not None:
-            raise ValueError(
-                "selection.stop_after would end the trunk before the longest of training.budgets "
-                "leaves it; take it out"
+            raise AtKey(
+                ("selection", "stop_after"),
+                "it would end the trunk before the longest of training.budgets leaves it; take it "
+                "out",
             )
         return self
 
@@ -727,23 +739,45 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Study:
-        tables = [*self.train, *(table for probe in self.probes.values() for table in probe.table)]
-        tables += self.base.pretrain.documents if self.base.pretrain else []
-        tables += [table for m in self.methods if m.mitigation for table in m.mitigation.tables]
-        tables += [self.general_text.table] if self.general_text else []
-        datasets = {table.split("/", 1)[0] for table in tables}
-        datasets |= {self.benchmarks.rows} if self.benchmarks.rows else set()
-        if unknown := sorted(datasets - set(self.datasets)):
-            raise ValueError(
-                f"`{unknown[0]}` is not among the datasets ({', '.join(sorted(self.datasets))})"
-            )
+        origins = [(keys, table.split("/", 1)[0]) for keys, table in self.tables()]
+        if self.benchmarks.rows:
+            origins.append((("benchmarks", "rows"), self.benchmarks.rows))
+        for keys, name in origins:
+            if name not in self.datasets:
+                known = ", ".join(sorted(self.datasets))
+                raise AtKey(keys, f"`{name}` is not among the datasets ({known})")
         probe = self.probes.get(self.selection.probe)
         if probe is None or probe.knowledge != "new":
-            raise ValueError(
-                f"selection.probe: `{self.selection.probe}` is not a probe of new knowledge"
+            raise AtKey(
+                ("selection", "probe"),
+                f"`{self.selection.probe}` is not a probe of new knowledge",
             )
         return self
 
     def columns(self, table: str) -> Columns:
         """What the dataset of a table calls its columns."""
         return self.datasets[table.split("/", 1)[0]].columns
+
+    def tables(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """Every use of a table, with the keys at which it stands."""
+        documents = self.base.pretrain.documents if self.base.pretrain else []
+        found: list[tuple[tuple[str | int, ...], str]] = [
+            *((("train", number), table) for number, table in enumerate(self.train)),
+            *(
+                (("probes", name, "table", number), table)
+                for name, probe in self.probes.items()
+                for number, table in enumerate(probe.table)
+            ),
+            *(
+                (("base", "pretrain", "documents", number), table)
+                for number, table in enumerate(documents)
+            ),
+        ]
+        for number, method in enumerate(self.methods):
+            for name in ("replay", "ewc"):
+                if section := method.mitigation and getattr(method.mitigation, name):
+                    keys = ("methods", number, "mitigation", name, "table")
+                    found.append((keys, section.table))
+        if self.general_text:
+            found.append((("general_text", "table"), self.general_text.table))
+        return found

@@ -55,7 +55,7 @@ def shrink(study: Study) -> Study:
             "train_limit": ROWS,
             "probes": probes,
             "general_text": _text(study, on_hub),
-            "methods": [_few_settings(_offline(method, on_hub)) for method in study.methods],
+            "methods": [_any_model(_few_settings(_offline(m, on_hub))) for m in study.methods],
             "measurement": study.measurement.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
@@ -96,6 +96,17 @@ def _few_settings(method: Method) -> Method:
     if method.fixed:
         rates, decays = [method.fixed.learning_rate], [method.fixed.weight_decay]
     return method.model_copy(update={"learning_rate": rates, "weight_decay": decays})
+
+
+def _any_model(method: Method) -> Method:
+    """The same without names of layers, which the model that stands in may not have."""
+    update: dict[str, object] = {}
+    if isinstance(method.target_modules, list):
+        update["target_modules"] = "all-linear"
+    if method.then:
+        changes = {"layers": "all", "suffix": method.then.name}
+        update["then"] = method.then.model_copy(update=changes)
+    return method.model_copy(update=update)
 
 
 def _offline(method: Method, on_hub: set[str]) -> Method:

@@ -24,16 +24,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from forgetting.data import check_folders, find_table
+from forgetting.check import check_inputs
+from forgetting.data import find_table
 from forgetting.fingerprint import code_digest
 from forgetting.hub import HUB_ROWS
-from forgetting.load import is_local, load_study
+from forgetting.load import is_local, load_study, study_source
 from forgetting.plan import budget_name, tunings
 from forgetting.records import InputError
+from forgetting.study import WORLD_TABLES
 
+STUDIES = Path(workflow.basedir) / "config" / "studies"
 try:
-    NAME, STUDY = load_study(config, Path(workflow.basedir) / "config" / "studies")
-    check_folders(STUDY)
+    NAME, STUDY = load_study(config, STUDIES)
+    check_inputs(STUDY, study_source(config, STUDIES).at)
 except InputError as error:
     raise WorkflowError(str(error)) from None
 

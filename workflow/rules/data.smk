@@ -3,8 +3,6 @@
 Outputs: results/STUDY/data/{train,documents}.jsonl, probes/NAME.jsonl, data.json (provenance).
 """
 
-WORLD_TABLES = ["new_authors", "real_authors", "world_facts", "documents", "held_out"]
-
 
 rule generate_world:
     """Make the micro-world: true facts, invented authors, small benchmarks."""

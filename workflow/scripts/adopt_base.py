@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 from pathlib import Path
 
-from safetensors import safe_open
-
+from forgetting.architecture import count_parameters, read_architecture
 from forgetting.models import load_tokenizer, quieten_libraries
-from forgetting.records import InputError, sha256, tells_input_errors, write_json
+from forgetting.records import sha256, tells_input_errors, write_json
 
 
 @tells_input_errors
@@ -23,9 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     quieten_libraries()
+    read_architecture(options.model)
     shards = sorted(options.model.glob("*.safetensors"))
-    if not shards:
-        raise InputError(f"{options.model}: no *.safetensors there; other formats are not read")
     load_tokenizer(options.model)
     files = {path.name: sha256(path) for path in [*shards, *sorted(options.model.glob("*.json"))]}
     record = {
@@ -33,15 +30,10 @@ def main(argv: list[str] | None = None) -> None:
         "origin": options.origin,
         "identity": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
         "files": files,
-        "parameters": sum(_parameters(path) for path in shards),
+        "parameters": count_parameters(options.model),
     }
     write_json(options.output, record)
     print(f"{options.origin}: {record['parameters']:,} parameters")
-
-
-def _parameters(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 if __name__ == "__main__":

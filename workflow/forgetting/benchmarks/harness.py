@@ -78,7 +78,7 @@ def run_benchmarks(
         model: a causal language model of transformers, or a PeftModel around one.
         tokenizer: its tokenizer; left as it is.
         specs: the tasks.
-        rows_dir: folder of {task}/{split}.jsonl. A task without a folder comes from the hub.
+        rows_dir: folder of {task}/{split}.jsonl; without it the rows come from the hub.
         batch_size: sequences per forward pass; changes no score.
         seed: draws the examples in the prompts (1234 is the harness's own), and the answers
             of tasks that sample.
@@ -117,8 +117,12 @@ def _load_all(specs: Sequence[TaskSpec], rows_dir: Path | None, seed: int) -> di
     tasks = {}
     for spec in specs:
         folder = rows_dir / spec.name if rows_dir is not None else None
-        has_rows = folder is not None and folder.is_dir()
-        tasks[spec.name] = load_task(spec, folder if has_rows else None, seed)
+        if folder is not None and not folder.is_dir():
+            raise InputError(
+                f"benchmarks, task {spec.name!r}: there is no folder {folder} with its rows as "
+                "SPLIT.jsonl"
+            )
+        tasks[spec.name] = load_task(spec, folder, seed)
     return tasks
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.benchmarks.code_eval_stand_in import without_code_eval
-from forgetting.records import InputError, read_jsonl
+from forgetting.records import InputError, read_numbered
 
 HARNESS_SEED = 1234  # the harness's default for drawing examples
 
@@ -34,6 +34,8 @@ class Benchmark:
     main_metric: str  # the one to draw
     chance: float  # score of blind guessing
     columns: tuple[str, ...]  # that the task reads
+    examples: int = 0  # in the prompt, by the task's own definition
+    answer_tokens: int | None = None  # longest answer by that definition, if it is generated
 
 
 BENCHMARKS = {
@@ -45,6 +47,8 @@ BENCHMARKS = {
         main_metric="exact_match,strict-match",
         chance=0.0,
         columns=("question", "answer"),
+        examples=5,
+        answer_tokens=256,  # the harness's default
     ),
     "humaneval": Benchmark(
         definition="humaneval/humaneval.yaml",
@@ -54,6 +58,7 @@ BENCHMARKS = {
         main_metric="pass@1,create_test",
         chance=0.0,
         columns=("prompt", "test", "entry_point"),
+        answer_tokens=1024,
     ),
     "hellaswag": Benchmark(
         definition="hellaswag/hellaswag.yaml",
@@ -206,22 +211,31 @@ def _row_source(
     from datasets import Dataset
 
     def rows(**_: object) -> dict[str, Any]:
-        return {split: Dataset.from_list(_rows(folder / f"{split}.jsonl")) for split in splits}
-
-    def _rows(path: Path) -> list[dict[str, Any]]:
-        found = read_jsonl(path)
-        if not found:
-            raise InputError(f"{path}: has no rows")
-        for number, row in enumerate(found, start=1):
-            missing = [column for column in columns if column not in row]
-            if missing:
-                raise InputError(
-                    f"{path}, row {number}: the column {missing[0]!r} is missing; expected "
-                    f"{', '.join(columns)}"
-                )
-        return found
+        return {
+            split: Dataset.from_list(read_rows(folder / f"{split}.jsonl", columns))
+            for split in splits
+        }
 
     return rows
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of one split, with the columns that a task reads.
+
+    Raises:
+        InputError: names the file, the line and the column.
+    """
+    found = list(read_numbered(path))
+    if not found:
+        raise InputError(f"{path}: has no rows")
+    for line, row in found:
+        missing = [column for column in columns if row.get(column) is None]
+        if missing:
+            raise InputError(
+                f"{path}, line {line}: the column {missing[0]!r} is missing; expected "
+                f"{', '.join(columns)}"
+            )
+    return [row for _, row in found]
 
 
 def _check_examples(spec: TaskSpec, task: Any) -> None:
