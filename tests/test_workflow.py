@@ -91,6 +91,24 @@ JOBS["tofu-phi-1.5"] = JOBS["tofu-llama-2-7b"] = {
     "report": 1,
     "all": 1,
 }
+# Three ranks and full with eight budgets, the ends of which are benchmarked; four tables and four
+# benchmarks from the hub.
+JOBS["biderman-math-cpt"] = {
+    "download_table": 4,
+    "download_model": 1,
+    "download_benchmark": 4,
+    "prepare_data": 1,
+    "adopt_base": 1,
+    "score_base": 1,
+    "finetune": 4,
+    "cool_down": 32,
+    "select_checkpoint": 4,
+    "benchmark": 33,
+    "execute_programs": 33,
+    "collect": 1,
+    "report": 1,
+    "all": 1,
+}
 
 Plan = Callable[..., list[Job]]
 
@@ -169,7 +187,7 @@ def test_jobs_of_a_fresh_checkout(plan: Plan, study: str, profile: str) -> None:
 @pytest.mark.parametrize("study", STUDIES)
 def test_tiny_keeps_the_methods_and_downloads_nothing(plan: Plan, study: str) -> None:
     jobs = _counts(plan(study, scale="tiny"))
-    for rule in ("finetune", "select_checkpoint", "benchmark", "execute_programs"):
+    for rule in ("finetune", "cool_down", "select_checkpoint", "benchmark", "execute_programs"):
         assert jobs.get(rule) == JOBS[study].get(rule)
     assert not [rule for rule in jobs if rule.startswith("download")]
 
@@ -328,6 +346,14 @@ def test_the_parameters_of_jobs_do_not_name_the_checkout(plan: Plan) -> None:
     for job in plan("mini"):
         assert str(ROOT) not in str(dict(job.params.items())), job.rule.name
         assert str(ROOT) not in (job.rule.shellcmd or ""), job.rule.name
+
+
+def test_a_table_in_a_folder_of_the_hub_is_downloaded_from_there(plan: Plan) -> None:
+    """Owner, repository and commit are one part of the path each, the table may be more."""
+    jobs = [job for job in plan("biderman-math-cpt") if job.rule.name == "download_table"]
+    wildcards = {tuple(job.wildcards) for job in jobs}
+    commit = "fde8ef8de2300f5e778f56261843dab89f230815"
+    assert ("open-web-math", "open-web-math", commit, "data/train") in wildcards
 
 
 def test_only_downloads_may_use_the_network(plan: Plan) -> None:
