@@ -111,7 +111,10 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=url)
-        self.wait("document.querySelectorAll('.chart[data-drawn] svg').length === 4")
+        self.wait(
+            "(charts => charts.length > 0 && charts.every(c => c.matches('[data-drawn]:has(svg)')))"
+            "([...document.querySelectorAll('.chart')])"
+        )
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""

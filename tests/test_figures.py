@@ -31,9 +31,15 @@ def _layers(spec: dict[str, Any], panel: int, mark: str, style: str | None = Non
     return [layer for layer in found if style is None or layer["mark"].get("style") == style]
 
 
-def _rows(spec: dict[str, Any], layer: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(
+    spec: dict[str, Any], layer: dict[str, Any], score: str = "ROUGE-L recall"
+) -> list[dict[str, Any]]:
+    """What a layer shows; of those with a menu of scores what it shows of this one."""
     rows: list[dict[str, Any]] = spec["datasets"][layer["data"]["name"]]
-    return rows
+    if not any("score" in row for row in rows):
+        return rows
+    assert layer["transform"] == [{"filter": "datum.score === score"}]
+    return [row for row in rows if row["score"] == score]
 
 
 def _field(layer: dict[str, Any], channel: str) -> Any:
@@ -57,6 +63,34 @@ def test_trajectories_draw_rouge_by_epoch_with_a_panel_per_probe() -> None:
         assert len(_rows(spec, faint)) == 10 * 13
         (rings,) = _layers(spec, panel, "point", "ring")
         assert len(_rows(spec, rings)) == 5
+
+
+@pytest.mark.parametrize("name", ["trajectories", "old_versus_new"])
+def test_a_menu_shows_f1_in_place_of_recall(name: str) -> None:
+    """The same marks with the other values, named on the axes; the threshold is one of recall."""
+    made = synthetic.tables()
+    f1 = made["trajectory"]["metric"] == "rougeL_f1"
+    made["trajectory"].loc[f1, ["value", "low", "high"]] *= 0.5
+    spec = _spec(name, Tables(**made))
+    (menu,) = [param for param in spec["params"] if param["name"] == "score"]
+    assert menu["value"] == "ROUGE-L recall"
+    assert menu["bind"]["options"] == ["ROUGE-L recall", "ROUGE-L F1"]
+    value = "value" if name == "trajectories" else "value_old"
+    for layer in spec["concat"][-1]["layer"]:
+        recall, other = _rows(spec, layer), _rows(spec, layer, "ROUGE-L F1")
+        if any("goal" in row for row in recall):
+            assert not other
+            continue
+        assert len(recall) == len(other) > 0
+        drawn = value if value in recall[0] else "value"
+        assert [row[drawn] for row in other] == [
+            pytest.approx(row[drawn] / 2, abs=1e-5) for row in recall
+        ]
+    for choice, shown in (("ROUGE-L recall", "ROUGE-L F1"), ("ROUGE-L F1", "ROUGE-L recall")):
+        menu["value"] = choice
+        svg = static_svg(spec, ["lora"] * 4 + ["full"])
+        assert f">{choice}</text>" in svg
+        assert shown not in svg
 
 
 def test_every_trajectory_starts_at_the_base() -> None:

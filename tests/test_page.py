@@ -19,6 +19,7 @@ import browser
 import synthetic_tables as synthetic
 from forgetting.records import InputError
 from forgetting.report import content
+from forgetting.report.answer import answer
 from forgetting.report.figures import FIGURES
 from forgetting.report.page import render, script_json, spec_of, write_report
 from forgetting.report.tables import Tables, read_tables
@@ -140,7 +141,7 @@ def test_script_json_holds_no_markup_and_reads_back() -> None:
 def test_the_answer_compares_the_methods_that_keep_most_and_least() -> None:
     """Their order is judged by the difference on the same questions, not by two intervals."""
     tables = _tables()
-    said, qualified = content.answer(tables)
+    said, qualified = answer(tables)
     cells = {line.label: line.cells["real_authors"] for line in content.summary(tables)[1:]}
     most, least = cells["full"], cells["rank 2"]
     assert most.value == max(cell.value for cell in cells.values())
@@ -149,27 +150,24 @@ def test_the_answer_compares_the_methods_that_keep_most_and_least() -> None:
     assert f"full fine-tuning keeps most, {most.value:.2f}" in said[1]
     assert f"rank 2 least, {least.value:.2f} ({least.interval})" in said[1]
     assert "on the same questions 0.20 more (0.10 to 0.30)." in said[1]
-    assert "the methods have learnt new authors to between" in said[-1]
+    assert said[-1] == "There the methods have learnt new authors to between 0.85 and 0.90."
     assert not qualified
 
 
 def test_the_answer_says_where_a_difference_may_be_chance() -> None:
     made = synthetic.tables()
     made["comparisons"]["high"] = 0.05
-    assert (
-        "0.20 more (\u22120.05 to 0.30), which may be chance."
-        in (content.answer(Tables(**made))[0][1])
-    )
+    assert "0.20 more (\u22120.05 to 0.30), which may be chance." in (answer(Tables(**made))[0][1])
 
 
 def test_the_answer_names_methods_without_a_checkpoint() -> None:
-    said, qualified = content.answer(_tables(never=("lora-r2",)))
+    said, qualified = answer(_tables(never=("lora-r2",)))
     assert "rank 8 least" in said[1]
     assert qualified == ["Rank 2 has no selected checkpoint: ROUGE never reached 0.9."]
 
 
 def test_the_answer_claims_nothing_where_nothing_was_selected() -> None:
-    said, qualified = content.answer(_tables(ranks=(2,), never=("lora-r2", "full")))
+    said, qualified = answer(_tables(ranks=(2,), never=("lora-r2", "full")))
     assert said == [
         "No run has a checkpoint selected at ROUGE-L recall 0.9 on new authors: nothing to compare."
     ]
@@ -178,10 +176,85 @@ def test_the_answer_claims_nothing_where_nothing_was_selected() -> None:
 
 def test_a_fallback_checkpoint_is_marked() -> None:
     made = synthetic.tables()
-    made["selection"].loc[0, ["status", "reason"]] = ["last", "it never reached 0.9, last step"]
+    made["selection"].loc[0, "status"] = "last"
     html = _html(Tables(**made))
-    assert "Rank 2 stands apart: it never reached 0.9, last step." in html
+    assert "reaches 0.9; rank 2 never reaches it: there the last checkpoint stands in." in html
     assert "<small>last</small>" in html
+
+
+def _at_last(methods: tuple[str, ...], learnt: dict[str, float] | None = None) -> dict[str, Any]:
+    """Tables in which methods never reach the threshold and stand at their last checkpoint."""
+    made = synthetic.tables()
+    selection, rows = made["selection"], made["trajectory"]
+    selection.loc[selection["method"].isin(methods), "status"] = "last"
+    for method, value in (learnt or {}).items():
+        run, step = selection.set_index("method").loc[method, ["run", "step"]]
+        there = (rows["run"] == run) & (rows["step"] == step) & (rows["knowledge"] == "new")
+        rows.loc[there, "value"] = value
+    return made
+
+
+def test_methods_that_do_not_arrive_are_not_ranked_among_those_that_do() -> None:
+    said, qualified = answer(Tables(**_at_last(("lora-r2", "lora-r8"))))
+    assert said[0].endswith(
+        "reaches 0.9; rank 2 and rank 8 never reach it: there the last checkpoint stands in."
+    )
+    assert "full fine-tuning keeps most" in said[1]
+    assert "rank 32 least" in said[1]
+    assert not qualified
+
+
+def test_where_no_method_arrives_it_is_said_and_unequal_learning_is_not_ranked() -> None:
+    every = ("lora-r2", "lora-r8", "lora-r32", "lora-r128", "full")
+    said, _ = answer(Tables(**_at_last(every, {"lora-r2": 0.21, "full": 0.87})))
+    assert said == [
+        "No method reaches ROUGE-L recall 0.9 on new authors: each stands at its last checkpoint.",
+        "The methods have learnt new authors to between 0.21 (rank 2) and 0.87 (full fine-tuning), "
+        "too unequally to say which keeps more of the old: what learns less has less to forget.",
+    ]
+    said, _ = answer(Tables(**_at_last(every)))
+    assert said[0].startswith("No method reaches")
+    assert "keeps most" in said[1]
+
+
+def test_stand_ins_that_differ_surely_in_learning_are_not_ranked() -> None:
+    """Even if the difference is small; methods that reach the threshold are, with a caution."""
+    every = ("lora-r2", "lora-r8", "lora-r32", "lora-r128", "full")
+    for methods, ranked in ((every, False), ((), True)):
+        made = _at_last(methods, {"lora-r2": 0.75})
+        pairs = made["comparisons"]
+        pairs.loc[pairs["probe"] == "new_authors", ["difference", "low", "high"]] = 0.0
+        first = (pairs["label"] == "rank 2") & (pairs["other"] == "full")
+        first &= pairs["probe"] == "new_authors"
+        pairs.loc[first, ["difference", "low", "high"]] = [-0.11, -0.17, -0.05]
+        told = " ".join(answer(Tables(**made))[0])
+        assert ("keeps most" in told) is ranked
+        assert ("too unequally to say which keeps more" in told) is not ranked
+        assert (
+            ", which is not equal: full fine-tuning has 0.11 more than rank 2 (0.05 to 0.17 on the "
+            "same questions), and may have forgotten more for that alone." in told
+        ) is ranked
+
+
+def test_answers_that_go_on_are_told_where_recall_hides_them() -> None:
+    made = synthetic.tables()
+    rows = made["trajectory"]
+    tuned = rows["run"].str.startswith("full/") & (rows["probe"] == "world_facts")
+    rows.loc[tuned & (rows["metric"] == "rougeL_f1"), "value"] *= 0.5
+    rows.loc[tuned & (rows["metric"] == "generated_tokens"), "value"] = 31.0
+    tables = Tables(**made)
+    full = content.summary(tables)[-1]
+    recall, f1 = full.cells["world_facts"].value, full.f1["world_facts"].value
+    assert f1 == pytest.approx(recall / 2)
+    assert answer(tables)[0][-1] == (
+        "Recall does not see that answers go on: F1 falls much further than recall with 1 of 5 "
+        f"methods, most with full fine-tuning on world facts, to {f1:.2f} from 0.85 (recall to "
+        f"{recall:.2f} from 0.85), at 31.0 tokens an answer against 14.0."
+    )
+    assert "go on" not in " ".join(answer(_tables())[0])
+    text = content.summary_frame(tables).set_index(["method", "probe"]).loc[("full", "world_facts")]
+    assert text["rougeL_f1"] == pytest.approx(f1, abs=1e-5)
+    assert text["rougeL_f1_change_against_base"] == pytest.approx(f1 - 0.85, abs=1e-5)
 
 
 def test_the_summary_has_change_and_interval_and_averages_seeds() -> None:
@@ -194,7 +267,7 @@ def test_the_summary_has_change_and_interval_and_averages_seeds() -> None:
         assert cell.low < cell.value < cell.high
         assert cell.lowest <= cell.value <= cell.highest
         assert cell.change == pytest.approx(cell.value - base.cells["real_authors"].value)
-    assert content.answer(tables)[1] == ["Values and interval bounds are means over seeds."]
+    assert answer(tables)[1] == ["Values and interval bounds are means over seeds."]
 
 
 def test_the_selection_rule_is_told_as_configured() -> None:
@@ -334,6 +407,47 @@ def test_the_menu_switches_the_definition_of_the_truth_ratio(
 
 
 @needs_browser
+def test_the_menu_shows_f1_in_place_of_recall(written: Path, page: browser.Page) -> None:
+    page.open((written / "tradeoff.html").as_uri(), 390, 844)
+    titles = (
+        "[...document.querySelectorAll('[data-figure=trajectories] svg text')]"
+        ".map(t => t.textContent).filter(t => t.startsWith('ROUGE'))"
+    )
+    assert page.run(titles) == ["ROUGE-L recall"] * 3
+    page.run(
+        "(() => { const menu = document.querySelector('[data-figure=trajectories] select');"
+        "menu.value = 'ROUGE-L F1'; menu.dispatchEvent(new Event('change')); })()"
+    )
+    page.wait(f"{titles}.every(t => t === 'ROUGE-L F1')")
+    page.run("document.getElementById('theme').click()")
+    page.wait("!document.querySelector('[data-figure=benchmarks] svg text[fill=\"#5b6472\"]')")
+    assert page.run(titles) == ["ROUGE-L F1"] * 3
+    assert page.errors == []
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_phone_shows_all_that_is_kept_without_moving_sideways(
+    written: Path, page: browser.Page, width: int
+) -> None:
+    """Every cell of the summary with its probe's name, and every chip, lies on the screen."""
+    page.open((written / "tradeoff.html").as_uri(), width, 844)
+    boxes = page.run(
+        "[...document.querySelectorAll('.summary td, .summary td > *, .chip:not([hidden])')]"
+        ".map(e => e.getBoundingClientRect()).filter(b => b.width).map(b => [b.left, b.right])"
+    )
+    assert len(boxes) > 60
+    assert min(left for left, _ in boxes) >= 0
+    assert max(right for _, right in boxes) <= width
+    names = page.run(
+        "[...document.querySelectorAll('.summary tbody tr:last-child td')]"
+        ".map(e => getComputedStyle(e, '::before').content)"
+    )
+    assert names[1] == '"real authors\\a old knowledge"'
+    assert page.errors == []
+
+
+@needs_browser
 def test_runs_can_be_sorted_and_filtered(written: Path, page: browser.Page) -> None:
     page.open((written / "tradeoff.html").as_uri(), 1280, 800)
     column = (
@@ -389,6 +503,7 @@ def test_a_tooltip_stays_on_a_phone_s_screen(written: Path, page: browser.Page) 
     page.wait("document.querySelector('#vg-tooltip-element.visible td') !== null")
     told = "document.getElementById('vg-tooltip-element')"
     assert "ROUGE-L recall" in page.run(f"{told}.textContent")
+    assert page.run(f"{told}.textContent").count("ROUGE-L") == 1
     box = page.run(f"(b => [b.left, b.top, b.right, b.bottom])({told}.getBoundingClientRect())")
     assert box[0] >= 0
     assert box[1] >= 0

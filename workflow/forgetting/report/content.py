@@ -1,4 +1,4 @@
-"""What the page says in numbers and sentences, derived from the tables alone."""
+"""What the page says in numbers, derived from the tables alone, and the rule they follow."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Row:
 
     label: str
     cells: dict[str, Cell]
+    f1: dict[str, Cell]
     name: str = "the base"
     learning_rate: float | None = None
     weight_decay: float | None = None
@@ -47,18 +48,29 @@ class Row:
 
 
 def summary(tables: Tables) -> list[Row]:
-    """The base, then every method in the order of the figures."""
+    """The base, then every method in the order of the figures: ROUGE-L recall, and F1 beside it."""
+    recall, f1 = _cells(tables, data.ROUGE), _cells(tables, data.F1)
+    lines = [Row("base", recall["base"], f1["base"])]
+    for method in data.methods(tables).to_dict("records"):
+        name = method["method"]
+        lines.append(_row(tables, method, recall[name], f1[name]))
+    return lines
+
+
+def _cells(tables: Tables, metric: str) -> dict[str, dict[str, Cell]]:
+    """By method (and `base`) and probe, where it was measured."""
     names = data.probes(tables, "new") + data.probes(tables, "old")
     paired = ("change_low", "change_high")
-    frames = {name: data.at_selected(tables, data.ROUGE, name, paired) for name in names}
-    bases = {name: data.base_row(tables, data.ROUGE, name) for name in names}
+    frames = {name: data.at_selected(tables, metric, name, paired) for name in names}
+    bases = {name: data.base_row(tables, metric, name) for name in names}
     base = {name: _cell(rows, None) for name, rows in bases.items() if len(rows)}
-    lines = [Row("base", base)]
-    for method in data.methods(tables).to_dict("records"):
-        mine = {name: rows[rows["method"] == method["method"]] for name, rows in frames.items()}
-        cells = {name: _cell(rows, base.get(name)) for name, rows in mine.items() if len(rows)}
-        lines.append(_row(tables, method, cells))
-    return lines
+    found = {"base": base}
+    for method in data.methods(tables)["method"]:
+        mine = {name: rows[rows["method"] == method] for name, rows in frames.items()}
+        found[str(method)] = {
+            name: _cell(rows, base.get(name)) for name, rows in mine.items() if len(rows)
+        }
+    return found
 
 
 def _cell(rows: pd.DataFrame, base: Cell | None) -> Cell:
@@ -75,7 +87,9 @@ def _cell(rows: pd.DataFrame, base: Cell | None) -> Cell:
     )
 
 
-def _row(tables: Tables, method: dict[Any, Any], cells: dict[str, Cell]) -> Row:
+def _row(
+    tables: Tables, method: dict[Any, Any], cells: dict[str, Cell], f1: dict[str, Cell]
+) -> Row:
     picked = tables.selection[tables.selection["method"] == method["method"]]
     runs = tables.tuned[tables.tuned["chosen"].astype(bool)]
     runs = runs[runs["method"] == method["method"]]
@@ -84,6 +98,7 @@ def _row(tables: Tables, method: dict[Any, Any], cells: dict[str, Cell]) -> Row:
         label=str(method["label"]),
         name="full fine-tuning" if method["label"] == "full" else str(method["label"]),
         cells=cells,
+        f1=f1,
         learning_rate=None if first is None else float(first["learning_rate"]),
         weight_decay=None if first is None else float(first["weight_decay"]),
         steps=tuple(int(step) for step in picked["step"].dropna()),
@@ -93,99 +108,10 @@ def _row(tables: Tables, method: dict[Any, Any], cells: dict[str, Cell]) -> Row:
     )
 
 
-def answer(tables: Tables) -> tuple[list[str], list[str]]:
-    """The result in a few sentences, each supported by the tables, and what qualifies it."""
-    lines = summary(tables)
-    found = [line for line in lines[1:] if line.steps and line.cells]
-    old = data.probes(tables, "old")
-    said = [_moment(tables, found)]
-    if len(found) > 1:
-        said += [_compare(tables, name, found, lines[0]) for name in old]
-        said += _learnt(tables, found)
-    elif found:
-        said += [_alone(name, found[0], lines[0]) for name in old]
-    qualified = [
-        f"{_capital(line.name)} has no selected checkpoint: {_sentence(line.reason)}"
-        for line in lines[1:]
-        if not line.steps
-    ]
-    qualified += [
-        f"{_capital(line.name)} stands apart: {_sentence(line.reason)}"
-        for line in found
-        if set(line.statuses) - {"selected", "not_reached"}
-    ]
-    if any(line.seeds > 1 for line in found):
-        qualified.append("Values and interval bounds are means over seeds.")
-    return [sentence for sentence in said if sentence], qualified
-
-
-def _moment(tables: Tables, found: list[Row]) -> str:
-    rule = tables.config.get("selection", {})
-    what = _metric_words(rule.get("metric", data.ROUGE))
-    probe = data.human(str(rule.get("probe", "the new knowledge")))
-    goal = rule.get("threshold")
-    if not found:
-        return f"No run has a checkpoint selected at {what} {goal} on {probe}: nothing to compare."
-    return f"Methods are compared at the last checkpoint before {what} on {probe} reaches {goal}."
-
-
-def _compare(tables: Tables, name: str, found: list[Row], base: Row) -> str:
-    """The methods that keep the most and the least of a probe, and how sure their order is."""
-    able = [line for line in found if name in line.cells]
-    if len(able) < 2:
-        return ""
-    most = max(able, key=lambda line: line.cells[name].value)
-    least = min(able, key=lambda line: line.cells[name].value)
-    first, second = most.cells[name], least.cells[name]
-    said = (
-        f"On {data.human(name)}{_where_base(name, base)}, {most.name} keeps most, "
-        f"{first.value:.2f} (95\u00a0% interval {first.interval}), and {least.name} least, "
-        f"{second.value:.2f} ({second.interval})"
-    )
-    paired = data.difference(tables, name, most.label, least.label)
-    if paired is None:
-        return f"{said}."
-    verdict = "" if paired["low"] > 0 else ", which may be chance"
-    return (
-        f"{said}: on the same questions {paired['difference']:.2f} more "
-        f"({_number(paired['low'])} to {_number(paired['high'])}){verdict}."
-    )
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}".replace("-", "\u2212")
-
-
-def _alone(name: str, one: Row, base: Row) -> str:
-    cell = one.cells.get(name)
-    if cell is None:
-        return ""
-    return (
-        f"On {data.human(name)}{_where_base(name, base)}, {one.name} keeps {cell.value:.2f} "
-        f"(95\u00a0% interval {cell.interval})."
-    )
-
-
-def _where_base(name: str, base: Row) -> str:
-    cell = base.cells.get(name)
-    return "" if cell is None else f", where the base has {cell.value:.2f}"
-
-
-def _learnt(tables: Tables, found: list[Row]) -> list[str]:
-    """How equal the learning is at which the methods are compared."""
-    said = []
-    for name in data.probes(tables, "new")[:1]:
-        values = [line.cells[name].value for line in found if name in line.cells]
-        if values:
-            extent = f"between {min(values):.2f} and {max(values):.2f}"
-            said.append(f"There the methods have learnt {data.human(name)} to {extent}.")
-    return said
-
-
 def selection_rule(tables: Tables) -> list[str]:
     """The rule of the study in sentences."""
     rule = tables.config.get("selection", {})
-    what, probe = _metric_words(rule.get("metric", data.ROUGE)), rule.get("probe", "new knowledge")
+    what, probe = metric_words(rule.get("metric", data.ROUGE)), rule.get("probe", "new knowledge")
     chosen = str(rule.get("hyperparameters", ""))
     within = rule.get("within_epochs")
     deadline = f" within {within:g} epochs" if within else ""
@@ -237,10 +163,8 @@ def summary_frame(tables: Tables) -> pd.DataFrame:
                 "selected_steps": " ".join(map(str, line.steps)),
                 "seeds": len(line.steps) if line.label != "base" else None,
                 "probe": name,
-                "rougeL_recall": round(cell.value, 5),
-                "low_95": round(cell.low, 5),
-                "high_95": round(cell.high, 5),
-                "change_against_base": None if cell.change is None else round(cell.change, 5),
+                **_columns("rougeL_recall", cell),
+                **_columns("rougeL_f1", line.f1.get(name)),
             }
             for line in summary(tables)
             for name, cell in line.cells.items()
@@ -248,23 +172,28 @@ def summary_frame(tables: Tables) -> pd.DataFrame:
     )
 
 
+def _columns(metric: str, cell: Cell | None) -> dict[str, float | None]:
+    """A cell in columns named after its metric."""
+    if cell is None:
+        return {}
+    change = None if cell.change is None else round(cell.change, 5)
+    return {
+        metric: round(cell.value, 5),
+        f"{metric}_low_95": round(cell.low, 5),
+        f"{metric}_high_95": round(cell.high, 5),
+        f"{metric}_change_against_base": change,
+    }
+
+
 def _finite(value: Any) -> float | None:
     return None if value is None or pd.isna(value) else float(value)
 
 
-def _metric_words(metric: str) -> str:
+def metric_words(metric: str) -> str:
+    """A score of the probes as words."""
     words = {
         "rougeL_recall": "ROUGE-L recall",
         "rougeL_f1": "ROUGE-L F1",
         "rouge1_recall": "ROUGE-1 recall",
     }
     return words.get(metric, data.human(metric))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _sentence(text: str) -> str:
-    text = text.strip() or "the table of selections gives no reason"
-    return text if text.endswith(".") else text + "."

@@ -17,8 +17,6 @@ from forgetting.report.distance import distance
 from forgetting.report.dot_plots import benchmarks, truth_ratio
 from forgetting.report.tables import Tables
 
-ROUGE = "ROUGE-L recall"
-
 
 def trajectories(tables: Tables, width: int = 250) -> alt.ConcatChart:
     """ROUGE by epoch, a panel per probe; the chosen runs bold, the rest of the sweep faint."""
@@ -32,14 +30,17 @@ def trajectories(tables: Tables, width: int = 250) -> alt.ConcatChart:
     panels += [_course(tables, name, "old", old) for name in data.probes(tables, "old")]
     if not panels:
         return parts.message("No probe was measured.")
-    told = "ROUGE-L recall by epoch on the new knowledge and on each probe of old knowledge."
+    told = "ROUGE-L by epoch on the new knowledge and on each probe of old knowledge."
     sized = [panel.properties(width=width, height=230) for panel in panels]
-    return parts.combine(sized, [parts.focus(), _sweep(True)], told, narrowest=230)
+    return parts.combine(
+        sized, [parts.focus(), parts.score_menu(), _sweep(True)], told, narrowest=230
+    )
 
 
 def _course(tables: Tables, probe: str, knowledge: str, ticks: list[float]) -> alt.LayerChart:
-    rows = data.measured(tables, data.ROUGE, probe)
-    base = data.base_row(tables, data.ROUGE, probe)
+    rows = parts.by_score(lambda metric: data.measured(tables, metric, probe))
+    base = parts.by_score(lambda metric: data.base_row(tables, metric, probe))
+    picked = parts.by_score(lambda metric: data.at_selected(tables, metric, probe))
     x = alt.X("epoch:Q").title("epoch")
     x = x.axis(tickMinStep=1, grid=False, tickCount=6, labelFlush=False)
     layers = [
@@ -47,16 +48,16 @@ def _course(tables: Tables, probe: str, knowledge: str, ticks: list[float]) -> a
         *(_base_rule(base, "right") if knowledge == "old" else []),
         *_sweep_and_choice(tables, rows, x, ticks),
         parts.broken(data.last_points(rows), "epoch", "value"),
-        parts.ring(data.at_selected(tables, data.ROUGE, probe), "epoch", "value", _tip()),
+        parts.ring(picked, "epoch", "value", _tip()),
     ]
     title = parts.panel_title(data.human(probe), f"{knowledge} knowledge")
-    return parts.stack(layers).properties(title=title)
+    return parts.stack(parts.of_score(layers)).properties(title=title)
 
 
 def _sweep_and_choice(
     tables: Tables, rows: pd.DataFrame, x: alt.X, ticks: list[float]
 ) -> list[alt.Chart]:
-    y = parts.rouge_axis("value", ROUGE, ticks)
+    y = parts.rouge_axis("value", parts.LIVE, ticks)
     shade = parts.colour(data.labels(tables))
     chosen = rows[rows["chosen"].astype(bool)]
     means = data.mean_over_seeds(rows)
@@ -71,7 +72,7 @@ def _sweep_and_choice(
         .mark_area(clip=True)
         .encode(
             x=x,
-            y=parts.rouge_axis("low", ROUGE, ticks),
+            y=parts.rouge_axis("low", parts.LIVE, ticks),
             y2="high:Q",
             color=shade,
             detail="run:N",
@@ -103,22 +104,22 @@ def old_versus_new(tables: Tables, width: int = 400) -> alt.ConcatChart:
         return parts.message("No probe of old knowledge was measured.")
     ticks = parts.grid([_rouge_values(tables, name, bounds=True) for name in old])
     panels = [_plane(tables, new, name, ticks).properties(width=width, height=300) for name in old]
-    told = "ROUGE-L recall on old knowledge against ROUGE-L recall on the new knowledge."
-    params = [parts.focus(), _sweep(False)]
+    told = "ROUGE-L on old knowledge against ROUGE-L on the new knowledge."
+    params = [parts.focus(), parts.score_menu(), _sweep(False)]
     return parts.combine(panels, params, told, narrowest=230, columns=2)
 
 
 def _plane(tables: Tables, new: str, old: str, ticks: list[float]) -> alt.LayerChart:
-    rows = data.old_versus_new(tables, new, old)
+    rows = parts.by_score(lambda metric: data.old_versus_new(tables, metric, new, old))
     chosen = rows[rows["chosen"].astype(bool)]
     picked = rows.merge(data.selected(tables), on=["run", "step"], how="inner")
-    base = data.base_row(tables, data.ROUGE, old)
-    across = f"{ROUGE}, {data.human(new)}"
-    x = alt.X("value_new:Q").title(across).scale(domain=(0, 1))
-    x = x.axis(grid=False, tickCount=6, labelFlush=False)
-    y = parts.rouge_axis("value_old", ROUGE, ticks)
+    base = parts.by_score(lambda metric: data.base_row(tables, metric, old))
+    across = f"{parts.LIVE}, {data.human(new)}"
+    x = alt.X("value_new:Q").scale(domain=(0, 1))
+    x = x.axis(title=across, grid=False, tickCount=6, labelFlush=False)
+    y = parts.rouge_axis("value_old", parts.LIVE, ticks)
     coded: dict[str, Any] = {"x": x, "y": y, "color": parts.colour(data.labels(tables))}
-    start = rows[rows["step"] == 0].head(1)
+    start = rows[rows["step"] == 0].groupby("score", sort=False).head(1)
     layers = [
         *_base_rule(base, "left"),
         *_threshold_rule(_goal(tables, new), "x"),
@@ -134,10 +135,10 @@ def _plane(tables: Tables, new: str, old: str, ticks: list[float]) -> alt.LayerC
         parts.ring(picked, "value_new", "value_old", _plane_tip()),
         alt.Chart(start)
         .mark_point(style="base", shape="diamond", size=110, filled=True)
-        .encode(x="value_new:Q", y="value_old:Q", tooltip=_plane_tip()[-8:]),
+        .encode(x="value_new:Q", y="value_old:Q", tooltip=_plane_tip()[-9:]),
     ]
     title = parts.panel_title(data.human(old), "old knowledge")
-    return parts.stack(layers).properties(title=title)
+    return parts.stack(parts.of_score(layers)).properties(title=title)
 
 
 def _crosses(
@@ -147,8 +148,8 @@ def _crosses(
     bounded = picked.dropna(subset=["low_new", "high_new", "low_old", "high_old"])
     mark = alt.Chart(bounded).mark_rule(strokeWidth=1.2)
     shade = {"color": coded["color"], "opacity": parts.opacity(0.65)}
-    low_new = alt.X("low_new:Q").title(across)
-    low_old = parts.rouge_axis("low_old", ROUGE, ticks)
+    low_new = alt.X("low_new:Q").axis(title=across)
+    low_old = parts.rouge_axis("low_old", parts.LIVE, ticks)
     return [
         mark.encode(x=low_new, x2="high_new:Q", y=coded["y"], **shade),
         mark.encode(x=coded["x"], y=low_old, y2="high_old:Q", **shade),
@@ -159,7 +160,8 @@ def _threshold_rule(goal: float | None, channel: str) -> list[alt.Chart]:
     """A dashed line at the selection rule's threshold, with its value."""
     if goal is None:
         return []
-    rows = pd.DataFrame({"goal": [goal], "text": [f"threshold {goal:g}"]})
+    score = next(iter(data.SCORES))  # the rule is about recall
+    rows = pd.DataFrame({"goal": [goal], "text": [f"threshold {goal:g}"], "score": [score]})
     chart = alt.Chart(rows)
     rule = chart.mark_rule(style="reference").encode(**{channel: "goal:Q"})
     if channel == "y":
@@ -171,7 +173,7 @@ def _threshold_rule(goal: float | None, channel: str) -> list[alt.Chart]:
 
 def _base_rule(base: pd.DataFrame, side: Literal["left", "right"]) -> list[alt.Chart]:
     """A dashed line at the base's value, named on one side: above it nothing is forgotten."""
-    tip = parts.value_tooltip("base")
+    tip = [alt.Tooltip("score:N"), *parts.value_tooltip("base")]
     rule = alt.Chart(base).mark_rule(style="reference").encode(y="value:Q", tooltip=tip)
     inset, place = (2, alt.value(0)) if side == "left" else (-2, alt.value("width"))
     words = alt.Chart(base).mark_text(style="reference-label", align=side, dx=inset, dy=-7)
@@ -180,13 +182,14 @@ def _base_rule(base: pd.DataFrame, side: Literal["left", "right"]) -> list[alt.C
 
 def _tip() -> list[alt.Tooltip]:
     moment = [parts.number("epoch", "epoch", ".2~f"), parts.number("step", "step", ",")]
-    return [*parts.run_tooltip(), *moment, *parts.value_tooltip(ROUGE)]
+    score = alt.Tooltip("score:N")
+    return [*parts.run_tooltip(), *moment, score, *parts.value_tooltip("value")]
 
 
 def _plane_tip() -> list[alt.Tooltip]:
     moment = [parts.number("epoch", "epoch", ".2~f"), parts.number("step", "step", ",")]
     values = [*parts.value_tooltip("new", "_new"), *parts.value_tooltip("old", "_old")]
-    return [*parts.run_tooltip(), *moment, *values]
+    return [*parts.run_tooltip(), *moment, alt.Tooltip("score:N"), *values]
 
 
 def _sweep(shown: bool) -> alt.Parameter:
@@ -204,12 +207,17 @@ def _all_probes(tables: Tables) -> list[str]:
 
 
 def _rouge_values(tables: Tables, probe: str, bounds: bool = False) -> pd.Series:
-    """Everything that a ROUGE axis of a probe must hold; with `bounds`, the drawn intervals too."""
-    base = data.base_row(tables, data.ROUGE, probe)
-    found = [data.measured(tables, data.ROUGE, probe)["value"], base["value"]]
-    if bounds:
-        picked = data.at_selected(tables, data.ROUGE, probe)
-        found += [picked["low"], picked["high"]]
+    """All that a ROUGE axis of a probe must hold, whatever the score; with `bounds`, the intervals.
+
+    The axis stays where it is when the menu switches the score.
+    """
+    found = []
+    for metric in data.SCORES.values():
+        found.append(data.measured(tables, metric, probe)["value"])
+        found.append(data.base_row(tables, metric, probe)["value"])
+        if bounds:
+            picked = data.at_selected(tables, metric, probe)
+            found += [picked["low"], picked["high"]]
     return pd.concat([series.astype(float) for series in found], ignore_index=True)
 
 

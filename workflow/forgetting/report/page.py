@@ -23,8 +23,10 @@ from markupsafe import Markup
 from forgetting.records import write_atomically
 from forgetting.report import content
 from forgetting.report import tables as data
+from forgetting.report.answer import answer
 from forgetting.report.dot_plots import metric_words
 from forgetting.report.figures import FIGURES
+from forgetting.report.parts import live_titles
 from forgetting.report.tables import Tables
 from forgetting.report.theme import MODES, palette, theme
 
@@ -46,7 +48,8 @@ def spec_of(chart: alt.ConcatChart) -> dict[str, Any]:
     """A chart as Vega-Lite JSON without configuration: the theme is applied where it is drawn."""
     spec: dict[str, Any] = chart.to_dict()
     spec.pop("config", None)
-    datasets = spec.get("datasets", {})
+    datasets = spec.pop("datasets", {})
+    spec = live_titles(spec)
     spec["datasets"] = {name: [_absent(row) for row in rows] for name, rows in datasets.items()}
     return spec
 
@@ -78,7 +81,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)),
         _asset("page.js"),
     ]
-    answer, qualified = content.answer(tables)
+    said, qualified = answer(tables)
     settings = {
         "themes": {mode: theme(kinds, mode) for mode in MODES},
         "figures": specs,
@@ -87,7 +90,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         study=tables.config,
         provenance=tables.study.get("provenance", {}),
         notes=tables.study.get("notes", []),
-        answer=answer,
+        answer=said,
         qualified=qualified,
         rule=[sentence for sentence in content.selection_rule(tables) if sentence],
         summary=content.summary(tables),

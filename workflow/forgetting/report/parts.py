@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
+from forgetting.report import tables as data
+
 IS_SINGLED = "!length(focus) || indexof(focus, datum.label) >= 0"
 _CROSS = "M-1,-1L1,1M-1,1L1,-1"
+LIVE = "\ufffc"
+"""Begins an axis title that begins with the score of the menu; see `live_titles`."""
 ANY_SINGLED = "length(focus) > 0 && indexof(focus, datum.label) >= 0"
 
 
 def focus() -> alt.Parameter:
     """The labels of the methods that the reader singled out; empty means all of them."""
     return alt.param("focus", value=[])
+
+
+def score_menu() -> alt.Parameter:
+    """The menu of ROUGE scores; a layer shows the rows of the chosen one by `of_score`."""
+    scores = list(data.SCORES)
+    return alt.param(
+        "score", value=scores[0], bind=alt.binding_select(options=scores, name="Score")
+    )
+
+
+def by_score(made: Callable[[str], pd.DataFrame]) -> pd.DataFrame:
+    """The rows that a function makes of each metric of the menu, told apart by `score`."""
+    return pd.concat(
+        [made(metric).assign(score=score) for score, metric in data.SCORES.items()],
+        ignore_index=True,
+    )
+
+
+def of_score(layers: Sequence[alt.Chart]) -> list[alt.Chart]:
+    """Layers that show only rows of the score of the menu."""
+    return [layer.transform_filter("datum.score === score") for layer in layers]
+
+
+def live_titles(part: Any) -> Any:
+    """A specification in which titles begun with `LIVE` follow the menu (Altair knows no such)."""
+    if isinstance(part, list):
+        return [live_titles(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    found = {key: live_titles(value) for key, value in part.items()}
+    title = found.get("title")
+    if isinstance(title, str) and title.startswith(LIVE):
+        found["title"] = {"expr": f"score + {json.dumps(title.removeprefix(LIVE))}"}
+    return found
 
 
 def opacity(shown: float, faded: float = 0.06, test: str = IS_SINGLED) -> Any:
@@ -79,8 +118,8 @@ def grid(values: Iterable[pd.Series], *extra: float | None) -> list[float]:
 
 def rouge_axis(field: str, title: str, ticks: list[float]) -> alt.Y:
     """A vertical axis with these ticks, from the first to the last."""
-    y = alt.Y(f"{field}:Q").title(title).scale(domain=(ticks[0], ticks[-1]), zero=False)
-    return y.axis(values=ticks, format=".1f")
+    y = alt.Y(f"{field}:Q").scale(domain=(ticks[0], ticks[-1]), zero=False)
+    return y.axis(title=title, values=ticks, format=".1f")
 
 
 def panel_title(name: str, subtitle: str, width: int = 30) -> alt.TitleParams:

@@ -13,6 +13,8 @@ from forgetting.records import InputError, read_json
 from forgetting.report.durations import by_duration
 
 ROUGE = "rougeL_recall"
+F1 = "rougeL_f1"
+SCORES = {"ROUGE-L recall": ROUGE, "ROUGE-L F1": F1}
 TRUTH_RATIOS = {
     "arithmetic": "truth_ratio_arithmetic",
     "geometric": "truth_ratio_geometric",
@@ -159,7 +161,8 @@ def mean_over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     """
     chosen = rows[rows["chosen"].astype(bool)]
     seeds = chosen.groupby("method")["seed"].nunique().rename("seeds")
-    grouped = chosen.groupby(["method", "label", "step", "epoch"], as_index=False).agg(
+    kept = [name for name in ("score",) if name in chosen]
+    grouped = chosen.groupby(["method", "label", "step", "epoch", *kept], as_index=False).agg(
         value=("value", "mean"), measured=("seed", "nunique")
     )
     grouped = grouped.merge(seeds, on="method")
@@ -170,14 +173,15 @@ def mean_over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 def last_points(rows: pd.DataFrame) -> pd.DataFrame:
     """Where diverged and failed runs ended."""
     broken = rows[rows["status"] != "ok"]
-    return broken.sort_values("step").groupby("run", as_index=False).tail(1)
+    apart = ["run", *(name for name in ("score",) if name in broken)]
+    return broken.sort_values("step").groupby(apart, as_index=False).tail(1)
 
 
-def old_versus_new(tables: Tables, new: str, old: str) -> pd.DataFrame:
-    """ROUGE on the new knowledge (suffix _new) beside ROUGE on one old probe (suffix _old)."""
+def old_versus_new(tables: Tables, metric: str, new: str, old: str) -> pd.DataFrame:
+    """A metric on the new knowledge (suffix _new) beside that on one old probe (suffix _old)."""
     key = ["run", "step"]
-    fresh = measured(tables, ROUGE, new)
-    kept = measured(tables, ROUGE, old)[[*key, "value", "low", "high", "n"]]
+    fresh = measured(tables, metric, new)
+    kept = measured(tables, metric, old)[[*key, "value", "low", "high", "n"]]
     return fresh.merge(kept, on=key, suffixes=("_new", "_old"))
 
 

@@ -1,0 +1,214 @@
+"""The result in a few sentences, each supported by the tables."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pandas as pd
+
+from forgetting.report import tables as data
+from forgetting.report.content import Row, metric_words, summary
+from forgetting.report.tables import Tables
+
+STANDS_IN = "last"
+"""Status of a checkpoint of a run that never reaches the threshold."""
+
+ARRIVED = {"selected", "late", "first_above", "base_above"}
+"""Statuses of runs that reach it, whether there is a checkpoint before that or not."""
+
+UNEQUAL = 0.25
+"""Difference in what was learnt beyond which it is not told who keeps more."""
+
+MUCH = 0.1
+"""By so much more than recall F1 falls where it is told."""
+
+
+def answer(tables: Tables) -> tuple[list[str], list[str]]:
+    """What was found, and what qualifies it."""
+    base, *tuned = summary(tables)
+    found = [line for line in tuned if line.steps and line.cells]
+    old = data.probes(tables, "old")
+    said = [_moment(tables, tuned, found)]
+    if len(found) > 1:
+        ranked, learnt = _ranked(tables, found)
+        said += [_compare(tables, name, ranked, base) for name in old]
+        said.append(learnt)
+    elif found:
+        said += [_alone(name, found[0], base) for name in old]
+    said.append(_going_on(tables, found, base))
+    qualified = [
+        f"{_capital(line.name)} has no selected checkpoint: {_sentence(line.reason)}"
+        for line in tuned
+        if not line.steps
+    ]
+    qualified += [
+        f"{_capital(line.name)} stands apart: {_sentence(line.reason)}"
+        for line in found
+        if set(line.statuses) - {"selected", "not_reached", STANDS_IN}
+    ]
+    if any(line.seeds > 1 for line in found):
+        qualified.append("Values and interval bounds are means over seeds.")
+    return [sentence for sentence in said if sentence], qualified
+
+
+def _moment(tables: Tables, tuned: list[Row], found: list[Row]) -> str:
+    """At which checkpoints the methods are compared, by what became of their runs."""
+    rule = tables.config.get("selection", {})
+    what = metric_words(rule.get("metric", data.ROUGE))
+    probe = data.human(str(rule.get("probe", "the new knowledge")))
+    goal = rule.get("threshold")
+    if not found:
+        return f"No run has a checkpoint selected at {what} {goal} on {probe}: nothing to compare."
+    stand_ins = [line for line in found if STANDS_IN in line.statuses]
+    if not any(ARRIVED & set(line.statuses) for line in tuned):
+        each = "each stands at its" if len(found) > 1 else "what is shown is the"
+        return f"No method reaches {what} {goal} on {probe}: {each} last checkpoint."
+    if len(stand_ins) == len(found):
+        each = "each stands at its" if len(found) > 1 else "it stands at its"
+        return f"{_capital(_never(stand_ins))} {what} {goal} on {probe}: {each} last checkpoint."
+    said = f"Methods are compared at the last checkpoint before {what} on {probe} reaches {goal}"
+    if not stand_ins:
+        return f"{said}."
+    return f"{said}; {_never(stand_ins)} it: there the last checkpoint stands in."
+
+
+def _never(lines: list[Row]) -> str:
+    """Names of the methods and seeds that do not arrive, and a verb."""
+    names = []
+    for line in lines:
+        seeds = line.statuses.count(STANDS_IN)
+        some = f" (in {seeds} of {line.seeds} seeds)" if seeds < line.seeds else ""
+        names.append(line.name + some)
+    return f"{_listed(names)} never {'reaches' if len(names) == 1 else 'reach'}"
+
+
+def _ranked(tables: Tables, found: list[Row]) -> tuple[list[Row], str]:
+    """The methods whose retention may be compared, and how equal their learning is.
+
+    Methods that reach the threshold are not compared with stand-ins, if there are two of them.
+    """
+    name = data.watched(tables)
+    arrived = [line for line in found if STANDS_IN not in line.statuses]
+    able = arrived if len(arrived) > 1 else found
+    learnt = [line for line in able if name in line.cells]
+    if name is None or len(learnt) < 2:
+        return able, ""
+    least, most = (end(learnt, key=lambda line: line.cells[name].value) for end in (min, max))
+    low, high = least.cells[name].value, most.cells[name].value
+    apart = _apart(tables, name, learnt)
+    if high - low > UNEQUAL or (apart and len(able) > len(arrived)):
+        return [], (
+            f"The methods have learnt {data.human(name)} to between {low:.2f} ({least.name}) and "
+            f"{high:.2f} ({most.name}), too unequally to say which keeps more of the old: what "
+            "learns less has less to forget."
+        )
+    said = f"There the methods have learnt {data.human(name)} to between {low:.2f} and {high:.2f}"
+    return able, f"{said}{apart}."
+
+
+def _apart(tables: Tables, name: str, lines: list[Row]) -> str:
+    """The two methods that have most surely not learnt the same, if any."""
+    found = []
+    for one, two in combinations(lines, 2):
+        more, less = sorted((one, two), key=lambda line: line.cells[name].value, reverse=True)
+        paired = data.difference(tables, name, more.label, less.label)
+        if paired is not None and paired["low"] > 0:
+            found.append((paired["difference"], paired["low"], paired["high"], more, less))
+    if not found:
+        return ""
+    difference, low, high, more, less = max(found, key=lambda one: one[0])
+    return (
+        f", which is not equal: {more.name} has {difference:.2f} more than {less.name} "
+        f"({_number(low)} to {_number(high)} on the same questions), and may have forgotten more "
+        "for that alone"
+    )
+
+
+def _compare(tables: Tables, name: str, found: list[Row], base: Row) -> str:
+    """The methods that keep the most and the least of a probe, and how sure their order is."""
+    able = [line for line in found if name in line.cells]
+    if len(able) < 2:
+        return ""
+    most = max(able, key=lambda line: line.cells[name].value)
+    least = min(able, key=lambda line: line.cells[name].value)
+    first, second = most.cells[name], least.cells[name]
+    said = (
+        f"On {data.human(name)}{_where_base(name, base)}, {most.name} keeps most, "
+        f"{first.value:.2f} (95\u00a0% interval {first.interval}), and {least.name} least, "
+        f"{second.value:.2f} ({second.interval})"
+    )
+    paired = data.difference(tables, name, most.label, least.label)
+    if paired is None:
+        return f"{said}."
+    verdict = "" if paired["low"] > 0 else ", which may be chance"
+    return (
+        f"{said}: on the same questions {paired['difference']:.2f} more "
+        f"({_number(paired['low'])} to {_number(paired['high'])}){verdict}."
+    )
+
+
+def _alone(name: str, one: Row, base: Row) -> str:
+    cell = one.cells.get(name)
+    if cell is None:
+        return ""
+    return (
+        f"On {data.human(name)}{_where_base(name, base)}, {one.name} keeps {cell.value:.2f} "
+        f"(95\u00a0% interval {cell.interval})."
+    )
+
+
+def _going_on(tables: Tables, found: list[Row], base: Row) -> str:
+    """Where F1 falls much further than recall: answers that begin right and do not end."""
+    falls = [
+        (recall.change - f1.change, line, name)
+        for line in found
+        for name in data.probes(tables, "old")
+        if (recall := line.cells.get(name)) and (f1 := line.f1.get(name))
+        if recall.change is not None and f1.change is not None and name in base.f1
+        if recall.change - f1.change > MUCH
+    ]
+    if not falls:
+        return ""
+    _, worst, name = max(falls, key=lambda fall: fall[0])
+    concerned = {line.label for _, line, _ in falls}
+    who = f"{len(concerned)} of {len(found)} methods"
+    who = "every method" if len(found) == len(concerned) > 1 else who
+    who = f"with {who}, most with {worst.name}" if len(found) > 1 else f"with {worst.name}"
+    before, after = _tokens(tables, name, "base"), _tokens(tables, name, worst.label)
+    longer = after > before
+    head = "Recall does not see that answers go on: F1" if longer else "F1"
+    tail = f", at {after:.1f} tokens an answer against {before:.1f}" if longer else ""
+    return (
+        f"{head} falls much further than recall {who} on {data.human(name)}, to "
+        f"{worst.f1[name].value:.2f} from {base.f1[name].value:.2f} (recall to "
+        f"{worst.cells[name].value:.2f} from {base.cells[name].value:.2f}){tail}."
+    )
+
+
+def _tokens(tables: Tables, name: str, label: str) -> float:
+    """Mean length of a method's answers to a probe."""
+    metric = "generated_tokens"
+    rows = pd.concat([data.base_row(tables, metric, name), data.at_selected(tables, metric, name)])
+    return float(rows[rows["label"] == label]["value"].mean())
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\u2212")
+
+
+def _where_base(name: str, base: Row) -> str:
+    cell = base.cells.get(name)
+    return "" if cell is None else f", where the base has {cell.value:.2f}"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    text = text.strip() or "the table of selections gives no reason"
+    return text if text.endswith(".") else text + "."
