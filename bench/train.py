@@ -24,18 +24,10 @@ import peft
 import torch
 import transformers
 
-<<<<<<< HEAD
-from forgetting.adapters import attach
-from forgetting.checkpoints import Progress
-from forgetting.encode import Example, encode_pair
-from forgetting.models import (
-    has_fast_bfloat16,
-=======
 from contenders import CONTENDERS, OURS, TOFU_LENGTH, Bench
 from forgetting.encode import encode_pair
 from forgetting.memory import is_out_of_memory
 from forgetting.models import (
->>>>>>> proof
     load_base,
     load_tokenizer,
     pick_device,
