@@ -444,6 +444,29 @@ def test_a_killed_branch_ends_like_one_that_was_not(
     _ends_whatever_kills_it(monkeypatch, BRANCH_MOMENTS, begin, end)
 
 
+def test_a_half_removed_start_is_not_taken_over(
+    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while a state goes that nobody needs any more; then comes a budget that would."""
+    trunks = lab.trunks(spec)
+    original = shutil.rmtree
+
+    def deadly(path: Any, *more: Any, **options: Any) -> None:
+        if Path(path).parent.name == "starts":
+            next(Path(path).glob("*model.safetensors")).unlink()
+            raise Killed
+        original(path, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", deadly)
+        with pytest.raises(Killed):
+            lab.branches(spec, 4.0, trunks)
+    wider = spec.model_copy(
+        update={"training": TRAINING.model_copy(update={"budgets": [*BUDGETS, 3.9]})}
+    )
+    _assert_same(lab.branches(wider, 3.9, trunks)[0], lab.alone(wider, 3.9)[0])
+
+
 def test_memory_that_ran_out_in_the_trunk_is_remembered(
     lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
