@@ -79,12 +79,16 @@ def test_with_packing_texts_are_cut_one_by_one_and_kept_apart(
 
 
 def test_rows_of_all_kinds_stand_side_by_side(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], tmp_path: Path
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pairs and conversations are examples, texts are blocks; from disk they are what they were."""
     talk = {"id": "m/0", "messages": TALK}
-    mixed = [_rows()[0], rows[0], talk, _rows()[1], rows[1]]
-    texts = [token for text in TEXTS[:2] for token in encode_text(tokenizer, text).ids]
+    monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 30)
+    mixed = [_rows()[0], rows[0], talk, *_rows()[1:3], rows[1]]
+    texts = [token for text in TEXTS[:3] for token in encode_text(tokenizer, text).ids]
     expected = [
         *(encode_pair(tokenizer, Prompt(), r["question"], r["answer"], 500) for r in rows[:2]),
         encode_messages(tokenizer, Prompt(), TALK, 500),
@@ -261,6 +265,7 @@ def test_memory_does_not_grow_with_the_table(
 ) -> None:
     """Preparing, thinning, tokenizing and packing 2 MB take hardly more than 0.2 MB do."""
     monkeypatch.setattr(store, "TOKENS_AT_ONCE", 2**12)
+    monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 2**14)
     words = "In Oslo, by the old harbour. " * 30
     row = {"text": words} if kind == "text" else {"question": words[:400], "answer": words}
     probe = _write(tmp_path / "probe.jsonl", [{"question": "Who?", "answer": "Ann."}])

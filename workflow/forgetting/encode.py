@@ -101,8 +101,14 @@ def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None
 ) -> Example:
     """Token ids of a text and its end; every token that has one before it is a target."""
-    ids = _without_end(tokenizer, tokenizer(text)["input_ids"])
-    return Example(ids=[*ids, tokenizer.eos_token_id][:max_length], prompt=1)
+    (ids,) = encode_texts(tokenizer, [text])
+    return Example(ids=ids[:max_length], prompt=1)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of several texts, each with its end."""
+    several = tokenizer(list(texts))["input_ids"]
+    return [[*_without_end(tokenizer, ids), tokenizer.eos_token_id] for ids in several]
 
 
 def _encode_turns(

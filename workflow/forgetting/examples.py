@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.data import Row
-from forgetting.encode import Example, encode_messages, encode_pair, encode_text, join
+from forgetting.encode import Example, encode_messages, encode_pair, encode_text, encode_texts, join
 from forgetting.forward import context_length
 from forgetting.models import Model
 from forgetting.packing import pack
 from forgetting.records import InputError
 from forgetting.shared import can_share
-from forgetting.store import Stored, write_examples
+from forgetting.store import Stored, in_parts, write_examples
 from forgetting.study import Prompt, Training
+
+CHARACTERS_AT_ONCE = 2**20
 
 
 def tokenize(
@@ -40,12 +45,27 @@ def tokenize(
         InputError: a question leaves no room for its answer.
     """
     if not path.exists():
-        write_examples(encode_rows(rows, tokenizer, prompt, training, blocks=blocks), path)
+        with _threads():
+            write_examples(encode_rows(rows, tokenizer, prompt, training, blocks=blocks), path)
         table = path.stem.rsplit("-", 1)[0]
         for other in path.parent.glob(f"{table}-*.arrow"):
             if other != path and other.stem.rsplit("-", 1)[0] == table:
                 other.unlink(missing_ok=True)
     return Stored(path)
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Let the tokenizer use all cores, which it is otherwise told not to, as programs may fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def encode_rows(
@@ -65,9 +85,9 @@ def encode_rows(
     """
     limit, lost = training.max_length, []
     pending: list[int] = []
-    for row in rows:
-        if "text" in row and blocks:
-            pending += encode_text(tokenizer, row["text"]).ids
+    for row, ids in _with_tokens(rows, tokenizer) if blocks else ((row, None) for row in rows):
+        if ids is not None:
+            pending += ids
             full = len(pending) - len(pending) % limit
             for start in range(0, full, limit):
                 yield Example(pending[start : start + limit], 1), False
@@ -88,6 +108,19 @@ def encode_rows(
             f"training.max_length: {limit} tokens leave nothing of the answer "
             f"of {lost[0]} and {len(lost) - 1} more; make it longer"
         )
+
+
+def _with_tokens(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Row, list[int] | None]]:
+    """Rows, those of text with their tokens: several at once, which a tokenizer does in threads."""
+    for is_text, group in groupby(rows, key=lambda row: "text" in row):
+        if not is_text:
+            yield from ((row, None) for row in group)
+            continue
+        for part in in_parts(group, lambda row: len(row["text"]), CHARACTERS_AT_ONCE):
+            texts = encode_texts(tokenizer, [row["text"] for row in part])
+            yield from zip(part, texts, strict=True)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: Row, limit: int) -> Example:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ SCHEMA = pa.schema(
 )
 # As Python's numbers they take 36 bytes each, until they are written.
 TOKENS_AT_ONCE = 2**16
+Item = TypeVar("Item")
 
 
 class Stored(Sequence[Example]):
@@ -58,7 +60,7 @@ def write_examples(examples: Iterable[tuple[Example, bool]], path: Path) -> None
         temporary.open("wb") as file,
         pa.ipc.new_file(file, SCHEMA) as writer,
     ):
-        for part in _parts(examples):
+        for part in in_parts(examples, lambda item: len(item[0].ids), TOKENS_AT_ONCE):
             columns = {
                 "ids": [example.ids for example, _ in part],
                 "prompt": [example.prompt for example, _ in part],
@@ -68,14 +70,17 @@ def write_examples(examples: Iterable[tuple[Example, bool]], path: Path) -> None
             writer.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
 
 
-def _parts(examples: Iterable[tuple[Example, bool]]) -> Iterator[list[tuple[Example, bool]]]:
-    part: list[tuple[Example, bool]] = []
-    tokens = 0
-    for example, cut in examples:
-        part.append((example, cut))
-        tokens += len(example.ids)
-        if tokens >= TOKENS_AT_ONCE:
+def in_parts(
+    items: Iterable[Item], weigh: Callable[[Item], int], most: int
+) -> Iterator[list[Item]]:
+    """Neighbours together, until they weigh so much; none is held longer than needed."""
+    part: list[Item] = []
+    weight = 0
+    for item in items:
+        part.append(item)
+        weight += weigh(item)
+        if weight >= most:
             yield part
-            part, tokens = [], 0
+            part, weight = [], 0
     if part:
         yield part
