@@ -51,7 +51,9 @@ def shrink(study: Study) -> Study:
             "train": train,
             "train_limit": ROWS,
             "probes": probes,
-            "methods": [_few_settings(_offline(method, on_hub)) for method in study.methods],
+            "methods": [
+                _few_settings(_small(_offline(method, on_hub))) for method in study.methods
+            ],
             "measurement": study.measurement.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
@@ -70,6 +72,14 @@ def _few_settings(method: Method) -> Method:
     if method.fixed:
         rates, decays = [method.fixed.learning_rate], [method.fixed.weight_decay]
     return method.model_copy(update={"learning_rate": rates, "weight_decay": decays})
+
+
+def _small(method: Method) -> Method:
+    """A hybrid's layers are those of its own base; under its own name, the toy trains its last."""
+    if method.then is None:
+        return method
+    then = method.then.model_copy(update={"layers": "last 1", "suffix": method.then.name})
+    return method.model_copy(update={"then": then})
 
 
 def _offline(method: Method, on_hub: set[str]) -> Method:
