@@ -273,6 +273,13 @@ def test_each_figure_survives(case: str) -> None:
         assert "NaN" not in svg
 
 
+def test_hybrids_are_drawn_between_adapters_and_full() -> None:
+    tables = _tables(ranks=(2, 8, 32))
+    tables.runs.loc[tables.runs["method"] == "lora-r2", "kind"] = "hybrid"
+    order = list(data.methods(tables)["method"])
+    assert order == ["lora-r8", "lora-r32", "lora-r2", "full"]
+
+
 def test_a_figure_without_data_says_why() -> None:
     tables = _tables(old=(), tasks=())
     for name in ("old_versus_new", "truth_ratio", "benchmarks"):

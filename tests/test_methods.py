@@ -21,7 +21,7 @@ from forgetting.adapters import attach, embedding_weights, round_frozen
 from forgetting.checkpoints import Progress
 from forgetting.cohort import CohortSpec, Materials, train_cohort
 from forgetting.interpolate import scaled_models
-from forgetting.mitigate import build_safeguards
+from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import load_base
 from forgetting.optimize import Schedule, learning_rate
 from forgetting.parts import Means, choose_layers, switch_step, train_parts
@@ -708,6 +708,39 @@ def test_layers_that_are_not_there_are_told(
 ) -> None:
     with pytest.raises(InputError, match=told):
         choose_layers(load_base(bench.base, CPU), layers, "hybrid-r4")
+
+
+def test_a_missing_layer_is_told_before_the_first_step(bench: Bench) -> None:
+    bench.tuning = _hybrid("last 3")
+    with pytest.raises(InputError, match="the model has no 3 blocks"):
+        bench.start()
+    assert bench.told == []
+
+
+def test_an_adapter_is_merged_into_weights_that_were_not_rounded(bench: Bench) -> None:
+    """In bfloat16 the first part rounds what is frozen; the second begins with float32."""
+    models: list[Any] = []
+
+    def fit(model: Any, recipe: Recipe, begun: Progress | None) -> Progress:
+        if begun is None:
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    torch.nn.init.ones_(parameter)
+        models.append(model)
+        return begun or Progress(step=6)
+
+    recipe = replace(bench.recipe, precision=torch.bfloat16)
+    means = Means(lambda: load_base(bench.base, CPU), lambda _: Safeguards(), fit)
+    train_parts(_hybrid("last 1"), recipe, means, bench.folder)
+    first, second = (
+        model.get_submodule("base_model.model") if isinstance(model, PeftModel) else model
+        for model in models
+    )
+    layer = first.model.layers[0].mlp.up_proj
+    assert layer.get_base_layer().weight.dtype == torch.bfloat16
+    expected = load_base(bench.base, CPU).model.layers[0].mlp.up_proj.weight
+    expected = expected + layer.get_delta_weight("default").float()
+    assert torch.allclose(second.model.layers[0].mlp.up_proj.weight, expected, atol=1e-6)
 
 
 def test_both_parts_of_a_hybrid_have_steps() -> None:

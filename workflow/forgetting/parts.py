@@ -67,7 +67,11 @@ def train_parts(
 
 def prepare(tuning: Tuning, recipe: Recipe, means: Means) -> tuple[Model, Recipe]:
     """A base made trainable, and the recipe with what the method adds to it."""
-    model = attach(means.load(), tuning, recipe.seed)
+    base = means.load()
+    if tuning.then:
+        # A layer that is not there is told now, not when half of the training is done.
+        choose_layers(base, tuning.then.layers, tuning.name)
+    model = attach(base, tuning, recipe.seed)
     safeguards = means.guard(model)
     if tuning.budget:
         plan_budget(model, tuning.budget, recipe.schedule.steps)
