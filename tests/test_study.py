@@ -547,17 +547,6 @@ def test_methods_of_one_rank_have_names_of_their_own(write: Any) -> None:
     ]
 
 
-def test_tiny_scale_has_a_layer_for_every_hybrid(write: Any) -> None:
-    """Its toy base has a single block, whatever the study's own is asked for; names stay."""
-    then = "then: {layers: [h.11.attn, h.10], learning_rate: 1.0e-5}"
-    entry = f"  - {{method: hybrid, rank: 2, {then}, learning_rate: 1.0}}\n"
-    path = write(("methods:\n", f"methods:\n{entry}"))
-    whole, tiny = tunings(_load(path))[0], tunings(_load(path, scale="tiny"))[0]
-    assert tiny.name == whole.name
-    assert tiny.then
-    assert tiny.then.layers == "last 1"
-
-
 def test_adaloras_ranks_are_held_against_the_initial_one(write: Any) -> None:
     """`2r` is a scale of 2, and a matrix must hold the rank from which the budget falls."""
     adalora = "[2, 8]\n    variant: adalora\n    alpha: 2r\n    budget: {initial_ratio: 2.0}"
