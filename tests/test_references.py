@@ -66,7 +66,9 @@ def _score(folder: Path, base: Path, rows: list[dict[str, Any]], **changed: Any)
         "probes": ["new"],
         "watched": "new",
         "metric": "rougeL_recall",
+        "must_reach": True,
         "general_text": None,
+        "columns": {},
     }
     arguments = {
         "spec": json.dumps(spec | changed),
@@ -118,3 +120,11 @@ def test_a_selection_that_cannot_be_seen_is_refused_before_training(
         _score(tmp_path, base_folder, bare, **changed)
     assert told in capsys.readouterr().err
     assert not (tmp_path / "items.parquet").exists()
+
+
+def test_where_a_last_checkpoint_stands_in_short_answers_are_only_noted(
+    tmp_path: Path, base_folder: Path, rows: list[dict[str, Any]]
+) -> None:
+    short = {"every_epochs": 1, "max_new_tokens": 1, "batch_size": 8}
+    items = _score(tmp_path, base_folder, rows, measurement=short, must_reach=False)
+    assert (items["reference_tokens"] > 1).all()

@@ -29,6 +29,13 @@ def alone(spec: CohortSpec, budget: float) -> CohortSpec:
     return spec.model_copy(update={"training": training})
 
 
+def _branches(spec: CohortSpec, budget: float) -> CohortSpec:
+    """The same under a name of its own, so that its folders are apart from other budgets'."""
+    name = f"{budget_name(budget)}/{spec.tuning.name}"
+    tuning = spec.tuning.model_copy(update={"name": name})
+    return alone(spec, budget).model_copy(update={"tuning": tuning})
+
+
 def train_trunks(
     spec: CohortSpec, materials: Materials, inputs: Mapping[str, str], state: Path, tell: Tell
 ) -> list[dict[str, Any]]:
@@ -55,34 +62,33 @@ def train_branches(
     and diverges where it did. What no unfinished branch starts from is removed at the end.
     """
     by_run = {trunk["run"]: trunk for trunk in trunks}
-    names = [run_name(spec.tuning.name, spec.seed, setting) for setting in spec.tuning.settings]
-    own = state / budget_name(budget)
-    for name, setting in zip(names, spec.tuning.settings, strict=True):
-        folder = _folder(alone(spec, budget), setting, inputs, own)
+    names = {run_name(spec.tuning.name, spec.seed, s): s for s in spec.tuning.settings}
+    branches = _branches(spec, budget)
+    for name, setting in names.items():
+        folder = _folder(branches, setting, inputs, state)
         if not (folder / "run.json").exists():
             start = branch_start(spec.training, budget, by_run[name]["steps_per_epoch"])
             _go_on_from(Path(by_run[name]["folder"]), folder, start)
+    ending = f"/{budget_name(budget)}"
+    known = {f"{budget_name(budget)}/{name}": name + ending for name in names}
     records = train_cohort(
-        alone(spec, budget),
-        materials,
-        inputs,
-        own,
-        lambda run, *progress: tell(f"{run}/{budget_name(budget)}", *progress),
-        tokens=state / "tokens",
+        branches, materials, inputs, state, lambda run, *progress: tell(known[run], *progress)
     )
-    for name, setting in zip(names, spec.tuning.settings, strict=True):
+    for name, setting in names.items():
         _forget_trunk(by_run[name], spec, setting, inputs, state)
-    return [_as_branch(record, budget, spec.training) for record in records]
+    return [
+        _as_branch(record, budget, spec.training) | {"run": known[record["run"]]}
+        for record in records
+    ]
 
 
 def _as_branch(record: Mapping[str, Any], budget: float, training: Training) -> dict[str, Any]:
-    """The record of a branch: its name, its budget, and its own time without the trunk's."""
+    """The record of a branch: with its budget, and its own time without the trunk's."""
     start = branch_start(training, budget, record["steps_per_epoch"])
     # Steps take about as long as each other; a branch of a trunk that diverged has none.
     own = 1.0 - start / max(record["steps"], start, 1)
     return {
         **record,
-        "run": f"{record['run']}/{budget_name(budget)}",
         "budget": budget,
         "training_seconds": own * record["training_seconds"],
     }
@@ -134,7 +140,7 @@ def _forget_trunk(
     stored = dict(_complete(folder / STARTS))
     needed = set()
     for budget in spec.training.budgets:
-        branch = _folder(alone(spec, budget), setting, inputs, state / budget_name(budget))
+        branch = _folder(_branches(spec, budget), setting, inputs, state)
         if not (branch / "run.json").exists():
             start = branch_start(spec.training, budget, trunk["steps_per_epoch"])
             needed.add(max((step for step in stored if step <= start), default=0))

@@ -93,12 +93,8 @@ def train_cohort(
     inputs: Mapping[str, str],
     state: Path,
     tell: Tell,
-    tokens: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Train every run that is not finished yet; return the records of all, in the sweep's order.
-
-    Tokenized tables are kept in `tokens`, by default a folder of `state`.
-    """
+    """Train every run that is not finished yet; return the records of all, in the sweep's order."""
     records = []
     for setting in spec.tuning.settings:
         name = run_name(spec.tuning.name, spec.seed, setting)
@@ -106,7 +102,7 @@ def train_cohort(
         folder = state / name / key
         if not (folder / "run.json").exists():
             _forget_unfinished(folder)
-            data = _tokenized(spec, materials, inputs, tokens or state / "tokens")
+            data = _tokenized(spec, materials, inputs, state / "tokens")
             record = _train_run(spec, setting, name, materials, data, folder, tell)
             write_json(folder / "run.json", record | {"key": key})
         # Only now: without it, a run that was killed before its record was written cannot go on.

@@ -117,6 +117,8 @@ rule score_base:
             columns=columns([STUDY.general_text.table] if STUDY.general_text else []),
             watched=STUDY.selection.probe,
             metric=STUDY.selection.metric,
+            # Otherwise a last checkpoint stands in, and the page says that answers are cut.
+            must_reach=STUDY.selection.if_not_reached == "none",
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,

@@ -28,6 +28,8 @@ rule cool_down:
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("cool_down"),
+        # What trains is one code for trunks and branches.
+        trains=code("finetune"),
         spec=cohort_spec,
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
@@ -39,7 +41,7 @@ rule cool_down:
 
         python "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
-            --code {params.code} \
+            --code {params.trains} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \
