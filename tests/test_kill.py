@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from forgetting.cohort import CohortSpec
+from forgetting.columns import Columns
 from forgetting.plan import Tuning
 from forgetting.records import write_json, write_jsonl, write_table
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
@@ -150,6 +151,7 @@ def program(
         selection=Selection(probe="new", metric="probability", threshold=0.02),
         precision="float32",
         knowledge={"new": "new", "old": "old"},
+        columns={"world/general": Columns()},
     )
     return Program(nursery, inputs, spec, tmp_path / "run")
 
