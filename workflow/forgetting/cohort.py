@@ -1,4 +1,4 @@
-"""A cohort: all runs of one method and seed, one after the other in one process.
+"""A cohort: all runs of one method and seed in one process, fused or one after the other.
 
 A finished run is kept in a folder named by a key of everything that it depends on. A cohort that is
 run again trains only what is not there yet: one learning rate more costs one run more.
@@ -6,11 +6,13 @@ run again trains only what is not there yet: one learning rate more costs one ru
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from forgetting.checkpoints import Progress
 from forgetting.data import Row
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.fields import Strict
+from forgetting.fused import asks_for_plain_adapters, outline, runs_in_a_step
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.mitigate import build_safeguards
@@ -33,7 +36,8 @@ from forgetting.recipe import Recipe
 from forgetting.records import InputError, content_key, read_json, write_json
 from forgetting.scores import metric_value
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
-from forgetting.train import train
+from forgetting.together import END, groups
+from forgetting.train import train_together
 
 
 class CohortSpec(Strict):
@@ -47,6 +51,21 @@ class CohortSpec(Strict):
     selection: Selection
     precision: str
     knowledge: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One run of the sweep, and where it is kept."""
+
+    setting: Setting
+    name: str
+    key: str
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """What is written when the run is finished."""
+        return self.folder / "run.json"
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,8 @@ def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> st
     described["selection"] = {
         key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
     }
+    # Alone or fused, a run comes to the same.
+    del described["training"]["fuse"]
     return content_key({"spec": described, "setting": setting.model_dump(), **inputs})
 
 
@@ -85,20 +106,44 @@ def train_cohort(
     tell: Tell,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; return the records of all, in the sweep's order."""
-    records = []
+    places = []
     for setting in spec.tuning.settings:
-        name = run_name(spec.tuning.name, spec.seed, setting)
-        key = run_key(spec, setting, inputs)
-        folder = state / name / key
-        if not (folder / "run.json").exists():
-            _forget_unfinished(folder)
-            record = _train_run(spec, setting, name, materials, folder, tell)
-            write_json(folder / "run.json", record | {"key": key})
-        # Only now: without it, a run that was killed before its record was written cannot go on.
-        for optimizer_state in folder.glob("step-*/optimizer.safetensors"):
-            optimizer_state.unlink()
-        records.append(read_json(folder / "run.json") | {"folder": str(folder)})
-    return records
+        name, key = run_name(spec.tuning.name, spec.seed, setting), run_key(spec, setting, inputs)
+        places.append(Place(setting, name, key, state / name / key))
+    missing = [place for place in places if not place.record.exists()]
+    for place in missing:
+        _forget_unfinished(place.folder)
+    rows = _encode_all(spec, materials) if missing else Rows([], {})
+    size = _runs_in_a_step(spec, materials, rows.train) if len(missing) > 1 else 1
+    # By places in the sweep, so that a cohort that was killed goes on with the same groups.
+    for part in evenly(places, size):
+        untrained = {place.folder: place for place in part if place in missing}
+        for folders in groups(list(untrained)):
+            group = [untrained[folder] for folder in folders]
+            records = _train_group(spec, group, materials, rows, tell)
+            for place, record in zip(group, records, strict=True):
+                write_json(place.record, record | {"key": place.key})
+        for place in part:
+            _forget_training(place.folder)
+    return [read_json(place.record) | {"folder": str(place.folder)} for place in places]
+
+
+def evenly(items: Sequence[Any], most: int) -> list[list[Any]]:
+    """Consecutive parts of at most so many items, whose sizes differ by one at most."""
+    count = math.ceil(len(items) / most)
+    size, more = divmod(len(items), max(1, count))
+    ends = [(number + 1) * size + min(number + 1, more) for number in range(count)]
+    return [list(items[begin:end]) for begin, end in pairwise([0, *ends])]
+
+
+def _forget_training(folder: Path) -> None:
+    """Of a finished run, remove what it would go on from.
+
+    Only now: without it, a run that was killed before its record was written cannot go on.
+    """
+    for optimizer_state in folder.glob("step-*/optimizer.safetensors"):
+        optimizer_state.unlink()
+    (folder / END).unlink(missing_ok=True)
 
 
 def _forget_unfinished(folder: Path) -> None:
@@ -131,34 +176,61 @@ def _encode(
     return examples
 
 
-def _train_run(
+@dataclass(frozen=True)
+class Rows:
+    """The examples of the new knowledge, and of the mitigation's tables."""
+
+    train: list[Example]
+    general: Mapping[str, list[Example]]
+
+
+def _encode_all(spec: CohortSpec, materials: Materials) -> Rows:
+    general = materials.general.items()
+    return Rows(
+        _encode(materials.train, spec, materials.tokenizer),
+        {table: _encode(rows, spec, materials.tokenizer) for table, rows in general},
+    )
+
+
+def _runs_in_a_step(spec: CohortSpec, materials: Materials, examples: Sequence[Example]) -> int:
+    """How many runs of the cohort are trained together; 1 where they are not fused."""
+    if not spec.training.fuse or not asks_for_plain_adapters(spec.tuning):
+        return 1
+    mean = sum(len(example.ids) for example in examples) / len(examples)
+    return runs_in_a_step(
+        outline(materials.base, spec.tuning),
+        spec.training,
+        mean * spec.training.batch_size,
+        materials.device,
+    )
+
+
+def _train_group(
     spec: CohortSpec,
-    setting: Setting,
-    name: str,
+    group: Sequence[Place],
     materials: Materials,
-    folder: Path,
+    rows: Rows,
     tell: Tell,
-) -> dict[str, Any]:
-    examples = _encode(materials.train, spec, materials.tokenizer)
-    general = {
-        table: _encode(rows, spec, materials.tokenizer) for table, rows in materials.general.items()
-    }
-    cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
+) -> list[dict[str, Any]]:
+    """Train runs in fused steps, or a single one; their records.
+
+    Seconds of a run are its share: the time of a fused step, and of all else that a group does, is
+    divided evenly among its runs, so that the sums over runs are what was spent.
+    """
     started = time.monotonic()
-    # From disk for every run: training and rounding change the weights that were loaded.
+    # From disk for every group: training and rounding change the weights that were loaded.
     model = attach(load_base(materials.base, materials.device), spec.tuning, spec.seed)
-    schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
-        setting=setting,
+        setting=group[0].setting,
         seed=spec.seed,
         training=spec.training,
-        schedule=schedule,
+        schedule=Schedule.plan(len(rows.train), spec.training, spec.measurement.every_epochs),
         threshold=spec.selection.threshold,
         stop_after=spec.selection.stop_after,
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
         lora_plus_ratio=spec.tuning.lora_plus_ratio,
-        safeguards=build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
+        safeguards=build_safeguards(model, spec.tuning.mitigation, rows.general, spec.seed),
     )
     round_frozen(model, materials.precision)
 
@@ -169,34 +241,40 @@ def _train_run(
             )
         return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
-    progress = train(
+    ended = train_together(
         model,
-        examples,
-        recipe,
+        rows.train,
+        [(replace(recipe, setting=place.setting), place.folder) for place in group],
         materials.base_value,
         evaluate,
-        folder,
-        lambda progress, plan: tell(name, progress, plan),
+        lambda number, progress, plan: tell(group[number].name, progress, plan),
     )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {
-        "run": name,
-        "status": progress.status,
-        "setting": setting.model_dump(),
-        "steps": progress.step,
-        "steps_per_epoch": schedule.steps_per_epoch,
-        "tokens": progress.tokens,
-        "losses": progress.losses,
-        "points": progress.points,
-        "trainable_parameters": trainable,
-        "training_seconds": progress.seconds,
-        "wall_seconds": time.monotonic() - started,
-        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+    eos = materials.tokenizer.eos_token_id
+    shared = {
+        "steps_per_epoch": recipe.schedule.steps_per_epoch,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "wall_seconds": (time.monotonic() - started) / len(group),
+        "trained_together": len(group),
         "peak_memory_gib": peak_memory_gib(materials.device),
         "precision": str(materials.precision).removeprefix("torch."),
         "device": device_name(materials.device),
         "machine": describe_machine(),
-        "cut_rows": cut_rows,
+        "cut_rows": sum(example.ids[-1] != eos for example in rows.train),
+    }
+    return [_record(*run) | shared for run in zip(group, ended, strict=True)]
+
+
+def _record(place: Place, progress: Progress) -> dict[str, Any]:
+    return {
+        "run": place.name,
+        "status": progress.status,
+        "setting": place.setting.model_dump(),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "losses": progress.losses,
+        "points": progress.points,
+        "training_seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
     }
 
 

@@ -1,10 +1,11 @@
-"""Train one run: optimizer steps, evaluations at the planned steps, checkpoints to resume from."""
+"""Train runs: optimizer steps, evaluations at the planned steps, checkpoints to resume from."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -13,15 +14,33 @@ import torch
 from forgetting.checkpoints import Progress, prune, resume, write_checkpoint
 from forgetting.encode import Example
 from forgetting.forward import collate, token_logprobs
+from forgetting.fused import Stack, leave, seat, trained_weights
 from forgetting.gradients import gradients_that_fit
 from forgetting.models import Model, autocast
 from forgetting.optimize import Schedule, learning_rate, make_optimizer
 from forgetting.recipe import Recipe, groups_of_step
 from forgetting.records import write_table
 from forgetting.select import is_over, recorded_points
+from forgetting.together import read_end, rewind, write_end
 
 Evaluate = Callable[[Model], tuple[pd.DataFrame, float]]
 """Measures a model: its items, and the value that the selection rule looks at."""
+
+
+@dataclass
+class Run:
+    """One of the runs that are trained together: what it trains, where, and how far it is."""
+
+    recipe: Recipe
+    folder: Path
+    weights: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def goes_on(self) -> bool:
+        """Has it not ended?"""
+        return self.progress.status == "running"
 
 
 def train(
@@ -40,38 +59,121 @@ def train(
     that is not a finite number ends the run with status `diverged`; with `recipe.stop_after` a run
     also ends so many evaluations after it reached the threshold.
     """
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    parameters = list(trained.values())
-    optimizer = make_optimizer(trained, recipe.training, recipe.setting, recipe.lora_plus_ratio)
-    progress = resume(model, optimizer, folder)
-    prune(folder, progress, base_value, recipe.threshold)
+    plans = [(recipe, folder)]
+    return train_together(
+        model, examples, plans, base_value, evaluate, lambda _, *told: tell(*told)
+    )[0]
+
+
+def train_together(
+    model: Model,
+    examples: Sequence[Example],
+    plans: Sequence[tuple[Recipe, Path]],
+    base_value: float,
+    evaluate: Evaluate,
+    tell: Callable[[int, Progress, Schedule], None],
+) -> list[Progress]:
+    """Train runs that differ in their setting alone, in fused steps, each as `train` would.
+
+    They go on from the newest evaluation that all have reached. A run that has ended leaves, and
+    the others go on without it. The time of a step is divided evenly among the runs that are in it.
+
+    Args:
+        model: as all runs begin; afterwards one of them.
+        plans: of every run its recipe and its folder.
+        tell: called with the number of a run for every step that it has made.
+    """
+    schedule = plans[0][0].schedule
+    step = rewind([folder for _, folder in plans])
+    runs = _start(model, plans)
+    _settle(model, examples, runs, step, base_value)
     model.train()
-    while progress.step < recipe.schedule.steps and progress.status == "running":
-        if is_over(
-            recorded_points(progress.points, base_value), recipe.threshold, recipe.stop_after
-        ):
-            break
+    stack: Stack | None = None
+    seated: list[Run] = []
+    while going := [run for run in runs if run.goes_on]:
+        if going != seated:
+            stack, seated = _sit_down(model, going, stack), going
         started = time.monotonic()
-        loss, tokens = _step(model, examples, recipe, progress, parameters, optimizer)
-        if not math.isfinite(loss):
-            progress.status = "diverged"
-            break
-        progress.step += 1
-        progress.tokens += tokens
-        progress.losses.append(loss)
-        progress.seconds += time.monotonic() - started
-        if progress.step in recipe.schedule.evaluations:
-            items, value = evaluate(model)
-            write_table(folder / f"items-{progress.step:07d}.parquet", items)
-            progress.points.append(
-                [progress.step, progress.step / recipe.schedule.steps_per_epoch, value]
-            )
-            write_checkpoint(model, optimizer, progress, folder)
-            prune(folder, progress, base_value, recipe.threshold)
-        tell(progress, recipe.schedule)
-    if progress.status == "running":
-        progress.status = "ok" if _is_sound(model, examples, recipe) else "diverged"
-    return progress
+        losses, tokens = _step(model, examples, going, stack)
+        step += 1
+        seconds = (time.monotonic() - started) / len(going)
+        for run, loss in zip(going, losses, strict=True):
+            _note(run.progress, loss, tokens, seconds)
+        left = [run for run in going if run.goes_on]
+        if step in schedule.evaluations:
+            for run in left:
+                _evaluate(model, run, evaluate)
+        for run in left:
+            tell(runs.index(run), run.progress, schedule)
+        if step in schedule.evaluations or step == schedule.steps or not left:
+            _settle(model, examples, going, step, base_value)
+    return [run.progress for run in runs]
+
+
+def _start(model: Model, plans: Sequence[tuple[Recipe, Path]]) -> list[Run]:
+    """Every run with weights of its own, which begin as the model's, at its newest checkpoint."""
+    own = trained_weights(model)
+    copies = [own] + [
+        {name: torch.nn.Parameter(weight.detach().clone()) for name, weight in own.items()}
+        for _ in plans[1:]
+    ]
+    runs = []
+    for (recipe, folder), weights in zip(plans, copies, strict=True):
+        optimizer = make_optimizer(weights, recipe.training, recipe.setting, recipe.lora_plus_ratio)
+        run = Run(recipe, folder, weights, optimizer)
+        seat(model, weights)
+        run.progress = resume(model, optimizer, folder)
+        run.progress = read_end(folder) or run.progress
+        runs.append(run)
+    return runs
+
+
+def _sit_down(model: Model, going: Sequence[Run], before: Stack | None) -> Stack | None:
+    """Make the model ready for the steps of these runs; a single run needs no stack."""
+    if len(going) > 1:
+        return Stack(model, [run.weights for run in going])
+    (last,) = going
+    if before:
+        leave(last.weights)
+    seat(model, last.weights)
+    return None
+
+
+def _note(progress: Progress, loss: float, tokens: int, seconds: float) -> None:
+    """What a step has come to."""
+    if not math.isfinite(loss):
+        progress.status = "diverged"
+        return
+    progress.step += 1
+    progress.tokens += tokens
+    progress.losses.append(loss)
+    progress.seconds += seconds
+
+
+def _evaluate(model: Model, run: Run, evaluate: Evaluate) -> None:
+    """Measure a run, write its items and then its checkpoint."""
+    progress, schedule = run.progress, run.recipe.schedule
+    seat(model, run.weights)
+    items, value = evaluate(model)
+    write_table(run.folder / f"items-{progress.step:07d}.parquet", items)
+    progress.points.append([progress.step, progress.step / schedule.steps_per_epoch, value])
+    write_checkpoint(model, run.optimizer, progress, run.folder)
+
+
+def _settle(
+    model: Model, examples: Sequence[Example], runs: Sequence[Run], step: int, base_value: float
+) -> None:
+    """End the runs that are over, record who has ended, and only then remove old checkpoints."""
+    for run in runs:
+        points = recorded_points(run.progress.points, base_value)
+        over = is_over(points, run.recipe.threshold, run.recipe.stop_after)
+        if run.goes_on and (over or run.progress.step >= run.recipe.schedule.steps):
+            seat(model, run.weights)
+            run.progress.status = "ok" if _is_sound(model, examples, run.recipe) else "diverged"
+        if not run.goes_on and read_end(run.folder) is None:
+            write_end(run.folder, run.progress, step)
+    for run in runs:
+        prune(run.folder, run.progress, base_value, run.recipe.threshold)
 
 
 @torch.inference_mode()
@@ -83,25 +185,30 @@ def _is_sound(model: Model, examples: Sequence[Example], recipe: Recipe) -> bool
 
 
 def _step(
-    model: Model,
-    examples: Sequence[Example],
-    recipe: Recipe,
-    progress: Progress,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[float, int]:
-    """One update on the mean loss over all target tokens of the batch, however it is split.
+    model: Model, examples: Sequence[Example], runs: Sequence[Run], stack: Stack | None
+) -> tuple[list[float], int]:
+    """One update of each run on the mean loss over all target tokens of the batch, however split.
 
-    Returns the loss, penalties included, and the number of tokens.
+    Returns the losses, penalties included, and the number of tokens that each run has seen.
     """
-    step, training = progress.step, recipe.training
-    groups = groups_of_step(examples, recipe, step)
-    loss = gradients_that_fit(model, recipe, groups, progress, optimizer)
-    if math.isfinite(loss):
-        rate = learning_rate(step, recipe.setting.learning_rate, training, recipe.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["ratio"]
-        if training.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
-        optimizer.step()
-    return loss, sum(len(example.ids) for rows, _ in groups for example in rows)
+    first = runs[0]
+    groups = groups_of_step(examples, first.recipe, first.progress.step)
+    losses = gradients_that_fit(
+        model, first.recipe, groups, first.progress, stack or first.optimizer
+    )
+    for run, loss in zip(runs, losses, strict=True):
+        run.progress.micro_batch_size = first.progress.micro_batch_size
+        if math.isfinite(loss):
+            _update(run)
+    return losses, sum(len(example.ids) for rows, _ in groups for example in rows)
+
+
+def _update(run: Run) -> None:
+    """Clip the gradients of a run and take a step of its optimizer."""
+    recipe, training = run.recipe, run.recipe.training
+    rate = learning_rate(run.progress.step, recipe.setting.learning_rate, training, recipe.schedule)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
+    if training.gradient_clip:
+        torch.nn.utils.clip_grad_norm_(run.weights.values(), training.gradient_clip)
+    run.optimizer.step()
