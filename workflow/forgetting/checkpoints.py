@@ -5,14 +5,24 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from forgetting.models import Model, restore_checkpoint, save_checkpoint, save_tensors
+from forgetting.parallel import ALONE, Team, is_sharded
 from forgetting.records import read_json, settle, write_json
 from forgetting.select import recorded_points, steps_to_keep
+from forgetting.shards import (
+    SHARDS,
+    join_shards,
+    load_shards,
+    optimizer_tensors,
+    restore_optimizer,
+    save_shards,
+)
+
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
@@ -34,44 +44,61 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     folder: Path,
+    team: Team = ALONE,
 ) -> None:
-    """Write a complete checkpoint beside, then give it its name."""
+    """Write a complete checkpoint beside, then give it its name.
+
+    The first process writes it; of a sharded model, every process its part.
+    """
     final = folder / f"step-{progress.step:07d}"
     partial = folder / f".{final.name}"
-    for leftover in (partial, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_checkpoint(model, partial)
-    tensors = {
-        f"{index}.{name}": tensor.detach().cpu().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, tensor in state.items()
-    }
-    save_tensors(tensors, partial / "optimizer.safetensors")
-    write_json(partial / "progress.json", vars(progress))
-    settle(partial, final)
+    if team.first:
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+    team.wait()
+    if is_sharded(model):
+        save_shards(model, optimizer, partial, team)
+    elif team.first:
+        save_checkpoint(model, partial)
+        state = optimizer_tensors(optimizer)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_tensors(tensors, partial / OPTIMIZER)
+    if team.first:
+        write_json(partial / "progress.json", vars(progress))
+        settle(partial, final)
+    team.wait()
 
 
-def resume(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> Progress:
+def resume(
+    model: Model, optimizer: torch.optim.Optimizer, folder: Path, team: Team = ALONE
+) -> Progress:
     """Restore the newest complete checkpoint, or start afresh."""
-    newest = max(folder.glob("step-*/progress.json"), default=None)
+    newest = team.agree(max(folder.glob("step-*/progress.json"), default=None))
     if newest is None:
         return Progress()
     checkpoint = newest.parent
-    restore_checkpoint(model, checkpoint)
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    if is_sharded(model) or (checkpoint / SHARDS).exists():
+        load_shards(model, optimizer, checkpoint)
+    else:
+        restore_checkpoint(model, checkpoint)
+        restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER))
     return Progress(**read_json(newest))
 
 
-def prune(folder: Path, progress: Progress, base_value: float, threshold: float) -> None:
+def prune(
+    folder: Path, progress: Progress, base_value: float, threshold: float, team: Team = ALONE
+) -> None:
     """Remove the checkpoints that the selection rule can no longer pick."""
     points = recorded_points(progress.points, base_value)
     kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
-    for checkpoint in folder.glob("step-*"):
+    for checkpoint in folder.glob("step-*") if team.first else ():
         if checkpoint.name not in kept:
             shutil.rmtree(checkpoint)
+
+
+def finish(folder: Path) -> None:
+    """Leave of a finished run's checkpoints what they are selected for: whole models, adapters."""
+    for checkpoint in folder.glob("step-*"):
+        (checkpoint / OPTIMIZER).unlink(missing_ok=True)
+        if (checkpoint / SHARDS).exists():
+            join_shards(checkpoint)

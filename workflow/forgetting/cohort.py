@@ -10,23 +10,32 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetting.checkpoints import Progress
+from forgetting.checkpoints import Progress, finish
 from forgetting.data import Row
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
-from forgetting.mitigate import build_safeguards
-from forgetting.models import Model, attach, autocast, load_base, round_frozen
+from forgetting.mitigate import Safeguards, build_safeguards
+from forgetting.models import (
+    Model,
+    attach,
+    autocast,
+    load_base,
+    recompute_activations,
+    round_frozen,
+)
 from forgetting.optimize import Schedule
+from forgetting.parallel import ALONE, Team, gathered, is_sharded, measure_together, shard
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
 from forgetting.recipe import Recipe
@@ -62,6 +71,7 @@ class Materials:
     precision: torch.dtype
     general: Mapping[str, list[Row]] = field(default_factory=dict)
     """Tables of general text that the method's mitigation reads."""
+    team: Team = ALONE
 
 
 Tell = Callable[[str, Progress, Schedule], None]
@@ -70,6 +80,8 @@ Tell = Callable[[str, Progress, Schedule], None]
 def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
     """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
     described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
+    # How much memory a pass takes changes no number.
+    del described["training"]["activation_checkpointing"]
     # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
     described["selection"] = {
         key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
@@ -85,18 +97,22 @@ def train_cohort(
     tell: Tell,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; return the records of all, in the sweep's order."""
+    team = materials.team
     records = []
     for setting in spec.tuning.settings:
         name = run_name(spec.tuning.name, spec.seed, setting)
         key = run_key(spec, setting, inputs)
         folder = state / name / key
-        if not (folder / "run.json").exists():
-            _forget_unfinished(folder)
+        if not team.agree((folder / "run.json").exists()):
+            if team.first:
+                _forget_unfinished(folder)
             record = _train_run(spec, setting, name, materials, folder, tell)
-            write_json(folder / "run.json", record | {"key": key})
+            if team.first:
+                write_json(folder / "run.json", record | {"key": key})
         # Only now: without it, a run that was killed before its record was written cannot go on.
-        for optimizer_state in folder.glob("step-*/optimizer.safetensors"):
-            optimizer_state.unlink()
+        if team.first:
+            finish(folder)
+        team.wait()
         records.append(read_json(folder / "run.json") | {"folder": str(folder)})
     return records
 
@@ -145,8 +161,7 @@ def _train_run(
     }
     cut_rows = sum(e.ids[-1] != materials.tokenizer.eos_token_id for e in examples)
     started = time.monotonic()
-    # From disk for every run: training and rounding change the weights that were loaded.
-    model = attach(load_base(materials.base, materials.device), spec.tuning, spec.seed)
+    model, safeguards = _prepare(spec, materials, general)
     schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
     recipe = Recipe(
         setting=setting,
@@ -158,23 +173,15 @@ def _train_run(
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
         lora_plus_ratio=spec.tuning.lora_plus_ratio,
-        safeguards=build_safeguards(model, spec.tuning.mitigation, general, spec.seed),
+        safeguards=safeguards,
+        team=materials.team,
     )
-    round_frozen(model, materials.precision)
-
-    def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
-        with autocast(materials.device, materials.precision):
-            items = measure(
-                model, materials.tokenizer, materials.probes, spec.prompt, spec.measurement
-            )
-        return items, metric_value(items, spec.selection.probe, spec.selection.metric)
-
     progress = train(
         model,
         examples,
         recipe,
         materials.base_value,
-        evaluate,
+        lambda model: _evaluate(model, spec, materials),
         folder,
         lambda progress, plan: tell(name, progress, plan),
     )
@@ -195,9 +202,45 @@ def _train_run(
         "peak_memory_gib": peak_memory_gib(materials.device),
         "precision": str(materials.precision).removeprefix("torch."),
         "device": device_name(materials.device),
+        "processes": materials.team.size,
         "machine": describe_machine(),
         "cut_rows": cut_rows,
     }
+
+
+def _prepare(
+    spec: CohortSpec, materials: Materials, general: Mapping[str, Sequence[Example]]
+) -> tuple[Model, Safeguards]:
+    """The model that is trained, and what holds it near the base."""
+    team, precision = materials.team, materials.precision
+
+    def load() -> PreTrainedModel:
+        return load_base(materials.base, materials.device)
+
+    # From disk for every run: training and rounding change the weights that were loaded.
+    model = shard(attach(load(), spec.tuning, spec.seed), team, precision)
+    if spec.training.activation_checkpointing:
+        recompute_activations(model)
+    # A sharded model may have rounded matrices, which compute under autocast alone.
+    with autocast(materials.device, precision) if is_sharded(model) else nullcontext():
+        safeguards = build_safeguards(
+            model,
+            spec.tuning.mitigation,
+            general,
+            spec.seed,
+            lambda: shard(load().requires_grad_(False), team, precision),
+        )
+    round_frozen(model, precision)
+    return model, safeguards
+
+
+def _evaluate(model: Model, spec: CohortSpec, materials: Materials) -> tuple[pd.DataFrame, float]:
+    def measured(probes: Mapping[str, list[Row]]) -> pd.DataFrame:
+        return measure(model, materials.tokenizer, probes, spec.prompt, spec.measurement)
+
+    with autocast(materials.device, materials.precision), gathered(model):
+        items = measure_together(measured, materials.probes, materials.team)
+    return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
 
 def cohort_items(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from pydantic import Field
+
 from forgetting.fields import Strict
 from forgetting.study import Method, Mitigation, Setting, Study
 
@@ -24,6 +26,8 @@ class Tuning(Strict):
     settings: list[Setting]
     fixed: Setting | None = None
     mitigation: Mitigation | None = None
+    processes: int = Field(1, exclude=True)
+    """Not among what a job is told, since it changes no number: how the job is started."""
 
     @property
     def scale(self) -> float:
@@ -64,7 +68,14 @@ def _expand(method: Method) -> list[Tuning]:
     ]
     if method.method == "full":
         return [
-            Tuning(name="full", kind="full", label="full", settings=settings, fixed=method.fixed)
+            Tuning(
+                name="full",
+                kind="full",
+                label="full",
+                settings=settings,
+                fixed=method.fixed,
+                processes=method.processes,
+            )
         ]
     more: list[str] = []
     if method.target_modules in ("attention", "mlp"):
@@ -86,6 +97,7 @@ def _expand(method: Method) -> list[Tuning]:
             lora_plus_ratio=method.lora_plus_ratio,
             settings=settings,
             fixed=method.fixed,
+            processes=method.processes,
         )
         for rank in method.rank or []
     ]

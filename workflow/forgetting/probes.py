@@ -115,6 +115,8 @@ def generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
+                # Processes that train together generate each at its own pace.
+                synced_gpus=False,
             )
         for index, tokens in zip(indices, output[:, length:].tolist(), strict=True):
             end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None

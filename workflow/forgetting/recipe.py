@@ -16,6 +16,7 @@ import torch
 from forgetting.encode import Example
 from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.optimize import Schedule
+from forgetting.parallel import ALONE, Team
 from forgetting.study import Setting, Training
 
 
@@ -33,6 +34,7 @@ class Recipe:
     pad: int
     lora_plus_ratio: float | None = None
     safeguards: Safeguards = field(default_factory=Safeguards)
+    team: Team = ALONE
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:

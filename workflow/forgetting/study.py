@@ -164,6 +164,11 @@ class Training(Strict):
     micro_batch_size: Count = Field(
         32, description="Pairs per forward pass; the gradient does not depend on it."
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only what enters each block for the backward pass, and compute the rest "
+        "again: less memory, a third more arithmetic, the same gradients.",
+    )
     max_length: Count = Field(500, description="Longest training sequence, in tokens.")
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "trapezoid"] = Field(
         "linear",
@@ -360,6 +365,12 @@ class Method(Strict):
     weight_decay: Annotated[
         list[NotNegative], BeforeValidator(several), AfterValidator(distinct)
     ] = Field([0.0], min_length=1, description="Decoupled weight decays of AdamW.")
+    processes: Count = Field(
+        1,
+        description="Processes that train each run together, a GPU each, on one machine. `full` "
+        "shards weights, gradients and the optimizer's state over them, adapters only their "
+        "batches; the numbers are the same up to rounding.",
+    )
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."
     )
@@ -514,6 +525,17 @@ class Study(Strict):
                         f"probes.{name}: methods.{number} replays {replay.table}, so the probe "
                         "would not tell what is forgotten; replay another table"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_can_be_sharded(self) -> Study:
+        for number, method in enumerate(self.methods):
+            sharded = method.method == "full" and method.processes > 1
+            if sharded and self.training.optimizer == "adafactor":
+                raise ValueError(
+                    f"methods.{number}: adafactor needs whole matrices, and method full with "
+                    "`processes` above 1 has parts of them; take adamw or lionw"
+                )
         return self
 
     @model_validator(mode="after")

@@ -43,8 +43,8 @@ def train(
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     parameters = list(trained.values())
     optimizer = make_optimizer(trained, recipe.training, recipe.setting, recipe.lora_plus_ratio)
-    progress = resume(model, optimizer, folder)
-    prune(folder, progress, base_value, recipe.threshold)
+    progress = resume(model, optimizer, folder, recipe.team)
+    prune(folder, progress, base_value, recipe.threshold, recipe.team)
     model.train()
     while progress.step < recipe.schedule.steps and progress.status == "running":
         if is_over(
@@ -62,12 +62,13 @@ def train(
         progress.seconds += time.monotonic() - started
         if progress.step in recipe.schedule.evaluations:
             items, value = evaluate(model)
-            write_table(folder / f"items-{progress.step:07d}.parquet", items)
+            if recipe.team.first:
+                write_table(folder / f"items-{progress.step:07d}.parquet", items)
             progress.points.append(
                 [progress.step, progress.step / recipe.schedule.steps_per_epoch, value]
             )
-            write_checkpoint(model, optimizer, progress, folder)
-            prune(folder, progress, base_value, recipe.threshold)
+            write_checkpoint(model, optimizer, progress, folder, recipe.team)
+            prune(folder, progress, base_value, recipe.threshold, recipe.team)
         tell(progress, recipe.schedule)
     if progress.status == "running":
         progress.status = "ok" if _is_sound(model, examples, recipe) else "diverged"

@@ -1,5 +1,6 @@
 """Train one cohort: all learning rates and weight decays of one method and seed.
 
+Started alone, or several times by `python -m forgetting.launch`, to train each run together.
 Finished runs and checkpoints are kept in a folder that is no output of the rule, so that a retry
 goes on where the job was killed.
 """
@@ -17,6 +18,7 @@ from forgetting.cohort import CohortSpec, Materials, cohort_items, train_cohort
 from forgetting.data import general_rows
 from forgetting.models import load_tokenizer, pick_device, pick_precision, quieten_libraries
 from forgetting.optimize import Schedule
+from forgetting.parallel import Team
 from forgetting.records import (
     read_json,
     read_jsonl,
@@ -45,6 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
     options = parser.parse_args(argv)
     quieten_libraries()
+    team = Team.join()
+    with team.one_voice():
+        _finetune(options, team)
+    team.leave()
+
+
+def _finetune(options: argparse.Namespace, team: Team) -> None:
     spec = CohortSpec.model_validate_json(options.spec)
     base = read_json(options.base)
     device = pick_device()
@@ -63,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device,
         precision=precision,
         general={table: general_rows(path, table) for table, path in general.items()},
+        team=team,
     )
     inputs = {
         "base": base["identity"],
@@ -72,9 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
     }
-    records = train_cohort(spec, materials, inputs, options.state, Teller())
-    write_table(options.items, cohort_items(records))
-    write_json(options.runs, records)
+    tell = Teller() if team.first else lambda run, progress, schedule: None
+    records = train_cohort(spec, materials, inputs, options.state, tell)
+    if team.first:
+        write_table(options.items, cohort_items(records))
+        write_json(options.runs, records)
 
 
 class Teller:
