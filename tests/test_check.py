@@ -511,8 +511,6 @@ def test_documents_are_read_before_any_job(told: Told, tmp_path: Path) -> None:
     _write(tmp_path / "facts" / "tales.jsonl", {"text": "A."}, {"txt": "B."})
     here = ("{model: MODEL}", "{pretrain: {documents: [facts/tales]}}")
     assert "tales.jsonl, line 2: expected `question` and `answer`, `messages`, or" in told(here)
-        here
-    )
 
 
 def test_the_micro_world_has_its_own_tables_only(told: Told) -> None:

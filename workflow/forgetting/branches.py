@@ -33,10 +33,11 @@ def train_trunks(
     spec: CohortSpec, materials: Materials, inputs: Mapping[str, str], state: Path, tell: Tell
 ) -> list[dict[str, Any]]:
     """Train the trunk of every setting that is not finished yet; return the records of all."""
-    for setting in spec.tuning.settings:
+    for setting in spec.tuning.settings if materials.team.first else ():
         folder = _folder(spec, setting, inputs, state)
         if not (folder / "run.json").exists():
             _go_on_from(folder, folder, math.inf)
+    # Where train_cohort begins, the others wait for what the first process did here.
     return train_cohort(spec, materials, inputs, state, tell)
 
 
@@ -57,7 +58,9 @@ def train_branches(
     by_run = {trunk["run"]: trunk for trunk in trunks}
     names = [run_name(spec.tuning.name, spec.seed, setting) for setting in spec.tuning.settings]
     own = state / budget_name(budget)
-    for name, setting in zip(names, spec.tuning.settings, strict=True):
+    runs = list(zip(names, spec.tuning.settings, strict=True))
+    # The first process writes, and the others wait for it where train_cohort begins and ends.
+    for name, setting in runs if materials.team.first else ():
         folder = _folder(alone(spec, budget), setting, inputs, own)
         if not (folder / "run.json").exists():
             start = branch_start(spec.training, budget, by_run[name]["steps_per_epoch"])
@@ -70,7 +73,7 @@ def train_branches(
         lambda run, *progress: tell(f"{run}/{budget_name(budget)}", *progress),
         tokens=state / "tokens",
     )
-    for name, setting in zip(names, spec.tuning.settings, strict=True):
+    for name, setting in runs if materials.team.first else ():
         _forget_trunk(by_run[name], spec, setting, inputs, state)
     return [_as_branch(record, budget, spec.training) for record in records]
 

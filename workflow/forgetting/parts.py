@@ -23,6 +23,7 @@ from forgetting.checkpoints import Progress, newest_step
 from forgetting.mitigate import Safeguards
 from forgetting.models import Model
 from forgetting.optimize import Schedule
+from forgetting.parallel import shard
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
 from forgetting.records import InputError
@@ -67,7 +68,7 @@ def train_parts(
 
 def prepare(tuning: Tuning, recipe: Recipe, means: Means) -> tuple[Model, Recipe]:
     """A base made trainable, and the recipe with what the method adds to it."""
-    model = attach(means.load(), tuning, recipe.seed)
+    model = shard(attach(means.load(), tuning, recipe.seed), recipe.team, recipe.precision)
     safeguards = means.guard(model)
     if tuning.budget:
         plan_budget(model, tuning.budget, recipe.schedule.steps)

@@ -23,11 +23,12 @@ rule cool_down:
     conda:
         "../../envs/environment.yaml"
     resources:
-        gpu=1,
+        gpu=processes,
         mem_mb=lambda wildcards, attempt: 64000 * attempt,
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("cool_down"),
+        processes=processes,
         spec=cohort_spec,
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
@@ -37,7 +38,7 @@ rule cool_down:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/cool_down.py \
+        python -m forgetting.launch {params.processes} "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
             --code {params.code} \
             --base {input.base:q} \
