@@ -25,7 +25,7 @@ from transformers import (
 from forgetting.encode import Example
 from forgetting.forward import by_length, collate, micro_batches, token_logprobs
 from forgetting.probes import mean_logprobs
-from forgetting.shared import answer_logprobs, can_share
+from forgetting.shared import answer_logprobs, can_share, grow_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,16 +152,18 @@ PECULIAR = {
 
 
 def _questions() -> list[list[Example]]:
-    """Three questions with three, two and four answers of several lengths."""
+    """Answers of several lengths to four questions; those to the last begin alike."""
     generator = torch.Generator().manual_seed(2)
 
     def draw(size: int) -> list[int]:
         return torch.randint(1, VOCABULARY, (size,), generator=generator).tolist()
 
-    return [
+    apart = [
         [Example(head + draw(size), len(head)) for size in sizes]
         for head, sizes in [(draw(3), (4, 1, 6)), (draw(9), (2, 5)), (draw(1), (3, 3, 3, 2))]
     ]
+    alike = [[7], [7, 8, 9], [7, 8, 1, 2], [7, 8, 9], [8, 9, 7]]
+    return [*apart, [Example([3, 4, *answer], 2) for answer in alike]]
 
 
 def _assert_sharing_changes_nothing(model: PreTrainedModel) -> None:
@@ -169,7 +171,7 @@ def _assert_sharing_changes_nothing(model: PreTrainedModel) -> None:
     apart = mean_logprobs(model, [e for several in questions for e in several], 0, 1)
     for batch_size in (1, 4, 64):
         shared = answer_logprobs(model, questions, 0, batch_size)
-        assert [len(several) for several in shared] == [3, 2, 4]
+        assert [len(several) for several in shared] == [3, 2, 4, 5]
         together = [value for several in shared for value in several]
         assert together == pytest.approx(apart, abs=1e-5)
 
@@ -178,6 +180,14 @@ def _assert_sharing_changes_nothing(model: PreTrainedModel) -> None:
 def test_answers_that_share_their_question_score_as_if_alone(model: PreTrainedModel) -> None:
     assert can_share(model)
     _assert_sharing_changes_nothing(model)
+
+
+def test_what_answers_begin_with_is_read_once() -> None:
+    """Fed in: the question's 2 tokens; 7, 8, 1 of the answers that begin alike; 8, 9 of another."""
+    tree = grow_tree(_questions()[-1])
+    assert tree.ids == [3, 4, 7, 8, 1, 8, 9]
+    assert tree.parents == [-1, 0, 1, 2, 3, 1, 5]
+    assert tree.paths == [[1], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3], [1, 5, 6]]
 
 
 @pytest.mark.parametrize("kind", PECULIAR)

@@ -27,6 +27,7 @@ from forgetting.examples import arrange, check_model, tokenize
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
+from forgetting.merged import merged
 from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import Model, autocast, load_base
 from forgetting.optimize import Schedule
@@ -178,7 +179,8 @@ def _train_run(
     )
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
-        with autocast(materials.device, materials.precision):
+        precision = materials.precision
+        with autocast(materials.device, precision), merged(model, precision):
             items = measure(
                 model, materials.tokenizer, materials.probes, spec.prompt, spec.measurement
             )

@@ -1,7 +1,8 @@
 """Log-probabilities of several answers to one question, the question being read once.
 
-The answers of a question stand behind it in one row. Each sees the question and itself, and counts
-its positions from the question's end, so that every log-probability is what it would be alone.
+The question and its answers stand in one row as a tree of tokens: what several answers begin with
+is read once, too. Each token sees what leads to it from the root and counts its positions along
+that way, so that every log-probability is what it would be alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,12 +66,14 @@ def answer_logprobs(
         questions: per question its examples, which all begin with the same prompt.
         batch_size: answers per forward pass, about.
     """
-    lengths = [_row_length(examples) for examples in questions]
+    trees = [grow_tree(examples) for examples in questions]
     most = max(map(len, questions), default=1)
     means: list[list[float]] = [[] for _ in questions]
-    for indices in by_length(lengths, max(1, batch_size // most)):
+    for indices in by_length([len(tree.ids) for tree in trees], max(1, batch_size // most)):
         group = [questions[index] for index in indices]
-        batch = collate_shared(group, pad, next(model.parameters()).device)
+        batch = collate_shared(
+            group, [trees[index] for index in indices], pad, next(model.parameters()).device
+        )
         logits = model(
             input_ids=batch.ids,
             attention_mask=batch.mask,
@@ -77,7 +81,8 @@ def answer_logprobs(
             logits_to_keep=batch.columns,
             use_cache=False,
         ).logits
-        scored = logits[batch.rows, batch.places].float()
+        scored = logits[batch.rows, batch.places]
+        scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
         logprobs = -nn.functional.cross_entropy(scored, batch.targets, reduction="none")
         count = sum(map(len, group))
         totals = torch.zeros(count, dtype=torch.float64, device=logprobs.device)
@@ -88,56 +93,72 @@ def answer_logprobs(
     return means
 
 
-def _row_length(examples: Sequence[Example]) -> int:
-    """The prompt once, then what each answer feeds in: all its tokens but the last."""
-    return examples[0].prompt + sum(example.targets - 1 for example in examples)
+@dataclass(frozen=True)
+class Tree:
+    """The tokens of a question and of its answers.
+
+    Attributes:
+        ids: token ids; the question first, then what the answers feed in, each beginning once.
+        parents: the place of the token before each; of the first, -1.
+        paths: per answer the places at which its tokens are predicted.
+    """
+
+    ids: list[int]
+    parents: list[int]
+    paths: list[list[int]]
+
+
+def grow_tree(examples: Sequence[Example]) -> Tree:
+    """The tree of examples that all begin with the same question."""
+    prompt = examples[0].prompt
+    ids, parents = list(examples[0].ids[:prompt]), list(range(-1, prompt - 1))
+    places: dict[tuple[int, int], int] = {}
+    paths = []
+    for example in examples:
+        # The first token is predicted at the question's end, and the last one is not fed in.
+        path = [prompt - 1]
+        for token in example.ids[prompt:-1]:
+            place = places.setdefault((path[-1], token), len(ids))
+            if place == len(ids):
+                ids.append(token)
+                parents.append(path[-1])
+            path.append(place)
+        paths.append(path)
+    return Tree(ids, parents, paths)
 
 
 def collate_shared(
-    questions: Sequence[Sequence[Example]], pad: int, device: torch.device | str = "cpu"
+    questions: Sequence[Sequence[Example]],
+    trees: Sequence[Tree],
+    pad: int,
+    device: torch.device | str = "cpu",
 ) -> SharedBatch:
     """Lay out the questions of a batch, padded on the right."""
-    length = max(_row_length(examples) for examples in questions)
-    shape = (len(questions), length)
-    ids, positions = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)
-    # 0: the question; 1, 2, ...: its answers; -1: padding.
-    parts = torch.full(shape, -1)
-    rows, columns, targets, owners = [], [], [], []
-    owner = 0
-    for row, examples in enumerate(questions):
-        prompt = examples[0].prompt
-        ids[row, :prompt] = torch.tensor(examples[0].ids[:prompt])
-        positions[row, :prompt] = torch.arange(prompt)
-        parts[row, :prompt] = 0
-        start = prompt
-        for number, example in enumerate(examples, start=1):
-            fed = example.ids[prompt:-1]
-            end = start + len(fed)
-            ids[row, start:end] = torch.tensor(fed, dtype=torch.long)
-            positions[row, start:end] = torch.arange(prompt, prompt + len(fed))
-            parts[row, start:end] = number
-            # The answer's first token is predicted at the question's end.
-            columns += [prompt - 1, *range(start, end)]
-            targets += example.ids[prompt:]
-            rows += [row] * example.targets
-            owners += [owner] * example.targets
-            start, owner = end, owner + 1
+    length = max(len(tree.ids) for tree in trees)
+    ids = np.full((len(trees), length), pad)
+    # What is padding sees itself alone, to stay finite.
+    sees = np.repeat(np.eye(length, dtype=bool)[None], len(trees), axis=0)
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for row, (examples, tree) in enumerate(zip(questions, trees, strict=True)):
+        ids[row, : len(tree.ids)] = tree.ids
+        for place, parent in enumerate(tree.parents[1:], start=1):
+            sees[row, place] |= sees[row, parent]
+        for example, path in zip(examples, tree.paths, strict=True):
+            columns += path
+            targets += example.ids[example.prompt :]
+            rows += [row] * len(path)
+            owners += [owners[-1] + 1 if owners else 0] * len(path)
     kept, places = torch.unique(torch.tensor(columns), return_inverse=True)
     return SharedBatch(
-        ids=ids.to(device),
-        positions=positions.to(device),
-        mask=_mask(parts).to(device),
+        ids=torch.from_numpy(ids).to(device),
+        positions=torch.from_numpy(sees.sum(axis=2) - 1).to(device),
+        mask=torch.from_numpy(sees[:, None]).to(device),
         columns=kept.to(device),
         rows=torch.tensor(rows).to(device),
         places=places.to(device),
         targets=torch.tensor(targets).to(device),
         owners=torch.tensor(owners).to(device),
     )
-
-
-def _mask(parts: Tensor) -> Tensor:
-    """Backwards within the own part, and to the question; padding sees itself, to stay finite."""
-    length = parts.shape[1]
-    query, key = parts[:, :, None], parts[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return (((query == key) | (key == 0)) & causal)[:, None]

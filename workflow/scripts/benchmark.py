@@ -17,6 +17,7 @@ from forgetting.benchmarks.harness import (
     run_benchmarks,
 )
 from forgetting.fields import Strict
+from forgetting.merged import merged
 from forgetting.models import (
     autocast,
     load_base,
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
             if chosen is None
             else load_checkpoint(folder, options.checkpoints / name, device)
         )
-        with autocast(device, pick_precision(spec.precision, device)):
+        precision = pick_precision(spec.precision, device)
+        with autocast(device, precision), merged(model, precision):
             result = run_benchmarks(
                 model,
                 load_tokenizer(folder),
