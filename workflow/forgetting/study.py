@@ -33,6 +33,9 @@ WORLD_TABLES = ("new_authors", "real_authors", "world_facts", "documents", "held
 TEXT_PROBE = "general_text"
 """What the tables of results call the general text, in place of a probe's name."""
 
+ALL_PROBES = "all_probes"
+"""The same of what is computed from all probes together."""
+
 
 class Dataset(Strict):
     """Where tables of rows come from; `NAME/TABLE` elsewhere in the study means one of its tables.
@@ -137,6 +140,7 @@ class Prompt(Strict):
     """How a question and its answer become text. The answer's side is trained on and scored.
 
     The default is TOFU's template for Phi: the literal `Answer: ` belongs to the answer's side.
+    open-unlearning has it on the other: `"Question: {question}\\nAnswer:"` and `" {answer}"`.
     TOFU's template for Llama-2-chat has `"[INST] {question} [/INST]"` and `"{answer}"`; with
     `chat: true` the base's tokenizer has the template.
     """
@@ -706,6 +710,8 @@ class Study(Strict):
     def _text_is_not_trained_on(self) -> None:
         if TEXT_PROBE in self.probes:
             raise AtKey(("probes", TEXT_PROBE), "the name belongs to the section general_text")
+        if ALL_PROBES in self.probes:
+            raise AtKey(("probes", ALL_PROBES), "the name belongs to what all probes say together")
         replays = [m.mitigation.replay for m in self.methods if m.mitigation]
         trained = {*self.train, *(replay.table for replay in replays if replay)}
         if self.general_text and self.general_text.table in trained:
