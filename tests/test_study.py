@@ -572,7 +572,7 @@ def test_a_probe_without_wrong_answers_is_found_before_any_job(write: Any, tmp_p
 def test_a_missing_table_is_found_before_any_job(write: Any, tmp_path: Path) -> None:
     path = write()
     (tmp_path / "facts" / "old.jsonl").unlink()
-    with pytest.raises(InputError, match=r"there is no old\.jsonl \(nor \.json\)"):
+    with pytest.raises(InputError, match=r"there is no old\.jsonl \(nor \.json, nor \.csv\)"):
         check_folders(_load(path))
 
 

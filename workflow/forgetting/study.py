@@ -25,6 +25,7 @@ from forgetting.fields import (
     distinct,
     several,
 )
+from forgetting.prompts import Refusals
 from forgetting.variants import Budget, Then
 
 WORLD_TABLES = ("new_authors", "real_authors", "world_facts", "documents", "held_out")
@@ -54,7 +55,8 @@ class Dataset(Strict):
         description="Commit of the hub dataset: 40 hexadecimal digits.",
     )
     folder: str | None = Field(
-        None, description="Folder with TABLE.jsonl or TABLE.json (one JSON object a line)."
+        None,
+        description="Folder with TABLE.jsonl or TABLE.json (one JSON object a line), or TABLE.csv.",
     )
     columns: Columns = Columns()
 
@@ -646,6 +648,9 @@ class Benchmarks(Strict):
     tasks: dict[TaskName, Task] = Field(
         default_factory=dict, description="The tasks, with settings."
     )
+    refusals: Refusals | None = Field(
+        None, description="Ask harmful prompts too, and count the answers that refuse."
+    )
     models: Literal["selected", "budgets"] = Field(
         "selected",
         description="What is scored beside the base: the selected checkpoints, or the end of every "
@@ -786,4 +791,6 @@ class Study(Strict):
                     found.append((keys, section.table))
         if self.general_text:
             found.append((("general_text", "table"), self.general_text.table))
+        if self.benchmarks.refusals:
+            found.append((("benchmarks", "refusals", "table"), self.benchmarks.refusals.table))
         return found
