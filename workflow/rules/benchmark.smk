@@ -47,7 +47,7 @@ rule benchmark:
         runtime=lambda wildcards, attempt: 240 * attempt,
     params:
         code=code("benchmark"),
-        spec=benchmark_spec(),
+        spec=lambda wildcards: benchmark_spec(),
         rows=rows_folder(),
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=chosen_options,
