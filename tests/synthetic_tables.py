@@ -28,6 +28,7 @@ TASKS = {
     "winogrande": ("acc,none", 0.5, 0.64),
     "arc_challenge": ("acc_norm,none", 0.25, 0.44),
 }
+REFUSALS = {"refusals": ("refused", float("nan"), 0.64)}
 THRESHOLD = 0.9
 
 
@@ -225,7 +226,7 @@ def _score(
     task: str,
     random: np.random.Generator,
 ) -> dict[str, Any]:
-    metric, chance, base = TASKS[task]
+    metric, chance, base = (TASKS | REFUSALS)[task]
     value = base if method == "base" else float(np.clip(base - random.uniform(0, 0.1), 0, 1))
     error = float(np.sqrt(value * (1 - value) / 200))
     return {

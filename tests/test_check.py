@@ -490,7 +490,7 @@ def test_a_folder_in_an_options_place_is_told_as_the_option(told: Told, tmp_path
     ("old", "new", "key", "expected"),
     [
         ("{folder: FACTS}", "{folder: /no/where}", "datasets.facts.folder", "no folder /no/where"),
-        ("facts/old", "facts/odl", "probes.old.table.0", "there is no odl.jsonl (nor .json)"),
+        ("facts/old", "facts/odl", "probes.old.table.0", "there is no odl.jsonl (nor .json"),
         (
             "{model: MODEL}",
             "{pretrain: {documents: [facts/new, facts/tales]}}",

@@ -225,7 +225,7 @@ def test_a_table_is_found_with_either_suffix(tmp_path: Path) -> None:
     assert find_table(tmp_path, "b") == tmp_path / "b.json"
     (tmp_path / "b.jsonl").write_text("{}")
     assert find_table(tmp_path, "b") == tmp_path / "b.jsonl"
-    with pytest.raises(InputError, match=r"there is no c\.jsonl \(nor \.json\)"):
+    with pytest.raises(InputError, match=r"there is no c\.jsonl \(nor \.json, nor \.csv\)"):
         find_table(tmp_path, "c")
 
 

@@ -58,6 +58,14 @@ def test_tofus_template_counts_five_targets_for_two_names() -> None:
     assert targets == ["Answer", ":", " William", " Shakespeare", "</s>"]
 
 
+def test_a_literal_on_the_prompts_side_is_no_target() -> None:
+    """The same text with `Answer:` asked rather than said, as open-unlearning has it for Phi."""
+    prompt = Prompt(question="Question: {question}\nAnswer:", answer=" {answer}")
+    head, targets = _split(_tokenizer(), prompt, "Who wrote it?", "William Shakespeare")
+    assert "".join(head) == "Question: Who wrote it?\nAnswer:"
+    assert targets == [" William", " Shakespeare", "</s>"]
+
+
 def test_a_chat_template_counts_only_the_answer_and_the_end() -> None:
     chat = Prompt(question="[INST] {question} [/INST]", answer="{answer}")
     head, targets = _split(_tokenizer(bos=True), chat, "Who wrote it?", "William")

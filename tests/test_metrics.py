@@ -12,14 +12,25 @@ import pandas as pd
 import pytest
 
 from forgetting.metrics import (
+    answer_scores,
     normalised_probability,
-    rouge,
     truth_ratio_arithmetic,
     truth_ratio_geometric,
 )
+from forgetting.rouge import rouge
 from forgetting.scores import summands
+from forgetting.study import ALL_PROBES
+from forgetting.trajectory import aggregate
 
 LOGS = ["retain", "forget10", "real_authors", "world_facts"]
+KNOWLEDGE = {"retain": "new", "real_authors": "old", "world_facts": "old"}
+METRICS = (
+    "rougeL_recall",
+    "probability",
+    "normalised_probability",
+    "truth_ratio_geometric",
+    "truth_ratio_arithmetic",
+)
 # Means over the first 300, all 100, all 117 questions: ROUGE-L recall, p(a), normalised p, truth
 # ratio by geometric and by arithmetic mean; as printed for TOFU's own Phi-1.5, weight decay 0.01.
 PUBLISHED = {
@@ -63,26 +74,55 @@ def test_logged_truth_ratio_is_our_geometric_one(
 
 
 @pytest.mark.real_data
+@pytest.mark.parametrize("name", LOGS)
+def test_logged_losses_are_means_over_the_counted_tokens(
+    logs: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    """What we take from the logs is what we compute: the sum of -log p over the answer's tokens."""
+    for item in logs[name]:
+        ours = answer_scores(-item["gt_loss"] / item["num_token_gt"], 0.0, [])
+        assert ours["probability"] == pytest.approx(math.exp(-item["avg_gt_loss"]), rel=1e-5)
+        sums = zip(item["perturb_loss"], item["num_token_perturb"], strict=True)
+        means = [loss / tokens for loss, tokens in sums]
+        assert means == pytest.approx(item["average_perturb_loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def table(logs: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
+    """The trajectory's rows of TOFU's model, by the code that makes those of ours."""
+    items = [
+        {
+            "probe": name,
+            "item": f"{name}/{number}",
+            **rouge(item["gold"], item["generated"]),
+            **answer_scores(
+                -item["avg_gt_loss"],
+                -item["avg_paraphrased_loss"],
+                [-loss for loss in item["average_perturb_loss"]],
+            ),
+        }
+        for name in KNOWLEDGE
+        for number, item in enumerate(logs[name])
+    ]
+    return aggregate(pd.DataFrame(items), KNOWLEDGE)
+
+
+@pytest.mark.real_data
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_means_equal_the_published_table(logs: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """From the logged losses to the printed digits, through the same code as our own items."""
-    items = pd.DataFrame(
-        [
-            {
-                "rougeL_recall": rouge(item["gold"], item["generated"])["rougeL_recall"],
-                "probability": math.exp(-item["avg_gt_loss"]),
-                "normalised_probability": normalised_probability(-item["avg_gt_loss"], wrong),
-                "truth_ratio_geometric": truth_ratio_geometric(right, wrong),
-                "truth_ratio_arithmetic": truth_ratio_arithmetic(right, wrong),
-            }
-            for item in logs[name]
-            for right in [-item["avg_paraphrased_loss"]]
-            for wrong in [[-loss for loss in item["average_perturb_loss"]]]
-        ]
-    )
-    for metric, published in zip(items.columns, PUBLISHED[name], strict=True):
+def test_means_equal_the_published_table(table: pd.DataFrame, name: str) -> None:
+    """From the logged losses to the printed digits."""
+    values = table[table["probe"] == name].set_index("metric")["value"]
+    for metric, published in zip(METRICS, PUBLISHED[name], strict=True):
         if published is not None:
-            assert round(float(summands(items, metric).mean()), 4) == published, metric
+            assert round(float(values[metric]), 4) == published, metric
+
+
+@pytest.mark.real_data
+def test_model_utility_equals_the_published_one(table: pd.DataFrame) -> None:
+    """Nine numbers in one: retain, real authors and world facts, with TOFU's geometric ratio."""
+    row = table[(table["probe"] == ALL_PROBES) & (table["metric"] == "model_utility_geometric")]
+    assert round(float(row["value"].iloc[0]), 4) == 0.5221
+    assert int(row["n"].iloc[0]) == 517
 
 
 @pytest.mark.parametrize(
@@ -114,6 +154,22 @@ def test_probabilities_and_ratios_by_hand() -> None:
     assert normalised_probability(right, wrong) == pytest.approx((1 / 2) / (1 / 2 + 5 / 16))
     assert truth_ratio_arithmetic(right, wrong) == pytest.approx((5 / 32) / (1 / 2))
     assert truth_ratio_geometric(right, wrong) == pytest.approx((1 / 8) / (1 / 2))
+
+
+def test_the_answer_is_compared_as_a_probability_and_the_paraphrase_as_a_ratio() -> None:
+    """p of the answer itself, R of the paraphrase; neither without wrong answers."""
+    answer, right, wrong = math.log(1 / 8), math.log(1 / 2), [math.log(1 / 4), math.log(1 / 16)]
+    assert answer_scores(answer, right, wrong) == pytest.approx(
+        {
+            "probability": 1 / 8,
+            "normalised_probability": (1 / 8) / (1 / 8 + 5 / 16),
+            "truth_ratio_arithmetic": (5 / 32) / (1 / 2),
+            "truth_ratio_geometric": (1 / 8) / (1 / 2),
+        }
+    )
+    alone = answer_scores(answer, right, [])
+    assert alone.pop("probability") == pytest.approx(1 / 8)
+    assert all(math.isnan(value) for value in alone.values())
 
 
 def test_geometric_ratio_never_exceeds_the_arithmetic_one() -> None:

@@ -509,3 +509,13 @@ def test_a_tooltip_stays_on_a_phone_s_screen(written: Path, page: browser.Page) 
     assert box[1] >= 0
     assert box[2] <= 390
     assert box[3] <= 844
+
+
+def test_refusals_are_defined_where_they_are_measured() -> None:
+    """There is no chance level of refusing, and none is made up."""
+    html = _html(_tables(ranks=(2,), epochs=3, tasks=("gsm8k", "refusals")))
+    assert "begins as a refusal does" in html
+    row = html.split('<tr><th scope="row">refusals</th>')[1].split("</tr>")[0]
+    assert "<td>refused</td>" in row
+    assert row.rstrip().endswith("<td></td>")
+    assert "begins as a refusal does" not in _html(_tables(ranks=(2,), epochs=3, tasks=("gsm8k",)))

@@ -15,11 +15,11 @@ from forgetting.adapters import attach
 from forgetting.data import Row
 from forgetting.encode import encode_pair, encode_prompt
 from forgetting.forward import collate, token_logprobs
-from forgetting.metrics import rouge
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.probes import check_room, generate, measure
 from forgetting.records import InputError
+from forgetting.rouge import rouge
 from forgetting.scores import PROBE_SCORES, metric_value
 from forgetting.statistics import share_interval
 from forgetting.study import Measurement, Prompt

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.metrics import rouge
 from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.references import check_references, ignored_letters, reference_notes
+from forgetting.rouge import rouge
 from forgetting.study import Prompt
 from scripts import score_base
 

@@ -572,7 +572,7 @@ def test_a_probe_without_wrong_answers_is_found_before_any_job(write: Any, tmp_p
 def test_a_missing_table_is_found_before_any_job(write: Any, tmp_path: Path) -> None:
     path = write()
     (tmp_path / "facts" / "old.jsonl").unlink()
-    with pytest.raises(InputError, match=r"there is no old\.jsonl \(nor \.json\)"):
+    with pytest.raises(InputError, match=r"there is no old\.jsonl \(nor \.json, nor \.csv\)"):
         check_folders(_load(path))
 
 
@@ -618,6 +618,8 @@ def test_a_text_that_is_trained_on_would_not_tell_what_is_forgotten(write: Any) 
         _load(write(text, replayed))
     with pytest.raises(InputError, match="the name belongs to the section general_text"):
         _load(write(("  old:\n", "  general_text:\n")))
+    with pytest.raises(InputError, match="the name belongs to what all probes say together"):
+        _load(write(("  old:\n", "  all_probes:\n")))
 
 
 def test_a_row_without_text_is_found_before_any_job(write: Any, tmp_path: Path) -> None:

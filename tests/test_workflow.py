@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -312,6 +313,31 @@ def test_every_budget_is_a_job_of_its_own_after_the_trunk(
         if job.rule.name == "select_checkpoint":
             assert len(job.input.runs) == 3
             assert all("/branches/" in str(path) for path in job.input.runs)
+
+
+def test_prompts_that_should_be_refused_are_asked_beside_the_benchmarks_or_alone(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """No job of their own: the one that has loaded the model asks them."""
+    (tmp_path / "harm").mkdir()
+    (tmp_path / "harm" / "behaviors.csv").write_text("goal,target\nDo it.,Sure\n")
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["datasets"]["harm"] = {
+        "folder": str(tmp_path / "harm"),
+        "columns": {"question": "goal"},
+    }
+    document["benchmarks"] = {"refusals": {"table": "harm/behaviors", "limit": 50}}
+    study = tmp_path / "refusing.yaml"
+    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    jobs = plan(study)
+    assert _counts(jobs) == JOBS["mini"]
+    for job in jobs:
+        if job.rule.name == "benchmark":
+            assert job.params.prompts == [f"--prompts={tmp_path / 'harm' / 'behaviors.csv'}"]
+            assert not job.input.get("rows")
+            asking = json.loads(job.params.spec)["asking"]
+            assert asking["columns"]["question"] == "goal"
 
 
 def test_every_budget_is_benchmarked_where_the_study_says_so(plan: Plan, tmp_path: Path) -> None:

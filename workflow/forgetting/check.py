@@ -21,6 +21,7 @@ from forgetting.data import (
     general_rows,
     joined_text,
     prepare_rows,
+    prompt_rows,
     render_question,
 )
 from forgetting.load import is_local
@@ -80,7 +81,8 @@ def check_folders(study: Study, at: At = dotted) -> dict[Keys, list[Row]]:
             if keys[0] == "general_text":
                 _check_text(study, path, columns)
             else:
-                for _ in general_rows(path, table, columns):
+                rows_of = prompt_rows if keys[0] == "benchmarks" else general_rows
+                for _ in rows_of(path, table, columns):
                     pass
     return answers
 

@@ -8,6 +8,7 @@ messages, or text.
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ ROLES = ("system", "user", "assistant")
 
 
 def find_table(folder: Path, table: str) -> Path:
-    """The file of a table in a folder: TABLE.jsonl or TABLE.json."""
-    for suffix in (".jsonl", ".json"):
+    """The file of a table in a folder: TABLE.jsonl, TABLE.json or TABLE.csv."""
+    for suffix in (".jsonl", ".json", ".csv"):
         path = folder / f"{table}{suffix}"
         if path.is_file():
             return path
-    raise InputError(f"{folder}: there is no {table}.jsonl (nor .json) in this folder")
+    raise InputError(f"{folder}: there is no {table}.jsonl (nor .json, nor .csv) in this folder")
 
 
 def evenly_spaced(rows: Sequence[Item], limit: int | None) -> Sequence[Item]:
@@ -158,16 +159,46 @@ def general_rows(path: Path, table: str, columns: Columns = PLAIN) -> Rows:
     return Rows(read)
 
 
+def prompt_rows(path: Path, table: str, columns: Columns = PLAIN) -> Rows:
+    """Rows to which there is no right answer: each an id and `question`.
+
+    Raises, when the rows are read:
+        InputError: names the file, the line and the column.
+    """
+
+    def read() -> Iterator[Row]:
+        for number, (where, row) in enumerate(_read(path, columns)):
+            yield {"id": f"{table}/{number}", "question": _text(row, "question", where)}
+
+    return Rows(read)
+
+
 def _read(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
     """Every row under our names of columns, with the place where it stands."""
     line = 0
-    for line, row in read_numbered(path):
+    for line, row in _read_csv(path) if path.suffix == ".csv" else read_numbered(path):
         renamed = columns.renamed
         kept = {name: value for name, value in row.items() if name not in renamed}
         kept |= {ours: row[theirs] for ours, theirs in renamed.items() if theirs in row}
         yield f"{path}, line {line}", kept
     if not line:
         raise InputError(f"{path}: no rows; expected one JSON object a line")
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows of a table with a line of names, all of them text; empty cells are absent."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row:
+                    raise InputError(f"{where}: more cells than the first line has names")
+                yield reader.line_num, {name: cell for name, cell in row.items() if cell}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
 
 
 def _content(row: Mapping[str, Any], where: str) -> Row:

@@ -1,4 +1,4 @@
-"""ROUGE, probability and truth ratio of one question: pure functions, as TOFU defines them.
+"""Probability and truth ratio of one question: pure functions, as TOFU defines them.
 
 Sources: Maini et al. 2024 (TOFU, arXiv 2401.06121, section 2.2) and its code. With l(a) the sum of
 -log p over the label tokens of answer a, end-of-sequence included, and |a| their number, the
@@ -10,28 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-
-from rouge_score.rouge_scorer import RougeScorer
 
 
-@cache
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+def answer_scores(answer: float, right: float, wrong: Sequence[float]) -> dict[str, float]:
+    """All that the log-probabilities of one question's answers say of it.
 
+    Args:
+        answer: mean log-probability per token of the true answer, in nats.
+        right: the same of its paraphrase where there is one, else of the answer.
+        wrong: the same of each wrong answer; without any, what compares with them is NaN.
 
-def rouge(reference: str, generated: str) -> dict[str, float]:
-    """ROUGE of a generated answer against the true one, each in [0, 1].
-
-    ROUGE-L recall = LCS(reference, generated) / |reference| on lower-cased, Porter-stemmed
-    alphanumeric tokens (Lin 2004); the score of the papers. Recall forgives any length, so F1
-    stands beside it.
+    Returns:
+        probability, p(answer), and the three scores below by their names; of a truth ratio, R
+        itself.
     """
-    scores = _scorer().score(target=reference, prediction=generated)
-    return {
-        "rougeL_recall": scores["rougeL"].recall,
-        "rougeL_f1": scores["rougeL"].fmeasure,
-        "rouge1_recall": scores["rouge1"].recall,
+    compared = {
+        "normalised_probability": (normalised_probability, answer),
+        "truth_ratio_arithmetic": (truth_ratio_arithmetic, right),
+        "truth_ratio_geometric": (truth_ratio_geometric, right),
+    }
+    return {"probability": math.exp(answer)} | {
+        name: score(against, wrong) if wrong else math.nan
+        for name, (score, against) in compared.items()
     }
 
 

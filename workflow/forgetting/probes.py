@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgetting import metrics
 from forgetting.chat import literal
 from forgetting.data import Row, strip_answer
 from forgetting.decode import greedy_answers
 from forgetting.encode import Example, encode_pair, encode_prompt
 from forgetting.forward import by_length, collate, context_length, token_logprobs
+from forgetting.metrics import answer_scores
 from forgetting.models import Model
 from forgetting.records import InputError
+from forgetting.rouge import rouge
 from forgetting.shared import answer_logprobs, can_share
 from forgetting.study import Measurement, Prompt
 
@@ -155,16 +155,9 @@ def _score(
         "question": row["question"],
         "reference": row["answer"],
         "generated": text,
-        **metrics.rouge(row["answer"], text),
+        **rouge(row["answer"], text),
         "generated_tokens": float(len(generated)),
-        "probability": math.exp(answer),
-        "normalised_probability": (
-            metrics.normalised_probability(answer, wrong) if wrong else math.nan
-        ),
-        "truth_ratio_arithmetic": (
-            metrics.truth_ratio_arithmetic(right, wrong) if wrong else math.nan
-        ),
-        "truth_ratio_geometric": metrics.truth_ratio_geometric(right, wrong) if wrong else math.nan,
+        **answer_scores(answer, right, wrong),
         "logprob_answer": answer,
         "logprob_right": right,
         "logprobs_wrong": wrong,

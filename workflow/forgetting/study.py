@@ -25,6 +25,7 @@ from forgetting.fields import (
     distinct,
     several,
 )
+from forgetting.prompts import Refusals
 from forgetting.variants import Budget, Then
 
 WORLD_TABLES = ("new_authors", "real_authors", "world_facts", "documents", "held_out")
@@ -32,6 +33,9 @@ WORLD_TABLES = ("new_authors", "real_authors", "world_facts", "documents", "held
 
 TEXT_PROBE = "general_text"
 """What the tables of results call the general text, in place of a probe's name."""
+
+ALL_PROBES = "all_probes"
+"""The same of what is computed from all probes together."""
 
 
 class Dataset(Strict):
@@ -51,7 +55,8 @@ class Dataset(Strict):
         description="Commit of the hub dataset: 40 hexadecimal digits.",
     )
     folder: str | None = Field(
-        None, description="Folder with TABLE.jsonl or TABLE.json (one JSON object a line)."
+        None,
+        description="Folder with TABLE.jsonl or TABLE.json (one JSON object a line), or TABLE.csv.",
     )
     columns: Columns = Columns()
 
@@ -137,6 +142,7 @@ class Prompt(Strict):
     """How a question and its answer become text. The answer's side is trained on and scored.
 
     The default is TOFU's template for Phi: the literal `Answer: ` belongs to the answer's side.
+    open-unlearning has it on the other: `"Question: {question}\\nAnswer:"` and `" {answer}"`.
     TOFU's template for Llama-2-chat has `"[INST] {question} [/INST]"` and `"{answer}"`; with
     `chat: true` the base's tokenizer has the template.
     """
@@ -642,6 +648,9 @@ class Benchmarks(Strict):
     tasks: dict[TaskName, Task] = Field(
         default_factory=dict, description="The tasks, with settings."
     )
+    refusals: Refusals | None = Field(
+        None, description="Ask harmful prompts too, and count the answers that refuse."
+    )
     models: Literal["selected", "budgets"] = Field(
         "selected",
         description="What is scored beside the base: the selected checkpoints, or the end of every "
@@ -706,6 +715,8 @@ class Study(Strict):
     def _text_is_not_trained_on(self) -> None:
         if TEXT_PROBE in self.probes:
             raise AtKey(("probes", TEXT_PROBE), "the name belongs to the section general_text")
+        if ALL_PROBES in self.probes:
+            raise AtKey(("probes", ALL_PROBES), "the name belongs to what all probes say together")
         replays = [m.mitigation.replay for m in self.methods if m.mitigation]
         trained = {*self.train, *(replay.table for replay in replays if replay)}
         if self.general_text and self.general_text.table in trained:
@@ -780,4 +791,6 @@ class Study(Strict):
                     found.append((keys, section.table))
         if self.general_text:
             found.append((("general_text", "table"), self.general_text.table))
+        if self.benchmarks.refusals:
+            found.append((("benchmarks", "refusals", "table"), self.benchmarks.refusals.table))
         return found

@@ -32,7 +32,7 @@ def shrink(study: Study) -> Study:
     """The same study at toy size; its numbers mean nothing, its jobs are all there."""
     on_hub = {name for name, data in study.datasets.items() if data.hub and not data.folder}
     datasets = {name: WORLD if name in on_hub else data for name, data in study.datasets.items()}
-    benchmarks = _benchmarks(study, datasets)
+    benchmarks = _benchmarks(study, datasets, on_hub)
 
     def stand_in(table: str, knowledge: str) -> str:
         dataset = table.split("/", 1)[0]
@@ -122,7 +122,7 @@ def _offline(method: Method, on_hub: set[str]) -> Method:
     return method.model_copy(update={"mitigation": method.mitigation.model_copy(update=sections)})
 
 
-def _benchmarks(study: Study, datasets: dict[str, Dataset]) -> Benchmarks:
+def _benchmarks(study: Study, datasets: dict[str, Dataset], on_hub: set[str]) -> Benchmarks:
     rows = study.benchmarks.rows
     if rows is None and study.benchmarks.tasks:
         datasets["micro_world"], rows = WORLD, "micro_world"
@@ -130,7 +130,12 @@ def _benchmarks(study: Study, datasets: dict[str, Dataset]) -> Benchmarks:
         name: task.model_copy(update={"limit": 4, "max_new_tokens": 8})
         for name, task in study.benchmarks.tasks.items()
     }
-    return study.benchmarks.model_copy(update={"rows": rows, "tasks": tasks})
+    refusals = study.benchmarks.refusals
+    if refusals is not None:
+        dataset = refusals.table.split("/", 1)[0]
+        stand_in = f"{dataset}/real_authors" if dataset in on_hub else refusals.table
+        refusals = refusals.model_copy(update={"table": stand_in, "limit": 4, "max_new_tokens": 8})
+    return study.benchmarks.model_copy(update={"rows": rows, "tasks": tasks, "refusals": refusals})
 
 
 def _base(study: Study, on_hub: set[str], probes: dict[str, Probe], train: list[str]) -> Base:

@@ -9,6 +9,8 @@ import pandas as pd
 
 from forgetting.scores import PROBE_SCORES, TEXT_SCORES, UNBOUNDED, summands
 from forgetting.statistics import mean_interval, share_interval
+from forgetting.study import ALL_PROBES
+from forgetting.utility import UTILITIES, utility_row
 
 
 def aggregate(
@@ -25,7 +27,8 @@ def aggregate(
         probe, knowledge, metric, value (mean over items), low and high (95 % interval), n, and the
         change against the base with its interval, change_low and change_high: Student's t on the
         differences of the two models on the same question, which is narrower than what two separate
-        intervals suggest. A metric that was not measured on a probe has no row.
+        intervals suggest. A metric that was not measured on a probe has no row. Over all probes,
+        knowledge `all`, TOFU's model utility with either truth ratio, if every probe has one.
     """
     rows = []
     for probe, group in items.groupby("probe", sort=False):
@@ -48,6 +51,11 @@ def aggregate(
                     **_change(values.set_axis(group.loc[values.index, "item"]), metric, before),
                 }
             )
+    for metric in UTILITIES:
+        utility = utility_row(items, knowledge, metric, base)
+        if utility is not None:
+            about = {"probe": ALL_PROBES, "knowledge": "all", "metric": metric}
+            rows.append(about | utility)
     return pd.DataFrame(rows)
 
 

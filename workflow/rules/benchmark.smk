@@ -31,6 +31,7 @@ rule benchmark:
         unpack(chosen_inputs),
         base=BASE,
         rows=rows_inputs,
+        prompts=prompt_files(),
     output:
         scores=f"{RESULTS}/benchmarks/{{model}}/scores.parquet",
         scored=f"{RESULTS}/benchmarks/{{model}}/items.parquet",
@@ -46,8 +47,9 @@ rule benchmark:
         runtime=lambda wildcards, attempt: 240 * attempt,
     params:
         code=code("benchmark"),
-        spec=lambda wildcards: as_json(sections("benchmarks", "precision")),
+        spec=lambda wildcards: benchmark_spec(),
         rows=rows_folder(),
+        prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=chosen_options,
         folder=subpath(output.scores, parent=True),
     shell:
@@ -58,7 +60,7 @@ rule benchmark:
             --spec {params.spec:q} \
             --base {input.base:q} \
             --rows {params.rows:q} \
-            {params.chosen:q} \
+            {params.prompts:q} {params.chosen:q} \
             --output {params.folder:q}
         """
 

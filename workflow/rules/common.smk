@@ -47,6 +47,8 @@ BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
 SELECTED = [f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds]
 ENDS = [f"{model}-{budget}" for model in SELECTED for budget in BUDGETS]
+# Is anything scored beside the probes?
+BENCHMARKED = bool(TASKS or STUDY.benchmarks.refusals)
 MODELS = ["base", *(ENDS if STUDY.benchmarks.models == "budgets" else SELECTED)]
 
 
@@ -150,6 +152,22 @@ def rows_inputs(wildcards):
         for task in TASKS
         for split in HUB_ROWS[task].splits
     ]
+
+
+def prompt_files():
+    """The file of the prompts that should be refused, if the study has any."""
+    refusals = STUDY.benchmarks.refusals
+    return [table_file(refusals.table)] if refusals else []
+
+
+def benchmark_spec():
+    """All that a benchmark job is told of the study."""
+    refusals = STUDY.benchmarks.refusals
+    asking = refusals and {
+        **sections("prompt"),
+        "columns": STUDY.columns(refusals.table).model_dump(),
+    }
+    return as_json(sections("benchmarks", "precision"), asking=asking)
 
 
 def model_folder():

@@ -13,6 +13,7 @@ TABLES = [
     "churn",
     "benchmarks",
     "benchmark_items",
+    "benchmark_responses",
 ]
 if STUDY.selection.wise_ft:
     TABLES.append("wise_ft")
@@ -58,7 +59,7 @@ rule collect:
                     "outcomes.json",
                 ],
             )
-            if TASKS
+            if BENCHMARKED
             else []
         ),
     output:
@@ -76,7 +77,7 @@ rule collect:
         name=NAME,
         study=lambda wildcards: STUDY.model_dump_json(indent=2),
         results=subpath(output.resolved, parent=True),
-        models=MODELS if TASKS else [],
+        models=MODELS if BENCHMARKED else [],
         folder=subpath(output.study, parent=True),
     shell:
         r"""

@@ -1,4 +1,4 @@
-"""Run the lm-evaluation-harness tasks on the base or on a selected checkpoint."""
+"""Run the lm-evaluation-harness tasks, and prompts to refuse, on the base or a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from forgetting.benchmarks.harness import (
     ITEM_COLUMNS,
@@ -16,9 +17,12 @@ from forgetting.benchmarks.harness import (
     TaskSpec,
     run_benchmarks,
 )
+from forgetting.columns import Columns
+from forgetting.data import evenly_spaced, prompt_rows
 from forgetting.fields import Strict
 from forgetting.merged import merged
 from forgetting.models import (
+    Model,
     autocast,
     load_base,
     load_tokenizer,
@@ -26,9 +30,18 @@ from forgetting.models import (
     pick_precision,
     quieten_libraries,
 )
+from forgetting.prompts import REFUSALS
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
-from forgetting.study import Benchmarks
+from forgetting.refusals import ask, score
+from forgetting.study import Benchmarks, Prompt
 from forgetting.tuned import load_checkpoint
+
+
+class Asking(Strict):
+    """How prompts are asked that a model should refuse."""
+
+    prompt: Prompt
+    columns: Columns
 
 
 class Spec(Strict):
@@ -36,6 +49,7 @@ class Spec(Strict):
 
     benchmarks: Benchmarks
     precision: str
+    asking: Asking | None
 
 
 @tells_input_errors
@@ -45,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--rows", type=Path, required=True, help="folder of TASK/SPLIT.jsonl")
+    parser.add_argument("--prompts", type=Path, help="table of the prompts that should be refused")
     parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
     parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
     parser.add_argument("--seed", type=int, help="which of the method's seeds")
@@ -60,24 +75,28 @@ def main(argv: list[str] | None = None) -> None:
     result = nothing()
     if chosen is not None and chosen["step"] is None:
         result.notes.append(f"no benchmarks: {chosen['reason']}")
-    elif spec.benchmarks.tasks:
+    elif spec.benchmarks.tasks or spec.asking:
         model: Any = (
             load_base(folder, device)
             if chosen is None
             else load_checkpoint(folder, options.checkpoints / name, device)
         )
+        tokenizer = load_tokenizer(folder)
         precision = pick_precision(spec.precision, device)
         with autocast(device, precision), merged(model, precision):
-            result = run_benchmarks(
-                model,
-                load_tokenizer(folder),
-                [
-                    TaskSpec(name, task.num_fewshot, task.limit, task.max_new_tokens)
-                    for name, task in spec.benchmarks.tasks.items()
-                ],
-                options.rows,
-                spec.benchmarks.batch_size,
-            )
+            if spec.benchmarks.tasks:
+                result = run_benchmarks(
+                    model,
+                    tokenizer,
+                    [
+                        TaskSpec(name, task.num_fewshot, task.limit, task.max_new_tokens)
+                        for name, task in spec.benchmarks.tasks.items()
+                    ],
+                    options.rows,
+                    spec.benchmarks.batch_size,
+                )
+            if spec.asking:
+                add_refusals(result, spec, options.prompts, model, tokenizer)
     who = {"run": chosen["run"], "step": chosen["step"]} if chosen else {"run": "base", "step": 0}
     write_table(options.output / "scores.parquet", result.scores)
     write_table(options.output / "items.parquet", result.items)
@@ -92,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     for row in result.scores[result.scores["main"]].to_dict("records"):
-        print(f"{who['run']}, {row['task']}: {row['value']:.3f}, chance {row['chance']}")
+        print(f"{who['run']}, {row['task']}: {row['value']:.3f}, chance {row['chance']:g}")
 
 
 def nothing() -> BenchmarkResult:
@@ -102,6 +121,29 @@ def nothing() -> BenchmarkResult:
         pd.DataFrame(columns=list(ITEM_COLUMNS)),
         pd.DataFrame(columns=list(RESPONSE_COLUMNS)),
     )
+
+
+def add_refusals(
+    result: BenchmarkResult,
+    spec: Spec,
+    prompts: Path,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Ask the prompts too, and add what comes of it to the tables of the benchmarks."""
+    asking, settings = spec.asking, spec.benchmarks.refusals
+    assert asking is not None
+    assert settings is not None
+    rows = evenly_spaced(list(prompt_rows(prompts, settings.table, asking.columns)), settings.limit)
+    answers = ask(model, tokenizer, rows, asking.prompt, settings, spec.benchmarks.batch_size)
+    result.scores = _joined(result.scores, pd.DataFrame([score(answers)]))
+    result.items = _joined(result.items, answers[list(ITEM_COLUMNS)])
+    result.responses = _joined(result.responses, answers[[*RESPONSE_COLUMNS, "prompt"]])
+    result.examples[REFUSALS] = 0
+
+
+def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([table, more], ignore_index=True) if len(table) else more
 
 
 def _chosen(selection: Path | None, seed: int | None, budget: str | None) -> dict[str, Any] | None:

@@ -83,10 +83,12 @@ def main(argv: list[str] | None = None) -> None:
     write_table(options.output / "items.parquet", every)
     write_table(options.output / "selection.parquet", selection)
     write_table(options.output / "comparisons.parquet", compare_methods(every, selection))
-    churn = churn_table(every, responses_table(models), main_items(benchmarks, benchmark_items))
+    responses = responses_table(models)
+    churn = churn_table(every, responses, main_items(benchmarks, benchmark_items))
     write_table(options.output / "churn.parquet", churn)
     write_table(options.output / "benchmarks.parquet", benchmarks)
     write_table(options.output / "benchmark_items.parquet", benchmark_items)
+    write_table(options.output / "benchmark_responses.parquet", responses)
     if options.scaled:
         write_table(
             options.output / "wise_ft.parquet", pd.concat(map(pd.read_parquet, options.scaled))

@@ -128,9 +128,9 @@ def _load_all(specs: Sequence[TaskSpec], rows_dir: Path | None, seed: int) -> di
 
 def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """The harness's view of the model. The tokenizer is copied, since it is given a pad token."""
-    from lm_eval.models.huggingface import HFLM
+    from forgetting.benchmarks.one_reading import OneReadingLM
 
-    return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    return OneReadingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def _figures(value: float | None, digits: int = 2) -> str:
 
 
 def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
+    return "" if value is None or value != value else f"{value:g}"
 
 
 FILTERS = {

@@ -1,0 +1,137 @@
+"""The harness's log-likelihoods, with what the choices of an item have in common read once.
+
+The harness reads the question anew for each of its choices. Here the tokens that all choices of an
+item begin with stand in front, and what follows in each of them behind, blind to each other
+(`forgetting.shared`), so that every log-likelihood is what it would be alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+
+from forgetting.encode import Example
+from forgetting.shared import can_share, collate_shared
+
+TOKENS = 64
+"""A batch has as many tokens as `batch_size` sequences of this length, about."""
+
+Encoded = tuple[tuple[str, str], list[int], list[int]]
+"""Context and continuation, as text and as tokens."""
+Answer = tuple[float, bool]
+"""Log-likelihood in nats, and whether each token is the likeliest."""
+
+
+class OneReadingLM(HFLM):  # type: ignore[misc]
+    """The harness's own model, but for the likelihoods of choices."""
+
+    _items: list[tuple[str, int]] | None = None
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
+        """Remember which requests are choices of one item, for `_loglikelihood_tokens`."""
+        self._items = [(request.task_name, request.doc_id) for request in requests]
+        try:
+            found: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._items = None
+        return found
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness does; the choices of an item have one context, which is encoded once."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        if context != self._context[0]:
+            self._context = (context, self.tok_encode(context))
+        whole, head = self.tok_encode(context + continuation), self._context[1]
+        return head, whole[len(head) :]
+
+    _context: tuple[str, list[int]] = ("", [])
+
+    def _loglikelihood_tokens(
+        self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        if self._items is None or not can_share(self.model):
+            found: list[Answer] = super()._loglikelihood_tokens(
+                requests, disable_tqdm=True, override_bs=override_bs
+            )
+            return found
+        room = int(self.max_length) + 1
+        cut = [
+            ((context + continuation)[-room:], len(continuation))
+            for _, context, continuation in requests
+        ]
+        # Where the beginning was cut off, the choices of an item may have no token in common.
+        keyed = zip(self._items, cut, strict=True)
+        items = [
+            [choice for _, choice in several]
+            for _, several in groupby(keyed, key=lambda one: (one[0], one[1][0][0]))
+        ]
+        answers = answer_items(self.model, items, self.tokenizer.pad_token_id, int(self.batch_size))
+        return [answer for several in answers for answer in several]
+
+
+@torch.inference_mode()
+def answer_items(
+    model: nn.Module,
+    items: Sequence[Sequence[tuple[list[int], int]]],
+    pad: int,
+    batch_size: int,
+) -> list[list[Answer]]:
+    """Log-likelihood of every choice of every item.
+
+    Args:
+        items: per item its choices, as token ids and how many of them, at the end, are scored.
+        batch_size: sequences per forward pass, about.
+    """
+    questions = [_with_common_prompt(choices) for choices in items]
+    answers: list[list[Answer]] = [[] for _ in items]
+    for indices in _batches([_length(choices) for choices in questions], batch_size * TOKENS):
+        group = [questions[index] for index in indices]
+        batch = collate_shared(group, pad, next(model.parameters()).device)
+        logits = model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            logits_to_keep=batch.columns,
+            use_cache=False,
+        ).logits
+        read = logits[batch.rows, batch.places]
+        read = read.to(torch.promote_types(read.dtype, torch.float32))
+        likelihoods = (-nn.functional.cross_entropy(read, batch.targets, reduction="none")).tolist()
+        likeliest = (read.argmax(-1) == batch.targets).tolist()
+        end = 0
+        for index, choices in zip(indices, group, strict=True):
+            for example, (_, scored) in zip(choices, items[index], strict=True):
+                end += example.targets
+                span = slice(end - scored, end)
+                answers[index].append((sum(likelihoods[span]), all(likeliest[span])))
+    return answers
+
+
+def _with_common_prompt(choices: Sequence[tuple[list[int], int]]) -> list[Example]:
+    """The choices of an item with the longest prompt that all of them have, but no scored token."""
+    longest = min(len(ids) - scored for ids, scored in choices)
+    first = choices[0][0]
+    common = 0
+    while common < longest and all(ids[common] == first[common] for ids, _ in choices):
+        common += 1
+    return [Example(ids, common) for ids, _ in choices]
+
+
+def _length(choices: Sequence[Example]) -> int:
+    return choices[0].prompt + sum(example.targets - 1 for example in choices)
+
+
+def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length, longest first, padded to about so many tokens."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        rows = max(1, tokens // max(lengths[order[0]], 1))
+        yield order[:rows]
+        order = order[rows:]

@@ -1,0 +1,66 @@
+"""ROUGE of one answer, the very numbers of `rouge_score`, several times faster.
+
+The words are rouge_score's: lower-cased, split at all that is no a-z and 0-9, Porter-stemmed when
+longer than three letters. A word is stemmed once per process, and the longest common subsequence
+is found for all words of the reference at once, in the bits of an integer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+from nltk.stem.porter import PorterStemmer
+from rouge_score.tokenize import tokenize
+
+
+class _Stemmer:
+    """Porter's stemmer, which is most of the time of ROUGE, with a memory."""
+
+    def __init__(self) -> None:
+        self.stem = lru_cache(maxsize=2**16)(PorterStemmer().stem)
+
+
+_STEMMER = _Stemmer()
+
+
+# References are scored against anew at every evaluation.
+@lru_cache(maxsize=2**14)
+def words(text: str) -> tuple[str, ...]:
+    """What ROUGE compares of a text."""
+    return tuple(tokenize(text, _STEMMER))
+
+
+def rouge(reference: str, generated: str) -> dict[str, float]:
+    """ROUGE of a generated answer against the true one, each in [0, 1].
+
+    ROUGE-L recall = LCS(reference, generated) / |reference|, in words (Lin 2004); the score of the
+    papers. Recall forgives any length, so F1 stands beside it. ROUGE-1 counts common words in any
+    order.
+    """
+    target, answer = words(reference), words(generated)
+    common = common_subsequence(target, answer)
+    precision, recall = common / max(len(answer), 1), common / max(len(target), 1)
+    unigrams = sum((Counter(target) & Counter(answer)).values())
+    return {
+        "rougeL_recall": recall,
+        "rougeL_f1": 2 * precision * recall / (precision + recall) if common else 0.0,
+        "rouge1_recall": unigrams / max(len(target), 1),
+    }
+
+
+def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the longest common subsequence, one addition for each word of the second.
+
+    Bit i of `rest` is 0 where the longest subsequence common to one[:i+1] and the words so far is
+    longer than that of one[:i] (Hyyrö 2004, *Bit-parallel LCS-length computation revisited*).
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << place
+    every = rest = (1 << len(one)) - 1
+    for word in other:
+        matched = rest & places.get(word, 0)
+        rest = ((rest + matched) | (rest - matched)) & every
+    return len(one) - rest.bit_count()

@@ -1,0 +1,127 @@
+"""TOFU's model utility: one number for all that a model should know.
+
+The harmonic mean over probes of their mean ROUGE-L recall, probability and truth ratio (Maini et
+al. 2024, arXiv 2401.06121, section 2.2.2): three probes give its nine numbers. Of new knowledge,
+which the model was trained on as TOFU's on the retain set, the probability is that of the answer;
+of old knowledge, as on real authors and world facts, it is normalised by those of the wrong ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from forgetting.scores import summands
+
+UTILITIES = {
+    "model_utility_arithmetic": "truth_ratio_arithmetic",
+    "model_utility_geometric": "truth_ratio_geometric",
+}
+"""By the name of a utility, the truth ratio that it takes: the paper's, and that of TOFU's code."""
+
+
+@dataclass(frozen=True)
+class Utility:
+    """A model utility, and what each question has to do with it.
+
+    Attributes:
+        value: in [0, 1]; 0 where one of the means is 0.
+        shares: by probe, for each question, the utility's derivative by its scores times these
+            scores. The mean over a probe's questions varies as the utility does with them, to
+            first order (delta method).
+    """
+
+    value: float
+    shares: Mapping[str, pd.Series]
+
+    @property
+    def n(self) -> int:
+        """Number of questions."""
+        return sum(map(len, self.shares.values()))
+
+
+def model_utility(
+    items: pd.DataFrame, knowledge: Mapping[str, str], truth_ratio: str
+) -> Utility | None:
+    """The utility of a model; None where a probe has no wrong answers.
+
+    Args:
+        items: what `probes.measure` returned; other rows are left out.
+        knowledge: `new` or `old` for each probe.
+        truth_ratio: the column of R.
+    """
+    asked, names = items["probe"].to_numpy(dtype=object), items["item"].to_numpy(dtype=object)
+    # What each question adds to the three means of its probe, (questions, 3).
+    scores = {kind: _scores(items, kind, truth_ratio) for kind in ("new", "old")}
+    values = {
+        name: (names[asked == name], scores[kind][asked == name])
+        for name, kind in knowledge.items()
+        if kind in scores and (asked == name).any()
+    }
+    means = {name: added.mean(axis=0) for name, (_, added) in values.items()}
+    every = [float(mean) for several in means.values() for mean in several]
+    if not every or not np.isfinite(every).all():
+        return None
+    value = harmonic_mean(every)
+    # d value / d m = value^2 / (k m^2) for each of the k means m.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Utility(
+            value,
+            {
+                name: pd.Series(added @ (value**2 / len(every) / means[name] ** 2), item)
+                for name, (item, added) in values.items()
+            },
+        )
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """k / sum of 1/x; 0 where a value is 0."""
+    if min(values) <= 0:
+        return 0.0
+    return len(values) / math.fsum(1 / value for value in values)
+
+
+def _scores(items: pd.DataFrame, knowledge: str, truth_ratio: str) -> np.ndarray:
+    probability = "probability" if knowledge == "new" else "normalised_probability"
+    columns = ("rougeL_recall", probability, truth_ratio)
+    return np.column_stack([summands(items, name).to_numpy(dtype=float) for name in columns])
+
+
+def utility_row(
+    items: pd.DataFrame,
+    knowledge: Mapping[str, str],
+    metric: str,
+    base: pd.DataFrame | None = None,
+) -> dict[str, float] | None:
+    """Value, low, high, n and the change against the base, as `trajectory.aggregate` has them.
+
+    The intervals are those of the delta method, questions of a probe taken as independent; the
+    change is paired by question. NaN where a mean is 0, since nothing is linear there.
+    """
+    mine = model_utility(items, knowledge, UTILITIES[metric])
+    if mine is None:
+        return None
+    half = _half_width(mine.shares.values())
+    row = {
+        "value": mine.value,
+        "low": float(np.clip(mine.value - half, 0.0, 1.0)),
+        "high": float(np.clip(mine.value + half, 0.0, 1.0)),
+        "n": mine.n,
+        **dict.fromkeys(("change", "change_low", "change_high"), math.nan),
+    }
+    theirs = None if base is None else model_utility(base, knowledge, UTILITIES[metric])
+    if theirs is not None:
+        change = mine.value - theirs.value
+        half = _half_width(mine.shares[name] - theirs.shares[name] for name in mine.shares)
+        row |= {"change": change, "change_low": change - half, "change_high": change + half}
+    return row
+
+
+def _half_width(shares: Iterable[pd.Series]) -> float:
+    """Half of a 95 % interval of the sum of independent means."""
+    variances = [float(values.var()) / len(values) for values in shares]
+    return 1.96 * math.sqrt(math.fsum(variances)) if np.isfinite(variances).all() else math.nan
