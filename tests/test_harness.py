@@ -24,11 +24,10 @@ from forgetting.benchmarks.harness import (
     Program,
     TaskSpec,
     load_task,
-    pass_at_k,
-    program_items,
     run_benchmarks,
-    score_programs,
 )
+from forgetting.benchmarks.pass_rates import program_items, score_programs
+from forgetting.benchmarks.programs import pass_at_k
 from forgetting.records import InputError
 from forgetting.sandbox import Outcome, search_sandbox
 

@@ -423,7 +423,7 @@ SBATCH = {
     "finetune": "-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1",
     "cool_down": "-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1",
     "benchmark": "-p gpu -t 240 --mem 64000 --cpus-per-task=8 --gpus=1",
-    "execute_programs": "-p gpu -t 60 --mem 4000 --ntasks=1 --cpus-per-task=4",
+    "execute_programs": "-p gpu -t 60 --mem 4000 --ntasks=1 --cpus-per-task=1",
 }
 
 

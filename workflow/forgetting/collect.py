@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.benchmarks.programs import Program, program_items, score_programs
+from forgetting.benchmarks.pass_rates import program_items, score_programs
+from forgetting.benchmarks.programs import Program
 from forgetting.plan import Tuning, run_name
 from forgetting.records import read_json
 from forgetting.sandbox import Outcome

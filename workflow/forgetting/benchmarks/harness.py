@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.benchmarks.programs import Program, pass_at_k, program_items, score_programs
+from forgetting.benchmarks.programs import Program
 from forgetting.benchmarks.tasks import BENCHMARKS, HARNESS_SEED, TaskSpec, load_task
 from forgetting.records import InputError
 
@@ -31,10 +31,7 @@ __all__ = [
     "Program",
     "TaskSpec",
     "load_task",
-    "pass_at_k",
-    "program_items",
     "run_benchmarks",
-    "score_programs",
 ]
 
 SCORE_COLUMNS = ("task", "metric", "main", "value", "stderr", "n", "chance")

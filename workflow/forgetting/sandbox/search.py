@@ -154,7 +154,7 @@ def _weakness(sandbox: Sandbox) -> str | None:
         limited = sandbox.run_program(_limit_trial(sandbox.limits), TRIAL_SECONDS)
         if not limited.passed:
             return f"programs are not limited ({limited.detail})"
-        if sandbox.run_program("while True: pass", timeout=0.2).status != "timed_out":
+        if sandbox.run_program("while True: pass", timeout=0.1).status != "timed_out":
             return "an endless program is not stopped"
     except SandboxError as error:
         return str(error)
