@@ -70,10 +70,8 @@ def answer_logprobs(
     most = max(map(len, questions), default=1)
     means: list[list[float]] = [[] for _ in questions]
     for indices in by_length([len(tree.ids) for tree in trees], max(1, batch_size // most)):
-        group = [questions[index] for index in indices]
-        batch = collate_shared(
-            group, [trees[index] for index in indices], pad, next(model.parameters()).device
-        )
+        group = [trees[index] for index in indices]
+        batch = collate_shared(group, pad, next(model.parameters()).device)
         logits = model(
             input_ids=batch.ids,
             attention_mask=batch.mask,
@@ -84,12 +82,12 @@ def answer_logprobs(
         scored = logits[batch.rows, batch.places]
         scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
         logprobs = -nn.functional.cross_entropy(scored, batch.targets, reduction="none")
-        count = sum(map(len, group))
+        count = sum(len(tree.paths) for tree in group)
         totals = torch.zeros(count, dtype=torch.float64, device=logprobs.device)
         totals.index_add_(0, batch.owners, logprobs.double())
         values = iter(totals.tolist())
-        for index, examples in zip(indices, group, strict=True):
-            means[index] = [next(values) / example.targets for example in examples]
+        for index, tree in zip(indices, group, strict=True):
+            means[index] = [next(values) / len(targets) for targets in tree.targets]
     return means
 
 
@@ -101,11 +99,13 @@ class Tree:
         ids: token ids; the question first, then what the answers feed in, each beginning once.
         parents: the place of the token before each; of the first, -1.
         paths: per answer the places at which its tokens are predicted.
+        targets: per answer those tokens.
     """
 
     ids: list[int]
     parents: list[int]
     paths: list[list[int]]
+    targets: list[list[int]]
 
 
 def grow_tree(examples: Sequence[Example]) -> Tree:
@@ -124,14 +124,11 @@ def grow_tree(examples: Sequence[Example]) -> Tree:
                 parents.append(path[-1])
             path.append(place)
         paths.append(path)
-    return Tree(ids, parents, paths)
+    return Tree(ids, parents, paths, [example.ids[prompt:] for example in examples])
 
 
 def collate_shared(
-    questions: Sequence[Sequence[Example]],
-    trees: Sequence[Tree],
-    pad: int,
-    device: torch.device | str = "cpu",
+    trees: Sequence[Tree], pad: int, device: torch.device | str = "cpu"
 ) -> SharedBatch:
     """Lay out the questions of a batch, padded on the right."""
     length = max(len(tree.ids) for tree in trees)
@@ -142,13 +139,13 @@ def collate_shared(
     columns: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
-    for row, (examples, tree) in enumerate(zip(questions, trees, strict=True)):
+    for row, tree in enumerate(trees):
         ids[row, : len(tree.ids)] = tree.ids
         for place, parent in enumerate(tree.parents[1:], start=1):
             sees[row, place] |= sees[row, parent]
-        for example, path in zip(examples, tree.paths, strict=True):
+        for path, tokens in zip(tree.paths, tree.targets, strict=True):
             columns += path
-            targets += example.ids[example.prompt :]
+            targets += tokens
             rows += [row] * len(path)
             owners += [owners[-1] + 1 if owners else 0] * len(path)
     kept, places = torch.unique(torch.tensor(columns), return_inverse=True)

@@ -1,7 +1,7 @@
 """The harness's log-likelihoods, with what the choices of an item have in common read once.
 
 The harness reads the question anew for each of its choices. Here the tokens that all choices of an
-item begin with stand in front, and what follows in each of them behind, blind to each other
+item begin with stand in front, and what follows in each of them behind, as a tree
 (`forgetting.shared`), so that every log-likelihood is what it would be alone.
 """
 
@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 
 from forgetting.encode import Example
-from forgetting.shared import can_share, collate_shared
+from forgetting.shared import can_share, collate_shared, grow_tree
 
 TOKENS = 64
 """A batch has as many tokens as `batch_size` sequences of this length, about."""
@@ -89,10 +89,10 @@ def answer_items(
         items: per item its choices, as token ids and how many of them, at the end, are scored.
         batch_size: sequences per forward pass, about.
     """
-    questions = [_with_common_prompt(choices) for choices in items]
+    trees = [grow_tree(_with_common_prompt(choices)) for choices in items]
     answers: list[list[Answer]] = [[] for _ in items]
-    for indices in _batches([_length(choices) for choices in questions], batch_size * TOKENS):
-        group = [questions[index] for index in indices]
+    for indices in _batches([len(tree.ids) for tree in trees], batch_size * TOKENS):
+        group = [trees[index] for index in indices]
         batch = collate_shared(group, pad, next(model.parameters()).device)
         logits = model(
             input_ids=batch.ids,
@@ -106,9 +106,9 @@ def answer_items(
         likelihoods = (-nn.functional.cross_entropy(read, batch.targets, reduction="none")).tolist()
         likeliest = (read.argmax(-1) == batch.targets).tolist()
         end = 0
-        for index, choices in zip(indices, group, strict=True):
-            for example, (_, scored) in zip(choices, items[index], strict=True):
-                end += example.targets
+        for index, tree in zip(indices, group, strict=True):
+            for targets, (_, scored) in zip(tree.targets, items[index], strict=True):
+                end += len(targets)
                 span = slice(end - scored, end)
                 answers[index].append((sum(likelihoods[span]), all(likeliest[span])))
     return answers
@@ -122,10 +122,6 @@ def _with_common_prompt(choices: Sequence[tuple[list[int], int]]) -> list[Exampl
     while common < longest and all(ids[common] == first[common] for ids, _ in choices):
         common += 1
     return [Example(ids, common) for ids, _ in choices]
-
-
-def _length(choices: Sequence[Example]) -> int:
-    return choices[0].prompt + sum(example.targets - 1 for example in choices)
 
 
 def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
