@@ -10,7 +10,6 @@ from .tables import table, words
 
 # sentence up to the blank | ending if the first is meant | ending if the second is meant
 _ABOUT_PEOPLE = """
-{a} asked {b} for help because _|was stuck|was an expert
 {a} thanked {b} because _|had received a gift|had given a gift
 {a} taught {b} chess because _|was a master|was a beginner
 {a} visited {b} in hospital because _|was worried|was ill
@@ -18,7 +17,6 @@ _ABOUT_PEOPLE = """
 {a} carried {b} home because _|was strong|was tired
 """
 _ABOUT_THINGS = """
-The {a} does not fit beside the {b} because the _|is too big|takes all the room
 The {a} broke the {b} because the _|was hard|was fragile
 """
 _THINGS = words("ball box cup stone plate book vase lamp brick shoe bottle basket")
