@@ -17,6 +17,7 @@ from forgetting.encode import Example
 from forgetting.examples import shuffled
 from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.optimize import Schedule
+from forgetting.parallel import ALONE, Team
 from forgetting.study import Setting, Training
 
 
@@ -38,6 +39,7 @@ class Recipe:
     until: int | None = None
     """The step at which the run is handed on to its next part, if it has one."""
     safeguards: Safeguards = field(default_factory=Safeguards)
+    team: Team = ALONE
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:

@@ -182,6 +182,11 @@ def cohort_spec(wildcards):
     )
 
 
+def processes(wildcards):
+    """How many processes, with a GPU each, train a method's runs together."""
+    return TUNINGS[wildcards.method].processes
+
+
 def finished(method, seed, file):
     """A file of every job whose runs are results: of the cohort, or of its budgets' branches."""
     if not BUDGETS:

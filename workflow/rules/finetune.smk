@@ -23,11 +23,12 @@ rule finetune:
     conda:
         "../../envs/environment.yaml"
     resources:
-        gpu=1,
+        gpu=processes,
         mem_mb=lambda wildcards, attempt: 64000 * attempt,
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("finetune"),
+        processes=processes,
         spec=cohort_spec,
         targets=target_options,
         data=subpath(input.train, parent=True),
@@ -36,7 +37,7 @@ rule finetune:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/finetune.py \
+        python -m forgetting.launch {params.processes} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
             --code {params.code} \
             --base {input.base:q} \
