@@ -295,6 +295,16 @@ def test_a_mistake_between_sections_is_told_with_the_line_of_one(
     assert _told(path).startswith(f"{path}, line {number}: ")
 
 
+def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> None:
+    """Adapters are whole in every process, so that there it may stay."""
+    adafactor = ("train: facts/new", "training: {optimizer: adafactor}\ntrain: facts/new")
+    message = _told(write(adafactor, ("  - method: full", "  - method: full\n    processes: 2")))
+    assert "methods.1: adafactor needs whole matrices" in message
+    path = write(adafactor, ("    rank: [2, 8]", "    rank: [2, 8]\n    processes: 2"))
+    _, study = load_study({"study": str(path)}, path.parent)
+    assert [tuning.processes for tuning in tunings(study)] == [2, 2, 1]
+
+
 def test_a_missing_key_is_told_with_the_line_of_its_section(write: Any) -> None:
     path = write(("    knowledge: old\n", ""))
     assert f"line {_line(path, '  old:')}: " in _told(path)

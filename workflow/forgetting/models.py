@@ -107,3 +107,4 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # peft looks for AdaLoRA's ranks under names of another form, and finds them later.
     warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -12,7 +12,6 @@ are small: there each process holds the whole model, and the gradients of the ad
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -47,6 +48,8 @@ class Team:
 
     rank: int = 0
     size: int = 1
+    notes: Store | None = None
+    """What the processes write for each other, also when they no longer go on together."""
 
     @classmethod
     def join(cls) -> Team:
@@ -54,7 +57,7 @@ class Team:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
-        backend = "cpu:gloo"
+        backend, device = "gloo", None
         if torch.cuda.is_available():
             place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if place >= there:
@@ -62,10 +65,13 @@ class Team:
                     f"methods: processes: {size} processes need a GPU each, and this machine has "
                     f"{there}; ask for fewer, or run the job where there are more"
                 )
-            torch.cuda.set_device(place)
-            backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=PATIENCE)
-        return cls(dist.get_rank(), size)
+            backend, device = "nccl", torch.device("cuda", place)
+            torch.cuda.set_device(device)
+        notes, rank, _ = next(rendezvous("env://"))
+        dist.init_process_group(
+            backend, timeout=PATIENCE, store=notes, rank=rank, world_size=size, device_id=device
+        )
+        return cls(rank, size, notes)
 
     def leave(self) -> None:
         """Part from the others, once all is done."""
@@ -140,15 +146,12 @@ class Team:
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
-        """Let the first process tell a mistake that all of them meet.
-
-        Its end ends the others, which wait a moment for that before they tell it themselves.
-        """
+        """Let a mistake be told by the process that meets it first, and by no other."""
         try:
             yield
         except InputError:
-            if not self.first:
-                time.sleep(3)
+            if self.notes and self.notes.add("mistakes", 1) > 1:
+                raise SystemExit(1) from None
             raise
 
 

@@ -524,7 +524,8 @@ class Method(Strict):
         1,
         description="Processes that train each run together, a GPU each, on one machine. `full` "
         "shards weights, gradients and the optimizer's state over them, adapters only their "
-        "batches; the numbers are the same up to rounding.",
+        "batches; the numbers are the same up to rounding (and the adapters' dropout). Without "
+        "SLURM no more than `--resources gpu=N` allows, by default 1 where there is a GPU.",
     )
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."

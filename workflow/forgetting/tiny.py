@@ -91,15 +91,11 @@ def _short(training: Training) -> Training:
 
 
 def _few_settings(method: Method) -> Method:
-    """At most two learning rates and one weight decay; only the `fixed` setting if there is one.
-
-    In one process, since the machine may have one core or GPU.
-    """
+    """At most two learning rates and one weight decay; only the `fixed` setting if there is one."""
     rates, decays = method.learning_rate[:2], method.weight_decay[:1]
     if method.fixed:
         rates, decays = [method.fixed.learning_rate], [method.fixed.weight_decay]
-    fewer = {"learning_rate": rates, "weight_decay": decays, "processes": 1}
-    return method.model_copy(update=fewer)
+    return method.model_copy(update={"learning_rate": rates, "weight_decay": decays})
 
 
 def _any_model(method: Method) -> Method:

@@ -24,13 +24,13 @@ rule cool_down:
         "../../envs/environment.yaml"
     resources:
         gpu=processes,
-        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        nodes=1,
+        mem_mb=lambda wildcards, attempt: 64000 * attempt * processes(wildcards),
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("cool_down"),
         # What trains is one code for trunks and branches.
         trains=code("finetune"),
-        processes=processes,
         spec=cohort_spec,
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
@@ -40,7 +40,7 @@ rule cool_down:
         r"""
         exec &> >(tee {log:q})
 
-        python -m forgetting.launch {params.processes} "$SCRIPTS"/cool_down.py \
+        python -m forgetting.launch {resources.gpu} "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
             --code {params.trains} \
             --base {input.base:q} \

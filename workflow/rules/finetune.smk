@@ -1,5 +1,7 @@
 """Fine-tuning: one job per method and seed trains and measures all its learning rates and decays.
 
+Where the study gives a method several processes, they train each of its runs together.
+
 Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}. Runs and checkpoints lie in
 results/STUDY/state, which is no output: Snakemake deletes the outputs of a job that it retries, and
 a job that was killed goes on from there.
@@ -23,12 +25,13 @@ rule finetune:
     conda:
         "../../envs/environment.yaml"
     resources:
+        # A process has a GPU of its own, all on one machine.
         gpu=processes,
-        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        nodes=1,
+        mem_mb=lambda wildcards, attempt: 64000 * attempt * processes(wildcards),
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("finetune"),
-        processes=processes,
         spec=cohort_spec,
         targets=target_options,
         data=subpath(input.train, parent=True),
@@ -37,7 +40,7 @@ rule finetune:
         r"""
         exec &> >(tee {log:q})
 
-        python -m forgetting.launch {params.processes} "$SCRIPTS"/finetune.py \
+        python -m forgetting.launch {resources.gpu} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
             --code {params.code} \
             --base {input.base:q} \
