@@ -12,6 +12,7 @@ are small: there each process holds the whole model, and the gradients of the ad
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: longer than one of them takes to tokenize all tables."""
+
+GRACE = 5.0
+"""Seconds in which the launcher has noticed that a process has ended, and ended the others."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +150,29 @@ class Team:
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
-        """Let a mistake be told by the process that meets it first, and by no other."""
+        """Let what goes wrong be told by the process that meets it first, and by no other.
+
+        One that has lost another has nothing of its own to tell: the launcher ends it.
+        """
         try:
             yield
         except InputError:
             if self.notes and self.notes.add("mistakes", 1) > 1:
                 raise SystemExit(1) from None
             raise
+        except RuntimeError as error:
+            if self.size == 1 or not _is_loss(error):
+                raise
+            time.sleep(GRACE)
+            raise InputError(
+                f"process {self.rank} no longer hears from the others ({error}); started again, "
+                "the run goes on from its newest checkpoint"
+            ) from None
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Has a process waited in vain for another? Gloo tells it in a general error."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 ALONE = Team()
