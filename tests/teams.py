@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from forgetting.cohort import CohortSpec, Materials, train_cohort
 from forgetting.models import quieten_libraries
-from forgetting.parallel import Team
+from forgetting.team import Team
 
 PATIENCE = 120.0
 """Seconds after which a team that does not end is ended: it hangs."""

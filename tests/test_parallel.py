@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -20,15 +21,18 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from forgetting import gradients, shards
+from forgetting import gradients, shards, team
 from forgetting.cohort import CohortSpec, Materials, run_key
+from forgetting.drift import base_targets, cut_blocks
 from forgetting.encode import Example
-from forgetting.parallel import ALONE, Team, deal
+from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError, write_json, write_jsonl, write_table
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from forgetting.team import ALONE, Team, deal
 from forgetting.tuned import load_checkpoint
-from teams import together, train, train_together, weights
+from forgetting.variants import Budget
+from teams import FORKS, together, train, train_together, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,13 +107,14 @@ def _agree(found: dict[str, Any], expected: dict[str, Any], rel: float = 2e-5) -
     """Losses, weights and items, but for the order of sums."""
     assert found["losses"] == pytest.approx(expected["losses"], rel=rel)
     assert (found["steps"], found["tokens"]) == (expected["steps"], expected["tokens"])
-    assert len(found["losses"]) == STEPS
-    theirs = weights(expected, STEPS)
-    ours = weights(found, STEPS)
+    last = found["steps"]
+    assert len(found["losses"]) == last
+    theirs = weights(expected, last)
+    ours = weights(found, last)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=10 * rel, atol=10 * rel)
-    for step in (3, 6):
+    for step in (last // 2, last):
         items, others = (
             pd.read_parquet(Path(record["folder"], f"items-{step:07d}.parquet"))
             for record in (found, expected)
@@ -216,6 +221,57 @@ def test_mitigations_are_the_same_in_two_processes(
     spec = specs[kind].model_copy(update={"tuning": tuning})
     one, two = (train(size, spec, materials, tmp_path / str(size)) for size in (1, 2))
     _agree(two, one, rel=1e-4)
+
+
+COMBINED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "adalora": ("lora", {"variant": "adalora", "budget": Budget(), "initial_rank": 6}, {}),
+    "dora": ("lora", {"variant": "dora", "embeddings": "trained"}, {"packing": True}),
+    "pissa": ("lora", {"variant": "pissa", "lora_plus_ratio": 4.0}, {"optimizer": "adafactor"}),
+    "frozen": (
+        "full",
+        {"embeddings": "frozen"},
+        {"packing": True, "schedule": "trapezoid", "activation_checkpointing": True},
+    ),
+    "ratio": ("full", {"embedding_ratio": 0.5}, {"schedule": "cosine", "floor": 0.1}),
+}
+"""By name: the spec, what differs of the method, what differs of the training."""
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_every_method_is_trained_and_goes_on_in_two_processes(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path, name: str
+) -> None:
+    """Stopped after its checkpoint and started again, as in one process and never stopped."""
+    kind, method, training = COMBINED[name]
+    if training.get("packing"):
+        training = training | {"batch_size": 1, "max_length": 60}
+    spec = _training(specs[kind], **training)
+    spec = spec.model_copy(update={"tuning": spec.tuning.model_copy(update=method)})
+    one = train(1, spec, materials, tmp_path / "one")
+    middle = one["steps"] // 2
+    assert train(2, spec, materials, tmp_path / "two", stop_at=middle + 1) is None
+    two = train(2, spec, materials, tmp_path / "two")
+    _agree(two, one, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_general_text_is_measured_in_two_processes(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    rows: Rows,
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Every process reads it with the model that all of them hold; the run is the same run."""
+    blocks = cut_blocks(materials.tokenizer, [row["answer"] for row in rows] * 4, 16)
+    base = load_base(materials.base, torch.device("cpu"))
+    told = replace(materials, targets=base_targets(base, blocks, 3))
+    one, two = (train(size, specs[kind], told, tmp_path / str(size)) for size in (1, 2))
+    _agree(two, one)
+    assert two["losses"] == reference(kind, 2)["losses"]
+    items = pd.read_parquet(Path(two["folder"]) / "items-0000006.parquet")
+    assert items["forgetting_kl"].max() > 1e-4
 
 
 def test_lion_is_sharded_as_adam_is(
@@ -409,12 +465,34 @@ def test_killing_one_process_ends_all_and_the_next_start_goes_on(
     assert done.stdout.count("step 6/6") == 1
 
 
+def _leave_a_child(pipe: Any) -> None:
+    """As a launcher and a process of a team, which ends only with it."""
+    if os.fork() == 0:
+        parent = os.getppid()
+        pipe.send("started")
+        team._end_with(parent)
+    time.sleep(60)
+
+
+def test_no_process_outlives_its_launcher() -> None:
+    """kill -9 of the launcher, which then ends nobody: the pipe is closed when all have ended."""
+    ours, theirs = FORKS.Pipe(duplex=False)
+    launcher = FORKS.Process(target=_leave_a_child, args=(theirs,))
+    launcher.start()
+    theirs.close()
+    assert ours.recv() == "started"
+    launcher.kill()
+    assert ours.poll(20)
+    with pytest.raises(EOFError):
+        ours.recv()
+
+
 def _mistaken(ranks: list[int]) -> str | None:
     """How a program ends that is mistaken in these processes: with a message, or without."""
-    team = Team.join()
+    joined = Team.join()
     try:
-        with team.one_voice():
-            if team.rank in ranks:
+        with joined.one_voice():
+            if joined.rank in ranks:
                 raise InputError("training.max_length: 8 tokens leave nothing")
     except InputError as error:
         return str(error)

@@ -299,7 +299,7 @@ def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> No
     """Adapters are whole in every process, so that there it may stay."""
     adafactor = ("train: facts/new", "training: {optimizer: adafactor}\ntrain: facts/new")
     message = _told(write(adafactor, ("  - method: full", "  - method: full\n    processes: 2")))
-    assert "methods.1: adafactor needs whole matrices" in message
+    assert "methods.1.processes: adafactor needs whole matrices" in message
     path = write(adafactor, ("    rank: [2, 8]", "    rank: [2, 8]\n    processes: 2"))
     _, study = load_study({"study": str(path)}, path.parent)
     assert [tuning.processes for tuning in tunings(study)] == [2, 2, 1]

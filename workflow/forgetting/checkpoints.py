@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from forgetting.adalora import restore_training, training_state
 from forgetting.models import Model
-from forgetting.parallel import ALONE, Team, is_sharded
+from forgetting.parallel import is_sharded
 from forgetting.records import read_json, replacing_folder, write_json
 from forgetting.select import recorded_points, steps_to_keep
 from forgetting.shards import (
@@ -23,6 +23,7 @@ from forgetting.shards import (
     restore_optimizer,
     save_shards,
 )
+from forgetting.team import ALONE, Team
 from forgetting.tuned import restore_checkpoint, save_checkpoint, save_tensors
 
 OPTIMIZER = "optimizer.safetensors"

@@ -31,7 +31,7 @@ from forgetting.memory import peak_memory_gib
 from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import Model, autocast, load_base, recompute_activations
 from forgetting.optimize import Schedule
-from forgetting.parallel import ALONE, Team, gathered, is_sharded, measure_together, shard
+from forgetting.parallel import gathered, is_sharded, measure_together, shard
 from forgetting.parts import Means, train_parts
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
@@ -40,6 +40,7 @@ from forgetting.records import content_key, read_json, write_json
 from forgetting.scores import metric_value
 from forgetting.store import Stored
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
+from forgetting.team import ALONE, Team
 from forgetting.train import train
 
 

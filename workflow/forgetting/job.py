@@ -15,9 +15,9 @@ from forgetting.data import general_rows, prepared_lines
 from forgetting.drift import load_targets
 from forgetting.models import load_tokenizer, pick_device, pick_precision
 from forgetting.optimize import Schedule
-from forgetting.parallel import Team
 from forgetting.records import read_json, read_jsonl, sha256
 from forgetting.scores import metric_value
+from forgetting.team import Team
 
 
 @dataclass(frozen=True)

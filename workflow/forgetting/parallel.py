@@ -1,8 +1,4 @@
-"""Several processes that train one run together: who does what, and how they agree.
-
-A step's examples are dealt out over the processes; each computes the share of the loss, and of its
-gradients, that is its own, divided by the target tokens of all. The sums over the processes are
-then the loss and the gradients of the whole step, whatever the number of processes.
+"""Models that several processes train together: shards of full ones, copies of adapted ones.
 
 Full fine-tuning shards the model: each process holds its part of every weight, gradient and moment,
 and the weights of a block are gathered while it computes (FSDP2, torch.distributed.fsdp). Adapters
@@ -11,13 +7,8 @@ are small: there each process holds the whole model, and the gradients of the ad
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -25,174 +16,17 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forgetting.data import Row
-from forgetting.encode import Example
-from forgetting.forward import micro_batches
 from forgetting.models import Model
-from forgetting.records import InputError
-
-T = TypeVar("T")
-
-PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others: longer than one of them takes to tokenize all tables."""
-
-GRACE = 5.0
-"""Seconds in which the launcher has noticed that a process has ended, and ended the others."""
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that train one run; one alone agrees with itself, and waits for nobody."""
-
-    rank: int = 0
-    size: int = 1
-    notes: Store | None = None
-    """What the processes write for each other, also when they no longer go on together."""
-
-    @classmethod
-    def join(cls) -> Team:
-        """Meet the processes that torchrun started beside this one; without it, be alone."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return cls()
-        backend, device = "gloo", None
-        if torch.cuda.is_available():
-            place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if place >= there:
-                raise InputError(
-                    f"methods: processes: {size} processes need a GPU each, and this machine has "
-                    f"{there}; ask for fewer, or run the job where there are more"
-                )
-            backend, device = "nccl", torch.device("cuda", place)
-            torch.cuda.set_device(device)
-        notes, rank, _ = next(rendezvous("env://"))
-        dist.init_process_group(
-            backend, timeout=PATIENCE, store=notes, rank=rank, world_size=size, device_id=device
-        )
-        return cls(rank, size, notes)
-
-    def leave(self) -> None:
-        """Part from the others, once all is done."""
-        if self.size > 1:
-            dist.destroy_process_group()
-
-    @property
-    def first(self) -> bool:
-        """Is this the process that writes and tells?"""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Go on when all have come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def agree(self, value: T) -> T:
-        """The first process's value, on all."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order, on all."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def total(self, amount: Tensor) -> Tensor:
-        """The sum over the processes."""
-        if self.size > 1:
-            dist.all_reduce(amount)
-        return amount
-
-    def own_seed(self, seed: int) -> int:
-        """A seed for this process, so that its dropout is not that of another's examples."""
-        return seed + self.rank * 2**40
-
-    def passes(self, rows: Sequence[Example], most: int, overhead: int) -> list[list[Example]]:
-        """The examples of each of this process's forward passes.
-
-        All processes make as many: gathering a block's weights takes all of them. One that has
-        nothing left passes an example without targets, whose loss and gradients are 0.
-
-        Args:
-            rows: the examples of all processes.
-            most: rows of the largest pass.
-            overhead: what a pass costs beside its tokens, in tokens.
-        """
-        lengths = [len(example.ids) for example in rows]
-        plans = [
-            [
-                [share[index] for index in part]
-                for part in micro_batches([lengths[index] for index in share], most, overhead)
-            ]
-            for share in deal(lengths, self.size)
-        ]
-        own = [[rows[index] for index in part] for part in plans[self.rank]]
-        idle = max(map(len, plans)) - len(own)
-        return own + [[Example(ids=rows[0].ids[:1], prompt=1)] for _ in range(idle)]
-
-    @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """Let the first process go through, then the others, which find what it has written."""
-        if not self.first:
-            self.wait()
-        yield
-        if self.first:
-            self.wait()
-
-    @contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """Let what goes wrong be told by the process that meets it first, and by no other.
-
-        One that has lost another has nothing of its own to tell: the launcher ends it.
-        """
-        try:
-            yield
-        except InputError:
-            if self.notes and self.notes.add("mistakes", 1) > 1:
-                raise SystemExit(1) from None
-            raise
-        except RuntimeError as error:
-            if self.size == 1 or not _is_loss(error):
-                raise
-            time.sleep(GRACE)
-            raise InputError(
-                f"process {self.rank} no longer hears from the others ({error}); started again, "
-                "the run goes on from its newest checkpoint"
-            ) from None
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    """Has a process waited in vain for another? Gloo tells it in a general error."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-ALONE = Team()
-
-
-def deal(lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Indices of the examples of each share, of about as many tokens: the longest first, each to
-    the share that has the fewest tokens so far. Every share is in rising order.
-    """
-    dealt: list[list[int]] = [[] for _ in range(shares)]
-    tokens = [0] * shares
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        share = tokens.index(min(tokens))
-        dealt[share].append(index)
-        tokens[share] += lengths[index]
-    return [sorted(share) for share in dealt]
+from forgetting.team import Team
 
 
 def shard(model: Model, team: Team, precision: torch.dtype) -> Model:
-    """Divide the weights of a model over the processes, block by block; not of an adapted model.
+    """Divide the weights of a model over the processes, block by block; adapters stay whole.
 
     Each process keeps its rows of every weight in float32, and so its part of the gradients and of
     the optimizer's state. For bfloat16 the matrices of a block are rounded before they are
@@ -200,7 +34,13 @@ def shard(model: Model, team: Team, precision: torch.dtype) -> Model:
     under which a forward pass runs as in one process, so that its numbers are the same: norms,
     embeddings and the sums between blocks are float32 there and here.
     """
-    if team.size == 1 or isinstance(model, PeftModel):
+    if team.size == 1:
+        return model
+    if isinstance(model, PeftModel):
+        # Drawn alike, but PiSSA's are computed, and may differ by rounding.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                same_on_all(parameter.data)
         return model
     mesh = init_device_mesh(model.device.type, (team.size,))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -17,8 +17,8 @@ from forgetting.encode import Example
 from forgetting.examples import shuffled
 from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.optimize import Schedule
-from forgetting.parallel import ALONE, Team
 from forgetting.study import Setting, Training
+from forgetting.team import ALONE, Team
 
 
 @dataclass(frozen=True)

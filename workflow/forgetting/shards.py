@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from forgetting.models import Model
-from forgetting.parallel import Team
 from forgetting.records import InputError, write_json
+from forgetting.team import Team
 from forgetting.tuned import WEIGHTS, save_tensors
 
 SHARDS = "shards"

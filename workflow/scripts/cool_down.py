@@ -14,8 +14,8 @@ from forgetting.branches import train_branches
 from forgetting.cohort import cohort_items
 from forgetting.job import Teller, add_options, read_job
 from forgetting.models import quieten_libraries
-from forgetting.parallel import Team
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
+from forgetting.team import Team
 
 
 @tells_input_errors

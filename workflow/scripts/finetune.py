@@ -13,8 +13,8 @@ from forgetting.branches import train_trunks
 from forgetting.cohort import cohort_items, train_cohort
 from forgetting.job import Teller, add_options, read_job
 from forgetting.models import quieten_libraries
-from forgetting.parallel import Team
 from forgetting.records import tells_input_errors, write_json, write_table
+from forgetting.team import Team
 
 
 @tells_input_errors
