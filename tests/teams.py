@@ -21,7 +21,7 @@ from forgetting.cohort import CohortSpec, Materials, train_cohort
 from forgetting.models import quieten_libraries
 from forgetting.team import Team
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 """Seconds after which a team that does not end is ended: it hangs."""
 
 # One process imports the library; the others are copies of it.

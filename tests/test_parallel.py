@@ -419,7 +419,9 @@ def launched(
     items = [{"probe": "new", "rougeL_recall": 0.1}]
     write_table(tmp_path / "base.parquet", pd.DataFrame(items))
 
-    def start(moment: str, spec: CohortSpec) -> subprocess.CompletedProcess[str]:
+    def start(
+        moment: str, spec: CohortSpec, nodes: str = "1", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         options = {
             "spec": spec.model_dump_json(),
             "code": "c",
@@ -434,8 +436,10 @@ def launched(
         program = [str(tmp_path / "deadly.py"), moment, *arguments]
         paths = [str(ROOT / "workflow"), str(ROOT / "workflow" / "scripts")]
         return subprocess.run(
-            [sys.executable, "-m", "forgetting.launch", "2", *program],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "forgetting.launch", "2", nodes, *program],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+            | environment,
             capture_output=True,
             text=True,
             timeout=300,
@@ -465,6 +469,39 @@ def test_killing_one_process_ends_all_and_the_next_start_goes_on(
     assert done.stdout.count("step 6/6") == 1
 
 
+SRUN = """#!/bin/sh
+# Starts a program on two nodes, as srun does, which are this machine.
+while [ "${1#--}" != "$1" ]; do shift; done
+SLURM_NODEID=1 "$@" & other=$!
+SLURM_NODEID=0 "$@" && wait $other
+"""
+
+
+def test_two_nodes_train_like_two_processes_of_one(
+    launched: Callable[..., subprocess.CompletedProcess[str]],
+    specs: dict[str, CohortSpec],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    """The launchers meet at the first node; every bit is the same."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    done = launched(
+        "never",
+        specs["full"],
+        "2",
+        PATH=os.pathsep.join([str(srun.parent), os.environ["PATH"]]),
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_ID="7",
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((tmp_path / "runs.json").read_text())
+    _same(record, reference("full", 2))
+    assert record["processes"] == 2
+
+
 def _leave_a_child(pipe: Any) -> None:
     """As a launcher and a process of a team, which ends only with it."""
     if os.fork() == 0:
@@ -489,16 +526,17 @@ def test_no_process_outlives_its_launcher() -> None:
 
 def _mistaken(ranks: list[int]) -> str | None:
     """How a program ends that is mistaken in these processes: with a message, or without."""
-    joined = Team.join()
+    joined, told = Team.join(), None
     try:
         with joined.one_voice():
             if joined.rank in ranks:
                 raise InputError("training.max_length: 8 tokens leave nothing")
     except InputError as error:
-        return str(error)
+        told = str(error)
     except SystemExit as end:
-        return f"status {end.code}"
-    return None
+        told = f"status {end.code}"
+    joined.wait()  # the first process, here, holds what they write for each other
+    return told
 
 
 def test_a_mistake_is_told_once() -> None:

@@ -305,6 +305,23 @@ def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> No
     assert [tuning.processes for tuning in tunings(study)] == [2, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "full\n    processes: 3\n    nodes: 2",
+            "methods.1.nodes: 3 processes cannot be spread evenly over 2 nodes",
+        ),
+        (
+            "hybrid\n    rank: 2\n    then: {layers: all, learning_rate: 1e-3}\n    processes: 2",
+            "methods.1.processes: the two parts of method hybrid are trained in one process",
+        ),
+    ],
+)
+def test_processes_that_cannot_share_a_run_are_told(write: Any, method: str, message: str) -> None:
+    assert message in _told(write(("  - method: full", f"  - method: {method}")))
+
+
 def test_a_missing_key_is_told_with_the_line_of_its_section(write: Any) -> None:
     path = write(("    knowledge: old\n", ""))
     assert f"line {_line(path, '  old:')}: " in _told(path)

@@ -441,6 +441,21 @@ def test_a_method_has_as_many_gpus_as_processes(plan: Plan) -> None:
     assert set(lines.values()) == {SBATCH["finetune"]}
 
 
+def test_processes_may_be_spread_over_nodes(plan: Plan, tmp_path: Path) -> None:
+    """All GPUs of two machines; the job itself starts what runs on both, with no srun before it."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["methods"][-1] |= {"processes": 16, "nodes": 2}
+    wide = tmp_path / "wide.yaml"
+    wide.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    jobs = [job for job in plan(wide, "slurm") if job.rule.name == "finetune"]
+    lines = {job.wildcards["method"]: _sbatch(job) for job in jobs}
+    assert lines.pop("full") == "-p gpu -t 720 --mem 512000 --nodes=2 --cpus-per-task=8 --gpus=16"
+    assert set(lines.values()) == {SBATCH["finetune"]}
+    assert all(job.resources["mpi"] is False for job in jobs)
+    assert not any("mpi" in job.resources for job in plan("mini", "slurm"))
+
+
 def test_more_processes_train_nothing_again(plan: Plan, tmp_path: Path) -> None:
     """They change no number, so no job is told of them in what decides whether it is run again."""
     path = ROOT / "config" / "studies" / "mini.yaml"

@@ -34,7 +34,8 @@ class Tuning(Strict):
     fixed: Setting | None = None
     mitigation: Mitigation | None = None
     processes: int = Field(1, exclude=True)
-    """Not among what a job is told, since it changes no number: how the job is started."""
+    nodes: int = Field(1, exclude=True)
+    """Neither is among what a job is told, since it changes no number: how the job is started."""
 
     @property
     def largest_rank(self) -> int | None:
@@ -102,6 +103,7 @@ def _expand(method: Method) -> list[Tuning]:
         ],
         "fixed": method.fixed,
         "processes": method.processes,
+        "nodes": method.nodes,
     }
     more = _differences(method)
     if method.method == "full":

@@ -522,10 +522,15 @@ class Method(Strict):
     ] = Field([0.0], min_length=1, description="Decoupled weight decays of AdamW.")
     processes: Count = Field(
         1,
-        description="Processes that train each run together, a GPU each, on one machine. `full` "
+        description="Processes that train each run together, a GPU each. `full` "
         "shards weights, gradients and the optimizer's state over them, adapters only their "
         "batches; the numbers are the same up to rounding (and the adapters' dropout). Without "
         "SLURM no more than `--resources gpu=N` allows, by default 1 where there is a GPU.",
+    )
+    nodes: Count = Field(
+        1,
+        description="Machines of a SLURM cluster over which the processes are spread, with a file "
+        "system in common. Without SLURM there is one.",
     )
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."
@@ -753,6 +758,12 @@ class Study(Strict):
     def _processes_can_share_a_run(self) -> Study:
         for number, method in enumerate(self.methods):
             keys = ("methods", number, "processes")
+            if method.processes % method.nodes:
+                raise AtKey(
+                    ("methods", number, "nodes"),
+                    f"{method.processes} processes cannot be spread evenly over {method.nodes} "
+                    "nodes; take `processes` a multiple of `nodes`",
+                )
             if method.processes == 1:
                 continue
             if method.method == "hybrid":

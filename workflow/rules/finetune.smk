@@ -25,10 +25,11 @@ rule finetune:
     conda:
         "../../envs/environment.yaml"
     resources:
-        # A process has a GPU of its own, all on one machine.
+        **SEVERAL_NODES,
+        # A process has a GPU of its own.
         gpu=processes,
-        nodes=1,
-        mem_mb=lambda wildcards, attempt: 64000 * attempt * processes(wildcards),
+        nodes=nodes,
+        mem_mb=memory_of_processes,
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("finetune"),
@@ -40,7 +41,7 @@ rule finetune:
         r"""
         exec &> >(tee {log:q})
 
-        python -m forgetting.launch {resources.gpu} "$SCRIPTS"/finetune.py \
+        python -m forgetting.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
             --code {params.code} \
             --base {input.base:q} \
