@@ -295,6 +295,33 @@ def test_a_mistake_between_sections_is_told_with_the_line_of_one(
     assert _told(path).startswith(f"{path}, line {number}: ")
 
 
+def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> None:
+    """Adapters are whole in every process, so that there it may stay."""
+    adafactor = ("train: facts/new", "training: {optimizer: adafactor}\ntrain: facts/new")
+    message = _told(write(adafactor, ("  - method: full", "  - method: full\n    processes: 2")))
+    assert "methods.1.processes: adafactor needs whole matrices" in message
+    path = write(adafactor, ("    rank: [2, 8]", "    rank: [2, 8]\n    processes: 2"))
+    _, study = load_study({"study": str(path)}, path.parent)
+    assert [tuning.processes for tuning in tunings(study)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "full\n    processes: 3\n    nodes: 2",
+            "methods.1.nodes: 3 processes cannot be spread evenly over 2 nodes",
+        ),
+        (
+            "hybrid\n    rank: 2\n    then: {layers: all, learning_rate: 1e-3}\n    processes: 2",
+            "methods.1.processes: the two parts of method hybrid are trained in one process",
+        ),
+    ],
+)
+def test_processes_that_cannot_share_a_run_are_told(write: Any, method: str, message: str) -> None:
+    assert message in _told(write(("  - method: full", f"  - method: {method}")))
+
+
 def test_a_missing_key_is_told_with_the_line_of_its_section(write: Any) -> None:
     path = write(("    knowledge: old\n", ""))
     assert f"line {_line(path, '  old:')}: " in _told(path)

@@ -308,7 +308,7 @@ def test_every_budget_is_a_job_of_its_own_after_the_trunk(
         assert [path for path in job.input if "/cohorts/" in str(path)] == [job.input.trunks]
         assert str(job.input.trunks).endswith(cohort)
     lines = {_sbatch(job) for job in branches}
-    assert lines == {"-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1"}
+    assert lines == {SBATCH["cool_down"]}
     for job in jobs:
         if job.rule.name == "select_checkpoint":
             assert len(job.input.runs) == 3
@@ -420,8 +420,8 @@ def test_no_key_is_in_both_profiles() -> None:
 SBATCH = {
     "pretrain_base": "-p gpu -t 120 --mem 16000 --cpus-per-task=8 --gpus=1",
     "score_base": "-p gpu -t 60 --mem 64000 --cpus-per-task=8 --gpus=1",
-    "finetune": "-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1",
-    "cool_down": "-p gpu -t 720 --mem 64000 --cpus-per-task=8 --gpus=1",
+    "finetune": "-p gpu -t 720 --mem 64000 --nodes=1 --cpus-per-task=8 --gpus=1",
+    "cool_down": "-p gpu -t 720 --mem 64000 --nodes=1 --cpus-per-task=8 --gpus=1",
     "benchmark": "-p gpu -t 240 --mem 64000 --cpus-per-task=8 --gpus=1",
     "execute_programs": "-p gpu -t 60 --mem 4000 --ntasks=1 --cpus-per-task=1",
 }
@@ -457,6 +457,50 @@ def test_what_is_submitted_to_slurm(plan: Plan, study: str) -> None:
     jobs = [job for job in plan(study, "slurm") if job.rule.name not in local]
     lines = {job.rule.name: _sbatch(job) for job in jobs}
     assert lines == {rule: line for rule, line in SBATCH.items() if rule in JOBS[study]}
+
+
+def test_a_method_has_as_many_gpus_as_processes(plan: Plan) -> None:
+    """Full fine-tuning of 7 billion parameters fits none of 80 GB; its adapters do."""
+    jobs = [job for job in plan("tofu-llama-2-7b", "slurm") if job.rule.name == "finetune"]
+    lines = {job.wildcards["method"]: _sbatch(job) for job in jobs}
+    assert lines.pop("full") == ("-p gpu -t 720 --mem 256000 --nodes=1 --cpus-per-task=8 --gpus=4")
+    assert set(lines.values()) == {SBATCH["finetune"]}
+
+
+def test_processes_may_be_spread_over_nodes(plan: Plan, tmp_path: Path) -> None:
+    """All GPUs of two machines; the job itself starts what runs on both, with no srun before it."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["methods"][-1] |= {"processes": 16, "nodes": 2}
+    wide = tmp_path / "wide.yaml"
+    wide.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    jobs = [job for job in plan(wide, "slurm") if job.rule.name == "finetune"]
+    lines = {job.wildcards["method"]: _sbatch(job) for job in jobs}
+    assert lines.pop("full") == "-p gpu -t 720 --mem 512000 --nodes=2 --cpus-per-task=8 --gpus=16"
+    assert set(lines.values()) == {SBATCH["finetune"]}
+    assert all(job.resources["mpi"] is False for job in jobs)
+    assert not any("mpi" in job.resources for job in plan("mini", "slurm"))
+
+
+def test_more_processes_train_nothing_again(plan: Plan, tmp_path: Path) -> None:
+    """They change no number, so no job is told of them in what decides whether it is run again."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["methods"][-1]["processes"] = 2
+    wider = tmp_path / "wider.yaml"
+    wider.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    before, after = (
+        {(job.rule.name, *job.wildcards): job for job in plan(study, "slurm")}
+        for study in ("mini", wider)
+    )
+    assert [after["finetune", "full", "0"].resources[name] for name in ("gpu", "mem_mb")] == [
+        2,
+        2 * before["finetune", "full", "0"].resources["mem_mb"],
+    ]
+    for key, job in after.items():
+        if key[0] not in ("collect", "report", "all"):
+            told = str(dict(job.params.items())).replace("/wider", "/mini")
+            assert told == str(dict(before[key].params.items())), key
 
 
 def _snakemake(*options: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -40,10 +40,11 @@ def train_trunks(
     spec: CohortSpec, materials: Materials, inputs: Mapping[str, str], state: Path, tell: Tell
 ) -> list[dict[str, Any]]:
     """Train the trunk of every setting that is not finished yet; return the records of all."""
-    for setting in spec.tuning.settings:
+    for setting in spec.tuning.settings if materials.team.first else ():
         folder = _folder(spec, setting, inputs, state)
         if not (folder / "run.json").exists():
             _go_on_from(folder, folder, math.inf)
+    # Where train_cohort begins, the others wait for what the first process did here.
     return train_cohort(spec, materials, inputs, state, tell)
 
 
@@ -64,7 +65,9 @@ def train_branches(
     by_run = {trunk["run"]: trunk for trunk in trunks}
     names = {run_name(spec.tuning.name, spec.seed, s): s for s in spec.tuning.settings}
     branches = _branches(spec, budget)
-    for name, setting in names.items():
+    # The first process writes, and the others wait for it where train_cohort begins and ends.
+    own = names.items() if materials.team.first else ()
+    for name, setting in own:
         folder = _folder(branches, setting, inputs, state)
         if not (folder / "run.json").exists():
             start = branch_start(spec.training, budget, by_run[name]["steps_per_epoch"])
@@ -74,7 +77,7 @@ def train_branches(
     records = train_cohort(
         branches, materials, inputs, state, lambda run, *progress: tell(known[run], *progress)
     )
-    for name, setting in names.items():
+    for name, setting in own:
         _forget_trunk(by_run[name], spec, setting, inputs, state)
     return [
         _as_branch(record, budget, spec.training) | {"run": known[record["run"]]}

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from forgetting.adalora import restore_training, training_state
 from forgetting.models import Model
+from forgetting.parallel import is_sharded
 from forgetting.records import read_json, replacing_folder, write_json
 from forgetting.select import recorded_points, steps_to_keep
+from forgetting.shards import (
+    SHARDS,
+    join_shards,
+    load_shards,
+    optimizer_tensors,
+    restore_optimizer,
+    save_shards,
+)
+from forgetting.team import ALONE, Team
 from forgetting.tuned import restore_checkpoint, save_checkpoint, save_tensors
 
 OPTIMIZER = "optimizer.safetensors"
@@ -43,43 +53,54 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     folder: Path,
+    team: Team = ALONE,
 ) -> None:
-    """Write a complete checkpoint beside, then give it its name."""
-    with replacing_folder(folder / f"step-{progress.step:07d}") as partial:
-        save_checkpoint(model, partial)
-        tensors = {
-            f"{index}.{name}": tensor.detach().cpu().contiguous()
-            for index, state in optimizer.state_dict()["state"].items()
-            for name, tensor in state.items()
-        }
-        save_tensors(tensors, partial / OPTIMIZER)
-        if state_of_method := training_state(model):
-            save_tensors(state_of_method, partial / METHOD)
-        write_json(partial / "progress.json", vars(progress))
+    """Write a complete checkpoint beside, then give it its name.
+
+    The first process writes it; of a sharded model, every process its part.
+    """
+    final = folder / f"step-{progress.step:07d}"
+    with replacing_folder(final) if team.first else nullcontext(final) as place:
+        partial = team.agree(place)
+        if is_sharded(model):
+            save_shards(model, optimizer, partial, team)
+        elif team.first:
+            _write_whole(model, optimizer, partial)
+        if team.first:
+            write_json(partial / "progress.json", vars(progress))
+    team.wait()
 
 
-def resume(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> Progress:
+def _write_whole(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    save_checkpoint(model, folder)
+    state = optimizer_tensors(optimizer)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    save_tensors(tensors, folder / OPTIMIZER)
+    if state_of_method := training_state(model):
+        save_tensors(state_of_method, folder / METHOD)
+
+
+def resume(
+    model: Model, optimizer: torch.optim.Optimizer, folder: Path, team: Team = ALONE
+) -> Progress:
     """Restore the newest complete checkpoint, or start afresh.
 
     What a killed process left half written is removed.
     """
-    for leftover in folder.glob(".*"):
+    for leftover in folder.glob(".*") if team.first else ():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    newest = max(folder.glob("step-*/progress.json"), default=None)
+    newest = team.agree(max(folder.glob("step-*/progress.json"), default=None))
     if newest is None:
         return Progress()
     checkpoint = newest.parent
+    if is_sharded(model) or (checkpoint / SHARDS).exists():
+        load_shards(model, optimizer, checkpoint)
+        return Progress(**read_json(newest))
     if (checkpoint / METHOD).exists():
         restore_training(model, load_file(checkpoint / METHOD))
     else:
         restore_checkpoint(model, checkpoint)
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in load_file(checkpoint / OPTIMIZER).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER))
     return Progress(**read_json(newest))
 
 
@@ -90,16 +111,20 @@ def newest_step(folder: Path) -> int:
 
 
 def forget_training(folder: Path) -> None:
-    """Of a finished run, remove what it would go on from; the weights stay."""
+    """Of a finished run, remove what it would go on from; the weights stay, in one piece."""
     for name in (OPTIMIZER, METHOD):
         for path in folder.glob(f"step-*/{name}"):
             path.unlink()
+    for shards in folder.glob(f"step-*/{SHARDS}"):
+        join_shards(shards.parent)
 
 
-def prune(folder: Path, progress: Progress, base_value: float, threshold: float) -> None:
+def prune(
+    folder: Path, progress: Progress, base_value: float, threshold: float, team: Team = ALONE
+) -> None:
     """Remove the checkpoints that the selection rule can no longer pick."""
     points = recorded_points(progress.points, base_value)
     kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
-    for checkpoint in folder.glob("step-*"):
+    for checkpoint in folder.glob("step-*") if team.first else ():
         if checkpoint.name not in kept:
             shutil.rmtree(checkpoint)

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.merged import merged
 from forgetting.mitigate import Safeguards, build_safeguards
-from forgetting.models import Model, autocast, load_base
+from forgetting.models import Model, autocast, load_base, recompute_activations
 from forgetting.optimize import Schedule
+from forgetting.parallel import gathered, is_sharded, measure_together, shard
 from forgetting.parts import Means, train_parts
 from forgetting.plan import Tuning, run_name
 from forgetting.probes import measure
@@ -39,6 +41,7 @@ from forgetting.records import content_key, read_json, write_json
 from forgetting.scores import metric_value
 from forgetting.store import Stored
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
+from forgetting.team import ALONE, Team
 from forgetting.train import train
 
 
@@ -71,6 +74,7 @@ class Materials:
     """Tables of general text that the method's mitigation reads."""
     targets: BaseTargets | None = None
     """What the base predicts on the study's general text."""
+    team: Team = ALONE
 
 
 Tell = Callable[[str, Progress, Schedule], None]
@@ -79,6 +83,8 @@ Tell = Callable[[str, Progress, Schedule], None]
 def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
     """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
     described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
+    # How much memory a pass takes changes no number.
+    del described["training"]["activation_checkpointing"]
     # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
     described["selection"] = {
         key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
@@ -96,18 +102,23 @@ def train_cohort(
     tell: Tell,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; return the records of all, in the sweep's order."""
-    records = []
+    team, records = materials.team, []
     for setting in spec.tuning.settings:
         name = run_name(spec.tuning.name, spec.seed, setting)
         key = run_key(spec, setting, inputs)
         folder = state / name / key
-        if not (folder / "run.json").exists():
-            _forget_unfinished(folder)
-            data = _tokenized(spec, materials, inputs, state / "tokens")
+        if not team.agree((folder / "run.json").exists()):
+            if team.first:
+                _forget_unfinished(folder)
+            with team.first_alone():
+                data = _tokenized(spec, materials, inputs, state / "tokens")
             record = _train_run(spec, setting, name, materials, data, folder, tell)
-            write_json(folder / "run.json", record | {"key": key})
+            if team.first:
+                write_json(folder / "run.json", record | {"key": key})
         # Only now: without it, a run that was killed before its record was written cannot go on.
-        forget_training(folder)
+        if team.first:
+            forget_training(folder)
+        team.wait()
         records.append(read_json(folder / "run.json") | {"folder": str(folder)})
     return records
 
@@ -176,26 +187,8 @@ def _train_run(
         precision=materials.precision,
         pad=materials.tokenizer.pad_token_id,
         lora_plus_ratio=spec.tuning.lora_plus_ratio,
+        team=materials.team,
     )
-
-    def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
-        precision = materials.precision
-        with autocast(materials.device, precision), merged(model, precision):
-            items = measure(
-                model, materials.tokenizer, materials.probes, spec.prompt, spec.measurement
-            )
-            items = with_text(items, model, materials.targets)
-        return items, metric_value(items, spec.selection.probe, spec.selection.metric)
-
-    def load() -> PreTrainedModel:
-        # From disk for every run: training and rounding change the weights that were loaded.
-        model = load_base(materials.base, materials.device)
-        check_model(model, data.train, spec.training)
-        return model
-
-    def guard(model: Model) -> Safeguards:
-        safeguards = build_safeguards(model, spec.tuning.mitigation, data.general, spec.seed)
-        return replace(safeguards, replay=arrange(safeguards.replay, spec.training))
 
     def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
         return train(
@@ -203,12 +196,13 @@ def _train_run(
             examples,
             recipe,
             materials.base_value,
-            evaluate,
+            lambda model: _evaluate(model, spec, materials),
             folder,
             lambda progress, plan: tell(name, progress, plan),
             begun,
         )
 
+    load, guard = _base_and_guard(spec, materials, data)
     means = Means(load=load, guard=guard, fit=fit)
     progress, model = train_parts(spec.tuning, recipe, means, folder)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -228,9 +222,49 @@ def _train_run(
         "peak_memory_gib": peak_memory_gib(materials.device),
         "precision": str(materials.precision).removeprefix("torch."),
         "device": device_name(materials.device),
+        "processes": materials.team.size,
         "machine": describe_machine(),
         "cut_rows": data.train.cut,
     }
+
+
+def _base_and_guard(
+    spec: CohortSpec, materials: Materials, data: Data
+) -> tuple[Callable[[], PreTrainedModel], Callable[[Model], Safeguards]]:
+    """What loads the base, and what holds a model near it."""
+    team, precision = materials.team, materials.precision
+
+    def load() -> PreTrainedModel:
+        # From disk for every run: training and rounding change the weights that were loaded.
+        model = load_base(materials.base, materials.device)
+        check_model(model, data.train, spec.training)
+        if spec.training.activation_checkpointing:
+            recompute_activations(model)
+        return model
+
+    def load_frozen() -> Model:
+        return shard(load().requires_grad_(False), team, precision)
+
+    def guard(model: Model) -> Safeguards:
+        mitigation = spec.tuning.mitigation
+        # A sharded model may have rounded matrices, which compute under autocast alone.
+        with autocast(materials.device, precision) if is_sharded(model) else nullcontext():
+            safeguards = build_safeguards(model, mitigation, data.general, spec.seed, load_frozen)
+        return replace(safeguards, replay=arrange(safeguards.replay, spec.training))
+
+    return load, guard
+
+
+def _evaluate(model: Model, spec: CohortSpec, materials: Materials) -> tuple[pd.DataFrame, float]:
+    def measured(probes: Mapping[str, list[Row]]) -> pd.DataFrame:
+        return measure(model, materials.tokenizer, probes, spec.prompt, spec.measurement)
+
+    precision = materials.precision
+    with autocast(materials.device, precision), gathered(model), merged(model, precision):
+        items = measure_together(measured, materials.probes, materials.team)
+        # Every process reads all of the text.
+        items = with_text(items, model, materials.targets)
+    return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
 
 def cohort_items(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

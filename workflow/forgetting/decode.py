@@ -87,7 +87,13 @@ def _generate(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> l
         do_sample=False, max_new_tokens=most, eos_token_id=end, pad_token_id=end
     )
     with _only(_inner(model), config):
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            # Processes that train together generate each at its own pace.
+            synced_gpus=False,
+        )
     found = output[:, ids.shape[1] :].tolist()
     return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in found]
 

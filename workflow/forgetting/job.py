@@ -17,6 +17,7 @@ from forgetting.models import load_tokenizer, pick_device, pick_precision
 from forgetting.optimize import Schedule
 from forgetting.records import read_json, read_jsonl, sha256
 from forgetting.scores import metric_value
+from forgetting.team import Team
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
 
 
-def read_job(options: argparse.Namespace) -> Job:
+def read_job(options: argparse.Namespace, team: Team) -> Job:
     """Read all files that the options name."""
     spec = CohortSpec.model_validate_json(options.spec)
     base = read_json(options.base)
@@ -67,6 +68,7 @@ def read_job(options: argparse.Namespace) -> Job:
             table: general_rows(path, table, spec.columns[table]) for table, path in general.items()
         },
         targets=load_targets(options.targets) if options.targets else None,
+        team=team,
     )
     inputs = {
         "base": base["identity"],
@@ -81,15 +83,18 @@ def read_job(options: argparse.Namespace) -> Job:
 
 
 class Teller:
-    """Print a line every few seconds, and at every evaluation."""
+    """Print a line every few seconds, and at every evaluation: the first process does."""
 
     every_seconds = 5.0
 
-    def __init__(self) -> None:
+    def __init__(self, team: Team) -> None:
+        self.silent = not team.first
         self.told = -self.every_seconds
 
     def __call__(self, run: str, progress: Progress, schedule: Schedule) -> None:
         """Say which run is at which step, its loss, its speed and the time left."""
+        if self.silent:
+            return
         now = time.monotonic()
         evaluation = (run, progress.step) if progress.step in schedule.evaluations else None
         if evaluation is None and now - self.told < self.every_seconds:

@@ -25,6 +25,7 @@ from forgetting.encode import Example
 from forgetting.examples import shuffled
 from forgetting.forward import Batch, collate, target_logits
 from forgetting.models import Model
+from forgetting.parallel import copies, is_sharded, same_on_all
 from forgetting.study import Mitigation
 
 WeightPenalty = Callable[[Model], Tensor]
@@ -66,11 +67,15 @@ def build_safeguards(
     mitigation: Mitigation | None,
     tables: Mapping[str, Sequence[Example]],
     seed: int,
+    load_base: Callable[[], Model] | None = None,
 ) -> Safeguards:
-    """What the method asks for; `model` must still compute what the base does."""
+    """What the method asks for; `model` must still compute what the base does.
+
+    `load_base` gives the base anew where `model`, being sharded, cannot be copied.
+    """
     if mitigation is None:
         return Safeguards()
-    on_tokens = kl(model, mitigation.kl.weight) if mitigation.kl else None
+    on_tokens = kl(model, mitigation.kl.weight, load_base) if mitigation.kl else None
     on_weights: list[WeightPenalty] = []
     if mitigation.ewc:
         rows = evenly_spaced(tables[mitigation.ewc.table], mitigation.ewc.samples)
@@ -104,9 +109,9 @@ def replay_indices(rows: int, share: float, seed: int, first: int, last: int) ->
     return indices
 
 
-def kl(model: Model, weight: float) -> TokenPenalty:
+def kl(model: Model, weight: float, load_base: Callable[[], Model] | None = None) -> TokenPenalty:
     """weight * sum over target tokens of KL(base || model)."""
-    base_logits = base_predictor(model)
+    base_logits = base_predictor(model, load_base)
 
     def penalty(model: Model, batch: Batch, logits: Tensor) -> Tensor:
         return weight * divergence(base_logits(model, batch), logits, batch.labels).sum()
@@ -128,7 +133,9 @@ def divergence(base: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return losses.sum(-1).masked_fill(labels == -100, 0.0)
 
 
-def base_predictor(model: Model) -> Callable[[Model, Batch], Tensor]:
+def base_predictor(
+    model: Model, load_base: Callable[[], Model] | None = None
+) -> Callable[[Model, Batch], Tensor]:
     """What gives the base's logits at a batch's columns, without dropout and without gradients.
 
     An adapter that starts as nothing leaves the base's weights as they are: without it, the model
@@ -136,7 +143,8 @@ def base_predictor(model: Model) -> Callable[[Model, Batch], Tensor]:
     """
     if isinstance(model, PeftModel) and all(_is_zero(layer) for layer in adapted_layers(model)):
         return _without_adapter
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = load_base() if load_base and is_sharded(model) else copy.deepcopy(model)
+    frozen = frozen.eval().requires_grad_(False)
 
     def predict(model: Model, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -223,15 +231,18 @@ def fisher(
     for row in rows:
         logits = target_logits(model, collate([row], 0, model.device))[0]
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
-        score = -nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        gradients = torch.autograd.grad(score, weights, materialize_grads=True)
-        for total, gradient in zip(sums, gradients, strict=True):
-            total += gradient.square()
+        # Of a sharded model, the gradients of all processes are added up: here, of the same row.
+        score = -nn.functional.cross_entropy(logits, drawn, reduction="sum") / copies(model)
+        score.backward()  # type: ignore[no-untyped-call]
+        for total, weight in zip(sums, weights, strict=True):
+            if weight.grad is not None:
+                total += weight.grad.square()
+        model.zero_grad(set_to_none=True)
     for weight, was in zip(weights, trained, strict=True):
         weight.requires_grad_(was)
     model.train(training)
     targets = sum(row.targets for row in rows)
-    return [total / targets for total in sums]
+    return [same_on_all(total / targets) for total in sums]
 
 
 def adapted_layers(model: Model) -> list[Any]:

@@ -23,6 +23,7 @@ from forgetting.checkpoints import Progress, newest_step
 from forgetting.mitigate import Safeguards
 from forgetting.models import Model
 from forgetting.optimize import Schedule
+from forgetting.parallel import shard
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
 from forgetting.records import InputError
@@ -71,7 +72,7 @@ def prepare(tuning: Tuning, recipe: Recipe, means: Means) -> tuple[Model, Recipe
     if tuning.then:
         # A layer that is not there is told now, not when half of the training is done.
         choose_layers(base, tuning.then.layers, tuning.name)
-    model = attach(base, tuning, recipe.seed)
+    model = shard(attach(base, tuning, recipe.seed), recipe.team, recipe.precision)
     safeguards = means.guard(model)
     if tuning.budget:
         plan_budget(model, tuning.budget, recipe.schedule.steps)

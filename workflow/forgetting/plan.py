@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from pydantic import Field
+
 from forgetting.fields import AtKey, Strict
 from forgetting.study import Method, Mitigation, Setting, Study
 from forgetting.variants import Budget, Then
@@ -31,6 +33,9 @@ class Tuning(Strict):
     settings: list[Setting]
     fixed: Setting | None = None
     mitigation: Mitigation | None = None
+    processes: int = Field(1, exclude=True)
+    nodes: int = Field(1, exclude=True)
+    """Neither is among what a job is told, since it changes no number: how the job is started."""
 
     @property
     def largest_rank(self) -> int | None:
@@ -97,6 +102,8 @@ def _expand(method: Method) -> list[Tuning]:
             for decay in method.weight_decay
         ],
         "fixed": method.fixed,
+        "processes": method.processes,
+        "nodes": method.nodes,
     }
     more = _differences(method)
     if method.method == "full":

@@ -18,6 +18,7 @@ from forgetting.examples import shuffled
 from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.optimize import Schedule
 from forgetting.study import Setting, Training
+from forgetting.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Recipe:
     until: int | None = None
     """The step at which the run is handed on to its next part, if it has one."""
     safeguards: Safeguards = field(default_factory=Safeguards)
+    team: Team = ALONE
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:

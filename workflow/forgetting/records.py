@@ -97,7 +97,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def settle(partial: Path, final: Path) -> None:
     """Give a finished folder its name, after its files have reached the disk."""
-    for path in [*(file for file in partial.rglob("*") if file.is_file()), partial]:
+    for path in [*partial.rglob("*"), partial]:
         _flush(path)
     partial.rename(final)
     _flush(final.parent)

@@ -231,6 +231,11 @@ class Training(Strict):
         description="Put several examples to a sequence of at most `max_length` tokens, whole and "
         "each blind to the others; `batch_size` and `micro_batch_size` then count such sequences.",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only what enters each block for the backward pass, and compute the rest "
+        "again: less memory, a third more arithmetic, the same gradients.",
+    )
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "trapezoid"] = Field(
         "linear",
         description="Course of the learning rate after the warm-up: as it is, down to `floor`, or "
@@ -521,6 +526,18 @@ class Method(Strict):
     weight_decay: Annotated[
         list[NotNegative], BeforeValidator(several), AfterValidator(distinct)
     ] = Field([0.0], min_length=1, description="Decoupled weight decays of AdamW.")
+    processes: Count = Field(
+        1,
+        description="Processes that train each run together, a GPU each. `full` "
+        "shards weights, gradients and the optimizer's state over them, adapters only their "
+        "batches; the numbers are the same up to rounding (and the adapters' dropout). Without "
+        "SLURM no more than `--resources gpu=N` allows, by default 1 where there is a GPU.",
+    )
+    nodes: Count = Field(
+        1,
+        description="Machines of a SLURM cluster over which the processes are spread, with a file "
+        "system in common. Without SLURM there is one.",
+    )
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."
     )
@@ -745,6 +762,30 @@ class Study(Strict):
                 raise ValueError(
                     f"datasets.{name}.columns: `system` needs `prompt: {{chat: true}}`: other "
                     "templates have no place for it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_can_share_a_run(self) -> Study:
+        for number, method in enumerate(self.methods):
+            keys = ("methods", number, "processes")
+            if method.processes % method.nodes:
+                raise AtKey(
+                    ("methods", number, "nodes"),
+                    f"{method.processes} processes cannot be spread evenly over {method.nodes} "
+                    "nodes; take `processes` a multiple of `nodes`",
+                )
+            if method.processes == 1:
+                continue
+            if method.method == "hybrid":
+                raise AtKey(
+                    keys, "the two parts of method hybrid are trained in one process; take 1"
+                )
+            if method.method == "full" and self.training.optimizer == "adafactor":
+                raise AtKey(
+                    keys,
+                    "adafactor needs whole matrices, and method full in several processes has "
+                    "parts of them; take 1, or training.optimizer: adamw or lionw",
                 )
         return self
 

@@ -49,8 +49,8 @@ def train(
     optimizer = make_optimizer(
         trained, recipe.training, recipe.setting, recipe.lora_plus_ratio, recipe.rate_ratios
     )
-    progress = begun or resume(model, optimizer, folder)
-    prune(folder, progress, base_value, recipe.threshold)
+    progress = begun or resume(model, optimizer, folder, recipe.team)
+    prune(folder, progress, base_value, recipe.threshold, recipe.team)
     model.train()
     last = recipe.until or recipe.schedule.steps
     while progress.step < last and progress.status == "running":
@@ -67,14 +67,15 @@ def train(
         progress.seconds += time.monotonic() - started
         if progress.step in recipe.schedule.evaluations:
             items, value = evaluate(model)
-            write_table(folder / f"items-{progress.step:07d}.parquet", items)
+            if recipe.team.first:
+                write_table(folder / f"items-{progress.step:07d}.parquet", items)
             progress.points.append(
                 [progress.step, progress.step / recipe.schedule.steps_per_epoch, value]
             )
-            write_checkpoint(model, optimizer, progress, folder)
-            prune(folder, progress, base_value, recipe.threshold)
+            write_checkpoint(model, optimizer, progress, folder, recipe.team)
+            prune(folder, progress, base_value, recipe.threshold, recipe.team)
         if progress.step in recipe.schedule.starts:
-            write_checkpoint(model, optimizer, progress, folder / STARTS)
+            write_checkpoint(model, optimizer, progress, folder / STARTS, recipe.team)
         tell(progress, recipe.schedule)
     handed_on = progress.step == recipe.until and not _is_over(progress, base_value, recipe)
     if progress.status == "running" and not handed_on:

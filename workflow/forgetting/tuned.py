@@ -16,6 +16,7 @@ from forgetting.models import Model, load_base
 from forgetting.records import InputError, writing
 
 ADAPTER = "adapter_model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 def trained_state(model: Model) -> dict[str, torch.Tensor]:

@@ -200,6 +200,25 @@ def cohort_spec(wildcards):
     )
 
 
+def processes(wildcards):
+    """How many processes, with a GPU each, train a method's runs together."""
+    return TUNINGS[wildcards.method].processes
+
+
+def nodes(wildcards):
+    """Over how many machines the processes are spread."""
+    return TUNINGS[wildcards.method].nodes
+
+
+def memory_of_processes(wildcards, attempt):
+    """Of each machine, in MB: as much for every process on it."""
+    return 64000 * attempt * processes(wildcards) // nodes(wildcards)
+
+
+# The plugin puts `srun` before a job, for one machine, unless the job has this resource.
+SEVERAL_NODES = {"mpi": False} if any(t.nodes > 1 for t in TUNINGS.values()) else {}
+
+
 def finished(method, seed, file):
     """A file of every job whose runs are results: of the cohort, or of its budgets' branches."""
     if not BUDGETS:

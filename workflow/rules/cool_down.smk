@@ -23,8 +23,10 @@ rule cool_down:
     conda:
         "../../envs/environment.yaml"
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        **SEVERAL_NODES,
+        gpu=processes,
+        nodes=nodes,
+        mem_mb=memory_of_processes,
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("cool_down"),
@@ -39,7 +41,7 @@ rule cool_down:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/cool_down.py \
+        python -m forgetting.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
             --code {params.trains} \
             --base {input.base:q} \

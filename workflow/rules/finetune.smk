@@ -1,5 +1,7 @@
 """Fine-tuning: one job per method and seed trains and measures all its learning rates and decays.
 
+Where the study gives a method several processes, they train each of its runs together.
+
 Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}. Runs and checkpoints lie in
 results/STUDY/state, which is no output: Snakemake deletes the outputs of a job that it retries, and
 a job that was killed goes on from there.
@@ -23,8 +25,11 @@ rule finetune:
     conda:
         "../../envs/environment.yaml"
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, attempt: 64000 * attempt,
+        **SEVERAL_NODES,
+        # A process has a GPU of its own.
+        gpu=processes,
+        nodes=nodes,
+        mem_mb=memory_of_processes,
         runtime=lambda wildcards, attempt: 720 * attempt,
     params:
         code=code("finetune"),
@@ -36,7 +41,7 @@ rule finetune:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/finetune.py \
+        python -m forgetting.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
             --code {params.code} \
             --base {input.base:q} \

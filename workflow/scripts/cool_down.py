@@ -1,8 +1,8 @@
 """Train the branches of one budget: every run of a cohort, from its trunk to the end of its
 cooldown.
 
-Like the trunks, branches are kept in a folder that is no output of the rule, and go on where they
-were killed.
+Started alone or several times, like the program of the trunks. Like them, branches are kept in a
+folder that is no output of the rule, and go on where they were killed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from forgetting.cohort import cohort_items
 from forgetting.job import Teller, add_options, read_job
 from forgetting.models import quieten_libraries
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
+from forgetting.team import Team
 
 
 @tells_input_errors
@@ -26,18 +27,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trunks", type=Path, required=True, help="records of the trunks")
     options = parser.parse_args(argv)
     quieten_libraries()
-    job = read_job(options)
-    records = train_branches(
-        job.spec,
-        options.budget,
-        read_json(options.trunks),
-        job.materials,
-        job.inputs,
-        options.state,
-        Teller(),
-    )
-    write_table(options.items, cohort_items(records))
-    write_json(options.runs, records)
+    team = Team.join()
+    with team.one_voice():
+        job = read_job(options, team)
+        records = train_branches(
+            job.spec,
+            options.budget,
+            read_json(options.trunks),
+            job.materials,
+            job.inputs,
+            options.state,
+            Teller(team),
+        )
+        if team.first:
+            write_table(options.items, cohort_items(records))
+            write_json(options.runs, records)
+    team.leave()
 
 
 if __name__ == "__main__":

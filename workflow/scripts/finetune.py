@@ -1,5 +1,6 @@
 """Train one cohort: all learning rates and weight decays of one method and seed.
 
+Started alone, or several times by `python -m forgetting.launch`, to train each run together.
 Finished runs and checkpoints are kept in a folder that is no output of the rule, so that a retry
 goes on where the job was killed.
 """
@@ -13,6 +14,7 @@ from forgetting.cohort import cohort_items, train_cohort
 from forgetting.job import Teller, add_options, read_job
 from forgetting.models import quieten_libraries
 from forgetting.records import tells_input_errors, write_json, write_table
+from forgetting.team import Team
 
 
 @tells_input_errors
@@ -22,11 +24,15 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser)
     options = parser.parse_args(argv)
     quieten_libraries()
-    job = read_job(options)
-    train = train_trunks if job.spec.training.budgets else train_cohort
-    records = train(job.spec, job.materials, job.inputs, options.state, Teller())
-    write_table(options.items, cohort_items(records))
-    write_json(options.runs, records)
+    team = Team.join()
+    with team.one_voice():
+        job = read_job(options, team)
+        train = train_trunks if job.spec.training.budgets else train_cohort
+        records = train(job.spec, job.materials, job.inputs, options.state, Teller(team))
+        if team.first:
+            write_table(options.items, cohort_items(records))
+            write_json(options.runs, records)
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,584 @@
+"""One run trained by several processes: the same numbers as by one, whatever becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from forgetting import gradients, shards, team
+from forgetting.cohort import CohortSpec, Materials, run_key
+from forgetting.drift import base_targets, cut_blocks
+from forgetting.encode import Example
+from forgetting.models import load_base
+from forgetting.plan import Tuning
+from forgetting.records import InputError, write_json, write_jsonl, write_table
+from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from forgetting.team import ALONE, Team, deal
+from forgetting.tuned import load_checkpoint
+from forgetting.variants import Budget
+from teams import FORKS, together, train, train_together, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parents[1]
+Rows = list[dict[str, Any]]
+Reference = Callable[[str, int], dict[str, Any]]
+FULL = Tuning(name="full", kind="full", label="full", settings=[Setting(learning_rate=1e-3)])
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def materials(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Materials:
+    """Nine rows to learn in batches of four, four and one; five questions for two or four."""
+    return Materials(
+        base=base_folder,
+        tokenizer=tokenizer,
+        train=rows[:9],
+        probes={"new": rows[:3], "old": rows[8:]},
+        base_value=0.1,
+        device=torch.device("cpu"),
+        precision=torch.float32,
+        general={"world/documents": [{"id": f"text/{n}", "text": n * "la "} for n in range(3, 9)]},
+    )
+
+
+@pytest.fixture(scope="module")
+def specs(tuning: Tuning) -> dict[str, CohortSpec]:
+    """Six steps with evaluations at 3 and 6: full fine-tuning, adapters, adapters with dropout.
+
+    About half of the gradients are clipped, since Adam would not notice if all were halved.
+    Dropout is another one in each process.
+    """
+    spec = CohortSpec(
+        tuning=FULL,
+        seed=0,
+        prompt=Prompt(),
+        training=Training(
+            epochs=2.0, batch_size=4, micro_batch_size=2, warmup_epochs=0.0, gradient_clip=7.1
+        ),
+        measurement=Measurement(max_new_tokens=4),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new", "old": "old"},
+    )
+    adapted = _training(spec, gradient_clip=2.3).model_copy(update={"tuning": tuning})
+    lora = tuning.model_copy(update={"dropout": 0.0})
+    return {
+        "full": spec,
+        "lora": adapted.model_copy(update={"tuning": lora}),
+        "dropout": adapted,
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    """reference(kind, size): the record of an uninterrupted run, trained once for all tests."""
+
+    @cache
+    def made(kind: str, size: int) -> dict[str, Any]:
+        return train(size, specs[kind], materials, tmp_path_factory.mktemp("reference"))
+
+    return made
+
+
+def _training(spec: CohortSpec, **changes: Any) -> CohortSpec:
+    return spec.model_copy(update={"training": spec.training.model_copy(update=changes)})
+
+
+def _agree(found: dict[str, Any], expected: dict[str, Any], rel: float = 2e-5) -> None:
+    """Losses, weights and items, but for the order of sums."""
+    assert found["losses"] == pytest.approx(expected["losses"], rel=rel)
+    assert (found["steps"], found["tokens"]) == (expected["steps"], expected["tokens"])
+    last = found["steps"]
+    assert len(found["losses"]) == last
+    theirs = weights(expected, last)
+    ours = weights(found, last)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=10 * rel, atol=10 * rel)
+    for step in (last // 2, last):
+        items, others = (
+            pd.read_parquet(Path(record["folder"], f"items-{step:07d}.parquet"))
+            for record in (found, expected)
+        )
+        pd.testing.assert_frame_equal(items, others, rtol=100 * rel, atol=100 * rel)
+
+
+def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Losses, points and weights, bit for bit."""
+    assert found["losses"] == expected["losses"]
+    assert found["points"] == expected["points"]
+    theirs = weights(expected, STEPS)
+    for name, tensor in weights(found, STEPS).items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+# --- who does what ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 4, 7])
+def test_every_example_is_dealt_once_and_the_shares_weigh_the_same(shares: int) -> None:
+    """No two shares differ by more tokens than the longest example has."""
+    lengths = [(7 * n) % 23 + 1 for n in range(40)]
+    dealt = deal(lengths, shares)
+    assert sorted(index for share in dealt for index in share) == list(range(40))
+    tokens = [sum(lengths[index] for index in share) for share in dealt]
+    assert max(tokens) - min(tokens) <= max(lengths)
+    assert deal(lengths[:2], 3) == [[1], [0], []]
+
+
+@pytest.mark.parametrize("most", [1, 2, 32])
+def test_all_processes_make_as_many_passes(most: int) -> None:
+    """Each example is in one pass of one process; what fills up has no targets."""
+    rows = [Example(ids=[n] * (n + 2), prompt=1) for n in range(7)]
+    passes = [Team(rank, 4).passes(rows, most, 10) for rank in range(4)]
+    assert len({len(own) for own in passes}) == 1
+    found = [example for own in passes for part in own for example in part]
+    assert sorted(e.ids[0] for e in found if e.targets) == list(range(7))
+    assert max(len(part) for own in passes for part in own) <= most
+    assert Team(1, 2).passes(rows[:1], most, 10)[0][0].targets == 0
+    assert ALONE.passes([], most, 10) == Team(1, 2).passes([], most, 10) == []
+
+
+def test_each_process_draws_a_dropout_of_its_own() -> None:
+    """A process alone draws what it always drew."""
+    assert ALONE.own_seed(5) == Team(0, 2).own_seed(5) == 5
+    assert len({Team(rank, 4).own_seed(seed) for rank in range(4) for seed in range(9)}) == 36
+
+
+# --- the same numbers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_several_processes_train_like_one(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+    size: int,
+) -> None:
+    """Batches of uneven rows, fewer than processes at times; clipped by the norm of all gradients;
+    and what is measured.
+    """
+    one, several = reference(kind, 1), reference(kind, size)
+    _agree(several, one)
+    assert (one["processes"], several["processes"]) == (1, size)
+    assert one["trainable_parameters"] == several["trainable_parameters"]
+    unclipped = train(1, _training(specs[kind], gradient_clip=None), materials, tmp_path)
+    assert unclipped["losses"] != pytest.approx(one["losses"], rel=1e-3)
+
+
+def test_bfloat16_rounds_in_two_processes_what_it_rounds_in_one(
+    specs: dict[str, CohortSpec], materials: Materials, reference: Reference, tmp_path: Path
+) -> None:
+    """Matrices and what they multiply, but no norm, embedding or sum; weights stay float32.
+
+    One row a pass, since the gradients of each pass are rounded.
+    """
+    rounded = replace(materials, precision=torch.bfloat16)
+    spec = _training(specs["full"], micro_batch_size=1)
+    one, two = (train(size, spec, rounded, tmp_path / str(size)) for size in (1, 2))
+    _agree(two, one, rel=1e-4)
+    assert two["losses"] != pytest.approx(reference("full", 1)["losses"], rel=1e-4)
+    assert {tensor.dtype for tensor in weights(two, STEPS).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_mitigations_are_the_same_in_two_processes(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path, kind: str
+) -> None:
+    """Replay and KL are shared like the batch; EWC and L2-SP are not counted twice."""
+    table = "world/documents"
+    mitigation = Mitigation.model_validate(
+        {
+            "replay": {"table": table, "share": 0.3},
+            "kl": {"weight": 0.5},
+            "ewc": {"weight": 50.0, "table": table, "samples": 3},
+            "l2_sp": {"weight": 0.5},
+        }
+    )
+    tuning = specs[kind].tuning.model_copy(update={"mitigation": mitigation})
+    spec = specs[kind].model_copy(update={"tuning": tuning})
+    one, two = (train(size, spec, materials, tmp_path / str(size)) for size in (1, 2))
+    _agree(two, one, rel=1e-4)
+
+
+COMBINED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "adalora": ("lora", {"variant": "adalora", "budget": Budget(), "initial_rank": 6}, {}),
+    "dora": ("lora", {"variant": "dora", "embeddings": "trained"}, {"packing": True}),
+    "pissa": ("lora", {"variant": "pissa", "lora_plus_ratio": 4.0}, {"optimizer": "adafactor"}),
+    "frozen": (
+        "full",
+        {"embeddings": "frozen"},
+        {"packing": True, "schedule": "trapezoid", "activation_checkpointing": True},
+    ),
+    "ratio": ("full", {"embedding_ratio": 0.5}, {"schedule": "cosine", "floor": 0.1}),
+}
+"""By name: the spec, what differs of the method, what differs of the training."""
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_every_method_is_trained_and_goes_on_in_two_processes(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path, name: str
+) -> None:
+    """Stopped after its checkpoint and started again, as in one process and never stopped."""
+    kind, method, training = COMBINED[name]
+    if training.get("packing"):
+        training = training | {"batch_size": 1, "max_length": 60}
+    spec = _training(specs[kind], **training)
+    spec = spec.model_copy(update={"tuning": spec.tuning.model_copy(update=method)})
+    one = train(1, spec, materials, tmp_path / "one")
+    middle = one["steps"] // 2
+    assert train(2, spec, materials, tmp_path / "two", stop_at=middle + 1) is None
+    two = train(2, spec, materials, tmp_path / "two")
+    _agree(two, one, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_general_text_is_measured_in_two_processes(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    rows: Rows,
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Every process reads it with the model that all of them hold; the run is the same run."""
+    blocks = cut_blocks(materials.tokenizer, [row["answer"] for row in rows] * 4, 16)
+    base = load_base(materials.base, torch.device("cpu"))
+    told = replace(materials, targets=base_targets(base, blocks, 3))
+    one, two = (train(size, specs[kind], told, tmp_path / str(size)) for size in (1, 2))
+    _agree(two, one)
+    assert two["losses"] == reference(kind, 2)["losses"]
+    items = pd.read_parquet(Path(two["folder"]) / "items-0000006.parquet")
+    assert items["forgetting_kl"].max() > 1e-4
+
+
+def test_lion_is_sharded_as_adam_is(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
+) -> None:
+    """The sign of a gradient near 0 may be another; the losses tell that nearly none is."""
+    spec = _training(specs["full"], optimizer="lionw")
+    one, two = (train(size, spec, materials, tmp_path / str(size)) for size in (1, 2))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+
+
+# --- activation checkpointing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("full", 1), ("dropout", 1), ("full", 2), ("dropout", 2)]
+)
+def test_recomputed_activations_change_no_bit(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+    size: int,
+) -> None:
+    """The adapter's dropout is drawn again as it was; the run is the same run."""
+    frugal = _training(specs[kind], activation_checkpointing=True)
+    kept, recomputed = reference(kind, size), train(size, frugal, materials, tmp_path)
+    _same(recomputed, kept)
+    assert kept["losses"][-1] < kept["losses"][0]
+    setting = frugal.tuning.settings[0]
+    assert run_key(frugal, setting, {}) == run_key(specs[kind], setting, {})
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "dropout"])
+def test_a_stopped_team_goes_on_as_if_it_had_not_been(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Bit for bit, dropout of each process included."""
+    assert train(2, specs[kind], materials, tmp_path, stop_at=5) is None
+    _same(train(2, specs[kind], materials, tmp_path), reference(kind, 2))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), (1, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(4, 2), (2, 4)])],
+)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_another_number_of_processes_goes_on(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+    before: int,
+    after: int,
+) -> None:
+    """Weights and moments come back in other parts; no step before the checkpoint is repeated."""
+    assert train(before, specs[kind], materials, tmp_path, stop_at=4) is None
+    (checkpoint,) = (path.parent for path in tmp_path.rglob("progress.json"))
+    assert (checkpoint / "shards").exists() == (kind == "full" and before > 1)
+    first = json.loads((checkpoint / "progress.json").read_text())["losses"]
+    record = train(after, specs[kind], materials, tmp_path)
+    _agree(record, reference(kind, 1))
+    assert record["losses"][:3] == first
+
+
+def test_a_sharded_run_ends_as_models_that_transformers_reads(
+    materials: Materials, reference: Reference
+) -> None:
+    """One file, as one process writes it; no parts, no training state."""
+    one, two = (Path(reference("full", size)["folder"]) / "step-0000006" for size in (1, 2))
+    assert sorted(file.name for file in two.iterdir()) == sorted(
+        file.name for file in one.iterdir()
+    )
+    assert json.loads((two / "config.json").read_text()) == json.loads(
+        (one / "config.json").read_text()
+    )
+    model = load_checkpoint(materials.base, two, torch.device("cpu"))
+    stored = weights(reference("full", 2), 6)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[name]), name
+
+
+def test_a_model_too_large_for_one_file_is_several(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And it may be made of its parts again, when the first attempt was interrupted."""
+    train(2, specs["full"], materials, tmp_path, stop_at=4)
+    (checkpoint,) = (path.parent for path in tmp_path.rglob("progress.json"))
+    again = shutil.copytree(checkpoint, tmp_path / "again")
+    shutil.copytree(checkpoint / "shards", tmp_path / "shards")
+    shards.join_shards(checkpoint)
+    monkeypatch.setattr(shards, "FILE_BYTES", 30_000)
+    shards.join_shards(again)
+    shutil.copytree(tmp_path / "shards", again / "shards")
+    shards.join_shards(again)
+    assert len(list(again.glob("model-*-of-*.safetensors"))) > 1
+    several = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    for (name, tensor), other in zip(several.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+DEADLY = """
+import os, signal, sys
+from forgetting import train
+from finetune import main
+
+step, moment = train._step, sys.argv.pop(1)
+
+def deadly(model, examples, recipe, progress, *rest):
+    if moment == f"{recipe.team.rank}:{progress.step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(model, examples, recipe, progress, *rest)
+
+train._step = deadly
+main()
+"""
+
+
+@pytest.fixture
+def launched(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """launched(moment, spec): the program in two processes, of which one may be killed."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    data = tmp_path / "data"
+    write_jsonl(data / "train.jsonl", materials.train)
+    for name, probe in materials.probes.items():
+        write_jsonl(data / "probes" / f"{name}.jsonl", probe)
+    write_json(tmp_path / "base.json", {"path": str(materials.base), "identity": "b"})
+    items = [{"probe": "new", "rougeL_recall": 0.1}]
+    write_table(tmp_path / "base.parquet", pd.DataFrame(items))
+
+    def start(
+        moment: str, spec: CohortSpec, nodes: str = "1", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        options = {
+            "spec": spec.model_dump_json(),
+            "code": "c",
+            "base": tmp_path / "base.json",
+            "base-items": tmp_path / "base.parquet",
+            "data": data,
+            "state": tmp_path / "state",
+            "items": tmp_path / "items.parquet",
+            "runs": tmp_path / "runs.json",
+        }
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        program = [str(tmp_path / "deadly.py"), moment, *arguments]
+        paths = [str(ROOT / "workflow"), str(ROOT / "workflow" / "scripts")]
+        return subprocess.run(
+            [sys.executable, "-m", "forgetting.launch", "2", nodes, *program],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return start
+
+
+def test_killing_one_process_ends_all_and_the_next_start_goes_on(
+    launched: Callable[..., subprocess.CompletedProcess[str]],
+    specs: dict[str, CohortSpec],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    """kill -9 in the fifth step, after a checkpoint: no hang, and the same bits at the end."""
+    killed = launched("1:4", specs["full"])
+    assert killed.returncode == 1, killed.stderr
+    assert killed.stderr.startswith("error: process 1 of 0 to 1 was killed by SIGKILL")
+    assert killed.stderr.count("\n") == 1
+    assert not (tmp_path / "runs.json").exists()
+    assert [path.parent.name for path in tmp_path.rglob("progress.json")] == ["step-0000003"]
+    done = launched("never", specs["full"])
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((tmp_path / "runs.json").read_text())
+    _same(record, reference("full", 2))
+    assert len(pd.read_parquet(tmp_path / "items.parquet")) == 2 * 5
+    assert done.stdout.count("step 6/6") == 1
+
+
+SRUN = """#!/bin/sh
+# Starts a program on two nodes, as srun does, which are this machine.
+while [ "${1#--}" != "$1" ]; do shift; done
+SLURM_NODEID=1 "$@" & other=$!
+SLURM_NODEID=0 "$@" && wait $other
+"""
+
+
+def test_two_nodes_train_like_two_processes_of_one(
+    launched: Callable[..., subprocess.CompletedProcess[str]],
+    specs: dict[str, CohortSpec],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    """The launchers meet at the first node; every bit is the same."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    done = launched(
+        "never",
+        specs["full"],
+        "2",
+        PATH=os.pathsep.join([str(srun.parent), os.environ["PATH"]]),
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_ID="7",
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((tmp_path / "runs.json").read_text())
+    _same(record, reference("full", 2))
+    assert record["processes"] == 2
+
+
+def _leave_a_child(pipe: Any) -> None:
+    """As a launcher and a process of a team, which ends only with it."""
+    if os.fork() == 0:
+        parent = os.getppid()
+        pipe.send("started")
+        team._end_with(parent)
+    time.sleep(60)
+
+
+def test_no_process_outlives_its_launcher() -> None:
+    """kill -9 of the launcher, which then ends nobody: the pipe is closed when all have ended."""
+    ours, theirs = FORKS.Pipe(duplex=False)
+    launcher = FORKS.Process(target=_leave_a_child, args=(theirs,))
+    launcher.start()
+    theirs.close()
+    assert ours.recv() == "started"
+    launcher.kill()
+    assert ours.poll(20)
+    with pytest.raises(EOFError):
+        ours.recv()
+
+
+def _mistaken(ranks: list[int]) -> str | None:
+    """How a program ends that is mistaken in these processes: with a message, or without."""
+    joined, told = Team.join(), None
+    try:
+        with joined.one_voice():
+            if joined.rank in ranks:
+                raise InputError("training.max_length: 8 tokens leave nothing")
+    except InputError as error:
+        told = str(error)
+    except SystemExit as end:
+        told = f"status {end.code}"
+    joined.wait()  # the first process, here, holds what they write for each other
+    return told
+
+
+def test_a_mistake_is_told_once() -> None:
+    """By whichever process meets it first; the others end without a word, but not well."""
+    told = "training.max_length: 8 tokens leave nothing"
+    assert sorted(map(str, together(2, _mistaken, [0, 1]))) == ["status 1", told]
+    assert together(2, _mistaken, [1]) == [None, told]
+    with pytest.raises(InputError), ALONE.one_voice():
+        raise InputError(told)
+
+
+def _memory_for_one_row(spec: CohortSpec, materials: Materials, state: Path) -> None:
+    """The second process has no room for two rows at once."""
+    original = gradients.target_logits
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        if len(batch.ids) > 1 and dist.get_rank() == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return original(model, batch)
+
+    gradients.target_logits = limited
+    train_together(spec, materials, state)
+
+
+def test_memory_that_runs_out_in_one_process_is_told(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
+) -> None:
+    """The others are in the middle of a pass, so that the step cannot be tried again."""
+    with pytest.raises(InputError, match="2 examples in a forward pass of one of 2 processes"):
+        together(2, _memory_for_one_row, specs["full"], materials, tmp_path)
+
+
+def _small_disk(spec: CohortSpec, materials: Materials, state: Path) -> None:
+    """The second process may write little."""
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    train_together(spec, materials, state)
+
+
+def test_a_disk_that_is_full_for_one_process_is_told_and_leaves_no_checkpoint(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="step-0000003: not written by process 1"):
+        together(2, _small_disk, specs["full"], materials, tmp_path)
+    assert not list(tmp_path.rglob("progress.json"))
