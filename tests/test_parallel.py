@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from forgetting import gradients, shards, team
+from forgetting import branches, gradients, shards, team
+from forgetting.branches import train_branches, train_trunks
+from forgetting.checkpoints import forget_training
 from forgetting.cohort import CohortSpec, Materials, run_key
 from forgetting.drift import base_targets, cut_blocks
 from forgetting.encode import Example
@@ -32,12 +34,13 @@ from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting
 from forgetting.team import ALONE, Team, deal
 from forgetting.tuned import load_checkpoint
 from forgetting.variants import Budget
-from teams import FORKS, together, train, train_together, weights
+from teams import FORKS, Stopped, together, train, train_together, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
 Reference = Callable[[str, int], dict[str, Any]]
 FULL = Tuning(name="full", kind="full", label="full", settings=[Setting(learning_rate=1e-3)])
 STEPS = 6
@@ -114,9 +117,10 @@ def _agree(found: dict[str, Any], expected: dict[str, Any], rel: float = 2e-5) -
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=10 * rel, atol=10 * rel)
-    for step in (last // 2, last):
+    assert [point[:2] for point in found["points"]] == [point[:2] for point in expected["points"]]
+    for step, *_ in expected["points"]:
         items, others = (
-            pd.read_parquet(Path(record["folder"], f"items-{step:07d}.parquet"))
+            pd.read_parquet(Path(record["folder"], f"items-{int(step):07d}.parquet"))
             for record in (found, expected)
         )
         pd.testing.assert_frame_equal(items, others, rtol=100 * rel, atol=100 * rel)
@@ -274,6 +278,34 @@ def test_the_general_text_is_measured_in_two_processes(
     assert items["forgetting_kl"].max() > 1e-4
 
 
+def _trunk_and_branch(spec: CohortSpec, materials: Materials, state: Path) -> Records:
+    """The branch of the shorter budget, as the programs train it in this process and its team."""
+    joined = Team.join()
+    told = replace(materials, team=joined)
+
+    def tell(*_: Any) -> None:
+        """Nothing is looked at."""
+
+    try:
+        trunks = train_trunks(spec, told, {"base": "b"}, state, tell)
+        return train_branches(spec, 1.0, trunks, told, {"base": "b"}, state, tell)
+    finally:
+        joined.leave()
+
+
+def test_a_branch_leaves_a_sharded_trunk(
+    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
+) -> None:
+    """It ends as the run of its budget that one process trained alone."""
+    budgets = {"budgets": [1.0, 3.0], "epochs": 3.0, "schedule": "trapezoid"}
+    spec = _training(specs["full"], **budgets)
+    (two, other) = together(2, _trunk_and_branch, spec, materials, tmp_path / "two")
+    assert two == other
+    one = train(1, branches.alone(spec, 1.0), materials, tmp_path / "one")
+    assert (one["steps"], two[0]["budget"]) == (3, 1.0)
+    _agree(two[0], one)
+
+
 def test_lion_is_sharded_as_adam_is(
     specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
 ) -> None:
@@ -363,6 +395,36 @@ def test_a_sharded_run_ends_as_models_that_transformers_reads(
         assert torch.equal(parameter, stored[name]), name
 
 
+def test_parts_that_were_half_removed_make_no_model(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed while they are removed, the model that was made of all of them stays as it is."""
+    train(2, specs["full"], materials, tmp_path, stop_at=4)
+    (checkpoint,) = (path.parent for path in tmp_path.rglob("progress.json"))
+
+    def killed(folder: Path, **_: Any) -> None:
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.shutil, "rmtree", killed)
+        with pytest.raises(Stopped):
+            forget_training(checkpoint.parent)
+    before = (checkpoint / "model.safetensors").read_bytes()
+    forget_training(checkpoint.parent)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "progress.json",
+    }
+
+
 def test_a_model_too_large_for_one_file_is_several(
     specs: dict[str, CohortSpec],
     materials: Materials,
@@ -442,7 +504,7 @@ def launched(
             | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     return start

@@ -313,7 +313,7 @@ def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> No
             "methods.1.nodes: 3 processes cannot be spread evenly over 2 nodes",
         ),
         (
-            "hybrid\n    rank: 2\n    then: {layers: all, learning_rate: 1e-3}\n    processes: 2",
+            "hybrid\n    rank: 2\n    then: {layers: all, learning_rate: 1.0e-3}\n    processes: 2",
             "methods.1.processes: the two parts of method hybrid are trained in one process",
         ),
     ],

@@ -115,8 +115,8 @@ def forget_training(folder: Path) -> None:
     for name in (OPTIMIZER, METHOD):
         for path in folder.glob(f"step-*/{name}"):
             path.unlink()
-    for shards in folder.glob(f"step-*/{SHARDS}"):
-        join_shards(shards.parent)
+    for checkpoint in folder.glob("step-*"):
+        join_shards(checkpoint)
 
 
 def prune(

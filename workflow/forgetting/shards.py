@@ -115,8 +115,12 @@ def _weights(model: Model) -> dict[str, Tensor]:
 def join_shards(checkpoint: Path) -> None:
     """Make a whole model of the parts, as `load_checkpoint` reads it, and remove them.
 
-    Done anew when it was interrupted: the parts go last.
+    Done anew when it was interrupted: the parts go last, and all at once.
     """
+    removed = checkpoint / f".{SHARDS}"
+    shutil.rmtree(removed, ignore_errors=True)
+    if not (checkpoint / SHARDS).exists():
+        return
     reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
     stored = {
         name: tensor
@@ -146,4 +150,5 @@ def join_shards(checkpoint: Path) -> None:
     if len(files) > 1:
         about = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
         write_json(checkpoint / f"{WEIGHTS}.index.json", about)
-    shutil.rmtree(checkpoint / SHARDS)
+    (checkpoint / SHARDS).rename(removed)
+    shutil.rmtree(removed)
