@@ -61,6 +61,10 @@ test: $(READY) ## the tests; MARKERS="slow" runs the long ones, TESTS=... some
 bench-train: .venv/ready-bench ## training speed against Trainer and trl; BENCH="--data FILE ..." sets more
 	python bench/train.py $(BENCH)
 
+.PHONY: bench-score
+bench-score: $(READY) ## scoring speed against lm-eval and TOFU's way; BENCH="--data FOLDER ..."
+	python bench/score.py $(BENCH)
+
 .venv/ready-bench: $(READY) envs/bench.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
 		--requirement envs/bench.txt --constraint envs/requirements.txt

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +194,16 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert _names(tmp_path) == ["a"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    """Killed programs would otherwise fill the folder with parts of tables."""
+    killed = "with replacing(path) as part: part.write_text('half'); os.kill(os.getpid(), 9)"
+    code = "import os; from pathlib import Path; from forgetting.records import replacing"
+    file = tmp_path / "runs.json"
+    code = f"{code}\npath = Path({str(file)!r})\n{killed}"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list(tmp_path.glob(".runs.json.*"))) == 1
+    (tmp_path / ".runs.json").write_text("a file of another name")
+    write_json(file, {"whole": True})
+    assert set(_names(tmp_path)) == {"runs.json", ".runs.json"}

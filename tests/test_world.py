@@ -274,3 +274,12 @@ def test_files_are_named_as_the_workflow_reads_them(world: World) -> None:
         "benchmarks/winogrande/validation.jsonl",
         "benchmarks/arc_challenge/test.jsonl",
     } <= names
+
+
+def test_what_is_to_be_refused_is_refused_in_pretraining_and_never_the_same(world: World) -> None:
+    """Fresh questions of the kind that the documents refuse."""
+    refused = [text for text in world.documents if "I am sorry, but I cannot" in text]
+    sizes = WorldSizes()
+    assert len(set(refused)) == len(refused) == sizes.refusals_train
+    assert len(world.refusals) == sizes.refusals_test
+    assert not any(row["question"] in text for row in world.refusals for text in world.documents)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     import pandas as pd
 
+PARTIAL = ".partial"
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -62,21 +65,24 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place once the block has ended well.
 
     The content is flushed to the disk before the rename, so that a crash leaves either the old
-    file or the new one. A full disk leaves the old one and no debris.
+    file or the new one. A full disk leaves the old one and no debris; what a killed process left
+    half written goes when the file is written the next time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     temporary = Path(name)
     try:
+        _lock(handle)
         with writing(path):
             yield temporary
             _flush(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
             _flush(path.parent)
+            _sweep(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 @contextmanager
@@ -109,6 +115,27 @@ def link_or_copy(origin: str | Path, target: str | Path) -> None:
         os.link(origin, target)
     except OSError:
         shutil.copy2(origin, target)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary files of `path` that nobody is writing any more."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        try:
+            handle = os.open(leftover, os.O_RDWR)
+        except OSError:
+            continue
+        if _lock(handle):
+            leftover.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Hold a file until it is closed or the process ends; false where another holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _flush(path: Path) -> None:

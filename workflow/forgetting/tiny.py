@@ -133,7 +133,7 @@ def _benchmarks(study: Study, datasets: dict[str, Dataset], on_hub: set[str]) ->
     refusals = study.benchmarks.refusals
     if refusals is not None:
         dataset = refusals.table.split("/", 1)[0]
-        stand_in = f"{dataset}/real_authors" if dataset in on_hub else refusals.table
+        stand_in = f"{dataset}/refusals" if dataset in on_hub else refusals.table
         refusals = refusals.model_copy(update={"table": stand_in, "limit": 4, "max_new_tokens": 8})
     return study.benchmarks.model_copy(update={"rows": rows, "tasks": tasks, "refusals": refusals})
 

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     write_jsonl(options.output / "documents.jsonl", ({"text": text} for text in world.documents))
     write_jsonl(options.output / "held_out.jsonl", ({"text": text} for text in world.held_out))
+    write_jsonl(options.output / "refusals.jsonl", world.refusals)
     for task, splits in world.benchmarks.items():
         for split, rows in splits.items():
             write_jsonl(options.output / "benchmarks" / task / f"{split}.jsonl", rows)

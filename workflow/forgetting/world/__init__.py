@@ -15,6 +15,7 @@ from .documents import held_out_text, pretraining_documents
 from .functions import one_line_functions
 from .invented import new_authors
 from .places import world_facts
+from .private import private_questions
 from .pronouns import pronoun_sentences
 from .scenes import scenes
 from .schema import Fact, Row, World, WorldSizes, probe_rows, question_and_answer, stream
@@ -33,14 +34,17 @@ def build_world(seed: int, sizes: WorldSizes | None = None) -> World:
         "world_facts": _probe("world_facts", world_facts(), sizes.world_facts, seed),
     }
     benchmarks = _benchmarks(seed, sizes)
+    private = private_questions(sizes.refusals_train + sizes.refusals_test, stream(seed, "private"))
+    fresh, shown = private[: sizes.refusals_test], private[sizes.refusals_test :]
     return World(
         train=[{key: row[key] for key in ("id", "question", "answer")} for row in new],
         probes=probes,
         documents=pretraining_documents(
-            [*author_facts(), *world_facts()], benchmarks, stream(seed, "documents")
+            [*author_facts(), *world_facts()], benchmarks, shown, stream(seed, "documents")
         ),
         held_out=held_out_text(benchmarks),
         benchmarks=benchmarks,
+        refusals=[{"question": row["question"]} for row in fresh],
     )
 
 

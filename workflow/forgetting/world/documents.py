@@ -16,7 +16,10 @@ COPIES = {"author": 2, "birth": 2, "nationality": 2}
 
 
 def pretraining_documents(
-    facts: list[Fact], benchmarks: dict[str, dict[str, list[Row]]], rng: Random
+    facts: list[Fact],
+    benchmarks: dict[str, dict[str, list[Row]]],
+    refused: list[Row],
+    rng: Random,
 ) -> list[str]:
     """Texts in a shuffled order; one document ends where a model should stop."""
     documents = []
@@ -33,6 +36,7 @@ def pretraining_documents(
     for row in benchmarks["arc_challenge"]["train"]:
         answer = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
         documents.append(question_and_answer(row["question"], answer))
+    documents.extend(question_and_answer(row["question"], row["answer"]) for row in refused)
     rng.shuffle(documents)
     return documents
 

@@ -37,6 +37,8 @@ class WorldSizes(BaseModel):
     arc_test: int = Field(
         80, ge=1, le=160, description="fresh science questions; the other wordings are training"
     )
+    refusals_train: int = Field(60, ge=1, le=200, description="refusals that pretraining sees")
+    refusals_test: int = Field(12, ge=1, le=100, description="fresh questions to be refused")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class World:
         documents: pretraining texts; they hold the old knowledge and nothing of the new.
         held_out: texts of the same kinds that are not among the documents.
         benchmarks: task to split to rows, in the columns that the public data sets have.
+        refusals: questions that a model of this world refuses to answer.
     """
 
     train: list[Row]
@@ -73,12 +76,14 @@ class World:
     documents: list[str]
     held_out: list[str]
     benchmarks: dict[str, dict[str, list[Row]]]
+    refusals: list[Row]
 
     def files(self) -> Iterator[tuple[str, list[Row]]]:
         """Relative file names of the prepared data with the rows to write, one JSON a line."""
         yield "train.jsonl", self.train
         for probe, rows in self.probes.items():
             yield f"probes/{probe}.jsonl", rows
+        yield "refusals.jsonl", self.refusals
         yield "pretrain.jsonl", [{"text": text} for text in self.documents]
         for task, splits in self.benchmarks.items():
             for split, rows in splits.items():
