@@ -142,7 +142,6 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
         "benchmarks": {"refusals": {"table": "advbench/harmful_behaviors", "max_new_tokens": 4}},
         "precision": "float32",
         "asking": {"prompt": Prompt().model_dump(), "columns": {"question": "goal"}},
-        "rows": {},
     }
     folder = tmp_path / "benchmarks" / "base"
     arguments = {"spec": json.dumps(spec), "base": tmp_path / "base.json"}

@@ -50,6 +50,7 @@ rule benchmark:
     params:
         code=code("benchmark"),
         spec=lambda wildcards: benchmark_spec(),
+        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=chosen_options,
         folder=subpath(output.scores, parent=True),
@@ -60,7 +61,7 @@ rule benchmark:
         python "$SCRIPTS"/benchmark.py \
             --spec {params.spec:q} \
             --base {input.base:q} \
-            {params.prompts:q} {params.chosen:q} \
+            {params.rows:q} {params.prompts:q} {params.chosen:q} \
             --output {params.folder:q}
         """
 

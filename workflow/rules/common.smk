@@ -176,8 +176,7 @@ def benchmark_spec():
         **sections("prompt"),
         "columns": STUDY.columns(refusals.table).model_dump(),
     }
-    rows = {task: task_folder(task) for task in TASKS}
-    return as_json(sections("benchmarks", "precision"), asking=asking, rows=rows)
+    return as_json(sections("benchmarks", "precision"), asking=asking)
 
 
 def model_folder():

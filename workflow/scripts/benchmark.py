@@ -57,8 +57,6 @@ class Spec(Strict):
     benchmarks: Benchmarks
     precision: str
     asking: Asking | None
-    rows: dict[str, str]
-    """Of every task the folder of SPLIT.jsonl."""
 
 
 @tells_input_errors
@@ -67,6 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
+    parser.add_argument(
+        "--rows", action="append", default=[], help="TASK=FOLDER, its folder of SPLIT.jsonl"
+    )
     parser.add_argument("--prompts", type=Path, help="table of the prompts that should be refused")
     parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
     parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
+    rows = {task: Path(folder) for task, folder in (named.split("=", 1) for named in options.rows)}
     chosen = _chosen(options.selection, options.seed, options.budget)
     name = "-".join(filter(None, [f"seed{options.seed}", options.budget]))
     base = read_json(options.base)
@@ -97,30 +99,33 @@ def main(argv: list[str] | None = None) -> None:
                     model,
                     tokenizer,
                     [task_spec(*named) for named in spec.benchmarks.tasks.items()],
-                    {task: Path(rows) for task, rows in spec.rows.items()},
+                    rows,
                     spec.benchmarks.batch_size,
                 )
             if spec.asking:
                 add_refusals(result, spec, options.prompts, model, tokenizer)
     who = {"run": chosen["run"], "step": chosen["step"]} if chosen else {"run": "base", "step": 0}
-    write_table(options.output / "scores.parquet", result.scores)
-    write_table(options.output / "items.parquet", result.items)
-    write_table(options.output / "responses.parquet", result.responses)
-    write_json(options.output / "programs.json", describe(result.programs, result.rates))
-    write_json(
-        options.output / "record.json",
-        {
-            "model": who | identify(checkpoint),
-            "base": {key: base.get(key) for key in ("path", "origin", "identity")},
-            "tasks": about_tasks(spec, result),
-            "notes": result.notes,
-            "device": str(device),
-            "precision": str(precision).removeprefix("torch."),
-            "machine": describe_machine(),
-        },
-    )
+    record = {
+        "model": who | identify(checkpoint),
+        "base": {key: base.get(key) for key in ("path", "origin", "identity")},
+        "tasks": about_tasks(spec, rows, result),
+        "notes": result.notes,
+        "device": str(device),
+        "precision": str(precision).removeprefix("torch."),
+        "machine": describe_machine(),
+    }
+    write_results(options.output, result, record)
     for row in result.scores[result.scores["main"]].to_dict("records"):
         print(f"{who['run']}, {row['task']}: {row['value']:.3f}, chance {row['chance']:g}")
+
+
+def write_results(folder: Path, result: BenchmarkResult, record: dict[str, Any]) -> None:
+    """Tables, programs and the record of one model."""
+    write_table(folder / "scores.parquet", result.scores)
+    write_table(folder / "items.parquet", result.items)
+    write_table(folder / "responses.parquet", result.responses)
+    write_json(folder / "programs.json", describe(result.programs, result.rates))
+    write_json(folder / "record.json", record)
 
 
 def task_spec(name: str, task: Task) -> TaskSpec:
@@ -156,21 +161,23 @@ def identify(checkpoint: Path | None) -> dict[str, Any]:
     }
 
 
-def about_tasks(spec: Spec, result: BenchmarkResult) -> dict[str, dict[str, Any]]:
+def about_tasks(
+    spec: Spec, rows: dict[str, Path], result: BenchmarkResult
+) -> dict[str, dict[str, Any]]:
     """What each score rests on: definition, settings and the content of the rows."""
     told: dict[str, dict[str, Any]] = {}
     for name, shots in result.examples.items():
         told[name] = {"num_fewshot": shots}
         if name == REFUSALS:
             continue
-        task, rows = spec.benchmarks.tasks[name], Path(spec.rows[name])
+        task = spec.benchmarks.tasks[name]
         told[name] |= {
             "definition": benchmark(name).definition,
             "version": result.versions[name],
             "metric": main_metric(name, task.metric),
             "settings": task.model_dump(mode="json", exclude_none=True),
             "seed": HARNESS_SEED,
-            "rows": {str(path): sha256(path) for path in sorted(rows.glob("*.jsonl"))},
+            "rows": {str(path): sha256(path) for path in sorted(rows[name].glob("*.jsonl"))},
         }
     return told
 
