@@ -27,7 +27,13 @@ from forgetting.benchmarks.harness import (
     run_benchmarks,
 )
 from forgetting.benchmarks.pass_rates import program_items, score_programs
-from forgetting.benchmarks.programs import pass_at_k
+from forgetting.benchmarks.programs import (
+    PassRate,
+    describe,
+    pass_at_k,
+    read_programs,
+    read_rates,
+)
 from forgetting.records import InputError
 from forgetting.sandbox import Outcome, search_sandbox
 
@@ -457,7 +463,7 @@ def test_bad_input_is_told_by_file_and_remedy(tmp_path: Path, rows_dir: Path) ->
         load_task(TaskSpec("gsm8k", num_fewshot=12), rows_dir / "gsm8k")
     with pytest.raises(InputError, match="defined without examples"):
         load_task(TaskSpec("humaneval", num_fewshot=1), rows_dir / "humaneval")
-    with pytest.raises(InputError, match="defines no task of that name"):
+    with pytest.raises(InputError, match="has no task no_such_task"):
         load_task("no_such_task")
 
 
@@ -582,7 +588,8 @@ def test_several_answers_to_an_item_are_averaged_within_it() -> None:
     programs = [Program("t", f"t/{i}", i, s, "p", "c") for i in range(3) for s in range(2)]
     passed = [True, True, True, False, False, False]
     outcomes = [Outcome("passed" if ok else "failed") for ok in passed]
-    assert program_items(programs, outcomes).value.tolist() == [1.0, 0.5, 0.0]
+    items = program_items(programs, outcomes)
+    assert items[items.metric == "pass@1,create_test"].value.tolist() == [1.0, 0.5, 0.0]
     row = score_programs(programs, outcomes).iloc[0]
     assert row.value == pytest.approx(0.5) and row.n == 3
     assert row.stderr == pytest.approx(0.5 / math.sqrt(3))
@@ -593,7 +600,14 @@ def test_several_answers_to_an_item_are_averaged_within_it() -> None:
 
 
 def test_programs_survive_json() -> None:
-    """What the generating job writes, the executing job reads."""
-    program = Program("humaneval", "HumanEval/0", 0, 0, "def f(): ...", "check(f)")
-    assert Program.from_dict(json.loads(json.dumps(program.to_dict()))) == program
-    assert program.source == "def f(): ...\ncheck(f)"
+    """What the generating job writes, the executing job reads; tests stand there once an item."""
+    programs = [
+        Program("humaneval", f"HumanEval/{item}", item, sample, f"def f(): {sample}", "check(f)")
+        for item in range(2)
+        for sample in range(3)
+    ]
+    rates = {"humaneval": PassRate((1, 2), "create_test")}
+    described = json.loads(json.dumps(describe(programs, rates)))
+    assert read_programs(described) == programs and read_rates(described) == rates
+    assert json.dumps(described).count("check(f)") == 2
+    assert programs[0].source == "def f(): 0\ncheck(f)"

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import browser
@@ -519,3 +520,29 @@ def test_refusals_are_defined_where_they_are_measured() -> None:
     assert "<td>refused</td>" in row
     assert row.rstrip().endswith("<td></td>")
     assert "begins as a refusal does" not in _html(_tables(ranks=(2,), epochs=3, tasks=("gsm8k",)))
+
+
+def test_answers_that_were_drawn_have_pass_rates_and_diversity_on_the_page() -> None:
+    """A row per model, a column per pass@k and for the different answers; the figure has one."""
+    made = synthetic.tables(ranks=(2,), epochs=3, tasks=("gsm8k", "humaneval"))
+    scores = made["benchmarks"]
+    of_programs = scores[scores["task"] == "humaneval"]
+    more = {"pass@10": 0.75, "distinct_passing": 3.25, "distinct_failing": 41.5}
+    extra = [
+        of_programs.assign(metric=f"{name},create_test", main=False, value=value, low=0.5, high=50)
+        for name, value in more.items()
+    ]
+    made["benchmarks"] = pd.concat([scores, *extra], ignore_index=True)
+    made["study"]["study"]["benchmarks"]["tasks"]["humaneval"] = {"samples": 50}
+    html = _html(Tables(**made))
+    section = html.split("humaneval: 50 answers drawn to each item")[1].split("</section>")[0]
+    assert [part.split("<")[0] for part in section.split('<th scope="col">')[1:]] == [
+        "Model",
+        "pass@1",
+        "pass@10",
+        "Different answers that pass",
+        "Different answers that fail",
+    ]
+    base = section.split('<th scope="row">base</th>')[1].split("</tr>")[0]
+    assert "0.75" in base and "3.25" in base and "41.5" in base
+    assert "drawn to each item" not in _html(_tables(ranks=(2,), epochs=3, tasks=("humaneval",)))

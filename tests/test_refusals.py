@@ -142,12 +142,13 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
         "benchmarks": {"refusals": {"table": "advbench/harmful_behaviors", "max_new_tokens": 4}},
         "precision": "float32",
         "asking": {"prompt": Prompt().model_dump(), "columns": {"question": "goal"}},
+        "rows": {},
     }
     folder = tmp_path / "benchmarks" / "base"
-    arguments = {"spec": json.dumps(spec), "base": tmp_path / "base.json", "rows": tmp_path}
+    arguments = {"spec": json.dumps(spec), "base": tmp_path / "base.json"}
     arguments |= {"prompts": prompts, "output": folder}
     benchmark.main([f"--{name}={value}" for name, value in arguments.items()])
-    assert read_json(folder / "programs.json")["examples"] == {"refusals": 0}
+    assert read_json(folder / "record.json")["tasks"] == {"refusals": {"num_fewshot": 0}}
     scores, items, notes = benchmark_tables([folder], {"base": {"label": "base"}})
     (row,) = scores.to_dict("records")
     assert (row["task"], row["metric"], row["main"]) == ("refusals", "refused", True)

@@ -91,6 +91,18 @@ LOSERS = {
         "class A:\n def __getattr__(self, n): return getattr(self, n + 'x')\nrepr(A().y)",
         None,
     ),
+    "regular expression": ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", "timed_out"),
+    "huge number": ("x = 9 ** 9 ** 9", None),
+    "stops itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "timed_out"),
+    "closes the report": ("import os; os.closerange(0, 256)", None),
+    "replaces its process": (
+        "import os; os.execv('/usr/bin/python3', ['python3', '-c', 'pass'])",
+        None,
+    ),
+    "leaves the end to a child": (
+        "import os, time\nif os.fork():\n os._exit(0)\nos.setsid()\ntime.sleep(100)",
+        "failed",
+    ),
     "fork bomb": ("import os\nwhile True: os.fork()", None),
     "fork bomb, catches all": (
         "import os\nwhile True:\n try: os.fork()\n except OSError: pass",
@@ -252,6 +264,53 @@ for pid in (1, os.getppid()):
             continue
         assert b"SECRET" not in found and b"root:" not in found, name
 """,
+    "devices of the host": """
+import os
+for name in ("mem", "kmem", "port", "kvm", "fuse", "kmsg", "sda", "vda", "nvidia0", "loop0"):
+    assert not os.path.exists(f"/dev/{name}"), name
+try:
+    os.mknod("/tmp/device", 0o20600, os.makedev(1, 1))
+except OSError:
+    pass
+else:
+    raise AssertionError("made a device")
+""",
+    "types into a terminal": """
+import fcntl, os, termios
+for name in ("/dev/tty", "/dev/console", "/dev/pts/0"):
+    try:
+        fcntl.ioctl(os.open(name, os.O_RDWR), termios.TIOCSTI, b"x")
+    except OSError:
+        continue
+    raise AssertionError(name)
+""",
+    "raw packets": """
+import socket
+for family, kind in ((socket.AF_INET, socket.SOCK_RAW), (socket.AF_PACKET, socket.SOCK_RAW)):
+    try:
+        socket.socket(family, kind, 1)
+    except OSError:
+        continue
+    raise AssertionError(family)
+""",
+    "a user namespace by clone": """
+import ctypes, os, platform
+libc = ctypes.CDLL(None, use_errno=True)
+number = {"x86_64": 56, "aarch64": 220}[platform.machine()]
+found = libc.syscall(number, 0x10000000 | 17, None, None, None, None)
+if found == 0:
+    os._exit(0)
+assert found == -1, "made a namespace"
+""",
+    "becomes root by a set-user-id program": """
+import subprocess
+for command in (["su", "-c", "id"], ["mount", "-t", "tmpfs", "x", "/tmp"], ["passwd", "-S"]):
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=3)
+    except OSError:
+        continue
+    assert done.returncode != 0, command
+""",
     "kills everything": "import os\ntry: os.kill(-1, 9)\nexcept OSError: pass",
     "kills the parent": "import os\ntry: os.kill(os.getppid(), 9)\nexcept OSError: pass",
     "large output is fine": "print('x' * 10**7)",
@@ -298,6 +357,35 @@ def test_system_call_is_refused(sandbox: Sandbox, name: str) -> None:
     )
     outcome = sandbox.run_program(program, timeout=5.0)
     assert outcome.passed, outcome
+
+
+@needs_sandbox
+def test_every_refused_system_call_is_refused_by_number(sandbox: Sandbox) -> None:
+    """Not by libc's leave: the kernel is asked directly, by all the numbers of the filter."""
+    column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
+    numbers = {name: both[column] for name, both in sandbox_filter._REFUSED.items()}
+    program = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"for name, number in {numbers!r}.items():\n"
+        "    ctypes.set_errno(0)\n"
+        "    assert libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1, name\n"
+        "    assert ctypes.get_errno() == 1, (name, ctypes.get_errno())\n"
+    )
+    outcome = sandbox.run_program(program, timeout=5.0)
+    assert outcome.passed, outcome
+
+
+@needs_sandbox
+def test_a_program_leaves_nothing_for_the_next(sandbox: Sandbox) -> None:
+    """Neither a module in the working folder nor a file: each has a sandbox of its own."""
+    trap = (
+        "import os\nfor name in ('json', 'math', 'typing', 'usercustomize'):\n"
+        " open(f'{name}.py', 'w').write('raise SystemExit')\n"
+        "open('/tmp/secret', 'w').write('x')"
+    )
+    look = "import json, math, typing, os\nassert not os.listdir('/tmp'), os.listdir('/tmp')"
+    first, second = sandbox.run_programs([trap, look], workers=1, timeout=5.0)
+    assert first.passed and second.passed, (first, second)
 
 
 @needs_sandbox

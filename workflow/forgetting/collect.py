@@ -8,14 +8,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from forgetting.benchmarks.pass_rates import program_items, score_programs
-from forgetting.benchmarks.programs import Program
+from forgetting.benchmarks.pass_rates import PASSING, program_items, score_programs
+from forgetting.benchmarks.programs import read_programs, read_rates
 from forgetting.plan import Tuning, run_name
 from forgetting.records import read_json
 from forgetting.sandbox import Outcome
-from forgetting.statistics import share_interval
+from forgetting.statistics import mean_interval, share_interval
 from forgetting.trajectory import aggregate
 
 BASE: dict[str, Any] = {"run": "base", "method": "base", "label": "base"}
@@ -108,23 +109,26 @@ def benchmark_tables(
     """
     scores, items, notes = [], [], []
     for folder in models:
-        programs = read_json(folder / "programs.json")
-        who = labels.get(programs["model"]["run"] or "", {}) | programs["model"]
+        record = read_json(folder / "record.json")
+        place = {key: record["model"][key] for key in ("run", "step")}
+        who: dict[str, Any] = {**labels.get(place["run"] or "", {}), **place}
         name = who["run"] or folder.parent.name
-        notes += [f"{name}: {note}" for note in programs["notes"]]
+        notes += [f"{name}: {note}" for note in record["notes"]]
         score = pd.read_parquet(folder / "scores.parquet")
         item = pd.read_parquet(folder / "items.parquet")
-        if programs["programs"]:
-            more, note = _program_tables(folder, programs["programs"])
+        programs = read_json(folder / "programs.json")
+        if programs["items"]:
+            more, note = _program_tables(folder, programs)
             if more is None:
                 notes.append(note)
             else:
                 score = pd.concat([score, more[0]], ignore_index=True)
                 item = pd.concat([item, more[1]], ignore_index=True)
                 notes += [note] if note else []
-        examples = score["task"].map(programs["examples"]).astype("Int64")
+        shots = {task: about["num_fewshot"] for task, about in record["tasks"].items()}
+        examples = score["task"].map(shots).astype("Int64")
         scores.append(score.assign(num_fewshot=examples, **who))
-        items.append(item.assign(**programs["model"]))
+        items.append(item.assign(**place))
     table = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame()
     every = pd.concat(items, ignore_index=True) if items else pd.DataFrame()
     return _with_intervals(table, every), every, list(dict.fromkeys(notes))
@@ -134,7 +138,7 @@ def responses_table(models: Sequence[Path]) -> pd.DataFrame:
     """Run, step, task, item and response of every benchmark of every model."""
     tables = [
         pd.read_parquet(folder / "responses.parquet").assign(
-            **read_json(folder / "programs.json")["model"]
+            **{key: read_json(folder / "record.json")["model"][key] for key in ("run", "step")}
         )
         for folder in models
     ]
@@ -142,44 +146,63 @@ def responses_table(models: Sequence[Path]) -> pd.DataFrame:
 
 
 def main_items(scores: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
-    """The items of each benchmark's main metric."""
+    """The items of each benchmark's main metric, where that can be compared answer by answer.
+
+    Of several drawn answers to an item none is the model's; other values than shares of right
+    answers, such as perplexities, are neither gained nor lost.
+    """
     if items.empty:
         return items
+    drawn = scores[scores["metric"].str.startswith(PASSING)]["task"]
+    shares = items[items["value"].between(0.0, 1.0)]
+    others = items[~items["value"].between(0.0, 1.0)][["task", "metric"]].drop_duplicates()
     main = scores[scores["main"].astype(bool)][["task", "metric"]].drop_duplicates()
-    return items.merge(main, on=["task", "metric"])
+    main = main[~main["task"].isin(drawn)]
+    main = main.merge(others, on=["task", "metric"], how="left", indicator=True)
+    main = main[main.pop("_merge") == "left_only"]
+    return shares.merge(main, on=["task", "metric"])
 
 
 def _program_tables(
-    folder: Path, described: list[dict[str, Any]]
+    folder: Path, described: dict[str, Any]
 ) -> tuple[tuple[pd.DataFrame, pd.DataFrame] | None, str]:
     executed = read_json(folder / "outcomes.json")
-    tasks = ", ".join(sorted({program["task"] for program in described}))
+    tasks = ", ".join(sorted({item["task"] for item in described["items"]}))
     if executed["sandbox"] is None:
         return None, f"{tasks} is not scored, for want of a sandbox: {executed['why']}"
-    programs = [Program.from_dict(values) for values in described]
+    programs, rates = read_programs(described), read_rates(described)
     outcomes = [Outcome(**values) for values in executed["outcomes"]]
     unsafe = executed["sandbox"].startswith("none")
     note = f"{tasks} was executed without a sandbox: {executed['why']}" if unsafe else ""
-    return (score_programs(programs, outcomes), program_items(programs, outcomes)), note
+    tables = score_programs(programs, outcomes, rates), program_items(programs, outcomes, rates)
+    return tables, note
 
 
 def _with_intervals(scores: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
-    """Add low and high: Wilson's interval over the items of each score."""
+    """Add low and high, the 95 % interval over the items of each score."""
     if scores.empty:
         columns = ["run", "step", "method", "label", "seed", "task", "metric", "main", "value"]
         more = ["stderr", "low", "high", "n", "chance", "num_fewshot"]
         return pd.DataFrame(columns=[*columns, *more])
     values = {
-        key: group["value"].to_numpy(dtype=float)
+        key: group["value"].astype(float).tolist()
         for key, group in items.groupby(["run", "task", "metric"], sort=False)
     }
     bounds = [
-        share_interval(values[row["run"], row["task"], row["metric"]])
-        if (row["run"], row["task"], row["metric"]) in values
-        else (math.nan, math.nan)
+        _interval(row, values.get((row["run"], row["task"], row["metric"])))
         for row in scores.to_dict("records")
     ]
     return scores.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])
+
+
+def _interval(row: Mapping[Any, Any], values: list[float] | None) -> tuple[float, float]:
+    """Of shares of right answers Wilson's; of other means over items Student's; of what is no
+    mean, such as a perplexity, 1.96 of the harness's standard errors."""
+    if values and math.isclose(float(np.mean(values)), row["value"]):
+        if min(values) >= 0.0 and max(values) <= 1.0:
+            return share_interval(values)
+        return mean_interval(values)
+    return row["value"] - 1.96 * row["stderr"], row["value"] + 1.96 * row["stderr"]
 
 
 def _edge_notes(selection: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> list[str]:

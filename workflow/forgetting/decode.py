@@ -40,7 +40,7 @@ def greedy_answers(
 
 def can_drop_rows(model: Model) -> bool:
     """Is all that a row remembers in a cache of keys and values, by positions that we may give?"""
-    inner = _inner(model)
+    inner = inner_model(model)
     return (
         not getattr(inner, "_is_stateful", False)
         and "position_ids" in inspect.signature(inner.forward).parameters
@@ -55,7 +55,7 @@ def _decode(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> lis
     """
     answers: list[list[int]] = [[] for _ in ids]
     rows = list(range(len(ids)))
-    cache = DynamicCache(config=_inner(model).config)
+    cache = DynamicCache(config=inner_model(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for _ in range(most):
         logits = model(
@@ -86,7 +86,7 @@ def _generate(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> l
     config = GenerationConfig(
         do_sample=False, max_new_tokens=most, eos_token_id=end, pad_token_id=end
     )
-    with _only(_inner(model), config):
+    with _only(inner_model(model), config):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -98,7 +98,8 @@ def _generate(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> l
     return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in found]
 
 
-def _inner(model: Model) -> PreTrainedModel:
+def inner_model(model: Model) -> PreTrainedModel:
+    """The model itself, without peft's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -20,7 +20,7 @@ class HubRows:
     """Where a benchmark's rows are published."""
 
     dataset: str
-    config: str
+    config: str | None
     revision: str
     splits: tuple[str, ...]
 

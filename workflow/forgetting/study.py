@@ -26,6 +26,7 @@ from forgetting.fields import (
     several,
 )
 from forgetting.prompts import Refusals
+from forgetting.task import Task
 from forgetting.variants import Budget, Then
 
 WORLD_PROBES = ("new_authors", "real_authors", "world_facts")
@@ -640,19 +641,7 @@ class Selection(Strict):
         return self
 
 
-class Task(Strict):
-    """Settings of one benchmark of the lm-evaluation-harness; empty means the task's own."""
-
-    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Solved examples in the prompt; the task's own number by default."
-    )
-    limit: Count | None = Field(None, description="Only the first so many items.")
-    max_new_tokens: Count | None = Field(
-        None, description="Longest generated answer; the task's own by default."
-    )
-
-
-TaskName = Literal["gsm8k", "humaneval", "hellaswag", "winogrande", "arc_challenge"]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 
 
 class Benchmarks(Strict):
@@ -664,7 +653,8 @@ class Benchmarks(Strict):
         "without it they come from the hub at pinned revisions.",
     )
     tasks: dict[TaskName, Task] = Field(
-        default_factory=dict, description="The tasks, with settings."
+        default_factory=dict,
+        description="The tasks by their names in the harness's registry, with settings.",
     )
     refusals: Refusals | None = Field(
         None, description="Ask harmful prompts too, and count the answers that refuse."

@@ -7,6 +7,7 @@ What would come from the hub comes from the micro-world instead: nothing is down
 
 from __future__ import annotations
 
+from forgetting.benchmarks.tasks import same_rows
 from forgetting.plan import tunings
 from forgetting.study import (
     Base,
@@ -21,6 +22,7 @@ from forgetting.study import (
     Study,
     Training,
 )
+from forgetting.task import Task
 
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
@@ -123,19 +125,27 @@ def _offline(method: Method, on_hub: set[str]) -> Method:
 
 
 def _benchmarks(study: Study, datasets: dict[str, Dataset], on_hub: set[str]) -> Benchmarks:
-    rows = study.benchmarks.rows
-    if rows is None and study.benchmarks.tasks:
+    rows, tasks = study.benchmarks.rows, study.benchmarks.tasks
+    if rows is None and tasks:
         datasets["micro_world"], rows = WORLD, "micro_world"
-    tasks = {
-        name: task.model_copy(update={"limit": 4, "max_new_tokens": 8})
-        for name, task in study.benchmarks.tasks.items()
-    }
+        # Of other tasks on the hub nothing stands in for the rows.
+        tasks = {name: task for name, task in tasks.items() if same_rows(name)}
+    tasks = {name: _few_answers(task) for name, task in tasks.items()}
     refusals = study.benchmarks.refusals
     if refusals is not None:
         dataset = refusals.table.split("/", 1)[0]
         stand_in = f"{dataset}/refusals" if dataset in on_hub else refusals.table
         refusals = refusals.model_copy(update={"table": stand_in, "limit": 4, "max_new_tokens": 8})
     return study.benchmarks.model_copy(update={"rows": rows, "tasks": tasks, "refusals": refusals})
+
+
+def _few_answers(task: Task) -> Task:
+    """A few items with short answers, and at most four samples of each."""
+    few: dict[str, object] = {"limit": 4, "max_new_tokens": 8}
+    if task.samples is not None:
+        samples = min(task.samples, 4)
+        few |= {"samples": samples, "k": sorted({min(k, samples) for k in task.k or [1]})}
+    return task.model_copy(update=few)
 
 
 def _base(study: Study, on_hub: set[str], probes: dict[str, Probe], train: list[str]) -> Base:

@@ -1,17 +1,17 @@
 """Benchmarks: lm-evaluation-harness runs on the base and on every selected checkpoint.
 
-Outputs: results/STUDY/benchmarks/MODEL/{scores,items,responses}.parquet, programs.json and
-outcomes.json, where MODEL is `base` or METHOD/seedN; METHOD/seedN-budgetD where the ends of all
-budgets are scored.
+Outputs: results/STUDY/benchmarks/MODEL/{scores,items,responses}.parquet, programs.json, record.json
+(model, tasks, rows) and outcomes.json, where MODEL is `base` or METHOD/seedN; METHOD/seedN-budgetD
+where the ends of all budgets are scored.
 """
 
 
 rule download_benchmark:
     """Fetch the rows of one benchmark at a pinned revision."""
     output:
-        directory("resources/benchmarks/{task}"),
+        directory("resources/benchmarks/{task}/{revision}"),
     log:
-        "logs/download_benchmark/{task}.log",
+        "logs/download_benchmark/{task}/{revision}.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
@@ -21,6 +21,7 @@ rule download_benchmark:
 
         HF_HUB_OFFLINE=0 python "$SCRIPTS"/download_benchmark.py \
             --task {wildcards.task} \
+            --revision {wildcards.revision} \
             --output {output:q}
         """
 
@@ -37,6 +38,7 @@ rule benchmark:
         scored=f"{RESULTS}/benchmarks/{{model}}/items.parquet",
         responses=f"{RESULTS}/benchmarks/{{model}}/responses.parquet",
         programs=f"{RESULTS}/benchmarks/{{model}}/programs.json",
+        record=f"{RESULTS}/benchmarks/{{model}}/record.json",
     log:
         f"{LOGS}/benchmark/{{model}}.log",
     conda:
@@ -48,7 +50,6 @@ rule benchmark:
     params:
         code=code("benchmark"),
         spec=lambda wildcards: benchmark_spec(),
-        rows=rows_folder(),
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=chosen_options,
         folder=subpath(output.scores, parent=True),
@@ -59,7 +60,6 @@ rule benchmark:
         python "$SCRIPTS"/benchmark.py \
             --spec {params.spec:q} \
             --base {input.base:q} \
-            --rows {params.rows:q} \
             {params.prompts:q} {params.chosen:q} \
             --output {params.folder:q}
         """
@@ -76,10 +76,10 @@ rule execute_programs:
     conda:
         "../../envs/environment.yaml"
     # One core starts some 25 programs a second; the models' jobs run beside each other.
-    threads: 1
+    threads: execution_threads()
     resources:
         mem_mb=4000,
-        runtime=60,
+        runtime=lambda wildcards, attempt: 60 * attempt,
     params:
         code=code("execute_programs"),
         sandbox=STUDY.benchmarks.sandbox,

@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from forgetting.benchmarks.tasks import same_rows, splits_of
 from forgetting.check import check_inputs
 from forgetting.data import find_table
 from forgetting.fingerprint import code_digest
@@ -129,28 +130,30 @@ def target_options(wildcards):
     return [f"--targets={path}" for path in TARGETS]
 
 
-def rows_folder():
-    """The folder of TASK/SPLIT.jsonl from which the benchmarks take their rows."""
+def task_folder(task):
+    """The folder of SPLIT.jsonl from which a benchmark takes its rows."""
     if STUDY.benchmarks.rows is None:
-        return "resources/benchmarks"
+        pinned = STUDY.benchmarks.tasks[task].revision or HUB_ROWS[task].revision
+        return f"resources/benchmarks/{task}/{pinned}"
     origin = STUDY.datasets[STUDY.benchmarks.rows]
-    return origin.folder or f"{RESULTS}/world/{STUDY.benchmarks.rows}/benchmarks"
+    if origin.folder:
+        return str(Path(origin.folder, task))
+    return f"{RESULTS}/world/{STUDY.benchmarks.rows}/benchmarks/{same_rows(task)}"
 
 
 def rows_inputs(wildcards):
     """What the benchmarks' rows depend on: files, or folders that are downloaded."""
     if STUDY.benchmarks.rows is None:
-        return [f"resources/benchmarks/{task}" for task in TASKS]
-    if STUDY.datasets[STUDY.benchmarks.rows].folder:
-        return sorted(
-            str(path)
-            for task in TASKS
-            for path in Path(rows_folder(), task).glob("*.jsonl")
-        )
+        return [task_folder(task) for task in TASKS]
+    folder = STUDY.datasets[STUDY.benchmarks.rows].folder
     return [
-        f"{rows_folder()}/{task}/{split}.jsonl"
-        for task in TASKS
-        for split in HUB_ROWS[task].splits
+        f"{task_folder(task)}/{split}.jsonl"
+        for task, settings in STUDY.benchmarks.tasks.items()
+        for split in (
+            splits_of(task, settings.num_fewshot)
+            if folder
+            else HUB_ROWS[same_rows(task)].splits
+        )
     ]
 
 
@@ -160,6 +163,12 @@ def prompt_files():
     return [table_file(refusals.table)] if refusals else []
 
 
+def execution_threads():
+    """Processor cores that run the programs of a model: more where answers are sampled."""
+    samples = [task.samples or 1 for task in STUDY.benchmarks.tasks.values()]
+    return min(8, -(-max(samples, default=1) // 8))
+
+
 def benchmark_spec():
     """All that a benchmark job is told of the study."""
     refusals = STUDY.benchmarks.refusals
@@ -167,7 +176,8 @@ def benchmark_spec():
         **sections("prompt"),
         "columns": STUDY.columns(refusals.table).model_dump(),
     }
-    return as_json(sections("benchmarks", "precision"), asking=asking)
+    rows = {task: task_folder(task) for task in TASKS}
+    return as_json(sections("benchmarks", "precision"), asking=asking, rows=rows)
 
 
 def model_folder():

@@ -56,6 +56,7 @@ rule collect:
                     "items.parquet",
                     "responses.parquet",
                     "programs.json",
+                    "record.json",
                     "outcomes.json",
                 ],
             )

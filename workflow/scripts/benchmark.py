@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from forgetting.benchmarks.harness import (
     RESPONSE_COLUMNS,
     SCORE_COLUMNS,
     BenchmarkResult,
+    Sampling,
     TaskSpec,
     run_benchmarks,
 )
+from forgetting.benchmarks.programs import describe
+from forgetting.benchmarks.tasks import HARNESS_SEED, benchmark, main_metric
 from forgetting.columns import Columns
 from forgetting.data import evenly_spaced, prompt_rows
 from forgetting.fields import Strict
+from forgetting.machine import describe_machine
 from forgetting.merged import merged
 from forgetting.models import (
     Model,
@@ -31,10 +37,11 @@ from forgetting.models import (
     quieten_libraries,
 )
 from forgetting.prompts import REFUSALS
-from forgetting.records import read_json, tells_input_errors, write_json, write_table
+from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_table
 from forgetting.refusals import ask, score
 from forgetting.study import Benchmarks, Prompt
-from forgetting.tuned import load_checkpoint
+from forgetting.task import Task
+from forgetting.tuned import ADAPTER, load_checkpoint
 
 
 class Asking(Strict):
@@ -50,15 +57,16 @@ class Spec(Strict):
     benchmarks: Benchmarks
     precision: str
     asking: Asking | None
+    rows: dict[str, str]
+    """Of every task the folder of SPLIT.jsonl."""
 
 
 @tells_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write scores, items and responses (parquet), and the programs that are still to be run."""
+    """Write scores, items and responses (parquet), programs that are still to be run, a record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
-    parser.add_argument("--rows", type=Path, required=True, help="folder of TASK/SPLIT.jsonl")
     parser.add_argument("--prompts", type=Path, help="table of the prompts that should be refused")
     parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
     parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
@@ -70,29 +78,26 @@ def main(argv: list[str] | None = None) -> None:
     spec = Spec.model_validate_json(options.spec)
     chosen = _chosen(options.selection, options.seed, options.budget)
     name = "-".join(filter(None, [f"seed{options.seed}", options.budget]))
-    folder = Path(read_json(options.base)["path"])
+    base = read_json(options.base)
+    folder, checkpoint = Path(base["path"]), None
     device = pick_device()
+    precision = pick_precision(spec.precision, device)
     result = nothing()
     if chosen is not None and chosen["step"] is None:
         result.notes.append(f"no benchmarks: {chosen['reason']}")
     elif spec.benchmarks.tasks or spec.asking:
+        checkpoint = options.checkpoints / name if chosen else None
         model: Any = (
-            load_base(folder, device)
-            if chosen is None
-            else load_checkpoint(folder, options.checkpoints / name, device)
+            load_checkpoint(folder, checkpoint, device) if checkpoint else load_base(folder, device)
         )
         tokenizer = load_tokenizer(folder)
-        precision = pick_precision(spec.precision, device)
         with autocast(device, precision), merged(model, precision):
             if spec.benchmarks.tasks:
                 result = run_benchmarks(
                     model,
                     tokenizer,
-                    [
-                        TaskSpec(name, task.num_fewshot, task.limit, task.max_new_tokens)
-                        for name, task in spec.benchmarks.tasks.items()
-                    ],
-                    options.rows,
+                    [task_spec(*named) for named in spec.benchmarks.tasks.items()],
+                    {task: Path(rows) for task, rows in spec.rows.items()},
                     spec.benchmarks.batch_size,
                 )
             if spec.asking:
@@ -101,17 +106,73 @@ def main(argv: list[str] | None = None) -> None:
     write_table(options.output / "scores.parquet", result.scores)
     write_table(options.output / "items.parquet", result.items)
     write_table(options.output / "responses.parquet", result.responses)
+    write_json(options.output / "programs.json", describe(result.programs, result.rates))
     write_json(
-        options.output / "programs.json",
+        options.output / "record.json",
         {
-            "model": who,
+            "model": who | identify(checkpoint),
+            "base": {key: base.get(key) for key in ("path", "origin", "identity")},
+            "tasks": about_tasks(spec, result),
             "notes": result.notes,
-            "examples": result.examples,
-            "programs": [program.to_dict() for program in result.programs],
+            "device": str(device),
+            "precision": str(precision).removeprefix("torch."),
+            "machine": describe_machine(),
         },
     )
     for row in result.scores[result.scores["main"]].to_dict("records"):
         print(f"{who['run']}, {row['task']}: {row['value']:.3f}, chance {row['chance']:g}")
+
+
+def task_spec(name: str, task: Task) -> TaskSpec:
+    """A task as the harness's side wants it."""
+    sampling = None
+    if task.samples is not None:
+        given = {"temperature": task.temperature, "top_p": task.top_p}
+        sampling = Sampling(task.samples, **{k: v for k, v in given.items() if v is not None})
+    return TaskSpec(
+        name,
+        num_fewshot=task.num_fewshot,
+        limit=task.limit,
+        max_gen_toks=task.max_new_tokens,
+        chance=task.chance,
+        metric=task.metric,
+        sampling=sampling,
+        draws=tuple(task.k) if task.k else None,
+    )
+
+
+def identify(checkpoint: Path | None) -> dict[str, Any]:
+    """Which weights were measured: folder and content of the checkpoint; none of the base."""
+    if checkpoint is None:
+        return {"checkpoint": None}
+    files = {path.name: sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    identity = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    adapter = (checkpoint / ADAPTER).exists()
+    return {
+        "checkpoint": str(checkpoint),
+        "kind": "adapter" if adapter else "weights",
+        "identity": identity,
+        "files": files,
+    }
+
+
+def about_tasks(spec: Spec, result: BenchmarkResult) -> dict[str, dict[str, Any]]:
+    """What each score rests on: definition, settings and the content of the rows."""
+    told: dict[str, dict[str, Any]] = {}
+    for name, shots in result.examples.items():
+        told[name] = {"num_fewshot": shots}
+        if name == REFUSALS:
+            continue
+        task, rows = spec.benchmarks.tasks[name], Path(spec.rows[name])
+        told[name] |= {
+            "definition": benchmark(name).definition,
+            "version": result.versions[name],
+            "metric": main_metric(name, task.metric),
+            "settings": task.model_dump(mode="json", exclude_none=True),
+            "seed": HARNESS_SEED,
+            "rows": {str(path): sha256(path) for path in sorted(rows.glob("*.jsonl"))},
+        }
+    return told
 
 
 def nothing() -> BenchmarkResult:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.hub import HUB_ROWS, fetch_rows
+from forgetting.benchmarks.tasks import benchmark, splits_of
+from forgetting.hub import HUB_ROWS, HubRows, fetch_rows
 from forgetting.records import tells_input_errors, write_jsonl
 
 
@@ -13,11 +14,17 @@ from forgetting.records import tells_input_errors, write_jsonl
 def main(argv: list[str] | None = None) -> None:
     """One file per split that the task uses."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", required=True, choices=sorted(HUB_ROWS))
+    parser.add_argument("--task", required=True, help="name of the task")
+    parser.add_argument("--revision", required=True, help="commit of its dataset")
     parser.add_argument("--output", type=Path, required=True, help="folder of SPLIT.jsonl")
     options = parser.parse_args(argv)
-    for split in HUB_ROWS[options.task].splits:
-        rows = fetch_rows(HUB_ROWS[options.task], split)
+    dataset, config = benchmark(options.task).dataset
+    known = HUB_ROWS.get(options.task)
+    # Examples are counted as one, so that the split that they are drawn from is fetched too.
+    splits = known.splits if known else tuple(splits_of(options.task, num_fewshot=1))
+    origin = HubRows(dataset, known.config if known else config, options.revision, splits)
+    for split in origin.splits:
+        rows = fetch_rows(origin, split)
         write_jsonl(options.output / f"{split}.jsonl", rows)
         print(f"{options.task}, {split}: {len(rows):,} rows")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.benchmarks.programs import Program
+from forgetting.benchmarks.programs import read_programs
 from forgetting.records import read_json, tells_input_errors, write_json
 from forgetting.sandbox import search_sandbox, unsafe_runner
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="outcomes (JSON)")
     options = parser.parse_args(argv)
-    programs = [Program.from_dict(values) for values in read_json(options.programs)["programs"]]
+    programs = read_programs(read_json(options.programs))
     sandbox, why = (
         (unsafe_runner(), "the study says `sandbox: none`")
         if options.sandbox == "none"

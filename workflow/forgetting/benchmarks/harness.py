@@ -21,18 +21,31 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.benchmarks.programs import Program
-from forgetting.benchmarks.tasks import BENCHMARKS, HARNESS_SEED, TaskSpec, load_task
+from forgetting.benchmarks.definitions import read_definition
+from forgetting.benchmarks.programs import PassRate, Program
+from forgetting.benchmarks.tasks import (
+    BENCHMARKS,
+    HARNESS_SEED,
+    Sampling,
+    TaskSpec,
+    load_task,
+    main_metric,
+)
 from forgetting.records import InputError
 
 __all__ = [
     "BENCHMARKS",
     "BenchmarkResult",
+    "PassRate",
     "Program",
+    "Sampling",
     "TaskSpec",
     "load_task",
     "run_benchmarks",
 ]
+
+BOOTSTRAPS = 1000
+"""Draws behind the standard error of metrics that are no mean over items, such as perplexity."""
 
 SCORE_COLUMNS = ("task", "metric", "main", "value", "stderr", "n", "chance")
 ITEM_COLUMNS = ("task", "item", "metric", "value")
@@ -49,23 +62,27 @@ class BenchmarkResult:
     responses: one row per task and item (`RESPONSE_COLUMNS`): the generated text, or the
         log-likelihoods of the choices in nats as a JSON list.
     programs: what is still to be run; their tasks have no rows in scores and items yet.
+    rates: how the programs of each task are scored.
     notes: sentences on what deviates from the protocol.
     examples: solved examples in the prompts of each task.
+    versions: of each task's definition, as the harness has them.
     """
 
     scores: pd.DataFrame
     items: pd.DataFrame
     responses: pd.DataFrame
     programs: list[Program] = field(default_factory=list)
+    rates: dict[str, PassRate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     examples: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def run_benchmarks(
     model: Any,
     tokenizer: Any,
     specs: Sequence[TaskSpec],
-    rows_dir: Path | None = None,
+    rows_dir: Path | Mapping[str, Path] | None = None,
     batch_size: int = 16,
     seed: int = HARNESS_SEED,
 ) -> BenchmarkResult:
@@ -75,7 +92,8 @@ def run_benchmarks(
         model: a causal language model of transformers, or a PeftModel around one.
         tokenizer: its tokenizer; left as it is.
         specs: the tasks.
-        rows_dir: folder of {task}/{split}.jsonl; without it the rows come from the hub.
+        rows_dir: folder of {task}/{split}.jsonl, or the folder of {split}.jsonl of each task;
+            without it the rows come from the hub.
         batch_size: sequences per forward pass; changes no score.
         seed: draws the examples in the prompts (1234 is the harness's own), and the answers
             of tasks that sample.
@@ -93,6 +111,7 @@ def run_benchmarks(
             if spec.limit is not None
         }
         lm = _wrapped(model, tokenizer, batch_size)
+        lm.seed = seed
         for name, task in tasks.items():
             _check_room(name, task, lm)
         # Tasks with programs are marked unsafe; `load_task` has taken away what would run them.
@@ -101,19 +120,24 @@ def run_benchmarks(
             task_dict={"tasks": tasks},
             samples=samples or None,
             confirm_run_unsafe_code=True,
+            bootstrap_iters=BOOTSTRAPS,
         )
         notes = [note for name, task in tasks.items() for note in _truncations(name, task, lm)]
     return _tables(tasks, specs, results, notes)
 
 
-def _load_all(specs: Sequence[TaskSpec], rows_dir: Path | None, seed: int) -> dict[str, Any]:
+def _load_all(
+    specs: Sequence[TaskSpec], rows_dir: Path | Mapping[str, Path] | None, seed: int
+) -> dict[str, Any]:
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
         raise InputError(f"benchmarks: expected each task once, found {twice or 'no task'}")
     tasks = {}
     for spec in specs:
-        folder = rows_dir / spec.name if rows_dir is not None else None
+        folder = rows_dir / spec.name if isinstance(rows_dir, Path) else None
+        if isinstance(rows_dir, Mapping):
+            folder = rows_dir[spec.name]
         if folder is not None and not folder.is_dir():
             raise InputError(
                 f"benchmarks, task {spec.name!r}: there is no folder {folder} with its rows as "
@@ -215,6 +239,7 @@ def _tables(
     items: list[dict[str, Any]] = []
     responses: list[dict[str, Any]] = []
     programs: list[Program] = []
+    rates: dict[str, PassRate] = {}
     for spec in specs:
         samples = results["samples"][spec.name]
         first = samples[0]["filter"]
@@ -222,27 +247,51 @@ def _tables(
         if getattr(tasks[spec.name], "UNSAFE_CODE", False):
             for sample in samples:
                 programs += _programs(spec.name, sample)
+            rates[spec.name] = _pass_rate(spec)
         else:
-            scores += _score_rows(spec, results["results"][spec.name])
+            chance = _chance(spec, tasks[spec.name], samples)
+            scores += _score_rows(spec, results["results"][spec.name], chance)
             items += [row for sample in samples for row in _item_rows(spec.name, sample)]
     return BenchmarkResult(
         pd.DataFrame(scores, columns=list(SCORE_COLUMNS)),
         pd.DataFrame(items, columns=list(ITEM_COLUMNS)),
         pd.DataFrame(responses, columns=list(RESPONSE_COLUMNS)),
         programs,
+        rates,
         notes,
         {name: int(task.config.num_fewshot) for name, task in tasks.items()},
+        {name: str(task.VERSION) for name, task in tasks.items()},
     )
 
 
-def _score_rows(spec: TaskSpec, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _pass_rate(spec: TaskSpec) -> PassRate:
+    """The k that the study names; else those of the definition, or 1 where the study samples."""
+    own = read_definition(spec.name)
+    draws = spec.draws or (own.draws if spec.sampling is None else (1,))
+    return PassRate(draws, own.filters[0])
+
+
+def _chance(spec: TaskSpec, task: Any, samples: Sequence[Mapping[str, Any]]) -> float:
+    """Score of blind guessing: what is known, or for accuracy the mean of 1 / choices."""
+    level = spec.chance_level
+    accuracy = main_metric(spec.name, spec.metric).partition(",")[0] in ("acc", "acc_norm")
+    if not math.isnan(level) or task.OUTPUT_TYPE != "multiple_choice" or not accuracy:
+        return level
+    # The metric of mutual information asks for every choice twice.
+    twice = 2 if "acc_mutual_info" in task._metric_fn_list else 1
+    shares = [twice / len(sample["resps"]) for sample in samples]
+    return math.fsum(shares) / len(shares)
+
+
+def _score_rows(spec: TaskSpec, result: Mapping[str, Any], chance: float) -> list[dict[str, Any]]:
     metrics = [
         key
         for key, value in result.items()
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
     ]
-    known = BENCHMARKS.get(spec.name)
-    main = known.main_metric if known else next(iter(metrics), None)
+    main = main_metric(spec.name, spec.metric)
+    if main not in metrics:  # a definition whose own functions name the metrics
+        main = next(iter(metrics), "")
     rows = []
     for key in metrics:
         metric, _, kind = key.partition(",")
@@ -255,7 +304,7 @@ def _score_rows(spec: TaskSpec, result: Mapping[str, Any]) -> list[dict[str, Any
                 "value": float(result[key]),
                 "stderr": float(error) if isinstance(error, int | float) else math.nan,
                 "n": int(result["sample_len"]),
-                "chance": spec.chance_level,
+                "chance": chance,
             }
         )
     return rows

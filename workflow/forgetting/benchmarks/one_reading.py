@@ -7,14 +7,17 @@ item begin with stand in front, and what follows in each of them behind, as a tr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import nn
 
+from forgetting.benchmarks.sampling import Wish, sample_answers, stream_of
 from forgetting.encode import Example
 from forgetting.shared import can_share, collate_shared, grow_tree
 
@@ -28,9 +31,66 @@ Answer = tuple[float, bool]
 
 
 class OneReadingLM(HFLM):  # type: ignore[misc]
-    """The harness's own model, but for the likelihoods of choices."""
+    """The harness's own model, but for the likelihoods of choices, and answers that are drawn."""
 
     _items: list[tuple[str, int]] | None = None
+    seed: int = 0
+    """Of the answers that are drawn."""
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Draw answers with numbers of their own; all else is the harness's."""
+        answers: list[str] = [""] * len(requests)
+        greedy: list[int] = []
+        drawn: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            settings = request.args[1]
+            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+                drawn.setdefault(repr(sorted(settings.items())), []).append(index)
+            else:
+                greedy.append(index)
+        asked = [requests[index] for index in greedy]
+        said = super().generate_until(asked, disable_tqdm=True) if asked else []
+        for index, text in zip(greedy, said, strict=True):
+            answers[index] = text
+        for indices in drawn.values():
+            texts = self._draw([requests[i].args[0] for i in indices], requests[indices[0]].args[1])
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = text
+        return answers
+
+    def _draw(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+        """Answers to prompts; each repetition of a prompt is another sample."""
+        given = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops = [stop for stop in handle_stop_sequences(given.get("until"), eos=end) if stop]
+        most = int(given["max_gen_toks"])
+        room = int(self.max_length) - most
+        encoded = {text: tuple(self.tok_encode(text)[-room:]) for text in set(prompts)}
+        seen: Counter[str] = Counter()
+        wishes = []
+        for text in prompts:
+            wishes.append(Wish(encoded[text], stream_of(self.seed, text, seen[text])))
+            seen[text] += 1
+        # No token is empty, so that a stop has at most as many of them as bytes.
+        tail = max((len(stop.encode()) for stop in stops), default=0) + 1
+
+        def is_over(tokens: list[int]) -> bool:
+            text = self.tok_decode(tokens[-tail:])
+            return any(stop in text for stop in stops)
+
+        found = sample_answers(
+            self.model,
+            wishes,
+            float(given.get("temperature") or 1.0),
+            float(given.get("top_p") or 1.0),
+            most,
+            int(self.batch_size),
+            int(self.eot_token_id),
+            int(self.tokenizer.pad_token_id),
+            is_over,
+        )
+        texts = [self.tok_decode(tokens) for tokens in found]
+        return [_before(text, stops) for text in texts]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """Remember which requests are choices of one item, for `_loglikelihood_tokens`."""
@@ -74,6 +134,13 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
         ]
         answers = answer_items(self.model, items, self.tokenizer.pad_token_id, int(self.batch_size))
         return [answer for several in answers for answer in several]
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of the stops that it holds."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
 
 
 @torch.inference_mode()

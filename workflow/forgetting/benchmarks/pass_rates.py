@@ -1,17 +1,19 @@
-"""Tables of what the programs of a model came to: pass@1 by item and by task."""
+"""Tables of what the programs of a model came to: pass@k and diversity, by item and by task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from forgetting.benchmarks.programs import Program, pass_at_k
+from forgetting.benchmarks.programs import PassRate, Program, pass_at_k
 
-METRIC = "pass@1,create_test"  # the harness's name for it
+PASSING, FAILING = "distinct_passing", "distinct_failing"
+"""Of several answers to an item, how many differ, among those that pass and those that fail
+(Biderman et al. 2024, arXiv 2405.09673: fine-tuning makes answers alike)."""
 
 
 class Ended(Protocol):
@@ -23,57 +25,67 @@ class Ended(Protocol):
         ...
 
 
-def program_items(programs: Sequence[Program], outcomes: Sequence[Ended]) -> pd.DataFrame:
-    """pass@1 of each item: task, item, metric, value.
+def program_items(
+    programs: Sequence[Program],
+    outcomes: Sequence[Ended],
+    rates: Mapping[str, PassRate] | None = None,
+) -> pd.DataFrame:
+    """task, item, metric, value: every pass@k of each item; of several answers the diversity too.
 
     Raises `ValueError` if programs and outcomes do not come in pairs.
     """
     if len(programs) != len(outcomes):
         raise ValueError(f"{len(programs)} programs, but {len(outcomes)} outcomes")
-    frame = pd.DataFrame(
-        {
-            "task": [program.task for program in programs],
-            "item": [program.item for program in programs],
-            "passed": [outcome.passed for outcome in outcomes],
-        }
-    )
+    answers: dict[tuple[str, int], list[tuple[str, bool]]] = {}
+    for program, outcome in zip(programs, outcomes, strict=True):
+        mine = answers.setdefault((program.task, program.item), [])
+        mine.append((program.program, outcome.passed))
     rows = [
-        {"task": task, "item": item, "metric": METRIC, "value": pass_at_k(n, c, 1)}
-        for (task, item), (n, c) in _counts(frame).items()
+        {"task": task, "item": item, "metric": metric, "value": value}
+        for (task, item), several in answers.items()
+        for metric, value in _metrics(several, (rates or {}).get(task, PassRate())).items()
     ]
     return pd.DataFrame(rows, columns=["task", "item", "metric", "value"])
 
 
-def _counts(frame: pd.DataFrame) -> dict[tuple[str, int], tuple[int, int]]:
-    """(answers, correct answers) of each item, in order of appearance."""
-    counts: dict[tuple[str, int], tuple[int, int]] = {}
-    for task, item, passed in zip(frame["task"], frame["item"], frame["passed"], strict=True):
-        n, c = counts.get((task, item), (0, 0))
-        counts[task, item] = (n + 1, c + int(passed))
-    return counts
+def _metrics(answers: Sequence[tuple[str, bool]], rate: PassRate) -> dict[str, float]:
+    n, right = len(answers), sum(passed for _, passed in answers)
+    found = {f"pass@{k},{rate.filter}": pass_at_k(n, right, k) for k in rate.draws if k <= n}
+    if n > 1:
+        for name, wanted in ((PASSING, True), (FAILING, False)):
+            texts = {text for text, passed in answers if passed is wanted}
+            found[f"{name},{rate.filter}"] = float(len(texts))
+    return found
 
 
-def score_programs(programs: Sequence[Program], outcomes: Sequence[Ended]) -> pd.DataFrame:
-    """Rows for the table of scores: the mean pass@1 of each task over its items.
+def score_programs(
+    programs: Sequence[Program],
+    outcomes: Sequence[Ended],
+    rates: Mapping[str, PassRate] | None = None,
+) -> pd.DataFrame:
+    """Rows for the table of scores: the mean of each metric of each task over its items.
 
     The standard error is that of a mean, s / sqrt(n) with s the sample standard deviation
     over items, as the harness has it; it is missing where there is a single item.
     """
     rows = []
-    for task, group in program_items(programs, outcomes).groupby("task", sort=False):
+    main: set[str] = set()
+    items = program_items(programs, outcomes, rates)
+    for (task, metric), group in items.groupby(["task", "metric"], sort=False):
         values = group["value"].to_numpy(dtype=float)
         n = len(values)
         error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
         rows.append(
             {
                 "task": task,
-                "metric": METRIC,
-                "main": True,
+                "metric": metric,
+                "main": task not in main,
                 "value": float(values.mean()),
                 "stderr": error,
                 "n": n,
-                "chance": 0.0,
+                "chance": 0.0 if str(metric).startswith("pass@") else math.nan,
             }
         )
+        main.add(str(task))
     columns = ["task", "metric", "main", "value", "stderr", "n", "chance"]
     return pd.DataFrame(rows, columns=columns)

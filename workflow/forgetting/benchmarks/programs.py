@@ -8,8 +8,9 @@ only, so that a job which runs programs is not held up by libraries that it does
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 
@@ -30,14 +31,45 @@ class Program:
         """What has to run to its end for the program to count as correct."""
         return f"{self.program}\n{self.tests}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Program:
-        """The inverse of `to_dict`."""
-        return cls(**values)
+@dataclass(frozen=True)
+class PassRate:
+    """How the programs of a task are scored: pass@k for every k of `draws`, of which the first
+    stands for the task. `filter` is what the harness calls the making of programs from answers."""
+
+    draws: tuple[int, ...] = (1,)
+    filter: str = "create_test"
+
+
+def describe(
+    programs: Iterable[Program], rates: Mapping[str, PassRate] | None = None
+) -> dict[str, Any]:
+    """Plain values for JSON. The tests of an item are written once, not with every program."""
+    items = []
+    for (task, task_id, item), group in groupby(
+        programs, key=lambda p: (p.task, p.task_id, p.item)
+    ):
+        several = list(group)
+        first = {"task": task, "task_id": task_id, "item": item, "tests": several[0].tests}
+        items.append({**first, "programs": [program.program for program in several]})
+    return {"rates": {name: asdict(rate) for name, rate in (rates or {}).items()}, "items": items}
+
+
+def read_programs(described: Mapping[str, Any]) -> list[Program]:
+    """The programs of what `describe` made."""
+    return [
+        Program(item["task"], item["task_id"], item["item"], number, program, item["tests"])
+        for item in described["items"]
+        for number, program in enumerate(item["programs"])
+    ]
+
+
+def read_rates(described: Mapping[str, Any]) -> dict[str, PassRate]:
+    """How they are scored, by task."""
+    return {
+        name: PassRate(tuple(rate["draws"]), rate["filter"])
+        for name, rate in described["rates"].items()
+    }
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.benchmarks.code_eval_stand_in import without_code_eval
+from forgetting.benchmarks.definitions import example_split, read_definition, tasks_folder
 from forgetting.records import InputError, read_numbered
 
 HARNESS_SEED = 1234  # the harness's default for drawing examples
@@ -36,6 +37,7 @@ class Benchmark:
     columns: tuple[str, ...]  # that the task reads
     examples: int = 0  # in the prompt, by the task's own definition
     answer_tokens: int | None = None  # longest answer by that definition, if it is generated
+    programs: bool = False  # are the answers programs, to be run?
 
 
 BENCHMARKS = {
@@ -59,6 +61,7 @@ BENCHMARKS = {
         chance=0.0,
         columns=("prompt", "test", "entry_point"),
         answer_tokens=1024,
+        programs=True,
     ),
     "hellaswag": Benchmark(
         definition="hellaswag/hellaswag.yaml",
@@ -90,12 +93,77 @@ BENCHMARKS = {
 }
 
 
+def benchmark(name: str) -> Benchmark:
+    """What is known of any task of the harness: of the five usual ones by heart, of others by
+    their definition, which tells neither columns nor chance.
+
+    Raises:
+        InputError: there is no such task; it does not say where the name stood.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    found = read_definition(name)
+    dataset, config = found.dataset
+    return Benchmark(
+        definition=str(found.path.relative_to(tasks_folder())),
+        dataset=(dataset or "", config),
+        split=found.split,
+        example_split=found.example_split,
+        main_metric=next(iter(found.metrics), ""),
+        chance=math.nan,
+        columns=(),
+        examples=found.examples,
+        answer_tokens=found.answer_tokens,
+        programs=found.writes_programs,
+    )
+
+
+def same_rows(name: str) -> str | None:
+    """Which of the five usual tasks has rows in the columns of this one, if any has: `gsm8k` for
+    `gsm8k_cot`, as both read the same dataset."""
+    dataset = benchmark(name).dataset[0]
+    return next((task for task, known in BENCHMARKS.items() if known.dataset[0] == dataset), None)
+
+
+def splits_of(name: str, num_fewshot: int | None = None) -> list[str]:
+    """The splits that a task reads: the evaluated one, and the one examples are drawn from."""
+    known = benchmark(name)
+    shots = known.examples if num_fewshot is None else num_fewshot
+    splits = [known.split, *([known.example_split] if shots and known.example_split else [])]
+    return list(dict.fromkeys(splits))
+
+
+def main_metric(name: str, wanted: str | None) -> str:
+    """The metric that stands for a task: `wanted` with its filter, or the task's first.
+
+    Raises:
+        InputError: the task has no such metric; it does not say where that stood.
+    """
+    if wanted is None:
+        return benchmark(name).main_metric
+    metrics = read_definition(name).metrics
+    for metric in metrics:
+        if wanted in (metric, metric.partition(",")[0]):
+            return metric
+    raise InputError(f"{name} has no metric {wanted}, but {', '.join(metrics)}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How several answers to an item are drawn."""
+
+    samples: int
+    temperature: float = 0.2
+    top_p: float = 0.95
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """One benchmark as a study wants it; None means the task's own setting.
 
     `limit` takes the first items. `chance` is the score of blind guessing: known for the five
-    tasks, missing (NaN) for others unless it is given. `revision` pins the hub's data set.
+    tasks, and derived from the number of choices for others. `revision` pins the hub's data set.
+    `draws` are the k of pass@k.
     """
 
     name: str
@@ -104,13 +172,16 @@ class TaskSpec:
     max_gen_toks: int | None = None
     chance: float | None = None
     revision: str | None = None
+    metric: str | None = None
+    sampling: Sampling | None = None
+    draws: tuple[int, ...] | None = None
 
     @property
     def chance_level(self) -> float:
         """Score of blind guessing, NaN where it is not known."""
         known = BENCHMARKS.get(self.name)
         value = self.chance if self.chance is not None else (known.chance if known else None)
-        return float("nan") if value is None else value
+        return math.nan if value is None else value
 
 
 def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNESS_SEED) -> Any:
@@ -126,8 +197,7 @@ def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNES
     from lm_eval.api.task import ConfigurableTask
 
     spec = TaskSpec(spec) if isinstance(spec, str) else spec
-    definition = _definition(spec.name)
-    config = _configured(definition, spec)
+    config = _configured(spec)
     if rows is not None:
         columns = BENCHMARKS[spec.name].columns if spec.name in BENCHMARKS else ()
         source = _row_source(rows, _splits(config), columns)
@@ -136,46 +206,26 @@ def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNES
         _go_offline_if_unreachable()
         pinned = {"revision": spec.revision} if spec.revision else {}
         config["dataset_kwargs"] = (config.get("dataset_kwargs") or {}) | pinned
-    with _hub_errors(spec.name, config), without_code_eval(bool(config.get("unsafe_code"))):
+    programs = bool(config.get("unsafe_code"))
+    with _hub_errors(spec.name, config), without_code_eval(programs), _import_errors(spec.name):
         task = ConfigurableTask(config=config)
-    if config.get("unsafe_code"):
+    if programs:
         task.override_metric("bypass")
     _check_examples(spec, task)
     task.set_fewshot_seed(seed=seed)
     return task
 
 
-def _definition(name: str) -> Path:
-    """The file that defines a task. The harness's index of all 14,000 is not built for it."""
-    import lm_eval
-
-    folder = Path(lm_eval.__file__).parent / "tasks"
-    if name in BENCHMARKS:
-        return folder / BENCHMARKS[name].definition
-    says_so = re.compile(rb"^task:\s*[\"']?" + re.escape(name).encode() + rb"[\"']?\s*$", re.M)
-    likely = folder.rglob(f"{name}.yaml") if re.fullmatch(r"[\w.+-]+", name) else iter(())
-    for candidates in (likely, folder.rglob("*.yaml")):
-        for path in candidates:
-            if says_so.search(path.read_bytes()):
-                return path
-    raise InputError(
-        f"benchmarks, task {name!r}: the lm-evaluation-harness defines no task of that name "
-        "(a group has to be given as its tasks)"
-    )
-
-
-def _configured(definition: Path, spec: TaskSpec) -> dict[str, Any]:
+def _configured(spec: TaskSpec) -> dict[str, Any]:
     """The task's own configuration with the few settings that a study may change."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    plain = load_yaml(definition, resolve_func=False)
-    if "class" in plain:
-        raise InputError(
-            f"benchmarks, task {spec.name!r}: it is defined by a Python class, not by a "
-            "configuration, and cannot be used here; choose another task"
-        )
-    with without_code_eval(bool(plain.get("unsafe_code"))):
-        config: dict[str, Any] = load_yaml(definition)
+    try:
+        definition = read_definition(spec.name)
+    except InputError as error:
+        raise InputError(f"benchmarks, task {spec.name!r}: {error}") from None
+    with without_code_eval(definition.writes_programs), _import_errors(spec.name):
+        config: dict[str, Any] = load_yaml(definition.path)
     own = config.get("num_fewshot")
     if own == 0 and spec.num_fewshot:
         raise InputError(
@@ -187,20 +237,21 @@ def _configured(definition: Path, spec: TaskSpec) -> dict[str, Any]:
         config |= {"training_split": None, "fewshot_split": None}
         if config.get("test_split"):
             config["validation_split"] = None
+    given: dict[str, Any] = config.get("generation_kwargs") or {}
     if spec.max_gen_toks is not None:
-        given = config.get("generation_kwargs") or {}
-        config["generation_kwargs"] = given | {"max_gen_toks": spec.max_gen_toks}
+        config["generation_kwargs"] = given = given | {"max_gen_toks": spec.max_gen_toks}
+    if spec.sampling is not None:
+        drawn = {"temperature": spec.sampling.temperature, "top_p": spec.sampling.top_p}
+        config["generation_kwargs"] = given | {"do_sample": True, **drawn}
+        config["repeats"] = spec.sampling.samples
     return config
 
 
 def _splits(config: dict[str, Any]) -> list[str]:
     """The splits that the task reads: the evaluated one, and the one examples are drawn from."""
-    evaluated = config.get("test_split") or config.get("validation_split")
-    splits = [evaluated]
+    splits = [config.get("test_split") or config.get("validation_split")]
     if config["num_fewshot"]:
-        fewshot = config.get("fewshot_config") or {}
-        own = config.get("fewshot_split") or fewshot.get("split")
-        splits += [own or config.get("training_split") or config.get("validation_split")]
+        splits.append(example_split(config))
     return list(dict.fromkeys(split for split in splits if split))
 
 
@@ -241,7 +292,7 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
 def _check_examples(spec: TaskSpec, task: Any) -> None:
     """Say before anything is computed that there are too few rows to draw examples from."""
     wanted = task.config.num_fewshot
-    if not wanted or not hasattr(task, "sampler"):
+    if not wanted or not hasattr(task, "sampler") or example_split(task.config.to_dict()) is None:
         return
     rows = len(task.sampler.df)
     if rows < wanted + 1:
@@ -269,6 +320,18 @@ def _go_offline_if_unreachable() -> None:
     except OSError:
         constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
+
+
+@contextlib.contextmanager
+def _import_errors(name: str) -> Iterator[None]:
+    """Some definitions need Python packages that the harness does not bring."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"benchmarks, task {name!r}: its definition needs a Python package that is not "
+            f"installed ({error}); install it, or choose another task"
+        ) from error
 
 
 @contextlib.contextmanager

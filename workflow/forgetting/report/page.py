@@ -27,6 +27,7 @@ from forgetting.report.answer import answer
 from forgetting.report.dot_plots import metric_words
 from forgetting.report.figures import FIGURES
 from forgetting.report.parts import live_titles
+from forgetting.report.samples import sampled
 from forgetting.report.tables import Tables
 from forgetting.report.theme import MODES, palette, theme
 
@@ -97,6 +98,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         probes={kind: data.probes(tables, kind) for kind in ("new", "old")},
         runs=content.run_rows(tables),
         tasks=task_rows(tables),
+        samples=sampled(tables),
         labels=data.labels(tables),
         colours=list(zip(*(palette(kinds, mode) for mode in MODES), strict=True)),
         downloads=downloads(tables),

@@ -1,0 +1,208 @@
+"""Any task of the lm-evaluation-harness, by name: found without the harness, scored as by it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forgetting.benchmarks.definitions import read_definition
+from forgetting.benchmarks.harness import TaskSpec, load_task, run_benchmarks
+from forgetting.benchmarks.tasks import (
+    BENCHMARKS,
+    benchmark,
+    main_metric,
+    same_rows,
+    splits_of,
+)
+from forgetting.records import InputError
+
+SCIQ = [
+    {
+        "question": f"What is number {n}?",
+        "support": "Numbers are even or odd.",
+        "correct_answer": "even" if n % 2 == 0 else "odd",
+        "distractor1": "red",
+        "distractor2": "cold",
+        "distractor3": "loud",
+    }
+    for n in range(6)
+]
+LAMBADA = [{"text": f"The {word} saw the {word}"} for word in ("cat", "old man", "tree")]
+COINS = [
+    {"question": f"Ann has {n} coins.", "answer": f"{n} coins.\n#### {n}"} for n in range(1, 4)
+]
+ROWS = {
+    "sciq": {"test": SCIQ, "train": SCIQ, "validation": SCIQ},
+    "lambada_openai": {"test": LAMBADA},
+    "gsm8k_cot": {"test": COINS},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of three tasks of three kinds, in a folder of the user's."""
+    at = tmp_path_factory.mktemp("rows")
+    for task, splits in ROWS.items():
+        (at / task).mkdir()
+        for split, rows in splits.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (at / task / f"{split}.jsonl").write_text(lines)
+    return at
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Bytes as tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": 0} | {letter: n for n, letter in enumerate(alphabet, start=1)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=8192,
+            bos_token_id=0,
+            eos_token_id=0,
+            initializer_range=0.3,
+        )
+    )
+
+
+def test_every_kind_of_task_scores_as_in_the_harness(
+    model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choices, a likelihood and a generated answer: definitions, metrics and values are theirs."""
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    names = list(ROWS)
+    specs = [TaskSpec(name, max_gen_toks=8 if name == "gsm8k_cot" else None) for name in names]
+    ours = run_benchmarks(model, tokenizer, specs, folder, batch_size=4)
+    origins = {benchmark(name).dataset: ROWS[name] for name in names}
+
+    def load(path: str, name: str | None = None, **_: Any) -> Any:
+        splits = origins[path, name].items()
+        return datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s, rows in splits})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tasks = [ConfigurableTask(config=load_yaml(read_definition(name).path)) for name in names]
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=tasks,
+        task_manager=TaskManager(include_defaults=False),
+        gen_kwargs={"max_gen_toks": 8},
+        bootstrap_iters=0,
+    )
+    for name in names:
+        table = ours.scores[ours.scores.task == name].set_index("metric")
+        result = theirs["results"][name]
+        assert set(table.index) == {k for k in result if "," in k and "_stderr," not in k}
+        assert set(table.index) <= {*read_definition(name).metrics}
+        for key in table.index:
+            assert table.value[key] == pytest.approx(result[key], rel=1e-5)
+        assert table.main.sum() == 1
+    chance = ours.scores.set_index(["task", "metric"]).chance
+    assert chance["sciq", "acc,none"] == 0.25  # four choices
+    assert chance.isna()["lambada_openai", "perplexity,none"]
+    assert ours.examples == {"sciq": 0, "lambada_openai": 0, "gsm8k_cot": 8}
+
+
+def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:
+    """With or without its filter; what the task has not is told with what it has."""
+    assert main_metric("sciq", None) == "acc,none"
+    assert main_metric("sciq", "acc_norm") == "acc_norm,none"
+    assert main_metric("gsm8k_cot", "exact_match,flexible-extract").endswith("flexible-extract")
+    with pytest.raises(InputError, match="sciq has no metric f1, but acc,none, acc_norm,none"):
+        main_metric("sciq", "f1")
+    for name, known in BENCHMARKS.items():
+        assert main_metric(name, known.main_metric) == known.main_metric
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_what_is_known_by_heart_is_what_the_definition_says(name: str) -> None:
+    known, read = BENCHMARKS[name], read_definition(name)
+    assert str(read.path).endswith(known.definition)
+    assert read.dataset == known.dataset
+    assert (read.split, read.examples, read.answer_tokens) == (
+        known.split,
+        known.examples,
+        known.answer_tokens,
+    )
+    assert read.writes_programs == known.programs and known.main_metric in read.metrics
+
+
+def test_unknown_names_are_told_with_near_ones_and_without_the_harness() -> None:
+    """In a fresh process, since others may have imported the harness: what planning does."""
+    program = (
+        "import sys\n"
+        "from forgetting.benchmarks.tasks import benchmark\n"
+        "from forgetting.records import InputError\n"
+        "for name in ('helaswag', 'mmlu', 'squadv2', 'arc_easy', 'mmlu_abstract_algebra'):\n"
+        "    try:\n        print(name, benchmark(name).split)\n"
+        "    except InputError as error:\n        print(error)\n"
+        "assert not {'lm_eval', 'torch', 'datasets'} & set(sys.modules)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert "no task helaswag; did you mean hellaswag" in lines[0]
+    assert "a group of them; name its tasks, such as mmlu_" in lines[1]
+    assert "defined by a Python class" in lines[2]
+    assert lines[3:] == ["arc_easy test", "mmlu_abstract_algebra test"]
+
+
+def test_tasks_on_the_same_data_share_rows_and_read_their_own_splits() -> None:
+    """The micro-world's rows serve every task on the data of the five; examples that stand in the
+    definition need no split."""
+    assert (same_rows("gsm8k_cot"), same_rows("arc_easy")) == ("gsm8k", "arc_challenge")
+    assert same_rows("sciq") is None
+    assert splits_of("gsm8k") == ["test", "train"]
+    assert splits_of("gsm8k_cot") == ["test"]
+    assert splits_of("sciq") == ["test"] and splits_of("sciq", 2) == ["test", "train"]
+
+
+def test_a_definition_that_needs_another_package_says_so(folder: Path) -> None:
+    """Not a traceback: the name of the package."""
+    name = next(
+        name for name in ("ifeval", "minerva_math_algebra", "leaderboard_ifeval") if _needs(name)
+    )
+    with pytest.raises(InputError, match=f"'{name}': its definition needs a Python package"):
+        load_task(name, folder)
+
+
+def _needs(name: str) -> bool:
+    """Does importing the functions of a definition fail for want of a package?"""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        load_yaml(read_definition(name).path)
+    except ImportError:
+        return True
+    return False
