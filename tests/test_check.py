@@ -356,6 +356,29 @@ BENCHMARKS = {
         {},
         "benchmarks.tasks.gsm8k.max_new_tokens: the answers of gsm8k may take 256 tokens",
     ),
+    "a name that the harness has not": (
+        "helaswag: {}",
+        {},
+        "benchmarks.tasks.helaswag: the lm-evaluation-harness has no task helaswag; did you mean "
+        "hellaswag",
+    ),
+    "a group": ("mmlu: {}", {}, "benchmarks.tasks.mmlu: mmlu is no task"),
+    "a metric that the task has not": (
+        "sciq: {metric: bleu}",
+        {},
+        "benchmarks.tasks.sciq.metric: sciq has no metric bleu, but acc,none, acc_norm,none",
+    ),
+    "samples of what is no program": (
+        "sciq: {samples: 5}",
+        {},
+        "benchmarks.tasks.sciq.samples: the answers of sciq are no programs",
+    ),
+    "no rows of another task": ("sciq: {}", {}, "sciq/test.jsonl, which sciq needs"),
+    "no examples of another task": (
+        "sciq: {num_fewshot: 2}",
+        {"sciq/test": [{}]},
+        "sciq/train.jsonl, which sciq needs (for 2 examples in the prompt)",
+    ),
     "answers longer by definition": ("humaneval: {}", {}, "may take 1024 tokens"),
 }
 
@@ -388,6 +411,25 @@ def test_benchmarks_that_can_be_run(plan: Plan, tmp_path: Path) -> None:
     )
     tasks = "{gsm8k: {max_new_tokens: 20}, hellaswag: {num_fewshot: 3}}"
     plan(("selection:", f"benchmarks: {{tasks: {tasks}}}\nselection:"))
+
+
+def test_other_tasks_come_from_a_folder_the_hub_or_rows_of_the_same_kind(
+    plan: Plan, told: Told, tmp_path: Path
+) -> None:
+    """From the hub at a commit that the study names; the micro-world serves what reads alike."""
+
+    def asked(tasks: str) -> tuple[str, str]:
+        return ("selection:", f"benchmarks: {{tasks: {{{tasks}}}}}\nselection:")
+
+    _write(tmp_path / "sciq" / "test.jsonl", {"question": "Hot?"})
+    plan(asked("sciq: {}"), benchmarks_dir=str(tmp_path))
+    expected = "benchmarks.tasks.sciq: its rows come from allenai/sciq on the hub, so it needs a"
+    assert expected in told(asked("sciq: {}"))
+    plan(asked(f"sciq: {{revision: {'a' * 40}}}"))
+    world = ("  facts:", "  world: {generate: micro-world}\n  facts:")
+    named = ("benchmarks: {", "benchmarks: {rows: world, ")
+    plan(world, asked("arc_easy: {num_fewshot: 3}"), named)
+    assert "the micro-world has no rows for sciq" in told(world, asked("sciq: {}"), named)
 
 
 def test_a_hubs_dataset_has_no_rows_of_benchmarks(told: Told) -> None:

@@ -655,3 +655,33 @@ def test_a_row_without_text_is_found_before_any_job(write: Any, tmp_path: Path) 
         check_folders(
             _load(write(("selection:", "general_text: {table: facts/prose}\nselection:")))
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("{temperature: 0.2}", "`temperature` needs `samples`"),
+        ("{k: 10}", "`k` needs `samples`"),
+        ("{samples: 5, k: [1, 10]}", "pass@10 cannot be estimated from 5 samples"),
+        ("{samples: 5, top_p: 0}", "greater than 0"),
+        ("{samples: 5, k: []}", "at least 1 item"),
+        ("{revision: main}", "revision"),
+    ],
+)
+def test_samples_are_whole_or_refused(write: Any, settings: str, expected: str) -> None:
+    tasks = f"benchmarks: {{tasks: {{humaneval: {settings}}}}}\nselection:\n"
+    assert expected in _told(write(("selection:\n", tasks)))
+
+
+def test_tiny_scale_draws_few_samples_and_leaves_out_what_only_the_hub_has(write: Any) -> None:
+    """Rows of the micro-world stand in for those of tasks on the same data."""
+    tasks = (
+        "humaneval: {samples: 50, temperature: 0.8, k: [1, 10, 50]}, arc_easy: "
+        f"{{revision: {'a' * 40}}}, sciq: {{revision: {'a' * 40}}}"
+    )
+    path = write(("selection:\n", f"benchmarks: {{tasks: {{{tasks}}}}}\nselection:\n"))
+    tiny = _load(path, scale="tiny").benchmarks
+    assert list(tiny.tasks) == ["humaneval", "arc_easy"]
+    humaneval = tiny.tasks["humaneval"]
+    assert (humaneval.samples, humaneval.k, humaneval.temperature) == (4, [1, 4], 0.8)
+    assert (humaneval.limit, tiny.tasks["arc_easy"].limit) == (4, 4)
