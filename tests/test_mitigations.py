@@ -335,7 +335,8 @@ def test_kl_is_to_the_base_from_disk(gym: Gym, variant: str) -> None:
     p = target_logits(load_base(gym.folder, CPU), batch).detach().double().log_softmax(-1)
     q = target_logits(model, batch).double().log_softmax(-1)
     formed = 2.0 * (p.exp() * (p - q)).sum(-1)[batch.labels != -100].sum()
-    assert value.item() == pytest.approx(formed.item(), rel=1e-5)
+    # In float32 the terms, some positive and some negative, cancel all but a hundredth.
+    assert value.item() == pytest.approx(formed.item(), rel=1e-4)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ours, theirs = torch.autograd.grad(value, trained), torch.autograd.grad(formed, trained)
     for a, b in zip(ours, theirs, strict=True):
