@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -339,6 +340,35 @@ def test_prompts_that_should_be_refused_are_asked_beside_the_benchmarks_or_alone
             assert not job.input.get("rows")
             asking = json.loads(job.params.spec)["asking"]
             assert asking["columns"]["question"] == "goal"
+
+
+def test_other_tasks_take_their_rows_from_the_hub_or_from_rows_of_the_same_kind(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """A commit has a folder of its own, so that another one is downloaded anew; samples of programs
+    are run on several cores."""
+    document = yaml.safe_load((ROOT / "config" / "studies" / "mini.yaml").read_text("utf-8"))
+    study, commit = tmp_path / "other.yaml", hashlib.sha1(b"a").hexdigest()
+    document["benchmarks"] = {"tasks": {"sciq": {"revision": commit}, "hellaswag": {}}}
+    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    jobs = plan(study)
+    folders = [job.output[0] for job in jobs if job.rule.name == "download_benchmark"]
+    assert sorted(folder.split("/")[2] for folder in folders) == ["hellaswag", "sciq"]
+    assert f"resources/benchmarks/sciq/{commit}" in folders
+    job = next(job for job in jobs if job.rule.name == "benchmark")
+    assert f"--rows=sciq=resources/benchmarks/sciq/{commit}" in job.params.rows
+    document["benchmarks"] = {
+        "rows": "world",
+        "tasks": {"arc_easy": {}, "humaneval": {"samples": 50, "max_new_tokens": 9}},
+    }
+    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    jobs = plan(study)
+    job = next(job for job in jobs if job.rule.name == "benchmark")
+    world = "results/other/world/world/benchmarks"
+    assert f"--rows=arc_easy={world}/arc_challenge" in job.params.rows
+    assert f"{world}/arc_challenge/test.jsonl" in job.input.rows
+    (threads,) = {job.threads for job in jobs if job.rule.name == "execute_programs"}
+    assert threads > 1  # 7, or what the machine has
 
 
 def test_every_budget_is_benchmarked_where_the_study_says_so(plan: Plan, tmp_path: Path) -> None:
