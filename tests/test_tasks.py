@@ -13,7 +13,7 @@ import torch
 
 from forgetting.benchmarks.definitions import read_definition
 from forgetting.benchmarks.harness import TaskSpec, load_task, run_benchmarks
-from forgetting.benchmarks.tasks import (
+from forgetting.benchmarks.known import (
     BENCHMARKS,
     benchmark,
     main_metric,
@@ -162,7 +162,7 @@ def test_unknown_names_are_told_with_near_ones_and_without_the_harness() -> None
     """In a fresh process, since others may have imported the harness: what planning does."""
     program = (
         "import sys\n"
-        "from forgetting.benchmarks.tasks import benchmark\n"
+        "from forgetting.benchmarks.known import benchmark\n"
         "from forgetting.records import InputError\n"
         "for name in ('helaswag', 'mmlu', 'squadv2', 'arc_easy', 'mmlu_abstract_algebra'):\n"
         "    try:\n        print(name, benchmark(name).split)\n"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from forgetting.architecture import Architecture, has_chat_template, read_architecture, small_model
-from forgetting.benchmarks.tasks import Benchmark, benchmark, main_metric, read_rows, same_rows
+from forgetting.check_task import LARGE, At, check_task
 from forgetting.columns import Columns
 from forgetting.data import (
     Row,
@@ -24,19 +24,11 @@ from forgetting.data import (
     prompt_rows,
     render_question,
 )
-from forgetting.hub import HUB_ROWS
 from forgetting.load import is_local
 from forgetting.plan import Tuning, numbered_tunings
 from forgetting.records import InputError
 from forgetting.source import Keys, dotted
 from forgetting.study import WORLD_TABLES, Prompt, Study
-from forgetting.task import Task
-
-At = Callable[..., str]
-"""Gives the beginning of a message about the value at some keys: where it was written."""
-
-LARGE = 50 * 2**20
-"""Tables above so many bytes are checked by the first job that reads them, not before."""
 
 
 def check_inputs(study: Study, at: At = dotted) -> None:
@@ -53,7 +45,7 @@ def check_inputs(study: Study, at: At = dotted) -> None:
             _check_layers(architecture, tuning, number, at)
     _check_lengths(study, architecture.context if architecture else None, answers, at)
     for name, task in study.benchmarks.tasks.items():
-        _check_task(study, name, task, architecture.context if architecture else None, at)
+        check_task(study, name, task, architecture.context if architecture else None, at)
 
 
 def check_folders(study: Study, at: At = dotted) -> dict[Keys, list[Row]]:
@@ -261,72 +253,3 @@ def _words(prompt: Prompt, row: Row) -> int:
     """Words of a question in the prompt: no token of a language model spans two of them."""
     text = row["question"] if prompt.chat else render_question(prompt, row["question"])
     return len(re.findall(r"\S+", text, re.ASCII))
-
-
-def _check_task(study: Study, name: str, task: Task, context: int | None, at: At) -> None:
-    """Name, settings, rows, examples and room for the answers of a benchmark."""
-    place = ("benchmarks", "tasks", name)
-    try:
-        known = benchmark(name)
-    except InputError as error:
-        raise InputError(f"{at(*place)}: {error}") from None
-    try:
-        main_metric(name, task.metric)
-    except InputError as error:
-        raise InputError(f"{at(*place, 'metric')}: {error}") from None
-    shots = known.examples if task.num_fewshot is None else task.num_fewshot
-    if task.num_fewshot and name in HUB_ROWS and known.example_split is None:
-        raise InputError(
-            f"{at(*place, 'num_fewshot')}: {name} is defined without examples; leave it out"
-        )
-    if task.samples is not None and not known.programs:
-        raise InputError(
-            f"{at(*place, 'samples')}: the answers of {name} are no programs, and pass@k is for "
-            "programs; leave it out"
-        )
-    tokens = known.answer_tokens and (task.max_new_tokens or known.answer_tokens)
-    if tokens and context is not None and tokens >= context:
-        raise InputError(
-            f"{at(*place, 'max_new_tokens')}: the answers of {name} may take {tokens} tokens, but "
-            f"the model reads {context}; set a smaller `max_new_tokens`"
-        )
-    _check_rows(study, name, task, known, shots, at)
-
-
-def _check_rows(study: Study, name: str, task: Task, known: Benchmark, shots: int, at: At) -> None:
-    """The rows of a benchmark are where the study says, as far as that can be told."""
-    place, rows = ("benchmarks", "tasks", name), at("benchmarks", "rows")
-    if study.benchmarks.rows is None:
-        if name not in HUB_ROWS and task.revision is None:
-            raise InputError(
-                f"{at(*place)}: its rows come from {known.dataset[0]} on the hub, so it needs a "
-                "`revision`, a commit of that dataset; or name a folder in benchmarks.rows"
-            )
-        return
-    origin = study.datasets[study.benchmarks.rows]
-    splits = {known.split: 1}
-    if shots and known.example_split:
-        splits[known.example_split] = shots + 1
-    if origin.folder is None:
-        if origin.generate is None:
-            raise InputError(
-                f"{rows}: {study.benchmarks.rows} is a dataset on the hub, which has no rows of "
-                "benchmarks; leave `rows` out, or name a dataset with a `folder`"
-            )
-        alike = same_rows(name)
-        if alike is None or not set(splits) <= set(HUB_ROWS[alike].splits):
-            raise InputError(
-                f"{at(*place)}: the {origin.generate} has no rows for {name}, only for tasks on "
-                f"the data of {', '.join(HUB_ROWS)}; take the rows from a folder or the hub"
-            )
-        return
-    for split, least in splits.items():
-        path = Path(origin.folder, name, f"{split}.jsonl")
-        if not path.is_file():
-            more = f" (for {shots} examples in the prompt)" if split == known.example_split else ""
-            raise InputError(f"{rows}: there is no {path}, which {name} needs{more}")
-        if path.stat().st_size <= LARGE and (found := len(read_rows(path, known.columns))) < least:
-            raise InputError(
-                f"{path}: has {found} rows, and {shots} examples in the prompt need {least} to "
-                f"draw from; lower benchmarks.tasks.{name}.num_fewshot"
-            )

@@ -7,7 +7,7 @@ What would come from the hub comes from the micro-world instead: nothing is down
 
 from __future__ import annotations
 
-from forgetting.benchmarks.tasks import same_rows
+from forgetting.benchmarks.known import same_rows
 from forgetting.plan import tunings
 from forgetting.study import (
     Base,

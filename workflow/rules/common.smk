@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from forgetting.benchmarks.tasks import same_rows, splits_of
+from forgetting.benchmarks.known import same_rows, splits_of
 from forgetting.check import check_inputs
 from forgetting.data import find_table
 from forgetting.fingerprint import code_digest

@@ -20,8 +20,9 @@ from forgetting.benchmarks.harness import (
     TaskSpec,
     run_benchmarks,
 )
+from forgetting.benchmarks.known import benchmark, main_metric
 from forgetting.benchmarks.programs import describe
-from forgetting.benchmarks.tasks import HARNESS_SEED, benchmark, main_metric
+from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.columns import Columns
 from forgetting.data import evenly_spaced, prompt_rows
 from forgetting.fields import Strict

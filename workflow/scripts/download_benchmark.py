@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.benchmarks.tasks import benchmark, splits_of
+from forgetting.benchmarks.known import benchmark, splits_of
 from forgetting.hub import HUB_ROWS, HubRows, fetch_rows
 from forgetting.records import tells_input_errors, write_jsonl
 
