@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forgetting.benchmarks.pass_rates import PASSING, program_items, score_programs
+from forgetting.benchmarks.pass_rates import FAILING, PASSING, program_items, score_programs
 from forgetting.benchmarks.programs import read_programs, read_rates
 from forgetting.plan import Tuning, run_name
 from forgetting.records import read_json
@@ -199,9 +199,11 @@ def _interval(row: Mapping[Any, Any], values: list[float] | None) -> tuple[float
     """Of shares of right answers Wilson's; of other means over items Student's; of what is no
     mean, such as a perplexity, 1.96 of the harness's standard errors."""
     if values and math.isclose(float(np.mean(values)), row["value"]):
-        if min(values) >= 0.0 and max(values) <= 1.0:
+        counts = str(row["metric"]).startswith((PASSING, FAILING))
+        if not counts and min(values) >= 0.0 and max(values) <= 1.0:
             return share_interval(values)
-        return mean_interval(values)
+        low, high = mean_interval(values)
+        return (max(low, 0.0) if counts else low), high
     return row["value"] - 1.96 * row["stderr"], row["value"] + 1.96 * row["stderr"]
 
 
