@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting import cohort as module
 from forgetting.adapters import attach
-from forgetting.cohort import CohortSpec, Materials, cohort_items, run_key, train_cohort
+from forgetting.cohort import cohort_items, run_key, train_cohort
+from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError
