@@ -49,12 +49,12 @@ def materials(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows)
 
 @pytest.fixture
 def spec(tuning: Tuning) -> CohortSpec:
-    """Two learning rates for two epochs of two steps."""
+    """Two learning rates for two epochs of two steps, one after the other."""
     return CohortSpec(
         tuning=tuning.model_copy(update={"settings": [LOW, MIDDLE]}),
         seed=0,
         prompt=Prompt(),
-        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0),
+        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0, fused="never"),
         measurement=Measurement(max_new_tokens=4),
         selection=Selection(probe="new"),
         precision="float32",

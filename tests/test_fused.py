@@ -78,10 +78,12 @@ class Gym:
     examples: list[Example]
     settings: Sequence[Setting] = SETTINGS
     told: list[tuple[int, int]] = field(default_factory=list)
+    numbers: torch.dtype = torch.float32
 
     def model(self) -> Model:
         """As in a process of its own: the base is loaded afresh."""
-        return attach(load_base(self.base, torch.device("cpu")), self.tuning, self.recipe.seed)
+        model = attach(load_base(self.base, torch.device("cpu")), self.tuning, self.recipe.seed)
+        return model.to(self.numbers)
 
     def plans(self) -> list[tuple[Recipe, Path]]:
         return [
@@ -149,7 +151,7 @@ def gym(
     return gym
 
 
-def _assert_close(together: Gym, alone: Gym, rel: float = 1e-4) -> None:
+def _assert_close(together: Gym, alone: Gym, rel: float = 1e-4, atol: float = 2e-4) -> None:
     """Items and checkpoints of all runs agree, up to rounding."""
     for number in range(len(together.settings)):
         ours, theirs = (gym.folder / str(number) for gym in (together, alone))
@@ -163,7 +165,7 @@ def _assert_close(together: Gym, alone: Gym, rel: float = 1e-4) -> None:
         for path in theirs.glob("step-*/*.safetensors"):
             found = load_file(ours / path.parent.name / path.name)
             for name, tensor in load_file(path).items():
-                torch.testing.assert_close(found[name], tensor, rtol=rel, atol=1e-5)
+                torch.testing.assert_close(found[name], tensor, rtol=rel, atol=atol)
 
 
 # --- each run as if alone -----------------------------------------------------------------------
@@ -174,16 +176,21 @@ def _assert_close(together: Gym, alone: Gym, rel: float = 1e-4) -> None:
 def test_a_fused_run_is_the_run_alone(
     gym: Gym, tmp_path: Path, variant: str, dropout: float
 ) -> None:
-    """36 steps at three rates and decays: losses and weights to 1e-4, the same masks of dropout."""
+    """36 steps at three rates and decays, the same masks of dropout: the same losses and weights.
+
+    In float64, where AdamW makes nothing of rounding: in float32 it moves a weight whose gradient
+    is nearly nothing by a part of a step, and the losses agree to 1e-4.
+    """
+    gym.numbers = torch.float64
     gym.tuning = gym.tuning.model_copy(update={"variant": variant, "dropout": dropout})
     gym.longer(12.0, 6.0, schedule="linear")
     alone = gym.at(tmp_path / "alone")
     for ours, theirs in zip(gym.together(), alone.alone(), strict=True):
-        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
         assert ours.losses[-1] < ours.losses[0]
         assert [point[:2] for point in ours.points] == [point[:2] for point in theirs.points]
         assert (ours.step, ours.tokens, ours.status) == (36, theirs.tokens, "ok")
-    _assert_close(gym, alone)
+    _assert_close(gym, alone, rel=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("optimizer", ["lionw", "adafactor"])

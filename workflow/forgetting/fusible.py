@@ -26,8 +26,9 @@ from forgetting.models import Model
 from forgetting.plan import Tuning
 from forgetting.study import Training
 
-CPU_TOKENS = 1024
-"""On a CPU, a step of more tokens than this keeps the cores busy by itself."""
+TOKENS = {"cpu": 1024, "cuda": 8192}
+"""A step of more tokens than this keeps the cores busy by itself. Of a CPU it was measured
+(bench/RECORD.md); of a GPU it is where launches take as long as the arithmetic of a small model."""
 
 CPU_BYTES = 2 * 2**30
 """So much memory may the weights, gradients and moments of a group take on a CPU."""
@@ -88,15 +89,15 @@ def outline(base: Path, tuning: Tuning) -> Model:
 def runs_in_a_step(model: Model, training: Training, tokens: float, device: torch.device) -> int:
     """How many runs of a cohort are fused at most; 1 if none are.
 
-    A GPU waits for launches in any case; a CPU only where a step is small. A pass over one example
-    of each run takes no more memory than what a run alone may take, and what the runs train stays
-    small beside the rest.
+    None where a step has more tokens than `TOKENS` allows. A pass over one example of each run
+    takes no more memory than what a run alone may take, and what the runs train stays small beside
+    the rest.
 
     Args:
         model: of one run; its numbers are not looked at.
         tokens: of a step of one run.
     """
-    if not can_fuse(model) or (device.type == "cpu" and tokens > CPU_TOKENS):
+    if not can_fuse(model) or tokens > TOKENS[device.type]:
         return 1
     trained = sum(weight.numel() for weight in trained_weights(model).values())
     room = CPU_BYTES
