@@ -62,7 +62,7 @@ def measured(bench: Bench, runs: int, together: int) -> float:
     recipes = [recipe_of(bench, Setting(learning_rate=rate)) for rate in rates]
     groups = [recipes[start : start + together] for start in range(0, runs, together)]
     tokens, seconds = zip(*[_train(bench, group) for group in groups], strict=True)
-    return sum(tokens) / sum(seconds)
+    return float(sum(tokens) / sum(seconds))
 
 
 def _train(bench: Bench, recipes: Sequence[Recipe]) -> tuple[int, float]:

@@ -34,6 +34,7 @@ from forgetting.fusible import (
     asks_for_plain_adapters,
     can_fuse,
     evenly,
+    may_fuse,
     outline,
     runs_in_a_step,
 )
@@ -516,6 +517,25 @@ def test_how_many_runs_are_fused(
     assert runs_in_a_step(model, training, 100.0, cpu) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "rates", "fused_together"),
+    [
+        ({}, 4, True),
+        ({}, 3, False),
+        ({"fused": "never"}, 4, False),
+        ({"schedule": "trapezoid", "budgets": [1.0, 2.0], "epochs": 2.0}, 4, False),
+    ],
+)
+def test_which_cohorts_are_fused(
+    tuning: Tuning, changes: dict[str, Any], rates: int, fused_together: bool
+) -> None:
+    """By default those of four runs or more, but neither trunks nor what the key turns off."""
+    settings = [Setting(learning_rate=0.001 * (1 + number)) for number in range(rates)]
+    training = Training.model_validate(changes)
+    sweep = tuning.model_copy(update={"settings": settings})
+    assert may_fuse(sweep, training) == fused_together
+
+
 def test_parts_are_even() -> None:
     assert [len(part) for part in evenly(range(17), 6)] == [6, 6, 5]
     assert [len(part) for part in evenly(range(11), 6)] == [6, 5]
@@ -527,7 +547,14 @@ def test_parts_are_even() -> None:
 
 
 @pytest.fixture
-def materials(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Materials:
+def materials(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Materials:
+    """Eight rows to learn; also two runs are worth to be fused."""
+    monkeypatch.setattr(fusible, "FEWEST", 2)
     return Materials(
         base=base_folder,
         tokenizer=tokenizer,

@@ -24,7 +24,7 @@ from forgetting.checkpoints import Progress, forget_training
 from forgetting.data import Row
 from forgetting.drift import with_text
 from forgetting.examples import arrange, check_model
-from forgetting.fusible import asks_for_plain_adapters, evenly, outline, runs_in_a_step
+from forgetting.fusible import evenly, may_fuse, outline, runs_in_a_step
 from forgetting.machine import describe_machine
 from forgetting.materials import CohortSpec, Data, Materials, tokenized
 from forgetting.memory import peak_memory_gib
@@ -40,7 +40,7 @@ from forgetting.recipe import Recipe
 from forgetting.records import content_key, read_json, write_json
 from forgetting.scores import metric_value
 from forgetting.study import Setting
-from forgetting.together import END, groups
+from forgetting.together import END, groups, trained_together
 from forgetting.train import train, train_together
 
 
@@ -96,7 +96,7 @@ def train_cohort(
             _forget_unfinished(place.folder)
         with team.first_alone():
             data = tokenized(spec, materials, inputs, state / "tokens")
-        size = _runs_in_a_step(spec, materials, data, len(missing))
+        size = _runs_in_a_step(spec, materials, data)
     # By places in the sweep, so that a cohort that was killed goes on with the same groups.
     for part in evenly(places, size):
         untrained = {place.folder: place for place in part if place in missing}
@@ -126,12 +126,10 @@ def _forget_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _runs_in_a_step(spec: CohortSpec, materials: Materials, data: Data, missing: int) -> int:
+def _runs_in_a_step(spec: CohortSpec, materials: Materials, data: Data) -> int:
     """How many runs of the cohort are trained together; 1 where they are not fused."""
     training = spec.training
-    if training.fused == "never" or training.budgets or materials.team.size > 1 or missing < 2:
-        return 1
-    if not asks_for_plain_adapters(spec.tuning):
+    if materials.team.size > 1 or not may_fuse(spec.tuning, training):
         return 1
     tokens = data.train.sizes.sum() / len(arrange(data.train, training)) * training.batch_size
     return runs_in_a_step(outline(materials.base, spec.tuning), training, tokens, materials.device)
@@ -172,7 +170,6 @@ def _train_group(
         "steps_per_epoch": recipe.schedule.steps_per_epoch,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "wall_seconds": (time.monotonic() - started) / len(group),
-        "trained_together": len(group),
         "peak_memory_gib": peak_memory_gib(materials.device),
         "precision": str(materials.precision).removeprefix("torch."),
         "device": device_name(materials.device),
@@ -209,6 +206,7 @@ def _record(place: Place, progress: Progress) -> dict[str, Any]:
         "points": progress.points,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "trained_together": trained_together(place.folder),
     }
 
 

@@ -26,9 +26,12 @@ from forgetting.models import Model
 from forgetting.plan import Tuning
 from forgetting.study import Training
 
-TOKENS = {"cpu": 1024, "cuda": 8192}
+TOKENS = {"cpu": 256, "cuda": 8192}
 """A step of more tokens than this keeps the cores busy by itself. Of a CPU it was measured
-(bench/RECORD.md); of a GPU it is where launches take as long as the arithmetic of a small model."""
+(bench/RECORD.md); of a GPU it is what a pass costs beside its tokens (`gradients`), not measured."""
+
+FEWEST = 4
+"""So many runs must a sweep have: two in a pass were not faster than one after the other."""
 
 CPU_BYTES = 2 * 2**30
 """So much memory may the weights, gradients and moments of a group take on a CPU."""
@@ -47,6 +50,19 @@ def asks_for_plain_adapters(tuning: Tuning) -> bool:
         and tuning.variant in ("lora", "rslora", "pissa")
         and not tuning.trains_embeddings
         and not penalties
+    )
+
+
+def may_fuse(tuning: Tuning, training: Training) -> bool:
+    """Could a cohort be fused, as far as its settings tell?
+
+    Trunks are not, so that a branch has the bits of its run alone.
+    """
+    return (
+        training.fused == "auto"
+        and not training.budgets
+        and len(tuning.settings) >= FEWEST
+        and asks_for_plain_adapters(tuning)
     )
 
 
@@ -105,7 +121,8 @@ def runs_in_a_step(model: Model, training: Training, tokens: float, device: torc
         whole = torch.cuda.get_device_properties(device).total_memory
         room = (whole - 4 * sum(weight.numel() for weight in model.parameters())) // 2
     # float32: the weight, its gradient, two moments of the optimizer.
-    return max(1, min(training.micro_batch_size, room // (16 * trained)))
+    most = min(training.micro_batch_size, room // (16 * trained))
+    return most if most >= FEWEST else 1
 
 
 def evenly(items: Sequence[Any], most: int) -> list[list[Any]]:

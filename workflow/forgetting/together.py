@@ -20,15 +20,21 @@ from forgetting.records import read_json, write_json
 END = "end.json"
 
 
-def write_end(folder: Path, progress: Progress, step: int) -> None:
-    """Record how a run ended, at the evaluation of its group at `step` or before."""
-    write_json(folder / END, {"step": step, "progress": vars(progress)})
+def write_end(folder: Path, progress: Progress, step: int, together: int) -> None:
+    """Record how one of so many runs ended, at the evaluation of its group at `step` or before."""
+    write_json(folder / END, {"step": step, "together": together, "progress": vars(progress)})
 
 
 def read_end(folder: Path) -> Progress | None:
     """How a run ended, if it did."""
     path = folder / END
     return Progress(**read_json(path)["progress"]) if path.exists() else None
+
+
+def trained_together(folder: Path) -> int:
+    """With how many runs, itself among them, a run that has ended was trained."""
+    path = folder / END
+    return int(read_json(path)["together"]) if path.exists() else 1
 
 
 @dataclass(frozen=True)

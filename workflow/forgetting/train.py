@@ -37,12 +37,12 @@ class Run:
     weights: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     progress: Progress = field(default_factory=Progress)
-    shares: bool = False
-    """Does it share its model with others?"""
+    among: int = 1
+    """So many runs share the model, itself among them."""
 
     def sit(self, model: Model) -> None:
         """Make `model` this run's."""
-        if self.shares:
+        if self.among > 1:
             seat(model, self.weights)
 
     @property
@@ -74,6 +74,7 @@ def train(
     optimizer = _optimizer(trained := trained_weights(model), recipe)
     run = Run(recipe, folder, trained, optimizer)
     run.progress = begun or resume(model, optimizer, folder, recipe.team)
+    run.progress = recipe.team.agree(read_end(folder)) or run.progress
     step = run.progress.step
     _run_all(model, examples, [run], step, base_value, evaluate, lambda _, *told: tell(*told))
     return run.progress
@@ -105,7 +106,7 @@ def train_together(
     ]
     runs = []
     for (recipe, folder), weights in zip(plans, copies, strict=True):
-        run = Run(recipe, folder, weights, _optimizer(weights, recipe), shares=True)
+        run = Run(recipe, folder, weights, _optimizer(weights, recipe), among=len(plans))
         run.sit(model)
         run.progress = resume(model, run.optimizer, folder)
         run.progress = read_end(folder) or run.progress
@@ -202,8 +203,8 @@ def _settle(
         if progress.status == "running" and (over or progress.step >= recipe.schedule.steps):
             run.sit(model)
             progress.status = "ok" if _is_sound(model, examples, recipe) else "diverged"
-        if run.shares and progress.status != "running" and read_end(run.folder) is None:
-            write_end(run.folder, progress, step)
+        if run.among > 1 and progress.status != "running" and read_end(run.folder) is None:
+            write_end(run.folder, progress, step, run.among)
     for run in runs:
         prune(run.folder, run.progress, base_value, run.recipe.threshold, run.recipe.team)
 
