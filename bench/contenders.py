@@ -64,8 +64,8 @@ class Bench:
         return attach(self.load(), self.tuning, seed=0).train()
 
 
-def ours(bench: Bench) -> float:
-    """Seconds of the second epoch in this project's loop."""
+def recipe_of(bench: Bench, setting: Setting) -> Recipe:
+    """Two epochs in this project's loop."""
     training = Training(
         epochs=2.0,
         batch_size=bench.batch_size,
@@ -73,8 +73,8 @@ def ours(bench: Bench) -> float:
         schedule="constant",
         warmup_epochs=0.0,
     )
-    recipe = Recipe(
-        setting=Setting(learning_rate=LEARNING_RATE),
+    return Recipe(
+        setting=setting,
         seed=0,
         training=training,
         schedule=Schedule.plan(len(bench.examples), training, 2.0),
@@ -83,6 +83,11 @@ def ours(bench: Bench) -> float:
         precision=bench.precision,
         pad=bench.tokenizer.pad_token_id,
     )
+
+
+def ours(bench: Bench) -> float:
+    """Seconds of the second epoch in this project's loop."""
+    recipe = recipe_of(bench, Setting(learning_rate=LEARNING_RATE))
     seconds: list[float] = []
 
     def tell(progress: Progress, _: Schedule) -> None:

@@ -2,6 +2,7 @@
 
     make bench-train BENCH="--data path/to/full.jsonl --rounds 3"
     make bench-train BENCH="--shape phi-1.5 --methods 8 64 512 full"       # on a GPU
+    make bench-train BENCH="--contenders lora-forgetting --methods 8"      # cohorts alone
 
 One process, one contender after the other, in rounds, so that whatever else the machine does meets
 all of them; contenders.py says what they share. Prints a table and, with --record, appends it to a
@@ -24,6 +25,7 @@ import peft
 import torch
 import transformers
 
+from cohort import compare
 from contenders import CONTENDERS, OURS, TOFU_LENGTH, Bench
 from forgetting.encode import encode_pair
 from forgetting.memory import is_out_of_memory
@@ -144,7 +146,7 @@ def describe(options: argparse.Namespace, bench: Bench) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run every contender in every round and print medians."""
+    """Run every contender in every round, then the cohorts, and print medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,6 +163,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32, help="pairs per step")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--cohort", type=int, default=8, help="runs of the cohort that is fused; 0 for none"
+    )
+    parser.add_argument(
+        "--cohort-batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32], metavar="PAIRS"
+    )
     parser.add_argument("--record", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
     quieten_libraries()
@@ -169,7 +177,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         peak = matmul_rate(benches[0].precision)
         names = [OURS, *(name for name in options.contenders if name != OURS)]
         tables = [measure(bench, names, options.rounds, peak) for bench in benches]
+        cohorts = [
+            compare(bench, options.cohort, options.cohort_batch_sizes, options.rounds)
+            for bench in benches
+            if options.cohort > 1 and bench.tuning.kind == "lora"
+        ]
     table = pd.concat(tables).to_markdown(index=False)
+    if cohorts:
+        table += "\n\n" + pd.concat(cohorts).to_markdown(index=False)
     rate = f"Matrix products: {peak / 1e9:,.0f} GFLOP/s.\n\n"
     text = describe(options, benches[0]) + rate + table + "\n"
     print("\n" + text)

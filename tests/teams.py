@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from forgetting.cohort import CohortSpec, Materials, train_cohort
+from forgetting.cohort import train_cohort
+from forgetting.materials import CohortSpec, Materials
 from forgetting.models import quieten_libraries
 from forgetting.team import Team
 

@@ -31,6 +31,7 @@ def test_every_contender_finishes_and_is_recorded(name: str, tmp_path: Path) -> 
         [
             *("--shape", "tiny", "--pairs", "6", "--batch-size", "3", "--rounds", "1"),
             *("--methods", "2", "full", "--contenders", name, "--record", str(record)),
+            *("--cohort", "0"),
         ]
     )
     text = record.read_text()
@@ -41,6 +42,21 @@ def test_every_contender_finishes_and_is_recorded(name: str, tmp_path: Path) -> 
     assert found == [(method, who) for method in ("lora-r2", "full") for who in (OURS, name)]
     assert all(float(row[2].replace(",", "")) > 0 for row in rows)
     assert [row[4].strip() for row in rows[::2]] == ["1", "1"]
+
+
+def test_a_cohort_is_measured_both_ways(tmp_path: Path) -> None:
+    record = tmp_path / "RECORD.md"
+    program.main(
+        [
+            *("--shape", "tiny", "--pairs", "24", "--batch-size", "3", "--rounds", "1"),
+            *("--methods", "2", "full", "--contenders", OURS, "--record", str(record)),
+            *("--cohort", "3", "--cohort-batch-sizes", "1", "2"),
+        ]
+    )
+    rows = [line.split("|")[1:-1] for line in record.read_text().splitlines()]
+    found = [row for row in rows if row and row[0].strip() == "3 x lora-r2"]
+    assert [row[1].strip() for row in found] == ["1", "2"]
+    assert all(float(row[5]) > 0 for row in found)
 
 
 def test_a_contender_without_room_is_endless_and_the_others_go_on(

@@ -21,7 +21,8 @@ from forgetting import checkpoints, gradients
 from forgetting import cohort as cohort_module
 from forgetting import train as train_module
 from forgetting.branches import alone, train_branches, train_trunks
-from forgetting.cohort import CohortSpec, Materials, cohort_items, run_key, train_cohort
+from forgetting.cohort import cohort_items, run_key, train_cohort
+from forgetting.materials import CohortSpec, Materials
 from forgetting.plan import Tuning, budget_name
 from forgetting.select import course_of
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training

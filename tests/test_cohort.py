@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting import cohort as module
 from forgetting.adapters import attach
-from forgetting.cohort import CohortSpec, Materials, cohort_items, run_key, train_cohort
+from forgetting.cohort import cohort_items, run_key, train_cohort
+from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError
@@ -48,12 +49,12 @@ def materials(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows)
 
 @pytest.fixture
 def spec(tuning: Tuning) -> CohortSpec:
-    """Two learning rates for two epochs of two steps."""
+    """Two learning rates for two epochs of two steps, one after the other."""
     return CohortSpec(
         tuning=tuning.model_copy(update={"settings": [LOW, MIDDLE]}),
         seed=0,
         prompt=Prompt(),
-        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0),
+        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0, fused="never"),
         measurement=Measurement(max_new_tokens=4),
         selection=Selection(probe="new"),
         precision="float32",

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting import examples as module
 from forgetting import store
-from forgetting.cohort import CohortSpec, Materials, train_cohort
+from forgetting.cohort import train_cohort
 from forgetting.data import Rows, general_rows, prepared_lines
 from forgetting.encode import Example, encode_messages, encode_pair, encode_text
 from forgetting.examples import arrange, check_model, encode_rows, tokenize
+from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError, read_json

@@ -23,8 +23,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from forgetting.cohort import CohortSpec
 from forgetting.columns import Columns
+from forgetting.materials import CohortSpec
 from forgetting.plan import Tuning
 from forgetting.records import write_json, write_jsonl, write_table
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training

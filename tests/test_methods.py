@@ -19,8 +19,9 @@ from forgetting import train as module
 from forgetting.adalora import plan_budget
 from forgetting.adapters import attach, embedding_weights, round_frozen
 from forgetting.checkpoints import Progress
-from forgetting.cohort import CohortSpec, Materials, train_cohort
+from forgetting.cohort import train_cohort
 from forgetting.interpolate import scaled_models
+from forgetting.materials import CohortSpec, Materials
 from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import load_base
 from forgetting.optimize import Schedule, learning_rate

@@ -20,11 +20,12 @@ from forgetting import train as module
 from forgetting.adapters import attach
 from forgetting.check import check_folders
 from forgetting.checkpoints import Progress
-from forgetting.cohort import CohortSpec, Materials, run_key, train_cohort
+from forgetting.cohort import run_key, train_cohort
 from forgetting.encode import Example, encode_pair, encode_text
 from forgetting.forward import collate, target_logits, token_logprobs
 from forgetting.gradients import gradients_that_fit
 from forgetting.interpolate import scaled, scaled_models
+from forgetting.materials import CohortSpec, Materials
 from forgetting.mitigate import (
     Safeguards,
     adapted_layers,

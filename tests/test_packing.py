@@ -25,11 +25,12 @@ from transformers import (
 
 from forgetting.adapters import attach
 from forgetting.checkpoints import Progress
-from forgetting.cohort import CohortSpec, Materials, train_cohort
+from forgetting.cohort import train_cohort
 from forgetting.encode import Example, join
 from forgetting.examples import Packed, arrange, check_model
 from forgetting.forward import collate, token_logprobs
 from forgetting.gradients import gradients_that_fit
+from forgetting.materials import CohortSpec, Materials
 from forgetting.mitigate import Safeguards, kl
 from forgetting.models import load_base
 from forgetting.optimize import Schedule

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from forgetting import branches, gradients, shards, team
 from forgetting.branches import train_branches, train_trunks
 from forgetting.checkpoints import forget_training
-from forgetting.cohort import CohortSpec, Materials, run_key
+from forgetting.cohort import run_key
 from forgetting.drift import base_targets, cut_blocks
 from forgetting.encode import Example
+from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError, write_json, write_jsonl, write_table

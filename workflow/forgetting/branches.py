@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.checkpoints import STARTS
-from forgetting.cohort import CohortSpec, Materials, Tell, run_key, train_cohort
+from forgetting.cohort import Tell, run_key, train_cohort
+from forgetting.materials import CohortSpec, Materials
 from forgetting.optimize import branch_start
 from forgetting.plan import budget_name, run_name
 from forgetting.records import link_or_copy, read_json, settle
@@ -25,7 +26,9 @@ from forgetting.study import Setting, Training
 
 def alone(spec: CohortSpec, budget: float) -> CohortSpec:
     """The cohort whose runs are trained for one budget, and for nothing else."""
-    training = spec.training.model_copy(update={"epochs": budget, "budgets": []})
+    # One after the other, as the trunks: a branch that goes on from one has the same bits.
+    alone = {"epochs": budget, "budgets": [], "fused": "never"}
+    training = spec.training.model_copy(update=alone)
     return spec.model_copy(update={"training": training})
 
 

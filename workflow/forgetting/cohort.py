@@ -1,4 +1,4 @@
-"""A cohort: all runs of one method and seed, one after the other in one process.
+"""A cohort: all runs of one method and seed in one job, fused or one after the other.
 
 A finished run is kept in a folder named by a key of everything that it depends on. A cohort that is
 run again trains only what is not there yet: one learning rate more costs one run more.
@@ -9,72 +9,54 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import Field
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from forgetting.checkpoints import Progress, forget_training
-from forgetting.columns import Columns
 from forgetting.data import Row
-from forgetting.drift import BaseTargets, with_text
-from forgetting.examples import arrange, check_model, tokenize
-from forgetting.fields import Strict
+from forgetting.drift import with_text
+from forgetting.examples import arrange, check_model
+from forgetting.fusible import evenly, may_fuse, outline, runs_in_a_step
 from forgetting.machine import describe_machine
+from forgetting.materials import CohortSpec, Data, Materials, tokenized
 from forgetting.memory import peak_memory_gib
 from forgetting.merged import merged
 from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import Model, autocast, load_base, recompute_activations
 from forgetting.optimize import Schedule
 from forgetting.parallel import gathered, is_sharded, measure_together, shard
-from forgetting.parts import Means, train_parts
-from forgetting.plan import Tuning, run_name
+from forgetting.parts import Means, prepare, train_parts
+from forgetting.plan import run_name
 from forgetting.probes import measure
 from forgetting.recipe import Recipe
 from forgetting.records import content_key, read_json, write_json
 from forgetting.scores import metric_value
-from forgetting.store import Stored
-from forgetting.study import Measurement, Prompt, Selection, Setting, Training
-from forgetting.team import ALONE, Team
-from forgetting.train import train
-
-
-class CohortSpec(Strict):
-    """What the study says of one cohort; passed to the program as JSON."""
-
-    tuning: Tuning
-    seed: int
-    prompt: Prompt
-    training: Training
-    measurement: Measurement
-    selection: Selection
-    precision: str
-    knowledge: dict[str, str]
-    columns: dict[str, Columns] = Field(default_factory=dict)
+from forgetting.study import Setting
+from forgetting.together import END, groups, trained_together
+from forgetting.train import train, train_together
 
 
 @dataclass(frozen=True)
-class Materials:
-    """What all runs of a cohort share."""
+class Place:
+    """One run of the sweep, and where it is kept."""
 
-    base: Path
-    tokenizer: PreTrainedTokenizerBase
-    train: Iterable[Row]
-    probes: Mapping[str, list[Row]]
-    base_value: float
-    device: torch.device
-    precision: torch.dtype
-    general: Mapping[str, Iterable[Row]] = field(default_factory=dict)
-    """Tables of general text that the method's mitigation reads."""
-    targets: BaseTargets | None = None
-    """What the base predicts on the study's general text."""
-    team: Team = ALONE
+    setting: Setting
+    name: str
+    key: str
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """What is written when the run is finished."""
+        return self.folder / "run.json"
 
 
 Tell = Callable[[str, Progress, Schedule], None]
@@ -83,8 +65,9 @@ Tell = Callable[[str, Progress, Schedule], None]
 def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
     """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
     described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
-    # How much memory a pass takes changes no number.
-    del described["training"]["activation_checkpointing"]
+    # How much memory a pass takes changes no number; alone or fused, a run comes to the same.
+    for key in ("activation_checkpointing", "fused"):
+        del described["training"][key]
     # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
     described["selection"] = {
         key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
@@ -102,25 +85,34 @@ def train_cohort(
     tell: Tell,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; return the records of all, in the sweep's order."""
-    team, records = materials.team, []
+    team, places = materials.team, []
     for setting in spec.tuning.settings:
-        name = run_name(spec.tuning.name, spec.seed, setting)
-        key = run_key(spec, setting, inputs)
-        folder = state / name / key
-        if not team.agree((folder / "run.json").exists()):
-            if team.first:
-                _forget_unfinished(folder)
-            with team.first_alone():
-                data = _tokenized(spec, materials, inputs, state / "tokens")
-            record = _train_run(spec, setting, name, materials, data, folder, tell)
-            if team.first:
-                write_json(folder / "run.json", record | {"key": key})
-        # Only now: without it, a run that was killed before its record was written cannot go on.
-        if team.first:
-            forget_training(folder)
+        name, key = run_name(spec.tuning.name, spec.seed, setting), run_key(spec, setting, inputs)
+        places.append(Place(setting, name, key, state / name / key))
+    missing = team.agree([place for place in places if not place.record.exists()])
+    size, data = 1, None
+    if missing:
+        for place in missing if team.first else ():
+            _forget_unfinished(place.folder)
+        with team.first_alone():
+            data = tokenized(spec, materials, inputs, state / "tokens")
+        size = _runs_in_a_step(spec, materials, data)
+    # By places in the sweep, so that a cohort that was killed goes on with the same groups.
+    for part in evenly(places, size):
+        untrained = {place.folder: place for place in part if place in missing}
+        for folders in groups(list(untrained)):
+            group = [untrained[folder] for folder in folders]
+            assert data
+            records = _train_group(spec, group, materials, data, tell)
+            for place, record in zip(group, records, strict=True):
+                if team.first:
+                    write_json(place.record, record | {"key": place.key})
+        for place in part if team.first else ():
+            # Only now: without it, a run killed before its record was written cannot go on.
+            forget_training(place.folder)
+            (place.folder / END).unlink(missing_ok=True)
         team.wait()
-        records.append(read_json(folder / "run.json") | {"folder": str(folder)})
-    return records
+    return [read_json(place.record) | {"folder": str(place.folder)} for place in places]
 
 
 def _forget_unfinished(folder: Path) -> None:
@@ -134,54 +126,66 @@ def _forget_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-@dataclass(frozen=True)
-class Data:
-    """The examples of the new knowledge and of the mitigation's tables."""
-
-    train: Stored
-    general: Mapping[str, Stored]
-
-
-def _tokenized(
-    spec: CohortSpec, materials: Materials, inputs: Mapping[str, str], folder: Path
-) -> Data:
-    """All tables as examples, in files that all cohorts of a study share."""
-
-    def read(table: str, rows: Iterable[Row], digest: str | None, blocks: bool) -> Stored:
-        decided = {"digest": digest, "prompt": spec.prompt.model_dump(), "blocks": blocks}
-        decided |= {name: inputs.get(name) for name in ("base", "code")}
-        decided |= {name: getattr(spec.training, name) for name in ("max_length", "packing")}
-        if table in spec.columns:
-            decided["columns"] = spec.columns[table].model_dump()
-        path = folder / f"{table.replace('/', '-')}-{content_key(decided)}.arrow"
-        return tokenize(rows, materials.tokenizer, spec.prompt, spec.training, path, blocks=blocks)
-
-    return Data(
-        read("train", materials.train, inputs.get("train"), blocks=True),
-        {
-            table: read(table, rows, inputs.get(f"table {table}"), blocks=False)
-            for table, rows in materials.general.items()
-        },
-    )
+def _runs_in_a_step(spec: CohortSpec, materials: Materials, data: Data) -> int:
+    """How many runs of the cohort are trained together; 1 where they are not fused."""
+    training = spec.training
+    if materials.team.size > 1 or not may_fuse(spec.tuning, training):
+        return 1
+    tokens = data.train.sizes.sum() / len(arrange(data.train, training)) * training.batch_size
+    return runs_in_a_step(outline(materials.base, spec.tuning), training, tokens, materials.device)
 
 
-def _train_run(
-    spec: CohortSpec,
-    setting: Setting,
-    name: str,
-    materials: Materials,
-    data: Data,
-    folder: Path,
-    tell: Tell,
-) -> dict[str, Any]:
+def _train_group(
+    spec: CohortSpec, group: Sequence[Place], materials: Materials, data: Data, tell: Tell
+) -> list[dict[str, Any]]:
+    """Train runs in fused steps, or a single one in as many parts as it has; their records.
+
+    Seconds of a run are its share: the time of a fused step, and of all else that a group does, is
+    divided evenly among its runs, so that the sum over runs is what was spent.
+    """
     started = time.monotonic()
     examples = arrange(data.train, spec.training)
-    schedule = Schedule.plan(len(examples), spec.training, spec.measurement.every_epochs)
-    recipe = Recipe(
+    recipe = _recipe(spec, group[0].setting, materials, len(examples))
+    load, guard = _base_and_guard(spec, materials, data)
+    value, folder = materials.base_value, group[0].folder
+
+    def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
+        return _evaluate(model, spec, materials)
+
+    def tell_of(number: int, progress: Progress, plan: Schedule) -> None:
+        tell(group[number].name, progress, plan)
+
+    def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
+        return train(model, examples, recipe, value, evaluate, folder, partial(tell_of, 0), begun)
+
+    means = Means(load=load, guard=guard, fit=fit)
+    if len(group) == 1:
+        progress, model = train_parts(spec.tuning, recipe, means, folder)
+        ended = [progress]
+    else:
+        model, recipe = prepare(spec.tuning, recipe, means)
+        plans = [(replace(recipe, setting=place.setting), place.folder) for place in group]
+        ended = train_together(model, examples, plans, value, evaluate, tell_of)
+    shared = {
+        "steps_per_epoch": recipe.schedule.steps_per_epoch,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "wall_seconds": (time.monotonic() - started) / len(group),
+        "peak_memory_gib": peak_memory_gib(materials.device),
+        "precision": str(materials.precision).removeprefix("torch."),
+        "device": device_name(materials.device),
+        "processes": materials.team.size,
+        "machine": describe_machine(),
+        "cut_rows": data.train.cut,
+    }
+    return [_record(*run) | shared for run in zip(group, ended, strict=True)]
+
+
+def _recipe(spec: CohortSpec, setting: Setting, materials: Materials, examples: int) -> Recipe:
+    return Recipe(
         setting=setting,
         seed=spec.seed,
         training=spec.training,
-        schedule=schedule,
+        schedule=Schedule.plan(examples, spec.training, spec.measurement.every_epochs),
         threshold=spec.selection.threshold,
         stop_after=spec.selection.stop_after,
         precision=materials.precision,
@@ -190,41 +194,19 @@ def _train_run(
         team=materials.team,
     )
 
-    def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
-        return train(
-            model,
-            examples,
-            recipe,
-            materials.base_value,
-            lambda model: _evaluate(model, spec, materials),
-            folder,
-            lambda progress, plan: tell(name, progress, plan),
-            begun,
-        )
 
-    load, guard = _base_and_guard(spec, materials, data)
-    means = Means(load=load, guard=guard, fit=fit)
-    progress, model = train_parts(spec.tuning, recipe, means, folder)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _record(place: Place, progress: Progress) -> dict[str, Any]:
     return {
-        "run": name,
+        "run": place.name,
         "status": progress.status,
-        "setting": setting.model_dump(),
+        "setting": place.setting.model_dump(),
         "steps": progress.step,
-        "steps_per_epoch": schedule.steps_per_epoch,
         "tokens": progress.tokens,
         "losses": progress.losses,
         "points": progress.points,
-        "trainable_parameters": trainable,
         "training_seconds": progress.seconds,
-        "wall_seconds": time.monotonic() - started,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
-        "peak_memory_gib": peak_memory_gib(materials.device),
-        "precision": str(materials.precision).removeprefix("torch."),
-        "device": device_name(materials.device),
-        "processes": materials.team.size,
-        "machine": describe_machine(),
-        "cut_rows": data.train.cut,
+        "trained_together": trained_together(place.folder),
     }
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from forgetting.checkpoints import Progress
-from forgetting.cohort import CohortSpec, Materials
 from forgetting.data import general_rows, prepared_lines
 from forgetting.drift import load_targets
+from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_tokenizer, pick_device, pick_precision
 from forgetting.optimize import Schedule
 from forgetting.records import read_json, read_jsonl, sha256

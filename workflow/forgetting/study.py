@@ -288,6 +288,14 @@ class Training(Strict):
         "by default; adafactor has none.",
     )
     gradient_clip: Positive | None = Field(1.0, description="Largest L2 norm of the gradient.")
+    fused: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: train the runs of one method and seed in one forward and backward pass "
+        "where that is faster: where there are at least four, and a step of one has at most 256 "
+        "tokens (8192 on a GPU). Of lora, rslora and pissa, with or without replay; other methods "
+        "and mitigations, runs of several processes and those with `budgets` are trained one after "
+        "the other. The numbers are the same up to rounding.",
+    )
 
     @property
     def decay_rates(self) -> tuple[float, float]:

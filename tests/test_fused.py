@@ -1,0 +1,693 @@
+"""Runs trained together: each as if alone, and the same bits however often it is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerBase,
+)
+
+from forgetting import checkpoints, fusible, gradients
+from forgetting import train as module
+from forgetting.adapters import attach
+from forgetting.checkpoints import Progress
+from forgetting.cohort import run_key, train_cohort
+from forgetting.encode import Example, encode_pair
+from forgetting.forward import target_logits
+from forgetting.fusible import (
+    asks_for_plain_adapters,
+    can_fuse,
+    evenly,
+    may_fuse,
+    outline,
+    runs_in_a_step,
+)
+from forgetting.materials import CohortSpec, Materials
+from forgetting.mitigate import Safeguards
+from forgetting.models import Model, load_base
+from forgetting.optimize import Schedule
+from forgetting.plan import Tuning
+from forgetting.probes import measure
+from forgetting.recipe import Recipe
+from forgetting.scores import metric_value
+from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from forgetting.together import Standing, groups
+from forgetting.train import train, train_together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Rows = list[dict[str, Any]]
+SETTINGS = (
+    Setting(learning_rate=0.01),
+    Setting(learning_rate=0.003, weight_decay=0.1),
+    Setting(learning_rate=0.02, weight_decay=0.01),
+)
+FULL = Tuning(name="full", kind="full", label="full", settings=[])
+
+
+class Killed(BaseException):
+    """What stands for the end of the process: nothing in the library may catch it."""
+
+
+@dataclass
+class Gym:
+    """Runs that differ in their setting, in folders numbered from 0."""
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+    rows: Rows
+    tuning: Tuning
+    folder: Path
+    recipe: Recipe
+    examples: list[Example]
+    settings: Sequence[Setting] = SETTINGS
+    told: list[tuple[int, int]] = field(default_factory=list)
+    numbers: torch.dtype = torch.float32
+
+    def model(self) -> Model:
+        """As in a process of its own: the base is loaded afresh."""
+        model = attach(load_base(self.base, torch.device("cpu")), self.tuning, self.recipe.seed)
+        return model.to(self.numbers)
+
+    def plans(self) -> list[tuple[Recipe, Path]]:
+        return [
+            (replace(self.recipe, setting=setting), self.folder / str(number))
+            for number, setting in enumerate(self.settings)
+        ]
+
+    def together(self) -> list[Progress]:
+        return train_together(
+            self.model(), self.examples, self.plans(), 0.001, self.evaluate, self.tell
+        )
+
+    def alone(self) -> list[Progress]:
+        return [
+            train(self.model(), self.examples, recipe, 0.001, self.evaluate, folder, _say_nothing)
+            for recipe, folder in self.plans()
+        ]
+
+    def evaluate(self, model: Model) -> tuple[pd.DataFrame, float]:
+        items = measure(
+            model, self.tokenizer, {"p": self.rows[:2]}, self.prompt, Measurement(max_new_tokens=2)
+        )
+        return items, metric_value(items, "p", "probability")
+
+    def tell(self, number: int, progress: Progress, schedule: Schedule) -> None:
+        self.told.append((number, progress.step))
+
+    def at(self, folder: Path) -> Gym:
+        return replace(self, folder=folder, told=[])
+
+    def longer(self, epochs: float, every: float, **changes: Any) -> None:
+        """Train for so many epochs, with so many between two evaluations."""
+        training = self.recipe.training.model_copy(update={"epochs": epochs, **changes})
+        schedule = Schedule.plan(len(self.examples), training, every)
+        self.recipe = replace(self.recipe, training=training, schedule=schedule)
+
+
+def _say_nothing(*_: Any) -> None:
+    pass
+
+
+@pytest.fixture
+def gym(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    rows: Rows,
+    tuning: Tuning,
+    tmp_path: Path,
+) -> Gym:
+    """Ten rows in batches of four for four epochs: twelve steps, four evaluations, dropout."""
+    examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
+    recipe = Recipe(
+        setting=SETTINGS[0],
+        seed=5,
+        training=Training(batch_size=4, micro_batch_size=3, schedule="constant", warmup_epochs=0.5),
+        schedule=Schedule(1, 1, 0, frozenset()),
+        threshold=1.0,
+        stop_after=None,
+        precision=torch.float32,
+        pad=tokenizer.pad_token_id,
+    )
+    gym = Gym(base_folder, tokenizer, prompt, rows, tuning, tmp_path / "runs", recipe, examples)
+    gym.longer(4.0, 1.0)
+    return gym
+
+
+def _assert_close(together: Gym, alone: Gym, rel: float = 1e-4, atol: float = 2e-4) -> None:
+    """Items and checkpoints of all runs agree, up to rounding."""
+    for number in range(len(together.settings)):
+        ours, theirs = (gym.folder / str(number) for gym in (together, alone))
+        # What tells how a run of a group ended is needed by the others of the group alone.
+        names = {path.name for path in ours.iterdir()} - {"end.json"}
+        assert names == {path.name for path in theirs.iterdir()}
+        for path in theirs.glob("items-*"):
+            pd.testing.assert_frame_equal(
+                pd.read_parquet(ours / path.name), pd.read_parquet(path), rtol=rel
+            )
+        for path in theirs.glob("step-*/*.safetensors"):
+            found = load_file(ours / path.parent.name / path.name)
+            for name, tensor in load_file(path).items():
+                torch.testing.assert_close(found[name], tensor, rtol=rel, atol=atol)
+
+
+# --- each run as if alone -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "pissa"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_fused_run_is_the_run_alone(
+    gym: Gym, tmp_path: Path, variant: str, dropout: float
+) -> None:
+    """36 steps at three rates and decays, the same masks of dropout: the same losses and weights.
+
+    In float64, where AdamW makes nothing of rounding: in float32 it moves a weight whose gradient
+    is nearly nothing by a part of a step, and the losses agree to 1e-4.
+    """
+    gym.numbers = torch.float64
+    gym.tuning = gym.tuning.model_copy(update={"variant": variant, "dropout": dropout})
+    gym.longer(12.0, 6.0, schedule="linear")
+    alone = gym.at(tmp_path / "alone")
+    for ours, theirs in zip(gym.together(), alone.alone(), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
+        assert ours.losses[-1] < ours.losses[0]
+        assert [point[:2] for point in ours.points] == [point[:2] for point in theirs.points]
+        assert (ours.step, ours.tokens, ours.status) == (36, theirs.tokens, "ok")
+    _assert_close(gym, alone, rel=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["lionw", "adafactor"])
+def test_every_run_has_an_optimizer_of_its_own(gym: Gym, tmp_path: Path, optimizer: str) -> None:
+    """Whatever it keeps: moments, momentum or factors. LoRA+ as well."""
+    gym.recipe = replace(gym.recipe, lora_plus_ratio=4.0)
+    gym.longer(4.0, 2.0, optimizer=optimizer)
+    gym.settings = [
+        setting.model_copy(update={"learning_rate": setting.learning_rate / 10})
+        for setting in SETTINGS
+    ]
+    alone = gym.at(tmp_path / "alone")
+    for ours, theirs in zip(gym.together(), alone.alone(), strict=True):
+        # LionW steps by signs: where a momentum is nearly nothing, rounding decides.
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
+
+
+def test_replayed_text_is_in_the_fused_batch(gym: Gym, tmp_path: Path) -> None:
+    safeguards = Safeguards(replay=gym.examples[6:], share=0.4)
+    gym.examples = gym.examples[:6]
+    gym.recipe = replace(gym.recipe, safeguards=safeguards)
+    gym.longer(4.0, 2.0)
+    alone = gym.at(tmp_path / "alone")
+    for ours, theirs in zip(gym.together(), alone.alone(), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+        assert ours.tokens == theirs.tokens > 4 * sum(len(e.ids) for e in gym.examples)
+
+
+def test_a_part_of_the_model_is_fused_too(gym: Gym, tmp_path: Path) -> None:
+    gym.tuning = gym.tuning.model_copy(update={"target_modules": ["q_proj", "down_proj"]})
+    alone = gym.at(tmp_path / "alone")
+    for ours, theirs in zip(gym.together(), alone.alone(), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+
+
+def test_the_gradients_of_runs_are_clipped_apart(gym: Gym, tmp_path: Path) -> None:
+    """With a clip that always bites: a common norm would make the runs depend on each other."""
+    gym.longer(4.0, 4.0, gradient_clip=1e-3)
+    alone = gym.at(tmp_path / "alone")
+    for ours, theirs in zip(gym.together(), alone.alone(), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+
+
+def test_bfloat16_is_fused_within_its_rounding(gym: Gym, tmp_path: Path) -> None:
+    gym.recipe = replace(gym.recipe, precision=torch.bfloat16)
+    alone = gym.at(tmp_path / "alone")
+    for ours, theirs in zip(gym.together(), alone.alone(), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=2e-2)
+
+
+# --- runs that leave ----------------------------------------------------------------------------
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, rate: float, step: int) -> None:
+    """Let the loss of the run with this rate cease to be a number at a step."""
+    original = module._step
+
+    def poisoned(model: Model, examples: Any, runs: Any, stack: Any) -> Any:
+        for run in runs:
+            if (run.recipe.setting.learning_rate, run.progress.step) == (rate, step):
+                next(iter(run.weights.values())).data.fill_(math.nan)
+        return original(model, examples, runs, stack)
+
+    monkeypatch.setattr(module, "_step", poisoned)
+
+
+@pytest.fixture
+def mixed(gym: Gym, monkeypatch: pytest.MonkeyPatch) -> Gym:
+    """The second run diverges at step 7; the third reaches the threshold at step 9 and ends."""
+    gym.recipe = replace(gym.recipe, threshold=0.022, stop_after=0)
+    _poison(monkeypatch, 0.003, 7)
+    return gym
+
+
+def test_a_run_that_ends_or_diverges_leaves_and_the_others_go_on(
+    mixed: Gym, tmp_path: Path
+) -> None:
+    alone = mixed.at(tmp_path / "alone")
+    ended, expected = mixed.together(), alone.alone()
+    assert [(p.status, p.step) for p in ended] == [("ok", 12), ("diverged", 7), ("ok", 9)]
+    for ours, theirs in zip(ended, expected, strict=True):
+        assert (ours.status, ours.step, ours.tokens) == (theirs.status, theirs.step, theirs.tokens)
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    _assert_close(mixed, alone)
+    assert mixed.told == [
+        *[(number, step) for step in range(1, 8) for number in range(3)],
+        *[(number, step) for step in (8, 9) for number in (0, 2)],
+        *[(0, step) for step in (10, 11, 12)],
+    ]
+
+
+def test_a_rate_far_too_high_harms_no_other_run(gym: Gym, tmp_path: Path) -> None:
+    """Infinite products of one run stay in its own rows."""
+    gym.settings = [SETTINGS[0], Setting(learning_rate=1e30), SETTINGS[1]]
+    alone = gym.at(tmp_path / "alone")
+    ended, expected = gym.together(), alone.alone()
+    assert [progress.status for progress in ended] == ["ok", "diverged", "ok"]
+    for ours, theirs in zip(ended, expected, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+
+
+def test_all_may_diverge(gym: Gym) -> None:
+    gym.settings = [Setting(learning_rate=1e30), Setting(learning_rate=1e25)]
+    first = gym.together()
+    assert [progress.status for progress in first] == ["diverged", "diverged"]
+    assert gym.together() == first
+
+
+def test_the_time_of_a_step_is_shared(gym: Gym, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    assert [progress.seconds for progress in gym.together()] == pytest.approx([4.0] * 3)
+
+
+# --- killed and started again -------------------------------------------------------------------
+
+
+def _kill_at(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool
+) -> None:
+    """End the process at a call of a function: before it does its work, or just after."""
+    original, count = getattr(owner, name), 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if count == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+# Evaluations: of runs 0, 1, 2 at steps 3 and 6, of 0 and 2 at 9, of 0 at 12.
+MOMENTS = {
+    "in a step": (module, "_step", (2, 5, 8, 9, 11)),
+    "in an evaluation": (Gym, "evaluate", (2, 5, 8)),
+    "at the items": (module, "write_table", (3, 7)),
+    "at the weights": (checkpoints, "save_checkpoint", (2, 6)),
+    "at the record of progress": (checkpoints, "write_json", (1, 5, 7, 9)),
+    "when an end is told": (module, "write_end", (1, 2, 3)),
+    "when old checkpoints go": (module, "prune", (2, 5, 7, 8, 10, 11)),
+    "when telling": (Gym, "tell", (9, 16, 24)),
+}
+
+
+def _assert_same_bits(
+    gym: Gym, ended: list[Progress], other: Gym, expected: list[Progress]
+) -> None:
+    for ours, theirs in zip(ended, expected, strict=True):
+        assert replace(ours, seconds=0.0) == replace(theirs, seconds=0.0)
+    files = {path.relative_to(other.folder) for path in other.folder.rglob("*.*")}
+    assert {path.relative_to(gym.folder) for path in gym.folder.rglob("*.*")} == files
+    for path in files:
+        if path.suffix == ".safetensors":
+            assert (gym.folder / path).read_bytes() == (other.folder / path).read_bytes(), path
+        if path.suffix == ".parquet":
+            pd.testing.assert_frame_equal(
+                pd.read_parquet(gym.folder / path),
+                pd.read_parquet(other.folder / path),
+                check_exact=True,
+            )
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_group_ends_like_one_that_was_not(
+    mixed: Gym, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment, also between the checkpoints of two runs, the same bits at the end.
+
+    The bits of a step depend on the runs that are in it, so the same runs must be in it again.
+    """
+    reference = mixed.at(tmp_path / "reference")
+    expected = reference.together()
+    owner, name, calls = MOMENTS[moment]
+    for after in (False, True):
+        for call in calls:
+            shutil.rmtree(mixed.folder, ignore_errors=True)
+            with monkeypatch.context() as patch:
+                _kill_at(patch, owner, name, call, after)
+                with pytest.raises(Killed):
+                    mixed.together()
+            _assert_same_bits(mixed, mixed.together(), reference, expected)
+
+
+def test_a_group_killed_again_and_again_still_ends(
+    mixed: Gym, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a partition whose jobs are preempted: each time a little further on."""
+    reference = mixed.at(tmp_path / "reference")
+    expected = reference.together()
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            _kill_at(patch, module, "_step", 4, after=True)
+            with pytest.raises(Killed):
+                mixed.together()
+    _assert_same_bits(mixed, mixed.together(), reference, expected)
+
+
+def test_a_finished_group_started_again_trains_nothing(
+    mixed: Gym, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = mixed.together()
+    monkeypatch.setattr(module, "_step", None)
+    assert mixed.together() == ended
+
+
+def _stand(folder: Path, *steps: int, points: int = 2, ended: int | None = None) -> Path:
+    for step in steps:
+        checkpoint = folder / f"step-{step:07d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "progress.json").write_text(json.dumps({"points": [[]] * points}))
+    folder.mkdir(exist_ok=True)
+    if ended is not None:
+        (folder / "end.json").write_text(json.dumps({"step": ended, "progress": {}}))
+    return folder
+
+
+def test_runs_at_other_steps_are_trained_in_groups_of_their_own(tmp_path: Path) -> None:
+    """A rate that is added to a sweep which was killed does not send the others back."""
+    old = [_stand(tmp_path / "a", 6, 9), _stand(tmp_path / "b", 6)]
+    ended = [_stand(tmp_path / "c", 3, ended=6), _stand(tmp_path / "d", 6, ended=9)]
+    new = _stand(tmp_path / "e")
+    assert groups([*old, *ended, new]) == [[new], [*old, *ended]]
+    assert groups(old[:1]) == [old[:1]]
+    assert groups(ended) == [ended]
+
+
+def test_before_the_second_evaluation_a_group_may_begin_again(tmp_path: Path) -> None:
+    """Killed between the first checkpoints of two runs: both start from the beginning."""
+    first, second = _stand(tmp_path / "a", 3, points=1), _stand(tmp_path / "b")
+    assert Standing.of(first).checkpoints == {0, 3}
+    assert groups([first, second]) == [[first, second]]
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_pass_of_all_runs(
+    gym: Gym, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gym.tuning = gym.tuning.model_copy(update={"dropout": 0.0})
+    roomy = gym.at(tmp_path / "roomy").together()
+    attempts = []
+
+    def limited(model: Model, batch: Any) -> torch.Tensor:
+        attempts.append(len(batch.ids))
+        if len(batch.ids) > 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return target_logits(model, batch)
+
+    monkeypatch.setattr(gradients, "target_logits", limited)
+    monkeypatch.setitem(gradients.FORWARD_OVERHEAD, "cpu", 10_000)
+    for ours, theirs in zip(gym.together(), roomy, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+        assert ours.micro_batch_size == 1
+    assert sum(rows > 5 for rows in attempts) == 1
+
+
+# --- where it applies ---------------------------------------------------------------------------
+
+
+def _outline(config: Any, tmp_path: Path, tuning: Tuning) -> Model:
+    config.save_pretrained(tmp_path / "outline")
+    return outline(tmp_path / "outline", tuning)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
+
+
+def test_only_models_whose_rows_go_their_own_way_are_fused(tmp_path: Path, tuning: Tuning) -> None:
+    llama = LlamaConfig(**SMALL, num_attention_heads=2)
+    assert can_fuse(_outline(llama, tmp_path, tuning))
+    llama.attention_dropout = 0.1
+    assert not can_fuse(_outline(llama, tmp_path, tuning))
+    mixtral = MixtralConfig(**SMALL, num_attention_heads=2, num_key_value_heads=2)
+    assert not can_fuse(_outline(mixtral, tmp_path, tuning))
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100, **still)
+    assert not can_fuse(_outline(gpt2, tmp_path, tuning))  # its layers are no nn.Linear
+    llama = LlamaConfig(**SMALL, num_attention_heads=2)
+    embedding = tuning.model_copy(update={"target_modules": ["q_proj", "embed_tokens"]})
+    assert not can_fuse(_outline(llama, tmp_path, embedding))
+
+
+@pytest.mark.parametrize(
+    ("changes", "applies"),
+    [
+        ({}, True),
+        ({"variant": "rslora"}, True),
+        ({"variant": "pissa"}, True),
+        ({"lora_plus_ratio": 16.0}, True),
+        ({"mitigation": {"replay": {"table": "a/b"}}}, True),
+        ({"variant": "dora"}, False),
+        ({"mitigation": {"kl": {"weight": 0.1}}}, False),
+        ({"mitigation": {"replay": {"table": "a/b"}, "l2_sp": {"weight": 0.1}}}, False),
+        ({"mitigation": {"ewc": {"weight": 0.1, "table": "a/b"}}}, False),
+    ],
+)
+def test_which_methods_are_fused(tuning: Tuning, changes: dict[str, Any], applies: bool) -> None:
+    if "mitigation" in changes:
+        changes = {"mitigation": Mitigation.model_validate(changes["mitigation"])}
+    assert asks_for_plain_adapters(tuning.model_copy(update=changes)) == applies
+    assert not asks_for_plain_adapters(FULL)
+
+
+def test_how_many_runs_are_fused(
+    base_folder: Path, tuning: Tuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU small steps, as many runs as a pass has rows, and what they train is bounded."""
+    cpu, model = torch.device("cpu"), outline(base_folder, tuning)
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    training = Training(micro_batch_size=6)
+    assert runs_in_a_step(model, training, 100.0, cpu) == 6
+    assert runs_in_a_step(model, training, 1e9, cpu) == 1
+    monkeypatch.setattr(fusible, "CPU_BYTES", 16 * 4096 * 4)
+    trained = 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert runs_in_a_step(model, training, 100.0, cpu) == 16 * 4096 * 4 // (16 * trained) == 4
+    monkeypatch.setattr(fusible, "CPU_BYTES", 1)
+    assert runs_in_a_step(model, training, 100.0, cpu) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates", "fused_together"),
+    [
+        ({}, 4, True),
+        ({}, 3, False),
+        ({"fused": "never"}, 4, False),
+        ({"schedule": "trapezoid", "budgets": [1.0, 2.0], "epochs": 2.0}, 4, False),
+    ],
+)
+def test_which_cohorts_are_fused(
+    tuning: Tuning, changes: dict[str, Any], rates: int, fused_together: bool
+) -> None:
+    """By default those of four runs or more, but neither trunks nor what the key turns off."""
+    settings = [Setting(learning_rate=0.001 * (1 + number)) for number in range(rates)]
+    training = Training.model_validate(changes)
+    sweep = tuning.model_copy(update={"settings": settings})
+    assert may_fuse(sweep, training) == fused_together
+
+
+def test_parts_are_even() -> None:
+    assert [len(part) for part in evenly(range(17), 6)] == [6, 6, 5]
+    assert [len(part) for part in evenly(range(11), 6)] == [6, 5]
+    assert evenly([1, 2, 3], 8) == [[1, 2, 3]]
+    assert evenly([1, 2], 1) == [[1], [2]]
+
+
+# --- in a cohort --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def materials(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Materials:
+    """Eight rows to learn; also two runs are worth to be fused."""
+    monkeypatch.setattr(fusible, "FEWEST", 2)
+    return Materials(
+        base=base_folder,
+        tokenizer=tokenizer,
+        train=rows[:8],
+        probes={"new": rows[:2]},
+        base_value=0.001,
+        device=torch.device("cpu"),
+        precision=torch.float32,
+    )
+
+
+def _spec(tuning: Tuning, settings: Sequence[Setting], fuse: bool, **changes: Any) -> CohortSpec:
+    fused: Literal["auto", "never"] = "auto" if fuse else "never"
+    return CohortSpec(
+        tuning=tuning.model_copy(update={"settings": list(settings), **changes}),
+        seed=0,
+        prompt=Prompt(),
+        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0, fused=fused),
+        measurement=Measurement(max_new_tokens=4),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )
+
+
+@dataclass
+class Trainer:
+    """Trains cohorts in one folder; notes how many runs each pass had."""
+
+    materials: Materials
+    state: Path
+    told: list[str] = field(default_factory=list)
+
+    def __call__(
+        self, spec: CohortSpec, tell: Callable[..., None] | None = None
+    ) -> list[dict[str, Any]]:
+        self.told.clear()
+        return train_cohort(
+            spec,
+            self.materials,
+            {"code": "c"},
+            self.state,
+            tell or (lambda run, *_: self.told.append(run)),
+        )
+
+
+def test_a_cohort_is_fused_by_default_and_not_if_told_so(
+    materials: Materials, tuning: Tuning, tmp_path: Path
+) -> None:
+    """The same records but for the last digits; checkpoints that plain peft reads."""
+    fused_runs = Trainer(materials, tmp_path / "fused")(_spec(tuning, SETTINGS, True))
+    single = Trainer(materials, tmp_path / "single")(_spec(tuning, SETTINGS, False))
+    assert [record["trained_together"] for record in fused_runs + single] == [3, 3, 3, 1, 1, 1]
+    for ours, theirs in zip(fused_runs, single, strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+        assert ours.keys() == theirs.keys()
+        same = ("run", "status", "steps", "tokens", "trainable_parameters", "key", "cut_rows")
+        assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+        assert 0 < ours["training_seconds"] <= ours["wall_seconds"]
+        base = AutoModelForCausalLM.from_pretrained(materials.base, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, Path(ours["folder"]) / "step-0000004")
+        weights = {n: w for n, w in loaded.named_parameters() if "lora_B" in n}
+        assert all(weight.abs().max() > 0 for weight in weights.values())
+        left = {path.name for path in Path(ours["folder"]).rglob("*")}
+        assert not left & {"end.json", "optimizer.safetensors"}
+
+
+def test_a_fused_cohort_trains_only_what_is_missing(
+    materials: Materials, tuning: Tuning, tmp_path: Path
+) -> None:
+    train_missing = Trainer(materials, tmp_path)
+    first = train_missing(_spec(tuning, SETTINGS[:2], True))
+    records = train_missing(_spec(tuning, SETTINGS, True))
+    assert records[:2] == first
+    assert set(train_missing.told) == {records[2]["run"]}
+    assert train_missing(_spec(tuning, SETTINGS, False)) == records
+    assert train_missing.told == []
+
+
+def test_a_rate_added_to_a_killed_sweep_loses_no_work(
+    materials: Materials, tuning: Tuning, tmp_path: Path
+) -> None:
+    """The new run trains by itself up to its end, the others go on from their checkpoints."""
+
+    def stop(run: str, progress: Progress, schedule: Schedule) -> None:
+        if progress.step == 7:
+            raise Killed
+
+    def long(settings: Sequence[Setting]) -> CohortSpec:
+        spec = _spec(tuning, settings, True)
+        return spec.model_copy(
+            update={"training": spec.training.model_copy(update={"epochs": 4.0})}
+        )
+
+    train_missing = Trainer(materials, tmp_path)
+    with pytest.raises(Killed):
+        train_missing(long(SETTINGS[:2]), stop)
+    records = train_missing(long(SETTINGS))
+    steps = {record["run"]: train_missing.told.count(record["run"]) for record in records}
+    assert list(steps.values()) == [2, 2, 8]
+    assert [record["status"] for record in records] == ["ok"] * 3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"variant": "dora"}, {"mitigation": Mitigation(l2_sp={"weight": 0.1})}]
+)
+def test_what_is_not_fused_trains_one_after_the_other(
+    materials: Materials, tuning: Tuning, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    records = Trainer(materials, tmp_path)(_spec(tuning, SETTINGS[:2], True, **changes))
+    assert [record["trained_together"] for record in records] == [1, 1]
+    assert [record["status"] for record in records] == ["ok", "ok"]
+
+
+def test_fusing_makes_no_other_run(tuning: Tuning) -> None:
+    keys: set[str] = {
+        run_key(_spec(tuning, SETTINGS, fuse), SETTINGS[0], {}) for fuse in (False, True)
+    }
+    assert len(keys) == 1
+
+
+def test_the_seconds_of_all_runs_are_those_of_the_group(
+    materials: Materials, tuning: Tuning, tmp_path: Path
+) -> None:
+    """Neither counted once per run nor left out."""
+    records: Sequence[Mapping[str, Any]] = Trainer(materials, tmp_path)(
+        _spec(tuning, SETTINGS, True)
+    )
+    shares = {record["wall_seconds"] for record in records}
+    assert len(shares) == 1
+    assert sum(record["training_seconds"] for record in records) < sum(
+        record["wall_seconds"] for record in records
+    )
+    for record in records:
+        rate = record["tokens"] / record["training_seconds"]
+        assert record["tokens_per_second"] == pytest.approx(rate)
