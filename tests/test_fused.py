@@ -471,7 +471,7 @@ def test_only_models_whose_rows_go_their_own_way_are_fused(tmp_path: Path, tunin
     llama.attention_dropout = 0.1
     assert not can_fuse(_outline(llama, tmp_path, tuning))
     mixtral = MixtralConfig(**SMALL, num_attention_heads=2, num_key_value_heads=2)
-    assert not can_fuse(_outline(mixtral, tmp_path, tuning))
+    assert not can_fuse(_outline(mixtral, tmp_path, tuning.model_copy(update={"dropout": 0.0})))
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100, **still)
     assert not can_fuse(_outline(gpt2, tmp_path, tuning))  # its layers are no nn.Linear

@@ -27,8 +27,8 @@ from forgetting.plan import Tuning
 from forgetting.study import Training
 
 TOKENS = {"cpu": 256, "cuda": 8192}
-"""A step of more tokens than this keeps the cores busy by itself. Of a CPU it was measured
-(bench/RECORD.md); of a GPU it is what a pass costs beside its tokens (`gradients`), not measured."""
+"""A step of more tokens than this keeps the cores busy by itself: `make bench-train` measures it on
+a CPU; of a GPU it is what a pass costs beside its tokens (`gradients`), not measured."""
 
 FEWEST = 4
 """So many runs must a sweep have: two in a pass were not faster than one after the other."""

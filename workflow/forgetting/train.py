@@ -157,7 +157,7 @@ def _run_all(
         for run in left:
             tell(runs.index(run), run.progress, schedule)
         if step in schedule.evaluations or not any(run.goes_on for run in left):
-            _settle(model, examples, going, step, base_value)
+            _settle(model, examples, runs, step, base_value)
 
 
 def _sit_down(model: Model, going: Sequence[Run], before: Stack | None) -> Stack | None:
