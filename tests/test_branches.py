@@ -218,9 +218,9 @@ def _poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Make the loss of a step no number, in every run that makes that step."""
     original = train_module._step
 
-    def poisoned(model: Any, examples: Any, recipe: Any, progress: Any, *more: Any) -> Any:
-        loss, tokens = original(model, examples, recipe, progress, *more)
-        return (float("nan"), tokens) if progress.step == at else (loss, tokens)
+    def poisoned(model: Any, examples: Any, runs: Any, stack: Any) -> Any:
+        losses, tokens = original(model, examples, runs, stack)
+        return ([float("nan")] * len(runs) if runs[0].progress.step == at else losses), tokens
 
     monkeypatch.setattr(train_module, "_step", poisoned)
 

@@ -458,10 +458,10 @@ from finetune import main
 
 step, moment = train._step, sys.argv.pop(1)
 
-def deadly(model, examples, recipe, progress, *rest):
-    if moment == f"{recipe.team.rank}:{progress.step}":
+def deadly(model, examples, runs, stack):
+    if moment == f"{runs[0].recipe.team.rank}:{runs[0].progress.step}":
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(model, examples, recipe, progress, *rest)
+    return step(model, examples, runs, stack)
 
 train._step = deadly
 main()
