@@ -258,6 +258,18 @@ def test_answers_that_go_on_are_told_where_recall_hides_them() -> None:
     assert text["rougeL_f1_change_against_base"] == pytest.approx(f1 - 0.85, abs=1e-5)
 
 
+def test_what_rises_is_not_said_to_fall() -> None:
+    """A base that knows nothing of a probe: F1 rises less than recall, and does not fall."""
+    made = synthetic.tables()
+    rows = made["trajectory"]
+    for metric, before, after in (("rougeL_recall", 0.03, 0.33), ("rougeL_f1", 0.01, 0.15)):
+        of_metric = (rows["metric"] == metric) & rows["probe"].isin(["world_facts", "real_authors"])
+        rows.loc[of_metric, "value"] = after
+        rows.loc[of_metric, "change"] = after - before
+        rows.loc[of_metric & (rows["run"] == "base"), "value"] = before
+    assert "falls" not in " ".join(answer(Tables(**made))[0])
+
+
 def test_the_summary_has_change_and_interval_and_averages_seeds() -> None:
     tables = _tables(seeds=(0, 1, 2))
     base, *lines = content.summary(tables)

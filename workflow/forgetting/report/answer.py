@@ -165,7 +165,7 @@ def _going_on(tables: Tables, found: list[Row], base: Row) -> str:
         for name in data.probes(tables, "old")
         if (recall := line.cells.get(name)) and (f1 := line.f1.get(name))
         if recall.change is not None and f1.change is not None and name in base.f1
-        if recall.change - f1.change > MUCH
+        if f1.change < -MUCH and recall.change - f1.change > MUCH
     ]
     if not falls:
         return ""
