@@ -26,6 +26,7 @@ from forgetting.materials import CohortSpec, Materials
 from forgetting.plan import Tuning, budget_name
 from forgetting.select import course_of
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
+from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,10 +46,6 @@ TRAINING = Training(
     budgets=BUDGETS,
 )
 FULL = Tuning(name="full", kind="full", label="full", settings=[Setting(learning_rate=1e-3)])
-
-
-class Killed(BaseException):
-    """What stands for the end of the process."""
 
 
 @pytest.fixture
@@ -313,25 +310,6 @@ def test_items_of_a_branch_begin_with_the_trunks(lab: Lab, spec: CohortSpec) -> 
 # --- killed and started again -------------------------------------------------------------------
 
 
-def _kill_at(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool
-) -> None:
-    """End the process at a call of a function: before it does its work, or just after."""
-    original, count = getattr(owner, name), 0
-
-    def deadly(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call and not after:
-            raise Killed
-        result = original(*args, **kwargs)
-        if count == call:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(owner, name, deadly)
-
-
 def _ends_whatever_kills_it(
     monkeypatch: pytest.MonkeyPatch,
     moments: Sequence[tuple[Any, str, int]],
@@ -342,7 +320,7 @@ def _ends_whatever_kills_it(
         for after in (False, True):
             begin()
             with monkeypatch.context() as patch:
-                _kill_at(patch, owner, name, call, after)
+                kill_at(patch, owner, name, call, after)
                 with pytest.raises(Killed):
                     end()
             end()
@@ -395,7 +373,7 @@ def test_a_killed_trunk_goes_on_from_a_start(
     rarely = Measurement(max_new_tokens=2, every_epochs=9.0)
     spec = spec.model_copy(update={"measurement": rarely})
     with monkeypatch.context() as patch:
-        _kill_at(patch, train_module, "_step", 8, after=False)
+        kill_at(patch, train_module, "_step", 8, after=False)
         with pytest.raises(Killed):
             lab.trunks(spec)
     assert lab.told[-1][1] == 7

@@ -21,16 +21,13 @@ from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError
 from forgetting.study import Measurement, Prompt, Selection, Setting, Training
+from killing import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Rows = list[dict[str, Any]]
 INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "code": "c", "probe new": "p"}
 LOW, MIDDLE, HIGH = (Setting(learning_rate=rate) for rate in (1e-3, 5e-3, 1e-2))
-
-
-class Killed(BaseException):
-    """What stands for the end of the process."""
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ from forgetting.scores import metric_value
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
 from forgetting.together import Standing, groups
 from forgetting.train import train, train_together
+from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,10 +60,6 @@ SETTINGS = (
     Setting(learning_rate=0.02, weight_decay=0.01),
 )
 FULL = Tuning(name="full", kind="full", label="full", settings=[])
-
-
-class Killed(BaseException):
-    """What stands for the end of the process: nothing in the library may catch it."""
 
 
 @dataclass
@@ -309,25 +306,6 @@ def test_the_time_of_a_step_is_shared(gym: Gym, monkeypatch: pytest.MonkeyPatch)
 # --- killed and started again -------------------------------------------------------------------
 
 
-def _kill_at(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool
-) -> None:
-    """End the process at a call of a function: before it does its work, or just after."""
-    original, count = getattr(owner, name), 0
-
-    def deadly(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call and not after:
-            raise Killed
-        result = original(*args, **kwargs)
-        if count == call:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(owner, name, deadly)
-
-
 # Evaluations: of runs 0, 1, 2 at steps 3 and 6, of 0 and 2 at 9, of 0 at 12.
 MOMENTS = {
     "in a step": (module, "_step", (2, 5, 8, 9, 11)),
@@ -374,7 +352,7 @@ def test_a_killed_group_ends_like_one_that_was_not(
         for call in calls:
             shutil.rmtree(mixed.folder, ignore_errors=True)
             with monkeypatch.context() as patch:
-                _kill_at(patch, owner, name, call, after)
+                kill_at(patch, owner, name, call, after)
                 with pytest.raises(Killed):
                     mixed.together()
             _assert_same_bits(mixed, mixed.together(), reference, expected)
@@ -388,7 +366,7 @@ def test_a_group_killed_again_and_again_still_ends(
     expected = reference.together()
     for _ in range(3):
         with monkeypatch.context() as patch:
-            _kill_at(patch, module, "_step", 4, after=True)
+            kill_at(patch, module, "_step", 4, after=True)
             with pytest.raises(Killed):
                 mixed.together()
     _assert_same_bits(mixed, mixed.together(), reference, expected)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from byte_models import byte_tokenizer, random_llama, write_rows
 from forgetting.benchmarks import harness
 from forgetting.benchmarks import tasks as benchmark_tasks
 from forgetting.benchmarks.code_eval_stand_in import without_code_eval
@@ -137,45 +138,17 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The made-up rows as files."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    for task, splits in ROWS.items():
-        (folder / task).mkdir()
-        for split, rows in splits.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / task / f"{split}.jsonl").write_text(lines)
-    return folder
+    return write_rows(tmp_path_factory.mktemp("benchmarks"), ROWS)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """Bytes as tokens, so that any text can be written and read."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"</s>": 0} | {letter: n for n, letter in enumerate(alphabet, start=1)}
-    bytes_as_tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_as_tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_as_tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_as_tokens, eos_token="</s>")
+    return byte_tokenizer()
 
 
 def _tiny_model(context: int = 2048) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=context,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config)
+    return random_llama(context, layers=2)
 
 
 @pytest.fixture(scope="session")

@@ -32,13 +32,12 @@ from forgetting.records import InputError
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting
 from forgetting.tuned import load_checkpoint, save_checkpoint
 from forgetting.variants import Budget, Then
+from killing import Killed, kill_at
 from test_train import (
     TRAINING,
     Bench,
-    Killed,
     Rows,
     _assert_close,
-    _kill_at,
     _logits,
     _same_end,
     _uninterrupted,
@@ -373,7 +372,7 @@ def test_adalora_ends_the_same_wherever_it_was_killed(
     for after in (False, True):
         shutil.rmtree(bench.folder, ignore_errors=True)
         with monkeypatch.context() as patch:
-            _kill_at(patch, owner, name, call, after)
+            kill_at(patch, owner, name, call, after)
             with pytest.raises(Killed):
                 bench.start()
         _same_end(bench, bench.start(), reference, tmp_path / "reference")
@@ -492,7 +491,7 @@ def test_a_killed_run_with_trained_embeddings_ends_the_same(
         reference = _uninterrupted(either, tmp_path / variant)
         shutil.rmtree(either.folder, ignore_errors=True)
         with monkeypatch.context() as patch:
-            _kill_at(patch, module, "_step", 8, after=False)
+            kill_at(patch, module, "_step", 8, after=False)
             with pytest.raises(Killed):
                 either.start()
         _same_end(either, either.start(), reference, tmp_path / variant)
@@ -597,7 +596,7 @@ def test_a_hybrid_ends_the_same_wherever_it_was_killed(
     for call in (2, switch, switch + 1, switch + 2, 10):
         shutil.rmtree(bench.folder, ignore_errors=True)
         with monkeypatch.context() as patch:
-            _kill_at(patch, module, "_step", call, after=False)
+            kill_at(patch, module, "_step", call, after=False)
             with pytest.raises(Killed):
                 bench.start()
         _same_end(bench, bench.start(), reference, tmp_path / "reference")
@@ -619,7 +618,7 @@ def test_a_hybrid_killed_at_the_switch_ends_the_same(
     ):
         shutil.rmtree(bench.folder, ignore_errors=True)
         with monkeypatch.context() as patch:
-            _kill_at(patch, owner, name, call, after=True)
+            kill_at(patch, owner, name, call, after=True)
             with pytest.raises(Killed):
                 bench.start()
         _same_end(bench, bench.start(), reference, tmp_path / "reference")

@@ -48,6 +48,7 @@ from forgetting.tiny import shrink
 from forgetting.train import train
 from forgetting.tuned import save_checkpoint, trained_state
 from forgetting.variants import Budget
+from killing import Killed
 from scripts import interpolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,10 +58,6 @@ CPU = torch.device("cpu")
 FULL = Tuning(name="full", kind="full", label="full", settings=[])
 LORA = Tuning(name="lora-r4", kind="lora", label="rank 4", rank=4, alpha=8.0, settings=[])
 RATES = {"lora": 0.01, "full": 2e-3}
-
-
-class Killed(BaseException):
-    """What stands for the end of the process."""
 
 
 @dataclass

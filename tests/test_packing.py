@@ -38,6 +38,7 @@ from forgetting.plan import Tuning
 from forgetting.recipe import Recipe, groups_of_step
 from forgetting.records import InputError
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from killing import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,10 +232,6 @@ def test_a_model_that_looks_past_the_mask_is_refused() -> None:
     check_model(model, _draw(random.Random(0), 2), Training())
     with pytest.raises(InputError, match=r"training\.packing: in this model \(mistral\).* false"):
         check_model(model, _draw(random.Random(0), 2), Training(packing=True))
-
-
-class Killed(BaseException):
-    """What stands for the end of the process."""
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from byte_models import byte_tokenizer, random_llama, write_rows
 from forgetting.benchmarks.harness import Sampling, TaskSpec, run_benchmarks
 from forgetting.benchmarks.pass_rates import program_items, score_programs
 from forgetting.benchmarks.programs import PassRate, Program, pass_at_k
@@ -30,45 +30,19 @@ SAMPLING = Sampling(5, temperature=1.5, top_p=0.95)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of HumanEval."""
-    at = tmp_path_factory.mktemp("rows")
-    (at / "humaneval").mkdir()
-    lines = "".join(json.dumps(row) + "\n" for row in FUNCTIONS)
-    (at / "humaneval" / "test.jsonl").write_text(lines)
-    return at
+    return write_rows(tmp_path_factory.mktemp("rows"), {"humaneval": {"test": FUNCTIONS}})
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Bytes as tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"</s>": 0} | {letter: n for n, letter in enumerate(alphabet, start=1)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A random model in double precision, so that rounding moves no answer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).double()
+    return random_llama(context=512).double()
 
 
 def _programs(model: Any, tokenizer: Any, folder: Path, **settings: Any) -> list[Program]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from byte_models import byte_tokenizer, random_llama, write_rows
 from forgetting.benchmarks.definitions import read_definition
 from forgetting.benchmarks.harness import TaskSpec, load_task, run_benchmarks
 from forgetting.benchmarks.known import (
@@ -47,48 +46,19 @@ ROWS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of three tasks of three kinds, in a folder of the user's."""
-    at = tmp_path_factory.mktemp("rows")
-    for task, splits in ROWS.items():
-        (at / task).mkdir()
-        for split, rows in splits.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (at / task / f"{split}.jsonl").write_text(lines)
-    return at
+    return write_rows(tmp_path_factory.mktemp("rows"), ROWS)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Bytes as tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"</s>": 0} | {letter: n for n, letter in enumerate(alphabet, start=1)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A random model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=257,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=8192,
-            bos_token_id=0,
-            eos_token_id=0,
-            initializer_range=0.3,
-        )
-    )
+    return random_llama(context=8192)
 
 
 def test_every_kind_of_task_scores_as_in_the_harness(

@@ -35,6 +35,7 @@ from forgetting.study import Measurement, Prompt, Setting, Training
 from forgetting.train import train
 from forgetting.tuned import load_checkpoint, trained_state
 from forgetting.variants import Budget
+from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,10 +48,6 @@ TRAINING = Training(
 REACHES = [0.2, 0.5, 0.8, 0.95]
 NEVER_REACHES = [0.2, 0.5, 0.8, 0.85]
 FULL = Tuning(name="full", kind="full", label="full", settings=[Setting(learning_rate=1e-3)])
-
-
-class Killed(BaseException):
-    """What stands for the end of the process: nothing in the library may catch it."""
 
 
 @dataclass
@@ -317,25 +314,6 @@ def test_tokens_are_counted_without_padding(bench: Bench) -> None:
 # --- killed and started again -------------------------------------------------------------------
 
 
-def _kill_at(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool
-) -> None:
-    """End the process at a call of a function: before it does its work, or just after."""
-    original, count = getattr(owner, name), 0
-
-    def deadly(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call and not after:
-            raise Killed
-        result = original(*args, **kwargs)
-        if count == call:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(owner, name, deadly)
-
-
 MOMENTS = {
     "in a step": (module, "_step", (2, 12)),
     "in an evaluation": (Bench, "evaluate", (1, 4)),
@@ -363,7 +341,7 @@ def test_a_killed_run_ends_like_one_that_was_not(
         for call in calls:
             shutil.rmtree(bench.folder, ignore_errors=True)
             with monkeypatch.context() as patch:
-                _kill_at(patch, owner, name, call, after)
+                kill_at(patch, owner, name, call, after)
                 with pytest.raises(Killed):
                     bench.start()
             _same_end(bench, bench.start(), reference, tmp_path / "reference")
@@ -376,7 +354,7 @@ def test_a_run_killed_after_every_evaluation_still_ends(
     reference = _uninterrupted(bench, tmp_path / "reference")
     for _ in range(4):
         with monkeypatch.context() as patch:
-            _kill_at(patch, Bench, "tell", 3, after=True)
+            kill_at(patch, Bench, "tell", 3, after=True)
             with pytest.raises(Killed):
                 bench.start()
     _same_end(bench, bench.start(), reference, tmp_path / "reference")
@@ -389,7 +367,7 @@ def test_the_ruins_of_a_checkpoint_are_not_resumed_from(
     """Killed within the writing of the second checkpoint, whatever of it is on the disk."""
     reference = _uninterrupted(bench, tmp_path / "reference")
     with monkeypatch.context() as patch:
-        _kill_at(patch, Path, "rename", 2, after=False)
+        kill_at(patch, Path, "rename", 2, after=False)
         with pytest.raises(Killed):
             bench.start()
     ruin = bench.folder / ".step-0000006"
@@ -443,7 +421,7 @@ def test_every_variant_resumes(
     bench.tuning = _as_variant(bench.tuning, variant)
     reference = _uninterrupted(bench, tmp_path / "reference")
     with monkeypatch.context() as patch:
-        _kill_at(patch, module, "_step", 8, after=False)
+        kill_at(patch, module, "_step", 8, after=False)
         with pytest.raises(Killed):
             bench.start()
     _same_end(bench, bench.start(), reference, tmp_path / "reference")
@@ -461,7 +439,7 @@ def test_every_optimizer_resumes(
     bench.recipe = replace(bench.recipe, training=training)
     reference = _uninterrupted(bench, tmp_path / "reference")
     with monkeypatch.context() as patch:
-        _kill_at(patch, module, "_step", 8, after=False)
+        kill_at(patch, module, "_step", 8, after=False)
         with pytest.raises(Killed):
             bench.start()
     _same_end(bench, bench.start(), reference, tmp_path / "reference")
