@@ -26,16 +26,37 @@ def greedy_answers(
     decode = _decode if can_drop_rows(model) else _generate
     answers: list[list[int]] = [[] for _ in prompts]
     for indices in by_length([len(prompt) for prompt in prompts], batch_size):
-        length = max(len(prompts[index]) for index in indices)
-        ids = torch.full((len(indices), length), pad)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(indices):
-            ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, length - len(prompts[index]) :] = 1
+        ids, mask = left_padded([prompts[index] for index in indices], pad)
         found = decode(model, ids.to(model.device), mask.to(model.device), most, end)
         for index, tokens in zip(indices, found, strict=True):
             answers[index] = tokens
     return answers
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts as rows that end together, and a mask of what belongs to them."""
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def next_logits(
+    model: Model, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+) -> Tensor:
+    """Logits of the token after each row, whose earlier tokens are in the cache."""
+    logits: Tensor = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    return logits[:, -1]
 
 
 def can_drop_rows(model: Model) -> bool:
@@ -58,15 +79,7 @@ def _decode(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> lis
     cache = DynamicCache(config=inner_model(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for _ in range(most):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        tokens = logits[:, -1].argmax(-1)
+        tokens = next_logits(model, ids, mask, positions, cache).argmax(-1)
         going_on = (tokens != end).nonzero().flatten()
         if len(going_on) == 0:
             break

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from forgetting.decode import can_drop_rows, inner_model
+from forgetting.decode import can_drop_rows, inner_model, left_padded, next_logits
 from forgetting.forward import by_length
 from forgetting.models import Model
 from forgetting.records import InputError
@@ -103,10 +103,7 @@ def _sample(
 ) -> list[list[int]]:
     """One batch; what has ended is taken out of it and of the cache."""
     prompts = list(dict.fromkeys(wish.prompt for wish in wishes))
-    length = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
     numbers = torch.stack([_numbers(wish.stream, most) for wish in wishes]).to(model.device)
     cache = DynamicCache(config=inner_model(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -115,14 +112,7 @@ def _sample(
     alive = list(range(len(wishes)))
     answers: list[list[int]] = [[] for _ in wishes]
     for step in range(most):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = next_logits(model, ids, mask, positions, cache)
         if step == 0:
             cache.batch_select_indices(rows)
             logits, mask, positions = logits[rows], mask[rows], positions[rows]
