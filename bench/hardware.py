@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -80,6 +81,11 @@ def machine() -> str:
         f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
         f"{bfloat16} bfloat16 in hardware"
     )
+
+
+def versions(**libraries: ModuleType) -> str:
+    """What the figures were taken with."""
+    return ", ".join(f"{name} {library.__version__}" for name, library in libraries.items())
 
 
 def _processor() -> str:

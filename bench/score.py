@@ -29,7 +29,7 @@ import transformers
 from adapters_in_one import eight_adapters
 from forgetting.models import quieten_libraries
 from forgetting.rouge import rouge, words
-from hardware import machine
+from hardware import machine, versions
 from scorers import (
     TOFU_LENGTH,
     Bench,
@@ -119,14 +119,12 @@ def rouge_row(bench: Bench, rounds: int) -> dict[str, object]:
 
 def describe(options: argparse.Namespace, bench: Bench) -> str:
     """The head of the record: date, machine, model, data, versions, and that nothing else moved."""
-    libraries = {"torch": torch, "transformers": transformers, "peft": peft}
-    versions = ", ".join(f"{name} {library.__version__}" for name, library in libraries.items())
     parameters = sum(p.numel() for p in bench.model.parameters()) / 1e6
     return (
         f"## {datetime.date.today()}, {machine()}\n\n"
         f"Llama of {parameters:.1f} million weights, float32; {options.limit} items of each task, "
         f"{len(bench.rows)} questions of TOFU; processor seconds, medians of {options.rounds} "
-        f"rounds; {versions}.\n\n"
+        f"rounds; {versions(torch=torch, transformers=transformers, peft=peft)}.\n\n"
     )
 
 

@@ -41,7 +41,7 @@ from forgetting.pretrain import train_tokenizer
 from forgetting.records import InputError, read_jsonl
 from forgetting.study import Prompt
 from forgetting.world import build_world
-from hardware import flops_per_token, machine, matmul_rate, peak_gib, reset_peak
+from hardware import flops_per_token, machine, matmul_rate, peak_gib, reset_peak, versions
 from shapes import SHAPES, random_model
 
 
@@ -133,7 +133,6 @@ def describe(options: argparse.Namespace, bench: Bench) -> str:
     libraries = {"torch": torch, "transformers": transformers, "peft": peft}
     if importlib.util.find_spec("trl"):
         libraries["trl"] = importlib.import_module("trl")
-    versions = ", ".join(f"{name} {library.__version__}" for name, library in libraries.items())
     mean = bench.tokens / len(bench.examples)
     arithmetic = str(bench.precision).removeprefix("torch.")
     data = options.data.name if options.data else "invented authors of the micro-world"
@@ -141,7 +140,7 @@ def describe(options: argparse.Namespace, bench: Bench) -> str:
         f"## {datetime.date.today()}, {machine()}\n\n"
         f"Model {options.model or options.shape}; {len(bench.examples)} pairs of {mean:.0f} tokens "
         f"({data}), {bench.batch_size} to a step; {arithmetic}; "
-        f"medians of {options.rounds} rounds; {versions}.\n\n"
+        f"medians of {options.rounds} rounds; {versions(**libraries)}.\n\n"
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from forgetting.architecture import Architecture, has_chat_template, read_architecture, small_model
-from forgetting.check_task import LARGE, At, check_task
+from forgetting.check_task import LARGE, check_task
 from forgetting.columns import Columns
 from forgetting.data import (
     Row,
@@ -27,7 +27,7 @@ from forgetting.data import (
 from forgetting.load import is_local
 from forgetting.plan import Tuning, numbered_tunings
 from forgetting.records import InputError
-from forgetting.source import Keys, dotted
+from forgetting.source import At, Keys, dotted
 from forgetting.study import WORLD_TABLES, Prompt, Study
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from forgetting.benchmarks.known import Benchmark, benchmark, main_metric, same_rows
 from forgetting.benchmarks.tasks import read_rows
 from forgetting.hub import HUB_ROWS
 from forgetting.records import InputError
+from forgetting.source import At
 from forgetting.study import Study
 from forgetting.task import Task
-
-At = Callable[..., str]
-"""Gives the beginning of a message about the value at some keys: where it was written."""
 
 LARGE = 50 * 2**20
 """Tables above so many bytes are checked by the first job that reads them, not before."""

@@ -110,7 +110,7 @@ def benchmark_tables(
     scores, items, notes = [], [], []
     for folder in models:
         record = read_json(folder / "record.json")
-        place = {key: record["model"][key] for key in ("run", "step")}
+        place = _place(record)
         who: dict[str, Any] = {**labels.get(place["run"] or "", {}), **place}
         name = who["run"] or folder.parent.name
         notes += [f"{name}: {note}" for note in record["notes"]]
@@ -134,11 +134,16 @@ def benchmark_tables(
     return _with_intervals(table, every), every, list(dict.fromkeys(notes))
 
 
+def _place(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of which run, at which step, a model was benchmarked."""
+    return {key: record["model"][key] for key in ("run", "step")}
+
+
 def responses_table(models: Sequence[Path]) -> pd.DataFrame:
     """Run, step, task, item and response of every benchmark of every model."""
     tables = [
         pd.read_parquet(folder / "responses.parquet").assign(
-            **{key: read_json(folder / "record.json")["model"][key] for key in ("run", "step")}
+            **_place(read_json(folder / "record.json"))
         )
         for folder in models
     ]

@@ -256,6 +256,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_all(paths: Iterable[Path]) -> tuple[dict[str, str], str]:
+    """Digests of files by name, in the order given, and one of them all."""
+    files = {path.name: sha256(path) for path in paths}
+    return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
 def content_key(value: Any, length: int = 16) -> str:
     """Short digest of a JSON-able value: equal values have equal keys, whatever their key order."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False)

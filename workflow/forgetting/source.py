@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,9 @@ from forgetting.records import InputError
 
 Keys = tuple[str | int, ...]
 """The way to a value: names of sections and keys, numbers in lists."""
+
+At = Callable[..., str]
+"""Gives the beginning of a message about the value at some keys: where it was written."""
 
 BENCHMARKS = "benchmarks"
 """`--config benchmarks_dir=FOLDER`: take the benchmarks' rows from FOLDER/TASK/SPLIT.jsonl."""

@@ -29,8 +29,14 @@ from forgetting.prompts import Refusals
 from forgetting.task import Task
 from forgetting.variants import Budget, Then
 
-WORLD_PROBES = ("new_authors", "real_authors", "world_facts")
-WORLD_TABLES = (*WORLD_PROBES, "documents", "held_out", "refusals")
+WORLD_TABLES = (
+    "new_authors",
+    "real_authors",
+    "world_facts",
+    "documents",
+    "held_out",
+    "refusals",
+)
 """What the generator of the micro-world makes."""
 
 TEXT_PROBE = "general_text"

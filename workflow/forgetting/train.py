@@ -71,9 +71,9 @@ def train(
     also ends so many evaluations after it reached the threshold. A run of two parts has reached
     `begun` in its first part, which ends at `recipe.until` with status `running`.
     """
-    optimizer = _optimizer(trained := trained_weights(model), recipe)
-    run = Run(recipe, folder, trained, optimizer)
-    run.progress = begun or resume(model, optimizer, folder, recipe.team)
+    weights = trained_weights(model)
+    run = Run(recipe, folder, weights, _optimizer(weights, recipe))
+    run.progress = begun or resume(model, run.optimizer, folder, recipe.team)
     run.progress = recipe.team.agree(read_end(folder)) or run.progress
     step = run.progress.step
     _run_all(model, examples, [run], step, base_value, evaluate, lambda _, *told: tell(*told))

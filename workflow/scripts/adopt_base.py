@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from pathlib import Path
 
 from forgetting.architecture import count_parameters, read_architecture
 from forgetting.models import load_tokenizer, quieten_libraries
-from forgetting.records import sha256, tells_input_errors, write_json
+from forgetting.records import sha256_of_all, tells_input_errors, write_json
 
 
 @tells_input_errors
@@ -24,11 +22,11 @@ def main(argv: list[str] | None = None) -> None:
     read_architecture(options.model)
     shards = sorted(options.model.glob("*.safetensors"))
     load_tokenizer(options.model)
-    files = {path.name: sha256(path) for path in [*shards, *sorted(options.model.glob("*.json"))]}
+    files, identity = sha256_of_all([*shards, *sorted(options.model.glob("*.json"))])
     record = {
         "path": str(options.model),
         "origin": options.origin,
-        "identity": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "identity": identity,
         "files": files,
         "parameters": count_parameters(options.model),
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,14 @@ from forgetting.models import (
     quieten_libraries,
 )
 from forgetting.prompts import REFUSALS
-from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_table
+from forgetting.records import (
+    read_json,
+    sha256,
+    sha256_of_all,
+    tells_input_errors,
+    write_json,
+    write_table,
+)
 from forgetting.refusals import ask, score
 from forgetting.study import Benchmarks, Prompt
 from forgetting.task import Task
@@ -151,8 +156,7 @@ def identify(checkpoint: Path | None) -> dict[str, Any]:
     """Which weights were measured: folder and content of the checkpoint; none of the base."""
     if checkpoint is None:
         return {"checkpoint": None}
-    files = {path.name: sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    identity = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    files, identity = sha256_of_all(filter(Path.is_file, sorted(checkpoint.iterdir())))
     adapter = (checkpoint / ADAPTER).exists()
     return {
         "checkpoint": str(checkpoint),

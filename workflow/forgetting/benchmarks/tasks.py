@@ -19,7 +19,7 @@ from typing import Any
 
 from forgetting.benchmarks.code_eval_stand_in import without_code_eval
 from forgetting.benchmarks.definitions import example_split, read_definition
-from forgetting.benchmarks.known import BENCHMARKS
+from forgetting.benchmarks.known import BENCHMARKS, splits_of
 from forgetting.records import InputError, read_numbered
 
 HARNESS_SEED = 1234  # the harness's default for drawing examples
@@ -77,7 +77,7 @@ def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNES
     config = _configured(spec)
     if rows is not None:
         columns = BENCHMARKS[spec.name].columns if spec.name in BENCHMARKS else ()
-        source = _row_source(rows, _splits(config), columns)
+        source = _row_source(rows, splits_of(spec.name, config["num_fewshot"]), columns)
         config |= {"custom_dataset": source, "dataset_kwargs": None}
     else:
         _go_offline_if_unreachable()
@@ -122,14 +122,6 @@ def _configured(spec: TaskSpec) -> dict[str, Any]:
         config["generation_kwargs"] = given | {"do_sample": True, **drawn}
         config["repeats"] = spec.sampling.samples
     return config
-
-
-def _splits(config: dict[str, Any]) -> list[str]:
-    """The splits that the task reads: the evaluated one, and the one examples are drawn from."""
-    splits = [config.get("test_split") or config.get("validation_split")]
-    if config["num_fewshot"]:
-        splits.append(example_split(config))
-    return list(dict.fromkeys(split for split in splits if split))
 
 
 def _row_source(
