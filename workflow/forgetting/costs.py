@@ -174,7 +174,9 @@ class Costs:
         wider = [nodes for nodes in (2, 4, 8, 16, 32, 64) if nodes <= machines.count]
         teams = [Team(count) for count in here]
         teams += [Team(nodes * machines.gpus, nodes) for nodes in wider]
-        fitting = [team for team in teams if self._fits(tuning, team)] or teams[-1:]
+        # Where none fits, more GPUs help what is sharded, and nothing else.
+        hopeless = teams[-1:] if tuning.kind == "full" else teams[:1]
+        fitting = [team for team in teams if self._fits(tuning, team)] or hopeless
         limit = 60.0 * self.site.longest / HASTE
         longest = (team for team in fitting if self._longest(tuning, team) <= limit)
         return next(longest, fitting[-1])
