@@ -161,6 +161,43 @@ def test_the_answer_says_where_a_difference_may_be_chance() -> None:
     assert "0.20 more (\u22120.05 to 0.30), which may be chance." in (answer(Tables(**made))[0][1])
 
 
+def test_what_the_base_does_not_know_is_not_ranked() -> None:
+    """Who keeps most of nothing is a matter of chance, and it must not read like a finding."""
+    made = synthetic.tables()
+    rows = made["trajectory"]
+    rows.loc[(rows["run"] == "base") & (rows["probe"] == "real_authors"), "value"] = 0.03
+    said = answer(Tables(**made))[0]
+    assert not [one for one in said if one.startswith("On real authors, where")]
+    assert [one for one in said if one.startswith("On world facts, where")]
+    assert (
+        "On real authors the base itself has only 0.03: there is next to nothing to forget, and no "
+        "method is ranked by it."
+    ) in said
+
+
+def test_benchmarks_at_chance_are_named() -> None:
+    """A base that guesses has nothing to lose there."""
+    made = synthetic.tables()
+    rows = made["benchmarks"]
+    main = rows["main"].astype(bool) & (rows["run"] == "base")
+    rows.loc[main, "low"] = rows.loc[main, "chance"] + 0.01
+    assert "chance at" not in " ".join(answer(Tables(**made))[0])
+    rows.loc[main & rows["task"].isin(["gsm8k", "winogrande"]), "low"] -= 0.01
+    assert "The base is not surely better than chance at gsm8k and winogrande" in " ".join(
+        answer(Tables(**made))[0]
+    )
+
+
+def test_what_is_above_the_base_was_not_kept() -> None:
+    """Fine-tuning can teach old questions too: that is a gain, not retention."""
+    made = synthetic.tables()
+    rows = made["trajectory"]
+    rows.loc[(rows["run"] == "base") & (rows["probe"] == "real_authors"), "value"] = 0.15
+    said = next(one for one in answer(Tables(**made))[0] if one.startswith("On real authors"))
+    assert " has most, " in said
+    assert " keeps " not in said
+
+
 def test_the_answer_names_methods_without_a_checkpoint() -> None:
     said, qualified = answer(_tables(never=("lora-r2",)))
     assert "rank 8 least" in said[1]
