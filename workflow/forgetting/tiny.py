@@ -2,7 +2,7 @@
 
 Rows and steps are few, and a small model trained on the spot stands in for a large one. The
 methods keep their names and ranks, so that the plan of a tiny study is that of the whole one for
-its first seed, and for the shortest and the longest of its budgets.
+its first seed, and for the shortest, the middle and the longest of its budgets.
 What would come from the hub comes from the micro-world instead: nothing is downloaded.
 """
 
@@ -79,11 +79,12 @@ def _text(study: Study, on_hub: set[str]) -> GeneralText | None:
 
 
 def _short(training: Training) -> Training:
-    """Two epochs of small batches, and two budgets, each as large a share of the longest."""
+    """Two epochs of small batches, and three budgets, each as large a share of the longest."""
     longest = training.epochs
     no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
-    extremes = sorted({min(training.budgets), max(training.budgets)}) if training.budgets else []
-    budgets = [2.0 * budget / longest for budget in extremes]
+    some = sorted(training.budgets)
+    some = sorted({some[0], some[len(some) // 2], some[-1]}) if some else []
+    budgets = [2.0 * budget / longest for budget in some]
     return training.model_copy(
         update={
             "epochs": 2.0,
