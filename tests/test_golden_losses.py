@@ -18,9 +18,9 @@ from forgetting import recipe as batches
 from forgetting.adapters import attach
 from forgetting.encode import Example
 from forgetting.models import load_base
-from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
+from forgetting.schedule import Schedule
 from forgetting.study import Setting, Training
 from forgetting.train import train
 from golden.make_losses import (

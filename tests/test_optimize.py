@@ -9,13 +9,8 @@ import pytest
 import torch
 from transformers import get_inverse_sqrt_schedule
 
-from forgetting.optimize import (
-    LionW,
-    Schedule,
-    cooldown_start,
-    learning_rate,
-    make_optimizer,
-)
+from forgetting.optimize import LionW, make_optimizer
+from forgetting.schedule import Schedule, cooldown_start, learning_rate
 from forgetting.study import Setting, Training
 
 HUNDRED = Schedule(steps=100, steps_per_epoch=10, warmup=10, evaluations=frozenset({100}))
