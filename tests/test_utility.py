@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forgetting.statistics import mean_interval
 from forgetting.study import ALL_PROBES
 from forgetting.trajectory import aggregate
 from forgetting.utility import harmonic_mean, model_utility, utility_row
@@ -125,6 +126,26 @@ def test_a_model_that_knows_nothing_of_one_kind_has_none() -> None:
     assert row["value"] == 0.0
     assert math.isnan(row["low"])
     assert math.isnan(row["change_high"])
+
+
+def test_changes_of_shares_are_possible_ones_and_of_counts_students() -> None:
+    """Of a share within -1 and 1, and wide also where no answer is another; of counts Student's."""
+    base = _items(np.random.default_rng(4), 20).assign(generated_tokens=9.0)
+    told = base.assign(rougeL_recall=1.0, probability=base["probability"] ** 0.5)
+    told["generated_tokens"] = 30.0 + np.arange(60) % 3
+    table = aggregate(told, KNOWLEDGE, base)
+    table = table[table["probe"] == "new"].set_index("metric")
+    shares = table.drop(index="generated_tokens")
+    assert (shares["change_low"] < shares["change_high"]).all()
+    assert (shares["change_low"] >= -1).all()
+    assert (shares["change_high"] <= 1).all()
+    same = table.loc["normalised_probability"]
+    assert same["change"] == 0
+    assert same["change_high"] == pytest.approx(1.959964**2 / (20 + 1.959964**2))
+    counts = table.loc["generated_tokens"]
+    assert (counts["change_low"], counts["change_high"]) == pytest.approx(
+        mean_interval((told["generated_tokens"] - base["generated_tokens"])[:20])
+    )
 
 
 def test_the_trajectory_has_a_row_of_each_where_every_probe_has_wrong_answers() -> None:
