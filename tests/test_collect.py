@@ -46,6 +46,17 @@ def test_scores_tell_how_many_examples_the_loaded_tasks_had(tmp_path: Path) -> N
     assert not notes
 
 
+def test_programs_that_were_not_run_come_with_the_remedy(tmp_path: Path) -> None:
+    """What to install, what to type, and what it risks to do without."""
+    folder = _model(tmp_path / "base")
+    write_json(folder / "outcomes.json", {"sandbox": None, "why": "no bwrap", "outcomes": []})
+    scores, _, (note,) = benchmark_tables([folder], WHO)
+    assert set(scores["task"]) == {"arc"}
+    assert note.startswith("humaneval is not scored, for want of a sandbox: no bwrap. ")
+    for part in ("bubblewrap", "run the study again", "`benchmarks.sandbox: none`", "delete"):
+        assert part in note
+
+
 def test_counts_and_perplexities_have_intervals_of_their_own(tmp_path: Path) -> None:
     """Also where all counts happen to be 0 or 1: Student's; what is no mean has the harness's."""
     folder = _model(tmp_path / "base")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from forgetting import fingerprint
-from forgetting.fingerprint import code_digest
+from forgetting.fingerprint import _reached, code_digest
 
 PROGRAM = '''"""A program."""
 
@@ -166,3 +169,23 @@ def test_every_program_of_the_repository_has_a_digest() -> None:
     assert programs
     for program in programs:
         assert code_digest(program) == code_digest(program)
+
+
+@pytest.mark.parametrize("program", ["report", "execute_programs", "generate_world"])
+def test_all_that_a_program_loads_is_in_its_digest(program: str) -> None:
+    """Seen from the inside: what Python has loaded when the program's imports are done."""
+    scripts = Path(__file__).parents[1] / "workflow" / "scripts"
+    told = "import sys, %s; print(*(m.__file__ for n, m in sys.modules.items() if %s))"
+    ours = "n.split('.')[0] == 'forgetting'"
+    done = subprocess.run(
+        [sys.executable, "-c", told % (program, ours)],
+        env=os.environ | {"PYTHONPATH": f"{scripts}{os.pathsep}{scripts.parent}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {Path(file) for file in done.stdout.split()}
+    missed = loaded - _reached(scripts / f"{program}.py")
+    # What stands in parameters is left out on purpose.
+    assert {path.stem for path in missed} <= fingerprint.SETTINGS
+    assert len(loaded) > 2

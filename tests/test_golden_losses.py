@@ -75,6 +75,7 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
         schedule="linear",
         warmup_epochs=WARMUP / STEPS,
         gradient_clip=CLIP,
+        decay_vectors=case.decay_vectors,
     )
     examples = [Example(ids=ids, prompt=prompt) for ids, prompt in rows()]
     recipe = Recipe(

@@ -174,7 +174,12 @@ def _program_tables(
     executed = read_json(folder / "outcomes.json")
     tasks = ", ".join(sorted({item["task"] for item in described["items"]}))
     if executed["sandbox"] is None:
-        return None, f"{tasks} is not scored, for want of a sandbox: {executed['why']}"
+        return None, (
+            f"{tasks} is not scored, for want of a sandbox: {executed['why']}. Make bubblewrap "
+            "work where the jobs run, and run the study again (if nothing is to be done then, with "
+            "--forcerun execute_programs); or set `benchmarks.sandbox: none`, and what the model "
+            "wrote can read and delete your files and use the network"
+        )
     programs, rates = read_programs(described), read_rates(described)
     outcomes = [Outcome(**values) for values in executed["outcomes"]]
     unsafe = executed["sandbox"].startswith("none")

@@ -26,24 +26,32 @@ def make_optimizer(
 
     Adafactor is torch's own (Shazeer & Stern 2018, arXiv 1804.04235), whose whole state is tensors,
     so that it is saved and restored exactly; its step is relative to the size of the weights.
+
+    Norms and biases are not decayed, as in transformers' Trainer and thus in TOFU's script, unless
+    the study says `decay_vectors`, as in LLM Foundry's.
     """
     rate, decay = setting.learning_rate, setting.weight_decay
-    by_ratio: dict[float, list[torch.nn.Parameter]] = {1.0: []}
+    members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         ratio = (ratios or {}).get(name, 1.0)
         if lora_plus_ratio is not None and ".lora_B." in name:
             ratio = lora_plus_ratio
-        by_ratio.setdefault(ratio, []).append(parameter)
+        decayed = training.decay_vectors or not _is_norm_or_bias(name, parameter)
+        members.setdefault((ratio, decay if decayed else 0.0), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": weights, "ratio": ratio, "lr": ratio * rate}
-        for ratio, weights in by_ratio.items()
-        if weights
+        {"params": weights, "ratio": ratio, "lr": ratio * rate, "weight_decay": own}
+        for (ratio, own), weights in members.items()
     ]
     if training.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, weight_decay=decay)
     if training.optimizer == "lionw":
         return LionW(groups, rate, training.decay_rates, decay)
     return torch.optim.AdamW(groups, betas=training.decay_rates, weight_decay=decay)
+
+
+def _is_norm_or_bias(name: str, parameter: torch.nn.Parameter) -> bool:
+    """The magnitudes of DoRA are vectors too, but adapters are decayed whole."""
+    return parameter.ndim < 2 and ".lora_" not in name
 
 
 class LionW(torch.optim.Optimizer):

@@ -293,6 +293,11 @@ class Training(Strict):
         description="Decay rates of the moments: (0.9, 0.999) for adamw and (0.9, 0.95) for lionw "
         "by default; adafactor has none.",
     )
+    decay_vectors: bool = Field(
+        False,
+        description="Apply the weight decay to norms and biases too, as LLM Foundry does; "
+        "transformers' Trainer does not.",
+    )
     gradient_clip: Positive | None = Field(1.0, description="Largest L2 norm of the gradient.")
     fused: Literal["auto", "never"] = Field(
         "auto",

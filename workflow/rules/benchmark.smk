@@ -81,6 +81,8 @@ rule execute_programs:
     params:
         code=code("execute_programs"),
         sandbox=STUDY.benchmarks.sandbox,
+        # What was left unscored for want of a sandbox is run again once there may be one.
+        hope=sandbox_hope,
     shell:
         r"""
         exec &> >(tee {log:q})

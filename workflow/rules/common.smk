@@ -24,7 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from forgetting.benchmarks.known import same_rows, splits_of
+from forgetting.benchmarks.known import benchmark, same_rows, splits_of
+from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
 from forgetting.check import check_inputs
 from forgetting.costs import Costs
 from forgetting.data import find_table
@@ -32,7 +33,7 @@ from forgetting.fingerprint import code_digest
 from forgetting.hub import HUB_ROWS
 from forgetting.load import is_local, load_study, study_source
 from forgetting.plan import budget_name, tunings
-from forgetting.records import InputError
+from forgetting.records import InputError, sha256_of_all
 from forgetting.site import read_site
 from forgetting.sizing import sizes
 from forgetting.study import WORLD_TABLES
@@ -166,6 +167,20 @@ def prompt_files():
     """The file of the prompts that should be refused, if the study has any."""
     refusals = STUDY.benchmarks.refusals
     return [table_file(refusals.table)] if refusals else []
+
+
+def sandbox_hope(wildcards):
+    """A word that changes when a model's programs were not run and now may be, and only then.
+
+    Where a job runs on another machine, what is installed on this one is no more than a hint: if
+    the programs were run all the same, the word changes once, and they are run once more.
+    """
+    written = any(benchmark(task).programs for task in TASKS)
+    if not written or STUDY.benchmarks.sandbox == "none":
+        return "no sandbox is needed"
+    outcomes = Path(RESULTS, "benchmarks", wildcards.model, "outcomes.json")
+    here = has_bubblewrap() or was_run(outcomes)
+    return "there may be a sandbox" if here else "there is no sandbox"
 
 
 def benchmark_spec():

@@ -112,6 +112,8 @@ rule report:
         "../../envs/environment.yaml"
     params:
         code=code("report"),
+        # Templates, style sheet and script of the page.
+        assets=sha256_of_all(sorted(Path(LIBRARY, "report").iterdir()))[1],
         tables=subpath(input.study, parent=True),
         figures=lambda wildcards, output: str(Path(output.figures[0]).parent),
     shell:

@@ -1,0 +1,92 @@
+"""What is done again when something beside the data changes: a sandbox, a template."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from forgetting.benchmarks.programs import Program, describe
+from forgetting.records import read_json, write_json
+from forgetting.sandbox import search_sandbox
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTCOMES = "results/mini/benchmarks/base/outcomes.json"
+NOTHING = "Nothing to be done"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """run(option, ..., bwrap=...) -> what snakemake says, in a checkout of links.
+
+    The path has what the rule needs, and bubblewrap only where the call says so.
+    """
+    for name in ("Snakefile", "config", "profiles", "envs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
+    folders = {True: tmp_path / "with", False: tmp_path / "without"}
+    for installed, folder in folders.items():
+        folder.mkdir()
+        for tool in ("bash", "sh", "env", "tee", "which", *(["bwrap"] if installed else [])):
+            if found := shutil.which(tool):
+                (folder / tool).symlink_to(found)
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("SNAKEMAKE")}
+
+    def snakemake(*options: str, bwrap: bool = False) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", *options],
+            cwd=tmp_path,
+            env=environment | {"PATH": f"{Path(sys.executable).parent}:{folders[bwrap]}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return snakemake
+
+
+@pytest.mark.skipif(search_sandbox()[0] is None, reason=f"no sandbox: {search_sandbox()[1]}")
+def test_programs_that_no_sandbox_ran_are_run_when_there_is_one(run: Run, tmp_path: Path) -> None:
+    """And not otherwise: what was run stays when bubblewrap is gone, or was only elsewhere."""
+    one = Program("humaneval", "made/0", 0, 0, "x = 1", "assert x == 1")
+    write_json(tmp_path / "results/mini/benchmarks/base/programs.json", describe([one]))
+    asked = (OUTCOMES, "--allowed-rules", "execute_programs")
+    run(*asked)
+    assert read_json(tmp_path / OUTCOMES)["sandbox"] is None
+    assert NOTHING in run("-n", *asked)
+
+    told = run("-n", *asked, bwrap=True)
+    assert "execute_programs" in told and "Params have changed" in told
+    run(*asked, bwrap=True)
+    outcomes = read_json(tmp_path / OUTCOMES)
+    assert outcomes["sandbox"] and outcomes["outcomes"][0]["status"] == "passed"
+    assert NOTHING in run("-n", *asked, bwrap=True)
+    assert NOTHING in run("-n", *asked)
+
+
+def test_a_changed_template_renders_the_page_again(run: Run, tmp_path: Path) -> None:
+    """Of code only the meaning counts; of a template every character may be on the page."""
+    planned = run("-n", "reports/tradeoff.html")
+    block = re.search(r"rule report:\n    input: (.*)\n    output: (.*)\n", planned)
+    assert block
+    for path in ", ".join(block.groups()).split(", "):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    report = ("reports/tradeoff.html", "--allowed-rules", "report")
+    run("--touch", "--force", *report)
+    for name in ("page.html.j2", "page.css"):
+        template = tmp_path / "workflow" / "report" / name
+        text = template.read_text(encoding="utf-8")
+        template.write_text(text + "\n", encoding="utf-8")
+        assert "Params have changed" in run("-n", *report)
+        template.write_text(text, encoding="utf-8")
+    assert NOTHING in run("-n", *report)
