@@ -28,13 +28,14 @@ ROOT = SNAKEFILE.parent
 def told(found: Forecast, name: str) -> str:
     """The forecast as text."""
     machines, costs = found.costs.site.machines, found.costs
-    disk, path = found.disk, " > ".join(kind(found.jobs[number]) for number in found.path)
+    steps = [kind(found.jobs[number]) for number in found.path if found.of[number].seconds]
+    disk, each = found.disk, "GPUs" if costs.case.device.is_gpu else "jobs at once"
     longest = sum(found.of[number].seconds for number in found.path) / 3600
     lines = [
         f"{name}: {len(found.jobs)} jobs, {found.gpu_hours:.1f} GPU-hours; "
-        f"{span(3600 * found.wall_hours)} on {costs.site.devices} {machines.device} "
-        f"({machines.count} machines of {machines.gpus})",
-        f"longest path, {span(3600 * longest)} whatever the number of GPUs: {path}",
+        f"{span(3600 * found.wall_hours)} on {machines.device}, {machines.count} x "
+        f"{machines.gpus} {each}",
+        f"longest path, {span(3600 * longest)} however many there are: {' > '.join(steps)}",
         "",
         *table(rows(found)),
         "",
