@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +252,101 @@ def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:
     for name, groups in {"tofu-phi-1.5": [8], "mini": [1, 1]}.items():
         case = Case(_study(name), GPUS["H100"])
         assert case.groups(tunings(case.study)[0], Team()) == groups
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "pairs": {"question": "Who?", "answer": "I.", "perturbed_answer": ["You.", "She."]},
+    "messages": {"messages": [{"role": "user", "content": "Who?"},
+                              {"role": "assistant", "content": "I."}]},
+    "text": {"text": "A short text."},
+}  # fmt: skip
+LORA_METHOD = {"method": "lora", "rank": 2, "learning_rate": 1e-3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "conversations": {"train": "own/messages"},
+    "texts": {"train": "own/text", "training": {"max_length": 16}},
+    "packed": {"training": {"packing": True, "max_length": 32}},
+    "recomputed": {"training": {"activation_checkpointing": True, "optimizer": "adafactor"}},
+    "one row": {"train_limit": 1, "training": {"batch_size": 64}},
+    "budgets": {"training": {"schedule": "trapezoid", "epochs": 8, "budgets": [0.5, 8]}},
+    "variants": {
+        "methods": [
+            LORA_METHOD | {"variant": variant} for variant in ("dora", "pissa", "adalora", "rslora")
+        ]
+    },
+    "hybrid": {
+        "methods": [
+            {"method": "hybrid", "rank": 2, "learning_rate": 1e-3,
+             "then": {"layers": layers, "learning_rate": 1e-4, "suffix": name}}
+            for name, layers in {"all": "all", "last": "last 1", "some": ["mlp"]}.items()
+        ]
+    },
+    "mitigations": {
+        "methods": [
+            method | {"mitigation": mitigation}
+            for method in (LORA_METHOD, {"method": "full", "learning_rate": 1e-3})
+            for mitigation in (
+                {"replay": {"table": "own/text", "share": 0.2}},
+                {"kl": {"weight": 0.1}},
+                {"ewc": {"weight": 0.1, "table": "own/text"}},
+                {"l2_sp": {"weight": 0.1}},
+            )
+        ]
+    },
+    "shares": {"selection": {"probe": "new", "wise_ft": [0.5]}},
+    "text": {"general_text": {"table": "own/text", "block": 8}},
+    "asked": {"benchmarks": {"refusals": {"table": "own/pairs"},
+                             "tasks": {"humaneval": {"samples": 20}}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["H100", "CPU"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whatever_a_study_asks_for_has_a_size(
+    variant: str, device: str, tmp_path: Path, base_folder: Path
+) -> None:
+    """No study that can be run stops at its sizes: each job costs something, not all there is."""
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    document = {
+        "title": variant,
+        "datasets": {"own": {"folder": str(tmp_path)}},
+        "base": {"model": str(base_folder)},
+        "train": "own/pairs",
+        "probes": {"new": {"table": "own/pairs", "knowledge": "new", "truth_ratio": False}},
+        "methods": [LORA_METHOD, {"method": "full", "learning_rate": 1e-3}],
+        "selection": {"probe": "new"},
+    } | VARIANTS[variant]
+    study = Study.model_validate(document)
+    costs = Costs(study, Site.model_validate({"machines": {"device": device}}))
+    kinds = [("score_base", {}), ("benchmark", {"model": "base"}), ("interpolate", {})]
+    kinds += [("execute_programs", {"model": "base"}), ("collect", {})]
+    for method in costs.tunings:
+        kinds.append(("finetune", {"method": method}))
+        kinds += [("cool_down", {"method": method, "budget": name}) for name in costs.budgets]
+    for rule, wildcards in kinds:
+        cost = costs.of(rule, wildcards)
+        assert cost.stages
+        assert all(0 <= seconds < 1e5 for seconds in cost.stages.values())
+        assert cost.team == Team()
+        assert 0 <= cost.device_bytes < costs.case.device.usable
+        for value in asked(rule, cost, costs.site).values():
+            assert math.isfinite(value)
+            assert value >= 0
+
+
+def test_models_of_unusual_configurations_are_a_guess(tmp_path: Path) -> None:
+    """Names of keys that nobody foresaw: the study is planned all the same."""
+    shape = config_shape({"model_type": "odd", "d_model": 64, "n_heads": 4, "vocab_size": 300})
+    assert not shape.known
+    nested = config_shape({"model_type": "vision", "text_config": CONFIG.to_dict()})
+    assert nested.known
+    assert nested.blocks == 2
+
+
+def test_a_site_without_gpus_is_asked_for_none() -> None:
+    """One process, on the processor; the launcher takes none for one."""
+    site = Site.model_validate({"machines": {"device": "CPU", "gpus": 2, "cpus": 8}})
+    costs = Costs(_study("mini"), site)
+    for rule in ON_DEVICES[:3]:
+        told = asked(rule, costs.of(rule, {"method": "full"}), site)
+        assert (told["gpu"], told["cpus_per_task"]) == (0, 4)

@@ -27,7 +27,7 @@ MEETING = "FORGETTING_MEETING"
 def main(argv: list[str] | None = None) -> None:
     """Become the program, or run so many of it."""
     processes, asked, *program = argv or sys.argv[1:]
-    if processes == "1":
+    if processes in ("0", "1"):  # 0 where there is no GPU to ask for
         os.execv(sys.executable, [sys.executable, *program])
     nodes = min(int(asked), int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
     if nodes > 1 and MEETING not in os.environ:

@@ -35,7 +35,8 @@ def asked(rule: str, cost: Cost, site: Site, attempt: int = 1) -> dict[str, int]
         "disk_mb": max(1000, math.ceil(MEMORY * cost.disk_bytes / 1e6)),
     }
     if rule in ON_DEVICES:
-        found["gpu"] = cost.team.processes
+        alone_on_cpu = site.machines.device == "CPU" and cost.team.processes == 1
+        found["gpu"] = 0 if alone_on_cpu else cost.team.processes
     if rule in TRAINING:
         found["nodes"] = cost.team.nodes
     return found

@@ -104,7 +104,7 @@ def _count(path: Path, columns: Columns) -> Texts:
     with path.open("rb") as file:
         lines = list(islice(file, None if size <= SHORT else SAMPLE))
     read = sum(map(len, lines))
-    count = round(len(lines) * size / max(1, read))
+    count = max(1, round(len(lines) * size / max(1, read)))
     lines = list(evenly_spaced(lines, SAMPLE))
     if path.suffix == ".csv":
         return Texts(count, size / count / 2, size / count / 2)
