@@ -19,6 +19,7 @@ from forgetting.study import (
     Pretraining,
     Probe,
     Replay,
+    Selection,
     Study,
     Training,
 )
@@ -27,6 +28,7 @@ from forgetting.task import Task
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
 DOCUMENTS = 60
+EPOCHS = 2.0
 CONTEXT = 2048
 
 
@@ -62,7 +64,7 @@ def shrink(study: Study) -> Study:
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
             "training": _short(study.training),
-            "selection": study.selection.model_copy(update={"if_not_reached": "last"}),
+            "selection": _no_later(study.selection),
             "benchmarks": benchmarks,
         }
     )
@@ -80,16 +82,22 @@ def _short(training: Training) -> Training:
     """Two epochs of small batches, and as many budgets, each as large a share of the longest."""
     longest = training.epochs
     no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
-    budgets = [2.0 * budget / longest for budget in training.budgets]
+    budgets = [EPOCHS * budget / longest for budget in training.budgets]
     return training.model_copy(
         update={
-            "epochs": 2.0,
+            "epochs": EPOCHS,
             "batch_size": 4,
             "budgets": budgets,
             "max_length": min(training.max_length, CONTEXT),
             **no_other,
         }
     )
+
+
+def _no_later(selection: Selection) -> Selection:
+    """The same rule, its deadline within the training; a last checkpoint where none is reached."""
+    within = selection.within_epochs and min(selection.within_epochs, EPOCHS)
+    return selection.model_copy(update={"if_not_reached": "last", "within_epochs": within})
 
 
 def _few_settings(method: Method) -> Method:
