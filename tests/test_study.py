@@ -177,20 +177,28 @@ MISTAKES = {
         "\ntrain:",
         "\nmeasurement: {every_epochs: 10.5}\ntrain:",
         "measurement.every_epochs",
-        "10.5 epochs between two evaluations are more than the 10 of training.epochs",
+        "10.5 is more than training.epochs, 10, so that nothing would be measured",
     ),
     "deadline after the end": (
         "threshold: 0.9",
         "threshold: 0.9\n  hyperparameters: smallest-lr\n  within_epochs: 11",
         "selection.within_epochs",
-        "11 epochs are more than the 10 of training.epochs",
+        "11 is more than training.epochs, 10",
     ),
     **{
         f"only warm-up: {given}": ("\ntrain:", f"\ntraining: {{{given}}}\ntrain:", key, told)
         for given, key, told in [
-            ("warmup_epochs: 10", "training.warmup_epochs", "10 epochs leaves nothing of the 10"),
-            ("warmup_epochs: 30", "training.warmup_epochs", "30 epochs leaves nothing of the 10"),
-            ("epochs: 1", "training.epochs", "of 1 epoch by default, leaves nothing of 1; set"),
+            (
+                "warmup_epochs: 10",
+                "training.warmup_epochs",
+                "10 leaves nothing of training.epochs, 10",
+            ),
+            (
+                "warmup_epochs: 30",
+                "training.warmup_epochs",
+                "30 leaves nothing of training.epochs, 10",
+            ),
+            ("epochs: 1", "training.epochs", "1 leaves nothing after the warm-up, which"),
             ("warmup_share: 1", "training.warmup_share", "the warm-up takes all steps"),
         ]
     },

@@ -770,29 +770,27 @@ class Study(Strict):
         if self.measurement.every_epochs > epochs:
             raise AtKey(
                 ("measurement", "every_epochs"),
-                f"{self.measurement.every_epochs:g} epochs between two evaluations are more than "
-                f"the {epochs:g} of training.epochs: nothing would be measured on the way; make "
-                "it smaller",
+                f"{self.measurement.every_epochs:g} is more than training.epochs, {epochs:g}, so "
+                "that nothing would be measured on the way; make it smaller",
             )
         within = self.selection.within_epochs
         if within is not None and within > epochs:
             raise AtKey(
                 ("selection", "within_epochs"),
-                f"{within:g} epochs are more than the {epochs:g} of training.epochs, so this "
-                "deadline is none; make it smaller, or leave it out",
+                f"{within:g} is more than training.epochs, {epochs:g}, so that it would be no "
+                "deadline; make it smaller, or leave it out",
             )
         share, warmup = training.warmup_share, training.warmup_epochs
         if share is None and warmup is None and training.warmup_steps is None and epochs <= 1:
             raise AtKey(
                 ("training", "epochs"),
-                f"the warm-up, of 1 epoch by default, leaves nothing of {epochs:g}; set "
+                f"{epochs:g} leaves nothing after the warm-up, which is 1 epoch by default; set "
                 "training.warmup_epochs to less",
             )
         if warmup is not None and warmup >= epochs:
             raise AtKey(
                 ("training", "warmup_epochs"),
-                f"a warm-up of {warmup:g} epochs leaves nothing of the {epochs:g} of "
-                "training.epochs; make it shorter",
+                f"{warmup:g} leaves nothing of training.epochs, {epochs:g}; make it smaller",
             )
         if share == 1:
             raise AtKey(
