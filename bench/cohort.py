@@ -21,8 +21,8 @@ import torch
 from contenders import LEARNING_RATE, Bench, recipe_of
 from forgetting.adapters import round_frozen
 from forgetting.checkpoints import Progress
-from forgetting.optimize import Schedule
 from forgetting.recipe import Recipe
+from forgetting.schedule import Schedule
 from forgetting.study import Setting
 from forgetting.train import train_together
 

@@ -28,9 +28,9 @@ from forgetting.adapters import attach, round_frozen
 from forgetting.checkpoints import Progress
 from forgetting.encode import Example
 from forgetting.models import Model
-from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
+from forgetting.schedule import Schedule
 from forgetting.study import Setting, Training
 from forgetting.train import train
 

@@ -23,28 +23,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forgetting import checkpoints, fusible, gradients
+from forgetting import checkpoints, fusible, fusing, gradients
 from forgetting import train as module
 from forgetting.adapters import attach
 from forgetting.checkpoints import Progress
 from forgetting.cohort import run_key, train_cohort
 from forgetting.encode import Example, encode_pair
 from forgetting.forward import target_logits
-from forgetting.fusible import (
-    asks_for_plain_adapters,
-    can_fuse,
-    evenly,
-    may_fuse,
-    outline,
-    runs_in_a_step,
-)
+from forgetting.fusible import can_fuse, outline, runs_in_a_step
+from forgetting.fusing import asks_for_plain_adapters, evenly, may_fuse
 from forgetting.materials import CohortSpec, Materials
 from forgetting.mitigate import Safeguards
 from forgetting.models import Model, load_base
-from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.probes import measure
 from forgetting.recipe import Recipe
+from forgetting.schedule import Schedule
 from forgetting.scores import metric_value
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
 from forgetting.together import Standing, groups
@@ -532,7 +526,7 @@ def materials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Materials:
     """Eight rows to learn; also two runs are worth to be fused."""
-    monkeypatch.setattr(fusible, "FEWEST", 2)
+    monkeypatch.setattr(fusing, "FEWEST", 2)
     return Materials(
         base=base_folder,
         tokenizer=tokenizer,

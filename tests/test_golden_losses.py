@@ -18,9 +18,9 @@ from forgetting import recipe as batches
 from forgetting.adapters import attach
 from forgetting.encode import Example
 from forgetting.models import load_base
-from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
+from forgetting.schedule import Schedule
 from forgetting.study import Setting, Training
 from forgetting.train import train
 from golden.make_losses import (
@@ -75,6 +75,7 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
         schedule="linear",
         warmup_epochs=WARMUP / STEPS,
         gradient_clip=CLIP,
+        decay_vectors=case.decay_vectors,
     )
     examples = [Example(ids=ids, prompt=prompt) for ids, prompt in rows()]
     recipe = Recipe(

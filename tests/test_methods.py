@@ -24,11 +24,11 @@ from forgetting.interpolate import scaled_models
 from forgetting.materials import CohortSpec, Materials
 from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import load_base
-from forgetting.optimize import Schedule, learning_rate
 from forgetting.parts import Means, choose_layers, switch_step, train_parts
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe, batch_indices
 from forgetting.records import InputError
+from forgetting.schedule import Schedule, learning_rate
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting
 from forgetting.tuned import load_checkpoint, save_checkpoint
 from forgetting.variants import Budget, Then

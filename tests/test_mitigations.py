@@ -38,11 +38,11 @@ from forgetting.mitigate import (
     replay_indices,
 )
 from forgetting.models import Model, load_base
-from forgetting.optimize import Schedule
 from forgetting.plan import Tuning, tunings
 from forgetting.probes import measure
 from forgetting.recipe import Recipe, batch_indices, groups_of_step
 from forgetting.records import InputError, write_json, write_jsonl
+from forgetting.schedule import Schedule
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
 from forgetting.tiny import shrink
 from forgetting.train import train

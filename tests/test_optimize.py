@@ -9,13 +9,8 @@ import pytest
 import torch
 from transformers import get_inverse_sqrt_schedule
 
-from forgetting.optimize import (
-    LionW,
-    Schedule,
-    cooldown_start,
-    learning_rate,
-    make_optimizer,
-)
+from forgetting.optimize import LionW, make_optimizer
+from forgetting.schedule import Schedule, cooldown_start, learning_rate
 from forgetting.study import Setting, Training
 
 HUNDRED = Schedule(steps=100, steps_per_epoch=10, warmup=10, evaluations=frozenset({100}))
@@ -260,3 +255,20 @@ def test_lora_plus_moves_b_by_its_multiple(optimizer: Any) -> None:
     moved = [(weight - 1.0).abs().detach() for weight in weights.values()]
     assert torch.allclose(moved[0], torch.full((3,), 0.001), rtol=1e-3)
     assert torch.allclose(moved[1], torch.full((3,), 0.016), rtol=1e-3)
+
+
+def test_norms_and_biases_are_decayed_only_if_the_study_says_so() -> None:
+    """TOFU's script trains with the Trainer, which leaves them out; adapters are decayed whole."""
+    names = ["norm.weight", "fc.bias", "q.lora_magnitude_vector.default.weight"]
+    weights = {name: torch.nn.Parameter(torch.ones(3)) for name in names}
+    weights["fc.weight"] = torch.nn.Parameter(torch.ones(3, 3))
+    setting = Setting(learning_rate=0.1, weight_decay=0.5)
+
+    def decayed(training: Training) -> set[str]:
+        groups = make_optimizer(weights, training, setting).param_groups
+        kept = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        assert {group["weight_decay"] for group in groups} <= {0.0, 0.5}
+        return {name for name, weight in weights.items() if id(weight) in kept}
+
+    assert decayed(Training()) == {"q.lora_magnitude_vector.default.weight", "fc.weight"}
+    assert decayed(Training(decay_vectors=True)) == set(weights)

@@ -33,10 +33,10 @@ from forgetting.gradients import gradients_that_fit
 from forgetting.materials import CohortSpec, Materials
 from forgetting.mitigate import Safeguards, kl
 from forgetting.models import load_base
-from forgetting.optimize import Schedule
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe, groups_of_step
 from forgetting.records import InputError
+from forgetting.schedule import Schedule
 from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
 from killing import Killed
 

@@ -157,8 +157,45 @@ def test_the_answer_compares_the_methods_that_keep_most_and_least() -> None:
 
 def test_the_answer_says_where_a_difference_may_be_chance() -> None:
     made = synthetic.tables()
-    made["comparisons"]["high"] = 0.05
+    made["comparisons"]["high_all"] = 0.05
     assert "0.20 more (\u22120.05 to 0.30), which may be chance." in (answer(Tables(**made))[0][1])
+
+
+def test_what_the_base_does_not_know_is_not_ranked() -> None:
+    """Who keeps most of nothing is a matter of chance, and it must not read like a finding."""
+    made = synthetic.tables()
+    rows = made["trajectory"]
+    rows.loc[(rows["run"] == "base") & (rows["probe"] == "real_authors"), "value"] = 0.03
+    said = answer(Tables(**made))[0]
+    assert not [one for one in said if one.startswith("On real authors, where")]
+    assert [one for one in said if one.startswith("On world facts, where")]
+    assert (
+        "On real authors the base itself has only 0.03: there is next to nothing to forget, and no "
+        "method is ranked by it."
+    ) in said
+
+
+def test_benchmarks_at_chance_are_named() -> None:
+    """A base that guesses has nothing to lose there."""
+    made = synthetic.tables()
+    rows = made["benchmarks"]
+    main = rows["main"].astype(bool) & (rows["run"] == "base")
+    rows.loc[main, "low"] = rows.loc[main, "chance"] + 0.01
+    assert "chance at" not in " ".join(answer(Tables(**made))[0])
+    rows.loc[main & rows["task"].isin(["gsm8k", "winogrande"]), "low"] -= 0.01
+    assert "The base is not surely better than chance at gsm8k and winogrande" in " ".join(
+        answer(Tables(**made))[0]
+    )
+
+
+def test_what_is_above_the_base_was_not_kept() -> None:
+    """Fine-tuning can teach old questions too: that is a gain, not retention."""
+    made = synthetic.tables()
+    rows = made["trajectory"]
+    rows.loc[(rows["run"] == "base") & (rows["probe"] == "real_authors"), "value"] = 0.15
+    said = next(one for one in answer(Tables(**made))[0] if one.startswith("On real authors"))
+    assert " has most, " in said
+    assert " keeps " not in said
 
 
 def test_the_answer_names_methods_without_a_checkpoint() -> None:
@@ -224,10 +261,11 @@ def test_stand_ins_that_differ_surely_in_learning_are_not_ranked() -> None:
     for methods, ranked in ((every, False), ((), True)):
         made = _at_last(methods, {"lora-r2": 0.75})
         pairs = made["comparisons"]
-        pairs.loc[pairs["probe"] == "new_authors", ["difference", "low", "high"]] = 0.0
+        told_of = ["difference", "low_all", "high_all"]
+        pairs.loc[pairs["probe"] == "new_authors", told_of] = 0.0
         first = (pairs["label"] == "rank 2") & (pairs["other"] == "full")
         first &= pairs["probe"] == "new_authors"
-        pairs.loc[first, ["difference", "low", "high"]] = [-0.11, -0.17, -0.05]
+        pairs.loc[first, told_of] = [-0.11, -0.17, -0.05]
         told = " ".join(answer(Tables(**made))[0])
         assert ("keeps most" in told) is ranked
         assert ("too unequally to say which keeps more" in told) is not ranked
@@ -235,6 +273,16 @@ def test_stand_ins_that_differ_surely_in_learning_are_not_ranked() -> None:
             ", which is not equal: full fine-tuning has 0.11 more than rank 2 (0.05 to 0.17 on the "
             "same questions), and may have forgotten more for that alone." in told
         ) is ranked
+
+
+def test_the_largest_of_many_differences_is_told_only_where_all_bounds_hold_at_once() -> None:
+    """One of ten pairs leaves out 0 by its own interval in many studies of equal methods."""
+    made = synthetic.tables()
+    pairs = made["comparisons"]
+    pairs[["difference", "low", "high", "low_all", "high_all"]] = -0.11, -0.17, -0.05, -0.23, 0.01
+    said, _ = answer(Tables(**made))
+    assert "0.11 more (\u22120.01 to 0.23), which may be chance." in said[1]
+    assert "not equal" not in " ".join(said)
 
 
 def test_answers_that_go_on_are_told_where_recall_hides_them() -> None:

@@ -368,7 +368,7 @@ def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> No
     assert "methods.1.processes: adafactor needs whole matrices" in message
     path = write(adafactor, ("    rank: [2, 8]", "    rank: [2, 8]\n    processes: 2"))
     _, study = load_study({"study": str(path)}, path.parent)
-    assert [tuning.processes for tuning in tunings(study)] == [2, 2, 1]
+    assert [tuning.processes for tuning in tunings(study)] == [2, 2, None]
 
 
 @pytest.mark.parametrize(
@@ -378,6 +378,7 @@ def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> No
             "full\n    processes: 3\n    nodes: 2",
             "methods.1.nodes: 3 processes cannot be spread evenly over 2 nodes",
         ),
+        ("full\n    nodes: 2", "methods.1.nodes: nodes need `processes` to be spread over them"),
         (
             "hybrid\n    rank: 2\n    then: {layers: all, learning_rate: 1.0e-3}\n    processes: 2",
             "methods.1.processes: the two parts of method hybrid are trained in one process",

@@ -25,12 +25,12 @@ from forgetting.encode import Example, encode_pair
 from forgetting.forward import target_logits
 from forgetting.mitigate import build_safeguards
 from forgetting.models import Model, load_base
-from forgetting.optimize import Schedule, learning_rate
 from forgetting.parts import Means, train_parts
 from forgetting.plan import Tuning
 from forgetting.probes import measure
 from forgetting.recipe import Recipe, batch_indices
 from forgetting.records import InputError
+from forgetting.schedule import Schedule, learning_rate
 from forgetting.study import Measurement, Prompt, Setting, Training
 from forgetting.train import train
 from forgetting.tuned import load_checkpoint, trained_state

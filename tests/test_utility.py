@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forgetting.statistics import mean_interval
 from forgetting.study import ALL_PROBES
 from forgetting.trajectory import aggregate
 from forgetting.utility import harmonic_mean, model_utility, utility_row
@@ -63,7 +64,8 @@ def test_utility_by_hand() -> None:
 
 
 def test_intervals_cover_the_utility_and_its_change_as_often_as_they_say() -> None:
-    """Between 92 % and 98 % of 300 samples, where 95 % are claimed."""
+    """At least 92 % of 300 samples, where 95 % are claimed; of sixty questions a probe and three
+    probes the intervals are on the safe side."""
     draw = np.random.default_rng(0)
     many = 200_000
     truth, before = (model_utility(_items(draw, many, k), KNOWLEDGE, RATIO) for k in (4.0, 5.0))
@@ -77,18 +79,41 @@ def test_intervals_cover_the_utility_and_its_change_as_often_as_they_say() -> No
         covered.append(row["low"] <= truth.value <= row["high"])
         change = truth.value - before.value
         changed.append(row["change_low"] <= change <= row["change_high"])
-    assert 0.92 <= np.mean(covered) <= 0.98
+    assert 0.92 <= np.mean(covered) <= 0.995
     assert 0.92 <= np.mean(changed) <= 0.98
 
 
+def test_the_interval_of_the_change_covers_where_few_answers_change() -> None:
+    """2 % of sixty questions a probe: at least 90 % of 300 samples; of variances alone, 78 %."""
+
+    def pair(draw: np.random.Generator, n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        base, other = _items(draw, n, 5.0), _items(draw, n, 4.0)
+        changed = pd.Series(draw.random(3 * n) < 0.02)
+        return base, base.where(~changed, other)
+
+    before, after = (
+        model_utility(items, KNOWLEDGE, RATIO) for items in pair(np.random.default_rng(0), 200_000)
+    )
+    assert before is not None
+    assert after is not None
+    covered, draw = [], np.random.default_rng(1)
+    for _ in range(300):
+        base, items = pair(draw, 60)
+        row = utility_row(items, KNOWLEDGE, UTILITY, base)
+        assert row is not None
+        change = after.value - before.value
+        covered.append(row["change_low"] <= change <= row["change_high"])
+    assert np.mean(covered) >= 0.90
+
+
 def test_the_same_answers_change_nothing() -> None:
-    """Paired by question, in whatever order they stand."""
+    """Paired by question, in whatever order they stand; other questions might have changed."""
     items = _items(np.random.default_rng(1))
     row = utility_row(items, KNOWLEDGE, UTILITY, items.sample(frac=1, random_state=0))
     assert row is not None
     assert row["change"] == pytest.approx(0, abs=1e-12)
-    assert row["change_low"] == pytest.approx(0, abs=1e-12)
-    assert row["change_high"] == pytest.approx(0, abs=1e-12)
+    assert -0.1 < row["change_low"] < -0.01
+    assert row["change_high"] == pytest.approx(-row["change_low"])
     assert row["low"] < row["value"] < row["high"]
 
 
@@ -101,6 +126,26 @@ def test_a_model_that_knows_nothing_of_one_kind_has_none() -> None:
     assert row["value"] == 0.0
     assert math.isnan(row["low"])
     assert math.isnan(row["change_high"])
+
+
+def test_changes_of_shares_are_possible_ones_and_of_counts_students() -> None:
+    """Of a share within -1 and 1, and wide also where no answer is another; of counts Student's."""
+    base = _items(np.random.default_rng(4), 20).assign(generated_tokens=9.0)
+    told = base.assign(rougeL_recall=1.0, probability=base["probability"] ** 0.5)
+    told["generated_tokens"] = 30.0 + np.arange(60) % 3
+    table = aggregate(told, KNOWLEDGE, base)
+    table = table[table["probe"] == "new"].set_index("metric")
+    shares = table.drop(index="generated_tokens")
+    assert (shares["change_low"] < shares["change_high"]).all()
+    assert (shares["change_low"] >= -1).all()
+    assert (shares["change_high"] <= 1).all()
+    same = table.loc["normalised_probability"]
+    assert same["change"] == 0
+    assert same["change_high"] == pytest.approx(1.959964**2 / (20 + 1.959964**2))
+    counts = table.loc["generated_tokens"]
+    assert (counts["change_low"], counts["change_high"]) == pytest.approx(
+        mean_interval((told["generated_tokens"] - base["generated_tokens"])[:20])
+    )
 
 
 def test_the_trajectory_has_a_row_of_each_where_every_probe_has_wrong_answers() -> None:

@@ -10,8 +10,8 @@ peft. The settings are those under which their definitions are ours:
 
 - loss: the mean over the target tokens of the whole step (`loss_type: nll`, and the number of items
   in the batch that the Trainer hands over), not the mean of the means of micro-batches;
-- weight decay: the Trainer leaves biases and norms out, we decay all that is trained. Of adapters
-  this is the same; full fine-tuning has decay 0, and in `full-decay` the Trainer is handed AdamW;
+- weight decay: the Trainer leaves biases and norms out, as we do; in `full-decay-vectors` it is
+  handed AdamW over all weights, which is our `training.decay_vectors`;
 - rows in the order of the file, no truncation, no dropout.
 """
 
@@ -45,6 +45,7 @@ class Case:
     accumulate: int = 1
     library: str = "trl"
     lora_plus_ratio: float | None = None
+    decay_vectors: bool = False
 
 
 CASES = {
@@ -55,7 +56,8 @@ CASES = {
     "dora": Case("dora"),
     "pissa": Case("pissa", rate=5e-3),
     "full": Case(rate=2e-3, decay=0.0),
-    "full-decay": Case(rate=2e-3),
+    "full-decay": Case(rate=2e-3, decay=1.0, library="transformers"),
+    "full-decay-vectors": Case(rate=2e-3, decay_vectors=True),
     "full-accumulated": Case(rate=2e-3, decay=0.0, accumulate=2),
     "full-transformers": Case(rate=2e-3, decay=0.0, accumulate=2, library="transformers"),
 }
@@ -151,7 +153,7 @@ def _optimizer(case: Case, model: Any) -> torch.optim.Optimizer | None:
             weight_decay=case.decay,
             loraplus_weight_decay=case.decay,
         )
-    if case.variant is None and case.decay:
+    if case.decay_vectors:
         return torch.optim.AdamW(model.parameters(), lr=case.rate, weight_decay=case.decay)
     return None
 

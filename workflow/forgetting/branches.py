@@ -18,9 +18,9 @@ from typing import Any
 from forgetting.checkpoints import STARTS
 from forgetting.cohort import Tell, run_key, train_cohort
 from forgetting.materials import CohortSpec, Materials
-from forgetting.optimize import branch_start
 from forgetting.plan import budget_name, run_name
 from forgetting.records import link_or_copy, read_json, settle
+from forgetting.schedule import branch_start
 from forgetting.study import Setting, Training
 
 

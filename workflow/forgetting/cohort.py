@@ -23,20 +23,21 @@ from transformers import PreTrainedModel
 from forgetting.checkpoints import Progress, forget_training
 from forgetting.drift import with_text
 from forgetting.examples import arrange, check_model
-from forgetting.fusible import evenly, may_fuse, outline, runs_in_a_step
+from forgetting.fusible import outline, runs_in_a_step
+from forgetting.fusing import evenly, may_fuse
 from forgetting.machine import describe_machine
 from forgetting.materials import CohortSpec, Data, Materials, tokenized
 from forgetting.memory import peak_memory_gib
 from forgetting.merged import merged
 from forgetting.mitigate import Safeguards, build_safeguards
 from forgetting.models import Model, autocast, load_base, recompute_activations
-from forgetting.optimize import Schedule
 from forgetting.parallel import gathered, is_sharded, measure_together, shard
 from forgetting.parts import Means, prepare, train_parts
 from forgetting.plan import run_name
 from forgetting.probes import measure
 from forgetting.recipe import Recipe
 from forgetting.records import content_key, read_json, write_json
+from forgetting.schedule import Schedule
 from forgetting.scores import metric_value
 from forgetting.study import Setting
 from forgetting.table_files import Row

@@ -1,15 +1,7 @@
-"""Which runs of a cohort are trained in one pass, and how many at once.
-
-Only runs whose loss is that of their own rows, and whose update is s B A on frozen matrices. And
-only where it is faster: where a step is so small that starting its many operations, not their
-arithmetic, takes the time.
-"""
+"""Which runs of a cohort are trained in one pass, and how many at once: what the model tells."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from forgetting.adapters import attach
 from forgetting.fused import trained_weights
+from forgetting.fusing import CPU_BYTES, TOKENS, most_runs
 from forgetting.models import Model
 from forgetting.plan import Tuning
 from forgetting.study import Training
-
-TOKENS = {"cpu": 256, "cuda": 8192}
-"""A step of more tokens than this keeps the cores busy by itself: `make bench-train` measures it on
-a CPU; of a GPU it is what a pass costs beside its tokens (`gradients`), not measured."""
-
-FEWEST = 4
-"""So many runs must a sweep have: two in a pass were not faster than one after the other."""
-
-CPU_BYTES = 2 * 2**30
-"""So much memory may the weights, gradients and moments of a group take on a CPU."""
-
-
-def asks_for_plain_adapters(tuning: Tuning) -> bool:
-    """Is the method's loss that of its batch, and its update s B A on a frozen matrix?
-
-    Replay only adds rows. What penalizes predictions or weights is a sum over a single run.
-    """
-    penalties = tuning.mitigation and (
-        tuning.mitigation.kl or tuning.mitigation.ewc or tuning.mitigation.l2_sp
-    )
-    return (
-        tuning.kind == "lora"
-        and tuning.variant in ("lora", "rslora", "pissa")
-        and not tuning.trains_embeddings
-        and not penalties
-    )
-
-
-def may_fuse(tuning: Tuning, training: Training) -> bool:
-    """Could a cohort be fused, as far as its settings tell?
-
-    Trunks are not, so that a branch has the bits of its run alone.
-    """
-    return (
-        training.fused == "auto"
-        and not training.budgets
-        and len(tuning.settings) >= FEWEST
-        and asks_for_plain_adapters(tuning)
-    )
 
 
 def can_fuse(model: Model) -> bool:
@@ -105,8 +59,7 @@ def outline(base: Path, tuning: Tuning) -> Model:
 def runs_in_a_step(model: Model, training: Training, tokens: float, device: torch.device) -> int:
     """How many runs of a cohort are fused at most; 1 if none are.
 
-    None where a step has more tokens than `TOKENS` allows. A pass over one example of each run
-    takes no more memory than what a run alone may take, and what the runs train stays small beside
+    None where a step has more tokens than `TOKENS` allows. What the runs train stays small beside
     the rest.
 
     Args:
@@ -120,14 +73,4 @@ def runs_in_a_step(model: Model, training: Training, tokens: float, device: torc
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
         room = (whole - 4 * sum(weight.numel() for weight in model.parameters())) // 2
-    # float32: the weight, its gradient, two moments of the optimizer.
-    most = min(training.micro_batch_size, room // (16 * trained))
-    return most if most >= FEWEST else 1
-
-
-def evenly(items: Sequence[Any], most: int) -> list[list[Any]]:
-    """Consecutive parts of at most so many items, whose sizes differ by one at most."""
-    count = math.ceil(len(items) / most)
-    size, more = divmod(len(items), max(1, count))
-    ends = [(number + 1) * size + min(number + 1, more) for number in range(count)]
-    return [list(items[begin:end]) for begin, end in pairwise([0, *ends])]
+    return most_runs(training, trained, room)

@@ -14,8 +14,8 @@ from forgetting.data import general_rows, prepared_lines
 from forgetting.drift import load_targets
 from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_tokenizer, pick_device, pick_precision
-from forgetting.optimize import Schedule
 from forgetting.records import read_json, read_jsonl, sha256
+from forgetting.schedule import Schedule
 from forgetting.scores import metric_value
 from forgetting.team import Team
 

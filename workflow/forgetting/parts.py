@@ -22,11 +22,11 @@ from forgetting.adapters import attach, embedding_weights, round_frozen
 from forgetting.checkpoints import Progress, newest_step
 from forgetting.mitigate import Safeguards
 from forgetting.models import Model
-from forgetting.optimize import Schedule
 from forgetting.parallel import shard
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
 from forgetting.records import InputError
+from forgetting.schedule import Schedule
 from forgetting.tuned import trained_state
 from forgetting.variants import Then
 

@@ -33,9 +33,10 @@ class Tuning(Strict):
     settings: list[Setting]
     fixed: Setting | None = None
     mitigation: Mitigation | None = None
-    processes: int = Field(1, exclude=True)
-    nodes: int = Field(1, exclude=True)
-    """Neither is among what a job is told, since it changes no number: how the job is started."""
+    processes: int | None = Field(None, exclude=True)
+    nodes: int | None = Field(None, exclude=True)
+    """As the study asks for; neither is among what a job is told, since it changes no number: how
+    the job is started."""
 
     @property
     def largest_rank(self) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from forgetting.encode import Example
 from forgetting.examples import shuffled
 from forgetting.mitigate import Safeguards, TokenPenalty
-from forgetting.optimize import Schedule
+from forgetting.schedule import Schedule
 from forgetting.study import Setting, Training
 from forgetting.team import ALONE, Team
 

@@ -297,6 +297,11 @@ class Training(Strict):
         description="Decay rates of the moments: (0.9, 0.999) for adamw and (0.9, 0.95) for lionw "
         "by default; adafactor has none.",
     )
+    decay_vectors: bool = Field(
+        False,
+        description="Apply the weight decay to norms and biases too, as LLM Foundry does; "
+        "transformers' Trainer does not.",
+    )
     gradient_clip: Positive | None = Field(1.0, description="Largest L2 norm of the gradient.")
     fused: Literal["auto", "never"] = Field(
         "auto",
@@ -546,17 +551,18 @@ class Method(Strict):
     weight_decay: Annotated[
         list[NotNegative], BeforeValidator(several), AfterValidator(distinct)
     ] = Field([0.0], min_length=1, description="Decoupled weight decays of AdamW.")
-    processes: Count = Field(
-        1,
-        description="Processes that train each run together, a GPU each. `full` "
+    processes: Count | None = Field(
+        None,
+        description="Processes that train each run together, a GPU each; by default so many as "
+        "memory and the longest time of a job ask for (docs/cluster.md). `full` "
         "shards weights, gradients and the optimizer's state over them, adapters only their "
         "batches; the numbers are the same up to rounding (and the adapters' dropout). Without "
         "SLURM no more than `--resources gpu=N` allows, by default 1 where there is a GPU.",
     )
-    nodes: Count = Field(
-        1,
+    nodes: Count | None = Field(
+        None,
         description="Machines of a SLURM cluster over which the processes are spread, with a file "
-        "system in common. Without SLURM there is one.",
+        "system in common; by default 1 for given `processes`. Without SLURM there is one.",
     )
     fixed: Setting | None = Field(
         None, description="Choose this setting of the sweep, whatever the study's rule says."
@@ -813,7 +819,14 @@ class Study(Strict):
     def _processes_can_share_a_run(self) -> Study:
         for number, method in enumerate(self.methods):
             keys = ("methods", number, "processes")
-            if method.processes % method.nodes:
+            if method.processes is None:
+                if method.nodes:
+                    raise AtKey(
+                        ("methods", number, "nodes"),
+                        "nodes need `processes` to be spread over them; give these too, or neither",
+                    )
+                continue
+            if method.processes % (method.nodes or 1):
                 raise AtKey(
                     ("methods", number, "nodes"),
                     f"{method.processes} processes cannot be spread evenly over {method.nodes} "

@@ -1,7 +1,8 @@
 """`--config scale=tiny`: any study, through the same code, in about a minute on two cores.
 
 Rows and steps are few, and a small model trained on the spot stands in for a large one. The
-methods keep their names and ranks, so that the plan of a tiny study is that of the whole one.
+methods keep their names and ranks, so that the plan of a tiny study is that of the whole one for
+its first seed, and for the shortest, the middle and the longest of its budgets.
 What would come from the hub comes from the micro-world instead: nothing is downloaded.
 """
 
@@ -57,6 +58,7 @@ def shrink(study: Study) -> Study:
             "base": _base(study, on_hub, probes, train),
             "train": train,
             "train_limit": ROWS,
+            "seeds": study.seeds[:1],
             "probes": probes,
             "general_text": _text(study, on_hub),
             "methods": [_any_model(_few_settings(_offline(m, on_hub))) for m in study.methods],
@@ -79,10 +81,12 @@ def _text(study: Study, on_hub: set[str]) -> GeneralText | None:
 
 
 def _short(training: Training) -> Training:
-    """Two epochs of small batches, and as many budgets, each as large a share of the longest."""
+    """Two epochs of small batches, and three budgets, each as large a share of the longest."""
     longest = training.epochs
     no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
-    budgets = [EPOCHS * budget / longest for budget in training.budgets]
+    some = sorted(training.budgets)
+    some = sorted({some[0], some[len(some) // 2], some[-1]}) if some else []
+    budgets = [EPOCHS * budget / longest for budget in some]
     return training.model_copy(
         update={
             "epochs": EPOCHS,

@@ -18,9 +18,10 @@ from forgetting.forward import collate, token_logprobs
 from forgetting.fused import Stack, leave, seat, trained_weights
 from forgetting.gradients import gradients_that_fit
 from forgetting.models import Model, autocast
-from forgetting.optimize import Schedule, learning_rate, make_optimizer
+from forgetting.optimize import make_optimizer
 from forgetting.recipe import Recipe, groups_of_step
 from forgetting.records import write_table
+from forgetting.schedule import Schedule, learning_rate
 from forgetting.select import is_over, recorded_points
 from forgetting.together import read_end, rewind, write_end
 

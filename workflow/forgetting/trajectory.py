@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from forgetting.scores import PROBE_SCORES, TEXT_SCORES, UNBOUNDED, summands
-from forgetting.statistics import mean_interval, share_interval
+from forgetting.statistics import difference_interval, mean_interval, share_interval
 from forgetting.study import ALL_PROBES
 from forgetting.utility import UTILITIES, utility_row
 
@@ -25,10 +25,11 @@ def aggregate(
 
     Returns:
         probe, knowledge, metric, value (mean over items), low and high (95 % interval), n, and the
-        change against the base with its interval, change_low and change_high: Student's t on the
+        change against the base with its interval, change_low and change_high: of the
         differences of the two models on the same question, which is narrower than what two separate
-        intervals suggest. A metric that was not measured on a probe has no row. Over all probes,
-        knowledge `all`, TOFU's model utility with either truth ratio, if every probe has one.
+        intervals suggest (Tango's, or Student's of what is no share). A metric that was
+        not measured on a probe has no row. Over all probes, knowledge `all`, TOFU's model utility
+        with either truth ratio, if every probe has one.
     """
     rows = []
     for probe, group in items.groupby("probe", sort=False):
@@ -64,5 +65,6 @@ def _change(values: pd.Series, metric: str, base: pd.DataFrame | None) -> dict[s
     if base is None:
         return {"change": math.nan, "change_low": math.nan, "change_high": math.nan}
     differences = (values - summands(base, metric)).dropna().to_numpy()
-    low, high = mean_interval(differences)
+    interval = mean_interval if metric in UNBOUNDED else difference_interval
+    low, high = interval(differences)
     return {"change": float(differences.mean()), "change_low": low, "change_high": high}

@@ -9,13 +9,15 @@ of old knowledge, as on real authors and world facts, it is normalised by those 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from forgetting.scores import summands
+from forgetting.statistics import difference_interval, share_interval
 
 UTILITIES = {
     "model_utility_arithmetic": "truth_ratio_arithmetic",
@@ -33,10 +35,12 @@ class Utility:
         shares: by probe, for each question, the utility's derivative by its scores times these
             scores. The mean over a probe's questions varies as the utility does with them, to
             first order (delta method).
+        largest: by probe, what a question would have to do with it that scored 1 throughout.
     """
 
     value: float
     shares: Mapping[str, pd.Series]
+    largest: Mapping[str, float]
 
     @property
     def n(self) -> int:
@@ -69,13 +73,12 @@ def model_utility(
     value = harmonic_mean(every)
     # d value / d m = value^2 / (k m^2) for each of the k means m.
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Utility(
-            value,
-            {
-                name: pd.Series(added @ (value**2 / len(every) / means[name] ** 2), item)
-                for name, (item, added) in values.items()
-            },
-        )
+        slopes = {name: value**2 / len(every) / mean**2 for name, mean in means.items()}
+    return Utility(
+        value,
+        {name: pd.Series(added @ slopes[name], item) for name, (item, added) in values.items()},
+        {name: float(slope.sum()) for name, slope in slopes.items()},
+    )
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
@@ -99,29 +102,55 @@ def utility_row(
 ) -> dict[str, float] | None:
     """Value, low, high, n and the change against the base, as `trajectory.aggregate` has them.
 
-    The intervals are those of the delta method, questions of a probe taken as independent; the
-    change is paired by question. NaN where a mean is 0, since nothing is linear there.
+    The intervals are those of the delta method, questions of a probe taken as independent: what the
+    probes have to do with the utility, each with an interval of its own, is added up by `_summed`.
+    The change is paired by question. NaN where a mean is 0, since nothing is linear there.
     """
     mine = model_utility(items, knowledge, UTILITIES[metric])
     if mine is None:
         return None
-    half = _half_width(mine.shares.values())
+    parts = [(shares, mine.largest[name]) for name, shares in mine.shares.items()]
+    low, high = _summed(mine.value, parts, share_interval)
     row = {
         "value": mine.value,
-        "low": float(np.clip(mine.value - half, 0.0, 1.0)),
-        "high": float(np.clip(mine.value + half, 0.0, 1.0)),
+        "low": float(np.clip(low, 0.0, 1.0)),
+        "high": float(np.clip(high, 0.0, 1.0)),
         "n": mine.n,
         **dict.fromkeys(("change", "change_low", "change_high"), math.nan),
     }
     theirs = None if base is None else model_utility(base, knowledge, UTILITIES[metric])
     if theirs is not None:
         change = mine.value - theirs.value
-        half = _half_width(mine.shares[name] - theirs.shares[name] for name in mine.shares)
-        row |= {"change": change, "change_low": change - half, "change_high": change + half}
+        parts = [
+            (shares - theirs.shares[name], max(mine.largest[name], theirs.largest[name]))
+            for name, shares in mine.shares.items()
+        ]
+        low, high = _summed(change, parts, difference_interval)
+        row |= {
+            "change": change,
+            "change_low": float(np.clip(low, -1.0, 1.0)),
+            "change_high": float(np.clip(high, -1.0, 1.0)),
+        }
     return row
 
 
-def _half_width(shares: Iterable[pd.Series]) -> float:
-    """Half of a 95 % interval of the sum of independent means."""
-    variances = [float(values.var()) / len(values) for values in shares]
-    return 1.96 * math.sqrt(math.fsum(variances)) if np.isfinite(variances).all() else math.nan
+def _summed(
+    total: float,
+    parts: Iterable[tuple[pd.Series, float]],
+    interval: Callable[[Any], tuple[float, float]],
+) -> tuple[float, float]:
+    """95 % interval of a sum of independent means, of values between 0 (or its negative) and a
+    largest one: total - sqrt(sum of (m - low)^2), and likewise upwards.
+
+    Zou and Donner 2008 (Statistics in Medicine 27:1693), with the interval of each mean.
+    """
+    below, above = 0.0, 0.0
+    for values, largest in parts:
+        with np.errstate(invalid="ignore"):
+            scaled = values.to_numpy(dtype=float) / largest
+        if not np.isfinite(scaled).all():
+            return math.nan, math.nan
+        low, high = interval(scaled)
+        below += (largest * (scaled.mean() - low)) ** 2
+        above += (largest * (high - scaled.mean())) ** 2
+    return total - math.sqrt(below), total + math.sqrt(above)

@@ -103,7 +103,13 @@
   // One after the other, and never two drawings of the same chart at once.
   let queue = Promise.resolve();
   function drawAll(only = charts) {
-    queue = queue.then(async () => { for (const chart of only) await draw(chart); });
+    queue = queue.then(async () => {
+      for (const chart of only) {
+        await draw(chart);
+        // The window may have changed its size meanwhile.
+        if (chart.clientWidth !== Number(chart.dataset.drawn)) await draw(chart);
+      }
+    });
     return queue;
   }
 

@@ -226,12 +226,12 @@ def cohort_spec(wildcards):
 
 def processes(wildcards):
     """How many processes, with a GPU each, train a method's runs together."""
-    return TUNINGS[wildcards.method].processes
+    return TUNINGS[wildcards.method].processes or 1
 
 
 def nodes(wildcards):
     """Over how many machines the processes are spread."""
-    return TUNINGS[wildcards.method].nodes
+    return TUNINGS[wildcards.method].nodes or 1
 
 
 def memory_of_processes(wildcards, attempt):
@@ -240,7 +240,7 @@ def memory_of_processes(wildcards, attempt):
 
 
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
-SEVERAL_NODES = {"mpi": False} if any(t.nodes > 1 for t in TUNINGS.values()) else {}
+SEVERAL_NODES = {"mpi": False} if any((t.nodes or 1) > 1 for t in TUNINGS.values()) else {}
 
 
 def finished(method, seed, file):

@@ -7,7 +7,8 @@ from itertools import combinations
 import pandas as pd
 
 from forgetting.report import tables as data
-from forgetting.report.content import Row, metric_words, summary
+from forgetting.report.baseline import is_known, unknown_benchmarks, unknown_probes
+from forgetting.report.content import Cell, Row, listed, metric_words, summary
 from forgetting.report.tables import Tables
 
 STANDS_IN = "last"
@@ -27,7 +28,7 @@ def answer(tables: Tables) -> tuple[list[str], list[str]]:
     """What was found, and what qualifies it."""
     base, *tuned = summary(tables)
     found = [line for line in tuned if line.steps and line.cells]
-    old = data.probes(tables, "old")
+    old = [name for name in data.probes(tables, "old") if is_known(base, name)]
     said = [_moment(tables, tuned, found)]
     if len(found) > 1:
         ranked, learnt = _ranked(tables, found)
@@ -36,6 +37,8 @@ def answer(tables: Tables) -> tuple[list[str], list[str]]:
     elif found:
         said += [_alone(name, found[0], base) for name in old]
     said.append(_going_on(tables, found, base))
+    if found:
+        said += [*unknown_probes(tables, base), unknown_benchmarks(tables)]
     qualified = [
         f"{_capital(line.name)} has no selected checkpoint: {_sentence(line.reason)}"
         for line in tuned
@@ -79,7 +82,7 @@ def _never(lines: list[Row]) -> str:
         seeds = line.statuses.count(STANDS_IN)
         some = f" (in {seeds} of {line.seeds} seeds)" if seeds < line.seeds else ""
         names.append(line.name + some)
-    return f"{_listed(names)} never {'reaches' if len(names) == 1 else 'reach'}"
+    return f"{listed(names)} never {'reaches' if len(names) == 1 else 'reach'}"
 
 
 def _ranked(tables: Tables, found: list[Row]) -> tuple[list[Row], str]:
@@ -133,7 +136,7 @@ def _compare(tables: Tables, name: str, found: list[Row], base: Row) -> str:
     least = min(able, key=lambda line: line.cells[name].value)
     first, second = most.cells[name], least.cells[name]
     said = (
-        f"On {data.human(name)}{_where_base(name, base)}, {most.name} keeps most, "
+        f"On {data.human(name)}{_where_base(name, base)}, {most.name} {_keeps(first)} most, "
         f"{first.value:.2f} (95\u00a0% interval {first.interval}), and {least.name} least, "
         f"{second.value:.2f} ({second.interval})"
     )
@@ -152,8 +155,8 @@ def _alone(name: str, one: Row, base: Row) -> str:
     if cell is None:
         return ""
     return (
-        f"On {data.human(name)}{_where_base(name, base)}, {one.name} keeps {cell.value:.2f} "
-        f"(95\u00a0% interval {cell.interval})."
+        f"On {data.human(name)}{_where_base(name, base)}, {one.name} {_keeps(cell)} "
+        f"{cell.value:.2f} (95\u00a0% interval {cell.interval})."
     )
 
 
@@ -192,6 +195,11 @@ def _tokens(tables: Tables, name: str, label: str) -> float:
     return float(rows[rows["label"] == label]["value"].mean())
 
 
+def _keeps(cell: Cell) -> str:
+    """What is above the base was not kept but gained."""
+    return "has" if cell.change is not None and cell.change > 0 else "keeps"
+
+
 def _number(value: float) -> str:
     return f"{value:.2f}".replace("-", "\u2212")
 
@@ -199,10 +207,6 @@ def _number(value: float) -> str:
 def _where_base(name: str, base: Row) -> str:
     cell = base.cells.get(name)
     return "" if cell is None else f", where the base has {cell.value:.2f}"
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _capital(text: str) -> str:

@@ -197,3 +197,8 @@ def metric_words(metric: str) -> str:
         "rouge1_recall": "ROUGE-1 recall",
     }
     return words.get(metric, data.human(metric))
+
+
+def listed(names: list[str]) -> str:
+    """Names in a sentence; at least one."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -165,8 +165,9 @@ def _threshold_rule(goal: float | None, channel: str) -> list[alt.Chart]:
     chart = alt.Chart(rows)
     rule = chart.mark_rule(style="reference").encode(**{channel: "goal:Q"})
     if channel == "y":
-        words = chart.mark_text(style="reference-label", align="right", dx=-2, dy=9)
-        return [rule, words.encode(x=alt.value("width"), y="goal:Q", text="text:N")]
+        # On the left, where nothing is learnt yet, no selected checkpoint lies under the words.
+        words = chart.mark_text(style="reference-label", align="left", dx=2, dy=-7)
+        return [rule, words.encode(x=alt.value(0), y="goal:Q", text="text:N")]
     words = chart.mark_text(style="reference-label", align="right", dx=-4, dy=-8)
     return [rule, words.encode(x="goal:Q", y=alt.value("height"), text="text:N")]
 

@@ -25,7 +25,7 @@ COLUMNS = {
     "trajectory": "run step epoch tokens probe knowledge metric value low high n "
     "change_low change_high",
     "selection": "method seed run step epoch status reason",
-    "comparisons": "probe metric label other difference low high n",
+    "comparisons": "probe metric label other difference low high low_all high_all n",
     "benchmarks": "run method label seed step task metric main value low high n chance num_fewshot",
 }
 
@@ -186,13 +186,17 @@ def old_versus_new(tables: Tables, metric: str, new: str, old: str) -> pd.DataFr
 
 
 def difference(tables: Tables, probe: str, label: str, other: str) -> pd.Series | None:
-    """ROUGE of one method minus that of another on the same questions, with its interval."""
+    """ROUGE of one method minus that of another on the same questions, with low and high.
+
+    The bounds hold for all pairs of methods on the probe at once: the largest of them is told.
+    """
     rows = tables.comparisons
     rows = rows[(rows["probe"] == probe) & (rows["metric"] == ROUGE)]
     for one, two, sign in ((label, other, 1), (other, label, -1)):
         found = rows[(rows["label"] == one) & (rows["other"] == two)]
         if len(found):
-            bounds = found.iloc[0][["difference", "low", "high"]].astype(float)
+            bounds = found.iloc[0][["difference", "low_all", "high_all"]].astype(float)
+            bounds = bounds.set_axis(["difference", "low", "high"])
             return bounds if sign == 1 else (-bounds).set_axis(["difference", "high", "low"])
     return None
 
