@@ -240,7 +240,9 @@ def memory_of_processes(wildcards, attempt):
 
 
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
-SEVERAL_NODES = {"mpi": False} if any((t.nodes or 1) > 1 for t in TUNINGS.values()) else {}
+SEVERAL_NODES = (
+    {"mpi": False} if any((t.nodes or 1) > 1 for t in TUNINGS.values()) else {}
+)
 
 
 def finished(method, seed, file):
