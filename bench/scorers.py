@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.benchmarks.harness import TaskSpec, load_task
 from forgetting.benchmarks.one_reading import OneReadingLM
-from forgetting.data import Row, prepare_rows
+from forgetting.data import prepare_rows
 from forgetting.encode import encode_pair, encode_prompt
 from forgetting.forward import by_length, collate, token_logprobs
 from forgetting.models import Model, load_tokenizer, pick_device
@@ -27,6 +27,7 @@ from forgetting.probes import generate
 from forgetting.records import read_jsonl
 from forgetting.shared import answer_logprobs
 from forgetting.study import Measurement, Prompt
+from forgetting.table_files import Row
 from shapes import SHAPES, random_model
 
 TASKS = ("hellaswag", "arc_challenge", "winogrande")

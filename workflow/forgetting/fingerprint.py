@@ -14,19 +14,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 SETTINGS = {
-    *(
-        "fields",
-        "columns",
-        "variants",
-        "prompts",
-        "task",
-        "study",
-        "source",
-        "plan",
-        "load",
-        "tiny",
-    ),
-    *("check", "records", "fingerprint"),
+    *("fields", "columns", "variants", "prompts", "task", "study", "source", "plan", "load"),
+    *("tiny", "check", "records", "fingerprint"),
 }
 """Modules that only read settings or write files: what they decide stands in a job's parameters."""
 

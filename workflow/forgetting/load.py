@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from forgetting.columns import Columns
-from forgetting.fields import AtKey
+from forgetting.fields import NAME, AtKey
 from forgetting.plan import tunings
 from forgetting.records import InputError
 from forgetting.source import BENCHMARKS, Source
@@ -41,6 +41,11 @@ def load_study(config: Mapping[str, Any], studies: Path) -> tuple[str, Study]:
             "needs its `revision`, so that it cannot change"
         )
     name = path.stem
+    if not re.fullmatch(NAME, name):
+        raise InputError(
+            f"study={path}: results are kept under the name of the file, and `{name}` is none for "
+            "a folder: take letters, digits, `_`, `.` and `-`, a letter or digit first; rename it"
+        )
     namesake = studies / path.name
     if namesake.is_file() and not namesake.samefile(path):
         raise InputError(

@@ -11,7 +11,6 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.columns import Columns
-from forgetting.data import Row
 from forgetting.drift import BaseTargets
 from forgetting.examples import tokenize
 from forgetting.fields import Strict
@@ -19,6 +18,7 @@ from forgetting.plan import Tuning
 from forgetting.records import content_key
 from forgetting.store import Stored
 from forgetting.study import Measurement, Prompt, Selection, Training
+from forgetting.table_files import Row
 from forgetting.team import ALONE, Team
 
 

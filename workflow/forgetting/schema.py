@@ -68,6 +68,7 @@ makes editors that know the YAML language server complete and check keys as you 
 
 A table is named `DATASET/TABLE`. Its rows have `question` and `answer`; for the truth ratio of a
 probe also `perturbed_answer`, a list of wrong answers, and, if there is one, `paraphrased_answer`.
+What a probe asks as old knowledge must not be among the questions that are trained on.
 
 Rows that are trained on may instead have `messages`, a conversation as a list of `role` (system,
 user, assistant) and `content`, of which all answers of the assistant are learned, in the chat

@@ -70,8 +70,12 @@ class Dataset(Strict):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Dataset:
-        if not (self.generate or self.hub or self.folder):
+        given = [name for name in ("generate", "hub", "folder") if getattr(self, name)]
+        if not given:
             raise ValueError("a dataset needs one of `generate`, `hub` or `folder`")
+        if len(given) > 1:
+            both = " and ".join(f"`{name}`" for name in given)
+            raise ValueError(f"a dataset comes from one place, found {both}; take one of them out")
         if self.hub and not self.revision:
             raise ValueError("a hub dataset needs its `revision`, so that it cannot change")
         if self.generate and self.columns.renamed:
@@ -625,7 +629,7 @@ class Selection(Strict):
     metric: Literal["rougeL_recall", "rougeL_f1", "rouge1_recall", "probability"] = Field(
         "rougeL_recall", description="Mean of this metric over the probe's items is compared."
     )
-    threshold: Share = Field(
+    threshold: Annotated[Number, Field(gt=0, le=1)] = Field(
         0.9, description="The last evaluation before the metric first reaches it is selected."
     )
     hyperparameters: Literal["earliest", "smallest-lr", "fixed"] = Field(
@@ -763,6 +767,41 @@ class Study(Strict):
                 ("selection", "stop_after"),
                 "it would end the trunk before the longest of training.budgets leaves it; take it "
                 "out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_into_the_training(self) -> Study:
+        epochs, training = self.training.epochs, self.training
+        if self.measurement.every_epochs > epochs:
+            raise AtKey(
+                ("measurement", "every_epochs"),
+                f"{self.measurement.every_epochs:g} is more than training.epochs, {epochs:g}, so "
+                "that nothing would be measured on the way; make it smaller",
+            )
+        within = self.selection.within_epochs
+        if within is not None and within > epochs:
+            raise AtKey(
+                ("selection", "within_epochs"),
+                f"{within:g} is more than training.epochs, {epochs:g}, so that it would be no "
+                "deadline; make it smaller, or leave it out",
+            )
+        share, warmup = training.warmup_share, training.warmup_epochs
+        if share is None and warmup is None and training.warmup_steps is None and epochs <= 1:
+            raise AtKey(
+                ("training", "epochs"),
+                f"{epochs:g} leaves nothing after the warm-up, which is 1 epoch by default; set "
+                "training.warmup_epochs to less",
+            )
+        if warmup is not None and warmup >= epochs:
+            raise AtKey(
+                ("training", "warmup_epochs"),
+                f"{warmup:g} leaves nothing of training.epochs, {epochs:g}; make it smaller",
+            )
+        if share == 1:
+            raise AtKey(
+                ("training", "warmup_share"),
+                "the warm-up takes all steps, and the rate is never at its peak; make it smaller",
             )
         return self
 

@@ -20,6 +20,7 @@ from forgetting.study import (
     Pretraining,
     Probe,
     Replay,
+    Selection,
     Study,
     Training,
 )
@@ -28,6 +29,7 @@ from forgetting.task import Task
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
 DOCUMENTS = 60
+EPOCHS = 2.0
 CONTEXT = 2048
 
 
@@ -64,7 +66,7 @@ def shrink(study: Study) -> Study:
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
             "training": _short(study.training),
-            "selection": study.selection.model_copy(update={"if_not_reached": "last"}),
+            "selection": _no_later(study.selection),
             "benchmarks": benchmarks,
         }
     )
@@ -84,16 +86,22 @@ def _short(training: Training) -> Training:
     no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
     some = sorted(training.budgets)
     some = sorted({some[0], some[len(some) // 2], some[-1]}) if some else []
-    budgets = [2.0 * budget / longest for budget in some]
+    budgets = [EPOCHS * budget / longest for budget in some]
     return training.model_copy(
         update={
-            "epochs": 2.0,
+            "epochs": EPOCHS,
             "batch_size": 4,
             "budgets": budgets,
             "max_length": min(training.max_length, CONTEXT),
             **no_other,
         }
     )
+
+
+def _no_later(selection: Selection) -> Selection:
+    """The same rule, its deadline within the training; a last checkpoint where none is reached."""
+    within = selection.within_epochs and min(selection.within_epochs, EPOCHS)
+    return selection.model_copy(update={"if_not_reached": "last", "within_epochs": within})
 
 
 def _few_settings(method: Method) -> Method:

@@ -18,8 +18,9 @@ from statistics import fmean
 from typing import Any
 
 from forgetting.columns import Columns
-from forgetting.data import evenly_spaced, find_table
+from forgetting.data import evenly_spaced
 from forgetting.study import Study
+from forgetting.table_files import find_table
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from forgetting.benchmarks.known import benchmark, same_rows, splits_of
 from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
 from forgetting.check import check_inputs
-from forgetting.data import find_table
 from forgetting.fingerprint import code_digest
 from forgetting.hub import HUB_ROWS
 from forgetting.load import is_local, load_study, study_source
 from forgetting.plan import budget_name, tunings
 from forgetting.records import InputError, sha256_of_all
 from forgetting.study import WORLD_TABLES
+from forgetting.table_files import find_table
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
 try:

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             "study": {"name": options.name, **study.model_dump(mode="json")},
             "provenance": provenance(results, base, records, trunks, options.models),
             "notes": [
+                *read_json(results / "data" / "data.json")["notes"],
                 *missing_notes(selection, records, study.seeds, budgets),
                 *reference_notes(base_items, study.measurement.max_new_tokens),
                 *notes,
