@@ -25,8 +25,9 @@ from forgetting.models import Model, load_tokenizer, pick_device
 from forgetting.pretrain import train_tokenizer
 from forgetting.probes import generate
 from forgetting.records import read_jsonl
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
 from forgetting.shared import answer_logprobs
-from forgetting.study import Measurement, Prompt
 from forgetting.table_files import Row
 from shapes import SHAPES, random_model
 

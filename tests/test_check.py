@@ -18,7 +18,7 @@ from forgetting.load import load_study, study_source
 from forgetting.models import load_base
 from forgetting.pretrain import _new_model
 from forgetting.records import InputError
-from forgetting.study import SmallModel
+from forgetting.sections.base import SmallModel
 
 STUDY = """\
 title: A small study

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from forgetting.columns import Columns
 from forgetting.data import (
     Rows,
     document_texts,
@@ -21,7 +20,8 @@ from forgetting.data import (
     strip_answer,
 )
 from forgetting.records import InputError
-from forgetting.study import Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.prompt import Prompt
 from forgetting.table_files import find_table
 
 ROW = {"question": "Who?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}

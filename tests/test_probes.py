@@ -20,8 +20,9 @@ from forgetting.probes import check_room, generate, measure
 from forgetting.records import InputError
 from forgetting.rouge import rouge
 from forgetting.scores import PROBE_SCORES, metric_value
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
 from forgetting.statistics import share_interval
-from forgetting.study import Measurement, Prompt
 from forgetting.table_files import Row
 from forgetting.trajectory import aggregate
 

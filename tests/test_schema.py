@@ -1,4 +1,4 @@
-"""The JSON Schema and config/README.md say what study.py says, and every study file obeys them."""
+"""The JSON Schema and config/README.md say what the classes say; all studies obey them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from forgetting.architecture import Architecture, has_chat_template, read_architecture, small_model
 from forgetting.check_task import LARGE, check_task
-from forgetting.columns import Columns
 from forgetting.data import (
     evenly_spaced,
     general_rows,
@@ -26,8 +25,11 @@ from forgetting.load import is_local
 from forgetting.plan import Tuning, numbered_tunings
 from forgetting.questions import kept_apart
 from forgetting.records import InputError
+from forgetting.sections.columns import Columns
+from forgetting.sections.dataset import WORLD_TABLES
+from forgetting.sections.prompt import Prompt
 from forgetting.source import At, Keys, dotted
-from forgetting.study import WORLD_TABLES, Prompt, Study
+from forgetting.study import Study
 from forgetting.table_files import Row, find_table, place
 
 

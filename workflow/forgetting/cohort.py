@@ -39,7 +39,7 @@ from forgetting.recipe import Recipe
 from forgetting.records import content_key, read_json, write_json
 from forgetting.schedule import Schedule
 from forgetting.scores import metric_value
-from forgetting.study import Setting
+from forgetting.sections.method import Setting
 from forgetting.table_files import Row
 from forgetting.together import END, groups, trained_together
 from forgetting.train import train, train_together

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forgetting.columns import Columns
 from forgetting.records import InputError, read_numbered
-from forgetting.study import Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.prompt import Prompt
 from forgetting.table_files import PLAIN, Row, found, is_text, read_rows, text_of
 
 Item = TypeVar("Item")

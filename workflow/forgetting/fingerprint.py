@@ -14,10 +14,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 SETTINGS = {
-    *("fields", "columns", "variants", "prompts", "task", "study", "source", "plan", "load"),
-    *("tiny", "check", "records", "fingerprint"),
+    *("fields", "sections", "study", "source", "plan", "load", "tiny"),
+    *("check", "records", "fingerprint"),
 }
-"""Modules that only read settings or write files: what they decide stands in a job's parameters."""
+"""What only reads settings or writes files: what it decides stands in a job's parameters."""
 
 
 def code_digest(program: Path) -> str:

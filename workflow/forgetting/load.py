@@ -9,12 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from forgetting.columns import Columns
 from forgetting.fields import NAME, AtKey
 from forgetting.plan import tunings
 from forgetting.records import InputError
+from forgetting.sections.base import Base
+from forgetting.sections.columns import Columns
+from forgetting.sections.dataset import Dataset
 from forgetting.source import BENCHMARKS, Source
-from forgetting.study import Base, Dataset, Study
+from forgetting.study import Study
 from forgetting.tiny import shrink
 
 FOLDER_OPTION = re.compile(r"^(?P<dataset>.+)_dir$")

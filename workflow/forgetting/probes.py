@@ -17,8 +17,9 @@ from forgetting.metrics import answer_scores
 from forgetting.models import Model
 from forgetting.records import InputError
 from forgetting.rouge import rouge
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
 from forgetting.shared import answer_logprobs, can_share
-from forgetting.study import Measurement, Prompt
 from forgetting.table_files import Row
 
 

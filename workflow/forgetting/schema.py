@@ -82,7 +82,8 @@ files of tokens; they need not fit into memory.
 
 ## All keys
 
-The rest of this file is generated from `workflow/forgetting/study.py` by `make schema`."""
+The rest of this file is generated from `workflow/forgetting/study.py` and `sections` beside it, by
+`make schema`."""
 
 
 class _Generator(GenerateJsonSchema):
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             write_atomically(path, content)
         elif not path.is_file() or path.read_text(encoding="utf-8") != content:
             raise InputError(
-                f"{path.relative_to(ROOT)} is not what study.py says: run `make schema`"
+                f"{path.relative_to(ROOT)} is not what the study's classes say: run `make schema`"
             )
 
 

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from forgetting.columns import Columns
 from forgetting.records import InputError, read_numbered
+from forgetting.sections.columns import Columns
 
 Row = dict[str, Any]
 PLAIN = Columns()

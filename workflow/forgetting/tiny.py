@@ -10,21 +10,16 @@ from __future__ import annotations
 
 from forgetting.benchmarks.known import same_rows
 from forgetting.plan import tunings
-from forgetting.study import (
-    Base,
-    Benchmarks,
-    Dataset,
-    FisherPenalty,
-    GeneralText,
-    Method,
-    Pretraining,
-    Probe,
-    Replay,
-    Selection,
-    Study,
-    Training,
-)
-from forgetting.task import Task
+from forgetting.sections.base import Base, Pretraining
+from forgetting.sections.benchmarks import Benchmarks
+from forgetting.sections.dataset import Dataset
+from forgetting.sections.measurement import GeneralText, Probe
+from forgetting.sections.method import Method
+from forgetting.sections.mitigation import FisherPenalty, Replay
+from forgetting.sections.selection import Selection
+from forgetting.sections.task import Task
+from forgetting.sections.training import Training
+from forgetting.study import Study
 
 WORLD = Dataset(generate="micro-world")
 ROWS = 12

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from forgetting.columns import Columns
 from forgetting.data import (
     Rows,
     document_texts,
@@ -19,7 +18,9 @@ from forgetting.data import (
 from forgetting.fields import Strict
 from forgetting.questions import contradiction_note, contradictions, kept_apart
 from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_jsonl
-from forgetting.study import Probe, Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.measurement import Probe
+from forgetting.sections.prompt import Prompt
 from forgetting.table_files import Row, place
 
 
