@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -12,27 +11,25 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from snakemake.api import SnakemakeApi
-from snakemake.cli import parse_args
 from snakemake.jobs import Job
-from snakemake.settings.types import (
-    ConfigSettings,
-    DAGSettings,
-    OutputSettings,
-    Quietness,
-    ResourceSettings,
-)
-from snakemake_executor_plugin_slurm.partitions import get_best_partition, read_partition_file
-from snakemake_executor_plugin_slurm.submit_string import get_submit_command
-from snakemake_executor_plugin_slurm.utils import set_gres_string
 
-ROOT = Path(__file__).resolve().parents[1]
-STUDIES = sorted(path.stem for path in (ROOT / "config" / "studies").glob("*.yaml"))
+from planning import (
+    GOLDEN,
+    ROOT,
+    STUDIES,
+    golden_lines,
+    planned,
+    sbatch,
+    told_options,
+    undone,
+)
+
 PROFILES = ["default", "slurm"]
 
 # Jobs of a fresh checkout. Five methods (four ranks and full) need one cohort for each seed; base
@@ -117,58 +114,9 @@ Plan = Callable[..., list[Job]]
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Iterator[Plan]:
-    """plan(study, profile, ...) -> every job of a fresh checkout, without running anything.
-
-    The Snakefile changes the environment and the path of this process; both are put back.
-    """
-    environment, path, folder = dict(os.environ), list(sys.path), Path.cwd()
-    (tmp_path / "config").symlink_to(ROOT / "config")
-
-    def build(study: str | Path, profile: str = "default", **config: Any) -> list[Job]:
-        resources, executor = _profile_settings(profile)
-        with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:
-            workflow = api.workflow(
-                snakefile=ROOT / "Snakefile",
-                workdir=tmp_path,
-                config_settings=ConfigSettings(config={"study": str(study), **config}),
-                resource_settings=resources,
-            )
-            dag = workflow.dag(DAGSettings(forceall=True))
-            dag.execute_workflow(executor=executor, pseudo_executor="dryrun")
-            return list(workflow._workflow.dag.jobs)
-
-    yield build
-    os.chdir(folder)
-    sys.path[:] = path
-    os.environ.clear()
-    os.environ.update(environment)
-    logging.getLogger("snakemake").handlers.clear()
-
-
-def _arguments(*options: str) -> Any:
-    """What the command line makes of these options and of the profiles in the checkout."""
-    folder, argv = Path.cwd(), sys.argv
-    os.chdir(ROOT)
-    sys.argv = ["snakemake", *options]  # profiles/default looks at it
-    try:
-        return parse_args([*options])[1]
-    finally:
-        os.chdir(folder)
-        sys.argv = argv
-
-
-def _profile_settings(profile: str) -> tuple[ResourceSettings, str]:
-    options = ["--dry-run"] if profile == "default" else ["--profile", profile, "--dry-run"]
-    arguments = _arguments(*options)
-    settings = ResourceSettings(
-        cores=arguments.cores,
-        nodes=arguments.jobs,
-        resources=arguments.resources,
-        default_resources=arguments.default_resources,
-        overwrite_resources=arguments.set_resources,
-        overwrite_threads=arguments.set_threads,
-    )
-    return settings, arguments.executor or "local"
+    """plan(study, profile, ...) -> every job of a fresh checkout, without running anything."""
+    with undone():
+        yield partial(planned, tmp_path)
 
 
 def _counts(jobs: list[Job]) -> dict[str, int]:
@@ -272,8 +220,8 @@ def test_shares_of_the_update_are_one_job_a_model(plan: Plan, tmp_path: Path) ->
     assert _counts(jobs) == JOBS["mini"] | {"interpolate": 5}
     (collect,) = (job for job in jobs if job.rule.name == "collect")
     assert "results/scaled/tables/wise_ft.parquet" in list(collect.output)
-    lines = {_sbatch(job) for job in jobs if job.rule.name == "interpolate"}
-    assert lines == {"-p gpu -t 120 --mem 64000 --cpus-per-task=8 --gpus=1"}
+    lines = {sbatch(job) for job in jobs if job.rule.name == "interpolate"}
+    assert lines == {"-p gpu -t 30 --mem 8000 --cpus-per-task=8 --gpus=1"}
 
 
 def _budgets(tmp_path: Path, **changes: Any) -> Path:
@@ -311,8 +259,8 @@ def test_every_budget_is_a_job_of_its_own_after_the_trunk(
         cohort = f"/cohorts/{job.wildcards.method}/seed0/runs.json"
         assert [path for path in job.input if "/cohorts/" in str(path)] == [job.input.trunks]
         assert str(job.input.trunks).endswith(cohort)
-    lines = {_sbatch(job) for job in branches}
-    assert lines == {SBATCH["cool_down"]}
+    lines = {sbatch(job) for job in branches}
+    assert lines == {"-p gpu -t 30 --mem 8000 --nodes=1 --cpus-per-task=8 --gpus=1"}
     for job in jobs:
         if job.rule.name == "select_checkpoint":
             assert len(job.input.runs) == 3
@@ -426,7 +374,7 @@ def test_profile_slurm_is_found_from_the_root_and_default_does_not_leak() -> Non
     link = ROOT / "slurm"
     assert link.is_symlink()
     assert link.resolve() == ROOT / "profiles" / "slurm"
-    arguments = _arguments("--profile", "slurm", "--dry-run")
+    arguments = told_options("--profile", "slurm", "--dry-run")
     assert arguments.executor == "slurm"
     assert arguments.cores is None
     assert "gpu" not in arguments.resources
@@ -434,7 +382,7 @@ def test_profile_slurm_is_found_from_the_root_and_default_does_not_leak() -> Non
 
 
 def test_profile_default_makes_a_bare_command_run() -> None:
-    arguments = _arguments("--dry-run")
+    arguments = told_options("--dry-run")
     assert arguments.executor is None
     assert arguments.cores >= 1
     assert arguments.resources["gpu"].value >= 1
@@ -450,54 +398,64 @@ def test_no_key_is_in_both_profiles() -> None:
     assert not keys[0] & keys[1]
 
 
-SBATCH = {
-    "pretrain_base": "-p gpu -t 120 --mem 16000 --cpus-per-task=8 --gpus=1",
-    "score_base": "-p gpu -t 60 --mem 64000 --cpus-per-task=8 --gpus=1",
-    "finetune": "-p gpu -t 720 --mem 64000 --nodes=1 --cpus-per-task=8 --gpus=1",
-    "cool_down": "-p gpu -t 720 --mem 64000 --nodes=1 --cpus-per-task=8 --gpus=1",
-    "benchmark": "-p gpu -t 240 --mem 64000 --cpus-per-task=8 --gpus=1",
-    "execute_programs": "-p gpu -t 60 --mem 4000 --ntasks=1 --cpus-per-task=1",
-}
-
-
-def _local_rules() -> list[str]:
-    """Rules that run where snakemake does; a plan without execution takes all for local."""
-    text = "".join(path.read_text() for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
-    rules = re.split(r"^ *rule (?=\w+:$)", text, flags=re.MULTILINE)[1:]
-    return [rule.split(":", 1)[0] for rule in rules if "localrule: True" in rule]
-
-
-def _sbatch(job: Job) -> str:
-    """What the plugin would say to sbatch after the job's name, log and comment."""
-    partitions = read_partition_file(ROOT / "profiles" / "slurm" / "partitions.yaml")
-    partition = get_best_partition(partitions, job, logging.getLogger())
-    parameters = {
-        "run_uuid": "run",
-        "slurm_logfile": "log",
-        "comment_str": "comment",
-        "account": "",
-        "partition": f"-p {partition}" if partition else "",
-        "workdir": None,
-    }
-    line = get_submit_command(job, parameters) + set_gres_string(job)
-    return " ".join(line.split("--comment comment")[1].split())
-
-
-@pytest.mark.parametrize("study", ["mini", "tofu-phi-1.5"])
+@pytest.mark.parametrize("study", STUDIES)
 def test_what_is_submitted_to_slurm(plan: Plan, study: str) -> None:
-    """Every job that is not local, and no other, asks for one GPU, memory, time, a partition."""
-    local = ("all", *_local_rules())
-    jobs = [job for job in plan(study, "slurm") if job.rule.name not in local]
-    lines = {job.rule.name: _sbatch(job) for job in jobs}
-    assert lines == {rule: line for rule, line in SBATCH.items() if rule in JOBS[study]}
+    """Every job that is not local, and no other, asks for what golden/sbatch.txt has.
+
+    If sizes were changed on purpose: golden/make_sbatch.py writes it, and somebody reads it.
+    """
+    golden = GOLDEN.read_text(encoding="utf-8").splitlines()
+    told = golden_lines(study, plan(study, "slurm"))
+    assert told == [line for line in golden if line.startswith(f"{study}: ")]
 
 
-def test_a_method_has_as_many_gpus_as_processes(plan: Plan) -> None:
-    """Full fine-tuning of 7 billion parameters fits none of 80 GB; its adapters do."""
+def test_golden_sbatch_lines_are_of_studies_that_there_are() -> None:
+    golden = GOLDEN.read_text(encoding="utf-8").splitlines()
+    assert sorted({line.split(":", 1)[0] for line in golden}) == STUDIES
+
+
+def test_a_dry_run_shows_the_sizes() -> None:
+    """Before anything is submitted: GPUs, memory, time, cores and disk of every job."""
+    told = _snakemake("--profile", "slurm", "--config", "study=tofu-llama-2-7b")
+    assert told.returncode == 0, told.stderr
+    blocks = (told.stdout + told.stderr).split("rule finetune:")[1:]
+    (full,) = {
+        block.split("    resources:")[1].splitlines()[0]
+        for block in blocks
+        if "wildcards: method=full" in block.split("    resources:")[0]
+    }
+    for size in ("gpu=4", "nodes=1", "mem_mb=", "runtime=", "cpus_per_task=32", "disk_mb="):
+        assert size in full
+
+
+def test_a_job_that_is_tried_again_asks_for_more(plan: Plan) -> None:
+    """It may have ended for want of memory or of time; the site's limits are not passed."""
+    for job in plan("tofu-phi-1.5", "slurm"):
+        if job.rule.name in ("finetune", "benchmark", "score_base"):
+            first = dict(job.resources.items())
+            job.attempt = 2
+            second = dict(job.resources.items())
+            job.attempt = 1
+            assert second["mem_mb"] == pytest.approx(1.5 * first["mem_mb"], abs=2)
+            assert second["runtime"] == 2 * first["runtime"]
+            assert second["gpu"] == first["gpu"]
+
+
+def test_a_site_of_other_machines_changes_what_is_asked(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a site stands in the rules: smaller GPUs are more of them, and longer."""
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "partitions: {short: {max_runtime: 8h, max_gpu: 4, max_mem_mb: 500000}}\n"
+        "machines: {device: L40S, count: 2, gpus: 4, cpus: 16, memory_gb: 500}\n"
+    )
+    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", str(site))
     jobs = [job for job in plan("tofu-llama-2-7b", "slurm") if job.rule.name == "finetune"]
-    lines = {job.wildcards["method"]: _sbatch(job) for job in jobs}
-    assert lines.pop("full") == ("-p gpu -t 720 --mem 256000 --nodes=1 --cpus-per-task=8 --gpus=4")
-    assert set(lines.values()) == {SBATCH["finetune"]}
+    full = next(job for job in jobs if job.wildcards.method == "full")
+    assert (full.resources["gpu"], full.resources["nodes"]) == (8, 2)
+    assert all(job.resources["runtime"] <= 8 * 60 for job in jobs)
+    assert {job.resources["cpus_per_task"] for job in jobs} <= {4, 8, 16}
 
 
 def test_processes_may_be_spread_over_nodes(plan: Plan, tmp_path: Path) -> None:
@@ -508,9 +466,14 @@ def test_processes_may_be_spread_over_nodes(plan: Plan, tmp_path: Path) -> None:
     wide = tmp_path / "wide.yaml"
     wide.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     jobs = [job for job in plan(wide, "slurm") if job.rule.name == "finetune"]
-    lines = {job.wildcards["method"]: _sbatch(job) for job in jobs}
-    assert lines.pop("full") == "-p gpu -t 720 --mem 512000 --nodes=2 --cpus-per-task=8 --gpus=16"
-    assert set(lines.values()) == {SBATCH["finetune"]}
+    lines = {job.wildcards["method"]: sbatch(job) for job in jobs}
+    memory = dict(jobs[-1].resources.items())["mem_mb"]
+    (line,) = (lines.pop(job.wildcards["method"]) for job in jobs if job.resources["nodes"] == 2)
+    assert line.endswith("--nodes=2 --cpus-per-task=64 --gpus=16")
+    assert memory < 8 * 8000
+    assert {line.split("--mem")[1] for line in lines.values()} == {
+        " 8000 --nodes=1 --cpus-per-task=8 --gpus=1"
+    }
     assert all(job.resources["mpi"] is False for job in jobs)
     assert not any("mpi" in job.resources for job in plan("mini", "slurm"))
 
@@ -526,10 +489,8 @@ def test_more_processes_train_nothing_again(plan: Plan, tmp_path: Path) -> None:
         {(job.rule.name, *job.wildcards): job for job in plan(study, "slurm")}
         for study in ("mini", wider)
     )
-    assert [after["finetune", "full", "0"].resources[name] for name in ("gpu", "mem_mb")] == [
-        2,
-        2 * before["finetune", "full", "0"].resources["mem_mb"],
-    ]
+    assert after["finetune", "full", "0"].resources["gpu"] == 2
+    assert before["finetune", "full", "0"].resources["gpu"] == 1
     for key, job in after.items():
         if key[0] not in ("collect", "report", "all"):
             told = str(dict(job.params.items())).replace("/wider", "/mini")

@@ -229,13 +229,19 @@ def known_shape(model: str) -> Shape:
 
 
 def config_shape(config: Mapping[str, Any]) -> Shape:
-    """A decoder with the usual layers, from the keys of its config.json."""
+    """A decoder with the usual layers, from the keys of its config.json.
+
+    One whose keys have other names is taken for a model of 7 billion weights, marked as a guess.
+    """
+    config = config.get("text_config") or config
 
     def of(*names: str, default: int = 0) -> int:
         return next((int(config[n]) for n in names if config.get(n) is not None), default)
 
     width, blocks = of("hidden_size", "n_embd"), of("num_hidden_layers", "n_layer")
-    heads = of("num_attention_heads", "n_head")
+    heads, vocabulary = of("num_attention_heads", "n_head"), of("vocab_size")
+    if not (width and blocks and heads and vocabulary):
+        return known_shape("")
     inner = of("intermediate_size", "n_inner", default=4 * width)
     size = of("head_dim", default=width // heads)
     keys, queries = of("num_key_value_heads", default=heads) * size, heads * size
@@ -249,7 +255,6 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
         "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),
     } | ({"mlp.gate_proj": (inner, width)} if gated else {})
-    vocabulary = of("vocab_size")
     shapes = {
         f"model.layers.{number}.{name}": matrix
         for number in range(blocks)

@@ -22,9 +22,7 @@ if STUDY.base.pretrain:
             "../../envs/environment.yaml"
         threads: 8
         resources:
-            gpu=1,
-            mem_mb=16000,
-            runtime=lambda wildcards, attempt: 120 * attempt,
+            **sizes("pretrain_base", COSTS),
         params:
             code=code("pretrain_base"),
             seed=STUDY.seeds[0],
@@ -105,9 +103,7 @@ rule score_base:
     conda:
         "../../envs/environment.yaml"
     resources:
-        gpu=1,
-        mem_mb=64000,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        **sizes("score_base", COSTS),
     params:
         code=code("score_base"),
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),

@@ -44,9 +44,7 @@ rule benchmark:
     conda:
         "../../envs/environment.yaml"
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, attempt: 64000 * attempt,
-        runtime=lambda wildcards, attempt: 240 * attempt,
+        **sizes("benchmark", COSTS),
     params:
         code=code("benchmark"),
         spec=lambda wildcards: benchmark_spec(),
@@ -77,10 +75,9 @@ rule execute_programs:
     conda:
         "../../envs/environment.yaml"
     # One core starts some 25 programs a second; the models' jobs run beside each other.
-    threads: execution_threads()
+    threads: COSTS.program_cores
     resources:
-        mem_mb=4000,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        **sizes("execute_programs", COSTS),
     params:
         code=code("execute_programs"),
         sandbox=STUDY.benchmarks.sandbox,

@@ -27,18 +27,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from forgetting.benchmarks.known import benchmark, same_rows, splits_of
 from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
 from forgetting.check import check_inputs
+from forgetting.costs import Costs
 from forgetting.fingerprint import code_digest
 from forgetting.hub import HUB_ROWS
 from forgetting.load import is_local, load_study, study_source
 from forgetting.plan import budget_name, tunings
 from forgetting.records import InputError, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
+from forgetting.site import read_site
+from forgetting.sizing import sizes
 from forgetting.table_files import find_table
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
+SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"
 try:
     NAME, STUDY = load_study(config, STUDIES)
     check_inputs(STUDY, study_source(config, STUDIES).at)
+    COSTS = Costs(STUDY, read_site(SITE))
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -164,12 +169,6 @@ def prompt_files():
     return [table_file(refusals.table)] if refusals else []
 
 
-def execution_threads():
-    """Processor cores that run the programs of a model: more where answers are sampled."""
-    samples = [task.samples or 1 for task in STUDY.benchmarks.tasks.values()]
-    return min(8, -(-max(samples, default=1) // 8))
-
-
 def sandbox_hope(wildcards):
     """A word that changes when a model's programs were not run and now may be, and only then.
 
@@ -224,24 +223,9 @@ def cohort_spec(wildcards):
     )
 
 
-def processes(wildcards):
-    """How many processes, with a GPU each, train a method's runs together."""
-    return TUNINGS[wildcards.method].processes or 1
-
-
-def nodes(wildcards):
-    """Over how many machines the processes are spread."""
-    return TUNINGS[wildcards.method].nodes or 1
-
-
-def memory_of_processes(wildcards, attempt):
-    """Of each machine, in MB: as much for every process on it."""
-    return 64000 * attempt * processes(wildcards) // nodes(wildcards)
-
-
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
 SEVERAL_NODES = (
-    {"mpi": False} if any((t.nodes or 1) > 1 for t in TUNINGS.values()) else {}
+    {"mpi": False} if any(COSTS.team(name).nodes > 1 for name in TUNINGS) else {}
 )
 
 

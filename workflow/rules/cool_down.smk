@@ -24,10 +24,7 @@ rule cool_down:
         "../../envs/environment.yaml"
     resources:
         **SEVERAL_NODES,
-        gpu=processes,
-        nodes=nodes,
-        mem_mb=memory_of_processes,
-        runtime=lambda wildcards, attempt: 720 * attempt,
+        **sizes("cool_down", COSTS),
     params:
         code=code("cool_down"),
         # What trains is one code for trunks and branches.

@@ -26,11 +26,7 @@ rule finetune:
         "../../envs/environment.yaml"
     resources:
         **SEVERAL_NODES,
-        # A process has a GPU of its own.
-        gpu=processes,
-        nodes=nodes,
-        mem_mb=memory_of_processes,
-        runtime=lambda wildcards, attempt: 720 * attempt,
+        **sizes("finetune", COSTS),
     params:
         code=code("finetune"),
         spec=cohort_spec,

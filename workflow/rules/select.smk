@@ -56,9 +56,7 @@ rule interpolate:
     conda:
         "../../envs/environment.yaml"
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, attempt: 64000 * attempt,
-        runtime=lambda wildcards, attempt: 120 * attempt,
+        **sizes("interpolate", COSTS),
     params:
         code=code("interpolate"),
         chosen=chosen_options,

@@ -1,0 +1,124 @@
+"""The plan of a study as Snakemake makes it, and what SLURM would be told of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from snakemake.api import SnakemakeApi
+from snakemake.cli import parse_args
+from snakemake.jobs import Job
+from snakemake.settings.types import (
+    ConfigSettings,
+    DAGSettings,
+    OutputSettings,
+    Quietness,
+    ResourceSettings,
+)
+from snakemake_executor_plugin_slurm.partitions import get_best_partition, read_partition_file
+from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted(path.stem for path in (ROOT / "config" / "studies").glob("*.yaml"))
+GOLDEN = ROOT / "tests" / "golden" / "sbatch.txt"
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """Put back what the Snakefile changes: environment, path and folder of this process."""
+    environment, path, folder = dict(os.environ), list(sys.path), Path.cwd()
+    yield
+    os.chdir(folder)
+    sys.path[:] = path
+    os.environ.clear()
+    os.environ.update(environment)
+    logging.getLogger("snakemake").handlers.clear()
+
+
+def planned(workdir: Path, study: str | Path, profile: str = "default", **config: Any) -> list[Job]:
+    """Every job of a study in an empty folder, without running anything."""
+    if not (workdir / "config").exists():
+        (workdir / "config").symlink_to(ROOT / "config")
+    resources, executor = _profile_settings(profile)
+    with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:
+        workflow = api.workflow(
+            snakefile=ROOT / "Snakefile",
+            workdir=workdir,
+            config_settings=ConfigSettings(config={"study": str(study), **config}),
+            resource_settings=resources,
+        )
+        dag = workflow.dag(DAGSettings(forceall=True))
+        dag.execute_workflow(executor=executor, pseudo_executor="dryrun")
+        return list(workflow._workflow.dag.jobs)
+
+
+def told_options(*options: str) -> Any:
+    """What the command line makes of these options and of the profiles in the checkout."""
+    folder, argv = Path.cwd(), sys.argv
+    os.chdir(ROOT)
+    sys.argv = ["snakemake", *options]  # profiles/default looks at it
+    try:
+        return parse_args([*options])[1]
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+
+
+def _profile_settings(profile: str) -> tuple[ResourceSettings, str]:
+    options = ["--dry-run"] if profile == "default" else ["--profile", profile, "--dry-run"]
+    arguments = told_options(*options)
+    settings = ResourceSettings(
+        cores=arguments.cores,
+        nodes=arguments.jobs,
+        resources=arguments.resources,
+        default_resources=arguments.default_resources,
+        overwrite_resources=arguments.set_resources,
+        overwrite_threads=arguments.set_threads,
+    )
+    return settings, arguments.executor or "local"
+
+
+def local_rules() -> list[str]:
+    """Rules that run where snakemake does; a plan without execution takes all for local."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
+    rules = re.split(r"^ *rule (?=\w+:$)", text, flags=re.MULTILINE)[1:]
+    return [rule.split(":", 1)[0] for rule in rules if "localrule: True" in rule]
+
+
+def sbatch(job: Job) -> str:
+    """What the plugin would say to sbatch after the job's name, log and comment."""
+    partitions = read_partition_file(ROOT / "profiles" / "slurm" / "partitions.yaml")
+    partition = get_best_partition(partitions, job, logging.getLogger())
+    parameters = {
+        "run_uuid": "run",
+        "slurm_logfile": "log",
+        "comment_str": "comment",
+        "account": "",
+        "partition": f"-p {partition}" if partition else "",
+        "workdir": None,
+    }
+    line = get_submit_command(job, parameters) + set_gres_string(job)
+    return " ".join(line.split("--comment comment")[1].split())
+
+
+def kinds(jobs: list[Job]) -> dict[str, str]:
+    """What is told to sbatch for each kind of job: of a rule, a method and a budget."""
+    local, found = ("all", *local_rules()), {}
+    for job in jobs:
+        if job.rule.name not in local:
+            named = [job.wildcards.get(name) for name in ("method", "budget")]
+            kind = " ".join(filter(None, [job.rule.name, *named]))
+            assert found.setdefault(kind, sbatch(job)) == sbatch(job)
+    return found
+
+
+def golden_lines(study: str, jobs: list[Job]) -> list[str]:
+    """The lines of a study in golden/sbatch.txt."""
+    return sorted(f"{study}: {kind}: {line}" for kind, line in kinds(jobs).items())

@@ -1,0 +1,253 @@
+"""What jobs cost: bytes as torch counts them, arithmetic, and what follows for SLURM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig
+
+from forgetting.adapters import attach, round_frozen
+from forgetting.case import Case, Team
+from forgetting.checkpoints import Progress, write_checkpoint
+from forgetting.costs import ON_DEVICES, SUBMITTED, Costs
+from forgetting.durations import generation_seconds, step_seconds
+from forgetting.footprint import activation, checkpoint_bytes, trained_state, training_bytes
+from forgetting.fused import trained_weights
+from forgetting.hardware import GPUS, Device, cores, find_device
+from forgetting.load import load_study
+from forgetting.models import Model
+from forgetting.optimize import make_optimizer
+from forgetting.plan import Tuning, tunings
+from forgetting.records import InputError
+from forgetting.sections.method import Setting
+from forgetting.shape import config_shape
+from forgetting.site import Site, read_site
+from forgetting.sizing import asked, sizes
+from forgetting.study import Study
+
+STUDIES = Path(__file__).resolve().parents[1] / "config" / "studies"
+NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+CONFIG = LlamaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=320, tie_word_embeddings=False,
+)  # fmt: skip
+FULL = Tuning(name="full", kind="full", label="full", settings=[Setting(learning_rate=1e-3)])
+LORA = Tuning(
+    name="lora-r8", kind="lora", label="rank 8", rank=8, alpha=8.0,
+    settings=[Setting(learning_rate=1e-3)],
+)  # fmt: skip
+
+
+def _study(name: str = "tofu-phi-1.5", **changes: Any) -> Study:
+    study = load_study({"study": name}, STUDIES)[1]
+    training = study.training.model_copy(update=changes)
+    return study.model_copy(update={"training": training})
+
+
+class _OfConfig(Case):
+    """A study with a model that torch can build here."""
+
+    config: PretrainedConfig = CONFIG
+
+    @property
+    def shape(self) -> Any:
+        """The size of the model."""
+        return config_shape(self.config.to_dict())
+
+
+def _case(device: Device, config: PretrainedConfig = CONFIG, **changes: Any) -> Case:
+    case = _OfConfig(_study(**changes), device)
+    object.__setattr__(case, "config", config)
+    return case
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _stepped(tuning: Tuning, optimizer: str) -> tuple[Model, torch.optim.Optimizer]:
+    """A model after a step: weights, gradients and the optimizer's state are there."""
+    study = _study(optimizer=optimizer)
+    model = attach(AutoModelForCausalLM.from_config(CONFIG), tuning, seed=0)
+    stepped = make_optimizer(trained_weights(model), study.training, tuning.settings[0])
+    model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    stepped.step()
+    return model, stepped
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lionw"])
+def test_weights_gradients_and_moments_are_as_large_as_torch_makes_them(
+    tuning: Tuning, optimizer: str, tmp_path: Path
+) -> None:
+    """16 bytes a trained weight with AdamW, 12 with Lion; and a checkpoint is as large on disk."""
+    model, stepped = _stepped(tuning, optimizer)
+    weights = list(model.parameters())
+    state = [v for s in stepped.state.values() for v in s.values() if torch.is_tensor(v)]
+    moments = [tensor for tensor in state if tensor.ndim]
+    held = _bytes(weights) + _bytes(w.grad for w in weights if w.grad is not None)
+    case = _case(cores(1), optimizer=optimizer)
+    told = trained_state(case, tuning, Team())
+    assert told == held + _bytes(moments)
+    write_checkpoint(model, stepped, Progress(step=1), tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert checkpoint_bytes(case, tuning) == pytest.approx(written, rel=0.1)
+
+
+def test_frozen_matrices_under_an_adapter_are_stored_in_half() -> None:
+    model = attach(AutoModelForCausalLM.from_config(CONFIG), LORA, seed=0)
+    round_frozen(model, torch.bfloat16)
+    held = _bytes(model.parameters()) + _bytes(
+        tensor for w in trained_weights(model).values() for tensor in (w, w, w)
+    )
+    assert trained_state(_case(GPUS["H100"]), LORA, Team()) == held
+
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 320}
+MODELS = {
+    "llama": LlamaConfig(intermediate_size=688, num_key_value_heads=8, **WIDE),
+    "grouped": LlamaConfig(intermediate_size=1024, num_key_value_heads=2, **WIDE),
+    "phi": PhiConfig(intermediate_size=1024, **WIDE),
+}
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.05], ids=["full", "lora", "dropout"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_about_what_the_graph_keeps(
+    name: str, dropout: float | None, half: bool
+) -> None:
+    """Never more than is told, and not much less: what a block more keeps, measured by hooks."""
+    config = MODELS[name]
+    tuning = FULL if dropout is None else LORA.model_copy(update={"dropout": dropout})
+    kept = (_kept(config, 3, tuning, half) - _kept(config, 1, tuning, half)) / 2
+    device = GPUS["H100"] if half else cores(1)
+    told = activation(_case(device, config), tuning)
+    assert kept <= told <= 1.5 * kept
+
+
+def _kept(config: PretrainedConfig, blocks: int, tuning: Tuning, half: bool) -> float:
+    """Bytes a token that a forward pass keeps, but for weights and their rounded copies."""
+    config.num_hidden_layers = blocks
+    model = attach(AutoModelForCausalLM.from_config(config), tuning, seed=0).train()
+    round_frozen(model, torch.bfloat16 if half else torch.float32)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            held[place] = tensor
+        return tensor
+
+    rows, length = 4, 64
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+    trained = [w for n, w in model.named_parameters() if w.ndim == 2 and ".layers." in n]
+    copies = 2 * sum(w.numel() for w in trained if w.requires_grad) if half else 0
+    return (_bytes(held.values()) - copies) / (rows * length)
+
+
+def test_a_step_takes_its_arithmetic_or_its_launches() -> None:
+    """6 N FLOPs a token at 40 % of the peak if steps are large, else the launches of 24 blocks."""
+    device = GPUS["H100"]
+    large = Case(_study("biderman-math-cpt"), device)
+    full = large.shape.training(FULL, 4096.0, 1.0, True) * 192 * 4096 / 32
+    seconds = step_seconds(large, FULL, Team(32, 4))
+    assert seconds == pytest.approx(full / (0.4 * 989e12), rel=0.05)
+    small = Case(_study("tofu-phi-1.5", batch_size=1, micro_batch_size=1), device)
+    update = 44 * small.shape.parameters / device.bandwidth
+    assert step_seconds(small, FULL, Team()) == pytest.approx(24 * 1.7e-3 + update)
+
+
+def test_time_falls_with_processes_and_rises_with_tokens() -> None:
+    case = Case(_study("biderman-math-cpt"), GPUS["H100"])
+    for tuning in (FULL, LORA):
+        times = [step_seconds(case, tuning, Team(n)) for n in (1, 2, 4, 8)]
+        assert times == sorted(times, reverse=True)
+    few, many = (generation_seconds(case, n, 128, 40.0, 100.0) for n in (128, 256))
+    assert many == pytest.approx(2 * few)
+
+
+def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
+    """Four of 80 GB, two of 141 GB, eight of 48 GB; adapters always one."""
+    for device, processes in {"H100": 4, "A100": 4, "H200": 2, "L40S": 8}.items():
+        site = Site.model_validate({"machines": {"device": device}})
+        costs = Costs(_study("tofu-llama-2-7b"), site)
+        assert costs.team("full").processes == processes
+        for name, tuning in costs.tunings.items():
+            if tuning.kind == "lora":
+                assert costs.team(name) == Team()
+            # What rank 512 trains takes 20 GB beside the base.
+            if (device, name) != ("L40S", "lora-r512"):
+                used = training_bytes(costs.case, tuning, costs.team(name))
+                assert used <= costs.case.device.usable
+
+
+def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
+    site = Site()
+    costs = Costs(_study("biderman-math-cpt"), site)
+    for name in costs.tunings:
+        assert costs.team(name).nodes > 1
+        assert costs.of("finetune", {"method": name}).seconds <= 60 * site.longest / 1.5
+    weeks = Costs(_study("biderman-math-cpt"), Site(longest=60 * 24 * 60))
+    assert {weeks.team(name).nodes for name in weeks.tunings} == {1}
+
+
+def test_what_a_study_says_of_processes_holds() -> None:
+    study = _study("mini")
+    method = study.methods[-1].model_copy(update={"processes": 6, "nodes": 3})
+    costs = Costs(study.model_copy(update={"methods": [method]}), Site())
+    assert costs.team("full") == Team(6, 3)
+
+
+@pytest.mark.parametrize("study", NAMES)
+def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: str) -> None:
+    """Of memory and time, until the site's limits are reached; at least eight gigabytes."""
+    costs = Costs(_study(study), Site())
+    for rule in SUBMITTED:
+        if rule == "pretrain_base" and not costs.study.base.pretrain:
+            continue
+        method = next(iter(costs.tunings))
+        budget = next(iter(costs.budgets), "")
+        cost = costs.of(rule, {"method": method, "budget": budget if rule == "cool_down" else ""})
+        told = [asked(rule, cost, costs.site, attempt) for attempt in (1, 2, 3, 9)]
+        for name, limit in {"mem_mb": costs.site.largest, "runtime": costs.site.longest}.items():
+            values = [each[name] for each in told]
+            assert values == sorted(values)
+            assert values[-1] <= limit
+            assert values[1] > values[0] or values[0] == limit
+        assert told[0]["mem_mb"] >= (8000 if rule in ON_DEVICES else 4000)
+        assert set(sizes(rule, costs)) == set(told[0])
+
+
+def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device: H300 is not known; give one of H100"):
+        find_device("H300", 1)
+    site = tmp_path / "site.yaml"
+    for text, message in {
+        "machines: {device: H300}": "machines.device: H300 is not known",
+        "machines: {gpu: 8}": "machines.gpu: Extra inputs are not permitted",
+        "partitions: {gpu: {max_runtime: soon}}": "max_runtime: soon; give minutes",
+        "[": "not a file of a site",
+    }.items():
+        site.write_text(text)
+        with pytest.raises(InputError) as told:
+            read_site(site)
+        assert str(told.value).startswith(f"{site}: ")
+        assert message in str(told.value)
+    site.write_text("partitions: {a: {max_runtime: 2d}, b: {max_runtime: 90}}\n")
+    assert read_site(site).longest == 2880
+
+
+def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:
+    """Eight runs of Phi in one pass; two of `mini` one after the other."""
+    for name, groups in {"tofu-phi-1.5": [8], "mini": [1, 1]}.items():
+        case = Case(_study(name), GPUS["H100"])
+        assert case.groups(tunings(case.study)[0], Team()) == groups
