@@ -42,6 +42,10 @@ report: $(READY) ## train, measure and render the study; STUDY=... and CONFIG="k
 	snakemake reports/tradeoff.html $(if $(OPTIONS),--config $(OPTIONS))
 	@echo "$(CURDIR)/reports/tradeoff.html"
 
+.PHONY: plan
+plan: $(READY) ## forecast jobs, GPU-hours, time, memory, disk: STUDY=... GPUS=32 DEVICE=H100
+	@python -m forgetting.forecast $(if $(GPUS),--gpus $(GPUS)) $(if $(DEVICE),--device $(DEVICE)) $(OPTIONS)
+
 .PHONY: dry-runs
 dry-runs: $(READY) ## plan every study under both profiles, offline
 	@for study in config/studies/*.yaml; do \

@@ -102,13 +102,14 @@ class Costs:
         if rule == "execute_programs":
             return self._programs()
         if rule not in ON_DEVICES:
-            return Cost({"local": LIGHT})
+            return Cost({} if rule == "all" else {"local": LIGHT})
         case = self.case
-        stages, used, disk = {"start": START + load_seconds(case)}, scoring_bytes(case), 1e8
+        start = START[case.device.is_gpu]
+        stages, used, disk = {"start": start + load_seconds(case)}, scoring_bytes(case), 1e8
         if rule == "pretrain_base":
             tokens = document_tokens(self.study)
             seconds = pretraining_seconds(case, case.shape, tokens)
-            stages = {"start": START, "pretraining": seconds}
+            stages = {"start": start, "pretraining": seconds}
             used, disk = 20.0 * case.shape.parameters, 4.0 * case.shape.parameters
         elif rule == "score_base":
             stages["probes"] = evaluation_seconds(case, Team())

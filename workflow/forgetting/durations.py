@@ -15,8 +15,9 @@ from forgetting.hardware import NETWORK, STORAGE
 from forgetting.plan import Tuning
 from forgetting.shape import Shape
 
-START = 30.0
-"""Seconds until Python, torch and transformers are there and the files are read."""
+START = {True: 30.0, False: 10.0}
+"""Seconds until Python, torch and transformers are there and the files are read: from a shared file
+system, with CUDA, or from a disk without it."""
 
 PADDED = 1.2
 """Tokens of passes over pairs of question and answer, per token that is not padding."""
@@ -129,7 +130,7 @@ def run_seconds(
     written = checkpoint_bytes(case, tuning)
     writing = written / (team.processes if tuning.kind == "full" else 1) / STORAGE
     return {
-        "start": START + len(groups) * load_seconds(case),
+        "start": START[case.device.is_gpu] + len(groups) * load_seconds(case),
         "training": training,
         "probes": runs * evaluations * evaluation_seconds(case, team),
         "checkpoints": runs * (evaluations + stored) * writing,

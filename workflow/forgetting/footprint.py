@@ -14,7 +14,7 @@ from forgetting.plan import Tuning
 MOMENTS = {"adamw": 8, "lionw": 4, "adafactor": 0.1}
 """Bytes of the optimizer's state, for each weight that is trained."""
 
-PROCESS = {True: 4e9, False: 1e9}
+PROCESS = {True: 4e9, False: 1.5e9}
 """Bytes of the machine's memory that Python and its libraries take, with CUDA's and without."""
 
 

@@ -1,0 +1,213 @@
+"""The forecast of a study: its schedule, what corrects it, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forgetting.calibrate import compare, factors, is_device
+from forgetting.costs import Costs
+from forgetting.forecast import span
+from forgetting.jobs import Planned
+from forgetting.load import load_study
+from forgetting.outlook import Forecast, forecast, with_machines
+from forgetting.records import InputError, write_json
+from forgetting.simulate import Work, longest_path, schedule
+from forgetting.site import Site
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = ROOT / "config" / "studies"
+
+
+def _random_jobs(seed: int, gpus: int = 1) -> dict[int, Work]:
+    """A random plan: each job waits for some of those before it."""
+    draw = random.Random(seed)
+    return {
+        number: Work(
+            seconds=draw.uniform(1, 100),
+            gpus=draw.choice([1, 1, gpus]),
+            after=frozenset(before for before in range(number) if draw.random() < 0.1),
+        )
+        for number in range(60)
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_schedule_lies_between_its_bounds(seed: int) -> None:
+    """No shorter than the longest path, or than all work on all GPUs; for jobs of one GPU, no
+    longer than both together (Graham 1969)."""
+    jobs = _random_jobs(seed)
+    ends = schedule(jobs, machines=2, gpus=4, most=99)
+    wall, work = max(ends.values()), sum(job.area for job in jobs.values()) / 8
+    path = sum(jobs[number].seconds for number in longest_path(jobs))
+    assert max(path, work) <= wall * (1 + 1e-9)
+    assert wall <= work + path
+    for number, job in jobs.items():
+        assert all(ends[number] >= ends[before] + job.seconds - 1e-6 for before in job.after)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_gpu_does_one_job_after_the_other_and_many_wait_for_nothing(seed: int) -> None:
+    jobs = _random_jobs(seed)
+    one = max(schedule(jobs, machines=1, gpus=1, most=99).values())
+    assert one == pytest.approx(sum(job.seconds for job in jobs.values()))
+    many = max(schedule(jobs, machines=60, gpus=1, most=99).values())
+    assert many == pytest.approx(sum(jobs[number].seconds for number in longest_path(jobs)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gpus_are_never_given_twice(seed: int) -> None:
+    """Nor more jobs submitted at once than the profile allows; jobs of a machine stay on one."""
+    jobs = _random_jobs(seed, gpus=3)
+    for most in (3, 99):
+        ends = schedule(jobs, machines=2, gpus=4, most=most)
+        for now in ends.values():
+            running = [
+                jobs[n] for n, end in ends.items() if end - jobs[n].seconds <= now - 1e-6 < end
+            ]
+            assert sum(job.gpus for job in running) <= 8
+            assert len(running) <= most
+
+
+def test_jobs_of_several_machines_take_all_of_their_gpus() -> None:
+    wide, narrow = Work(10.0, gpus=8, nodes=2), Work(1.0, gpus=1)
+    assert schedule({0: narrow, 1: wide}, machines=2, gpus=8, most=9) == {0: 1.0, 1: 11.0}
+    with pytest.raises(ValueError, match="more GPUs than the machines have"):
+        schedule({0: wide}, machines=1, gpus=8, most=9)
+
+
+def _forecast(name: str, results: Path, gpus: int = 32) -> Forecast:
+    costs = Costs(load_study({"study": name}, STUDIES)[1], with_machines(Site(), None, gpus))
+    jobs: dict[int, Planned] = {0: Planned("score_base", {}, frozenset())}
+    cohorts = [(method, str(seed)) for method in costs.tunings for seed in costs.study.seeds]
+    for method, seed in cohorts:
+        wildcards = {"method": method, "seed": seed}
+        jobs[len(jobs)] = Planned("finetune", wildcards, frozenset({0}))
+        for budget in costs.budgets:
+            trunk = frozenset({len(jobs) - 1}) if budget == next(iter(costs.budgets)) else None
+            after = trunk or jobs[len(jobs) - 1].after
+            jobs[len(jobs)] = Planned("cool_down", wildcards | {"budget": budget}, after)
+    return forecast(costs, jobs, results)
+
+
+def test_paper_studies_are_near_independent_estimates(tmp_path: Path) -> None:
+    """Of training alone, by FLOPs that others counted, at 40 % of the peak; docs/cluster.md says
+    what the rest is.
+
+    Biderman et al., mathematics: 3,600 EFLOP without recomputed activations, which take a third
+    more of full fine-tuning and half more of adapters. TOFU, ten epochs of some 80 runs: 4.1 EFLOP,
+    1.14 hours at the peak, for each of three seeds; thrice that at 40 % and with padding.
+    """
+    maths = _forecast("biderman-math-cpt", tmp_path)
+    hours = maths.gpu_hours * maths.shares["training"]
+    assert hours == pytest.approx(1.4 * 3600e18 / (0.4 * 989e12) / 3600, rel=0.15)
+    tofu = [_forecast(name, tmp_path) for name in ("tofu-phi-1.5", "tofu-llama-2-7b")]
+    hours = sum(found.gpu_hours * found.shares["training"] for found in tofu)
+    floor = 3 * 1.14
+    assert 2 * floor < hours < 4 * floor
+
+
+def test_more_gpus_take_no_longer(tmp_path: Path) -> None:
+    walls = [_forecast("tofu-phi-1.5", tmp_path, gpus).wall_hours for gpus in (1, 2, 4, 8, 16, 32)]
+    assert walls == sorted(walls, reverse=True)
+    assert walls[0] > 5 * walls[-1]
+
+
+def test_finished_runs_on_such_a_device_correct_the_forecast(tmp_path: Path) -> None:
+    """Twice the seconds of training forecast make twice the seconds; other devices do not count."""
+    before = _forecast("tofu-phi-1.5", tmp_path)
+    costs, (runs, rest) = before.costs, (8, 21)
+    stages = costs.of("finetune", {"method": "lora-r8"}).stages
+    training = 2 * stages["training"] / runs
+    others = 3 * (stages["probes"] + stages["checkpoints"]) / runs
+    record = {
+        "run": "lora-r8/seed0/lr0.0001-wd0",
+        "status": "ok",
+        "steps": costs.case.schedule.steps,
+        "points": [[0, 0, 0]] * rest,
+        "training_seconds": training,
+        "wall_seconds": training + others,
+        "tokens_per_second": 1.0,
+        "peak_memory_gib": 60.0,
+        "device": "NVIDIA H100 80GB HBM3",
+        "processes": 1,
+    }
+    write_json(tmp_path / "state" / record["run"] / "key" / "run.json", record)
+    found = compare(costs, tmp_path)
+    assert [each.run for each in found] == [record["run"]]
+    assert factors(found, "A100").runs == 0
+    by = factors(found, "H100")
+    assert (by.training, by.rest) == pytest.approx((2.0, 3.0))
+    after = _forecast("tofu-phi-1.5", tmp_path)
+    for stage, factor in {"training": 2.0, "probes": 3.0, "start": 1.0}.items():
+        hours = [each.gpu_hours * each.shares[stage] for each in (before, after)]
+        assert hours[1] == pytest.approx(factor * hours[0]), stage
+
+
+def test_devices_are_known_by_their_names_in_records() -> None:
+    assert is_device("NVIDIA H100 80GB HBM3", "H100")
+    assert is_device("CPU, 2 of 2 threads", "CPU")
+    assert not is_device("NVIDIA H200", "H100")
+
+
+def test_times_are_read_easily() -> None:
+    assert [span(s) for s in (5.4, 600, 3600 * 5, 86400 * 9)] == [
+        "5 s",
+        "10.0 min",
+        "5.0 h",
+        "9.0 d",
+    ]
+
+
+def test_gpus_are_whole_machines_or_a_part_of_one() -> None:
+    assert with_machines(Site(), "A100", 4).machines.model_dump() == {
+        "device": "A100", "count": 1, "gpus": 4, "cpus": 48, "memory_gb": 2000.0,
+    }  # fmt: skip
+    assert with_machines(Site(), None, 64).devices == 64
+    with pytest.raises(InputError, match="--gpus 12: machines have 8"):
+        with_machines(Site(), None, 12)
+
+
+def _told(*options: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "forgetting.forecast", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "workflow")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_plan_is_printed_without_a_gpu_or_a_download(tmp_path: Path) -> None:
+    """All jobs that Snakemake plans, in seconds, by the command that `make plan` runs."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    output = tmp_path / "forecast.json"
+    done = _told("study=tofu-phi-1.5", "--gpus", "32", "--output", str(output), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(output.read_text())
+    assert numbers["jobs"]["finetune"] == 15
+    assert (numbers["gpus"], numbers["device"]) == (32, "H100")
+    assert sum(numbers["shares"].values()) == pytest.approx(1.0)
+    first = done.stdout.splitlines()[0]
+    assert first.startswith(f"tofu-phi-1.5: 70 jobs, {numbers['gpu_hours']:.1f} GPU-hours; ")
+    for word in ("finetune lora-r512", "benchmark", "GPU-hours by stage: ", "download 2.9 GB"):
+        assert word in done.stdout
+    assert not list(tmp_path.glob("re*"))
+
+
+def test_what_is_wrong_with_the_question_is_told_in_a_line() -> None:
+    for options, message in {
+        ("study=nowhere",): "study=nowhere: there is no ",
+        ("--device", "H300", "study=mini"): "device: H300 is not known",
+    }.items():
+        done = _told(*options)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
