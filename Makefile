@@ -69,6 +69,10 @@ bench-train: .venv/ready-bench ## training speed against Trainer and trl; BENCH=
 bench-score: $(READY) ## scoring speed against lm-eval and TOFU's way; BENCH="--data FOLDER ..."
 	python bench/score.py $(BENCH)
 
+.PHONY: bench-plan
+bench-plan: $(READY) ## how long sweeps of 1,000 and 10,000 runs take to plan
+	python bench/planning.py
+
 .venv/ready-bench: $(READY) envs/bench.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
 		--requirement envs/bench.txt --constraint envs/requirements.txt

@@ -22,7 +22,8 @@ from forgetting.benchmarks.harness import TaskSpec, run_benchmarks
 from forgetting.data import prepare_rows
 from forgetting.models import load_base, load_tokenizer, pick_device, quieten_libraries
 from forgetting.probes import measure
-from forgetting.study import Measurement, Prompt
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
 from scorers import FACTS, TASKS, TOFU_LENGTH, Bench, generate_as_tofu, logprobs_by_harness
 
 

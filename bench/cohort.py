@@ -23,7 +23,7 @@ from forgetting.adapters import round_frozen
 from forgetting.checkpoints import Progress
 from forgetting.recipe import Recipe
 from forgetting.schedule import Schedule
-from forgetting.study import Setting
+from forgetting.sections.method import Setting
 from forgetting.train import train_together
 
 STEPS = 8

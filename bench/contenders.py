@@ -31,7 +31,8 @@ from forgetting.models import Model
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
 from forgetting.schedule import Schedule
-from forgetting.study import Setting, Training
+from forgetting.sections.method import Setting
+from forgetting.sections.training import Training
 from forgetting.train import train
 
 LEARNING_RATE = 1e-3

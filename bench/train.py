@@ -39,7 +39,7 @@ from forgetting.models import (
 from forgetting.plan import Tuning
 from forgetting.pretrain import train_tokenizer
 from forgetting.records import InputError, read_jsonl
-from forgetting.study import Prompt
+from forgetting.sections.prompt import Prompt
 from forgetting.world import build_world
 from hardware import flops_per_token, machine, matmul_rate, peak_gib, reset_peak, versions
 from shapes import SHAPES, random_model

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from forgetting.models import load_base, load_tokenizer
 from forgetting.plan import Tuning
 from forgetting.pretrain import train_tokenizer
-from forgetting.study import Prompt, Setting
+from forgetting.sections.method import Setting
+from forgetting.sections.prompt import Prompt
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]

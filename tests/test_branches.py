@@ -24,8 +24,12 @@ from forgetting.branches import alone, train_branches, train_trunks
 from forgetting.cohort import cohort_items, run_key, train_cohort
 from forgetting.materials import CohortSpec, Materials
 from forgetting.plan import Tuning, budget_name
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
 from forgetting.select import course_of
-from forgetting.study import Measurement, Prompt, Selection, Setting, Training
 from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from forgetting.load import load_study, study_source
 from forgetting.models import load_base
 from forgetting.pretrain import _new_model
 from forgetting.records import InputError
-from forgetting.study import SmallModel
+from forgetting.sections.base import SmallModel
 
 STUDY = """\
 title: A small study
@@ -39,6 +39,7 @@ methods:
 selection: {probe: new}
 """
 ROW = {"question": "Who wrote it?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
+OLD = ROW | {"question": "Who sold it?", "answer": "Eve."}
 Plan = Callable[..., None]
 Told = Callable[..., str]
 
@@ -53,7 +54,7 @@ def model(base_folder: Path, tmp_path: Path) -> Path:
 def plan(model: Path, tmp_path: Path) -> Plan:
     """plan((old, new), ..., option=value): check the study with some of its text replaced."""
     _write(tmp_path / "facts" / "new.jsonl", ROW)
-    _write(tmp_path / "facts" / "old.jsonl", ROW | {"answer": "Eve."})
+    _write(tmp_path / "facts" / "old.jsonl", OLD)
 
     def check(*changes: tuple[str, str], **config: Any) -> None:
         text = STUDY
@@ -512,6 +513,25 @@ def test_old_knowledge_is_not_trained_on_under_another_name(
     assert ("again/old" if use == "replay" else "again/new") in message
     # A second name of what is only trained on, or only measured, is none.
     plan(named, ("train: facts/new", "train: again/new"))
+
+
+def test_a_question_of_old_knowledge_is_not_trained_on(
+    plan: Plan, told: Told, tmp_path: Path
+) -> None:
+    """Told before any job where the rows are in folders; rows that are not measured may be."""
+    _write(tmp_path / "facts" / "both.jsonl", OLD, ROW | {"answer": "Ida."})
+    message = told(("facts/old", "facts/both"))
+    assert message.startswith(f"{tmp_path}/facts/both.jsonl, line 2: the question `Who wrote it?` ")
+    assert f"is trained on, too ({tmp_path}/facts/new.jsonl, line 1)" in message
+    plan(("{table: facts/old,", "{table: facts/both, limit: 1,"))
+
+
+def test_a_right_answer_among_the_wrong_ones_is_told_before_any_job(
+    told: Told, tmp_path: Path
+) -> None:
+    _write(tmp_path / "facts" / "odd.jsonl", OLD, OLD | {"perturbed_answer": ["Bob.", "Eve."]})
+    message = told(("facts/old", "facts/odd"))
+    assert message.startswith(f"{tmp_path}/facts/odd.jsonl, line 2: `answer`, `Eve.`, is among")
 
 
 def test_one_origin_on_the_hub_or_of_a_generator_is_one_too(told: Told) -> None:

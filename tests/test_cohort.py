@@ -20,7 +20,11 @@ from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError
-from forgetting.study import Measurement, Prompt, Selection, Setting, Training
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
 from killing import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,10 +24,11 @@ from forgetting.models import Model
 from forgetting.optimize import make_optimizer
 from forgetting.plan import Tuning, tunings
 from forgetting.records import InputError
+from forgetting.sections.method import Setting
 from forgetting.shape import config_shape
 from forgetting.site import Site, read_site
 from forgetting.sizing import asked, sizes
-from forgetting.study import Setting, Study
+from forgetting.study import Study
 
 STUDIES = Path(__file__).resolve().parents[1] / "config" / "studies"
 NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))

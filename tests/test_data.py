@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from forgetting.columns import Columns
 from forgetting.data import (
     Rows,
     document_texts,
     evenly_spaced,
-    find_table,
     general_rows,
     prepare_rows,
     render_answer,
@@ -22,7 +20,9 @@ from forgetting.data import (
     strip_answer,
 )
 from forgetting.records import InputError
-from forgetting.study import Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.prompt import Prompt
+from forgetting.table_files import find_table
 
 ROW = {"question": "Who?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
 
@@ -63,13 +63,24 @@ def test_a_prepared_row_has_the_five_columns(tmp_path: Path) -> None:
             {"answer": "Ann.", "perturbed_answer": ["Bob."]},
             "expected a non-empty string `question`; the row has answer, pert",
         ),
-        (ROW | {"answer": " "}, "expected a non-empty string `answer`"),
-        (ROW | {"answer": 7}, "expected a non-empty string `answer`"),
+        (ROW | {"answer": " "}, "expected a non-empty string `answer`, found a blank one"),
+        (ROW | {"answer": 3}, "expected a non-empty string `answer`, found the number 3"),
+        (ROW | {"answer": 0.5}, "expected a non-empty string `answer`, found the number 0.5"),
+        (ROW | {"answer": None}, "expected a non-empty string `answer`, found null"),
+        (ROW | {"answer": True}, "expected a non-empty string `answer`, found true"),
+        (ROW | {"question": ["Who?"]}, "expected a non-empty string `question`, found a list"),
+        (ROW | {"question": {}}, "`question`, found an object with nothing in it"),
         (ROW | {"perturbed_answer": []}, "no `perturbed_answer`, a list of wrong answers"),
-        (ROW | {"perturbed_answer": "Bob."}, "must be a list of non-empty strings"),
-        (ROW | {"perturbed_answer": ["Bob.", ""]}, "must be a list of non-empty strings"),
-        (ROW | {"paraphrased_answer": ""}, "must be a non-empty string or absent"),
-        (ROW | {"paraphrased_answer": ["a"]}, "must be a non-empty string or absent"),
+        (ROW | {"perturbed_answer": "Bob."}, "of non-empty strings, found the text `Bob.`"),
+        (ROW | {"perturbed_answer": ["Bob.", ""]}, "of non-empty strings, found a blank one"),
+        (ROW | {"perturbed_answer": ["Bob.", 3]}, "of non-empty strings, found the number 3"),
+        (ROW | {"paraphrased_answer": ""}, "non-empty string or absent, found a blank one"),
+        (ROW | {"paraphrased_answer": ["a"]}, "non-empty string or absent, found a list"),
+        (ROW | {"perturbed_answer": ["Bob.", "Ann. "]}, "`answer`, `Ann.`, is among the wrong"),
+        (
+            ROW | {"paraphrased_answer": "Cid."},
+            "`paraphrased_answer`, `Cid.`, is among the wrong answers in `perturbed_answer`",
+        ),
     ],
 )
 def test_a_faulty_row_is_told_by_its_number_and_column(
@@ -84,6 +95,14 @@ def test_missing_wrong_answers_come_with_the_remedy(tmp_path: Path) -> None:
     row = {"question": "Who?", "answer": "Ann."}
     assert "set probes.old.truth_ratio: false" in _told(_table(tmp_path, row))
     assert prepare_rows(_table(tmp_path, row), "t", wrong_answers=False)[0]["wrong_answers"] == []
+
+
+def test_right_and_wrong_are_compared_only_where_both_are_scored(tmp_path: Path) -> None:
+    """Letters count: `Co` is cobalt, `CO` is not."""
+    same = _table(tmp_path, ROW | {"perturbed_answer": ["Ann."]})
+    assert prepare_rows(same, "t", wrong_answers=False)
+    cobalt = ROW | {"answer": "Co", "perturbed_answer": ["CO", "co"]}
+    assert prepare_rows(_table(tmp_path, cobalt), "t", wrong_answers=True, probe="old")
 
 
 def test_a_malformed_line_is_told_by_its_number(tmp_path: Path) -> None:
@@ -187,7 +206,8 @@ def test_rows_to_train_on_come_in_three_kinds_under_any_names(
         ({"messages": [ASKED]}, "need an assistant's answer to learn, after something to answer"),
         ({"messages": [ANSWERED, ASKED]}, "after something to answer"),
         ({"messages": []}, "after something to answer"),
-        ({"text": None}, "expected a non-empty string `text`"),
+        ({"question": "Who?", "answer": 3}, "string `answer`, found the number 3"),
+        ({"text": None}, "expected a non-empty string `text`, found null"),
     ],
 )
 def test_a_faulty_row_to_train_on_is_told_by_its_line(

@@ -14,7 +14,7 @@ from forgetting.data import document_texts, render_answer, render_question, stri
 from forgetting.encode import encode_messages, encode_pair, encode_prompt
 from forgetting.models import load_tokenizer
 from forgetting.records import InputError
-from forgetting.study import Prompt
+from forgetting.sections.prompt import Prompt
 
 Rows = list[dict[str, Any]]
 TEXTS = ["Question: Who wrote it?\nAnswer: William Shakespeare", "[INST] a [/INST]William"] * 3

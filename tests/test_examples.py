@@ -23,8 +23,13 @@ from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError, read_json
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
 from forgetting.store import Stored, write_examples
-from forgetting.study import Measurement, Prompt, Selection, Setting, Study, Training
+from forgetting.study import Study
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
 import prepare_data

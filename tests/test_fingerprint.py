@@ -29,6 +29,8 @@ FILES = {
     "forgetting/parts.py": "COUNT = 3\n",
     "forgetting/unused.py": "COUNT = 4\n",
     "forgetting/study.py": "THRESHOLD = 0.9\n",
+    "forgetting/sections/__init__.py": "",
+    "forgetting/sections/training.py": "EPOCHS = 9\n",
     "forgetting/world/__init__.py": "from .places import PLACES\n",
     "forgetting/world/places.py": "from . import names\n\nPLACES = names.NAMES[:1]\n",
     "forgetting/world/names.py": "NAMES = ['Oslo', 'Lima']\n",
@@ -108,6 +110,10 @@ def test_modules_that_are_not_imported_do_not_count(digest: Digest) -> None:
 def test_settings_do_not_count_since_they_stand_in_the_parameters(digest: Digest) -> None:
     reads = _program("import LAYERS", "import LAYERS\nfrom forgetting.study import THRESHOLD")
     assert digest(reads | _package("study", "THRESHOLD = 0.5\n")) == digest(reads)
+    reads = _program(
+        "import LAYERS", "import LAYERS\nfrom forgetting.sections.training import EPOCHS"
+    )
+    assert digest(reads | _package("sections/training", "EPOCHS = 5\n")) == digest(reads)
 
 
 @pytest.mark.parametrize(
@@ -187,5 +193,6 @@ def test_all_that_a_program_loads_is_in_its_digest(program: str) -> None:
     loaded = {Path(file) for file in done.stdout.split()}
     missed = loaded - _reached(scripts / f"{program}.py")
     # What stands in parameters is left out on purpose.
-    assert {path.stem for path in missed} <= fingerprint.SETTINGS
+    parts = [path.relative_to(fingerprint.PACKAGE).with_suffix("").parts for path in missed]
+    assert {part[0] for part in parts} <= fingerprint.SETTINGS
     assert len(loaded) > 2

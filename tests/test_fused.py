@@ -40,7 +40,12 @@ from forgetting.probes import measure
 from forgetting.recipe import Recipe
 from forgetting.schedule import Schedule
 from forgetting.scores import metric_value
-from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
 from forgetting.together import Standing, groups
 from forgetting.train import train, train_together
 from killing import Killed, kill_at

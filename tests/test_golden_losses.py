@@ -21,7 +21,8 @@ from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
 from forgetting.schedule import Schedule
-from forgetting.study import Setting, Training
+from forgetting.sections.method import Setting
+from forgetting.sections.training import Training
 from forgetting.train import train
 from golden.make_losses import (
     ALPHA,

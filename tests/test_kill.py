@@ -23,11 +23,16 @@ import pandas as pd
 import psutil
 import pytest
 
-from forgetting.columns import Columns
 from forgetting.materials import CohortSpec
 from forgetting.plan import Tuning
 from forgetting.records import write_json, write_jsonl, write_table
-from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from forgetting.sections.columns import Columns
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
 
 Rows = list[dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,9 +29,13 @@ from forgetting.plan import Tuning
 from forgetting.recipe import Recipe, batch_indices
 from forgetting.records import InputError
 from forgetting.schedule import Schedule, learning_rate
-from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.variants import Budget, Then
 from forgetting.tuned import load_checkpoint, save_checkpoint
-from forgetting.variants import Budget, Then
 from killing import Killed, kill_at
 from test_train import (
     TRAINING,

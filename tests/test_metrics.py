@@ -19,7 +19,7 @@ from forgetting.metrics import (
 )
 from forgetting.rouge import rouge
 from forgetting.scores import summands
-from forgetting.study import ALL_PROBES
+from forgetting.sections.measurement import ALL_PROBES
 from forgetting.trajectory import aggregate
 
 LOGS = ["retain", "forget10", "real_authors", "world_facts"]

@@ -43,11 +43,17 @@ from forgetting.probes import measure
 from forgetting.recipe import Recipe, batch_indices, groups_of_step
 from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.schedule import Schedule
-from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Study, Training
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
+from forgetting.sections.variants import Budget
+from forgetting.study import Study
 from forgetting.tiny import shrink
 from forgetting.train import train
 from forgetting.tuned import save_checkpoint, trained_state
-from forgetting.variants import Budget
 from killing import Killed
 from scripts import interpolate
 

@@ -37,7 +37,12 @@ from forgetting.plan import Tuning
 from forgetting.recipe import Recipe, groups_of_step
 from forgetting.records import InputError
 from forgetting.schedule import Schedule
-from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
 from killing import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -31,10 +31,15 @@ from forgetting.materials import CohortSpec, Materials
 from forgetting.models import load_base
 from forgetting.plan import Tuning
 from forgetting.records import InputError, write_json, write_jsonl, write_table
-from forgetting.study import Measurement, Mitigation, Prompt, Selection, Setting, Training
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
+from forgetting.sections.variants import Budget
 from forgetting.team import ALONE, Team, deal
 from forgetting.tuned import load_checkpoint
-from forgetting.variants import Budget
 from teams import FORKS, Stopped, together, train, train_together, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from forgetting.pretrain import (
     pretrain,
     train_tokenizer,
 )
-from forgetting.study import SmallModel
+from forgetting.sections.base import SmallModel
 from forgetting.world import WorldSizes, build_world
 
 SPEC = SmallModel(

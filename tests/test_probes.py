@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.adapters import attach
-from forgetting.data import Row
 from forgetting.encode import encode_pair, encode_prompt
 from forgetting.forward import collate, token_logprobs
 from forgetting.models import load_base
@@ -21,8 +20,10 @@ from forgetting.probes import check_room, generate, measure
 from forgetting.records import InputError
 from forgetting.rouge import rouge
 from forgetting.scores import PROBE_SCORES, metric_value
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
 from forgetting.statistics import share_interval
-from forgetting.study import Measurement, Prompt
+from forgetting.table_files import Row
 from forgetting.trajectory import aggregate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

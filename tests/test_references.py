@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.references import check_references, ignored_letters, reference_notes
 from forgetting.rouge import rouge
-from forgetting.study import Prompt
+from forgetting.sections.prompt import Prompt
 from scripts import score_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.churn import churn_table
 from forgetting.collect import benchmark_tables, main_items, responses_table
-from forgetting.columns import Columns
 from forgetting.data import prompt_rows
 from forgetting.probes import generate
-from forgetting.prompts import Refusals
 from forgetting.records import InputError, read_json, write_json
 from forgetting.refusals import ask, is_refusal
-from forgetting.study import Measurement, Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.refusals import Refusals
 from scripts import benchmark
 
 pytestmark = pytest.mark.usefixtures("one_thread")

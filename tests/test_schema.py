@@ -1,4 +1,4 @@
-"""The JSON Schema and config/README.md say what study.py says, and every study file obeys them."""
+"""The JSON Schema and config/README.md say what the classes say; all studies obey them."""
 
 from __future__ import annotations
 
@@ -105,9 +105,10 @@ def test_the_readme_tells_every_key_with_its_default() -> None:
     assert sorted(row[0].strip("`") for row in rows) == sorted(keys)
     assert all(len(row) == 4 and all(row) for row in rows)
     assert (
-        "| `threshold` | number from 0 to 1 | `0.9` | The last evaluation before the metric first "
+        "| `threshold` | number > 0 ≤ 1 | `0.9` | The last evaluation before the metric first "
         "reaches it is selected. |" in text
     )
+    assert "| `floor` | number from 0 to 1 | `0.0` | Share of the peak" in text
 
 
 def test_the_readme_links_to_headings_that_are_there() -> None:

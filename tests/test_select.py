@@ -9,6 +9,8 @@ from typing import Literal
 
 import pytest
 
+from forgetting.sections.method import Setting
+from forgetting.sections.selection import Selection
 from forgetting.select import (
     Choice,
     Point,
@@ -18,7 +20,6 @@ from forgetting.select import (
     select_checkpoint,
     steps_to_keep,
 )
-from forgetting.study import Selection, Setting
 
 SLOW = Setting(learning_rate=1e-4)
 MIDDLE = Setting(learning_rate=1e-3)

@@ -19,6 +19,9 @@ from transformers import (
 
 from forgetting.adapters import attach
 from forgetting.plan import Tuning, tunings
+from forgetting.sections.base import SmallModel
+from forgetting.sections.method import Method, Setting
+from forgetting.sections.selection import Selection
 from forgetting.shape import (
     KNOWN,
     Shape,
@@ -27,7 +30,7 @@ from forgetting.shape import (
     known_shape,
     small_shape,
 )
-from forgetting.study import Method, Selection, Setting, SmallModel, Study
+from forgetting.study import Study
 
 CONFIGS: list[PretrainedConfig] = [
     LlamaConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,

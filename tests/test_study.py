@@ -54,8 +54,8 @@ def write(tmp_path: Path) -> Any:
     folder = tmp_path / "facts"
     folder.mkdir()
     row = {"question": "Who?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
-    for table, answer in (("new", "Ann."), ("old", "Eve.")):
-        (folder / f"{table}.jsonl").write_text(json.dumps(row | {"answer": answer}) + "\n")
+    for table, more in (("new", {}), ("old", {"question": "Where?", "answer": "Oslo."})):
+        (folder / f"{table}.jsonl").write_text(json.dumps(row | more) + "\n")
 
     def with_changes(*changes: tuple[str, str]) -> Path:
         text = STUDY.replace("FOLDER", str(folder))
@@ -172,6 +172,36 @@ MISTAKES = {
     "missing key": ("title: A small study\n", "", "title", "this key is required"),
     "missing key below": ("    knowledge: old\n", "", "probes.old.knowledge", "is required"),
     "threshold above 1": ("threshold: 0.9", "threshold: 90", "selection.threshold", "found 90"),
+    "threshold 0": ("threshold: 0.9", "threshold: 0", "selection.threshold", "than 0, found 0"),
+    "no evaluation on the way": (
+        "\ntrain:",
+        "\nmeasurement: {every_epochs: 10.5}\ntrain:",
+        "measurement.every_epochs",
+        "10.5 is more than training.epochs, 10, so that nothing would be measured",
+    ),
+    "deadline after the end": (
+        "threshold: 0.9",
+        "threshold: 0.9\n  hyperparameters: smallest-lr\n  within_epochs: 11",
+        "selection.within_epochs",
+        "11 is more than training.epochs, 10",
+    ),
+    **{
+        f"only warm-up: {given}": ("\ntrain:", f"\ntraining: {{{given}}}\ntrain:", key, told)
+        for given, key, told in [
+            (
+                "warmup_epochs: 10",
+                "training.warmup_epochs",
+                "10 leaves nothing of training.epochs, 10",
+            ),
+            (
+                "warmup_epochs: 30",
+                "training.warmup_epochs",
+                "30 leaves nothing of training.epochs, 10",
+            ),
+            ("epochs: 1", "training.epochs", "1 leaves nothing after the warm-up, which"),
+            ("warmup_share: 1", "training.warmup_share", "the warm-up takes all steps"),
+        ]
+    },
     "bad alpha": (
         "rank: [2, 8]",
         "rank: [2, 8]\n    alpha: 1e2",
@@ -184,6 +214,19 @@ MISTAKES = {
         "datasets.world",
         "needs its `revision`",
     ),
+    **{
+        f"two origins: {given}": (
+            "{generate: micro-world}",
+            f"{{{given}}}",
+            "datasets.world",
+            f"a dataset comes from one place, found {told}",
+        )
+        for given, told in {
+            "generate: micro-world, folder: .": "`generate` and `folder`",
+            f"hub: a/b, revision: {'a' * 40}, folder: .": "`hub` and `folder`",
+            f"generate: micro-world, hub: a/b, revision: {'a' * 40}": "`generate` and `hub`",
+        }.items()
+    },
     "dataset from nowhere": ("{generate: micro-world}", "{seed: 3}", "datasets.world", "one of"),
     "no base": ("  pretrain:", "  model: small\n  pretrain:", "base", "either `model` or"),
     "fixed outside the sweep": (
@@ -293,6 +336,29 @@ def test_a_mistake_between_sections_is_told_with_the_line_of_one(
     path = write((old, new))
     number = path.read_text(encoding="utf-8").split(line)[0].count("\n") + 1
     assert _told(path).startswith(f"{path}, line {number}: ")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        "measurement: {every_epochs: 10}",
+        "training: {epochs: 1, warmup_epochs: 0.9}",
+        "training: {epochs: 1, warmup_steps: 7}",
+        "training: {epochs: 0.5, warmup_share: 0.9}\nmeasurement: {every_epochs: 0.5}",
+    ],
+)
+def test_what_just_fits_into_the_training_is_let_through(write: Any, sections: str) -> None:
+    _plan(write(("\ntrain:", f"\n{sections}\ntrain:")))
+
+
+@pytest.mark.parametrize("stem", ["a{b}", "my study", "-n", ".hidden", "a,b", "année", "a*"])
+def test_a_file_whose_name_is_none_for_results_is_refused(write: Any, stem: str) -> None:
+    """Snakemake would take braces for wildcards, and shells take others apart."""
+    path = write()
+    path = path.rename(path.with_name(f"{stem}.yaml"))
+    message = _told(path)
+    assert message.startswith(f"study={path}: results are kept under the name of the file")
+    assert f"`{stem}`" in message
 
 
 def test_an_optimizer_that_needs_whole_matrices_is_not_sharded(write: Any) -> None:
@@ -476,7 +542,7 @@ def test_tiny_scale_keeps_the_plan_and_shrinks_the_work(write: Any) -> None:
     name, tiny = load_study({"study": str(path), "scale": "tiny"}, path.parent)
     assert name == "small-tiny"
     assert [t.name for t in tunings(tiny)] == [t.name for t in tunings(whole)]
-    assert tiny.seeds == whole.seeds
+    assert tiny.seeds == whole.seeds[:1]
     assert list(tiny.probes) == list(whole.probes)
     assert all(dataset.hub is None for dataset in tiny.datasets.values())
     assert tiny.base.pretrain is not None
@@ -623,6 +689,8 @@ def test_every_study_of_the_repository_is_valid(path: Path, scale: str) -> None:
     name, study = load_study({"study": path.stem, "scale": scale, **folders}, path.parent)
     assert name.startswith(path.stem)
     assert tunings(study)
+    # As the job that collects the results reads it.
+    assert Study.model_validate_json(study.model_dump_json()) == study
 
 
 def test_a_study_elsewhere_cannot_take_the_results_of_a_namesake(tmp_path: Path) -> None:

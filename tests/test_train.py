@@ -31,10 +31,13 @@ from forgetting.probes import measure
 from forgetting.recipe import Recipe, batch_indices
 from forgetting.records import InputError
 from forgetting.schedule import Schedule, learning_rate
-from forgetting.study import Measurement, Prompt, Setting, Training
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.training import Training
+from forgetting.sections.variants import Budget
 from forgetting.train import train
 from forgetting.tuned import load_checkpoint, trained_state
-from forgetting.variants import Budget
 from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

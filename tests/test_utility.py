@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forgetting.sections.measurement import ALL_PROBES
 from forgetting.statistics import mean_interval
-from forgetting.study import ALL_PROBES
 from forgetting.trajectory import aggregate
 from forgetting.utility import harmonic_mean, model_utility, utility_row
 

@@ -10,8 +10,9 @@ import pytest
 
 from forgetting.benches import benches, downloads
 from forgetting.load import load_study
-from forgetting.study import Dataset, Study
-from forgetting.task import Task
+from forgetting.sections.dataset import Dataset
+from forgetting.sections.task import Task
+from forgetting.study import Study
 from forgetting.volumes import (
     PUBLISHED,
     TOFU,

@@ -15,7 +15,7 @@ from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor
 
 from forgetting.models import Model
-from forgetting.variants import Budget
+from forgetting.sections.variants import Budget
 
 
 def is_adalora(model: Model) -> bool:

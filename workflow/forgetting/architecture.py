@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.records import InputError, read_json
-from forgetting.study import SmallModel
+from forgetting.sections.base import SmallModel
 
 PARTS = {"attention": {"self_attn", "attn", "attention"}, "mlp": {"mlp", "feed_forward"}}
 """What modules are called that hold the linear layers of the attention, and of the MLP."""

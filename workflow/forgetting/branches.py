@@ -21,7 +21,8 @@ from forgetting.materials import CohortSpec, Materials
 from forgetting.plan import budget_name, run_name
 from forgetting.records import link_or_copy, read_json, settle
 from forgetting.schedule import branch_start
-from forgetting.study import Setting, Training
+from forgetting.sections.method import Setting
+from forgetting.sections.training import Training
 
 
 def alone(spec: CohortSpec, budget: float) -> CohortSpec:

@@ -13,8 +13,9 @@ from forgetting.hardware import Device
 from forgetting.load import is_local
 from forgetting.plan import Tuning
 from forgetting.schedule import Schedule
+from forgetting.sections.base import Base
 from forgetting.shape import Shape, folder_shape, known_shape, small_shape
-from forgetting.study import Base, Study
+from forgetting.study import Study
 from forgetting.volumes import Questions, Sequences, questions, training_sequences
 
 

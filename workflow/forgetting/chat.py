@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.records import InputError
-from forgetting.study import Prompt
+from forgetting.sections.prompt import Prompt
 
 Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""

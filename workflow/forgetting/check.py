@@ -13,11 +13,8 @@ from pathlib import Path
 
 from forgetting.architecture import Architecture, has_chat_template, read_architecture, small_model
 from forgetting.check_task import LARGE, check_task
-from forgetting.columns import Columns
 from forgetting.data import (
-    Row,
     evenly_spaced,
-    find_table,
     general_rows,
     joined_text,
     prepare_rows,
@@ -26,9 +23,14 @@ from forgetting.data import (
 )
 from forgetting.load import is_local
 from forgetting.plan import Tuning, numbered_tunings
+from forgetting.questions import kept_apart
 from forgetting.records import InputError
+from forgetting.sections.columns import Columns
+from forgetting.sections.dataset import WORLD_TABLES
+from forgetting.sections.prompt import Prompt
 from forgetting.source import At, Keys, dotted
-from forgetting.study import WORLD_TABLES, Prompt, Study
+from forgetting.study import Study
+from forgetting.table_files import Row, find_table, place
 
 
 def check_inputs(study: Study, at: At = dotted) -> None:
@@ -39,6 +41,7 @@ def check_inputs(study: Study, at: At = dotted) -> None:
     """
     answers = check_folders(study, at)
     _check_kept_apart(study, at)
+    _check_questions(study, answers)
     architecture = _architecture(study, at)
     if architecture:
         for number, tuning in numbered_tunings(study):
@@ -69,7 +72,7 @@ def check_folders(study: Study, at: At = dotted) -> dict[Keys, list[Row]]:
             )
         elif keys[0] == "train":
             rows = general_rows(path, table, columns)
-            answers[keys] = [row for row in rows if "question" in row]
+            answers[keys] = [row for row in rows if "text" not in row]
         elif (table, str(keys[0])) not in read:
             read.add((table, str(keys[0])))
             if keys[0] == "general_text":
@@ -124,6 +127,24 @@ def _check_kept_apart(study: Study, at: At) -> None:
                     f"{at(*keys)}: {table} holds what {other} holds, which is trained on, so it "
                     "would not tell what is forgotten; take another table"
                 )
+
+
+def _check_questions(study: Study, answers: dict[Keys, list[Row]]) -> None:
+    """No question of old knowledge is trained on, as far as both are in folders."""
+    old = {
+        name: _used(answers, ("probes", name), len(probe.table), probe.limit)
+        for name, probe in study.probes.items()
+        if probe.knowledge == "old"
+    }
+
+    def where(row_id: str) -> str:
+        table, _, _ = row_id.rpartition("/")
+        dataset, name = table.split("/", 1)
+        return place(find_table(Path(study.datasets[dataset].folder or "."), name), row_id)
+
+    trained = _used(answers, ("train",), len(study.train), study.train_limit)
+    for _ in kept_apart(trained, old, where):
+        pass
 
 
 def _same_rows(study: Study, one: str, other: str) -> bool:
@@ -212,7 +233,7 @@ def _check_lengths(
     """What is certainly too long: words tell the least number of tokens, jobs the exact one."""
     longest = study.training.max_length
     for row in _used(answers, ("train",), len(study.train), study.train_limit):
-        if (least := _words(study.prompt, row)) >= longest:
+        if "question" in row and (least := _words(study.prompt, row)) >= longest:
             raise InputError(
                 f"{at('training', 'max_length')}: {longest} tokens leave nothing of the answer of "
                 f"{row['id']}, whose question has {least} words in the prompt; make it longer"

@@ -8,9 +8,9 @@ from forgetting.benchmarks.known import Benchmark, benchmark, main_metric, same_
 from forgetting.benchmarks.tasks import read_rows
 from forgetting.hub import HUB_ROWS
 from forgetting.records import InputError
+from forgetting.sections.task import Task
 from forgetting.source import At
 from forgetting.study import Study
-from forgetting.task import Task
 
 LARGE = 50 * 2**20
 """Tables above so many bytes are checked by the first job that reads them, not before."""

@@ -21,7 +21,6 @@ import torch
 from transformers import PreTrainedModel
 
 from forgetting.checkpoints import Progress, forget_training
-from forgetting.data import Row
 from forgetting.drift import with_text
 from forgetting.examples import arrange, check_model
 from forgetting.fusible import outline, runs_in_a_step
@@ -40,7 +39,8 @@ from forgetting.recipe import Recipe
 from forgetting.records import content_key, read_json, write_json
 from forgetting.schedule import Schedule
 from forgetting.scores import metric_value
-from forgetting.study import Setting
+from forgetting.sections.method import Setting
+from forgetting.table_files import Row
 from forgetting.together import END, groups, trained_together
 from forgetting.train import train, train_together
 

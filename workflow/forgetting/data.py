@@ -8,30 +8,19 @@ messages, or text.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forgetting.columns import Columns
 from forgetting.records import InputError, read_numbered
-from forgetting.study import Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.prompt import Prompt
+from forgetting.table_files import PLAIN, Row, found, is_text, read_rows, text_of
 
-Row = dict[str, Any]
 Item = TypeVar("Item")
-PLAIN = Columns()
 ROLES = ("system", "user", "assistant")
-
-
-def find_table(folder: Path, table: str) -> Path:
-    """The file of a table in a folder: TABLE.jsonl, TABLE.json or TABLE.csv."""
-    for suffix in (".jsonl", ".json", ".csv"):
-        path = folder / f"{table}{suffix}"
-        if path.is_file():
-            return path
-    raise InputError(f"{folder}: there is no {table}.jsonl (nor .json, nor .csv) in this folder")
 
 
 def evenly_spaced(rows: Sequence[Item], limit: int | None) -> Sequence[Item]:
@@ -90,19 +79,28 @@ def prepare_rows(
         InputError: names the file, the line and the column.
     """
     prepared = []
-    for number, (where, row) in enumerate(_read(path, columns)):
+    for number, (where, row) in enumerate(read_rows(path, columns)):
         wrong = row.get("perturbed_answer") or []
         if wrong_answers and not wrong:
             raise InputError(
                 f"{where}: no `perturbed_answer`, a list of wrong answers, which the truth ratio "
                 f"of probe `{probe}` needs; add it, or set probes.{probe}.truth_ratio: false"
             )
-        if not isinstance(wrong, list) or not all(_is_text(answer) for answer in wrong):
-            raise InputError(f"{where}: `perturbed_answer` must be a list of non-empty strings")
+        if not isinstance(wrong, list) or not all(is_text(answer) for answer in wrong):
+            faulty = next(v for v in wrong if not is_text(v)) if isinstance(wrong, list) else wrong
+            raise InputError(
+                f"{where}: `perturbed_answer` must be a list of non-empty strings, found "
+                f"{found(faulty)}"
+            )
         paraphrase = row.get("paraphrased_answer")
-        if paraphrase is not None and not _is_text(paraphrase):
-            raise InputError(f"{where}: `paraphrased_answer` must be a non-empty string or absent")
-        answer = _text(row, "answer", where)
+        if paraphrase is not None and not is_text(paraphrase):
+            raise InputError(
+                f"{where}: `paraphrased_answer` must be a non-empty string or absent, found "
+                f"{found(paraphrase)}"
+            )
+        answer = text_of(row, "answer", where)
+        if wrong_answers:
+            _check_wrong(wrong, answer, paraphrase, where)
         if probe and not re.search(r"[a-z0-9]", answer.lower()):
             raise InputError(
                 f"{where}: ROUGE sees the letters a to z and digits only, and `answer` has none of "
@@ -111,13 +109,23 @@ def prepare_rows(
         prepared.append(
             {
                 "id": f"{table}/{number}",
-                "question": _text(row, "question", where),
+                "question": text_of(row, "question", where),
                 "answer": answer,
                 "paraphrased_answer": paraphrase,
                 "wrong_answers": wrong,
             }
         )
     return prepared
+
+
+def _check_wrong(wrong: list[str], answer: str, paraphrase: str | None, where: str) -> None:
+    """What is right is not among what is wrong, where the truth ratio compares the two."""
+    for column, right in (("answer", answer), ("paraphrased_answer", paraphrase)):
+        if right is not None and right.strip() in [text.strip() for text in wrong]:
+            raise InputError(
+                f"{where}: `{column}`, `{right.strip()[:80]}`, is among the wrong answers in "
+                "`perturbed_answer`; take it out there"
+            )
 
 
 def document_texts(path: Path, prompt: Prompt, columns: Columns = PLAIN) -> Iterator[str]:
@@ -153,7 +161,7 @@ def general_rows(path: Path, table: str, columns: Columns = PLAIN) -> Rows:
     """
 
     def read() -> Iterator[Row]:
-        for number, (where, row) in enumerate(_read(path, columns)):
+        for number, (where, row) in enumerate(read_rows(path, columns)):
             yield {"id": f"{table}/{number}", **_content(row, where)}
 
     return Rows(read)
@@ -167,51 +175,23 @@ def prompt_rows(path: Path, table: str, columns: Columns = PLAIN) -> Rows:
     """
 
     def read() -> Iterator[Row]:
-        for number, (where, row) in enumerate(_read(path, columns)):
-            yield {"id": f"{table}/{number}", "question": _text(row, "question", where)}
+        for number, (where, row) in enumerate(read_rows(path, columns)):
+            yield {"id": f"{table}/{number}", "question": text_of(row, "question", where)}
 
     return Rows(read)
 
 
-def _read(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
-    """Every row under our names of columns, with the place where it stands."""
-    line = 0
-    for line, row in _read_csv(path) if path.suffix == ".csv" else read_numbered(path):
-        renamed = columns.renamed
-        kept = {name: value for name, value in row.items() if name not in renamed}
-        kept |= {ours: row[theirs] for ours, theirs in renamed.items() if theirs in row}
-        yield f"{path}, line {line}", kept
-    if not line:
-        raise InputError(f"{path}: no rows; expected one JSON object a line")
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of a table with a line of names, all of them text; empty cells are absent."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row:
-                    raise InputError(f"{where}: more cells than the first line has names")
-                yield reader.line_num, {name: cell for name, cell in row.items() if cell}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
-
-
 def _content(row: Mapping[str, Any], where: str) -> Row:
     if "question" in row:
-        pair = {column: _text(row, column, where) for column in ("question", "answer")}
-        if not _is_text(row.get("system")):
+        pair = {column: text_of(row, column, where) for column in ("question", "answer")}
+        if not is_text(row.get("system")):
             return pair
         said = zip(ROLES, (row["system"], *pair.values()), strict=True)
         return {"messages": [{"role": role, "content": content} for role, content in said]}
     if "messages" in row:
         return {"messages": _messages(row["messages"], where)}
     if "text" in row:
-        return {"text": _text(row, "text", where)}
+        return {"text": text_of(row, "text", where)}
     raise InputError(
         f"{where}: expected `question` and `answer`, `messages`, or `text`; the row has "
         f"{', '.join(row) or 'nothing'}; `columns` of the dataset can give other names"
@@ -227,7 +207,7 @@ def _messages(messages: Any, where: str) -> list[Row]:
                 f"{where}: message {number} has role {message.get('role')!r}; expected one of "
                 + ", ".join(ROLES)
             )
-        _text(message, "content", f"{where}, message {number}")
+        text_of(message, "content", f"{where}, message {number}")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles or roles[0] == "assistant":
         raise InputError(
@@ -243,10 +223,12 @@ def joined_text(path: Path, columns: Columns = PLAIN) -> list[str]:
         InputError: names the file, the line and the column.
     """
     texts = []
-    for where, row in _read(path, columns):
-        if not isinstance(row.get("text"), str):
-            found = ", ".join(row) or "nothing"
-            raise InputError(f"{where}: expected a string `text`; the row has {found}")
+    for where, row in read_rows(path, columns):
+        if "text" not in row:
+            names = ", ".join(row) or "nothing"
+            raise InputError(f"{where}: expected a string `text`; the row has {names}")
+        if not isinstance(row["text"], str):
+            raise InputError(f"{where}: expected a string `text`, found {found(row['text'])}")
         texts.append(row["text"])
     return texts
 
@@ -266,15 +248,3 @@ def strip_answer(prompt: Prompt, generated: str) -> str:
     before, after = prompt.answer.split("{answer}")
     text = generated.strip().removeprefix(before.strip())
     return text.removesuffix(after.strip()).strip() if after.strip() else text.strip()
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        found = ", ".join(row) or "nothing"
-        raise InputError(f"{where}: expected a non-empty string `{column}`; the row has {found}")
-    return value

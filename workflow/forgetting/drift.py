@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.models import Model
 from forgetting.records import InputError
-from forgetting.study import TEXT_PROBE
+from forgetting.sections.measurement import TEXT_PROBE
 from forgetting.tuned import save_tensors
 
 

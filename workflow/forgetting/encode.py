@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.chat import Message, literal, sides
 from forgetting.data import render_answer, render_question
-from forgetting.study import Prompt
+from forgetting.sections.prompt import Prompt
 
 
 @dataclass(frozen=True)

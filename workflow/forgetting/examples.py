@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.data import Row
 from forgetting.encode import Example, encode_messages, encode_pair, encode_text, encode_texts, join
 from forgetting.forward import context_length
 from forgetting.models import Model
 from forgetting.packing import pack
 from forgetting.records import InputError
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.training import Training
 from forgetting.shared import can_share
 from forgetting.store import Stored, in_parts, write_examples
-from forgetting.study import Prompt, Training
+from forgetting.table_files import Row
 
 CHARACTERS_AT_ONCE = 2**20
 

@@ -14,21 +14,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 SETTINGS = {
-    *(
-        "fields",
-        "columns",
-        "variants",
-        "prompts",
-        "task",
-        "study",
-        "source",
-        "plan",
-        "load",
-        "tiny",
-    ),
+    *("fields", "sections", "study", "source", "plan", "load", "tiny"),
     *("check", "records", "fingerprint"),
 }
-"""Modules that only read settings or write files: what they decide stands in a job's parameters."""
+"""What only reads settings or writes files: what it decides stands in a job's parameters."""
 
 
 def code_digest(program: Path) -> str:
@@ -49,10 +38,15 @@ def _reached(program: Path) -> set[Path]:
     return found
 
 
-def _imports(path: Path) -> Iterator[Path]:
+@cache
+def _imports(path: Path) -> frozenset[Path]:
     """Files of this package that a file imports, in any form, also inside functions."""
+    return frozenset(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[Path]:
     package = path.parent.relative_to(PACKAGE.parent).parts if path.is_relative_to(PACKAGE) else ()
-    for node in ast.walk(_tree(path)):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -74,10 +68,6 @@ def _imports(path: Path) -> Iterator[Path]:
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
 def _meaning(path: Path) -> str:
     """The syntax tree as text, without docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from forgetting.fused import trained_weights
 from forgetting.fusing import CPU_BYTES, TOKENS, most_runs
 from forgetting.models import Model
 from forgetting.plan import Tuning
-from forgetting.study import Training
+from forgetting.sections.training import Training
 
 
 def can_fuse(model: Model) -> bool:

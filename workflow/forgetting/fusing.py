@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from forgetting.plan import Tuning
-from forgetting.study import Training
+from forgetting.sections.training import Training
 
 TOKENS = {"cpu": 256, "cuda": 8192}
 """A step of more tokens than this keeps the cores busy by itself: `make bench-train` measures it on

@@ -9,12 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from forgetting.columns import Columns
-from forgetting.fields import AtKey
+from forgetting.fields import NAME, AtKey
 from forgetting.plan import tunings
 from forgetting.records import InputError
+from forgetting.sections.base import Base
+from forgetting.sections.columns import Columns
+from forgetting.sections.dataset import Dataset
 from forgetting.source import BENCHMARKS, Source
-from forgetting.study import Base, Dataset, Study
+from forgetting.study import Study
 from forgetting.tiny import shrink
 
 FOLDER_OPTION = re.compile(r"^(?P<dataset>.+)_dir$")
@@ -41,6 +43,11 @@ def load_study(config: Mapping[str, Any], studies: Path) -> tuple[str, Study]:
             "needs its `revision`, so that it cannot change"
         )
     name = path.stem
+    if not re.fullmatch(NAME, name):
+        raise InputError(
+            f"study={path}: results are kept under the name of the file, and `{name}` is none for "
+            "a folder: take letters, digits, `_`, `.` and `-`, a letter or digit first; rename it"
+        )
     namesake = studies / path.name
     if namesake.is_file() and not namesake.samefile(path):
         raise InputError(

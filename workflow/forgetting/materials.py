@@ -10,15 +10,18 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.columns import Columns
-from forgetting.data import Row
 from forgetting.drift import BaseTargets
 from forgetting.examples import tokenize
 from forgetting.fields import Strict
 from forgetting.plan import Tuning
 from forgetting.records import content_key
+from forgetting.sections.columns import Columns
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
 from forgetting.store import Stored
-from forgetting.study import Measurement, Prompt, Selection, Training
+from forgetting.table_files import Row
 from forgetting.team import ALONE, Team
 
 

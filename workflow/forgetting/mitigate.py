@@ -26,7 +26,7 @@ from forgetting.examples import shuffled
 from forgetting.forward import Batch, collate, target_logits
 from forgetting.models import Model
 from forgetting.parallel import copies, is_sharded, same_on_all
-from forgetting.study import Mitigation
+from forgetting.sections.mitigation import Mitigation
 
 WeightPenalty = Callable[[Model], Tensor]
 """What is added to the loss of a step for where the weights are."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetting.study import Setting, Training
+from forgetting.sections.method import Setting
+from forgetting.sections.training import Training
 
 
 def make_optimizer(

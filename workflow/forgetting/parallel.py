@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from forgetting.data import Row
 from forgetting.models import Model
+from forgetting.table_files import Row
 from forgetting.team import Team
 
 

@@ -27,8 +27,8 @@ from forgetting.plan import Tuning
 from forgetting.recipe import Recipe
 from forgetting.records import InputError
 from forgetting.schedule import Schedule
+from forgetting.sections.variants import Then
 from forgetting.tuned import trained_state
-from forgetting.variants import Then
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from forgetting.fields import AtKey, Strict
-from forgetting.study import Method, Mitigation, Setting, Study
-from forgetting.variants import Budget, Then
+from forgetting.sections.method import Method, Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.variants import Budget, Then
+from forgetting.study import Study
 
 
 class Tuning(Strict):

@@ -26,7 +26,7 @@ from transformers import (
 
 from forgetting.packing import IGNORED, collate, pack
 from forgetting.records import settle, writing
-from forgetting.study import SmallModel
+from forgetting.sections.base import SmallModel
 
 END = "<|end|>"
 PADDING = "<|pad|>"

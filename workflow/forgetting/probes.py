@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.chat import literal
-from forgetting.data import Row, strip_answer
+from forgetting.data import strip_answer
 from forgetting.decode import greedy_answers
 from forgetting.encode import Example, encode_pair, encode_prompt
 from forgetting.forward import by_length, collate, context_length, token_logprobs
@@ -17,8 +17,10 @@ from forgetting.metrics import answer_scores
 from forgetting.models import Model
 from forgetting.records import InputError
 from forgetting.rouge import rouge
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
 from forgetting.shared import answer_logprobs, can_share
-from forgetting.study import Measurement, Prompt
+from forgetting.table_files import Row
 
 
 def measure(

@@ -17,7 +17,8 @@ from forgetting.encode import Example
 from forgetting.examples import shuffled
 from forgetting.mitigate import Safeguards, TokenPenalty
 from forgetting.schedule import Schedule
-from forgetting.study import Setting, Training
+from forgetting.sections.method import Setting
+from forgetting.sections.training import Training
 from forgetting.team import ALONE, Team
 
 

@@ -16,14 +16,16 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.chat import literal
-from forgetting.data import Row, strip_answer
+from forgetting.data import strip_answer
 from forgetting.encode import encode_prompt
 from forgetting.forward import context_length
 from forgetting.models import Model
 from forgetting.probes import generate
-from forgetting.prompts import REFUSALS, Refusals
 from forgetting.records import InputError
-from forgetting.study import Measurement, Prompt
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.refusals import REFUSALS, Refusals
+from forgetting.table_files import Row
 
 METRIC = "refused"
 PHRASES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from forgetting.study import Training
+from forgetting.sections.training import Training
 
 
 @dataclass(frozen=True)

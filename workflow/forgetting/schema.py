@@ -68,6 +68,7 @@ makes editors that know the YAML language server complete and check keys as you 
 
 A table is named `DATASET/TABLE`. Its rows have `question` and `answer`; for the truth ratio of a
 probe also `perturbed_answer`, a list of wrong answers, and, if there is one, `paraphrased_answer`.
+What a probe asks as old knowledge must not be among the questions that are trained on.
 
 Rows that are trained on may instead have `messages`, a conversation as a list of `role` (system,
 user, assistant) and `content`, of which all answers of the assistant are learned, in the chat
@@ -81,7 +82,8 @@ files of tokens; they need not fit into memory.
 
 ## All keys
 
-The rest of this file is generated from `workflow/forgetting/study.py` by `make schema`."""
+The rest of this file is generated from `workflow/forgetting/study.py` and `sections` beside it, by
+`make schema`."""
 
 
 class _Generator(GenerateJsonSchema):
@@ -252,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             write_atomically(path, content)
         elif not path.is_file() or path.read_text(encoding="utf-8") != content:
             raise InputError(
-                f"{path.relative_to(ROOT)} is not what study.py says: run `make schema`"
+                f"{path.relative_to(ROOT)} is not what the study's classes say: run `make schema`"
             )
 
 

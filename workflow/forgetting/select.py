@@ -14,7 +14,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, Literal
 
-from forgetting.study import Selection, Setting
+from forgetting.sections.method import Setting
+from forgetting.sections.selection import Selection
 
 Status = Literal["selected", "late", "last", "not_reached", "first_above", "base_above", "diverged"]
 

@@ -17,7 +17,7 @@ from typing import Any
 from forgetting.architecture import Architecture, read_shapes
 from forgetting.plan import Tuning
 from forgetting.records import read_json
-from forgetting.study import SmallModel
+from forgetting.sections.base import SmallModel
 
 LLAMA_7B = {
     "model_type": "llama",

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 from forgetting.benchmarks.known import same_rows
 from forgetting.plan import tunings
-from forgetting.study import (
-    Base,
-    Benchmarks,
-    Dataset,
-    FisherPenalty,
-    GeneralText,
-    Method,
-    Pretraining,
-    Probe,
-    Replay,
-    Study,
-    Training,
-)
-from forgetting.task import Task
+from forgetting.sections.base import Base, Pretraining
+from forgetting.sections.benchmarks import Benchmarks
+from forgetting.sections.dataset import Dataset
+from forgetting.sections.measurement import GeneralText, Probe
+from forgetting.sections.method import Method
+from forgetting.sections.mitigation import FisherPenalty, Replay
+from forgetting.sections.selection import Selection
+from forgetting.sections.task import Task
+from forgetting.sections.training import Training
+from forgetting.study import Study
 
 WORLD = Dataset(generate="micro-world")
 ROWS = 12
 DOCUMENTS = 60
+EPOCHS = 2.0
 CONTEXT = 2048
 
 
@@ -64,7 +61,7 @@ def shrink(study: Study) -> Study:
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
             "training": _short(study.training),
-            "selection": study.selection.model_copy(update={"if_not_reached": "last"}),
+            "selection": _no_later(study.selection),
             "benchmarks": benchmarks,
         }
     )
@@ -84,16 +81,22 @@ def _short(training: Training) -> Training:
     no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
     some = sorted(training.budgets)
     some = sorted({some[0], some[len(some) // 2], some[-1]}) if some else []
-    budgets = [2.0 * budget / longest for budget in some]
+    budgets = [EPOCHS * budget / longest for budget in some]
     return training.model_copy(
         update={
-            "epochs": 2.0,
+            "epochs": EPOCHS,
             "batch_size": 4,
             "budgets": budgets,
             "max_length": min(training.max_length, CONTEXT),
             **no_other,
         }
     )
+
+
+def _no_later(selection: Selection) -> Selection:
+    """The same rule, its deadline within the training; a last checkpoint where none is reached."""
+    within = selection.within_epochs and min(selection.within_epochs, EPOCHS)
+    return selection.model_copy(update={"if_not_reached": "last", "within_epochs": within})
 
 
 def _few_settings(method: Method) -> Method:

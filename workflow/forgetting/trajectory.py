@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pandas as pd
 
 from forgetting.scores import PROBE_SCORES, TEXT_SCORES, UNBOUNDED, summands
+from forgetting.sections.measurement import ALL_PROBES
 from forgetting.statistics import difference_interval, mean_interval, share_interval
-from forgetting.study import ALL_PROBES
 from forgetting.utility import UTILITIES, utility_row
 
 

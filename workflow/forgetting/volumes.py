@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from forgetting.columns import Columns
-from forgetting.data import evenly_spaced, find_table
+from forgetting.data import evenly_spaced
+from forgetting.sections.columns import Columns
 from forgetting.study import Study
+from forgetting.table_files import find_table
 
 
 @dataclass(frozen=True)

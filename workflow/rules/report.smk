@@ -25,14 +25,15 @@ rule collect:
         base=BASE,
         base_items=rules.score_base.output.scored,
         data=rules.prepare_data.output.record,
-        cohorts=[
+        # Long lists come from functions: of others Snakemake hashes the whole for every member.
+        cohorts=lambda wildcards: [
             path
             for method in TUNINGS
             for seed in STUDY.seeds
             for file in ["items.parquet", "runs.json"]
             for path in finished(method, seed, file)
         ],
-        trunks=(
+        trunks=lambda wildcards: (
             expand(
                 f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
                 method=TUNINGS,
@@ -42,12 +43,12 @@ rule collect:
             else []
         ),
         selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
-        scaled=(
+        scaled=lambda wildcards: (
             expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=SELECTED)
             if STUDY.selection.wise_ft
             else []
         ),
-        benchmarks=(
+        benchmarks=lambda wildcards: (
             expand(
                 f"{RESULTS}/benchmarks/{{model}}/{{file}}",
                 model=MODELS,

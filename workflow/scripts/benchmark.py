@@ -21,7 +21,6 @@ from forgetting.benchmarks.harness import (
 from forgetting.benchmarks.known import benchmark, main_metric
 from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
-from forgetting.columns import Columns
 from forgetting.data import evenly_spaced, prompt_rows
 from forgetting.fields import Strict
 from forgetting.machine import describe_machine
@@ -35,7 +34,6 @@ from forgetting.models import (
     pick_precision,
     quieten_libraries,
 )
-from forgetting.prompts import REFUSALS
 from forgetting.records import (
     read_json,
     sha256,
@@ -45,8 +43,11 @@ from forgetting.records import (
     write_table,
 )
 from forgetting.refusals import ask, score
-from forgetting.study import Benchmarks, Prompt
-from forgetting.task import Task
+from forgetting.sections.benchmarks import Benchmarks
+from forgetting.sections.columns import Columns
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.refusals import REFUSALS
+from forgetting.sections.task import Task
 from forgetting.tuned import ADAPTER, load_checkpoint
 
 

@@ -23,7 +23,8 @@ from forgetting.comparisons import compare_methods
 from forgetting.plan import budget_name, tunings
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
 from forgetting.references import reference_notes
-from forgetting.study import TEXT_PROBE, Study
+from forgetting.sections.measurement import TEXT_PROBE
+from forgetting.study import Study
 
 
 @tells_input_errors
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             "study": {"name": options.name, **study.model_dump(mode="json")},
             "provenance": provenance(results, base, records, trunks, options.models),
             "notes": [
+                *read_json(results / "data" / "data.json")["notes"],
                 *missing_notes(selection, records, study.seeds, budgets),
                 *reference_notes(base_items, study.measurement.max_new_tokens),
                 *notes,

@@ -20,7 +20,8 @@ from forgetting.models import (
 )
 from forgetting.probes import measure
 from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
-from forgetting.study import Measurement, Prompt
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
 from forgetting.tuned import load_checkpoint
 
 

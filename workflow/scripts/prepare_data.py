@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from forgetting.columns import Columns
-from forgetting.data import Rows, document_texts, evenly_spaced, general_rows, prepare_rows
+from forgetting.data import (
+    Rows,
+    document_texts,
+    evenly_spaced,
+    general_rows,
+    prepare_rows,
+)
 from forgetting.fields import Strict
+from forgetting.questions import contradiction_note, contradictions, kept_apart
 from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_jsonl
-from forgetting.study import Probe, Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.measurement import Probe
+from forgetting.sections.prompt import Prompt
+from forgetting.table_files import Row, place
 
 
 class Spec(Strict):
@@ -25,6 +36,68 @@ class Spec(Strict):
     columns: dict[str, Columns]
 
 
+@dataclass(frozen=True)
+class Tables:
+    """The study's tables, checked as they are read."""
+
+    spec: Spec
+    files: dict[str, Path]
+
+    def probe(self, name: str, notes: list[str]) -> list[Row]:
+        """The rows of a probe; what is to be said of them is added to `notes`."""
+        probe = self.spec.probes[name]
+        without: Row = (
+            {} if probe.truth_ratio else {"paraphrased_answer": None, "wrong_answers": []}
+        )
+        rows = [
+            row | without
+            for table in probe.table
+            for row in prepare_rows(
+                self.files[table],
+                table,
+                wrong_answers=probe.truth_ratio,
+                probe=name,
+                columns=self.spec.columns[table],
+            )
+        ]
+        found: list[Row] = []
+        kept = list(contradictions(evenly_spaced(rows, probe.limit), found))
+        notes += contradiction_note(f"probe {name}", found, self.where)
+        return kept
+
+    def train(self, probes: Mapping[str, list[Row]], notes: list[str]) -> Iterator[Row]:
+        """The rows that are trained on; what is to be said of them is added to `notes`."""
+        knowledge = {name: probe.knowledge for name, probe in self.spec.probes.items()}
+        old = {name: rows for name, rows in probes.items() if knowledge[name] == "old"}
+        rows = Rows(
+            lambda: chain.from_iterable(
+                general_rows(self.files[table], table, self.spec.columns[table])
+                for table in self.spec.train
+            )
+        )
+        found: list[Row] = []
+        kept = rows.evenly_spaced(self.spec.train_limit)
+        yield from contradictions(kept_apart(kept, old, self.where), found)
+        notes += contradiction_note("training", found, self.where)
+
+    def documents(self) -> Iterator[Row]:
+        """The documents on which a base is pretrained here."""
+        documents = Rows(
+            lambda: (
+                {"text": text}
+                for table in self.spec.documents
+                for text in document_texts(
+                    self.files[table], self.spec.prompt, self.spec.columns[table]
+                )
+            )
+        )
+        return documents.evenly_spaced(self.spec.documents_limit)
+
+    def where(self, row_id: str) -> str:
+        """The file and the line of a row."""
+        return place(self.files[row_id.rpartition("/")[0]], row_id)
+
+
 @tells_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write train.jsonl, probes/NAME.jsonl, documents.jsonl and data.json."""
@@ -35,40 +108,20 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     spec = Spec.model_validate_json(options.spec)
     files = {table: Path(path) for table, path in read_json(options.tables).items()}
-
-    train = Rows(
-        lambda: chain.from_iterable(
-            general_rows(files[table], table, spec.columns[table]) for table in spec.train
-        )
-    )
-    kept = train.evenly_spaced(spec.train_limit)
-    counts = {"train": write_jsonl(options.output / "train.jsonl", kept)}
-    for name, probe in spec.probes.items():
-        rows = [
-            row if probe.truth_ratio else row | {"paraphrased_answer": None, "wrong_answers": []}
-            for table in probe.table
-            for row in prepare_rows(
-                files[table],
-                table,
-                wrong_answers=probe.truth_ratio,
-                probe=name,
-                columns=spec.columns[table],
-            )
-        ]
-        kept_rows = evenly_spaced(rows, probe.limit)
-        counts[name] = write_jsonl(options.output / "probes" / f"{name}.jsonl", kept_rows)
-    documents = Rows(
-        lambda: (
-            {"text": text}
-            for table in spec.documents
-            for text in document_texts(files[table], spec.prompt, spec.columns[table])
-        )
-    )
-    kept = documents.evenly_spaced(spec.documents_limit)
-    counts["documents"] = write_jsonl(options.output / "documents.jsonl", kept)
-
-    origins = {table: {"path": str(p), "sha256": sha256(p)} for table, p in files.items()}
-    write_json(options.output / "data.json", {"tables": origins, "rows": counts})
+    tables = Tables(spec, files)
+    notes: list[str] = []
+    probes = {name: tables.probe(name, notes) for name in spec.probes}
+    # All of them before any row is trained on, since none of them may be.
+    for name, rows in probes.items():
+        write_jsonl(options.output / "probes" / f"{name}.jsonl", rows)
+    counts = {
+        "train": write_jsonl(options.output / "train.jsonl", tables.train(probes, notes)),
+        **{name: len(rows) for name, rows in probes.items()},
+        "documents": write_jsonl(options.output / "documents.jsonl", tables.documents()),
+    }
+    origins = {table: {"path": str(path), "sha256": sha256(path)} for table, path in files.items()}
+    write_json(options.output / "data.json", {"tables": origins, "rows": counts, "notes": notes})
+    print(*notes, sep="\n", end="\n" * bool(notes))
     print(", ".join(f"{name}: {count:,} rows" for name, count in counts.items()))
 
 

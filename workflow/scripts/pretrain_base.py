@@ -10,7 +10,7 @@ import torch
 from forgetting.models import pick_device, pick_precision, quieten_libraries
 from forgetting.pretrain import pretrain
 from forgetting.records import read_jsonl, sha256, tells_input_errors, write_json
-from forgetting.study import SmallModel
+from forgetting.sections.base import SmallModel
 
 
 @tells_input_errors

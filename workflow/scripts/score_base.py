@@ -6,7 +6,6 @@ import argparse
 import math
 from pathlib import Path
 
-from forgetting.columns import Columns
 from forgetting.data import joined_text
 from forgetting.drift import base_targets, cut_blocks, save_targets, with_text
 from forgetting.encode import encode_pair
@@ -23,7 +22,9 @@ from forgetting.probes import check_room, measure
 from forgetting.records import InputError, read_json, read_jsonl, tells_input_errors, write_table
 from forgetting.references import check_references
 from forgetting.scores import metric_value
-from forgetting.study import GeneralText, Measurement, Prompt
+from forgetting.sections.columns import Columns
+from forgetting.sections.measurement import GeneralText, Measurement
+from forgetting.sections.prompt import Prompt
 
 
 class Spec(Strict):

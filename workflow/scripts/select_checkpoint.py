@@ -22,8 +22,8 @@ from forgetting.records import (
     write_json,
 )
 from forgetting.scores import metric_value
+from forgetting.sections.selection import Selection
 from forgetting.select import Choice, Course, choose_setting, course_of, select_checkpoint
-from forgetting.study import Selection
 
 
 class Spec(Strict):

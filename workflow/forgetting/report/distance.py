@@ -10,7 +10,7 @@ import pandas as pd
 from forgetting.report import parts
 from forgetting.report import tables as data
 from forgetting.report.tables import Tables
-from forgetting.study import TEXT_PROBE
+from forgetting.sections.measurement import TEXT_PROBE
 
 KL = "forgetting_kl"
 _TITLE = "KL divergence from the base (nats)"

@@ -1,0 +1,1 @@
+"""The sections of a study file, a module each: every key, its type, default and meaning."""

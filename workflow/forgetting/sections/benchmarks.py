@@ -1,0 +1,41 @@
+"""The lm-evaluation-harness tasks that are run on the base and on tuned models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from forgetting.fields import Count, Name, Strict
+from forgetting.sections.refusals import Refusals
+from forgetting.sections.task import Task
+
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+
+
+class Benchmarks(Strict):
+    """The lm-evaluation-harness runs on the base and on tuned models."""
+
+    rows: Name | None = Field(
+        None,
+        description="Dataset whose folder TASK/SPLIT.jsonl holds the rows, in the hub's columns; "
+        "without it they come from the hub at pinned revisions.",
+    )
+    tasks: dict[TaskName, Task] = Field(
+        default_factory=dict,
+        description="The tasks by their names in the harness's registry, with settings.",
+    )
+    refusals: Refusals | None = Field(
+        None, description="Ask harmful prompts too, and count the answers that refuse."
+    )
+    models: Literal["selected", "budgets"] = Field(
+        "selected",
+        description="What is scored beside the base: the selected checkpoints, or the end of every "
+        "one of `training.budgets` with the chosen setting, the selected among them.",
+    )
+    batch_size: Count = Field(16, description="Sequences per forward pass.")
+    sandbox: Literal["bubblewrap", "none"] = Field(
+        "bubblewrap",
+        description="Where model-written programs run. Without a working sandbox HumanEval is "
+        "not scored. `none` runs them unprotected: only on a machine you can lose.",
+    )

@@ -1,0 +1,54 @@
+"""How a question and its answer become text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from forgetting.fields import Strict
+
+
+def _has_field(name: str) -> Any:
+    def check(template: str) -> str:
+        if template.count("{" + name + "}") != 1:
+            raise ValueError(f"the template must hold {{{name}}} exactly once")
+        return template
+
+    return AfterValidator(check)
+
+
+class Prompt(Strict):
+    """How a question and its answer become text. The answer's side is trained on and scored.
+
+    The default is TOFU's template for Phi: the literal `Answer: ` belongs to the answer's side.
+    open-unlearning has it on the other: `"Question: {question}\\nAnswer:"` and `" {answer}"`.
+    TOFU's template for Llama-2-chat has `"[INST] {question} [/INST]"` and `"{answer}"`; with
+    `chat: true` the base's tokenizer has the template.
+    """
+
+    chat: bool = Field(
+        False,
+        description="Take the chat template of the base's tokenizer in place of `question` and "
+        "`answer`. What it puts behind an answer is on the answer's side, up to one EOS token.",
+    )
+    system: str | None = Field(
+        None, description="System message before the question; only with `chat`."
+    )
+    question: Annotated[str, _has_field("question")] = Field(
+        "Question: {question}\n", description="The prompt, masked in training."
+    )
+    answer: Annotated[str, _has_field("answer")] = Field(
+        "Answer: {answer}", description="What the model is to say; one EOS token follows."
+    )
+
+    @model_validator(mode="after")
+    def _one_template(self) -> Prompt:
+        if self.system is not None and not self.chat:
+            raise ValueError(
+                "`system` needs `chat: true`; in a template of your own, write it into `question`"
+            )
+        own = [type(self).model_fields[name].default for name in ("question", "answer")]
+        if self.chat and [self.question, self.answer] != own:
+            raise ValueError("with `chat` the tokenizer has the template: leave out the other one")
+        return self
