@@ -8,16 +8,21 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from forgetting.calibrate import compare, factors, is_device
+import synthetic_tables as synthetic
+from forgetting.calibrate import by_method, compare, factors, finished_runs, is_device, site_of
 from forgetting.costs import Costs
 from forgetting.forecast import span
 from forgetting.jobs import Planned
 from forgetting.load import load_study
 from forgetting.outlook import Forecast, forecast, with_machines
 from forgetting.records import InputError, write_json
+from forgetting.report.figures import FIGURES
+from forgetting.report.page import render, spec_of
+from forgetting.report.tables import Tables
 from forgetting.simulate import Work, longest_path, schedule
 from forgetting.site import Site
 
@@ -139,7 +144,7 @@ def test_finished_runs_on_such_a_device_correct_the_forecast(tmp_path: Path) -> 
         "processes": 1,
     }
     write_json(tmp_path / "state" / record["run"] / "key" / "run.json", record)
-    found = compare(costs, tmp_path)
+    found = compare(costs, finished_runs(tmp_path))
     assert [each.run for each in found] == [record["run"]]
     assert factors(found, "A100").runs == 0
     by = factors(found, "H100")
@@ -211,3 +216,53 @@ def test_what_is_wrong_with_the_question_is_told_in_a_line() -> None:
         assert done.returncode == 1
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def _record(run: str, device: str, seconds: float) -> dict[str, Any]:
+    return {
+        "run": run,
+        "status": "ok",
+        "steps": 162,
+        "points": [[9, 1, 0.5]] * 18,
+        "training_seconds": seconds,
+        "wall_seconds": 3 * seconds,
+        "tokens_per_second": 100.0,
+        "peak_memory_gib": 1.0,
+        "device": device,
+        "processes": 1,
+    }
+
+
+def test_what_runs_took_is_set_beside_their_forecast_by_method_and_device() -> None:
+    """Seconds are summed over runs, memory is the largest; unknown devices have no forecast."""
+    study = load_study({"study": "mini"}, STUDIES)[1]
+    cpu = "CPU, 2 of 8 threads"
+    records = [
+        _record("lora-r2/seed0/lr0.004-wd0", cpu, 10.0),
+        _record("lora-r2/seed0/lr0.005-wd0", cpu, 20.0),
+        _record("full/seed0/lr0.0002-wd0", "NVIDIA H100 80GB HBM3", 5.0),
+        _record("full/seed0/lr0.0003-wd0", "Abacus", 5.0),
+        _record("full/seed0/lr0.0003-wd0", cpu, 5.0) | {"status": "diverged"},
+    ]
+    rank, full = by_method(study, records)
+    assert (rank["label"], rank["device"], rank["runs"]) == ("rank 2", cpu, 2)
+    assert (rank["training_measured"], rank["rest_measured"]) == (30.0, 60.0)
+    assert rank["memory_measured"] == pytest.approx(1.073741824)
+    assert rank["training_forecast"] > full["training_forecast"] > 0
+    assert full["device"].startswith("NVIDIA")
+    site = site_of(cpu)
+    assert site is not None
+    assert (site.device.name, site.cores) == ("CPU", 2)
+
+
+def test_the_page_has_the_forecast_beside_what_was_measured() -> None:
+    made = synthetic.tables(ranks=(2,))
+    study = load_study({"study": "mini"}, STUDIES)[1]
+    rows = by_method(study, [_record("full/seed0/lr0.0002-wd0", "CPU, 1 of 2 threads", 7.5)])
+    specs = {name: spec_of(figure(Tables(**made))) for name, figure in FIGURES.items()}
+    assert "forecast against measured" not in render(Tables(**made), specs)
+    made["study"]["forecast"] = rows
+    page = render(Tables(**made), specs)
+    table = page.split("forecast against measured")[1].split("</table>")[0]
+    assert "<td>7.5</td>" in table
+    assert f"<td>{rows[0]['training_forecast']:.1f}</td>" in table

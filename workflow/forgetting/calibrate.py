@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,7 +12,10 @@ from typing import Any
 from forgetting.case import Team
 from forgetting.costs import Costs
 from forgetting.durations import run_seconds
+from forgetting.hardware import GPUS
 from forgetting.records import read_json
+from forgetting.site import Site
+from forgetting.study import Study
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,23 @@ class Compared:
     memory: tuple[float, float]
 
 
-def compare(costs: Costs, results: Path) -> list[Compared]:
-    """All finished runs of the study's cohorts, whatever device they ran on."""
-    found = []
-    for path in sorted(results.glob("state/*/seed*/*/*/run.json")):
-        record = read_json(path)
-        method = str(record["run"]).split("/", 1)[0]
-        if method in costs.tunings and record["steps"] and record["status"] == "ok":
-            found.append(_compare(costs, method, record))
-    return found
+def finished_runs(results: Path) -> list[dict[str, Any]]:
+    """The records of a study's runs, as soon as each is done; not those of budgets' branches."""
+    return [read_json(path) for path in sorted(results.glob("state/*/seed*/*/*/run.json"))]
 
 
-def _compare(costs: Costs, method: str, record: dict[str, Any]) -> Compared:
+def compare(costs: Costs, records: Iterable[Mapping[str, Any]]) -> list[Compared]:
+    """All runs that ended well, whatever device they ran on."""
+    return [
+        _compare(costs, method, record)
+        for record in records
+        if (method := str(record["run"]).split("/", 1)[0]) in costs.tunings
+        and record["status"] == "ok"
+        and record["steps"]
+    ]
+
+
+def _compare(costs: Costs, method: str, record: Mapping[str, Any]) -> Compared:
     """What was measured is of one run; of fused ones, its share."""
     tuning = costs.tunings[method]
     team = Team(record.get("processes", 1))
@@ -92,3 +101,37 @@ def factors(compared: Sequence[Compared], device: str) -> Factors:
 def is_device(recorded: str, name: str) -> bool:
     """Is what a record calls `NVIDIA H100 80GB HBM3` or `CPU, 2 of 2 threads` of this name?"""
     return name in recorded.replace(",", " ").split()
+
+
+def site_of(recorded: str) -> Site | None:
+    """A machine with the device of a record; None where it is not in the table of devices."""
+    if threads := re.match(r"CPU, (\d+) of", recorded):
+        machines = {"device": "CPU", "count": 1, "gpus": 1, "cpus": int(threads[1])}
+        return Site.model_validate({"machines": machines})
+    name = next((name for name in GPUS if is_device(recorded, name)), None)
+    return Site.model_validate({"machines": {"device": name}}) if name else None
+
+
+def by_method(study: Study, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Forecast and measured of each method and device: seconds of all its runs, largest memory."""
+    rows = []
+    for device in dict.fromkeys(str(record["device"]) for record in records):
+        site = site_of(device)
+        if site is None:
+            continue
+        costs = Costs(study, site)
+        own = compare(costs, [record for record in records if record["device"] == device])
+        for name, tuning in costs.tunings.items():
+            runs = [each for each in own if each.run.split("/", 1)[0] == name]
+            if runs:
+                rows.append(_summed(tuning.label, device, runs))
+    return rows
+
+
+def _summed(label: str, device: str, runs: Sequence[Compared]) -> dict[str, Any]:
+    row: dict[str, Any] = {"label": label, "device": device, "runs": len(runs)}
+    for place, end in enumerate(("measured", "forecast")):
+        row[f"training_{end}"] = sum(each.training[place] for each in runs)
+        row[f"rest_{end}"] = sum(each.rest[place] for each in runs)
+        row[f"memory_{end}"] = max(each.memory[place] for each in runs)
+    return row

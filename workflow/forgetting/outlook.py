@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forgetting.calibrate import Compared, Factors, compare, factors
+from forgetting.calibrate import Compared, Factors, compare, factors, finished_runs
 from forgetting.costs import ON_DEVICES, SUBMITTED, TRAINING, Cost, Costs
 from forgetting.footprint import finished_bytes
 from forgetting.jobs import Planned
@@ -84,7 +84,7 @@ def gpu_seconds(job: Planned, cost: Cost) -> float:
 
 def forecast(costs: Costs, jobs: Mapping[int, Planned], results: Path) -> Forecast:
     """The cost of planned jobs, and a schedule of them on the machines of the site."""
-    compared = compare(costs, results)
+    compared = compare(costs, finished_runs(results))
     corrected = factors(compared, costs.case.device.name)
     of = {n: correct(costs.of(job.rule, job.wildcards), corrected) for n, job in jobs.items()}
     works = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from forgetting.calibrate import by_method
 from forgetting.churn import churn_table
 from forgetting.collect import (
     BASE,
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             "study": {"name": options.name, **study.model_dump(mode="json")},
             "provenance": provenance(results, base, records, trunks, options.models),
+            "forecast": by_method(study, trunks or records),
             "notes": [
                 *read_json(results / "data" / "data.json")["notes"],
                 *missing_notes(selection, records, study.seeds, budgets),

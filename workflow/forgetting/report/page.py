@@ -91,6 +91,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         study=tables.config,
         provenance=tables.study.get("provenance", {}),
         notes=tables.study.get("notes", []),
+        forecast=tables.study.get("forecast", []),
         answer=said,
         qualified=qualified,
         rule=[sentence for sentence in content.selection_rule(tables) if sentence],
