@@ -175,8 +175,9 @@ def test_gpus_are_whole_machines_or_a_part_of_one() -> None:
         "device": "A100", "count": 1, "gpus": 4, "cpus": 48, "memory_gb": 2000.0,
     }  # fmt: skip
     assert with_machines(Site(), None, 64).devices == 64
-    with pytest.raises(InputError, match="--gpus 12: machines have 8"):
-        with_machines(Site(), None, 12)
+    for gpus, message in {12: "--gpus 12: machines have 8", 0: "--gpus 0: give at least 1"}.items():
+        with pytest.raises(InputError, match=message):
+            with_machines(Site(), None, gpus)
 
 
 def _told(*options: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

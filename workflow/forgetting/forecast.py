@@ -27,6 +27,8 @@ ROOT = SNAKEFILE.parent
 
 def told(found: Forecast, name: str) -> str:
     """The forecast as text."""
+    if not found.jobs:
+        return f"{name}: nothing is left to do"
     machines, costs = found.costs.site.machines, found.costs
     steps = [kind(found.jobs[number]) for number in found.path if found.of[number].seconds]
     disk, each = found.disk, "GPUs" if costs.case.device.is_gpu else "jobs at once"

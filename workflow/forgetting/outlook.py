@@ -115,6 +115,8 @@ def with_machines(site: Site, device: str | None, gpus: int | None) -> Site:
 
     Of a CPU, that of this machine, shared by as many jobs.
     """
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus {gpus}: give at least 1")
     changes: dict[str, Any] = {"device": device} if device else {}
     if device == "CPU":
         changes |= {"count": 1, "gpus": gpus or 1, "cpus": os.cpu_count() or 1}
