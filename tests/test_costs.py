@@ -192,6 +192,21 @@ def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
                 assert used <= costs.case.device.usable
 
 
+def test_sharded_runs_get_more_gpus_when_they_are_tried_again() -> None:
+    """Memory of a GPU that was too small can be helped in no other way; not what a study fixes."""
+    site, told = Site(), {}
+    for processes in (None, 4):
+        study = _study("tofu-llama-2-7b")
+        methods = [m.model_copy(update={"processes": processes}) for m in study.methods]
+        costs = Costs(study.model_copy(update={"methods": methods}), site)
+        cost = costs.of("finetune", {"method": "full"})
+        told[processes] = [asked("finetune", cost, site, attempt) for attempt in (1, 2, 3)]
+    assert [each["gpu"] for each in told[None]] == [4, 8, 8]
+    assert [each["gpu"] for each in told[4]] == [4, 4, 4]
+    assert [each["cpus_per_task"] for each in told[None]] == [32, 64, 64]
+    assert told[None][1]["mem_mb"] == pytest.approx(3 * told[None][0]["mem_mb"], abs=3)
+
+
 def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
     site = Site()
     costs = Costs(_study("biderman-math-cpt"), site)

@@ -650,3 +650,16 @@ def test_a_disk_that_is_full_for_one_process_is_told_and_leaves_no_checkpoint(
     with pytest.raises(InputError, match="step-0000003: not written by process 1"):
         together(2, _small_disk, specs["full"], materials, tmp_path)
     assert not list(tmp_path.rglob("progress.json"))
+
+
+def test_a_job_that_has_no_gpu_to_ask_for_is_one_process() -> None:
+    """A site without GPUs gives the launcher a 0, and the program is run once, by itself."""
+    program = ["-c", "import os; print(os.environ.get('WORLD_SIZE'))"]
+    for processes in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-m", "forgetting.launch", processes, "1", *program],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "None\n"

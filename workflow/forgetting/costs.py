@@ -61,6 +61,8 @@ class Cost:
         host_bytes: memory of each machine.
         disk_bytes: what it has on the disk at most.
         cores: of the processor, on each machine.
+        more: processes on a machine that it may have when it is tried again, since its weights are
+            sharded over them: as memory runs out on all GPUs alike, nothing else would help.
     """
 
     stages: Mapping[str, float]
@@ -69,6 +71,7 @@ class Cost:
     host_bytes: float = 0.0
     disk_bytes: float = 0.0
     cores: int = 1
+    more: int = 0
 
     @property
     def seconds(self) -> float:
@@ -136,6 +139,7 @@ class Costs:
         written = checkpoint_bytes(case, tuning)
         copied = written / team.processes if tuning.kind == "full" else written
         disk = disk_bytes(case, tuning)
+        shared = tuning.kind == "full" and team.processes > 1 and not tuning.processes
         if budget:
             disk = len(tuning.settings) * (3 * written + finished_bytes(case, tuning))
         return Cost(
@@ -145,6 +149,7 @@ class Costs:
             host_bytes=team.here * host_bytes(case, used, copied),
             disk_bytes=disk,
             cores=team.here * self.site.cores,
+            more=self.site.machines.gpus if shared and team.nodes == 1 else 0,
         )
 
     def _stages(self, tuning: Tuning, team: Team, budget: str = "") -> dict[str, float]:

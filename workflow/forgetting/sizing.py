@@ -5,8 +5,9 @@
     runtime  3 x forecast x attempt, in minutes; at least 30
     disk_mb  1.25 x largest use of the disk
 
-Both grow when a job is tried again, since it may have ended for want of either, up to what the
-site allows: a training that is cut off by its time goes on from its newest checkpoint.
+Memory and time grow when a job is tried again, since it may have ended for want of either, up to
+what the site allows; and so do the GPUs of one machine over which a run's weights are sharded, if
+the study leaves their number open. A training goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ TIME, LEAST_TIME = 3.0, 30
 def asked(rule: str, cost: Cost, site: Site, attempt: int = 1) -> dict[str, int]:
     """Resources of a job at its first attempt, or a later one."""
     growth = 1.0 + MORE_MEMORY * (attempt - 1)
-    memory = math.ceil(MEMORY * growth * cost.host_bytes / 1e6)
+    # Twice as many processes with every attempt, on one machine.
+    here = cost.team.here
+    times = max(1, min(2 ** (attempt - 1), cost.more // here))
+    memory = math.ceil(MEMORY * growth * times * cost.host_bytes / 1e6)
     least = math.ceil(growth * LEAST_MEMORY[rule in ON_DEVICES])
     minutes = math.ceil(TIME * cost.seconds / 60)
     found = {
         "mem_mb": min(max(memory, least), site.largest),
         "runtime": min(max(minutes, LEAST_TIME) * attempt, site.longest),
-        "cpus_per_task": min(cost.cores, site.machines.cpus),
+        "cpus_per_task": min(cost.cores * times, site.machines.cpus),
         "disk_mb": max(1000, math.ceil(MEMORY * cost.disk_bytes / 1e6)),
     }
     if rule in ON_DEVICES:
         alone_on_cpu = site.machines.device == "CPU" and cost.team.processes == 1
-        found["gpu"] = 0 if alone_on_cpu else cost.team.processes
+        found["gpu"] = 0 if alone_on_cpu else cost.team.processes * times
     if rule in TRAINING:
         found["nodes"] = cost.team.nodes
     return found
