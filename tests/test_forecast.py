@@ -137,7 +137,7 @@ def test_finished_runs_on_such_a_device_correct_the_forecast(tmp_path: Path) -> 
     costs, (runs, rest) = before.costs, (8, 21)
     stages = costs.of("finetune", {"method": "lora-r8"}).stages
     training = 2 * stages["training"] / runs
-    others = 3 * (stages["probes"] + stages["checkpoints"]) / runs
+    others = 3 * (stages["load"] + stages["probes"] + stages["checkpoints"]) / runs
     record = {
         "run": "lora-r8/seed0/lr0.0001-wd0",
         "status": "ok",

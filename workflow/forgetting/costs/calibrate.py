@@ -24,7 +24,7 @@ class Compared:
 
     Attributes:
         training: of its steps, measured and forecast.
-        rest: of its evaluations and checkpoints, measured and forecast.
+        rest: of loading the base, evaluations and checkpoints, measured and forecast.
         memory: largest use of the device, or of the process, in 10^9 bytes; likewise.
     """
 
@@ -68,7 +68,7 @@ def _compare(costs: Costs, method: str, record: Mapping[str, Any]) -> Compared:
         device=str(record["device"]),
         tokens_per_second=float(record["tokens_per_second"]),
         training=(training, stages["training"] / runs),
-        rest=(rest, (stages["probes"] + stages["checkpoints"]) / runs),
+        rest=(rest, sum(stages[name] for name in ("load", "probes", "checkpoints")) / runs),
         memory=(float(record["peak_memory_gib"]) * 2**30 / 1e9, told / 1e9),
     )
 

@@ -105,7 +105,8 @@ class Costs:
             return Cost({} if rule == "all" else {"local": LIGHT})
         case = self.case
         start = START[case.device.is_gpu]
-        stages, used, disk = {"start": start + load_seconds(case)}, scoring_bytes(case), 1e8
+        stages = {"start": start, "load": load_seconds(case)}
+        used, disk = scoring_bytes(case), 1e8
         if rule == "pretrain_base":
             tokens = document_tokens(self.study)
             seconds = pretraining_seconds(case, case.shape, tokens)

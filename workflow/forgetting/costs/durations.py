@@ -130,7 +130,8 @@ def run_seconds(
     written = checkpoint_bytes(case, tuning)
     writing = written / (team.processes if tuning.kind == "full" else 1) / STORAGE
     return {
-        "start": START[case.device.is_gpu] + len(groups) * load_seconds(case),
+        "start": START[case.device.is_gpu],
+        "load": len(groups) * load_seconds(case),
         "training": training,
         "probes": runs * evaluations * evaluation_seconds(case, team),
         "checkpoints": runs * (evaluations + stored) * writing,

@@ -104,7 +104,7 @@ def forecast(costs: Costs, jobs: Mapping[int, Planned], results: Path) -> Foreca
 
 def correct(cost: Cost, by: Factors) -> Cost:
     """A cost with its stages as long as they were measured to be."""
-    factor = {"training": by.training, "probes": by.rest, "checkpoints": by.rest}
+    factor = {"training": by.training} | dict.fromkeys(("load", "probes", "checkpoints"), by.rest)
     return replace(
         cost, stages={name: value * factor.get(name, 1.0) for name, value in cost.stages.items()}
     )
