@@ -44,7 +44,7 @@ report: $(READY) ## train, measure and render the study; STUDY=... and CONFIG="k
 
 .PHONY: plan
 plan: $(READY) ## forecast jobs, GPU-hours, time, memory, disk: STUDY=... GPUS=32 DEVICE=H100
-	@python -m forgetting.forecast $(if $(GPUS),--gpus $(GPUS)) $(if $(DEVICE),--device $(DEVICE)) $(OPTIONS)
+	@python -m forgetting.costs.forecast $(if $(GPUS),--gpus $(GPUS)) $(if $(DEVICE),--device $(DEVICE)) $(OPTIONS)
 
 .PHONY: dry-runs
 dry-runs: $(READY) ## plan every study under both profiles, offline
@@ -85,11 +85,11 @@ lint: $(READY) ## style, types, workflow, generated files
 	mypy
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
-	python -m forgetting.schema --check
+	python -m forgetting.settings.schema --check
 
 .PHONY: schema
 schema: $(READY) ## write workflow/schemas/study.schema.json and config/README.md
-	python -m forgetting.schema --write
+	python -m forgetting.settings.schema --write
 
 .PHONY: clean
 clean: ## remove the environment and the tools' caches; results stay

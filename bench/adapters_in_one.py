@@ -19,9 +19,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from forgetting.benchmarks import one_reading
 from forgetting.benchmarks.harness import TaskSpec, run_benchmarks
-from forgetting.data import prepare_rows
-from forgetting.models import load_base, load_tokenizer, pick_device, quieten_libraries
-from forgetting.probes import measure
+from forgetting.data.rows import prepare_rows
+from forgetting.models.loading import load_base, load_tokenizer, pick_device, quieten_libraries
+from forgetting.scoring.probes import measure
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.prompt import Prompt
 from scorers import FACTS, TASKS, TOFU_LENGTH, Bench, generate_as_tofu, logprobs_by_harness

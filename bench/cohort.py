@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 
 from contenders import LEARNING_RATE, Bench, recipe_of
-from forgetting.adapters import round_frozen
-from forgetting.checkpoints import Progress
-from forgetting.recipe import Recipe
-from forgetting.schedule import Schedule
+from forgetting.models.adapters import round_frozen
 from forgetting.sections.method import Setting
-from forgetting.train import train_together
+from forgetting.training.checkpoints import Progress
+from forgetting.training.recipe import Recipe
+from forgetting.training.schedule import Schedule
+from forgetting.training.train import train_together
 
 STEPS = 8
 """Steps of an epoch: enough to measure, whatever the number of pairs to a step."""

@@ -24,16 +24,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from forgetting.adapters import attach, round_frozen
-from forgetting.checkpoints import Progress
-from forgetting.encode import Example
-from forgetting.models import Model
-from forgetting.plan import Tuning
-from forgetting.recipe import Recipe
-from forgetting.schedule import Schedule
+from forgetting.encoding.encode import Example
+from forgetting.models.adapters import attach, round_frozen
+from forgetting.models.loading import Model
 from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
-from forgetting.train import train
+from forgetting.settings.plan import Tuning
+from forgetting.training.checkpoints import Progress
+from forgetting.training.recipe import Recipe
+from forgetting.training.schedule import Schedule
+from forgetting.training.train import train
 
 LEARNING_RATE = 1e-3
 TOFU_LENGTH = 500

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from contenders import Bench
-from forgetting.models import has_fast_bfloat16, pick_device
+from forgetting.models.loading import has_fast_bfloat16, pick_device
 
 
 def flops_per_token(bench: Bench) -> float:

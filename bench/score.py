@@ -27,8 +27,8 @@ import torch
 import transformers
 
 from adapters_in_one import eight_adapters
-from forgetting.models import quieten_libraries
-from forgetting.rouge import rouge, words
+from forgetting.models.loading import quieten_libraries
+from forgetting.scoring.rouge import rouge, words
 from hardware import machine, versions
 from scorers import (
     TOFU_LENGTH,

@@ -18,17 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.benchmarks.harness import TaskSpec, load_task
 from forgetting.benchmarks.one_reading import OneReadingLM
-from forgetting.data import prepare_rows
-from forgetting.encode import encode_pair, encode_prompt
-from forgetting.forward import by_length, collate, token_logprobs
-from forgetting.models import Model, load_tokenizer, pick_device
-from forgetting.pretrain import train_tokenizer
-from forgetting.probes import generate
+from forgetting.data.rows import prepare_rows
+from forgetting.data.table_files import Row
+from forgetting.encoding.encode import encode_pair, encode_prompt
+from forgetting.models.loading import Model, load_tokenizer, pick_device
+from forgetting.models.pretrain import train_tokenizer
 from forgetting.records import read_jsonl
+from forgetting.scoring.forward import by_length, collate, token_logprobs
+from forgetting.scoring.probes import generate
+from forgetting.scoring.shared import answer_logprobs
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.prompt import Prompt
-from forgetting.shared import answer_logprobs
-from forgetting.table_files import Row
 from shapes import SHAPES, random_model
 
 TASKS = ("hellaswag", "arc_challenge", "winogrande")

@@ -27,19 +27,19 @@ import transformers
 
 from cohort import compare
 from contenders import CONTENDERS, OURS, TOFU_LENGTH, Bench
-from forgetting.encode import encode_pair
+from forgetting.encoding.encode import encode_pair
 from forgetting.memory import is_out_of_memory
-from forgetting.models import (
+from forgetting.models.loading import (
     load_base,
     load_tokenizer,
     pick_device,
     pick_precision,
     quieten_libraries,
 )
-from forgetting.plan import Tuning
-from forgetting.pretrain import train_tokenizer
+from forgetting.models.pretrain import train_tokenizer
 from forgetting.records import InputError, read_jsonl
 from forgetting.sections.prompt import Prompt
+from forgetting.settings.plan import Tuning
 from forgetting.world import build_world
 from hardware import flops_per_token, machine, matmul_rate, peak_gib, reset_peak, versions
 from shapes import SHAPES, random_model

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetting.models import load_base, load_tokenizer
-from forgetting.plan import Tuning
-from forgetting.pretrain import train_tokenizer
+from forgetting.models.loading import load_base, load_tokenizer
+from forgetting.models.pretrain import train_tokenizer
 from forgetting.sections.method import Setting
 from forgetting.sections.prompt import Prompt
+from forgetting.settings.plan import Tuning
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from forgetting.cohort import train_cohort
-from forgetting.materials import CohortSpec, Materials
-from forgetting.models import quieten_libraries
-from forgetting.team import Team
+from forgetting.models.loading import quieten_libraries
+from forgetting.training.cohort import train_cohort
+from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.team import Team
 
 PATIENCE = 600.0
 """Seconds after which a team that does not end is ended: it hangs."""
 
 # One process imports the library; the others are copies of it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["forgetting.cohort"])
+FORKS.set_forkserver_preload(["forgetting.training.cohort"])
 
 
 class Stopped(Exception):

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from forgetting.churn import churn_table
-from forgetting.collect import benchmark_tables, main_items, responses_table
+from forgetting.models.tuned import save_checkpoint
 from forgetting.records import read_json, write_json, write_jsonl
+from forgetting.results.churn import churn_table
+from forgetting.results.collect import benchmark_tables, main_items, responses_table
 from forgetting.sandbox import search_sandbox
-from forgetting.tuned import save_checkpoint
 from scripts import benchmark, execute_programs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,20 +16,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from forgetting import branches as module
-from forgetting import checkpoints, gradients
-from forgetting import cohort as cohort_module
-from forgetting import train as train_module
-from forgetting.branches import alone, train_branches, train_trunks
-from forgetting.cohort import cohort_items, run_key, train_cohort
-from forgetting.materials import CohortSpec, Materials
-from forgetting.plan import Tuning, budget_name
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.select import course_of
+from forgetting.settings.plan import Tuning, budget_name
+from forgetting.training import branches as module
+from forgetting.training import checkpoints, gradients
+from forgetting.training import cohort as cohort_module
+from forgetting.training import train as train_module
+from forgetting.training.branches import alone, train_branches, train_trunks
+from forgetting.training.cohort import cohort_items, run_key, train_cohort
+from forgetting.training.materials import CohortSpec, Materials
 from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

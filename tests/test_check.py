@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from forgetting.architecture import count_parameters, read_architecture, small_model
-from forgetting.check import check_inputs
-from forgetting.load import load_study, study_source
-from forgetting.models import load_base
-from forgetting.pretrain import _new_model
+from forgetting.models.loading import load_base
+from forgetting.models.pretrain import _new_model
 from forgetting.records import InputError
 from forgetting.sections.base import SmallModel
+from forgetting.settings.architecture import count_parameters, read_architecture, small_model
+from forgetting.settings.check import check_inputs
+from forgetting.settings.load import load_study, study_source
 
 STUDY = """\
 title: A small study

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from forgetting.churn import churn_table
+from forgetting.results.churn import churn_table
 
 NOTHING = pd.DataFrame()
 

@@ -13,18 +13,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from forgetting import cohort as module
-from forgetting.adapters import attach
-from forgetting.cohort import cohort_items, run_key, train_cohort
-from forgetting.materials import CohortSpec, Materials
-from forgetting.models import load_base
-from forgetting.plan import Tuning
+from forgetting.models.adapters import attach
+from forgetting.models.loading import load_base
 from forgetting.records import InputError
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
+from forgetting.settings.plan import Tuning
+from forgetting.training import cohort as module
+from forgetting.training.cohort import cohort_items, run_key, train_cohort
+from forgetting.training.materials import CohortSpec, Materials
 from killing import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,8 +9,8 @@ import pytest
 
 from forgetting.benchmarks.harness import ITEM_COLUMNS, SCORE_COLUMNS
 from forgetting.benchmarks.programs import Program, describe
-from forgetting.collect import benchmark_tables, main_items
 from forgetting.records import read_json, write_json, write_table
+from forgetting.results.collect import benchmark_tables, main_items
 
 WHO = {"base": {"run": "base", "method": "base", "label": "base"}}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forgetting.comparisons import compare_methods
-from forgetting.statistics import difference_interval, share_interval
+from forgetting.results.comparisons import compare_methods
+from forgetting.results.statistics import difference_interval, share_interval
 
 
 def _items(run: str, values: list[float]) -> pd.DataFrame:

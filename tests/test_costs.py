@@ -11,24 +11,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig
 
-from forgetting.adapters import attach, round_frozen
-from forgetting.case import Case, Team
-from forgetting.checkpoints import Progress, write_checkpoint
-from forgetting.costs import ON_DEVICES, SUBMITTED, Costs
-from forgetting.durations import generation_seconds, step_seconds
-from forgetting.footprint import activation, checkpoint_bytes, trained_state, training_bytes
-from forgetting.fused import trained_weights
-from forgetting.hardware import GPUS, Device, cores, find_device
-from forgetting.load import load_study
-from forgetting.models import Model
-from forgetting.optimize import make_optimizer
-from forgetting.plan import Tuning, tunings
+from forgetting.costs.case import Case, Team
+from forgetting.costs.cost import ON_DEVICES, SUBMITTED, Costs
+from forgetting.costs.durations import generation_seconds, step_seconds
+from forgetting.costs.footprint import activation, checkpoint_bytes, trained_state, training_bytes
+from forgetting.costs.hardware import GPUS, Device, cores, find_device
+from forgetting.costs.shape import config_shape
+from forgetting.costs.site import Site, read_site
+from forgetting.costs.sizing import asked, sizes
+from forgetting.models.adapters import attach, round_frozen
+from forgetting.models.loading import Model
 from forgetting.records import InputError
 from forgetting.sections.method import Setting
-from forgetting.shape import config_shape
-from forgetting.site import Site, read_site
-from forgetting.sizing import asked, sizes
-from forgetting.study import Study
+from forgetting.settings.load import load_study
+from forgetting.settings.plan import Tuning, tunings
+from forgetting.settings.study import Study
+from forgetting.training.checkpoints import Progress, write_checkpoint
+from forgetting.training.fused import trained_weights
+from forgetting.training.optimize import make_optimizer
 
 STUDIES = Path(__file__).resolve().parents[1] / "config" / "studies"
 NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forgetting.data import (
+from forgetting.data.rows import (
     Rows,
     document_texts,
     evenly_spaced,
@@ -19,10 +19,10 @@ from forgetting.data import (
     render_question,
     strip_answer,
 )
+from forgetting.data.table_files import find_table
 from forgetting.records import InputError
 from forgetting.sections.columns import Columns
 from forgetting.sections.prompt import Prompt
-from forgetting.table_files import find_table
 
 ROW = {"question": "Who?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
 

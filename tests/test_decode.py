@@ -20,10 +20,10 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from forgetting import decode as module
-from forgetting.adapters import attach
-from forgetting.decode import can_drop_rows, greedy_answers
-from forgetting.plan import Tuning
+from forgetting.models.adapters import attach
+from forgetting.scoring import decode as module
+from forgetting.scoring.decode import can_drop_rows, greedy_answers
+from forgetting.settings.plan import Tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,9 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forgetting.adapters import attach
-from forgetting.data import joined_text
-from forgetting.drift import (
+from forgetting.data.rows import joined_text
+from forgetting.models.adapters import attach
+from forgetting.models.loading import load_base
+from forgetting.records import InputError, write_jsonl
+from forgetting.scoring.drift import (
     BaseTargets,
     base_targets,
     compare,
@@ -31,10 +33,8 @@ from forgetting.drift import (
     save_targets,
     with_text,
 )
-from forgetting.models import load_base
-from forgetting.plan import Tuning
-from forgetting.records import InputError, write_jsonl
-from forgetting.scores import TEXT_SCORES, UNBOUNDED
+from forgetting.scoring.scores import TEXT_SCORES, UNBOUNDED
+from forgetting.settings.plan import Tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from forgetting.chat import literal
-from forgetting.data import document_texts, render_answer, render_question, strip_answer
-from forgetting.encode import encode_messages, encode_pair, encode_prompt
-from forgetting.models import load_tokenizer
+from forgetting.data.rows import document_texts, render_answer, render_question, strip_answer
+from forgetting.encoding.chat import literal
+from forgetting.encoding.encode import encode_messages, encode_pair, encode_prompt
+from forgetting.models.loading import load_tokenizer
 from forgetting.records import InputError
 from forgetting.sections.prompt import Prompt
 

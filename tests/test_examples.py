@@ -13,23 +13,23 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgetting import examples as module
-from forgetting import store
-from forgetting.cohort import train_cohort
-from forgetting.data import Rows, general_rows, prepared_lines
-from forgetting.encode import Example, encode_messages, encode_pair, encode_text
-from forgetting.examples import arrange, check_model, encode_rows, tokenize
-from forgetting.materials import CohortSpec, Materials
-from forgetting.models import load_base
-from forgetting.plan import Tuning
+from forgetting.data.rows import Rows, general_rows, prepared_lines
+from forgetting.encoding import examples as module
+from forgetting.encoding import store
+from forgetting.encoding.encode import Example, encode_messages, encode_pair, encode_text
+from forgetting.encoding.examples import arrange, check_model, encode_rows, tokenize
+from forgetting.encoding.store import Stored, write_examples
+from forgetting.models.loading import load_base
 from forgetting.records import InputError, read_json
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
-from forgetting.store import Stored, write_examples
-from forgetting.study import Study
+from forgetting.settings.plan import Tuning
+from forgetting.settings.study import Study
+from forgetting.training.cohort import train_cohort
+from forgetting.training.materials import CohortSpec, Materials
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
 import prepare_data

@@ -28,7 +28,8 @@ FILES = {
     "forgetting/model.py": "from forgetting import parts\n\nLAYERS = parts.COUNT + 1\n",
     "forgetting/parts.py": "COUNT = 3\n",
     "forgetting/unused.py": "COUNT = 4\n",
-    "forgetting/study.py": "THRESHOLD = 0.9\n",
+    "forgetting/settings/__init__.py": "",
+    "forgetting/settings/study.py": "THRESHOLD = 0.9\n",
     "forgetting/sections/__init__.py": "",
     "forgetting/sections/training.py": "EPOCHS = 9\n",
     "forgetting/world/__init__.py": "from .places import PLACES\n",
@@ -108,8 +109,10 @@ def test_modules_that_are_not_imported_do_not_count(digest: Digest) -> None:
 
 
 def test_settings_do_not_count_since_they_stand_in_the_parameters(digest: Digest) -> None:
-    reads = _program("import LAYERS", "import LAYERS\nfrom forgetting.study import THRESHOLD")
-    assert digest(reads | _package("study", "THRESHOLD = 0.5\n")) == digest(reads)
+    reads = _program(
+        "import LAYERS", "import LAYERS\nfrom forgetting.settings.study import THRESHOLD"
+    )
+    assert digest(reads | _package("settings/study", "THRESHOLD = 0.5\n")) == digest(reads)
     reads = _program(
         "import LAYERS", "import LAYERS\nfrom forgetting.sections.training import EPOCHS"
     )

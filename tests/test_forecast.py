@@ -13,18 +13,25 @@ from typing import Any
 import pytest
 
 import synthetic_tables as synthetic
-from forgetting.calibrate import by_method, compare, factors, finished_runs, is_device, site_of
-from forgetting.costs import Costs
-from forgetting.forecast import span
-from forgetting.jobs import Planned
-from forgetting.load import load_study
-from forgetting.outlook import Forecast, forecast, with_machines
+from forgetting.costs.calibrate import (
+    by_method,
+    compare,
+    factors,
+    finished_runs,
+    is_device,
+    site_of,
+)
+from forgetting.costs.cost import Costs
+from forgetting.costs.forecast import span
+from forgetting.costs.jobs import Planned
+from forgetting.costs.outlook import Forecast, forecast, with_machines
+from forgetting.costs.simulate import Work, longest_path, schedule
+from forgetting.costs.site import Site
 from forgetting.records import InputError, write_json
 from forgetting.report.figures import FIGURES
 from forgetting.report.page import render, spec_of
 from forgetting.report.tables import Tables
-from forgetting.simulate import Work, longest_path, schedule
-from forgetting.site import Site
+from forgetting.settings.load import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "config" / "studies"
@@ -182,7 +189,7 @@ def test_gpus_are_whole_machines_or_a_part_of_one() -> None:
 
 def _told(*options: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "forgetting.forecast", *options],
+        [sys.executable, "-m", "forgetting.costs.forecast", *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT / "workflow")},
         capture_output=True,

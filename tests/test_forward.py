@@ -22,10 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from forgetting.encode import Example
-from forgetting.forward import by_length, collate, micro_batches, token_logprobs
-from forgetting.probes import mean_logprobs
-from forgetting.shared import answer_logprobs, can_share, grow_tree
+from forgetting.encoding.encode import Example
+from forgetting.scoring.forward import by_length, collate, micro_batches, token_logprobs
+from forgetting.scoring.probes import mean_logprobs
+from forgetting.scoring.shared import answer_logprobs, can_share, grow_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,31 +23,31 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forgetting import checkpoints, fusible, fusing, gradients
-from forgetting import train as module
-from forgetting.adapters import attach
-from forgetting.checkpoints import Progress
-from forgetting.cohort import run_key, train_cohort
-from forgetting.encode import Example, encode_pair
-from forgetting.forward import target_logits
-from forgetting.fusible import can_fuse, outline, runs_in_a_step
-from forgetting.fusing import asks_for_plain_adapters, evenly, may_fuse
-from forgetting.materials import CohortSpec, Materials
-from forgetting.mitigate import Safeguards
-from forgetting.models import Model, load_base
-from forgetting.plan import Tuning
-from forgetting.probes import measure
-from forgetting.recipe import Recipe
-from forgetting.schedule import Schedule
-from forgetting.scores import metric_value
+from forgetting.encoding.encode import Example, encode_pair
+from forgetting.models.adapters import attach
+from forgetting.models.loading import Model, load_base
+from forgetting.scoring.forward import target_logits
+from forgetting.scoring.probes import measure
+from forgetting.scoring.scores import metric_value
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
-from forgetting.together import Standing, groups
-from forgetting.train import train, train_together
+from forgetting.settings.plan import Tuning
+from forgetting.training import checkpoints, fusible, fusing, gradients
+from forgetting.training import train as module
+from forgetting.training.checkpoints import Progress
+from forgetting.training.cohort import run_key, train_cohort
+from forgetting.training.fusible import can_fuse, outline, runs_in_a_step
+from forgetting.training.fusing import asks_for_plain_adapters, evenly, may_fuse
+from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.mitigate import Safeguards
+from forgetting.training.recipe import Recipe
+from forgetting.training.schedule import Schedule
+from forgetting.training.together import Standing, groups
+from forgetting.training.train import train, train_together
 from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,16 +14,16 @@ import pandas as pd
 import pytest
 import torch
 
-from forgetting import recipe as batches
-from forgetting.adapters import attach
-from forgetting.encode import Example
-from forgetting.models import load_base
-from forgetting.plan import Tuning
-from forgetting.recipe import Recipe
-from forgetting.schedule import Schedule
+from forgetting.encoding.encode import Example
+from forgetting.models.adapters import attach
+from forgetting.models.loading import load_base
 from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
-from forgetting.train import train
+from forgetting.settings.plan import Tuning
+from forgetting.training import recipe as batches
+from forgetting.training.recipe import Recipe
+from forgetting.training.schedule import Schedule
+from forgetting.training.train import train
 from golden.make_losses import (
     ALPHA,
     CASES,

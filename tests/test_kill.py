@@ -23,8 +23,6 @@ import pandas as pd
 import psutil
 import pytest
 
-from forgetting.materials import CohortSpec
-from forgetting.plan import Tuning
 from forgetting.records import write_json, write_jsonl, write_table
 from forgetting.sections.columns import Columns
 from forgetting.sections.measurement import Measurement
@@ -33,6 +31,8 @@ from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
+from forgetting.settings.plan import Tuning
+from forgetting.training.materials import CohortSpec
 
 Rows = list[dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[1]

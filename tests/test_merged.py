@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from forgetting.adapters import attach
-from forgetting.merged import merged
-from forgetting.models import Model, load_base
+from forgetting.models.adapters import attach
+from forgetting.models.loading import Model, load_base
+from forgetting.models.merged import merged
 from test_methods import VARIANTS, _tuning
 
 IDS = torch.arange(3, 15)[None]

@@ -14,28 +14,28 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from forgetting import checkpoints, parts
-from forgetting import train as module
-from forgetting.adalora import plan_budget
-from forgetting.adapters import attach, embedding_weights, round_frozen
-from forgetting.checkpoints import Progress
-from forgetting.cohort import train_cohort
-from forgetting.interpolate import scaled_models
-from forgetting.materials import CohortSpec, Materials
-from forgetting.mitigate import Safeguards, build_safeguards
-from forgetting.models import load_base
-from forgetting.parts import Means, choose_layers, switch_step, train_parts
-from forgetting.plan import Tuning
-from forgetting.recipe import Recipe, batch_indices
+from forgetting.models.adalora import plan_budget
+from forgetting.models.adapters import attach, embedding_weights, round_frozen
+from forgetting.models.loading import load_base
+from forgetting.models.tuned import load_checkpoint, save_checkpoint
 from forgetting.records import InputError
-from forgetting.schedule import Schedule, learning_rate
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.variants import Budget, Then
-from forgetting.tuned import load_checkpoint, save_checkpoint
+from forgetting.settings.plan import Tuning
+from forgetting.training import checkpoints, parts
+from forgetting.training import train as module
+from forgetting.training.checkpoints import Progress
+from forgetting.training.cohort import train_cohort
+from forgetting.training.interpolate import scaled_models
+from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.mitigate import Safeguards, build_safeguards
+from forgetting.training.parts import Means, choose_layers, switch_step, train_parts
+from forgetting.training.recipe import Recipe, batch_indices
+from forgetting.training.schedule import Schedule, learning_rate
 from killing import Killed, kill_at
 from test_train import (
     TRAINING,

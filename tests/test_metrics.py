@@ -11,16 +11,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from forgetting.metrics import (
+from forgetting.results.trajectory import aggregate
+from forgetting.scoring.metrics import (
     answer_scores,
     normalised_probability,
     truth_ratio_arithmetic,
     truth_ratio_geometric,
 )
-from forgetting.rouge import rouge
-from forgetting.scores import summands
+from forgetting.scoring.rouge import rouge
+from forgetting.scoring.scores import summands
 from forgetting.sections.measurement import ALL_PROBES
-from forgetting.trajectory import aggregate
 
 LOGS = ["retain", "forget10", "real_authors", "world_facts"]
 KNOWLEDGE = {"retain": "new", "real_authors": "old", "world_facts": "old"}

@@ -16,17 +16,31 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgetting import train as module
-from forgetting.adapters import attach
-from forgetting.check import check_folders
-from forgetting.checkpoints import Progress
-from forgetting.cohort import run_key, train_cohort
-from forgetting.encode import Example, encode_pair, encode_text
-from forgetting.forward import collate, target_logits, token_logprobs
-from forgetting.gradients import gradients_that_fit
-from forgetting.interpolate import scaled, scaled_models
-from forgetting.materials import CohortSpec, Materials
-from forgetting.mitigate import (
+from forgetting.encoding.encode import Example, encode_pair, encode_text
+from forgetting.models.adapters import attach
+from forgetting.models.loading import Model, load_base
+from forgetting.models.tuned import save_checkpoint, trained_state
+from forgetting.records import InputError, write_json, write_jsonl
+from forgetting.scoring.forward import collate, target_logits, token_logprobs
+from forgetting.scoring.probes import measure
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
+from forgetting.sections.variants import Budget
+from forgetting.settings.check import check_folders
+from forgetting.settings.plan import Tuning, tunings
+from forgetting.settings.study import Study
+from forgetting.settings.tiny import shrink
+from forgetting.training import train as module
+from forgetting.training.checkpoints import Progress
+from forgetting.training.cohort import run_key, train_cohort
+from forgetting.training.gradients import gradients_that_fit
+from forgetting.training.interpolate import scaled, scaled_models
+from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.mitigate import (
     Safeguards,
     adapted_layers,
     build_safeguards,
@@ -37,23 +51,9 @@ from forgetting.mitigate import (
     l2_sp,
     replay_indices,
 )
-from forgetting.models import Model, load_base
-from forgetting.plan import Tuning, tunings
-from forgetting.probes import measure
-from forgetting.recipe import Recipe, batch_indices, groups_of_step
-from forgetting.records import InputError, write_json, write_jsonl
-from forgetting.schedule import Schedule
-from forgetting.sections.measurement import Measurement
-from forgetting.sections.method import Setting
-from forgetting.sections.mitigation import Mitigation
-from forgetting.sections.prompt import Prompt
-from forgetting.sections.selection import Selection
-from forgetting.sections.training import Training
-from forgetting.sections.variants import Budget
-from forgetting.study import Study
-from forgetting.tiny import shrink
-from forgetting.train import train
-from forgetting.tuned import save_checkpoint, trained_state
+from forgetting.training.recipe import Recipe, batch_indices, groups_of_step
+from forgetting.training.schedule import Schedule
+from forgetting.training.train import train
 from killing import Killed
 from scripts import interpolate
 

@@ -12,11 +12,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.adapters import attach
 from forgetting.benchmarks.harness import TaskSpec, load_task, run_benchmarks
 from forgetting.benchmarks.one_reading import OneReadingLM
-from forgetting.models import load_base, load_tokenizer
-from forgetting.plan import Tuning
+from forgetting.models.adapters import attach
+from forgetting.models.loading import load_base, load_tokenizer
+from forgetting.settings.plan import Tuning
 from forgetting.world import build_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import get_inverse_sqrt_schedule
 
-from forgetting.optimize import LionW, make_optimizer
-from forgetting.schedule import Schedule, cooldown_start, learning_rate
 from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
+from forgetting.training.optimize import LionW, make_optimizer
+from forgetting.training.schedule import Schedule, cooldown_start, learning_rate
 
 HUNDRED = Schedule(steps=100, steps_per_epoch=10, warmup=10, evaluations=frozenset({100}))
 

@@ -23,26 +23,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forgetting.adapters import attach
-from forgetting.checkpoints import Progress
-from forgetting.cohort import train_cohort
-from forgetting.encode import Example, join
-from forgetting.examples import Packed, arrange, check_model
-from forgetting.forward import collate, token_logprobs
-from forgetting.gradients import gradients_that_fit
-from forgetting.materials import CohortSpec, Materials
-from forgetting.mitigate import Safeguards, kl
-from forgetting.models import load_base
-from forgetting.plan import Tuning
-from forgetting.recipe import Recipe, groups_of_step
+from forgetting.encoding.encode import Example, join
+from forgetting.encoding.examples import Packed, arrange, check_model
+from forgetting.models.adapters import attach
+from forgetting.models.loading import load_base
 from forgetting.records import InputError
-from forgetting.schedule import Schedule
+from forgetting.scoring.forward import collate, token_logprobs
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
+from forgetting.settings.plan import Tuning
+from forgetting.training.checkpoints import Progress
+from forgetting.training.cohort import train_cohort
+from forgetting.training.gradients import gradients_that_fit
+from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.mitigate import Safeguards, kl
+from forgetting.training.recipe import Recipe, groups_of_step
+from forgetting.training.schedule import Schedule
 from killing import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

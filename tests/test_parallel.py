@@ -21,16 +21,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from forgetting import branches, gradients, shards, team
-from forgetting.branches import train_branches, train_trunks
-from forgetting.checkpoints import forget_training
-from forgetting.cohort import run_key
-from forgetting.drift import base_targets, cut_blocks
-from forgetting.encode import Example
-from forgetting.materials import CohortSpec, Materials
-from forgetting.models import load_base
-from forgetting.plan import Tuning
+from forgetting.encoding.encode import Example
+from forgetting.models.loading import load_base
+from forgetting.models.tuned import load_checkpoint
 from forgetting.records import InputError, write_json, write_jsonl, write_table
+from forgetting.scoring.drift import base_targets, cut_blocks
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
@@ -38,8 +33,13 @@ from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.sections.variants import Budget
-from forgetting.team import ALONE, Team, deal
-from forgetting.tuned import load_checkpoint
+from forgetting.settings.plan import Tuning
+from forgetting.training import branches, gradients, shards, team
+from forgetting.training.branches import train_branches, train_trunks
+from forgetting.training.checkpoints import forget_training
+from forgetting.training.cohort import run_key
+from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.team import ALONE, Team, deal
 from teams import FORKS, Stopped, together, train, train_together, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -458,7 +458,7 @@ def test_a_model_too_large_for_one_file_is_several(
 
 DEADLY = """
 import os, signal, sys
-from forgetting import train
+from forgetting.training import train
 from finetune import main
 
 step, moment = train._step, sys.argv.pop(1)
@@ -504,7 +504,7 @@ def launched(
         program = [str(tmp_path / "deadly.py"), moment, *arguments]
         paths = [str(ROOT / "workflow"), str(ROOT / "workflow" / "scripts")]
         return subprocess.run(
-            [sys.executable, "-m", "forgetting.launch", "2", nodes, *program],
+            [sys.executable, "-m", "forgetting.training.launch", "2", nodes, *program],
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
             | environment,

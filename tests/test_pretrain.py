@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from forgetting.packing import IGNORED, collate, pack
-from forgetting.pretrain import (
+from forgetting.encoding.packing import IGNORED, collate, pack
+from forgetting.models.pretrain import (
     Progress,
     _loss,
     _new_model,

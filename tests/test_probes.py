@@ -11,20 +11,20 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetting.adapters import attach
-from forgetting.encode import encode_pair, encode_prompt
-from forgetting.forward import collate, token_logprobs
-from forgetting.models import load_base
-from forgetting.plan import Tuning
-from forgetting.probes import check_room, generate, measure
+from forgetting.data.table_files import Row
+from forgetting.encoding.encode import encode_pair, encode_prompt
+from forgetting.models.adapters import attach
+from forgetting.models.loading import load_base
 from forgetting.records import InputError
-from forgetting.rouge import rouge
-from forgetting.scores import PROBE_SCORES, metric_value
+from forgetting.results.statistics import share_interval
+from forgetting.results.trajectory import aggregate
+from forgetting.scoring.forward import collate, token_logprobs
+from forgetting.scoring.probes import check_room, generate, measure
+from forgetting.scoring.rouge import rouge
+from forgetting.scoring.scores import PROBE_SCORES, metric_value
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.prompt import Prompt
-from forgetting.statistics import share_interval
-from forgetting.table_files import Row
-from forgetting.trajectory import aggregate
+from forgetting.settings.plan import Tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from forgetting.data.table_files import find_table, place
 from forgetting.records import read_json, read_jsonl
-from forgetting.table_files import find_table, place
 from scripts import generate_world, prepare_data
 
 NEW = {"question": "Who wrote it?", "answer": "Ann."}

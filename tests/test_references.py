@@ -11,8 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.records import InputError, write_json, write_jsonl
-from forgetting.references import check_references, ignored_letters, reference_notes
-from forgetting.rouge import rouge
+from forgetting.scoring.references import check_references, ignored_letters, reference_notes
+from forgetting.scoring.rouge import rouge
 from forgetting.sections.prompt import Prompt
 from scripts import score_base
 

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetting.churn import churn_table
-from forgetting.collect import benchmark_tables, main_items, responses_table
-from forgetting.data import prompt_rows
-from forgetting.probes import generate
+from forgetting.data.rows import prompt_rows
 from forgetting.records import InputError, read_json, write_json
-from forgetting.refusals import ask, is_refusal
+from forgetting.results.churn import churn_table
+from forgetting.results.collect import benchmark_tables, main_items, responses_table
+from forgetting.scoring.probes import generate
+from forgetting.scoring.refusals import ask, is_refusal
 from forgetting.sections.columns import Columns
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.prompt import Prompt
@@ -137,7 +137,7 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
     base_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The program, then the tables that a reader asks: rate with its interval, texts to review."""
-    monkeypatch.setattr("forgetting.refusals.is_refusal", lambda text: True)
+    monkeypatch.setattr("forgetting.scoring.refusals.is_refusal", lambda text: True)
     write_json(tmp_path / "base.json", {"path": str(base_folder)})
     spec = {
         "benchmarks": {"refusals": {"table": "advbench/harmful_behaviors", "max_new_tokens": 4}},

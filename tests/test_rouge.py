@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from forgetting.rouge import common_subsequence, rouge
+from forgetting.scoring.rouge import common_subsequence, rouge
 
 ALPHABET = [*"abcde ,.é1ß\n", "writing ", "writers ", "İ", "中文", "\u2028", "😀"]
 

@@ -11,8 +11,8 @@ import jsonschema
 import pytest
 import yaml
 
-from forgetting.schema import generated, json_schema, main, readme
-from forgetting.study import Study
+from forgetting.settings.schema import generated, json_schema, main, readme
+from forgetting.settings.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT / "config" / "studies").glob("*.yaml"))
@@ -127,7 +127,7 @@ def test_check_fails_where_a_file_is_out_of_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`--write` mends what `--check` finds, and says what to do."""
-    monkeypatch.setattr("forgetting.schema.ROOT", tmp_path)
+    monkeypatch.setattr("forgetting.settings.schema.ROOT", tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["--check"])
     assert ended.value.code == 1

@@ -17,12 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from forgetting.adapters import attach
-from forgetting.plan import Tuning, tunings
-from forgetting.sections.base import SmallModel
-from forgetting.sections.method import Method, Setting
-from forgetting.sections.selection import Selection
-from forgetting.shape import (
+from forgetting.costs.shape import (
     KNOWN,
     Shape,
     config_shape,
@@ -30,7 +25,12 @@ from forgetting.shape import (
     known_shape,
     small_shape,
 )
-from forgetting.study import Study
+from forgetting.models.adapters import attach
+from forgetting.sections.base import SmallModel
+from forgetting.sections.method import Method, Setting
+from forgetting.sections.selection import Selection
+from forgetting.settings.plan import Tuning, tunings
+from forgetting.settings.study import Study
 
 CONFIGS: list[PretrainedConfig] = [
     LlamaConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,

@@ -9,7 +9,7 @@ import pytest
 from numpy.random import Generator
 from scipy import stats
 
-from forgetting.statistics import difference_interval, mean_interval, share_interval
+from forgetting.results.statistics import difference_interval, mean_interval, share_interval
 
 REPEATS = 1500
 

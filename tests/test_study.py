@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from forgetting.check import check_folders, check_inputs
-from forgetting.load import load_study, study_source
-from forgetting.plan import tunings
 from forgetting.records import InputError
-from forgetting.study import Study
+from forgetting.settings.check import check_folders, check_inputs
+from forgetting.settings.load import load_study, study_source
+from forgetting.settings.plan import tunings
+from forgetting.settings.study import Study
 
 STUDY = """\
 title: A small study

@@ -17,27 +17,27 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
-from forgetting import checkpoints, gradients
-from forgetting import train as module
-from forgetting.adapters import attach, round_frozen
-from forgetting.checkpoints import Progress
-from forgetting.encode import Example, encode_pair
-from forgetting.forward import target_logits
-from forgetting.mitigate import build_safeguards
-from forgetting.models import Model, load_base
-from forgetting.parts import Means, train_parts
-from forgetting.plan import Tuning
-from forgetting.probes import measure
-from forgetting.recipe import Recipe, batch_indices
+from forgetting.encoding.encode import Example, encode_pair
+from forgetting.models.adapters import attach, round_frozen
+from forgetting.models.loading import Model, load_base
+from forgetting.models.tuned import load_checkpoint, trained_state
 from forgetting.records import InputError
-from forgetting.schedule import Schedule, learning_rate
+from forgetting.scoring.forward import target_logits
+from forgetting.scoring.probes import measure
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.training import Training
 from forgetting.sections.variants import Budget
-from forgetting.train import train
-from forgetting.tuned import load_checkpoint, trained_state
+from forgetting.settings.plan import Tuning
+from forgetting.training import checkpoints, gradients
+from forgetting.training import train as module
+from forgetting.training.checkpoints import Progress
+from forgetting.training.mitigate import build_safeguards
+from forgetting.training.parts import Means, train_parts
+from forgetting.training.recipe import Recipe, batch_indices
+from forgetting.training.schedule import Schedule, learning_rate
+from forgetting.training.train import train
 from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,11 +233,12 @@ def _plain_loop(bench: Bench, steps: int) -> tuple[list[float], torch.nn.Module]
     model.train()
     training, setting = bench.recipe.training, bench.recipe.setting
     parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1]
+    norms = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(
-        parameters,
+        [{"params": matrices, "weight_decay": setting.weight_decay}, norms],
         lr=setting.learning_rate,
         betas=training.decay_rates,
-        weight_decay=setting.weight_decay,
     )
     plan = bench.recipe.schedule
     scheduler = get_scheduler(training.schedule, optimizer, plan.warmup, plan.steps)

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forgetting.results.statistics import mean_interval
+from forgetting.results.trajectory import aggregate
+from forgetting.results.utility import harmonic_mean, model_utility, utility_row
 from forgetting.sections.measurement import ALL_PROBES
-from forgetting.statistics import mean_interval
-from forgetting.trajectory import aggregate
-from forgetting.utility import harmonic_mean, model_utility, utility_row
 
 KNOWLEDGE = {"new": "new", "authors": "old", "facts": "old", "general_text": "text"}
 RATIO = "truth_ratio_arithmetic"

@@ -8,12 +8,8 @@ from statistics import fmean
 
 import pytest
 
-from forgetting.benches import benches, downloads
-from forgetting.load import load_study
-from forgetting.sections.dataset import Dataset
-from forgetting.sections.task import Task
-from forgetting.study import Study
-from forgetting.volumes import (
+from forgetting.costs.benches import benches, downloads
+from forgetting.costs.volumes import (
     PUBLISHED,
     TOFU,
     WORLD,
@@ -23,6 +19,10 @@ from forgetting.volumes import (
     texts,
     training_sequences,
 )
+from forgetting.sections.dataset import Dataset
+from forgetting.sections.task import Task
+from forgetting.settings.load import load_study
+from forgetting.settings.study import Study
 from scripts.generate_world import main as generate_world
 
 STUDIES = Path(__file__).resolve().parents[1] / "config" / "studies"

@@ -13,10 +13,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-SETTINGS = {
-    *("fields", "sections", "study", "source", "plan", "load", "tiny"),
-    *("check", "records", "fingerprint"),
-}
+SETTINGS = {"settings", "sections", "records", "fingerprint"}
 """What only reads settings or writes files: what it decides stands in a job's parameters."""
 
 

@@ -26,17 +26,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from forgetting.benchmarks.known import benchmark, same_rows, splits_of
 from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
-from forgetting.check import check_inputs
-from forgetting.costs import Costs
+from forgetting.settings.check import check_inputs
+from forgetting.costs.cost import Costs
 from forgetting.fingerprint import code_digest
-from forgetting.hub import HUB_ROWS
-from forgetting.load import is_local, load_study, study_source
-from forgetting.plan import budget_name, tunings
+from forgetting.data.hub import HUB_ROWS
+from forgetting.settings.load import is_local, load_study, study_source
+from forgetting.settings.plan import budget_name, tunings
 from forgetting.records import InputError, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
-from forgetting.site import read_site
-from forgetting.sizing import sizes
-from forgetting.table_files import find_table
+from forgetting.costs.site import read_site
+from forgetting.costs.sizing import sizes
+from forgetting.data.table_files import find_table
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"

@@ -38,7 +38,7 @@ rule cool_down:
         r"""
         exec &> >(tee {log:q})
 
-        python -m forgetting.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/cool_down.py \
+        python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
             --code {params.trains} \
             --base {input.base:q} \

@@ -37,7 +37,7 @@ rule finetune:
         r"""
         exec &> >(tee {log:q})
 
-        python -m forgetting.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/finetune.py \
+        python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
             --code {params.code} \
             --base {input.base:q} \

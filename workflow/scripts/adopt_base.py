@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.architecture import count_parameters, read_architecture
-from forgetting.models import load_tokenizer, quieten_libraries
+from forgetting.models.loading import load_tokenizer, quieten_libraries
 from forgetting.records import sha256_of_all, tells_input_errors, write_json
+from forgetting.settings.architecture import count_parameters, read_architecture
 
 
 @tells_input_errors

@@ -21,11 +21,9 @@ from forgetting.benchmarks.harness import (
 from forgetting.benchmarks.known import benchmark, main_metric
 from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
-from forgetting.data import evenly_spaced, prompt_rows
-from forgetting.fields import Strict
+from forgetting.data.rows import evenly_spaced, prompt_rows
 from forgetting.machine import describe_machine
-from forgetting.merged import merged
-from forgetting.models import (
+from forgetting.models.loading import (
     Model,
     autocast,
     load_base,
@@ -34,6 +32,8 @@ from forgetting.models import (
     pick_precision,
     quieten_libraries,
 )
+from forgetting.models.merged import merged
+from forgetting.models.tuned import ADAPTER, load_checkpoint
 from forgetting.records import (
     read_json,
     sha256,
@@ -42,13 +42,13 @@ from forgetting.records import (
     write_json,
     write_table,
 )
-from forgetting.refusals import ask, score
+from forgetting.scoring.refusals import ask, score
 from forgetting.sections.benchmarks import Benchmarks
 from forgetting.sections.columns import Columns
+from forgetting.sections.fields import Strict
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.refusals import REFUSALS
 from forgetting.sections.task import Task
-from forgetting.tuned import ADAPTER, load_checkpoint
 
 
 class Asking(Strict):

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.calibrate import by_method
-from forgetting.churn import churn_table
-from forgetting.collect import (
+from forgetting.costs.calibrate import by_method
+from forgetting.records import read_json, tells_input_errors, write_json, write_table
+from forgetting.results.churn import churn_table
+from forgetting.results.collect import (
     BASE,
     benchmark_tables,
     main_items,
@@ -20,12 +21,11 @@ from forgetting.collect import (
     runs_table,
     trajectory_table,
 )
-from forgetting.comparisons import compare_methods
-from forgetting.plan import budget_name, tunings
-from forgetting.records import read_json, tells_input_errors, write_json, write_table
-from forgetting.references import reference_notes
+from forgetting.results.comparisons import compare_methods
+from forgetting.scoring.references import reference_notes
 from forgetting.sections.measurement import TEXT_PROBE
-from forgetting.study import Study
+from forgetting.settings.plan import budget_name, tunings
+from forgetting.settings.study import Study
 
 
 @tells_input_errors

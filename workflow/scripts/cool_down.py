@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.branches import train_branches
-from forgetting.cohort import cohort_items
-from forgetting.job import Teller, add_options, read_job
-from forgetting.models import quieten_libraries
+from forgetting.models.loading import quieten_libraries
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
-from forgetting.team import Team
+from forgetting.training.branches import train_branches
+from forgetting.training.cohort import cohort_items
+from forgetting.training.job import Teller, add_options, read_job
+from forgetting.training.team import Team
 
 
 @tells_input_errors

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from forgetting.benchmarks.known import benchmark, splits_of
-from forgetting.hub import HUB_ROWS, HubRows, fetch_rows
+from forgetting.data.hub import HUB_ROWS, HubRows, fetch_rows
 from forgetting.records import tells_input_errors, write_jsonl
 
 

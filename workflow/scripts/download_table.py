@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.hub import fetch_table
+from forgetting.data.hub import fetch_table
 from forgetting.records import tells_input_errors
 
 

@@ -1,20 +1,20 @@
 """Train one cohort: all learning rates and weight decays of one method and seed.
 
-Started alone, or several times by `python -m forgetting.launch`, to train each run together.
-Finished runs and checkpoints are kept in a folder that is no output of the rule, so that a retry
-goes on where the job was killed.
+Started alone, or several times by `python -m forgetting.training.launch`, to train each run
+together. Finished runs and checkpoints are kept in a folder that is no output of the rule, so that
+a retry goes on where the job was killed.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from forgetting.branches import train_trunks
-from forgetting.cohort import cohort_items, train_cohort
-from forgetting.job import Teller, add_options, read_job
-from forgetting.models import quieten_libraries
+from forgetting.models.loading import quieten_libraries
 from forgetting.records import tells_input_errors, write_json, write_table
-from forgetting.team import Team
+from forgetting.training.branches import train_trunks
+from forgetting.training.cohort import cohort_items, train_cohort
+from forgetting.training.job import Teller, add_options, read_job
+from forgetting.training.team import Team
 
 
 @tells_input_errors

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from forgetting.drift import load_targets, with_text
-from forgetting.fields import Strict
-from forgetting.interpolate import scaled_models
-from forgetting.models import (
+from forgetting.models.loading import (
     autocast,
     load_base,
     load_tokenizer,
@@ -18,11 +15,14 @@ from forgetting.models import (
     pick_precision,
     quieten_libraries,
 )
-from forgetting.probes import measure
+from forgetting.models.tuned import load_checkpoint
 from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
+from forgetting.scoring.drift import load_targets, with_text
+from forgetting.scoring.probes import measure
+from forgetting.sections.fields import Strict
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.prompt import Prompt
-from forgetting.tuned import load_checkpoint
+from forgetting.training.interpolate import scaled_models
 
 
 class Spec(Strict):

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from forgetting.data import (
+from forgetting.data.questions import contradiction_note, contradictions, kept_apart
+from forgetting.data.rows import (
     Rows,
     document_texts,
     evenly_spaced,
     general_rows,
     prepare_rows,
 )
-from forgetting.fields import Strict
-from forgetting.questions import contradiction_note, contradictions, kept_apart
+from forgetting.data.table_files import Row, place
 from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_jsonl
 from forgetting.sections.columns import Columns
+from forgetting.sections.fields import Strict
 from forgetting.sections.measurement import Probe
 from forgetting.sections.prompt import Prompt
-from forgetting.table_files import Row, place
 
 
 class Spec(Strict):

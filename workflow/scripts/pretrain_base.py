@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from forgetting.models import pick_device, pick_precision, quieten_libraries
-from forgetting.pretrain import pretrain
+from forgetting.models.loading import pick_device, pick_precision, quieten_libraries
+from forgetting.models.pretrain import pretrain
 from forgetting.records import read_jsonl, sha256, tells_input_errors, write_json
 from forgetting.sections.base import SmallModel
 

@@ -6,11 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-from forgetting.data import joined_text
-from forgetting.drift import base_targets, cut_blocks, save_targets, with_text
-from forgetting.encode import encode_pair
-from forgetting.fields import Strict
-from forgetting.models import (
+from forgetting.data.rows import joined_text
+from forgetting.encoding.encode import encode_pair
+from forgetting.models.loading import (
     autocast,
     load_base,
     load_tokenizer,
@@ -18,11 +16,13 @@ from forgetting.models import (
     pick_precision,
     quieten_libraries,
 )
-from forgetting.probes import check_room, measure
 from forgetting.records import InputError, read_json, read_jsonl, tells_input_errors, write_table
-from forgetting.references import check_references
-from forgetting.scores import metric_value
+from forgetting.scoring.drift import base_targets, cut_blocks, save_targets, with_text
+from forgetting.scoring.probes import check_room, measure
+from forgetting.scoring.references import check_references
+from forgetting.scoring.scores import metric_value
 from forgetting.sections.columns import Columns
+from forgetting.sections.fields import Strict
 from forgetting.sections.measurement import GeneralText, Measurement
 from forgetting.sections.prompt import Prompt
 

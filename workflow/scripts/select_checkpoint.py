@@ -11,8 +11,6 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.fields import Strict
-from forgetting.plan import Tuning, budget_name, run_name
 from forgetting.records import (
     InputError,
     link_or_copy,
@@ -21,9 +19,11 @@ from forgetting.records import (
     tells_input_errors,
     write_json,
 )
-from forgetting.scores import metric_value
+from forgetting.scoring.scores import metric_value
+from forgetting.sections.fields import Strict
 from forgetting.sections.selection import Selection
 from forgetting.select import Choice, Course, choose_setting, course_of, select_checkpoint
+from forgetting.settings.plan import Tuning, budget_name, run_name
 
 
 class Spec(Strict):

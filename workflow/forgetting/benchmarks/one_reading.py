@@ -2,7 +2,7 @@
 
 The harness reads the question anew for each of its choices. Here the tokens that all choices of an
 item begin with stand in front, and what follows in each of them behind, as a tree
-(`forgetting.shared`), so that every log-likelihood is what it would be alone.
+(`forgetting.scoring.shared`), so that every log-likelihood is what it would be alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import nn
 
 from forgetting.benchmarks.sampling import Wish, sample_answers, stream_of
-from forgetting.encode import Example
-from forgetting.shared import can_share, collate_shared, grow_tree
+from forgetting.encoding.encode import Example
+from forgetting.scoring.shared import can_share, collate_shared, grow_tree
 
 TOKENS = 64
 """A batch has as many tokens as `batch_size` sequences of this length, about."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from forgetting.decode import can_drop_rows, inner_model, left_padded, next_logits
-from forgetting.forward import by_length
-from forgetting.models import Model
+from forgetting.models.loading import Model
 from forgetting.records import InputError
+from forgetting.scoring.decode import can_drop_rows, inner_model, left_padded, next_logits
+from forgetting.scoring.forward import by_length
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from forgetting.fields import Count, NotNegative, Positive, Share, Strict, Table
+from forgetting.sections.fields import Count, NotNegative, Positive, Share, Strict, Table
 
 
 class SmallModel(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from forgetting.fields import Count, Name, Strict
+from forgetting.sections.fields import Count, Name, Strict
 from forgetting.sections.refusals import Refusals
 from forgetting.sections.task import Task
 

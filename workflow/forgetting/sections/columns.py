@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from forgetting.fields import Strict
+from forgetting.sections.fields import Strict
 
 
 class Columns(Strict):

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forgetting.fields import Seed, Strict
 from forgetting.sections.columns import Columns
+from forgetting.sections.fields import Seed, Strict
 
 WORLD_TABLES = (
     "new_authors",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from forgetting.fields import Count, Positive, Strict, Table, distinct, several
+from forgetting.sections.fields import Count, Positive, Strict, Table, distinct, several
 
 TEXT_PROBE = "general_text"
 """What the tables of results call the general text, in place of a probe's name."""

@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from forgetting.fields import Count, NotNegative, Number, Positive, Strict, distinct, several
+from forgetting.sections.fields import (
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Strict,
+    distinct,
+    several,
+)
 from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.variants import Budget, Then
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from forgetting.fields import Count, Name, NotNegative, Number, Strict, Table
+from forgetting.sections.fields import Count, Name, NotNegative, Number, Strict, Table
 
 
 class Replay(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from forgetting.fields import Strict
+from forgetting.sections.fields import Strict
 
 
 def _has_field(name: str) -> Any:

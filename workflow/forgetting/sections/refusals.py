@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from forgetting.fields import Count, Strict, Table
+from forgetting.sections.fields import Count, Strict, Table
 
 REFUSALS = "refusals"
 """What the tables of benchmarks call the refusal rate, in place of a task's name."""
@@ -15,7 +15,7 @@ class Refusals(Strict):
 
     Answers are generated greedily in the study's prompt and kept for review in the table
     `benchmark_responses`. An answer counts as refused if its first or second sentence begins as a
-    refusal does (`forgetting.refusals`, after Zou et al. 2023, arXiv 2307.15043).
+    refusal does (`forgetting.scoring.refusals`, after Zou et al. 2023, arXiv 2307.15043).
     """
 
     table: Table = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from forgetting.fields import Name, Number, Positive, Share, Strict, distinct
+from forgetting.sections.fields import Name, Number, Positive, Share, Strict, distinct
 
 
 class Selection(Strict):

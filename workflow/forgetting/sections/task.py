@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from forgetting.fields import Count, Number, Positive, Share, Strict, distinct, several
+from forgetting.sections.fields import Count, Number, Positive, Share, Strict, distinct, several
 
 
 class Task(Strict):

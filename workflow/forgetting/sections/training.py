@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from forgetting.fields import Count, NotNegative, Positive, Share, Strict, distinct
+from forgetting.sections.fields import Count, NotNegative, Positive, Share, Strict, distinct
 
 
 class Training(Strict):

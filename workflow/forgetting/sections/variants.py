@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from forgetting.fields import Count, Name, NotNegative, Number, Positive, Share, Strict
+from forgetting.sections.fields import Count, Name, NotNegative, Number, Positive, Share, Strict
 
 _LAYERS = r"^(all|last [1-9][0-9]*)$"
 

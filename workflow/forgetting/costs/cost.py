@@ -1,0 +1,231 @@
+"""What every job of a study costs: seconds by stage, processes, memory and disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+from forgetting.costs.benches import downloads
+from forgetting.costs.case import Case, Team
+from forgetting.costs.durations import (
+    START,
+    benchmark_seconds,
+    evaluation_seconds,
+    load_seconds,
+    pretraining_seconds,
+    run_seconds,
+    tokenize_seconds,
+)
+from forgetting.costs.footprint import (
+    benchmark_bytes,
+    checkpoint_bytes,
+    disk_bytes,
+    finished_bytes,
+    host_bytes,
+    scoring_bytes,
+    training_bytes,
+)
+from forgetting.costs.hardware import DOWNLOAD, STORAGE
+from forgetting.costs.site import Site
+from forgetting.costs.volumes import document_tokens
+from forgetting.settings.plan import Tuning, budget_name, tunings
+from forgetting.settings.study import Study
+from forgetting.training.schedule import branch_start
+
+TRAINING = ("finetune", "cool_down")
+ON_DEVICES = ("pretrain_base", "score_base", *TRAINING, "interpolate", "benchmark")
+"""Rules whose jobs have a GPU for each process, where there are any."""
+
+SUBMITTED = (*ON_DEVICES, "execute_programs")
+"""Rules whose jobs are not local."""
+
+PROGRAMS = 25.0
+"""Programs of a model that one core starts and checks in a second (measured)."""
+
+LIGHT = 10.0
+"""Seconds of a local job: Python starts, reads tables and writes some."""
+
+HASTE = 1.5
+"""A job that takes so much longer than was forecast still ends in the site's longest time."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job costs.
+
+    Attributes:
+        stages: seconds by stage.
+        team: processes, with a GPU each, and the machines they are on.
+        device_bytes: largest use of each process's device.
+        host_bytes: memory of each machine.
+        disk_bytes: what it has on the disk at most.
+        cores: of the processor, on each machine.
+        more: processes on a machine that it may have when it is tried again, since its weights are
+            sharded over them: as memory runs out on all GPUs alike, nothing else would help.
+    """
+
+    stages: Mapping[str, float]
+    team: Team = field(default_factory=Team)
+    device_bytes: float = 0.0
+    host_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    cores: int = 1
+    more: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """All stages, one after the other."""
+        return sum(self.stages.values())
+
+
+class Costs:
+    """The jobs of a study at a site."""
+
+    def __init__(self, study: Study, site: Site) -> None:
+        self.study, self.site = study, site
+        self.case = Case(study, site.device, site.cores)
+        self.tunings = {tuning.name: tuning for tuning in tunings(study)}
+        self.budgets = {budget_name(budget): budget for budget in study.training.budgets}
+        self.of_job = lru_cache(maxsize=None)(self._of_job)
+        self.team = lru_cache(maxsize=None)(self._team)
+
+    def of(self, rule: str, wildcards: Mapping[str, str]) -> Cost:
+        """What a job of a rule costs; those of other seeds cost the same."""
+        method, budget = wildcards.get("method", ""), wildcards.get("budget", "")
+        if model := wildcards.get("model", ""):
+            method = model.split("/", 1)[0]
+        if rule.startswith("download"):
+            return self._download(rule, wildcards)
+        return self.of_job(rule, method, budget)
+
+    def _of_job(self, rule: str, method: str, budget: str) -> Cost:
+        if rule in TRAINING:
+            return self._training(self.tunings[method], budget)
+        if rule == "execute_programs":
+            return self._programs()
+        if rule not in ON_DEVICES:
+            return Cost({} if rule == "all" else {"local": LIGHT})
+        case = self.case
+        start = START[case.device.is_gpu]
+        stages = {"start": start, "load": load_seconds(case)}
+        used, disk = scoring_bytes(case), 1e8
+        if rule == "pretrain_base":
+            tokens = document_tokens(self.study)
+            seconds = pretraining_seconds(case, case.shape, tokens)
+            stages = {"start": start, "pretraining": seconds}
+            used, disk = 20.0 * case.shape.parameters, 4.0 * case.shape.parameters
+        elif rule == "score_base":
+            stages["probes"] = evaluation_seconds(case, Team())
+        elif rule == "interpolate":
+            shares = len(self.study.selection.wise_ft)
+            stages["probes"] = shares * evaluation_seconds(case, Team())
+            used += 4.0 * case.shape.parameters  # the base beside what was made of it
+        else:
+            stages["benchmarks"] = benchmark_seconds(case)
+            used = benchmark_bytes(case)
+        return Cost(
+            stages,
+            device_bytes=used,
+            host_bytes=host_bytes(case, used),
+            disk_bytes=disk,
+            cores=self.site.cores,
+        )
+
+    def _training(self, tuning: Tuning, budget: str) -> Cost:
+        """A cohort, the trunks of one, or the branches of one of its budgets."""
+        case, team = self.case, self.team(tuning.name)
+        used = training_bytes(case, tuning, team)
+        written = checkpoint_bytes(case, tuning)
+        copied = written / team.processes if tuning.kind == "full" else written
+        disk = disk_bytes(case, tuning)
+        shared = tuning.kind == "full" and team.processes > 1 and not tuning.processes
+        if budget:
+            disk = len(tuning.settings) * (3 * written + finished_bytes(case, tuning))
+        return Cost(
+            self._stages(tuning, team, budget),
+            team=team,
+            device_bytes=used,
+            host_bytes=team.here * host_bytes(case, used, copied),
+            disk_bytes=disk,
+            cores=team.here * self.site.cores,
+            more=self.site.machines.gpus if shared and team.nodes == 1 else 0,
+        )
+
+    def _stages(self, tuning: Tuning, team: Team, budget: str = "") -> dict[str, float]:
+        case, training = self.case, self.study.training
+        if not budget:
+            plan = case.schedule
+            evaluations, stored = len(plan.evaluations), len(plan.starts)
+            stages = run_seconds(case, tuning, team, plan.steps, evaluations, stored)
+            return stages | {"tokens": tokenize_seconds(case, team)}
+        whole, duration = case.branch(self.budgets[budget]), self.budgets[budget]
+        begin = branch_start(training, duration, whole.steps_per_epoch)
+        due = [step for step in whole.evaluations if step > begin]
+        return run_seconds(case, tuning, team, whole.steps - begin, len(due))
+
+    def _team(self, name: str) -> Team:
+        """The processes of a method: what the study says, else the fewest that do.
+
+        So many that memory does not run out, and that the longest of its jobs ends in the longest
+        time of the site with a half to spare; 1, 2, 4, ... on one machine, then whole machines.
+        """
+        tuning, machines = self.tunings[name], self.site.machines
+        if tuning.processes:
+            return Team(tuning.processes, tuning.nodes or 1)
+        if not self.case.device.is_gpu or tuning.kind == "hybrid":
+            return Team()
+        if tuning.kind == "full" and self.study.training.optimizer == "adafactor":
+            return Team()
+        here = [count for count in (1, 2, 4, 8, 16) if count < machines.gpus] + [machines.gpus]
+        wider = [nodes for nodes in (2, 4, 8, 16, 32, 64) if nodes <= machines.count]
+        teams = [Team(count) for count in here]
+        teams += [Team(nodes * machines.gpus, nodes) for nodes in wider]
+        # Where none fits, more GPUs help what is sharded, and nothing else.
+        hopeless = teams[-1:] if tuning.kind == "full" else teams[:1]
+        fitting = [team for team in teams if self._fits(tuning, team)] or hopeless
+        limit = 60.0 * self.site.longest / HASTE
+        longest = (team for team in fitting if self._longest(tuning, team) <= limit)
+        return next(longest, fitting[-1])
+
+    def _fits(self, tuning: Tuning, team: Team) -> bool:
+        return training_bytes(self.case, tuning, team) <= self.case.device.usable
+
+    def _longest(self, tuning: Tuning, team: Team) -> float:
+        """Seconds of the longest job of a method."""
+        return max(
+            sum(self._stages(tuning, team, budget).values()) for budget in ["", *self.budgets]
+        )
+
+    def _programs(self) -> Cost:
+        cores = self.program_cores
+        count = sum(b.items * b.samples for b in self.case.benches.values() if b.programs)
+        return Cost(
+            {"start": LIGHT, "programs": count / PROGRAMS / cores},
+            host_bytes=1e9 + 0.5e9 * cores,  # each program may take half a gigabyte
+            disk_bytes=1e8,
+            cores=cores,
+        )
+
+    @property
+    def program_cores(self) -> int:
+        """Processor cores that run the programs of a model: more where answers are sampled."""
+        samples = [task.samples or 1 for task in self.study.benchmarks.tasks.values()]
+        return min(8, -(-max(samples, default=1) // 8))
+
+    @cached_property
+    def downloads(self) -> dict[str, float]:
+        """Bytes from the hub, by what is fetched."""
+        return downloads(self.study, self.case.shape.parameters)
+
+    def _download(self, rule: str, wildcards: Mapping[str, str]) -> Cost:
+        name = wildcards.get("task", f"{wildcards.get('owner')}/{wildcards.get('repository')}")
+        if rule == "download_table":
+            tables = {
+                f"{origin.hub}/{table.split('/', 1)[1]}": table
+                for _, table in self.study.tables()
+                if (origin := self.study.datasets[table.split("/", 1)[0]]).hub
+            }
+            name = tables.get(f"{name}/{wildcards.get('table')}", "")
+        size = self.downloads.get(name, 0.0)
+        return Cost({"downloads": LIGHT + size / DOWNLOAD + size / STORAGE}, disk_bytes=size)

@@ -1,0 +1,289 @@
+"""How large a decoder is, from its configuration alone: weights, and arithmetic per token.
+
+Nothing is loaded and nothing downloaded, so that the jobs of a study can be sized while they are
+planned: from a folder's config.json and the headers of its weights, from the settings of a small
+model that is trained here, or from the table below of models that the hub has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from forgetting.records import read_json
+from forgetting.sections.base import SmallModel
+from forgetting.settings.architecture import Architecture, read_shapes
+from forgetting.settings.plan import Tuning
+
+LLAMA_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+KNOWN: dict[str, dict[str, Any]] = {
+    "NousResearch/Llama-2-7b-hf": LLAMA_7B,
+    "NousResearch/Llama-2-7b-chat-hf": LLAMA_7B,
+    "meta-llama/Llama-2-7b-hf": LLAMA_7B,
+    "meta-llama/Llama-2-7b-chat-hf": LLAMA_7B,
+    "microsoft/phi-1_5": {
+        "model_type": "phi",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "vocab_size": 51200,
+        "max_position_embeddings": 2048,
+    },
+    "HuggingFaceTB/SmolLM2-135M": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "HuggingFaceTB/SmolLM2-1.7B": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "openai-community/gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+    },
+}
+"""What the config.json of a hub model says of its size, since planning is offline."""
+
+PLAIN_MLP = {"phi", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2"}
+"""Types whose MLP has two matrices; the others have a gate beside them."""
+
+LEARNED_POSITIONS = {"gpt2", "gpt_neo", "opt"}
+"""Types with an embedding of positions."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder in numbers.
+
+    Attributes:
+        layers: of its weights, by name.
+        blocks: transformer blocks.
+        width: of the residual stream.
+        inner: width of the MLP.
+        keys: numbers in the keys of a token in one block, as many as in its values.
+        queries: numbers in the queries of a token in one block.
+        vocabulary: rows of the embedding.
+        tied: is the LM head the input embedding?
+        vectors: numbers in norms and biases.
+        known: is this the model's own size, rather than a guess?
+    """
+
+    layers: Architecture
+    blocks: int
+    width: int
+    inner: int
+    keys: int
+    queries: int
+    vocabulary: int
+    tied: bool
+    vectors: int
+    known: bool = True
+
+    @cached_property
+    def linear(self) -> int:
+        """Weights of the linear layers in the blocks, in numbers."""
+        return sum(math.prod(shape) for shape in self.layers.adapted("all-linear").values())
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the input embedding, as many as of the LM head, in numbers."""
+        return self.vocabulary * self.width
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all, tied ones once, in numbers."""
+        ends = self.embedding if self.tied else 2 * self.embedding
+        return self.linear + ends + self.vectors
+
+    @property
+    def cache(self) -> int:
+        """Numbers in the cache of keys and values, per token."""
+        return 2 * self.keys * self.blocks
+
+    def adapted(self, tuning: Tuning) -> int:
+        """Weights of the matrices beside which a method puts an adapter, in numbers."""
+        if tuning.kind == "full":
+            return 0
+        return sum(math.prod(s) for s in self.layers.adapted(tuning.target_modules).values())
+
+    def adapter(self, tuning: Tuning) -> int:
+        """Weights of a method's adapters, in numbers.
+
+        r (m + n) for each m x n matrix; dora has a magnitude for each of the m rows as well, and
+        adalora, at its initial rank, a singular value for each of the r directions.
+        """
+        if tuning.kind == "full" or tuning.largest_rank is None:
+            return 0
+        rank, count = tuning.largest_rank, 0
+        for rows, columns in self.layers.adapted(tuning.target_modules).values():
+            count += rank * (rows + columns)
+            count += rows if tuning.variant == "dora" else 0
+            count += rank if tuning.variant == "adalora" else 0
+        return count
+
+    def trained(self, tuning: Tuning) -> int:
+        """Weights that a method trains at once, in numbers; of a hybrid, in its larger part."""
+        ends = self.embedding if self.tied else 2 * self.embedding
+        if tuning.kind == "full":
+            return self.parameters - (0 if tuning.trains_embeddings else ends)
+        own = self.adapter(tuning) + (ends if tuning.trains_embeddings else 0)
+        if tuning.then is None:
+            return own
+        return max(own, self.layers_of(tuning.then.layers))
+
+    def layers_of(self, layers: str | list[str]) -> int:
+        """Weights of layers that a hybrid trains in full: `all`, `last N`, or at most all."""
+        if isinstance(layers, str) and layers.startswith("last "):
+            return self.linear * int(layers.split()[1]) // max(1, self.blocks)
+        return self.parameters
+
+    def forward(self, length: float, head: float) -> float:
+        """FLOPs of a token's forward pass: 2 for each weight, and the attention's products.
+
+        Args:
+            length: tokens of its sequence, of which it sees half on average; queries times keys,
+                and weights times values, take 2 each.
+            head: share of the tokens at which the LM head is needed.
+        """
+        attention = 2.0 * length * self.queries * self.blocks
+        return 2.0 * (self.linear + head * self.embedding) + attention
+
+    def training(self, tuning: Tuning, length: float, head: float, again: bool) -> float:
+        """FLOPs of a token that is trained on.
+
+        Full: 6 N, thrice the forward pass, since the gradients of weights and those of activations
+        take as much each. Adapters: 4 N + 6 N_adapter, since the base's weights get no gradients.
+        With activation checkpointing (`again`) the forward pass of the blocks is made twice.
+        """
+        forward = self.forward(length, head)
+        frozen = tuning.kind == "lora"
+        ends = 2.0 * head * self.embedding
+        flops = 3.0 * forward - (2.0 * self.linear if frozen else 0.0)
+        flops -= ends if frozen and not tuning.trains_embeddings else 0.0
+        flops += 6.0 * self.adapter(tuning)
+        return flops + (forward - ends if again else 0.0)
+
+
+def small_shape(spec: SmallModel) -> Shape:
+    """A model that is trained here; its head is the input embedding."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "vocab_size": spec.vocabulary,
+        "max_position_embeddings": spec.context,
+        "tie_word_embeddings": True,
+    }
+    return config_shape(config)
+
+
+def folder_shape(folder: Path) -> Shape:
+    """A model in a folder; its weights are counted by the headers of their files."""
+    shape = config_shape(read_json(folder / "config.json"))
+    shapes = read_shapes(folder)
+    layers = Architecture(shapes, True, shape.blocks, shape.layers.context)
+    if not layers.adapted("all-linear"):
+        return shape  # quantized, or under names that are not known
+    vectors = sum(math.prod(s) for s in shapes.values() if len(s) == 1)
+    tied = not any(name.endswith("lm_head") for name in shapes)
+    return Shape(**(vars(shape) | {"layers": layers, "vectors": vectors, "tied": tied}))
+
+
+def known_shape(model: str) -> Shape:
+    """A model of the hub: as the table has it, else one of 7 billion weights, marked as a guess."""
+    if model in KNOWN:
+        return config_shape(KNOWN[model])
+    return Shape(**(vars(config_shape(LLAMA_7B)) | {"known": False}))
+
+
+def config_shape(config: Mapping[str, Any]) -> Shape:
+    """A decoder with the usual layers, from the keys of its config.json.
+
+    One whose keys have other names is taken for a model of 7 billion weights, marked as a guess.
+    """
+    config = config.get("text_config") or config
+
+    def of(*names: str, default: int = 0) -> int:
+        return next((int(config[n]) for n in names if config.get(n) is not None), default)
+
+    width, blocks = of("hidden_size", "n_embd"), of("num_hidden_layers", "n_layer")
+    heads, vocabulary = of("num_attention_heads", "n_head"), of("vocab_size")
+    if not (width and blocks and heads and vocabulary):
+        return known_shape("")
+    inner = of("intermediate_size", "n_inner", default=4 * width)
+    size = of("head_dim", default=width // heads)
+    keys, queries = of("num_key_value_heads", default=heads) * size, heads * size
+    kind = str(config.get("model_type", "llama"))
+    gated = kind not in PLAIN_MLP
+    block = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    } | ({"mlp.gate_proj": (inner, width)} if gated else {})
+    shapes = {
+        f"model.layers.{number}.{name}": matrix
+        for number in range(blocks)
+        for name, matrix in block.items()
+    }
+    shapes |= {"model.embed_tokens": (vocabulary, width), "lm_head": (vocabulary, width)}
+    context = of("max_position_embeddings", "n_positions") or None
+    tied = config.get("tie_word_embeddings", kind == "gpt2")
+    return Shape(
+        layers=Architecture(shapes, True, blocks, context),
+        blocks=blocks,
+        width=width,
+        inner=inner,
+        keys=keys,
+        queries=queries,
+        vocabulary=vocabulary,
+        tied=bool(tied),
+        vectors=_vectors(kind, shapes, blocks, width, vocabulary)
+        + (width * (context or 0) if kind in LEARNED_POSITIONS else 0),
+    )
+
+
+def _vectors(
+    kind: str, shapes: Mapping[str, tuple[int, ...]], blocks: int, width: int, vocabulary: int
+) -> int:
+    """Numbers in norms and biases: Llama's kind has two norms a block and no biases."""
+    outputs = sum(shape[0] for name, shape in shapes.items() if ".layers." in name)
+    if kind == "phi":  # one LayerNorm a block, biases everywhere, on the LM head too
+        return 2 * (blocks + 1) * width + outputs + vocabulary
+    if kind in PLAIN_MLP:
+        return 2 * (2 * blocks + 1) * width + outputs
+    return (2 * blocks + 1) * width

@@ -1,0 +1,106 @@
+"""The site: what its machines have, and how long its jobs may run. One file, read in one place.
+
+The file is the one in which SLURM's plugin finds the partitions; `machines` stands beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from forgetting.costs.hardware import GPUS, Device, find_device
+from forgetting.records import InputError
+from forgetting.sections.fields import Count, Positive, Strict
+
+VARIABLE = "SNAKEMAKE_SLURM_PARTITIONS"
+"""Names another file, to SLURM's plugin and here."""
+
+
+class Machines(Strict):
+    """The machines that jobs run on, all alike."""
+
+    device: str = Field("H100", description=f"{', '.join(GPUS)}, or CPU where there is no GPU.")
+    count: Count = Field(4, description="Machines.")
+    gpus: Count = Field(8, description="GPUs of each; processes of a job on each, without GPUs.")
+    cpus: Count = Field(96, description="Processor cores of each.")
+    memory_gb: Positive = Field(2000.0, description="Memory of each, in 10^9 bytes.")
+
+
+class Site(Strict):
+    """What the sizes of jobs depend on beside the study."""
+
+    machines: Machines = Machines()
+    longest: int = Field(2880, description="Minutes that a job may run at most.")
+    largest: int = Field(2_000_000, description="Memory of a machine for one job, in MB.")
+
+    @property
+    def device(self) -> Device:
+        """What one process of a job has for itself."""
+        return find_device(self.machines.device, self.cores)
+
+    @property
+    def cores(self) -> int:
+        """Processor cores of a process: its share, but no more than the eight that help."""
+        return max(1, min(8, self.machines.cpus // self.machines.gpus))
+
+    @property
+    def devices(self) -> int:
+        """GPUs of all machines."""
+        return self.machines.count * self.machines.gpus
+
+
+def read_site(path: Path) -> Site:
+    """The site that a file describes; the limits are the widest of its partitions.
+
+    Raises:
+        InputError: names the file and the key.
+    """
+    if VARIABLE not in os.environ and not path.exists():
+        return Site()  # a copy of the workflow without profiles
+    path = Path(os.environ.get(VARIABLE, path))
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        machines = Machines.model_validate(told.get("machines") or {})
+        partitions = list((told.get("partitions") or {}).values())
+        site = Site(
+            machines=machines,
+            longest=max(
+                (_minutes(p["max_runtime"]) for p in partitions if "max_runtime" in p),
+                default=Site.model_fields["longest"].default,
+            ),
+            largest=min(
+                max(
+                    (int(p["max_mem_mb"]) for p in partitions if "max_mem_mb" in p),
+                    default=Site.model_fields["largest"].default,
+                ),
+                int(1000 * machines.memory_gb),
+            ),
+        )
+        find_device(machines.device, 1)
+    except OSError as error:
+        raise InputError(f"{path}: the site's file cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        keys = ".".join(map(str, ("machines", *first["loc"])))
+        raise InputError(f"{path}: {keys}: {first['msg']}") from None
+    except InputError as error:
+        raise InputError(f"{path}: machines.{error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path}: not a file of a site ({error}); it has `partitions` and `machines`, see "
+            "docs/cluster.md"
+        ) from None
+    return site
+
+
+def _minutes(told: Any) -> int:
+    """Minutes of a partition's longest run: a number of them, or as `48h` or `2d`."""
+    found = re.fullmatch(r"(\d+)\s*(m|h|d|)", str(told).strip())
+    if found is None:
+        raise ValueError(f"max_runtime: {told}; give minutes, or a number with h or d")
+    return int(found[1]) * {"": 1, "m": 1, "h": 60, "d": 1440}[found[2]]

@@ -1,0 +1,66 @@
+"""What is asked of SLURM for every job: GPUs, machines, cores, memory, time and disk.
+
+    mem_mb   1.25 x memory of a machine, half of it more with every attempt; at least 8,000 (4,000
+             for programs of a model)
+    runtime  3 x forecast x attempt, in minutes; at least 30
+    disk_mb  1.25 x largest use of the disk
+
+Memory and time grow when a job is tried again, since it may have ended for want of either, up to
+what the site allows; and so do the GPUs of one machine over which a run's weights are sharded, if
+the study leaves their number open. A training goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from forgetting.costs.cost import ON_DEVICES, TRAINING, Cost, Costs
+from forgetting.costs.site import Site
+
+MEMORY, MORE_MEMORY, LEAST_MEMORY = 1.25, 0.5, {True: 8000, False: 4000}
+TIME, LEAST_TIME = 3.0, 30
+
+
+def asked(rule: str, cost: Cost, site: Site, attempt: int = 1) -> dict[str, int]:
+    """Resources of a job at its first attempt, or a later one."""
+    growth = 1.0 + MORE_MEMORY * (attempt - 1)
+    # Twice as many processes with every attempt, on one machine.
+    here = cost.team.here
+    times = max(1, min(2 ** (attempt - 1), cost.more // here))
+    memory = math.ceil(MEMORY * growth * times * cost.host_bytes / 1e6)
+    least = math.ceil(growth * LEAST_MEMORY[rule in ON_DEVICES])
+    minutes = math.ceil(TIME * cost.seconds / 60)
+    found = {
+        "mem_mb": min(max(memory, least), site.largest),
+        "runtime": min(max(minutes, LEAST_TIME) * attempt, site.longest),
+        "cpus_per_task": min(cost.cores * times, site.machines.cpus),
+        "disk_mb": max(1000, math.ceil(MEMORY * cost.disk_bytes / 1e6)),
+    }
+    if rule in ON_DEVICES:
+        alone_on_cpu = site.machines.device == "CPU" and cost.team.processes == 1
+        found["gpu"] = 0 if alone_on_cpu else cost.team.processes * times
+    if rule in TRAINING:
+        found["nodes"] = cost.team.nodes
+    return found
+
+
+def sizes(rule: str, costs: Costs) -> dict[str, Callable[..., int]]:
+    """The same as functions of wildcards and attempt, as Snakemake's `resources` want them."""
+
+    def resource(name: str) -> Callable[..., int]:
+        def of(wildcards: Any, attempt: int) -> int:
+            return asked(rule, costs.of(rule, named(wildcards)), costs.site, attempt)[name]
+
+        return of
+
+    names = ["mem_mb", "runtime", "cpus_per_task", "disk_mb"]
+    names += ["gpu"] if rule in ON_DEVICES else []
+    names += ["nodes"] if rule in TRAINING else []
+    return {name: resource(name) for name in names}
+
+
+def named(wildcards: Any) -> Mapping[str, str]:
+    """A job's wildcards by name."""
+    return dict(wildcards.items()) if wildcards else {}

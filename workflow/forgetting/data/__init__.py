@@ -1,0 +1,1 @@
+"""What is known and what is new: tables, read and checked row by row."""

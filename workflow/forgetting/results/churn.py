@@ -1,0 +1,112 @@
+"""Churn: how many answers are no longer the base's own, with gains and losses apart.
+
+A score may stand still while half the answers change hands (Kalajdzievski 2024, arXiv 2401.05605,
+figure 4). Of the items that a model and the base answered, with v and b their scores in [0, 1]:
+
+- agreement: share of items with the same answer, be it right or wrong
+- gained: mean of max(0, v - b)
+- lost: mean of max(0, b - v), so that gained - lost is the change of the mean score
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from forgetting.results.statistics import share_interval
+
+SHARES = ("agreement", "gained", "lost")
+COLUMNS = (
+    *("run", "step", "epoch", "probe", "answer", "n", "value", "base_value"),
+    *(f"{share}{end}" for share in SHARES for end in ("", "_low", "_high")),
+)
+
+
+def churn_table(
+    items: pd.DataFrame, responses: pd.DataFrame, benchmark_items: pd.DataFrame
+) -> pd.DataFrame:
+    """One row per evaluation of a run, probe (or benchmark) and kind of answer.
+
+    Kinds of answer: `generated`, scored by ROUGE-L recall (on benchmarks by the main metric), and
+    the same only if the text is; `choice`, the likeliest per token of the right answer and the
+    wrong ones (of a benchmark's choices, the likeliest as a whole), scored 1 if right.
+
+    Args:
+        items: the items of all runs, the base among them as run `base`.
+        responses: run, step, task, item, response of the benchmarks.
+        benchmark_items: run, step, task, item, value of their main metric.
+    """
+    answered = pd.concat(
+        [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items)]
+    )
+    is_base = answered["run"] == "base"
+    key = ["probe", "answer", "item"]
+    base = answered[is_base][[*key, "said", "score"]]
+    paired = answered[~is_base].merge(base, on=key, suffixes=("", "_base"))
+    groups = paired.groupby(["run", "step", "epoch", "probe", "answer"], sort=False, dropna=False)
+    rows = [dict(zip(COLUMNS, (*place, *_shares(group)), strict=True)) for place, group in groups]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _shares(group: pd.DataFrame) -> list[float]:
+    change = (group["score"] - group["score_base"]).to_numpy(dtype=float)
+    found: list[float] = [len(group), group["score"].mean(), group["score_base"].mean()]
+    agreement = (group["said"] == group["said_base"]).to_numpy(dtype=float)
+    for values in (agreement, change.clip(min=0.0), (-change).clip(min=0.0)):
+        found += [float(values.mean()), *share_interval(values)]
+    return found
+
+
+def _answers(rows: pd.DataFrame, kind: str, said: Sequence[Any], score: Any) -> pd.DataFrame:
+    kept = rows[["run", "step", "epoch", "probe", "item"]]
+    return kept.assign(answer=kind, said=said, score=score)
+
+
+def _generated(items: pd.DataFrame) -> pd.DataFrame:
+    rows = items.dropna(subset=["rougeL_recall"])
+    said = rows["generated"].str.split().str.join(" ")
+    return _answers(rows, "generated", said, rows["rougeL_recall"])
+
+
+def _chosen(items: pd.DataFrame) -> pd.DataFrame:
+    """Answer 0 is the right one."""
+    asked = [
+        isinstance(wrong, list | np.ndarray) and len(wrong) > 0 for wrong in items["logprobs_wrong"]
+    ]
+    rows = items[asked]
+    choices = [
+        int(np.argmax([right, *wrong]))
+        for right, wrong in zip(rows["logprob_right"], rows["logprobs_wrong"], strict=True)
+    ]
+    said = [str(choice) for choice in choices]
+    return _answers(rows, "choice", said, [float(choice == 0) for choice in choices])
+
+
+def _benchmarks(responses: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
+    key = ["run", "step", "task", "item"]
+    if responses.empty or items.empty:
+        return pd.DataFrame(
+            columns=["run", "step", "epoch", "probe", "item", "answer", "said", "score"]
+        )
+    rows = responses.merge(items[[*key, "value"]], on=key).rename(columns={"task": "probe"})
+    rows = rows.assign(epoch=math.nan)
+    read = [_response(text) for text in rows["response"]]
+    return _answers(rows, "", [said for _, said in read], rows["value"]).assign(
+        answer=[kind for kind, _ in read]
+    )
+
+
+def _response(text: str) -> tuple[str, str]:
+    """Kind and answer: the number of the likeliest choice, or what was written."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, float) for one in value):
+        return "choice", str(int(np.argmax(value)))
+    return "generated", " ".join(text.split())

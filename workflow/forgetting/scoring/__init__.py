@@ -1,0 +1,1 @@
+"""Answers, likelihoods and their scores."""

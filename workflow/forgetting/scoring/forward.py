@@ -1,0 +1,130 @@
+"""The one place where a model computes log-probabilities of target tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from forgetting.encoding.encode import Example
+from forgetting.encoding.packing import keep_apart
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples, packed ones among them or not.
+
+    Attributes:
+        ids: token ids, (rows, length).
+        mask: 1 where there is a token, (rows, length); of packed examples, whether a place (third)
+            sees another (fourth), (rows, 1, length, length).
+        columns: positions whose next token is a target in some row, (width,).
+        labels: the next token at those positions, or -100, (rows, width).
+        positions: of packed examples, the place of each token in its document, (rows, length).
+    """
+
+    ids: Tensor
+    mask: Tensor
+    columns: Tensor
+    labels: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def targets(self) -> int:
+        """Number of target tokens."""
+        return int((self.labels != -100).sum())
+
+
+def collate(examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> Batch:
+    """Pad examples to the longest of them, and find what is predicted where and what sees what."""
+    length = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), length), pad)
+    mask = torch.zeros((len(examples), length), dtype=torch.long)
+    labels = torch.full((len(examples), length), -100)
+    for row, example in enumerate(examples):
+        size = len(example.ids)
+        ids[row, :size] = torch.tensor(example.ids)
+        mask[row, :size] = 1
+        for begin, end in example.target_spans:
+            labels[row, begin - 1 : end - 1] = ids[row, begin:end]
+    columns = (labels != -100).any(dim=0).nonzero().flatten()
+    positions = None
+    if any(len(example.starts) > 1 for example in examples):
+        sizes = [[b - a for a, b in pairwise([*e.starts, len(e.ids)])] for e in examples]
+        positions, mask = keep_apart(sizes, length, device)
+    labels = labels[:, columns]
+    return Batch(ids.to(device), mask.to(device), columns.to(device), labels.to(device), positions)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Number of tokens that the model can read, where it says so."""
+    config = model.config
+    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if room is None else int(room)
+
+
+def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
+    """log p of each target token given all before it, 0 elsewhere: (rows, width), float32 nats."""
+    return logprobs_of(target_logits(model, batch), batch)
+
+
+def target_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of the next token at the batch's columns: (rows, width, vocabulary), float32 at least.
+
+    The LM head runs only at positions where something is predicted in some row.
+    """
+    # Models that know no positions are not given any.
+    positions = {} if batch.positions is None else {"position_ids": batch.positions}
+    logits: Tensor = model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        logits_to_keep=batch.columns,
+        use_cache=False,
+        **positions,
+    ).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def logprobs_of(logits: Tensor, batch: Batch) -> Tensor:
+    """log p of each target token under the logits at its column, 0 elsewhere: (rows, width)."""
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100
+    )
+    return -losses.view_as(batch.labels)
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, so that memory runs out at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def micro_batches(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:
+    """Indices of a batch in parts of similar length, longest first, so that least is computed.
+
+    Minimizes the sum over parts of rows x longest + overhead, where a part has at most `most` rows.
+
+    Args:
+        lengths: tokens of each example.
+        most: rows of the largest part.
+        overhead: what a forward and backward pass costs beside its tokens, in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    cost, begin = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        options = [
+            (cost[start] + (end - start) * lengths[order[start]] + overhead, start)
+            for start in range(max(0, end - most), end)
+        ]
+        best, start = min(options)
+        cost.append(best)
+        begin.append(start)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[begin[end] : end])
+        end = begin[end]
+    return parts[::-1]

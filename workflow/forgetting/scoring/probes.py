@@ -1,0 +1,166 @@
+"""Score a model on question-answer probes: one row per question, its text and all its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgetting.data.rows import strip_answer
+from forgetting.data.table_files import Row
+from forgetting.encoding.chat import literal
+from forgetting.encoding.encode import Example, encode_pair, encode_prompt
+from forgetting.models.loading import Model
+from forgetting.records import InputError
+from forgetting.scoring.decode import greedy_answers
+from forgetting.scoring.forward import by_length, collate, context_length, token_logprobs
+from forgetting.scoring.metrics import answer_scores
+from forgetting.scoring.rouge import rouge
+from forgetting.scoring.shared import answer_logprobs, can_share
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.prompt import Prompt
+
+
+def measure(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Mapping[str, list[Row]],
+    prompt: Prompt,
+    settings: Measurement,
+) -> pd.DataFrame:
+    """Score every question of every probe.
+
+    Returns:
+        One row per question with probe, item, question, reference, generated (after the literal
+        text of the answer template was taken off), the columns of `scores.PROBE_SCORES`
+        (`truth_ratio_*` is the ratio R itself; NaN without wrong answers) and the mean
+        log-probabilities per token they follow from: logprob_answer, logprob_right,
+        logprobs_wrong (nats).
+    """
+    rows = [row for probe in probes.values() for row in probe]
+    names = [name for name, probe in probes.items() for _ in probe]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, settings)
+        logprobs = _answer_logprobs(model, tokenizer, rows, prompt, settings)
+    model.train(was_training)
+    return pd.DataFrame(
+        [
+            {"probe": name, **_score(row, answer, scored, prompt, tokenizer)}
+            for name, row, answer, scored in zip(names, rows, answers, logprobs, strict=True)
+        ]
+    )
+
+
+def check_room(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Mapping[str, list[Row]],
+    prompt: Prompt,
+    settings: Measurement,
+) -> None:
+    """Refuse what is longer than the model can read, before it fails or scores nonsense."""
+    room = context_length(model)
+    if room is None:
+        return
+    for row in (row for probe in probes.values() for row in probe):
+        head = len(encode_prompt(tokenizer, prompt, row["question"]))
+        texts = [row["answer"], row["paraphrased_answer"] or "", *row["wrong_answers"]]
+        longest = max(
+            len(encode_pair(tokenizer, prompt, row["question"], text).ids) for text in texts
+        )
+        if longest > room:
+            raise InputError(
+                f"{row['id']}: question and answer have {longest} tokens, the model reads {room}; "
+                "shorten or remove the row"
+            )
+        if head + settings.max_new_tokens > room:
+            raise InputError(
+                f"measurement.max_new_tokens: {settings.max_new_tokens} after the {head} tokens of "
+                f"the question {row['id']} are more than the {room} that the model reads; take at "
+                f"most {room - head}"
+            )
+
+
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    prompt: Prompt,
+    settings: Measurement,
+) -> list[list[int]]:
+    """Greedy answers as token ids, each ended before its end-of-sequence token."""
+    prompts = [encode_prompt(tokenizer, prompt, question) for question in questions]
+    return greedy_answers(
+        model,
+        prompts,
+        settings.max_new_tokens,
+        settings.batch_size,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+
+
+def _answer_logprobs(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    prompt: Prompt,
+    settings: Measurement,
+) -> list[list[float]]:
+    """Per row: mean log-probabilities of the answer, of the paraphrase if any, of wrong answers."""
+    texts = [
+        [row["answer"], *filter(None, [row["paraphrased_answer"]]), *row["wrong_answers"]]
+        for row in rows
+    ]
+    questions = [
+        [encode_pair(tokenizer, prompt, row["question"], text) for text in several]
+        for row, several in zip(rows, texts, strict=True)
+    ]
+    pad, size = tokenizer.pad_token_id, settings.batch_size
+    if can_share(model):
+        return answer_logprobs(model, questions, pad, size)
+    means = iter(mean_logprobs(model, [e for several in questions for e in several], pad, size))
+    return [[next(means) for _ in several] for several in questions]
+
+
+def mean_logprobs(
+    model: Model, examples: Sequence[Example], pad: int, batch_size: int
+) -> list[float]:
+    """Mean log-probability per target token of each example, in nats."""
+    means = [0.0] * len(examples)
+    for indices in by_length([len(example.ids) for example in examples], batch_size):
+        batch = collate([examples[index] for index in indices], pad, model.device)
+        totals = token_logprobs(model, batch).double().sum(dim=1)
+        for index, total in zip(indices, totals.tolist(), strict=True):
+            means[index] = total / examples[index].targets
+    return means
+
+
+def _score(
+    row: Row,
+    generated: list[int],
+    logprobs: list[float],
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, object]:
+    said = tokenizer.decode(generated, skip_special_tokens=True)
+    text = strip_answer(literal(tokenizer, prompt), said)
+    answer = logprobs[0]
+    right = logprobs[1] if row["paraphrased_answer"] else answer
+    wrong = logprobs[2 if row["paraphrased_answer"] else 1 :]
+    return {
+        "item": row["id"],
+        "question": row["question"],
+        "reference": row["answer"],
+        "generated": text,
+        **rouge(row["answer"], text),
+        "generated_tokens": float(len(generated)),
+        **answer_scores(answer, right, wrong),
+        "logprob_answer": answer,
+        "logprob_right": right,
+        "logprobs_wrong": wrong,
+    }

@@ -1,0 +1,172 @@
+"""Where a study was written: the line of each key in its file, or the option in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from forgetting.records import InputError
+from forgetting.sections.fields import AtKey
+
+Keys = tuple[str | int, ...]
+"""The way to a value: names of sections and keys, numbers in lists."""
+
+At = Callable[..., str]
+"""Gives the beginning of a message about the value at some keys: where it was written."""
+
+BENCHMARKS = "benchmarks"
+"""`--config benchmarks_dir=FOLDER`: take the benchmarks' rows from FOLDER/TASK/SPLIT.jsonl."""
+
+
+class Source:
+    """A study file as it was written, and what the command line says in its place."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.config = config or {}
+
+    @cached_property
+    def text(self) -> str:
+        """The file's text."""
+        try:
+            return self.path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.path}: not UTF-8 text ({error.reason} at byte {error.start})"
+            ) from None
+
+    @cached_property
+    def _root(self) -> yaml.Node | None:
+        root: yaml.Node | None = yaml.compose(self.text, Loader=yaml.SafeLoader)
+        return root
+
+    def document(self) -> dict[Any, Any]:
+        """The file's keys and values, none of them given twice."""
+        try:
+            document = yaml.safe_load(self.text)
+            self._refuse_repeated(self._root)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise InputError(
+                f"{self.path}{line}: not YAML ({getattr(error, 'problem', error)})"
+            ) from None
+        except RecursionError:
+            raise InputError(f"{self.path}: nested too deeply to be a study") from None
+        except ValueError as error:
+            # What looks like a date or a number to YAML, and is none.
+            raise InputError(f"{self.path}: a value cannot be read: {error}") from None
+        if not isinstance(document, dict):
+            raise InputError(f"{self.path}: expected a study, a mapping of keys to values")
+        return document
+
+    def _refuse_repeated(self, node: yaml.Node | None) -> None:
+        """YAML itself would take the last of two equal keys, and drop what the first one says."""
+        if isinstance(node, yaml.SequenceNode):
+            for child in node.value:
+                self._refuse_repeated(child)
+        elif isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, child in node.value:
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise InputError(
+                        f"{self.path}, line {line}: `{key.value}` is there twice; merge them"
+                    )
+                seen.add(key.value)
+                self._refuse_repeated(child)
+
+    def at(self, *keys: str | int) -> str:
+        """Beginning of a message about the value at `keys`: file, line and key, or the option."""
+        if (option := _option(keys)) in self.config:
+            return f"--config {option}={self.config[option]}"
+        where = dotted(*keys) or "the study"
+        return f"{self.path}, line {_line(self._root, keys)}: {where}"
+
+    def tell(self, error: ValidationError | AtKey) -> str:
+        """A line for every mistake that was found while the study was validated."""
+        if isinstance(error, AtKey):
+            return f"{self.at(*error.keys)}: {error.message}"
+        faults = [
+            (_keys(fault, self.document()), fault) for fault in error.errors(include_url=False)
+        ]
+        lines = []
+        for keys, group in groupby(faults, key=lambda item: item[0]):
+            same = [fault for _, fault in group]
+            # Of a value that may be one thing or another, the part that is wrong is told.
+            if not any(_is_below(other, keys) for other, _ in faults):
+                lines.append(f"{self.at(*keys)}: {_message(same)}")
+        return "\n".join(lines)
+
+
+def dotted(*keys: str | int) -> str:
+    """Keys in one word: `methods.0.rank`."""
+    return ".".join(map(str, keys))
+
+
+def _option(keys: Sequence[str | int]) -> str:
+    """The command-line option that may have given the value at `keys`."""
+    if tuple(keys[:2]) == ("base", "model"):
+        return "model"
+    if tuple(keys) == ("benchmarks", "rows"):
+        return f"{BENCHMARKS}_dir"
+    return f"{keys[1]}_dir" if len(keys) > 1 and keys[0] == "datasets" else ""
+
+
+def _is_below(keys: Keys, above: Keys) -> bool:
+    return len(keys) > len(above) and keys[: len(above)] == above
+
+
+def _keys(fault: Mapping[str, Any], document: Any) -> Keys:
+    """Keys of a fault. Pydantic's location also names validators and branches of unions."""
+    keys: list[str | int] = []
+    value = document
+    for part in fault["loc"]:
+        inside = isinstance(value, dict) and part in value
+        if inside or isinstance(part, int) or fault["type"] == "missing":
+            keys.append(part)
+            listed = isinstance(value, list) and isinstance(part, int) and part < len(value)
+            value = value[part] if inside or listed else None
+    own = fault.get("ctx", {}).get("error")
+    return (*keys, *own.keys) if isinstance(own, AtKey) else tuple(keys)
+
+
+def _message(faults: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence on a value, though each type that it might have had refuses it by its own."""
+    own = [fault for fault in faults if fault["type"] == "value_error"]
+    if own:
+        error = own[0]["ctx"]["error"]
+        return error.message if isinstance(error, AtKey) else str(error)
+    kinds = {fault["type"] for fault in faults}
+    if "extra_forbidden" in kinds:
+        return "unknown key; config/README.md lists all keys"
+    if "missing" in kinds:
+        return "this key is required"
+    of_its_type = [f for f in faults if not f["type"].endswith(("_type", "literal_error"))]
+    told = list(dict.fromkeys(fault["msg"] for fault in of_its_type or faults))
+    more = [message.removeprefix("Input should be ") for message in told[1:]]
+    return ", or ".join([told[0], *more]) + f", found {faults[0]['input']!r}"
+
+
+def _line(node: yaml.Node | None, keys: Iterable[str | int]) -> int:
+    """Line of the deepest part of `keys` that stands in the document."""
+    line = 1
+    for key in keys:
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                if name.value == str(key):
+                    child, line = value, name.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int):
+            child = node.value[key] if key < len(node.value) else None
+            line = child.start_mark.line + 1 if child else line
+        if child is None:
+            break
+        node = child
+    return line

@@ -1,0 +1,1 @@
+"""Fine-tuning: one loop for every method, its state on disk, its processes."""

@@ -1,0 +1,130 @@
+"""The state of a run on disk: complete checkpoints, from which it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from forgetting.models.adalora import restore_training, training_state
+from forgetting.models.loading import Model
+from forgetting.models.tuned import restore_checkpoint, save_checkpoint, save_tensors
+from forgetting.records import read_json, replacing_folder, write_json
+from forgetting.select import recorded_points, steps_to_keep
+from forgetting.training.parallel import is_sharded
+from forgetting.training.shards import (
+    SHARDS,
+    join_shards,
+    load_shards,
+    optimizer_tensors,
+    restore_optimizer,
+    save_shards,
+)
+from forgetting.training.team import ALONE, Team
+
+OPTIMIZER = "optimizer.safetensors"
+METHOD = "method.safetensors"
+"""What a run goes on from beside its weights: its optimizer's state, and the method's own."""
+
+STARTS = "starts"
+"""Beside a trunk's own checkpoints: those at the steps at which its branches leave it."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; saved beside every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    points: list[list[float]] = field(default_factory=list)
+    status: str = "running"
+    micro_batch_size: int | None = None
+    """Rows of a forward pass, once memory has run out with as many as the study allows."""
+
+
+def write_checkpoint(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    folder: Path,
+    team: Team = ALONE,
+) -> None:
+    """Write a complete checkpoint beside, then give it its name.
+
+    The first process writes it; of a sharded model, every process its part.
+    """
+    final = folder / f"step-{progress.step:07d}"
+    with replacing_folder(final) if team.first else nullcontext(final) as place:
+        partial = team.agree(place)
+        if is_sharded(model):
+            save_shards(model, optimizer, partial, team)
+        elif team.first:
+            _write_whole(model, optimizer, partial)
+        if team.first:
+            write_json(partial / "progress.json", vars(progress))
+    team.wait()
+
+
+def _write_whole(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    save_checkpoint(model, folder)
+    state = optimizer_tensors(optimizer)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    save_tensors(tensors, folder / OPTIMIZER)
+    if state_of_method := training_state(model):
+        save_tensors(state_of_method, folder / METHOD)
+
+
+def resume(
+    model: Model, optimizer: torch.optim.Optimizer, folder: Path, team: Team = ALONE
+) -> Progress:
+    """Restore the newest complete checkpoint, or start afresh.
+
+    What a killed process left half written is removed.
+    """
+    for leftover in folder.glob(".*") if team.first else ():
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    newest = team.agree(max(folder.glob("step-*/progress.json"), default=None))
+    if newest is None:
+        return Progress()
+    checkpoint = newest.parent
+    if is_sharded(model) or (checkpoint / SHARDS).exists():
+        load_shards(model, optimizer, checkpoint)
+        return Progress(**read_json(newest))
+    if (checkpoint / METHOD).exists():
+        restore_training(model, load_file(checkpoint / METHOD))
+    else:
+        restore_checkpoint(model, checkpoint)
+    restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER))
+    return Progress(**read_json(newest))
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint, 0 if there is none."""
+    newest = max(folder.glob("step-*/progress.json"), default=None)
+    return 0 if newest is None else int(read_json(newest)["step"])
+
+
+def forget_training(folder: Path) -> None:
+    """Of a finished run, remove what it would go on from; the weights stay, in one piece."""
+    for name in (OPTIMIZER, METHOD):
+        for path in folder.glob(f"step-*/{name}"):
+            path.unlink()
+    for checkpoint in folder.glob("step-*"):
+        join_shards(checkpoint)
+
+
+def prune(
+    folder: Path, progress: Progress, base_value: float, threshold: float, team: Team = ALONE
+) -> None:
+    """Remove the checkpoints that the selection rule can no longer pick."""
+    points = recorded_points(progress.points, base_value)
+    kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
+    for checkpoint in folder.glob("step-*") if team.first else ():
+        if checkpoint.name not in kept:
+            shutil.rmtree(checkpoint)

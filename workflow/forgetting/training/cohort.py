@@ -1,0 +1,270 @@
+"""A cohort: all runs of one method and seed in one job, fused or one after the other.
+
+A finished run is kept in a folder named by a key of everything that it depends on. A cohort that is
+run again trains only what is not there yet: one learning rate more costs one run more.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from forgetting.data.table_files import Row
+from forgetting.encoding.examples import arrange, check_model
+from forgetting.machine import describe_machine
+from forgetting.memory import peak_memory_gib
+from forgetting.models.loading import Model, autocast, load_base, recompute_activations
+from forgetting.models.merged import merged
+from forgetting.records import content_key, read_json, write_json
+from forgetting.scoring.drift import with_text
+from forgetting.scoring.probes import measure
+from forgetting.scoring.scores import metric_value
+from forgetting.sections.method import Setting
+from forgetting.settings.plan import run_name
+from forgetting.training.checkpoints import Progress, forget_training
+from forgetting.training.fusible import outline, runs_in_a_step
+from forgetting.training.fusing import evenly, may_fuse
+from forgetting.training.materials import CohortSpec, Data, Materials, tokenized
+from forgetting.training.mitigate import Safeguards, build_safeguards
+from forgetting.training.parallel import gathered, is_sharded, measure_together, shard
+from forgetting.training.parts import Means, prepare, train_parts
+from forgetting.training.recipe import Recipe
+from forgetting.training.schedule import Schedule
+from forgetting.training.together import END, groups, trained_together
+from forgetting.training.train import train, train_together
+
+
+@dataclass(frozen=True)
+class Place:
+    """One run of the sweep, and where it is kept."""
+
+    setting: Setting
+    name: str
+    key: str
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """What is written when the run is finished."""
+        return self.folder / "run.json"
+
+
+Tell = Callable[[str, Progress, Schedule], None]
+
+
+def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
+    """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
+    described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
+    # How much memory a pass takes changes no number; alone or fused, a run comes to the same.
+    for key in ("activation_checkpointing", "fused"):
+        del described["training"][key]
+    # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
+    described["selection"] = {
+        key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
+    }
+    # A trunk is the same for any shorter budgets: one more is a branch more.
+    described["training"]["budgets"] = bool(spec.training.budgets)
+    return content_key({"spec": described, "setting": setting.model_dump(), **inputs})
+
+
+def train_cohort(
+    spec: CohortSpec,
+    materials: Materials,
+    inputs: Mapping[str, str],
+    state: Path,
+    tell: Tell,
+) -> list[dict[str, Any]]:
+    """Train every run that is not finished yet; return the records of all, in the sweep's order."""
+    team, places = materials.team, []
+    for setting in spec.tuning.settings:
+        name, key = run_name(spec.tuning.name, spec.seed, setting), run_key(spec, setting, inputs)
+        places.append(Place(setting, name, key, state / name / key))
+    missing = team.agree([place for place in places if not place.record.exists()])
+    size, data = 1, None
+    if missing:
+        for place in missing if team.first else ():
+            _forget_unfinished(place.folder)
+        with team.first_alone():
+            data = tokenized(spec, materials, inputs, state / "tokens")
+        size = _runs_in_a_step(spec, materials, data)
+    # By places in the sweep, so that a cohort that was killed goes on with the same groups.
+    for part in evenly(places, size):
+        untrained = {place.folder: place for place in part if place in missing}
+        for folders in groups(list(untrained)):
+            group = [untrained[folder] for folder in folders]
+            assert data
+            records = _train_group(spec, group, materials, data, tell)
+            for place, record in zip(group, records, strict=True):
+                if team.first:
+                    write_json(place.record, record | {"key": place.key})
+        for place in part if team.first else ():
+            # Only now: without it, a run killed before its record was written cannot go on.
+            forget_training(place.folder)
+            (place.folder / END).unlink(missing_ok=True)
+        team.wait()
+    return [read_json(place.record) | {"folder": str(place.folder)} for place in places]
+
+
+def _forget_unfinished(folder: Path) -> None:
+    """Remove what the same run left half done with other settings, data or code.
+
+    Finished runs stay: when a setting is changed and changed back, nothing is trained again.
+    """
+    for other in folder.parent.glob("*") if folder.parent.exists() else []:
+        if other != folder and not (other / "run.json").exists():
+            shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _runs_in_a_step(spec: CohortSpec, materials: Materials, data: Data) -> int:
+    """How many runs of the cohort are trained together; 1 where they are not fused."""
+    training = spec.training
+    if materials.team.size > 1 or not may_fuse(spec.tuning, training):
+        return 1
+    tokens = data.train.sizes.sum() / len(arrange(data.train, training)) * training.batch_size
+    return runs_in_a_step(outline(materials.base, spec.tuning), training, tokens, materials.device)
+
+
+def _train_group(
+    spec: CohortSpec, group: Sequence[Place], materials: Materials, data: Data, tell: Tell
+) -> list[dict[str, Any]]:
+    """Train runs in fused steps, or a single one in as many parts as it has; their records.
+
+    Seconds of a run are its share: the time of a fused step, and of all else that a group does, is
+    divided evenly among its runs, so that the sum over runs is what was spent.
+    """
+    started = time.monotonic()
+    examples = arrange(data.train, spec.training)
+    recipe = _recipe(spec, group[0].setting, materials, len(examples))
+    load, guard = _base_and_guard(spec, materials, data)
+    value, folder = materials.base_value, group[0].folder
+
+    def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
+        return _evaluate(model, spec, materials)
+
+    def tell_of(number: int, progress: Progress, plan: Schedule) -> None:
+        tell(group[number].name, progress, plan)
+
+    def fit(model: Model, recipe: Recipe, begun: Progress | None) -> Progress:
+        return train(model, examples, recipe, value, evaluate, folder, partial(tell_of, 0), begun)
+
+    means = Means(load=load, guard=guard, fit=fit)
+    if len(group) == 1:
+        progress, model = train_parts(spec.tuning, recipe, means, folder)
+        ended = [progress]
+    else:
+        model, recipe = prepare(spec.tuning, recipe, means)
+        plans = [(replace(recipe, setting=place.setting), place.folder) for place in group]
+        ended = train_together(model, examples, plans, value, evaluate, tell_of)
+    shared = {
+        "steps_per_epoch": recipe.schedule.steps_per_epoch,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "wall_seconds": (time.monotonic() - started) / len(group),
+        "peak_memory_gib": peak_memory_gib(materials.device),
+        "precision": str(materials.precision).removeprefix("torch."),
+        "device": device_name(materials.device),
+        "processes": materials.team.size,
+        "machine": describe_machine(),
+        "cut_rows": data.train.cut,
+    }
+    return [_record(*run) | shared for run in zip(group, ended, strict=True)]
+
+
+def _recipe(spec: CohortSpec, setting: Setting, materials: Materials, examples: int) -> Recipe:
+    return Recipe(
+        setting=setting,
+        seed=spec.seed,
+        training=spec.training,
+        schedule=Schedule.plan(examples, spec.training, spec.measurement.every_epochs),
+        threshold=spec.selection.threshold,
+        stop_after=spec.selection.stop_after,
+        precision=materials.precision,
+        pad=materials.tokenizer.pad_token_id,
+        lora_plus_ratio=spec.tuning.lora_plus_ratio,
+        team=materials.team,
+    )
+
+
+def _record(place: Place, progress: Progress) -> dict[str, Any]:
+    return {
+        "run": place.name,
+        "status": progress.status,
+        "setting": place.setting.model_dump(),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "losses": progress.losses,
+        "points": progress.points,
+        "training_seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "trained_together": trained_together(place.folder),
+    }
+
+
+def _base_and_guard(
+    spec: CohortSpec, materials: Materials, data: Data
+) -> tuple[Callable[[], PreTrainedModel], Callable[[Model], Safeguards]]:
+    """What loads the base, and what holds a model near it."""
+    team, precision = materials.team, materials.precision
+
+    def load() -> PreTrainedModel:
+        # From disk for every run: training and rounding change the weights that were loaded.
+        model = load_base(materials.base, materials.device)
+        check_model(model, data.train, spec.training)
+        if spec.training.activation_checkpointing:
+            recompute_activations(model)
+        return model
+
+    def load_frozen() -> Model:
+        return shard(load().requires_grad_(False), team, precision)
+
+    def guard(model: Model) -> Safeguards:
+        mitigation = spec.tuning.mitigation
+        # A sharded model may have rounded matrices, which compute under autocast alone.
+        with autocast(materials.device, precision) if is_sharded(model) else nullcontext():
+            safeguards = build_safeguards(model, mitigation, data.general, spec.seed, load_frozen)
+        return replace(safeguards, replay=arrange(safeguards.replay, spec.training))
+
+    return load, guard
+
+
+def _evaluate(model: Model, spec: CohortSpec, materials: Materials) -> tuple[pd.DataFrame, float]:
+    def measured(probes: Mapping[str, list[Row]]) -> pd.DataFrame:
+        return measure(model, materials.tokenizer, probes, spec.prompt, spec.measurement)
+
+    precision = materials.precision
+    with autocast(materials.device, precision), gathered(model), merged(model, precision):
+        items = measure_together(measured, materials.probes, materials.team)
+        # Every process reads all of the text.
+        items = with_text(items, model, materials.targets)
+    return items, metric_value(items, spec.selection.probe, spec.selection.metric)
+
+
+def cohort_items(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The items of all evaluations of all runs: columns run and step, then those of `measure`."""
+    tables = []
+    for record in records:
+        for step, epoch, _ in record["points"]:
+            table = pd.read_parquet(Path(record["folder"]) / f"items-{int(step):07d}.parquet")
+            table.insert(0, "run", record["run"])
+            table.insert(1, "step", int(step))
+            table.insert(2, "epoch", epoch)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the number of threads on the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"

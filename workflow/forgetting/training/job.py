@@ -1,0 +1,110 @@
+"""What a job that trains a cohort is given on its command line, and what it tells as it goes."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from forgetting.data.rows import general_rows, prepared_lines
+from forgetting.models.loading import load_tokenizer, pick_device, pick_precision
+from forgetting.records import read_json, read_jsonl, sha256
+from forgetting.scoring.drift import load_targets
+from forgetting.scoring.scores import metric_value
+from forgetting.training.checkpoints import Progress
+from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.schedule import Schedule
+from forgetting.training.team import Team
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cohort, what its runs share, and the digests of all that they depend on."""
+
+    spec: CohortSpec
+    materials: Materials
+    inputs: dict[str, str]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every job that trains."""
+    parser.add_argument("--spec", required=True, help="JSON: the cohort")
+    parser.add_argument("--code", required=True, help="digest of the code that trains")
+    parser.add_argument("--base", type=Path, required=True, help="record of the base")
+    parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
+    parser.add_argument(
+        "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
+    )
+    parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
+    parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
+    parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
+    parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
+
+
+def read_job(options: argparse.Namespace, team: Team) -> Job:
+    """Read all files that the options name."""
+    spec = CohortSpec.model_validate_json(options.spec)
+    base = read_json(options.base)
+    device = pick_device()
+    precision = pick_precision(spec.precision, device)
+    probe_files = {name: options.data / "probes" / f"{name}.jsonl" for name in spec.knowledge}
+    named = spec.tuning.mitigation.tables if spec.tuning.mitigation else []
+    general = dict(zip(named, options.general, strict=True))
+    materials = Materials(
+        base=Path(base["path"]),
+        tokenizer=load_tokenizer(Path(base["path"])),
+        train=prepared_lines(options.data / "train.jsonl"),
+        probes={name: read_jsonl(path) for name, path in probe_files.items()},
+        base_value=metric_value(
+            pd.read_parquet(options.base_items), spec.selection.probe, spec.selection.metric
+        ),
+        device=device,
+        precision=precision,
+        general={
+            table: general_rows(path, table, spec.columns[table]) for table, path in general.items()
+        },
+        targets=load_targets(options.targets) if options.targets else None,
+        team=team,
+    )
+    inputs = {
+        "base": base["identity"],
+        "train": sha256(options.data / "train.jsonl"),
+        "precision": str(precision),
+        "code": options.code,
+        **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
+        **{f"table {name}": sha256(path) for name, path in general.items()},
+        **({"text": sha256(options.targets)} if options.targets else {}),
+    }
+    return Job(spec, materials, inputs)
+
+
+class Teller:
+    """Print a line every few seconds, and at every evaluation: the first process does."""
+
+    every_seconds = 5.0
+
+    def __init__(self, team: Team) -> None:
+        self.silent = not team.first
+        self.told = -self.every_seconds
+
+    def __call__(self, run: str, progress: Progress, schedule: Schedule) -> None:
+        """Say which run is at which step, its loss, its speed and the time left."""
+        if self.silent:
+            return
+        now = time.monotonic()
+        evaluation = (run, progress.step) if progress.step in schedule.evaluations else None
+        if evaluation is None and now - self.told < self.every_seconds:
+            return
+        self.told = now
+        rate = progress.tokens / max(progress.seconds, 1e-9)
+        left = (schedule.steps - progress.step) * progress.seconds / max(progress.step, 1)
+        score = f", score {progress.points[-1][2]:.3f}" if evaluation else ""
+        print(
+            f"{run}: step {progress.step}/{schedule.steps}, loss {progress.losses[-1]:.3f}{score}, "
+            f"{rate:,.0f} tokens/s, {left:.0f} s of training left",
+            flush=True,
+        )

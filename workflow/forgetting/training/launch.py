@@ -1,0 +1,89 @@
+"""Start a program in one process, or in several that find each other.
+
+    python -m forgetting.training.launch PROCESSES NODES PROGRAM ARGUMENT...
+
+torchrun, with one line at the end in place of the launcher's traceback. When one process ends
+badly, the others are ended too, and the status is not 0. In a job of SLURM that has so many nodes,
+the processes are spread over them, one for each GPU; elsewhere all are on this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+MEETING = "FORGETTING_MEETING"
+"""Variable with host and port at which the launchers of several nodes meet."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Become the program, or run so many of it."""
+    processes, asked, *program = argv or sys.argv[1:]
+    if processes in ("0", "1"):  # 0 where there is no GPU to ask for
+        os.execv(sys.executable, [sys.executable, *program])
+    nodes = min(int(asked), int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
+    if nodes > 1 and MEETING not in os.environ:
+        _launch_on_all(nodes, [processes, asked, *program])
+    here = int(processes) // nodes
+    if nodes > 1:
+        here = int(os.environ.get("SLURM_GPUS_ON_NODE", here))
+    # The processes share the cores; more threads than those would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
+    logging.disable()
+    options = [*_meeting(nodes), f"--nproc-per-node={here}", *program]
+    try:
+        run(parse_args(options))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        raise SystemExit(_killed(error, processes) or 1) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+
+
+def _launch_on_all(nodes: int, arguments: list[str]) -> NoReturn:
+    """Become what starts a launcher on every node; they meet on this one, the first."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        os.environ[MEETING] = f"{socket.gethostname()}:{free.getsockname()[1]}"
+    cores = os.environ.get("SLURM_CPUS_PER_TASK")
+    place = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    place += [f"--cpus-per-task={cores}"] if cores else []
+    launcher = [sys.executable, "-m", "forgetting.training.launch", *arguments]
+    os.execvp("srun", ["srun", *place, "--kill-on-bad-exit=1", *launcher])
+
+
+def _meeting(nodes: int) -> list[str]:
+    """torchrun's options for where the processes find each other."""
+    if nodes == 1:
+        return ["--standalone"]  # at a port that is free
+    first = int(os.environ["SLURM_NODEID"] == "0")
+    return [
+        f"--nnodes={nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={os.environ[MEETING]}",
+        f"--rdzv-id={os.environ['SLURM_JOB_ID']}",
+        f"--rdzv-conf=is_host={first}",
+    ]
+
+
+def _killed(error: ChildFailedError, processes: str) -> str | None:
+    """Tell of a process that could tell nothing itself; those that were ended for it come last."""
+    killed = [(rank, found) for rank, found in error.failures.items() if found.exitcode < 0]
+    for rank, found in sorted(killed, key=lambda pair: pair[1].exitcode == -signal.SIGTERM):
+        return (
+            f"error: process {rank} of 0 to {int(processes) - 1} was killed by "
+            f"{found.signal_name()} and the others were ended: perhaps memory ran out. "
+            "Started again, the run goes on from its newest checkpoint"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()
