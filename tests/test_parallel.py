@@ -657,7 +657,7 @@ def test_a_job_that_has_no_gpu_to_ask_for_is_one_process() -> None:
     program = ["-c", "import os; print(os.environ.get('WORLD_SIZE'))"]
     for processes in ("0", "1"):
         done = subprocess.run(
-            [sys.executable, "-m", "forgetting.launch", processes, "1", *program],
+            [sys.executable, "-m", "forgetting.training.launch", processes, "1", *program],
             capture_output=True,
             text=True,
             check=True,
