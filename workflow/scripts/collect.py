@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,48 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
     options = parser.parse_args(argv)
     study = Study.model_validate_json(options.study.read_text())
-    results: Path = options.results
-    methods = tunings(study)
-    base = read_json(results / "base" / "base.json")
-    budgets = study.training.budgets
+    found = read_found(study, options.results, options.models)
+    tables, notes = tables_of(study, found)
+    if options.scaled:
+        tables["wise_ft"] = pd.concat(map(pd.read_parquet, options.scaled))
+
+    for name, table in tables.items():
+        write_table(options.output / f"{name}.parquet", table)
+    write_json(options.output / "runs.json", found.records)
+    write_json(
+        options.output / "study.json",
+        {
+            "study": {"name": options.name, **study.model_dump(mode="json")},
+            "provenance": provenance(options.results, found, options.models),
+            "forecast": by_method(study, found.trunks or found.records),
+            "notes": notes,
+        },
+    )
+    scored = len(tables["items"])
+    print(f"{len(tables['runs']) - 1} runs, {scored:,} scored answers: {options.output}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the jobs of a study left behind.
+
+    Records and items are of the runs that are results: of the cohorts, or of the branches of their
+    trunks, which are what the runs have in common then.
+    """
+
+    base: dict[str, Any]
+    data_notes: list[str]
+    records: list[dict[str, Any]]
+    trunks: list[dict[str, Any]]
+    selection: pd.DataFrame
+    base_items: pd.DataFrame
+    items: list[pd.DataFrame]
+    models: list[Path]
+
+
+def read_found(study: Study, results: Path, models: list[str]) -> Found:
+    """Read the results of all jobs but the tables of benchmarks, which may be large."""
+    methods, budgets = tunings(study), study.training.budgets
     cohorts = [Path(tuning.name, f"seed{seed}") for tuning in methods for seed in study.seeds]
     trained = [results / "cohorts" / cohort for cohort in cohorts]
     branches = [
@@ -53,64 +92,52 @@ def main(argv: list[str] | None = None) -> None:
         for cohort in cohorts
         for budget in budgets
     ]
-    finished = branches or trained
-    records = read_records(finished)
-    trunks = read_records(trained) if branches else []
-    selection = pd.DataFrame(
-        [
-            row
-            for tuning in methods
-            for row in read_json(results / "selection" / f"{tuning.name}.json")
-        ]
-    ).drop(columns=["files", "ends"], errors="ignore")
-    selection = selection.astype({"step": "Int64", "epoch": "float", "value": "float"})
-    runs = runs_table(base, methods, study.seeds, records, selection, budgets)
-    base_items = pd.read_parquet(results / "base" / "items.parquet")
-    items = [pd.read_parquet(folder / "items.parquet") for folder in finished]
+    files = [results / "selection" / f"{tuning.name}.json" for tuning in methods]
+    selection = pd.DataFrame([row for file in files for row in read_json(file)])
+    selection = selection.drop(columns=["files", "ends"], errors="ignore")
+    return Found(
+        base=read_json(results / "base" / "base.json"),
+        data_notes=read_json(results / "data" / "data.json")["notes"],
+        records=read_records(branches or trained),
+        trunks=read_records(trained) if branches else [],
+        selection=selection.astype({"step": "Int64", "epoch": "float", "value": "float"}),
+        base_items=pd.read_parquet(results / "base" / "items.parquet"),
+        items=[pd.read_parquet(folder / "items.parquet") for folder in branches or trained],
+        models=[results / "benchmarks" / model for model in models],
+    )
+
+
+def tables_of(study: Study, found: Found) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Every table by its name, and what the report cannot say."""
+    methods, budgets = tunings(study), study.training.budgets
+    runs = runs_table(found.base, methods, study.seeds, found.records, found.selection, budgets)
     knowledge: dict[str, str] = {name: probe.knowledge for name, probe in study.probes.items()}
     knowledge |= {TEXT_PROBE: "text"}
     labels = {
         row["run"]: {key: row[key] for key in ("method", "label", "seed")}
         for row in runs.to_dict("records")
     }
-    models = [results / "benchmarks" / model for model in options.models]
-    benchmarks, benchmark_items, notes = benchmark_tables(models, labels | {"base": BASE})
-    every = pd.concat([base_items.assign(run="base", step=0, epoch=0.0), *items])
-
-    write_table(options.output / "runs.parquet", runs)
-    write_table(
-        options.output / "trajectory.parquet",
-        trajectory_table(base_items, items, records, knowledge),
-    )
-    write_table(options.output / "items.parquet", every)
-    write_table(options.output / "selection.parquet", selection)
-    write_table(options.output / "comparisons.parquet", compare_methods(every, selection))
-    responses = responses_table(models)
-    churn = churn_table(every, responses, main_items(benchmarks, benchmark_items))
-    write_table(options.output / "churn.parquet", churn)
-    write_table(options.output / "benchmarks.parquet", benchmarks)
-    write_table(options.output / "benchmark_items.parquet", benchmark_items)
-    write_table(options.output / "benchmark_responses.parquet", responses)
-    if options.scaled:
-        write_table(
-            options.output / "wise_ft.parquet", pd.concat(map(pd.read_parquet, options.scaled))
-        )
-    write_json(options.output / "runs.json", records)
-    write_json(
-        options.output / "study.json",
-        {
-            "study": {"name": options.name, **study.model_dump(mode="json")},
-            "provenance": provenance(results, base, records, trunks, options.models),
-            "forecast": by_method(study, trunks or records),
-            "notes": [
-                *read_json(results / "data" / "data.json")["notes"],
-                *missing_notes(selection, records, study.seeds, budgets),
-                *reference_notes(base_items, study.measurement.max_new_tokens),
-                *notes,
-            ],
-        },
-    )
-    print(f"{len(runs) - 1} runs, {len(every):,} scored answers: {options.output}")
+    benchmarks, scored, missing = benchmark_tables(found.models, labels | {"base": BASE})
+    responses = responses_table(found.models)
+    every = pd.concat([found.base_items.assign(run="base", step=0, epoch=0.0), *found.items])
+    tables = {
+        "runs": runs,
+        "trajectory": trajectory_table(found.base_items, found.items, found.records, knowledge),
+        "items": every,
+        "selection": found.selection,
+        "comparisons": compare_methods(every, found.selection),
+        "churn": churn_table(every, responses, main_items(benchmarks, scored)),
+        "benchmarks": benchmarks,
+        "benchmark_items": scored,
+        "benchmark_responses": responses,
+    }
+    notes = [
+        *found.data_notes,
+        *missing_notes(found.selection, found.records, study.seeds, budgets),
+        *reference_notes(found.base_items, study.measurement.max_new_tokens),
+        *missing,
+    ]
+    return tables, notes
 
 
 def read_records(folders: list[Path]) -> list[dict[str, Any]]:
@@ -118,17 +145,9 @@ def read_records(folders: list[Path]) -> list[dict[str, Any]]:
     return [record for folder in folders for record in read_json(folder / "runs.json")]
 
 
-def provenance(
-    results: Path,
-    base: dict[str, Any],
-    records: list[dict[str, Any]],
-    trunks: list[dict[str, Any]],
-    models: list[str],
-) -> dict[str, Any]:
-    """What is needed to know where the numbers come from, and to get them again.
-
-    The trunks are what the runs have in common, where these are branches.
-    """
+def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]:
+    """What is needed to know where the numbers come from, and to get them again."""
+    records = found.records
     data = read_json(results / "data" / "data.json")
     executed = [read_json(results / "benchmarks" / model / "outcomes.json") for model in models]
     return {
@@ -150,11 +169,13 @@ def provenance(
             for table, origin in data["tables"].items()
         },
         "rows": data["rows"],
-        "base": {key: value for key, value in base.items() if key != "files"},
+        "base": {key: value for key, value in found.base.items() if key != "files"},
         "seconds": {
-            "pretraining": base.get("seconds", 0.0),
-            "training": sum(record["training_seconds"] for record in records + trunks),
-            "training and measuring": sum(record["wall_seconds"] for record in records + trunks),
+            "pretraining": found.base.get("seconds", 0.0),
+            "training": sum(record["training_seconds"] for record in records + found.trunks),
+            "training and measuring": sum(
+                record["wall_seconds"] for record in records + found.trunks
+            ),
         },
     }
 
