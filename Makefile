@@ -8,7 +8,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # The first that is new enough and can make environments.
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+# An active .venv of this folder does not count: it may be about to be built anew.
+PYTHON ?= $(shell mine='$(CURDIR)/.venv/bin:'; PATH="$${PATH//"$$mine"/}"; \
+	for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
 		&& command -v $$name && break; done)
 MARKERS ?= not slow and not slurm and not gpu

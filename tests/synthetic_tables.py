@@ -267,6 +267,7 @@ def _study(new: str, seeds: tuple[int, ...], tasks: tuple[str, ...]) -> dict[str
                 "hyperparameters": "earliest",
                 "if_not_reached": "none",
             },
+            "general_text": {"table": "world/held_out"},
             "benchmarks": {"tasks": {task: {"num_fewshot": None} for task in tasks}},
         },
         "provenance": {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from forgetting.models.loading import load_base
 from forgetting.models.pretrain import _new_model
@@ -306,6 +306,19 @@ def test_a_broken_file_of_weights_is_told_when_it_is_loaded(model: Path) -> None
     """A hub's model is on the disk when it is loaded, and not before."""
     (model / "model.safetensors").write_bytes(POINTER)
     with pytest.raises(InputError, match="no causal language model can be read"):
+        load_base(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("broken", ["lacking", "of another shape"])
+def test_a_base_is_never_completed_with_random_weights(model: Path, broken: str) -> None:
+    """The library would draw them anew at every loading, and only warn."""
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    weights[name] = weights[name][:1].clone()
+    if broken == "lacking":
+        del weights[name]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"lack the weight `{name}`"):
         load_base(model, torch.device("cpu"))
 
 

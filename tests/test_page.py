@@ -539,6 +539,36 @@ def test_hostile_text_does_nothing_in_a_browser(tmp_path: Path, page: browser.Pa
     assert page.errors == []
 
 
+def test_what_a_study_does_not_measure_has_no_figure() -> None:
+    """A caption about dots under an empty frame would make readers look for what went wrong."""
+    made = synthetic.tables(tasks=())
+    made["study"]["study"]["general_text"] = None
+    html = _html(Tables(**made))
+    assert 'data-figure="truth_ratio"' in html
+    assert "<b>Figure 3.</b>" in html
+    assert 'data-figure="distance"' not in html
+    assert 'data-figure="benchmarks"' not in html
+    html = _html(Tables(**synthetic.tables(tasks=())))
+    assert "<b>Figure 4.</b>" in html
+    assert 'data-figure="distance"' in html
+
+
+def test_emphasis_of_a_description_is_shown_and_all_else_escaped() -> None:
+    made = synthetic.tables()
+    made["study"]["study"]["description"] = "As in *Low <b> ranks*, 2 * 3"
+    assert "As in <em>Low &lt;b&gt; ranks</em>, 2 * 3</p>" in _html(Tables(**made))
+
+
+def test_methods_that_learnt_nothing_are_not_ranked() -> None:
+    """As at toy size: who keeps most is then who changed least."""
+    made = synthetic.tables()
+    rows = made["trajectory"]
+    rows.loc[rows["probe"] == "new_authors", "value"] = 0.001
+    said = answer(Tables(**made))[0]
+    assert "None of the methods has learnt new authors: there is nothing to rank." in said
+    assert not [one for one in said if "most" in one and "least" in one]
+
+
 @needs_browser
 def test_a_study_with_nothing_to_draw_still_shows_every_figure(
     tmp_path: Path, page: browser.Page

@@ -56,6 +56,8 @@ SELECTED = [f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds]
 ENDS = [f"{model}-{budget}" for model in SELECTED for budget in BUDGETS]
 # Is anything scored beside the probes?
 BENCHMARKED = bool(TASKS or STUDY.benchmarks.refusals)
+# Does a benchmark have models write programs, which are then run?
+PROGRAMS = any(benchmark(task).programs for task in TASKS)
 MODELS = ["base", *(ENDS if STUDY.benchmarks.models == "budgets" else SELECTED)]
 
 
@@ -175,8 +177,7 @@ def sandbox_hope(wildcards):
     Where a job runs on another machine, what is installed on this one is no more than a hint: if
     the programs were run all the same, the word changes once, and they are run once more.
     """
-    written = any(benchmark(task).programs for task in TASKS)
-    if not written or STUDY.benchmarks.sandbox == "none":
+    if not PROGRAMS or STUDY.benchmarks.sandbox == "none":
         return "no sandbox is needed"
     outcomes = Path(RESULTS, "benchmarks", wildcards.model, "outcomes.json")
     here = has_bubblewrap() or was_run(outcomes)

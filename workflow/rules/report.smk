@@ -58,7 +58,7 @@ rule collect:
                     "responses.parquet",
                     "programs.json",
                     "record.json",
-                    "outcomes.json",
+                    *(["outcomes.json"] if PROGRAMS else []),
                 ],
             )
             if BENCHMARKED

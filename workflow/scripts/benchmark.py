@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     write_results(options.output, result, record)
     for row in result.scores[result.scores["main"]].to_dict("records"):
-        print(f"{who['run']}, {row['task']}: {row['value']:.3f}, chance {row['chance']:g}")
+        chance = "" if pd.isna(row["chance"]) else f", chance {row['chance']:g}"
+        print(f"{who['run']}, {row['task']}: {row['value']:.3f}{chance}")
 
 
 def write_results(folder: Path, result: BenchmarkResult, record: dict[str, Any]) -> None:

@@ -149,14 +149,16 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
     """What is needed to know where the numbers come from, and to get them again."""
     records = found.records
     data = read_json(results / "data" / "data.json")
-    executed = [read_json(results / "benchmarks" / model / "outcomes.json") for model in models]
+    folders = [results / "benchmarks" / model for model in models]
+    wrote = [folder for folder in folders if read_json(folder / "programs.json")["items"]]
+    executed = [read_json(folder / "outcomes.json") for folder in wrote]
     return {
         "code_revision": code_revision(),
         "packages": {
             name: ", ".join(sorted({record["machine"]["packages"][name] for record in records}))
             for name in records[0]["machine"]["packages"]
         },
-        "python": sorted({record["machine"]["python"] for record in records}),
+        "python": ", ".join(sorted({record["machine"]["python"] for record in records})),
         "hardware": {
             "processor": sorted({record["machine"]["processor"] for record in records}),
             "cores": sorted({record["machine"]["cores"] for record in records}),

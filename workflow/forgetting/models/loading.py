@@ -74,15 +74,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
     """A causal language model in Hugging Face form, with float32 weights, in evaluation mode.
 
-    Only safetensors are read and no code of the model's author is run.
+    Only safetensors are read and no code of the model's author is run. A weight that the files
+    lack, or have in another shape, would be drawn at random, anew at every loading.
+
+    Raises:
+        InputError: names the folder and what is wrong there.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told, below
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: no causal language model can be read ({error})") from None
-    return model.to(device).eval()
+    lacking = [*sorted(found["missing_keys"]), *(str(key[0]) for key in found["mismatched_keys"])]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise InputError(
+            f"{folder}: its safetensors lack the weight `{lacking[0]}`{more}, or have another "
+            "shape than config.json asks for; take a complete model, with the config.json that "
+            "belongs to it"
+        )
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -98,6 +98,8 @@ def _ranked(tables: Tables, found: list[Row]) -> tuple[list[Row], str]:
         return able, ""
     least, most = (end(learnt, key=lambda line: line.cells[name].value) for end in (min, max))
     low, high = least.cells[name].value, most.cells[name].value
+    if f"{high:.2f}" == "0.00":
+        return [], f"None of the methods has learnt {data.human(name)}: there is nothing to rank."
     apart = _apart(tables, name, learnt)
     if high - low > UNEQUAL or (apart and len(able) > len(arrived)):
         return [], (

@@ -52,7 +52,7 @@ def benchmarks(tables: Tables, width: int = 215) -> alt.ConcatChart:
         _dots(
             group,
             data.labels(tables),
-            parts.panel_title(data.human(str(task)), metric_words(group["metric"].iloc[0])),
+            parts.panel_title(data.human(str(task)), harness_metric(group["metric"].iloc[0])),
             None,
             tip,
         ).properties(width=width)
@@ -62,7 +62,7 @@ def benchmarks(tables: Tables, width: int = 215) -> alt.ConcatChart:
     return parts.combine(panels, [parts.focus()], told, narrowest=170)
 
 
-def metric_words(metric: str) -> str:
+def harness_metric(metric: str) -> str:
     """A metric of lm-eval, `name,filter`, as words: `exact match (strict-match)`."""
     name, _, used = metric.partition(",")
     return data.human(name) + (f" ({used})" if used and used != "none" else "")

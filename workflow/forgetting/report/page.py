@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import pandas as pd
 import vl_convert
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from forgetting.records import write_atomically
 from forgetting.report import content
 from forgetting.report import tables as data
 from forgetting.report.answer import answer
-from forgetting.report.dot_plots import metric_words
+from forgetting.report.dot_plots import harness_metric
 from forgetting.report.figures import FIGURES
 from forgetting.report.parts import live_titles
 from forgetting.report.samples import sampled
@@ -83,9 +84,10 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         _asset("page.js"),
     ]
     said, qualified = answer(tables)
+    numbers = numbered(tables)
     settings = {
         "themes": {mode: theme(kinds, mode) for mode in MODES},
-        "figures": specs,
+        "figures": {name: spec for name, spec in specs.items() if name in numbers},
     }
     html: str = environment.get_template("page.html.j2").render(
         study=tables.config,
@@ -101,6 +103,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         tasks=task_rows(tables),
         samples=sampled(tables),
         labels=data.labels(tables),
+        numbers=numbers,
         colours=list(zip(*(palette(kinds, mode) for mode in MODES), strict=True)),
         downloads=downloads(tables),
         settings=script_json(settings),
@@ -112,13 +115,24 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
     return html
 
 
+def numbered(tables: Tables) -> dict[str, int]:
+    """The number of each figure on the page, without those of what the study does not measure."""
+    asked = tables.config.get("benchmarks", {})
+    left_out = {
+        "distance": not tables.config.get("general_text"),
+        "benchmarks": not (asked.get("tasks") or asked.get("refusals")),
+    }
+    shown = [name for name in FIGURES if not left_out.get(name)]
+    return {name: number for number, name in enumerate(shown, start=1)}
+
+
 def task_rows(tables: Tables) -> list[dict[str, Any]]:
     """What is known of each scored benchmark: metric, examples in the prompt, items, chance."""
     rows = data.scores(tables).drop_duplicates("task")
     return [
         {
             "task": data.human(str(row["task"])),
-            "metric": metric_words(str(row["metric"])),
+            "metric": harness_metric(str(row["metric"])),
             "fewshot": row["num_fewshot"],
             "n": row["n"],
             "chance": row["chance"],
@@ -184,6 +198,11 @@ def _count(value: Any) -> str:
     return "" if value is None else f"{int(value):,}".replace(",", "\u202f")
 
 
+def _emphasised(text: str) -> Markup:
+    """Text with *words* between asterisks as emphasis, and all else escaped."""
+    return Markup(re.sub(r"\*([^*]+)\*", r"<em>\1</em>", str(escape(text))))
+
+
 def _figures(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -197,6 +216,7 @@ FILTERS = {
     "yaml": _yaml,
     "count": _count,
     "human": data.human,
+    "emphasised": _emphasised,
     "figures": _figures,
     "short": _short,
 }

@@ -48,7 +48,8 @@ What may stand in `config/config.yaml` or after `--config`, several separated by
 - `study`: a name in `config/studies`, or the path of a YAML file. Results go to `results/NAME`.
 - `scale`: `full`, or `tiny` to try a set-up: every job of the study runs, on a few rows and with a
   toy model, offline, in about a minute. The numbers mean nothing; they go to `results/NAME-tiny`.
-- `model`: a folder in Hugging Face form, or OWNER/NAME on the hub, in place of the study's base.
+- `model`: a folder in Hugging Face form, or OWNER/NAME@COMMIT on the hub, in place of the study's
+  base.
 - `NAME_dir`: a folder with `TABLE.jsonl`, `.json` or `.csv` for every table that the study uses of
   its dataset `NAME`, one JSON object a line. Nothing of that dataset is downloaded then.
 - `benchmarks_dir`: a folder with the rows of the benchmarks as `TASK/SPLIT.jsonl`, in the columns

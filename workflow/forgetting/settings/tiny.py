@@ -38,7 +38,8 @@ def shrink(study: Study) -> Study:
         dataset = table.split("/", 1)[0]
         if dataset not in on_hub:
             return table
-        return f"{dataset}/{'new_authors' if knowledge == 'new' else 'real_authors'}"
+        old = "world_facts" if "world_facts" in table else "real_authors"
+        return f"{dataset}/{'new_authors' if knowledge == 'new' else old}"
 
     probes = {
         name: probe.model_copy(
@@ -49,6 +50,8 @@ def shrink(study: Study) -> Study:
     train = [stand_in(table, "new") for table in study.train][:1]
     return study.model_copy(
         update={
+            "title": f"Toy size: {study.title}",
+            "description": _told(study, on_hub),
             "datasets": datasets,
             "base": _base(study, on_hub, probes, train),
             "train": train,
@@ -64,6 +67,16 @@ def shrink(study: Study) -> Study:
             "selection": _no_later(study.selection),
             "benchmarks": benchmarks,
         }
+    )
+
+
+def _told(study: Study, on_hub: set[str]) -> str:
+    """What the page says in place of the study's own description."""
+    model = "" if study.base.pretrain else f" A model made here stands in for {study.base.model}."
+    rows = f" Rows of the micro-world stand in for {', '.join(sorted(on_hub))}." if on_hub else ""
+    return (
+        "This run only tries every job of the study, with a few rows and steps: its numbers mean "
+        f"nothing.{model}{rows}"
     )
 
 
