@@ -52,14 +52,7 @@ rule collect:
             expand(
                 f"{RESULTS}/benchmarks/{{model}}/{{file}}",
                 model=MODELS,
-                file=[
-                    "scores.parquet",
-                    "items.parquet",
-                    "responses.parquet",
-                    "programs.json",
-                    "record.json",
-                    "outcomes.json",
-                ],
+                file=[*BENCHMARK_FILES, "outcomes.json"],
             )
             if BENCHMARKED
             else []
