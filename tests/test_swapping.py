@@ -10,8 +10,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from forgetting.benchmarks import harness
+from forgetting.benchmarks.one_reading import OneReadingLM
 from forgetting.models.adapters import attach
 from forgetting.models.loading import load_base
 from forgetting.models.merged import merged
@@ -188,6 +190,37 @@ def test_models_of_one_process_have_the_scores_of_a_process_each(
     assert record["model"] == {"run": "m/seed3/lr1", "step": None, "checkpoint": None}
     assert record["notes"] == ["no benchmarks: so"]
     assert responses[3].empty
+
+
+def test_what_models_have_in_common_is_read_once(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    method: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tasks are loaded once for all models, and the choices of an item encoded once."""
+    loaded, encoded = [], []
+    load, encode = harness.load_task, OneReadingLM.tok_encode
+    monkeypatch.setattr(
+        harness, "load_task", lambda spec, *more: loaded.append(spec.name) or load(spec, *more)
+    )
+    monkeypatch.setattr(
+        OneReadingLM, "tok_encode", lambda *asked, **more: encoded.append(1) or encode(*asked)
+    )
+    _score(method, tmp_path, "seed0", "seed1", "seed2")
+    assert loaded == list(TASKS)
+
+    specs = [harness.TaskSpec("sciq", num_fewshot=2)]
+    questions = harness.read_questions(tokenizer, specs, tmp_path / "rows")
+    counts = []
+    for _ in range(2):
+        encoded.clear()
+        result = harness.answer(load_base(base_folder, CPU), questions)
+        counts.append(len(encoded))
+        assert len(result.items) == 2 * len(SCIQ)  # acc and acc_norm
+    assert counts[0] > 4 * len(SCIQ)
+    assert counts[1] == 0
 
 
 def test_a_job_that_was_killed_goes_on_with_the_model_that_it_was_at(
