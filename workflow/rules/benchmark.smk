@@ -96,7 +96,7 @@ use rule benchmark as benchmark_base with:
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=[],
         state=f"{RESULTS}/state/benchmarks",
-        folder=f"{RESULTS}/benchmarks",
+        folder=lambda wildcards: f"{RESULTS}/benchmarks",
 
 
 rule execute_programs:
