@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.benchmarks.chosen import Chosen, chosen_models
 from forgetting.benchmarks.harness import (
     ITEM_COLUMNS,
     RESPONSE_COLUMNS,
@@ -44,13 +44,11 @@ from forgetting.models.loading import (
 )
 from forgetting.models.merged import merged
 from forgetting.models.swapping import Swapping
-from forgetting.models.tuned import ADAPTER
 from forgetting.records import (
     content_key,
     read_json,
     replacing_folder,
     sha256,
-    sha256_of_all,
     tells_input_errors,
     write_atomically,
     write_json,
@@ -82,26 +80,6 @@ class Spec(Strict):
 
 FILES = ("scores.parquet", "items.parquet", "responses.parquet", "programs.json", "record.json")
 """What is found of each model."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A model that is to be scored.
-
-    Attributes:
-        name: of its folder: `base`, `seed0` or `seed0-budget0.5`.
-        run, step: which training it comes from; no step where there is no checkpoint.
-        reason: why there is none.
-        checkpoint: where its weights are; none of the base.
-        about: the same with the content of the weights, for the record.
-    """
-
-    name: str
-    run: str | None
-    step: int | None
-    reason: str
-    checkpoint: Path | None
-    about: dict[str, Any]
 
 
 @tells_input_errors
@@ -250,20 +228,6 @@ def task_spec(name: str, task: Task) -> TaskSpec:
     )
 
 
-def identify(checkpoint: Path | None) -> dict[str, Any]:
-    """Which weights were measured: folder and content of the checkpoint; none of the base."""
-    if checkpoint is None:
-        return {"checkpoint": None}
-    files, identity = sha256_of_all(filter(Path.is_file, sorted(checkpoint.iterdir())))
-    adapter = (checkpoint / ADAPTER).exists()
-    return {
-        "checkpoint": str(checkpoint),
-        "kind": "adapter" if adapter else "weights",
-        "identity": identity,
-        "files": files,
-    }
-
-
 def about_tasks(
     spec: Spec, digests: Mapping[str, dict[str, str]], result: BenchmarkResult
 ) -> dict[str, dict[str, Any]]:
@@ -314,28 +278,6 @@ def add_refusals(
 
 def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, more], ignore_index=True) if len(table) else more
-
-
-def chosen_models(selection: Path | None, folder: Path | None, names: list[str]) -> list[Chosen]:
-    """The models that are named, of the choice of a method; the base where there is none."""
-    if selection is None or folder is None:
-        about = {"run": "base", "step": 0, **identify(None)}
-        return [Chosen("base", "base", 0, "", None, about)]
-    rows: list[dict[str, Any]] = read_json(selection)
-    found = []
-    for name in names:
-        seed, between, budget = name.removeprefix("seed").partition("-budget")
-        row = next(row for row in rows if str(row["seed"]) == seed)
-        if between:
-            budget = f"budget{budget}"
-            no_end = {"run": row["run"], "step": None, "reason": f"no run of {budget} ended well"}
-            row = row["ends"].get(budget, no_end)
-        checkpoint = None if row["step"] is None else folder / name
-        who = {"run": row["run"], "step": row["step"]}
-        reason = row["reason"] if row["step"] is None else ""
-        about = who | identify(checkpoint)
-        found.append(Chosen(name, **who, reason=reason, checkpoint=checkpoint, about=about))
-    return found
 
 
 if __name__ == "__main__":
