@@ -18,13 +18,15 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from forgetting.benchmarks import one_reading
-from forgetting.benchmarks.harness import TaskSpec, run_benchmarks
+from forgetting.benchmarks.harness import TaskSpec, answer, read_questions, run_benchmarks
 from forgetting.data.rows import prepare_rows
 from forgetting.models.loading import load_base, load_tokenizer, pick_device, quieten_libraries
+from forgetting.models.merged import merged
+from forgetting.models.swapping import Swapping
 from forgetting.scoring.probes import measure
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.prompt import Prompt
-from scorers import FACTS, TASKS, TOFU_LENGTH, Bench, generate_as_tofu, logprobs_by_harness
+from scorers import SETS, TASKS, TOFU_LENGTH, Bench, generate_as_tofu, logprobs_by_harness
 
 
 def eight_adapters(bench: Bench, options: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -32,12 +34,14 @@ def eight_adapters(bench: Bench, options: argparse.Namespace, folder: Path) -> d
     save_adapters(folder, options.adapters)
     limit = max(1, options.limit // 4)
     shared = [f"--data={options.data}", f"--folder={folder}", f"--limit={limit}"]
+    start = _child([*shared, "--adapters=0"])
     ours = _child([*shared, f"--adapters={options.adapters}"])
-    apart = sum(_child([*shared, f"--task={task}"]) for task in (*FACTS, *TASKS))
-    theirs = options.adapters * apart
+    apart = sum(_child([*shared, f"--task={task}"]) for task in (*SETS, *TASKS))
+    theirs, sets = options.adapters * apart, len(SETS) + len(TASKS)
+    share = options.adapters * sets * start / theirs
     return {
-        "work": f"{options.adapters} adapters, {limit} items of each of 5 sets",
-        "against": "a process per adapter and set (one adapter's, times all)",
+        "work": f"{options.adapters} adapters, {limit} items of each of {sets} sets",
+        "against": f"a process per adapter and set, {share:.0%} of it starts of Python",
         "theirs, s": f"{theirs:.2f}",
         "ours, s": f"{ours:.2f}",
         "faster by": f"{theirs / ours:.1f}",
@@ -65,19 +69,17 @@ def _child(arguments: Sequence[str]) -> float:
 
 
 def score_all(data: Path, folder: Path, limit: int, adapters: int) -> None:
-    """The base is loaded once, its adapters are swapped, and every task is loaded once for each."""
-    device = pick_device()
-    tokenizer, base = load_tokenizer(folder), load_base(folder, device)
-    model = PeftModel.from_pretrained(base, folder / "adapter0", "adapter0")
-    for number in range(1, adapters):
-        model.load_adapter(folder / f"adapter{number}", f"adapter{number}")
-    model.eval()
-    probes = {name: _rows(data, name, limit) for name in FACTS}
+    """As a job does it: the base, the rows and the prompts are read once, adapters are swapped."""
+    if not adapters:
+        return
+    tokenizer, models = load_tokenizer(folder), Swapping(folder, pick_device())
+    probes = {name: _rows(data, name, limit) for name in SETS}
+    questions = read_questions(tokenizer, [TaskSpec(name, limit=limit) for name in TASKS], data)
     settings = Measurement(max_new_tokens=TOFU_LENGTH, batch_size=64)
     for number in range(adapters):
-        model.set_adapter(f"adapter{number}")
-        measure(model, tokenizer, probes, Prompt(), settings)
-        run_benchmarks(model, tokenizer, [TaskSpec(name, limit=limit) for name in TASKS], data)
+        with models.load(folder / f"adapter{number}") as model, merged(model, torch.float32):
+            measure(model, tokenizer, probes, Prompt(), settings)
+            answer(model, questions)
 
 
 def score_one(data: Path, folder: Path, limit: int, task: str) -> None:
@@ -106,7 +108,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="base and adapters")
     parser.add_argument("--limit", type=int, required=True)
-    parser.add_argument("--adapters", type=int, help="all of them")
+    parser.add_argument("--adapters", type=int, help="all of them; 0: only start")
     parser.add_argument("--task", help="the first of them on this set alone")
     options = parser.parse_args()
     quieten_libraries()

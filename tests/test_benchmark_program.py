@@ -59,11 +59,11 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
     chosen = {"method": "lora-r2", "seed": 0, "run": "lora-r2/seed0/lr1-wd0", "step": 7}
     write_json(tmp_path / "selection.json", [chosen])
     spec = {"benchmarks": {"tasks": TASKS}, "precision": "float32", "asking": None}
-    tuned = [f"--selection={tmp_path / 'selection.json'}", "--seed=0"]
+    tuned = [f"--selection={tmp_path / 'selection.json'}", "--models", "seed0"]
     tuned.append(f"--checkpoints={tmp_path / 'checkpoints'}")
     folders = []
-    for name, more in (("base", []), ("tuned", tuned)):
-        folder = tmp_path / name
+    for name, more in (("base", []), ("seed0", tuned)):
+        folder = tmp_path / "results" / name
         folders.append(folder)
         benchmark.main(
             [
@@ -71,7 +71,9 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
                 f"--base={tmp_path / 'base.json'}",
                 *(f"--rows={task}={tmp_path / 'rows' / task}" for task in TASKS),
                 *more,
-                f"--output={folder}",
+                "--code=0",
+                f"--state={tmp_path / 'state'}",
+                f"--output={tmp_path / 'results'}",
             ]
         )
         execute_programs.main(

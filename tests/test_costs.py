@@ -334,10 +334,10 @@ def test_whatever_a_study_asks_for_has_a_size(
     } | VARIANTS[variant]
     study = Study.model_validate(document)
     costs = Costs(study, Site.model_validate({"machines": {"device": device}}))
-    kinds = [("score_base", {}), ("benchmark", {"model": "base"}), ("interpolate", {})]
+    kinds = [("score_base", {}), ("benchmark_base", {}), ("interpolate", {})]
     kinds += [("execute_programs", {"model": "base"}), ("collect", {})]
     for method in costs.tunings:
-        kinds.append(("finetune", {"method": method}))
+        kinds += [(rule, {"method": method}) for rule in ("finetune", "benchmark")]
         kinds += [("cool_down", {"method": method, "budget": name}) for name in costs.budgets]
     for rule, wildcards in kinds:
         cost = costs.of(rule, wildcards)

@@ -42,7 +42,8 @@ JOBS = {
         "score_base": 1,
         "finetune": 5,
         "select_checkpoint": 5,
-        "benchmark": 6,
+        "benchmark": 5,
+        "benchmark_base": 1,
         "execute_programs": 6,
         "collect": 1,
         "report": 1,
@@ -67,7 +68,8 @@ JOBS = {
         "score_base": 1,
         "finetune": 3,
         "select_checkpoint": 3,
-        "benchmark": 4,
+        "benchmark": 3,
+        "benchmark_base": 1,
         "collect": 1,
         "report": 1,
         "all": 1,
@@ -83,7 +85,8 @@ JOBS["tofu-phi-1.5"] = JOBS["tofu-llama-2-7b"] = {
     "score_base": 1,
     "finetune": 15,
     "select_checkpoint": 5,
-    "benchmark": 16,
+    "benchmark": 5,
+    "benchmark_base": 1,
     "execute_programs": 16,
     "collect": 1,
     "report": 1,
@@ -101,7 +104,8 @@ JOBS["biderman-math-cpt"] = {
     "finetune": 4,
     "cool_down": 32,
     "select_checkpoint": 4,
-    "benchmark": 33,
+    "benchmark": 4,
+    "benchmark_base": 1,
     "collect": 1,
     "report": 1,
     "all": 1,
@@ -137,7 +141,7 @@ def test_tiny_keeps_the_methods_and_downloads_nothing(plan: Plan, study: str) ->
     jobs = _counts(plan(study, scale="tiny"))
     methods = JOBS[study]["select_checkpoint"]
     assert jobs["select_checkpoint"] == jobs["finetune"] == methods  # one seed
-    for rule in ("cool_down", "benchmark", "execute_programs"):
+    for rule in ("cool_down", "benchmark", "benchmark_base", "execute_programs"):
         assert (rule in jobs) == (rule in JOBS[study])
     assert jobs.get("cool_down", 0) in (0, 3 * methods)  # three budgets
     assert not [rule for rule in jobs if rule.startswith("download")]
@@ -152,7 +156,9 @@ def test_every_rule_tells_what_it_does_and_keeps_a_log(plan: Plan, study: str) -
         if rule.name != "all":
             assert len(list(rule.log)) == 1, f"{rule.name} has no log"
             assert rule.conda_env, f"{rule.name} has no conda file"
-            assert (ROOT / "workflow" / "scripts" / f"{rule.name}.py").is_file()
+            program = re.search(r"/(\w+)\.py", rule.shellcmd).group(1)
+            assert (ROOT / "workflow" / "scripts" / f"{program}.py").is_file()
+            assert program in (rule.name, rule.name.removesuffix("_base"))
 
 
 def test_logs_outputs_and_state_never_collide(plan: Plan) -> None:
@@ -240,7 +246,8 @@ BUDGETS = JOBS["mini"] | {
     "finetune": 2,
     "cool_down": 6,
     "select_checkpoint": 2,
-    "benchmark": 3,
+    "benchmark": 2,
+    "benchmark_base": 1,
     "execute_programs": 3,
 }
 
@@ -321,18 +328,16 @@ def test_other_tasks_take_their_rows_from_the_hub_or_from_rows_of_the_same_kind(
 
 def test_every_budget_is_benchmarked_where_the_study_says_so(plan: Plan, tmp_path: Path) -> None:
     jobs = plan(_budgets(tmp_path, benchmarks={"models": "budgets"}, selection={"wise_ft": [0.5]}))
-    expected = BUDGETS | {"benchmark": 7, "execute_programs": 7, "interpolate": 2}
+    expected = BUDGETS | {"execute_programs": 7, "interpolate": 2}
     assert _counts(jobs) == expected
     (job,) = (
-        job
-        for job in jobs
-        if job.rule.name == "benchmark" and job.wildcards.model == "full/seed0-budget0.5"
+        job for job in jobs if job.rule.name == "benchmark" and job.wildcards.method == "full"
     )
     assert list(job.params.chosen) == [
         "--selection=results/budgets/selection/full.json",
         "--checkpoints=results/budgets/selected/full",
-        "--seed=0",
-        "--budget=budget0.5",
+        "--models",
+        *(f"seed0-budget{budget}" for budget in ("0.5", "2", "8")),
     ]
 
 

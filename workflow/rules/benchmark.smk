@@ -1,5 +1,8 @@
 """Benchmarks: lm-evaluation-harness runs on the base and on every selected checkpoint.
 
+A job scores the models of a method one after the other. Those that are finished stay in
+results/STUDY/state/benchmarks, which is no output: a retry goes on with the next.
+
 Outputs: results/STUDY/benchmarks/MODEL/{scores,items,responses}.parquet, programs.json, record.json
 (model, tasks, rows) and outcomes.json, where MODEL is `base` or METHOD/seedN; METHOD/seedN-budgetD
 where the ends of all budgets are scored.
@@ -27,20 +30,22 @@ rule download_benchmark:
 
 
 rule benchmark:
-    """Run all tasks on one model: the harness's prompts, filters and metrics, our rows."""
+    """Run all tasks on the models of a method in one process: the harness's prompts, our rows."""
     input:
-        unpack(chosen_inputs),
         base=BASE,
         rows=rows_inputs,
         prompts=prompt_files(),
+        selection=f"{RESULTS}/selection/{{method}}.json",
+        # The digests in the selection tell whether they are others.
+        checkpoints=ancient(f"{RESULTS}/selected/{{method}}"),
     output:
-        scores=f"{RESULTS}/benchmarks/{{model}}/scores.parquet",
-        scored=f"{RESULTS}/benchmarks/{{model}}/items.parquet",
-        responses=f"{RESULTS}/benchmarks/{{model}}/responses.parquet",
-        programs=f"{RESULTS}/benchmarks/{{model}}/programs.json",
-        record=f"{RESULTS}/benchmarks/{{model}}/record.json",
+        results=expand(
+            f"{RESULTS}/benchmarks/{{{{method}}}}/{{name}}/{{file}}",
+            name=SCORED,
+            file=BENCHMARK_FILES,
+        ),
     log:
-        f"{LOGS}/benchmark/{{model}}.log",
+        f"{LOGS}/benchmark/{{method}}.log",
     conda:
         "../../envs/environment.yaml"
     resources:
@@ -50,18 +55,48 @@ rule benchmark:
         spec=lambda wildcards: benchmark_spec(),
         rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
-        chosen=chosen_options,
-        folder=subpath(output.scores, parent=True),
+        chosen=lambda wildcards, input: [
+            f"--selection={input.selection}",
+            f"--checkpoints={input.checkpoints}",
+            "--models",
+            *SCORED,
+        ],
+        state=f"{RESULTS}/state/benchmarks",
+        folder=lambda wildcards: f"{RESULTS}/benchmarks/{wildcards.method}",
     shell:
         r"""
         exec &> >(tee {log:q})
 
         python "$SCRIPTS"/benchmark.py \
             --spec {params.spec:q} \
+            --code {params.code} \
             --base {input.base:q} \
             {params.rows:q} {params.prompts:q} {params.chosen:q} \
+            --state {params.state:q} \
             --output {params.folder:q}
         """
+
+
+use rule benchmark as benchmark_base with:
+    """The same on the base."""
+    input:
+        base=BASE,
+        rows=rows_inputs,
+        prompts=prompt_files(),
+    output:
+        results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=BENCHMARK_FILES),
+    log:
+        f"{LOGS}/benchmark/base.log",
+    resources:
+        **sizes("benchmark_base", COSTS),
+    params:
+        code=code("benchmark"),
+        spec=lambda wildcards: benchmark_spec(),
+        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
+        prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
+        chosen=[],
+        state=f"{RESULTS}/state/benchmarks",
+        folder=lambda wildcards: f"{RESULTS}/benchmarks",
 
 
 rule execute_programs:

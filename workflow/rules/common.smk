@@ -53,12 +53,28 @@ TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
 BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
 SELECTED = [f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds]
-ENDS = [f"{model}-{budget}" for model in SELECTED for budget in BUDGETS]
 # Is anything scored beside the probes?
 BENCHMARKED = bool(TASKS or STUDY.benchmarks.refusals)
 # Does a benchmark have models write programs, which are then run?
 PROGRAMS = any(benchmark(task).programs for task in TASKS)
-MODELS = ["base", *(ENDS if STUDY.benchmarks.models == "budgets" else SELECTED)]
+# The models of each method that are scored, and what is found of each.
+SCORED = [
+    f"seed{seed}{end}"
+    for seed in STUDY.seeds
+    for end in (
+        [f"-{budget}" for budget in BUDGETS]
+        if STUDY.benchmarks.models == "budgets"
+        else [""]
+    )
+]
+MODELS = ["base", *(f"{name}/{model}" for name in TUNINGS for model in SCORED)]
+BENCHMARK_FILES = [
+    "scores.parquet",
+    "items.parquet",
+    "responses.parquet",
+    "programs.json",
+    "record.json",
+]
 
 
 wildcard_constraints:
@@ -240,8 +256,6 @@ def finished(method, seed, file):
 
 def chosen_inputs(wildcards):
     """What a tuned model is made of. The digests in the selection tell whether it is another."""
-    if wildcards.model == "base":
-        return {}
     method = Path(wildcards.model).parent
     return {
         "selection": f"{RESULTS}/selection/{method}.json",
@@ -250,15 +264,9 @@ def chosen_inputs(wildcards):
 
 
 def chosen_options(wildcards, input):
-    """The options that name a tuned model; none for the base."""
-    if wildcards.model == "base":
-        return []
-    seed, _, budget = (
-        Path(wildcards.model).name.removeprefix("seed").partition("-budget")
-    )
+    """The options that name a tuned model."""
     return [
         f"--selection={input.selection}",
         f"--checkpoints={input.checkpoints}",
-        f"--seed={seed}",
-        *([f"--budget=budget{budget}"] if budget else []),
+        f"--seed={Path(wildcards.model).name.removeprefix('seed')}",
     ]

@@ -52,14 +52,7 @@ rule collect:
             expand(
                 f"{RESULTS}/benchmarks/{{model}}/{{file}}",
                 model=MODELS,
-                file=[
-                    "scores.parquet",
-                    "items.parquet",
-                    "responses.parquet",
-                    "programs.json",
-                    "record.json",
-                    *(["outcomes.json"] if PROGRAMS else []),
-                ],
+                file=[*BENCHMARK_FILES, *(["outcomes.json"] if PROGRAMS else [])],
             )
             if BENCHMARKED
             else []

@@ -1,44 +1,56 @@
-"""Run the lm-evaluation-harness tasks, and prompts to refuse, on the base or a checkpoint."""
+"""Run the lm-evaluation-harness tasks, and prompts to refuse, on the base or checkpoints.
+
+The models of a method are scored in one process: its base, the rows and the prompts are read once.
+A model that is finished is kept in a folder that is no output of the rule, named by a key of all
+that its scores depend on, so that a retry goes on with the next.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.benchmarks.chosen import Chosen, chosen_models
 from forgetting.benchmarks.harness import (
     ITEM_COLUMNS,
     RESPONSE_COLUMNS,
     SCORE_COLUMNS,
     BenchmarkResult,
+    Questions,
     Sampling,
     TaskSpec,
-    run_benchmarks,
+    answer,
+    read_questions,
 )
 from forgetting.benchmarks.known import benchmark, main_metric
 from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
+from forgetting.data.table_files import Row
 from forgetting.machine import describe_machine
 from forgetting.models.loading import (
     Model,
     autocast,
-    load_base,
     load_tokenizer,
     pick_device,
     pick_precision,
     quieten_libraries,
 )
 from forgetting.models.merged import merged
-from forgetting.models.tuned import ADAPTER, load_checkpoint
+from forgetting.models.swapping import Swapping
 from forgetting.records import (
+    content_key,
     read_json,
+    replacing_folder,
     sha256,
-    sha256_of_all,
     tells_input_errors,
+    write_atomically,
     write_json,
     write_table,
 )
@@ -66,11 +78,19 @@ class Spec(Strict):
     asking: Asking | None
 
 
+FILES = ("scores.parquet", "items.parquet", "responses.parquet", "programs.json", "record.json")
+"""What is found of each model."""
+
+
 @tells_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write scores, items and responses (parquet), programs that are still to be run, a record."""
+    """Write scores, items and responses (parquet), programs that are still to be run, a record.
+
+    Of each model that is named, in a folder of its name; without a selection, of the base.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
+    parser.add_argument("--code", required=True, help="digest of the code that scores")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument(
         "--rows", action="append", default=[], help="TASK=FOLDER, its folder of SPLIT.jsonl"
@@ -78,53 +98,107 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path, help="table of the prompts that should be refused")
     parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
     parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
-    parser.add_argument("--seed", type=int, help="which of the method's seeds")
-    parser.add_argument("--budget", help="the end of this budget, not what is selected: budget0.5")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--models", nargs="*", default=[], help="of the method: seed0, or seed0-budget0.5"
+    )
+    parser.add_argument("--state", type=Path, required=True, help="folder of finished models")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the models' folders")
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
     rows = {task: Path(folder) for task, folder in (named.split("=", 1) for named in options.rows)}
-    chosen = _chosen(options.selection, options.seed, options.budget)
-    name = "-".join(filter(None, [f"seed{options.seed}", options.budget]))
-    base = read_json(options.base)
-    folder, checkpoint = Path(base["path"]), None
-    device = pick_device()
-    precision = pick_precision(spec.precision, device)
-    result = nothing()
-    if chosen is not None and chosen["step"] is None:
-        result.notes.append(f"no benchmarks: {chosen['reason']}")
-    elif spec.benchmarks.tasks or spec.asking:
-        checkpoint = options.checkpoints / name if chosen else None
-        model: Any = (
-            load_checkpoint(folder, checkpoint, device) if checkpoint else load_base(folder, device)
-        )
-        tokenizer = load_tokenizer(folder)
-        with autocast(device, precision), merged(model, precision):
-            if spec.benchmarks.tasks:
-                result = run_benchmarks(
-                    model,
-                    tokenizer,
-                    [task_spec(*named) for named in spec.benchmarks.tasks.items()],
-                    rows,
-                    spec.benchmarks.batch_size,
-                )
-            if spec.asking:
-                add_refusals(result, spec, options.prompts, model, tokenizer)
-    who = {"run": chosen["run"], "step": chosen["step"]} if chosen else {"run": "base", "step": 0}
-    record = {
-        "model": who | identify(checkpoint),
-        "base": {key: base.get(key) for key in ("path", "origin", "identity")},
-        "tasks": about_tasks(spec, rows, result),
-        "notes": result.notes,
-        "device": str(device),
-        "precision": str(precision).removeprefix("torch."),
-        "machine": describe_machine(),
-    }
-    write_results(options.output, result, record)
-    for row in result.scores[result.scores["main"]].to_dict("records"):
-        chance = "" if pd.isna(row["chance"]) else f", chance {row['chance']:g}"
-        print(f"{who['run']}, {row['task']}: {row['value']:.3f}{chance}")
+    scorer = Scorer(spec, read_json(options.base), rows, options.prompts, options.code)
+    for chosen in chosen_models(options.selection, options.checkpoints, options.models):
+        finished: Path = options.state / scorer.key(chosen)
+        if not finished.exists():
+            with replacing_folder(finished) as folder:
+                write_results(folder, *scorer.score(chosen))
+        for file in FILES:  # new files, since Snakemake goes by their age
+            write_atomically(options.output / chosen.name / file, (finished / file).read_bytes())
+        scores = pd.read_parquet(finished / "scores.parquet")
+        for row in scores[scores["main"].astype(bool)].to_dict("records"):
+            chance = "" if pd.isna(row["chance"]) else f", chance {row['chance']:g}"
+            print(f"{chosen.run}, {row['task']}: {row['value']:.3f}{chance}", flush=True)
+
+
+class Scorer:
+    """Scores models of one base one after the other; what they have in common is read once."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        base: Mapping[str, Any],
+        rows: Mapping[str, Path],
+        prompts: Path | None,
+        code: str,
+    ) -> None:
+        self.spec, self.base, self.prompts = spec, base, prompts
+        self.rows = rows
+        self.digests = {
+            task: {str(path): sha256(path) for path in sorted(folder.glob("*.jsonl"))}
+            for task, folder in rows.items()
+        }
+        self.device = pick_device()
+        self.precision = pick_precision(spec.precision, self.device)
+        self.models = Swapping(Path(base["path"]), self.device)
+        self.depends = {
+            "spec": spec.model_dump(mode="json"),
+            "base": {key: base.get(key) for key in ("path", "origin", "identity")},
+            "rows": self.digests,
+            "prompts": sha256(prompts) if prompts else None,
+            "precision": str(self.precision),
+            "code": code,
+        }
+
+    def key(self, chosen: Chosen) -> str:
+        """Of all that the results of a model depend on."""
+        return content_key({**self.depends, "model": chosen.about, "reason": chosen.reason})
+
+    def score(self, chosen: Chosen) -> tuple[BenchmarkResult, dict[str, Any]]:
+        """What is found of a model, and the record of it."""
+        result = nothing()
+        if chosen.step is None:
+            result.notes.append(f"no benchmarks: {chosen.reason}")
+        elif self.spec.benchmarks.tasks or self.spec.asking:
+            with (
+                self.models.load(chosen.checkpoint) as model,
+                autocast(self.device, self.precision),
+                merged(model, self.precision),
+            ):
+                if self.spec.benchmarks.tasks:
+                    result = answer(model, self.questions)
+                if self.spec.asking:
+                    add_refusals(result, self.spec, self.prompt_rows, model, self.tokenizer)
+        record = {
+            "model": chosen.about,
+            "base": self.depends["base"],
+            "tasks": about_tasks(self.spec, self.digests, result),
+            "notes": result.notes,
+            "device": str(self.device),
+            "precision": str(self.precision).removeprefix("torch."),
+            "machine": describe_machine(),
+        }
+        return result, record
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's, which is that of all."""
+        return load_tokenizer(Path(self.base["path"]))
+
+    @cached_property
+    def questions(self) -> Questions:
+        """The tasks with their rows, prompts and tokens."""
+        benchmarks = self.spec.benchmarks
+        specs = [task_spec(*named) for named in benchmarks.tasks.items()]
+        return read_questions(self.tokenizer, specs, self.rows, benchmarks.batch_size)
+
+    @cached_property
+    def prompt_rows(self) -> Sequence[Row]:
+        """The prompts that should be refused."""
+        asking, settings = self.spec.asking, self.spec.benchmarks.refusals
+        assert asking and settings and self.prompts
+        found = list(prompt_rows(self.prompts, settings.table, asking.columns))
+        return evenly_spaced(found, settings.limit)
 
 
 def write_results(folder: Path, result: BenchmarkResult, record: dict[str, Any]) -> None:
@@ -154,22 +228,8 @@ def task_spec(name: str, task: Task) -> TaskSpec:
     )
 
 
-def identify(checkpoint: Path | None) -> dict[str, Any]:
-    """Which weights were measured: folder and content of the checkpoint; none of the base."""
-    if checkpoint is None:
-        return {"checkpoint": None}
-    files, identity = sha256_of_all(filter(Path.is_file, sorted(checkpoint.iterdir())))
-    adapter = (checkpoint / ADAPTER).exists()
-    return {
-        "checkpoint": str(checkpoint),
-        "kind": "adapter" if adapter else "weights",
-        "identity": identity,
-        "files": files,
-    }
-
-
 def about_tasks(
-    spec: Spec, rows: dict[str, Path], result: BenchmarkResult
+    spec: Spec, digests: Mapping[str, dict[str, str]], result: BenchmarkResult
 ) -> dict[str, dict[str, Any]]:
     """What each score rests on: definition, settings and the content of the rows."""
     told: dict[str, dict[str, Any]] = {}
@@ -184,7 +244,7 @@ def about_tasks(
             "metric": main_metric(name, task.metric),
             "settings": task.model_dump(mode="json", exclude_none=True),
             "seed": HARNESS_SEED,
-            "rows": {str(path): sha256(path) for path in sorted(rows[name].glob("*.jsonl"))},
+            "rows": digests[name],
         }
     return told
 
@@ -201,7 +261,7 @@ def nothing() -> BenchmarkResult:
 def add_refusals(
     result: BenchmarkResult,
     spec: Spec,
-    prompts: Path,
+    rows: Sequence[Row],
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -209,7 +269,6 @@ def add_refusals(
     asking, settings = spec.asking, spec.benchmarks.refusals
     assert asking is not None
     assert settings is not None
-    rows = evenly_spaced(list(prompt_rows(prompts, settings.table, asking.columns)), settings.limit)
     answers = ask(model, tokenizer, rows, asking.prompt, settings, spec.benchmarks.batch_size)
     result.scores = _joined(result.scores, pd.DataFrame([score(answers)]))
     result.items = _joined(result.items, answers[list(ITEM_COLUMNS)])
@@ -219,19 +278,6 @@ def add_refusals(
 
 def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, more], ignore_index=True) if len(table) else more
-
-
-def _chosen(selection: Path | None, seed: int | None, budget: str | None) -> dict[str, Any] | None:
-    """Run, step and, if there is no checkpoint, the reason; None for the base."""
-    if selection is None:
-        return None
-    rows: list[dict[str, Any]] = read_json(selection)
-    row = next(row for row in rows if row["seed"] == seed)
-    if budget is None:
-        return row
-    no_end = {"run": row["run"], "step": None, "reason": f"no run of {budget} ended well"}
-    end: dict[str, Any] = row["ends"].get(budget, no_end)
-    return end
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,34 @@ __all__ = [
     "BenchmarkResult",
     "PassRate",
     "Program",
+    "Questions",
     "Sampling",
     "TaskSpec",
+    "answer",
     "load_task",
+    "read_questions",
     "run_benchmarks",
 ]
 
 BOOTSTRAPS = 1000
 """Draws behind the standard error of metrics that are no mean over items, such as perplexity."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Tasks whose rows are read, and whose prompts are built, once for all models of a tokenizer.
+
+    Attributes:
+        tasks: the harness's, by name.
+        encoded: tokens of each prompt with each of its choices, once a model was asked.
+    """
+
+    specs: Sequence[TaskSpec]
+    tasks: dict[str, Any]
+    tokenizer: Any
+    batch_size: int
+    seed: int
+    encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = field(default_factory=dict)
 
 
 def run_benchmarks(
@@ -54,11 +75,21 @@ def run_benchmarks(
     batch_size: int = 16,
     seed: int = HARNESS_SEED,
 ) -> BenchmarkResult:
-    """Evaluate a loaded model (plain or with adapters) on all tasks in one pass.
+    """Evaluate a loaded model on all tasks in one pass; see `read_questions` and `answer`."""
+    return answer(model, read_questions(tokenizer, specs, rows_dir, batch_size, seed))
+
+
+def read_questions(
+    tokenizer: Any,
+    specs: Sequence[TaskSpec],
+    rows_dir: Path | Mapping[str, Path] | None = None,
+    batch_size: int = 16,
+    seed: int = HARNESS_SEED,
+) -> Questions:
+    """Load all tasks with their rows.
 
     Args:
-        model: a causal language model of transformers, or a PeftModel around one.
-        tokenizer: its tokenizer; left as it is.
+        tokenizer: of the models; left as it is.
         specs: the tasks.
         rows_dir: folder of {task}/{split}.jsonl, or the folder of {split}.jsonl of each task;
             without it the rows come from the hub.
@@ -67,19 +98,33 @@ def run_benchmarks(
             of tasks that sample.
 
     Raises `InputError` for what the user can mend: unknown tasks, unreadable rows, a data set
-    out of reach, answers longer than the model's context.
+    out of reach.
+    """
+    with _quiet():
+        tasks = _load_all(specs, rows_dir, seed)
+    for task in tasks.values():
+        _build_once(task)
+    return Questions(specs, tasks, tokenizer, batch_size, seed)
+
+
+def answer(model: Any, questions: Questions) -> BenchmarkResult:
+    """Evaluate a loaded model (plain or with adapters) on all tasks in one pass.
+
+    A model's result is the same whether it is the first that is asked or not.
+
+    Raises `InputError` where answers are longer than the model's context.
     """
     from lm_eval.evaluator import evaluate
 
-    with _evaluating(model, seed), _quiet():
-        tasks = _load_all(specs, rows_dir, seed)
+    specs, tasks = questions.specs, questions.tasks
+    with _evaluating(model, questions.seed), _quiet():
         samples = {
             spec.name: range(min(spec.limit, len(tasks[spec.name].eval_docs)))
             for spec in specs
             if spec.limit is not None
         }
-        lm = _wrapped(model, tokenizer, batch_size)
-        lm.seed = seed
+        lm = _wrapped(model, questions.tokenizer, questions.batch_size)
+        lm.seed, lm.encoded = questions.seed, questions.encoded
         for name, task in tasks.items():
             _check_room(name, task, lm)
         # Tasks with programs are marked unsafe; `load_task` has taken away what would run them.
@@ -92,6 +137,27 @@ def run_benchmarks(
         )
         notes = [note for name, task in tasks.items() for note in _truncations(name, task, lm)]
     return tables_of(tasks, specs, results, notes)
+
+
+def _build_once(task: Any) -> None:
+    """Have a task build its requests when they are first asked for, and hand them out anew then.
+
+    The harness would build them for every model, each time with other examples in the prompts,
+    since its random numbers go on from where they were.
+    """
+    build = task.build_all_requests
+    kept: list[Any] = []
+
+    def hand_out(**options: Any) -> None:
+        if not kept:
+            build(**options)
+            kept.extend(task._instances)
+        task._instances = [
+            replace(one, arguments=copy.deepcopy(one.arguments), resps=[], filtered_resps={})
+            for one in kept
+        ]
+
+    task.build_all_requests = hand_out
 
 
 def _load_all(

@@ -36,6 +36,12 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
     _items: list[tuple[str, int]] | None = None
     seed: int = 0
     """Of the answers that are drawn."""
+    encoded: dict[tuple[str, str], tuple[list[int], list[int]]]
+    """Tokens of contexts and continuations, by text."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.encoded = {}
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Draw answers with numbers of their own; all else is the harness's."""
@@ -102,14 +108,18 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
         return found
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness does; the choices of an item have one context, which is encoded once."""
+        """As the harness does, but once for all models that are asked the same; the choices of an
+        item have one context, which is encoded once."""
+        asked = (context, continuation)
+        if asked in self.encoded:
+            return self.encoded[asked]
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         if context != self._context[0]:
             self._context = (context, self.tok_encode(context))
         whole, head = self.tok_encode(context + continuation), self._context[1]
-        return head, whole[len(head) :]
+        return self.encoded.setdefault(asked, (head, whole[len(head) :]))
 
     _context: tuple[str, list[int]] = ("", [])
 

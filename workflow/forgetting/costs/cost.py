@@ -34,7 +34,8 @@ from forgetting.settings.study import Study
 from forgetting.training.schedule import branch_start
 
 TRAINING = ("finetune", "cool_down")
-ON_DEVICES = ("pretrain_base", "score_base", *TRAINING, "interpolate", "benchmark")
+SCORING = ("interpolate", "benchmark", "benchmark_base")
+ON_DEVICES = ("pretrain_base", "score_base", *TRAINING, *SCORING)
 """Rules whose jobs have a GPU for each process, where there are any."""
 
 SUBMITTED = (*ON_DEVICES, "execute_programs")
@@ -122,7 +123,9 @@ class Costs:
             stages["probes"] = shares * evaluation_seconds(case, Team())
             used += 4.0 * case.shape.parameters  # the base beside what was made of it
         else:
-            stages["benchmarks"] = benchmark_seconds(case)
+            models = self.scored if rule == "benchmark" else 1
+            stages["load"] *= self._loads(method) if rule == "benchmark" else 1
+            stages["benchmarks"] = models * benchmark_seconds(case)
             used = benchmark_bytes(case)
         return Cost(
             stages,
@@ -206,6 +209,17 @@ class Costs:
             disk_bytes=1e8,
             cores=cores,
         )
+
+    @property
+    def scored(self) -> int:
+        """Models of a method that are benchmarked, in one job."""
+        ends = len(self.budgets) if self.study.benchmarks.models == "budgets" else 1
+        return len(self.study.seeds) * ends
+
+    def _loads(self, method: str) -> int:
+        """How often a job reads a base or a whole model; adapters of one base are swapped."""
+        tuning = self.tunings.get(method)
+        return self.scored if tuning and tuning.kind == "full" else 1
 
     @property
     def program_cores(self) -> int:

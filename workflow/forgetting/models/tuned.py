@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from forgetting.models.adalora import is_adalora, without_pruned
 from forgetting.models.adapters import convert_pissa, trained_half
@@ -75,7 +76,12 @@ def load_checkpoint(base: Path, checkpoint: Path, device: torch.device) -> Model
     """A tuned model from disk, for measuring: the base with an adapter, or the full weights."""
     if not (checkpoint / ADAPTER).exists():
         return load_base(checkpoint, device)
-    model = PeftModel.from_pretrained(load_base(base, device), checkpoint).eval()
+    return put_adapter_on(load_base(base, device), checkpoint)
+
+
+def put_adapter_on(base: PreTrainedModel, checkpoint: Path) -> PeftModel:
+    """An adapter from disk on its base, which is changed in place."""
+    model = PeftModel.from_pretrained(base, checkpoint).eval()
     for name, module in list(model.named_modules()):
         # In the place of peft's wrapper of them, through which transformers cannot tie weights.
         if isinstance(module, ModulesToSaveWrapper):

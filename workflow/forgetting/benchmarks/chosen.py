@@ -1,0 +1,66 @@
+"""The models that a benchmark's job scores: the base, or checkpoints of a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgetting.models.tuned import ADAPTER
+from forgetting.records import read_json, sha256_of_all
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model that is to be scored.
+
+    Attributes:
+        name: of its folder: `base`, `seed0` or `seed0-budget0.5`.
+        run, step: which training it comes from; no step where there is no checkpoint.
+        reason: why there is none.
+        checkpoint: where its weights are; none of the base.
+        about: the same with the content of the weights, for the record.
+    """
+
+    name: str
+    run: str | None
+    step: int | None
+    reason: str
+    checkpoint: Path | None
+    about: dict[str, Any]
+
+
+def chosen_models(selection: Path | None, folder: Path | None, names: list[str]) -> list[Chosen]:
+    """The models that are named, of the choice of a method; the base where there is none."""
+    if selection is None or folder is None:
+        about = {"run": "base", "step": 0, **identify(None)}
+        return [Chosen("base", "base", 0, "", None, about)]
+    rows: list[dict[str, Any]] = read_json(selection)
+    found = []
+    for name in names:
+        seed, between, budget = name.removeprefix("seed").partition("-budget")
+        row = next(row for row in rows if str(row["seed"]) == seed)
+        if between:
+            budget = f"budget{budget}"
+            no_end = {"run": row["run"], "step": None, "reason": f"no run of {budget} ended well"}
+            row = row["ends"].get(budget, no_end)
+        checkpoint = None if row["step"] is None else folder / name
+        who = {"run": row["run"], "step": row["step"]}
+        reason = row["reason"] if row["step"] is None else ""
+        about = who | identify(checkpoint)
+        found.append(Chosen(name, **who, reason=reason, checkpoint=checkpoint, about=about))
+    return found
+
+
+def identify(checkpoint: Path | None) -> dict[str, Any]:
+    """Which weights were measured: folder and content of the checkpoint; none of the base."""
+    if checkpoint is None:
+        return {"checkpoint": None}
+    files, identity = sha256_of_all(filter(Path.is_file, sorted(checkpoint.iterdir())))
+    adapter = (checkpoint / ADAPTER).exists()
+    return {
+        "checkpoint": str(checkpoint),
+        "kind": "adapter" if adapter else "weights",
+        "identity": identity,
+        "files": files,
+    }
