@@ -202,6 +202,12 @@ MISTAKES = {
             ("warmup_share: 1", "training.warmup_share", "the warm-up takes all steps"),
         ]
     },
+    "suffix that is no part of a name": (
+        "rank: [2, 8]",
+        "rank: [2, 8]\n    suffix: a/b",
+        "methods.0.suffix",
+        "should match pattern",
+    ),
     "bad alpha": (
         "rank: [2, 8]",
         "rank: [2, 8]\n    alpha: 1e2",
@@ -460,7 +466,33 @@ def test_the_same_method_in_two_entries_is_refused(write: Any) -> None:
         )
     )
     place = f"{path}, line {_line(path, 'rank: 8')}: methods.1: "
-    assert place + "lora-r8 stands there more than once; merge the entries" in _told(path)
+    message = "lora-r8 stands there more than once; merge the entries, or tell them apart by"
+    assert f"{place}{message} `suffix`" in _told(path)
+
+
+ALIKE = {
+    "alpha": ("lora, rank: 8, alpha: 16.0", "lora-r8-other", "rank 8, other"),
+    "layers": ("lora, rank: 8, target_modules: [q_proj]", "lora-r8-other", "rank 8, other"),
+    "dropout": ("lora, rank: 8, dropout: 0.1", "lora-r8-other", "rank 8, other"),
+    "all weights": ("full", "full-other", "full, other"),
+    "mitigated": (
+        "lora, rank: 8, alpha: 16.0, mitigation: {l2_sp: {weight: 0.1}}",
+        "lora-r8-other-l2_sp0.1",
+        "rank 8, other, l2_sp0.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("differs", ALIKE)
+def test_a_suffix_tells_methods_of_one_rank_apart(write: Any, differs: str) -> None:
+    """What no name holds, as alpha, can be compared within one study, at every scale."""
+    method, name, label = ALIKE[differs]
+    entry = f"  - {{method: {method}, suffix: other, learning_rate: 0.1}}\n  - method: full\n"
+    path = write(("  - method: full\n", entry))
+    whole, tiny = tunings(_load(path)), tunings(_load(path, scale="tiny"))
+    assert [t.name for t in whole] == ["lora-r2", "lora-r8", name, "full"]
+    assert [t.name for t in tiny] == [t.name for t in whole]
+    assert whole[2].label == label
 
 
 def test_variants_of_one_rank_are_methods_of_their_own(write: Any) -> None:

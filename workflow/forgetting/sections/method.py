@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from forgetting.sections.fields import (
     Count,
+    Name,
     NotNegative,
     Number,
     Positive,
@@ -102,6 +103,11 @@ class Method(Strict):
     )
     mitigation: Mitigation | None = Field(
         None, description="What is done against forgetting; its name ends the method's name."
+    )
+    suffix: Name | None = Field(
+        None,
+        description="Put behind the method's name and label, before the mitigation's: tells apart "
+        "methods of one rank that differ in `alpha`, names of layers, or what else no name holds.",
     )
 
     @model_validator(mode="after")

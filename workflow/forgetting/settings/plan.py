@@ -80,8 +80,8 @@ def numbered_tunings(study: Study) -> list[tuple[int, Tuning]]:
         if tuning.name in names:
             raise AtKey(
                 ("methods", number),
-                f"{tuning.name} stands there more than once; merge the entries, or tell their "
-                "mitigations apart by `suffix`",
+                f"{tuning.name} stands there more than once; merge the entries, or tell "
+                "them apart by `suffix`",
             )
         names.add(tuning.name)
         several = tuning.fixed is None and len(tuning.settings) > 1
@@ -165,6 +165,8 @@ def _differences(method: Method) -> list[tuple[str, str]]:
         more.append(("frozen-embeddings", "embeddings frozen"))
     if method.then:
         more.append((method.then.name, f"then {method.then.suffix or method.then.layers_name}"))
+    if method.suffix:
+        more.append((method.suffix, method.suffix))
     return more
 
 
