@@ -516,12 +516,12 @@ def test_a_hubs_dataset_has_no_rows_of_benchmarks(told: Told) -> None:
 
 
 LENGTHS = {
-    "training": ("max_length: 100", "max_length: 4", "training.max_length: 4 tokens leave nothing"),
+    "training": ("max_length: 100", "max_length: 4", "of the answer in FACTS/new.jsonl, line 1,"),
     "answers": ("max_new_tokens: 20", "max_new_tokens: 256", "measurement.max_new_tokens: 256"),
     "answers after questions": (
         "max_new_tokens: 20",
         "max_new_tokens: 253",
-        "253 after the 4 words of the question facts/new/0 are more than the 256 tokens",
+        "253 after the 4 words of the question in FACTS/new.jsonl, line 1 are more than the 256",
     ),
     "blocks": (
         "selection:",
@@ -538,7 +538,7 @@ def test_what_is_certainly_too_long(told: Told, tmp_path: Path, mistake: str) ->
     old, new, expected = LENGTHS[mistake]
     message = told((old, new))
     assert message.startswith(_line(tmp_path, new.split(":")[0] + ": "))
-    assert expected in message
+    assert expected.replace("FACTS", str(tmp_path / "facts")) in message
 
 
 def test_what_may_fit_is_let_through(plan: Plan) -> None:
@@ -549,7 +549,7 @@ def test_what_may_fit_is_let_through(plan: Plan) -> None:
 def test_rows_that_are_left_out_may_be_long(plan: Plan, told: Told, tmp_path: Path) -> None:
     long = ROW | {"question": "who " * 300}
     _write(tmp_path / "facts" / "new.jsonl", ROW, long)
-    assert "facts/new/1" in told()
+    assert f"the answer in {tmp_path / 'facts' / 'new.jsonl'}, line 2, whose question" in told()
     _write(tmp_path / "facts" / "few.jsonl", ROW)
     plan(("train:", "train_limit: 1\ntrain:"), ("table: facts/new", "table: facts/few"))
 
