@@ -129,8 +129,9 @@ def test_prompts_beyond_the_models_context_are_refused(
     base: Any, tokenizer: Any, prompt: Prompt, rows: list[dict[str, Any]]
 ) -> None:
     settings = Refusals(table="a/b", max_new_tokens=250)
-    with pytest.raises(InputError, match=r"benchmarks\.refusals\.max_new_tokens: 250 after"):
-        ask(base, tokenizer, rows, prompt, settings, 4)
+    told = r"benchmarks\.refusals\.max_new_tokens: 250 after .* question in line of made/0 are more"
+    with pytest.raises(InputError, match=told):
+        ask(base, tokenizer, rows, prompt, settings, 4, lambda name: f"line of {name}")
 
 
 def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(

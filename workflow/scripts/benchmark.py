@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from forgetting.benchmarks.known import benchmark, main_metric
 from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
+from forgetting.data.table_files import place
 from forgetting.machine import describe_machine
 from forgetting.models.loading import (
     Model,
@@ -209,7 +211,15 @@ def add_refusals(
     assert asking is not None
     assert settings is not None
     rows = evenly_spaced(list(prompt_rows(prompts, settings.table, asking.columns)), settings.limit)
-    answers = ask(model, tokenizer, rows, asking.prompt, settings, spec.benchmarks.batch_size)
+    answers = ask(
+        model,
+        tokenizer,
+        rows,
+        asking.prompt,
+        settings,
+        spec.benchmarks.batch_size,
+        partial(place, prompts),
+    )
     result.scores = _joined(result.scores, pd.DataFrame([score(answers)]))
     result.items = _joined(result.items, answers[list(ITEM_COLUMNS)])
     result.responses = _joined(result.responses, answers[[*RESPONSE_COLUMNS, "prompt"]])
