@@ -99,9 +99,8 @@ class Lab:
 
     def alone(self, spec: CohortSpec, budget: float) -> Records:
         """What the budget's runs are when nothing else is trained."""
-        return train_cohort(
-            alone(spec, budget), self.materials, INPUTS, self.apart, lambda *_: None
-        )
+        own, told = alone(spec, budget), lambda *_: None
+        return train_cohort(own, self.materials, INPUTS, self.apart, told, branches=True)
 
     def tell(self, run: str, progress: Any, schedule: Any) -> None:
         """Note the steps that were told."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from forgetting.models.loading import load_base
 from forgetting.models.pretrain import _new_model
@@ -19,6 +20,7 @@ from forgetting.sections.base import SmallModel
 from forgetting.settings.architecture import count_parameters, read_architecture, small_model
 from forgetting.settings.check import check_inputs
 from forgetting.settings.load import load_study, study_source
+from scripts import adopt_base
 
 STUDY = """\
 title: A small study
@@ -216,6 +218,7 @@ def test_names_are_not_refused_where_files_do_not_tell_them(
     if change == "experts":
         expert = {"model.layers.0.mlp.experts.0.w1.weight": torch.zeros(2, 32)}
         save_file(expert, model / "model.safetensors")
+        config["model_type"] = "mixtral"
     elif change == "quantized":
         config["quantization_config"] = {"quant_method": "fp8"}
     else:
@@ -252,6 +255,14 @@ def _without_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 HEADER = b'{"a.weight": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}'
 FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -279,6 +290,17 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "expected `weight_map`",
     ),
+    "other width": (
+        _config(hidden_size=64),
+        "config.json: hidden_size is 64, where the weights have 32",
+    ),
+    "other vocabulary": (_config(vocab_size=7), "config.json: vocab_size is 7, where the weights"),
+    "other MLP": (
+        _config(intermediate_size=72),
+        "intermediate_size is 72, where the weights",
+    ),
+    "other heads": (_config(num_key_value_heads=2), "num_key_value_heads x head_dim is 32, where"),
+    "other depth": (_config(num_hidden_layers=3), "is 3, and there are weights of 2 blocks"),
     "no tokenizer": (_without_tokenizer, "no tokenizer there; copy tokenizer.json"),
 }
 
@@ -293,6 +315,59 @@ def test_a_folder_that_is_no_whole_model(
     assert message.startswith(_line(tmp_path, "base:") + f"base.model: {model}")
     assert expected in message
     assert told(model=str(model)).startswith(f"--config model={model}: ")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "gemma2": {"head_dim": 24},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gpt_neox": {},
+    "mistral": {"sliding_window": 8},
+    "mixtral": {"num_local_experts": 2},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    "phi": {},
+    "qwen3": {"head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_many_types_agree_with_their_configuration(model: Path, kind: str) -> None:
+    """The heads may be wider than the model, embeddings narrower, keys of other names."""
+    usual = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    given = KINDS[kind] if "n_head" in KINDS[kind] else usual | heads | KINDS[kind]
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=50, **ids, **given)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    read_architecture(model)
+    _config(vocab_size=51)(model)
+    with pytest.raises(InputError, match="vocab_size is 51, where the weights have 50"):
+        read_architecture(model)
+
+
+BROKEN = {
+    "nothing in it": ("tokenizer.json", b"{}"),
+    "a list": ("tokenizer.json", b"[]"),
+    "cut off": ("tokenizer.json", b'{"version": "1.0", "added_'),
+    "no model": ("tokenizer.json", b'{"added_tokens": []}'),
+    "settings in a list": ("tokenizer_config.json", b"[]"),
+}
+
+
+@pytest.mark.parametrize("file", BROKEN)
+def test_a_broken_tokenizer_is_told_by_the_first_job(
+    model: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries end in errors of any type, which say nothing of the folder."""
+    name, content = BROKEN[file]
+    (model / name).write_bytes(content)
+    options = ["--model", str(model), "--origin", "x", "--output", str(tmp_path / "base.json")]
+    with pytest.raises(SystemExit):
+        adopt_base.main(options)
+    told = capsys.readouterr().err
+    assert f"{model}: no tokenizer can be read there (" in told
+    assert "copy tokenizer.json and tokenizer_config.json" in told
+    assert "Traceback" not in told
 
 
 def test_a_chat_prompt_needs_a_template(plan: Plan, told: Told, model: Path) -> None:
@@ -454,12 +529,12 @@ def test_a_hubs_dataset_has_no_rows_of_benchmarks(told: Told) -> None:
 
 
 LENGTHS = {
-    "training": ("max_length: 100", "max_length: 4", "training.max_length: 4 tokens leave nothing"),
+    "training": ("max_length: 100", "max_length: 4", "of the answer in FACTS/new.jsonl, line 1,"),
     "answers": ("max_new_tokens: 20", "max_new_tokens: 256", "measurement.max_new_tokens: 256"),
     "answers after questions": (
         "max_new_tokens: 20",
         "max_new_tokens: 253",
-        "253 after the 4 words of the question facts/new/0 are more than the 256 tokens",
+        "253 after the 4 words of the question in FACTS/new.jsonl, line 1 are more than the 256",
     ),
     "blocks": (
         "selection:",
@@ -476,7 +551,7 @@ def test_what_is_certainly_too_long(told: Told, tmp_path: Path, mistake: str) ->
     old, new, expected = LENGTHS[mistake]
     message = told((old, new))
     assert message.startswith(_line(tmp_path, new.split(":")[0] + ": "))
-    assert expected in message
+    assert expected.replace("FACTS", str(tmp_path / "facts")) in message
 
 
 def test_what_may_fit_is_let_through(plan: Plan) -> None:
@@ -487,7 +562,7 @@ def test_what_may_fit_is_let_through(plan: Plan) -> None:
 def test_rows_that_are_left_out_may_be_long(plan: Plan, told: Told, tmp_path: Path) -> None:
     long = ROW | {"question": "who " * 300}
     _write(tmp_path / "facts" / "new.jsonl", ROW, long)
-    assert "facts/new/1" in told()
+    assert f"the answer in {tmp_path / 'facts' / 'new.jsonl'}, line 2, whose question" in told()
     _write(tmp_path / "facts" / "few.jsonl", ROW)
     plan(("train:", "train_limit: 1\ntrain:"), ("table: facts/new", "table: facts/few"))
 

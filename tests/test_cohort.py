@@ -221,6 +221,21 @@ def test_a_sweep_starts_every_rate_from_the_same_adapter(base_folder: Path, tuni
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("steps", [4, 500])
+def test_a_warm_up_that_a_run_does_not_outlast_is_refused(
+    train: Trainer, spec: CohortSpec, steps: int
+) -> None:
+    """Where the rows were not here to be counted, and before anything is trained."""
+    long = spec.training.model_copy(update={"warmup_epochs": None, "warmup_steps": steps})
+    told = rf"training\.warmup_steps: {steps} steps of warm-up .* has 4 \(2 epochs of 8 examples"
+    with pytest.raises(InputError, match=told):
+        train(_with(spec, training=long))
+    assert train.told == []
+    assert not list(train.state.glob("**/step-*"))
+    just = long.model_copy(update={"warmup_steps": 3})
+    assert train(_with(spec, training=just))[0]["steps"] == 4
+
+
 def test_a_cohort_killed_in_its_second_run_keeps_the_first(
     train: Trainer, spec: CohortSpec, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.data.origins import Origins
 from forgetting.data.rows import Rows, general_rows, prepared_lines
 from forgetting.encoding import examples as module
 from forgetting.encoding import store
@@ -197,6 +198,47 @@ def _prepare(folder: Path, tables: dict[str, Path], **spec: Any) -> Path:
         ["--spec", json.dumps(asked), f"--tables={folder}/tables.json", f"--output={folder}"]
     )
     return folder
+
+
+PLACES = {
+    "user's file": ("own/table/2", "{tmp}/table.jsonl, line 5"),
+    "of a probe": ("own/probe/0", "{tmp}/probe.jsonl, line 1"),
+    "read as it is": ("own/other/0", "{tmp}/other.jsonl, line 1"),
+    "table that is gone": ("own/table/2", "{tmp}/data/train.jsonl, line 3"),
+    "probe that is gone": ("own/probe/0", "{tmp}/data/probes/new.jsonl, line 1"),
+    "no record": ("own/table/2", "{tmp}/data/train.jsonl, line 3"),
+    "unknown": ("own/strange/7", "own/strange/7"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_row_that_is_too_long_is_told_by_file_and_line(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, case: str
+) -> None:
+    """An id counts from 0 and leaves out blank lines: nobody finds the row by it."""
+    pair = {"question": "Who?", "answer": "Ann."}
+    table, probe = tmp_path / "table.jsonl", _write(tmp_path / "probe.jsonl", [pair])
+    other = _write(tmp_path / "other.jsonl", [pair])
+    long = json.dumps(pair | {"question": "Who? " * 30})
+    table.write_text(f"{json.dumps(pair)}\n\n{json.dumps(pair)}\n\n{long}\n")
+    tables = {"own/table": table, "own/probe": probe}
+    data = _prepare(tmp_path / "data", tables, train=["own/table"])
+    if case.endswith("gone"):
+        (probe if "probe" in case else table).unlink()
+    elif case == "no record":
+        (data / "data.json").unlink()
+    row_id, place = PLACES[case]
+    where = Origins(data, {"own/other": other})
+    assert where(row_id) == place.format(tmp=tmp_path)
+    if row_id == "own/table/2":
+        rows, training = prepared_lines(data / "train.jsonl"), Training(max_length=20)
+        with pytest.raises(InputError) as error:
+            path = tmp_path / "train-0.arrow"
+            tokenize(rows, tokenizer, Prompt(), training, path, blocks=True, where=where)
+        assert str(error.value) == (
+            f"training.max_length: 20 tokens leave nothing of the answer in {where(row_id)}; "
+            "make it longer"
+        )
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -294,6 +294,7 @@ def test_text_beyond_the_models_context_is_refused_before_it_is_scored(
     with pytest.raises(InputError, match=r"measurement\.max_new_tokens"):
         check_room(base, tokenizer, {"p": rows}, prompt, Measurement(max_new_tokens=room))
     long = [rows[0] | {"answer": "word " * room}]
-    with pytest.raises(InputError, match="question and answer have"):
-        check_room(base, tokenizer, {"p": long}, prompt, Measurement(max_new_tokens=1))
+    with pytest.raises(InputError, match=r"^made/0 in a file: question and answer have"):
+        settings = Measurement(max_new_tokens=1)
+        check_room(base, tokenizer, {"p": long}, prompt, settings, lambda name: f"{name} in a file")
     check_room(base, tokenizer, {"p": rows[:1]}, prompt, Measurement(max_new_tokens=1))

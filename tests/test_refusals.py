@@ -129,8 +129,9 @@ def test_prompts_beyond_the_models_context_are_refused(
     base: Any, tokenizer: Any, prompt: Prompt, rows: list[dict[str, Any]]
 ) -> None:
     settings = Refusals(table="a/b", max_new_tokens=250)
-    with pytest.raises(InputError, match=r"benchmarks\.refusals\.max_new_tokens: 250 after"):
-        ask(base, tokenizer, rows, prompt, settings, 4)
+    told = r"benchmarks\.refusals\.max_new_tokens: 250 after .* question in line of made/0 are more"
+    with pytest.raises(InputError, match=told):
+        ask(base, tokenizer, rows, prompt, settings, 4, lambda name: f"line of {name}")
 
 
 def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
@@ -146,7 +147,8 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
     }
     folder = tmp_path / "benchmarks" / "base"
     arguments = {"spec": json.dumps(spec), "base": tmp_path / "base.json"}
-    arguments |= {"prompts": prompts, "output": folder}
+    arguments |= {"prompts": prompts, "output": folder.parent}
+    arguments |= {"code": "abc", "state": tmp_path / "state"}
     benchmark.main([f"--{name}={value}" for name, value in arguments.items()])
     assert read_json(folder / "record.json")["tasks"] == {"refusals": {"num_fewshot": 0}}
     scores, items, notes = benchmark_tables([folder], {"base": {"label": "base"}})

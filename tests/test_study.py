@@ -348,13 +348,62 @@ def test_a_mistake_between_sections_is_told_with_the_line_of_one(
     "sections",
     [
         "measurement: {every_epochs: 10}",
-        "training: {epochs: 1, warmup_epochs: 0.9}",
-        "training: {epochs: 1, warmup_steps: 7}",
-        "training: {epochs: 0.5, warmup_share: 0.9}\nmeasurement: {every_epochs: 0.5}",
+        "training: {epochs: 1, batch_size: 1, warmup_epochs: 0.9}",
+        "training: {epochs: 1, batch_size: 1, warmup_steps: 7}",
+        "training: {epochs: 2, batch_size: 5, warmup_steps: 3}",
+        "training: {epochs: 0.5, batch_size: 1, warmup_share: 0.8}\n"
+        "measurement: {every_epochs: 0.5}",
+        "training: {epochs: 1, batch_size: 5, warmup_steps: 7, packing: true}",
+        "training: {epochs: 8, batch_size: 8, warmup_steps: 7, schedule: trapezoid, "
+        "budgets: [1, 8]}",
     ],
 )
-def test_what_just_fits_into_the_training_is_let_through(write: Any, sections: str) -> None:
+def test_what_just_fits_into_the_training_is_let_through(
+    write: Any, tmp_path: Path, sections: str
+) -> None:
+    """Eight rows; how many sequences they are when they are packed, only a tokenizer tells."""
+    _eight_rows(tmp_path)
     _plan(write(("\ntrain:", f"\n{sections}\ntrain:")))
+
+
+def _eight_rows(tmp_path: Path) -> None:
+    path = tmp_path / "facts" / "new.jsonl"
+    path.write_text("".join(path.read_text().replace("Who", f"Who {n}") for n in range(8)))
+
+
+@pytest.mark.parametrize(
+    ("training", "key", "told"),
+    [
+        ("epochs: 1, warmup_steps: 500", "warmup_steps", "500 steps of warm-up leave nothing of "),
+        ("epochs: 2, batch_size: 4, warmup_steps: 4", "warmup_steps", "which has 4 (2 epochs of 8"),
+        ("epochs: 1, batch_size: 8, warmup_epochs: 0.9", "warmup_epochs", "1 steps of warm-up"),
+        ("epochs: 1, batch_size: 2, warmup_share: 0.9", "warmup_share", "which has 4 (1 epochs"),
+        (
+            "epochs: 8, batch_size: 8, warmup_steps: 8, schedule: trapezoid, budgets: [1, 8]",
+            "warmup_steps",
+            "8 steps of warm-up",
+        ),
+    ],
+)
+def test_a_warm_up_that_the_rows_do_not_outlast_is_refused(
+    write: Any, tmp_path: Path, training: str, key: str, told: str
+) -> None:
+    """The rate would never be at the peak whose number the report gives; of budgets the longest."""
+    _eight_rows(tmp_path)
+    path = write(("\ntrain:", f"\ntraining: {{{training}}}\ntrain:"))
+    message = _told(path)
+    assert message.startswith(f"{path}, line {_line(path, 'training:')}: training.{key}: ")
+    assert told in message
+    assert "8 examples" in message
+    _plan(path, scale="tiny")
+
+
+def test_rows_of_text_are_counted_by_the_job(write: Any, tmp_path: Path) -> None:
+    """How many blocks a text fills is not known before there is a tokenizer."""
+    with (tmp_path / "facts" / "new.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "A long story. " * 1000}) + "\n")
+    asked = ("table: facts/new", "table: facts/old")
+    _plan(write(asked, ("\ntrain:", "\ntraining: {warmup_steps: 500}\ntrain:")))
 
 
 @pytest.mark.parametrize("stem", ["a{b}", "my study", "-n", ".hidden", "a,b", "année", "a*"])

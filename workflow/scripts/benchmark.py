@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from forgetting.benchmarks.known import benchmark, main_metric
 from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
-from forgetting.data.table_files import Row
+from forgetting.data.table_files import Row, place
 from forgetting.machine import describe_machine
 from forgetting.models.loading import (
     Model,
@@ -168,7 +168,7 @@ class Scorer:
                 if self.spec.benchmarks.tasks:
                     result = answer(model, self.questions)
                 if self.spec.asking:
-                    add_refusals(result, self.spec, self.prompt_rows, model, self.tokenizer)
+                    self.add_refusals(result, model)
         record = {
             "model": chosen.about,
             "base": self.depends["base"],
@@ -179,6 +179,24 @@ class Scorer:
             "machine": describe_machine(),
         }
         return result, record
+
+    def add_refusals(self, result: BenchmarkResult, model: Model) -> None:
+        """Ask the prompts too, and add what comes of it to the tables of the benchmarks."""
+        asking, settings = self.spec.asking, self.spec.benchmarks.refusals
+        assert asking and settings and self.prompts
+        answers = ask(
+            model,
+            self.tokenizer,
+            self.prompt_rows,
+            asking.prompt,
+            settings,
+            self.spec.benchmarks.batch_size,
+            partial(place, self.prompts),
+        )
+        result.scores = _joined(result.scores, pd.DataFrame([score(answers)]))
+        result.items = _joined(result.items, answers[list(ITEM_COLUMNS)])
+        result.responses = _joined(result.responses, answers[[*RESPONSE_COLUMNS, "prompt"]])
+        result.examples[REFUSALS] = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -256,24 +274,6 @@ def nothing() -> BenchmarkResult:
         pd.DataFrame(columns=list(ITEM_COLUMNS)),
         pd.DataFrame(columns=list(RESPONSE_COLUMNS)),
     )
-
-
-def add_refusals(
-    result: BenchmarkResult,
-    spec: Spec,
-    rows: Sequence[Row],
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Ask the prompts too, and add what comes of it to the tables of the benchmarks."""
-    asking, settings = spec.asking, spec.benchmarks.refusals
-    assert asking is not None
-    assert settings is not None
-    answers = ask(model, tokenizer, rows, asking.prompt, settings, spec.benchmarks.batch_size)
-    result.scores = _joined(result.scores, pd.DataFrame([score(answers)]))
-    result.items = _joined(result.items, answers[list(ITEM_COLUMNS)])
-    result.responses = _joined(result.responses, answers[[*RESPONSE_COLUMNS, "prompt"]])
-    result.examples[REFUSALS] = 0
 
 
 def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from forgetting.data.origins import Origins
 from forgetting.data.rows import joined_text
 from forgetting.encoding.encode import encode_pair
 from forgetting.models.loading import (
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(read_json(options.base)["path"])
     probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
     model, tokenizer = load_base(folder, device), load_tokenizer(folder)
-    check_room(model, tokenizer, probes, spec.prompt, spec.measurement)
+    where = Origins(options.probes.parent)
+    check_room(model, tokenizer, probes, spec.prompt, spec.measurement, where)
     # One of the targets is the end of the sequence, which nobody has to generate.
     lengths = {
         name: [

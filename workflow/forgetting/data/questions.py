@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from forgetting.data.table_files import Row
+from forgetting.data.table_files import Row, Where
 from forgetting.records import InputError
-
-Where = Callable[[str], str]
-"""Gives the file and the line of a row by its id."""
 
 REMEMBERED = 1_000_000
 """So many questions are compared with later ones: 100 MB of memory, whatever the table."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from forgetting.records import InputError, read_numbered
 from forgetting.sections.columns import Columns
 
 Row = dict[str, Any]
+Where = Callable[[str], str]
+"""Gives the file and the line of a row by its id."""
+
 PLAIN = Columns()
 
 

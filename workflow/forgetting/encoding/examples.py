@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.data.table_files import Row
+from forgetting.data.table_files import Row, Where
 from forgetting.encoding.encode import (
     Example,
     encode_messages,
@@ -41,6 +41,7 @@ def tokenize(
     path: Path,
     *,
     blocks: bool,
+    where: Where = str,
 ) -> Stored:
     """The examples of a table, from the file TABLE-KEY.arrow, which is written if it is not there.
 
@@ -48,13 +49,15 @@ def tokenize(
 
     Args:
         blocks: cut texts into as many examples as they fill, instead of cutting off their ends.
+        where: for the message.
 
     Raises:
         InputError: a question leaves no room for its answer.
     """
     if not path.exists():
         with _threads():
-            write_examples(encode_rows(rows, tokenizer, prompt, training, blocks=blocks), path)
+            examples = encode_rows(rows, tokenizer, prompt, training, blocks=blocks, where=where)
+            write_examples(examples, path)
         table = path.stem.rsplit("-", 1)[0]
         for other in path.parent.glob(f"{table}-*.arrow"):
             if other != path and other.stem.rsplit("-", 1)[0] == table:
@@ -83,6 +86,7 @@ def encode_rows(
     training: Training,
     *,
     blocks: bool,
+    where: Where = str,
 ) -> Iterator[tuple[Example, bool]]:
     """Examples of questions with answers, conversations and texts; and whether they were cut.
 
@@ -112,9 +116,10 @@ def encode_rows(
     if len(pending) > 1:
         yield Example(pending, 1), False
     if lost:
+        more = f" and of {len(lost) - 1} more" if len(lost) > 1 else ""
         raise InputError(
-            f"training.max_length: {limit} tokens leave nothing of the answer "
-            f"of {lost[0]} and {len(lost) - 1} more; make it longer"
+            f"training.max_length: {limit} tokens leave nothing of the answer in {where(lost[0])}"
+            f"{more}; make it longer"
         )
 
 

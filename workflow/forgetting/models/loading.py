@@ -63,8 +63,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; it needs an end-of-sequence token, which also pads."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no tokenizer can be read there ({error})") from None
+    except Exception as error:
+        # What a broken file ends in is of any type: the tokenizers' own is a bare Exception.
+        raise InputError(
+            f"{folder}: no tokenizer can be read there ({type(error).__name__}: {error}); copy "
+            "tokenizer.json and tokenizer_config.json of the model into it again"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: its tokenizer has no end-of-sequence token (eos_token)")
     tokenizer.pad_token = tokenizer.eos_token

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.data.rows import strip_answer
-from forgetting.data.table_files import Row
+from forgetting.data.table_files import Row, Where
 from forgetting.encoding.chat import literal
 from forgetting.encoding.encode import Example, encode_pair, encode_prompt
 from forgetting.models.loading import Model
@@ -61,8 +61,13 @@ def check_room(
     probes: Mapping[str, list[Row]],
     prompt: Prompt,
     settings: Measurement,
+    where: Where = str,
 ) -> None:
-    """Refuse what is longer than the model can read, before it fails or scores nonsense."""
+    """Refuse what is longer than the model can read, before it fails or scores nonsense.
+
+    Args:
+        where: for the message.
+    """
     room = context_length(model)
     if room is None:
         return
@@ -74,14 +79,14 @@ def check_room(
         )
         if longest > room:
             raise InputError(
-                f"{row['id']}: question and answer have {longest} tokens, the model reads {room}; "
-                "shorten or remove the row"
+                f"{where(row['id'])}: question and answer have {longest} tokens, the model reads "
+                f"{room}; shorten or remove the row"
             )
         if head + settings.max_new_tokens > room:
             raise InputError(
                 f"measurement.max_new_tokens: {settings.max_new_tokens} after the {head} tokens of "
-                f"the question {row['id']} are more than the {room} that the model reads; take at "
-                f"most {room - head}"
+                f"the question in {where(row['id'])} are more than the {room} that the model "
+                f"reads; take at most {room - head}"
             )
 
 

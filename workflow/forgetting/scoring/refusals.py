@@ -16,7 +16,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.data.rows import strip_answer
-from forgetting.data.table_files import Row
+from forgetting.data.table_files import Row, Where
 from forgetting.encoding.chat import literal
 from forgetting.encoding.encode import encode_prompt
 from forgetting.models.loading import Model
@@ -76,13 +76,14 @@ def ask(
     prompt: Prompt,
     settings: Refusals,
     batch_size: int,
+    where: Where = str,
 ) -> pd.DataFrame:
     """Answers to the prompts: task, item, prompt, prompt_hash, response, and value, 1 if refused.
 
     Raises:
         InputError: a prompt and its answer are longer than the model reads.
     """
-    _check_room(model, tokenizer, rows, prompt, settings)
+    _check_room(model, tokenizer, rows, prompt, settings, where)
     measurement = Measurement(max_new_tokens=settings.max_new_tokens, batch_size=batch_size)
     was_training = model.training
     model.eval()
@@ -127,6 +128,7 @@ def _check_room(
     rows: Sequence[Row],
     prompt: Prompt,
     settings: Refusals,
+    where: Where,
 ) -> None:
     room = context_length(model)
     if room is None:
@@ -136,5 +138,6 @@ def _check_room(
         if tokens + settings.max_new_tokens > room:
             raise InputError(
                 f"benchmarks.refusals.max_new_tokens: {settings.max_new_tokens} after the {tokens} "
-                f"tokens of {row['id']} are more than the {room} that the model reads"
+                f"tokens of the question in {where(row['id'])} are more than the {room} that the "
+                f"model reads; take at most {room - tokens}"
             )

@@ -17,6 +17,7 @@ from typing import Any
 
 from forgetting.records import InputError, read_json
 from forgetting.sections.base import SmallModel
+from forgetting.settings.agreement import check_agreement
 
 PARTS = {"attention": {"self_attn", "attn", "attention"}, "mlp": {"mlp", "feed_forward"}}
 """What modules are called that hold the linear layers of the attention, and of the MLP."""
@@ -113,6 +114,8 @@ def read_architecture(folder: Path) -> Architecture:
             f"{folder}: no tokenizer there; copy tokenizer.json and tokenizer_config.json of the "
             "model into it"
         )
+    if "quantization_config" not in config:
+        check_agreement(folder / "config.json", config, shapes)
     mixed = any("experts" in name.split(".") for name in shapes)
     if mixed:
         # Experts and their router have other names and shapes once they are loaded.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from forgetting.data.questions import kept_apart
@@ -36,6 +37,7 @@ from forgetting.settings.load import is_local
 from forgetting.settings.plan import Tuning, numbered_tunings
 from forgetting.settings.source import At, Keys, dotted
 from forgetting.settings.study import Study
+from forgetting.training.schedule import warmup_mistake
 
 
 def check_inputs(study: Study, at: At = dotted) -> None:
@@ -47,6 +49,7 @@ def check_inputs(study: Study, at: At = dotted) -> None:
     answers = check_folders(study, at)
     _check_kept_apart(study, at)
     _check_questions(study, answers)
+    _check_warm_up(study, answers, at)
     architecture = _architecture(study, at)
     if architecture:
         for number, tuning in numbered_tunings(study):
@@ -60,7 +63,7 @@ def check_folders(study: Study, at: At = dotted) -> dict[Keys, list[Row]]:
     """Read the tables in folders of the user's.
 
     Returns:
-        Rows of the questions and answers, by the keys at which their table stands in the study.
+        Rows of probes and of the training, by the keys at which their table stands in the study.
     """
     answers: dict[Keys, list[Row]] = {}
     read: set[tuple[str, str]] = set()
@@ -76,8 +79,11 @@ def check_folders(study: Study, at: At = dotted) -> dict[Keys, list[Row]]:
                 path, table, wrong_answers=scored, probe=probe, columns=columns
             )
         elif keys[0] == "train":
-            rows = general_rows(path, table, columns)
-            answers[keys] = [row for row in rows if "text" not in row]
+            # Of a text it matters here only that it is one.
+            answers[keys] = [
+                {"id": row["id"], "text": ""} if "text" in row else row
+                for row in general_rows(path, table, columns)
+            ]
         elif (table, str(keys[0])) not in read:
             read.add((table, str(keys[0])))
             if keys[0] == "general_text":
@@ -141,15 +147,24 @@ def _check_questions(study: Study, answers: dict[Keys, list[Row]]) -> None:
         for name, probe in study.probes.items()
         if probe.knowledge == "old"
     }
-
-    def where(row_id: str) -> str:
-        table, _, _ = row_id.rpartition("/")
-        dataset, name = table.split("/", 1)
-        return place(find_table(Path(study.datasets[dataset].folder or "."), name), row_id)
-
     trained = _used(answers, ("train",), len(study.train), study.train_limit)
-    for _ in kept_apart(trained, old, where):
+    for _ in kept_apart(trained, old, partial(_where, study)):
         pass
+
+
+def _where(study: Study, row_id: str) -> str:
+    """The file and the line of a row of a table in a folder."""
+    dataset, name = row_id.rpartition("/")[0].split("/", 1)
+    return place(find_table(Path(study.datasets[dataset].folder or "."), name), row_id)
+
+
+def _check_warm_up(study: Study, answers: dict[Keys, list[Row]], at: At) -> None:
+    """Where examples are rows; how many texts or packs make, the tokens tell the job."""
+    rows = _used(answers, ("train",), len(study.train), study.train_limit)
+    if not rows or study.training.packing or any("text" in row for row in rows):
+        return
+    if mistake := warmup_mistake(len(rows), study.training):
+        raise InputError(f"{at('training', mistake[0])}: {mistake[1]}")
 
 
 def _same_rows(study: Study, one: str, other: str) -> bool:
@@ -240,8 +255,9 @@ def _check_lengths(
     for row in _used(answers, ("train",), len(study.train), study.train_limit):
         if "question" in row and (least := _words(study.prompt, row)) >= longest:
             raise InputError(
-                f"{at('training', 'max_length')}: {longest} tokens leave nothing of the answer of "
-                f"{row['id']}, whose question has {least} words in the prompt; make it longer"
+                f"{at('training', 'max_length')}: {longest} tokens leave nothing of the answer in "
+                f"{_where(study, row['id'])}, whose question has {least} words in the "
+                "prompt; make it longer"
             )
     if context is None:
         return
@@ -261,8 +277,8 @@ def _check_lengths(
             if (least := _words(study.prompt, row)) + measured > context:
                 raise InputError(
                     f"{at('measurement', 'max_new_tokens')}: {measured} after the {least} words of "
-                    f"the question {row['id']} are more than the {context} tokens that the model "
-                    "reads; make it smaller"
+                    f"the question in {_where(study, row['id'])} are more than the {context} "
+                    "tokens that the model reads; make it smaller"
                 )
 
 

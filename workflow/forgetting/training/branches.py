@@ -79,7 +79,12 @@ def train_branches(
     ending = f"/{budget_name(budget)}"
     known = {f"{budget_name(budget)}/{name}": name + ending for name in names}
     records = train_cohort(
-        branches, materials, inputs, state, lambda run, *progress: tell(known[run], *progress)
+        branches,
+        materials,
+        inputs,
+        state,
+        lambda run, *progress: tell(known[run], *progress),
+        branches=True,
     )
     for name, setting in own:
         _forget_trunk(by_run[name], spec, setting, inputs, state)

@@ -26,7 +26,7 @@ from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.models.loading import Model, autocast, load_base, recompute_activations
 from forgetting.models.merged import merged
-from forgetting.records import content_key, read_json, write_json
+from forgetting.records import InputError, content_key, read_json, write_json
 from forgetting.scoring.drift import with_text
 from forgetting.scoring.probes import measure
 from forgetting.scoring.scores import metric_value
@@ -40,7 +40,7 @@ from forgetting.training.mitigate import Safeguards, build_safeguards
 from forgetting.training.parallel import gathered, is_sharded, measure_together, shard
 from forgetting.training.parts import Means, prepare, train_parts
 from forgetting.training.recipe import Recipe
-from forgetting.training.schedule import Schedule
+from forgetting.training.schedule import Schedule, warmup_mistake
 from forgetting.training.together import END, groups, trained_together
 from forgetting.training.train import train, train_together
 
@@ -84,8 +84,14 @@ def train_cohort(
     inputs: Mapping[str, str],
     state: Path,
     tell: Tell,
+    *,
+    branches: bool = False,
 ) -> list[dict[str, Any]]:
-    """Train every run that is not finished yet; return the records of all, in the sweep's order."""
+    """Train every run that is not finished yet; return the records of all, in the sweep's order.
+
+    Args:
+        branches: may the runs end within their warm-up, since longer ones share it?
+    """
     team, places = materials.team, []
     for setting in spec.tuning.settings:
         name, key = run_name(spec.tuning.name, spec.seed, setting), run_key(spec, setting, inputs)
@@ -97,6 +103,9 @@ def train_cohort(
             _forget_unfinished(place.folder)
         with team.first_alone():
             data = tokenized(spec, materials, inputs, state / "tokens")
+        examples = len(arrange(data.train, spec.training))
+        if (mistake := warmup_mistake(examples, spec.training)) and not branches:
+            raise InputError(f"training.{mistake[0]}: {mistake[1]}")
         size = _runs_in_a_step(spec, materials, data)
     # By places in the sweep, so that a cohort that was killed goes on with the same groups.
     for part in evenly(places, size):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from forgetting.data.origins import Origins
 from forgetting.data.rows import general_rows, prepared_lines
 from forgetting.models.loading import load_tokenizer, pick_device, pick_precision
 from forgetting.records import read_json, read_jsonl, sha256
@@ -69,6 +70,7 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
         },
         targets=load_targets(options.targets) if options.targets else None,
         team=team,
+        where=Origins(options.data, general),
     )
     inputs = {
         "base": base["identity"],

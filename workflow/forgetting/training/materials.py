@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.data.table_files import Row
+from forgetting.data.table_files import Row, Where
 from forgetting.encoding.examples import tokenize
 from forgetting.encoding.store import Stored
 from forgetting.records import content_key
@@ -55,6 +55,8 @@ class Materials:
     targets: BaseTargets | None = None
     """What the base predicts on the study's general text."""
     team: Team = ALONE
+    where: Where = str
+    """For messages: the file and the line of a row."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,15 @@ def tokenized(
         if table in spec.columns:
             decided["columns"] = spec.columns[table].model_dump()
         path = folder / f"{table.replace('/', '-')}-{content_key(decided)}.arrow"
-        return tokenize(rows, materials.tokenizer, spec.prompt, spec.training, path, blocks=blocks)
+        return tokenize(
+            rows,
+            materials.tokenizer,
+            spec.prompt,
+            spec.training,
+            path,
+            blocks=blocks,
+            where=materials.where,
+        )
 
     return Data(
         read("train", materials.train, inputs.get("train"), blocks=True),

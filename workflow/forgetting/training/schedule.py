@@ -55,6 +55,24 @@ def _warmup(training: Training, steps: int, steps_per_epoch: int) -> int:
     return round(epochs * steps_per_epoch)
 
 
+def warmup_mistake(examples: int, training: Training) -> tuple[str, str] | None:
+    """The key of a warm-up that a run does not outlive, and what to say of it; None if it does.
+
+    With `budgets` the longest counts: shorter ones may end within the warm-up that all share.
+    """
+    per_epoch = math.ceil(examples / training.batch_size)
+    steps = steps_of(training.epochs, per_epoch)
+    warmup = _warmup(training, steps, per_epoch)
+    if warmup < steps:
+        return None
+    given = [key for key in ("warmup_steps", "warmup_share") if getattr(training, key) is not None]
+    return (given or ["warmup_epochs"])[0], (
+        f"{warmup:,} steps of warm-up leave nothing of the training, which has {steps:,} "
+        f"({training.epochs:g} epochs of {examples:,} examples, {training.batch_size:,} to a "
+        "batch), so that the rate would never be at its peak; make it smaller, or train longer"
+    )
+
+
 def cooldown_start(training: Training, steps: int) -> int:
     """Updates before the cooldown of a run of so many steps; all of them, if it has none.
 
