@@ -333,7 +333,7 @@ def test_an_answer_that_is_cut_away_is_told_by_key_and_row(
     short = spec.training.model_copy(update={"max_length": 8})
     with pytest.raises(InputError) as error:
         train(_with(spec, training=short))
-    assert "training.max_length: 8 tokens leave nothing of the answer of made/0" in str(error.value)
+    assert "training.max_length: 8 tokens leave nothing of the answer in made/0" in str(error.value)
     assert not [name for name in train.files() if name.endswith(".parquet")]
 
 

@@ -132,7 +132,7 @@ def test_a_file_of_tokens_is_written_once_whole_or_not_at_all(
         training = Training(max_length=length)
         return tokenize(rows, tokenizer, Prompt(), training, tmp_path / name, blocks=True)
 
-    with pytest.raises(InputError, match="8 tokens leave nothing of the answer of made/0 and 9"):
+    with pytest.raises(InputError, match="8 tokens leave nothing of the answer in made/0 and of 9"):
         read("train-a.arrow", 8)
     assert files() == []
     first = read("train-a.arrow")
