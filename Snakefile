@@ -18,6 +18,12 @@ configfile: "config/config.yaml"
 include: "workflow/rules/common.smk"
 
 
+onstart:
+    # A snakemake that was killed may have left jobs that would write what this one writes.
+    for message in end_leftovers(Path.cwd(), Path("logs/slurm")):
+        logger.warning(message)
+
+
 rule all:
     """The page of the study that the configuration chooses."""
     input:

@@ -398,7 +398,46 @@ def test_no_key_is_in_both_profiles() -> None:
         text = (ROOT / "profiles" / profile / "profile.yaml").read_text(encoding="utf-8")
         for key, value in yaml.safe_load(text).items():
             found |= set(value) if key.startswith("?if") else {key}
-    assert not keys[0] & keys[1]
+    assert not [key for key in keys[0] & keys[1] if not key.startswith("__")]
+
+
+def test_what_slurms_plugin_breaks_is_not_used() -> None:
+    """Numbers of docs/slurm-pitfalls.md: what hangs, runs nested, or shares a GPU by mistake."""
+    path = ROOT / "profiles" / "slurm" / "profile.yaml"
+    told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert told["slurm-status-command"] == "squeue"  # 1
+    assert told["slurm-status-attempts"] / told["max-status-checks-per-second"] >= 600  # 2
+    assert told["retries"]  # 3, and in no rule
+    assert "slurm-array-jobs" not in told  # 4
+    assert told["slurm-requeue"]  # 5
+    # 6: three times as long must be less than MinJobAge, or the plugin asks sacct after all.
+    assert 3 * told.get("slurm-init-seconds-before-status-checks", 40) <= 300
+    files = [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    used = re.findall(r"^ *(retries|group|slurm_extra|gpus|nvidia_gpu|gres)\b *[:=]", text, re.M)
+    assert not used  # 3, 9, 10
+
+
+def test_the_tests_that_the_pitfalls_name_are_there() -> None:
+    """And all nineteen have a line."""
+    told = (ROOT / "docs" / "slurm-pitfalls.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    names = set(re.findall(r"`(test_\w+)`", told))
+    assert names
+    assert not [name for name in names if f"def {name}(" not in tests]
+    assert re.findall(r"^\| (\d+) \|", told, re.M) == [str(line) for line in range(1, 20)]
+
+
+def test_another_site_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin reads the variable only where the profile names no file."""
+
+    def partitions() -> str:
+        return str(told_options("--profile", "slurm", "--dry-run").slurm_partition_config)
+
+    monkeypatch.delenv("SNAKEMAKE_SLURM_PARTITIONS", raising=False)
+    assert (ROOT / partitions()).resolve() == ROOT / "profiles" / "slurm" / "partitions.yaml"
+    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", "/etc/site.yaml")
+    assert partitions() == "/etc/site.yaml"
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -23,20 +23,23 @@ os.environ.update(PYTHONPATH=LIBRARY, SCRIPTS=SCRIPTS, PATH=PROGRAMS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A job that SLURM starts again would begin its log anew, and what befell it would be lost.
+os.environ.setdefault("SBATCH_OPEN_MODE", "append")
 
 from forgetting.benchmarks.known import benchmark, same_rows, splits_of
 from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
-from forgetting.settings.check import check_inputs
 from forgetting.costs.cost import Costs
-from forgetting.fingerprint import code_digest
-from forgetting.data.hub import HUB_ROWS
-from forgetting.settings.load import is_local, load_study, study_source
-from forgetting.settings.plan import budget_name, tunings
-from forgetting.records import InputError, sha256_of_all
-from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.costs.site import read_site
 from forgetting.costs.sizing import sizes
+from forgetting.data.hub import HUB_ROWS
 from forgetting.data.table_files import find_table
+from forgetting.fingerprint import code_digest
+from forgetting.leftovers import end_leftovers
+from forgetting.records import InputError, sha256_of_all
+from forgetting.sections.dataset import WORLD_TABLES
+from forgetting.settings.check import check_inputs
+from forgetting.settings.load import is_local, load_study, study_source
+from forgetting.settings.plan import budget_name, tunings
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from typing import NoReturn
 
@@ -29,9 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     processes, asked, *program = argv or sys.argv[1:]
     if processes in ("0", "1"):  # 0 where there is no GPU to ask for
         os.execv(sys.executable, [sys.executable, *program])
-    nodes = min(int(asked), int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
+    nodes = int(asked)
     if nodes > 1 and MEETING not in os.environ:
-        _launch_on_all(nodes, [processes, asked, *program])
+        there, cores = _allocation()
+        nodes = min(nodes, there)
+        if nodes > 1:
+            _launch_on_all(nodes, cores // there, [processes, str(nodes), *program])
     here = int(processes) // nodes
     if nodes > 1:
         here = int(os.environ.get("SLURM_GPUS_ON_NODE", here))
@@ -47,14 +51,30 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(128 + error.sigval) from None
 
 
-def _launch_on_all(nodes: int, arguments: list[str]) -> NoReturn:
+def _allocation() -> tuple[int, int]:
+    """Nodes and processor cores of the job of SLURM in which this is; elsewhere there is one node.
+
+    SLURM has to be asked: of its variables Snakemake's plugin leaves the number of the job alone.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return 1, 0
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%D %C"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        nodes, cores = map(int, told.stdout.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        raise SystemExit(f"error: squeue does not tell the nodes of this job, {job}") from None
+    return nodes, cores
+
+
+def _launch_on_all(nodes: int, cores: int, arguments: list[str]) -> NoReturn:
     """Become what starts a launcher on every node; they meet on this one, the first."""
     with socket.socket() as free:
         free.bind(("", 0))
         os.environ[MEETING] = f"{socket.gethostname()}:{free.getsockname()[1]}"
-    cores = os.environ.get("SLURM_CPUS_PER_TASK")
     place = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    place += [f"--cpus-per-task={cores}"] if cores else []
+    place += [f"--cpus-per-task={cores}"]
     launcher = [sys.executable, "-m", "forgetting.training.launch", *arguments]
     os.execvp("srun", ["srun", *place, "--kill-on-bad-exit=1", *launcher])
 

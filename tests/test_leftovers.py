@@ -1,0 +1,75 @@
+"""Jobs that outlive their snakemake, with programs in the place of SLURM's; see test_slurm.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from forgetting.leftovers import end_leftovers
+
+RUN = "77f8388a-2830-4ec5-8d0f-610fb311e0e6"
+SQUEUE = '#!/bin/sh\n[ -e "{0}/down" ] && exit 1\ncat "{0}/queue"\n'
+# Ends all jobs that it is told of, or none.
+SCANCEL = (
+    '#!/bin/sh\necho "$@" >> "{0}/cancelled"\n[ -e "{0}/stuck" ] && exit 0\n'
+    'for job; do sed -i "/^$job|/d" "{0}/queue"; done\n'
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that one snakemake has locked, and in which jobs were submitted."""
+    for name, text in (("squeue", SQUEUE), ("scancel", SCANCEL)):
+        (tmp_path / name).write_text(text.format(tmp_path), encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    at = tmp_path / "work"
+    (at / "logs" / "slurm").mkdir(parents=True)
+    (at / ".snakemake" / "locks").mkdir(parents=True)
+    (at / ".snakemake" / "locks" / "0.output.lock").touch()
+    lines = [
+        f"11|{RUN}|rule_finetune_wildcards_full_0|{at}",
+        f"12|lab_{RUN}|rule_score_base|{at}",
+        f"13|{RUN}|rule_finetune_wildcards_full_0|{tmp_path}/another",
+        f"14|my own job|(null)|{at}",
+    ]
+    (tmp_path / "queue").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return at
+
+
+def _end(folder: Path, patience: float = 60.0) -> str:
+    return " ".join(end_leftovers(folder, folder / "logs" / "slurm", patience))
+
+
+def test_only_jobs_of_snakemake_in_this_folder_are_ended(folder: Path) -> None:
+    """Neither those of other folders nor what the user has submitted by hand."""
+    told = _end(folder)
+    assert (folder.parent / "cancelled").read_text(encoding="utf-8") == "11 12\n"
+    assert told.startswith("cancelled, since")
+    assert "11 (rule_finetune_wildcards_full_0), 12 (rule_score_base)" in told
+    assert _end(folder) == ""
+
+
+def test_jobs_are_left_to_another_snakemake_that_may_wait_for_them(folder: Path) -> None:
+    (folder / ".snakemake" / "locks" / "1.output.lock").touch()
+    assert _end(folder).startswith("left alone")
+    (folder / ".snakemake" / "locks" / "0.output.lock").unlink()
+    (folder / ".snakemake" / "locks" / "1.output.lock").unlink()  # snakemake --nolock
+    assert _end(folder).startswith("left alone")
+    assert not (folder.parent / "cancelled").exists()
+
+
+def test_where_nothing_was_submitted_slurm_is_not_asked(folder: Path) -> None:
+    """A controller that is down would be waited for, also by a study that runs on this machine."""
+    (folder / "logs" / "slurm").rmdir()
+    (folder.parent / "down").touch()
+    assert _end(folder) == ""
+
+
+def test_what_cannot_be_known_or_ended_is_told(folder: Path) -> None:
+    (folder.parent / "stuck").touch()
+    assert _end(folder, patience=0.0).endswith("not ended yet: SLURM jobs 11, 12")
+    (folder.parent / "down").touch()
+    assert "squeue does not answer" in _end(folder)

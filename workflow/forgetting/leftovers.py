@@ -1,0 +1,88 @@
+"""Jobs of SLURM that outlived the snakemake which had submitted them.
+
+Ctrl-C cancels what was submitted, but a snakemake that is killed leaves its jobs running. The next
+one would submit the same jobs again, and two would write the same files; so it ends the old ones
+first. What they have done is not lost: trainings go on from their newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+"""How the name of a job of SLURM's plugin ends; all jobs of one snakemake have the same name."""
+
+PATIENCE = 120.0
+"""Seconds in which a cancelled job is gone: SLURM kills after KillWait, by default 30."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A job in the queue: its number, and the rule and wildcards that it is for."""
+
+    number: str
+    purpose: str
+
+
+def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[str]:
+    """Cancel the jobs that another snakemake has left in this folder; what is to be told of it.
+
+    Called by a snakemake that holds the folder's lock. Where others hold it too, for other targets,
+    the jobs may be theirs, and are left alone.
+
+    Args:
+        folder: where snakemake runs, and its jobs.
+        logs: where SLURM writes their logs; without it there never was such a job.
+        patience: seconds to wait until they have ended.
+    """
+    if not logs.is_dir():
+        return []
+    found = queued(folder)
+    if found is None:
+        return ["squeue does not answer: jobs of a killed snakemake may still run here"]
+    if not found:
+        return []
+    told = ", ".join(f"{job.number} ({job.purpose})" for job in found)
+    if locks(folder) != 1:
+        return [f"left alone, as another snakemake may wait for them: SLURM jobs {told}"]
+    numbers = [job.number for job in found]
+    _ask("scancel", *numbers)
+    deadline = time.monotonic() + patience
+    while left := {job.number for job in queued(folder) or []} & {*numbers}:
+        if time.monotonic() > deadline:
+            return [f"cancelled, but not ended yet: SLURM jobs {', '.join(sorted(left))}"]
+        time.sleep(1.0)
+    return [f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"]
+
+
+def queued(folder: Path) -> list[Leftover] | None:
+    """This user's jobs of SLURM's plugin in a folder; None if the controller does not answer."""
+    answer = _ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%j|%k|%Z")
+    if answer is None:
+        return None
+    return [
+        Leftover(number, purpose)
+        for number, name, purpose, at in (
+            line.split("|", 3) for line in answer.splitlines() if line.count("|") >= 3
+        )
+        if RUN_ID.search(name) and Path(at).resolve() == folder.resolve()
+    ]
+
+
+def locks(folder: Path) -> int:
+    """How many snakemakes hold files of a folder, the one that asks among them."""
+    return len([*(folder / ".snakemake" / "locks").glob("*.output.lock")])
+
+
+def _ask(*command: str) -> str | None:
+    """What a program of SLURM's prints; None if there is no such program or it ends badly."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
