@@ -49,6 +49,7 @@ def cluster() -> Iterator[Path | None]:
         pytest.skip(f"{tools}/start-cluster must run as root")
     # Sockets lie in it: not in pytest's folder, whose name is long.
     os.environ["SLURM_LAB"] = state = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+    Path(state).chmod(0o755)  # munged wants others to reach its socket
     try:
         start = [Path(tools, "start-cluster")]
         started = subprocess.run(start, capture_output=True, text=True, timeout=400, check=False)
