@@ -90,7 +90,7 @@ def answers() -> bool:
         return False
     try:
         return bool(subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=20).stdout)
-    except subprocess.TimeoutExpired:  # without a configuration it looks for one for a minute
+    except subprocess.TimeoutExpired:  # SLURM_CONF names a file that is not there
         return False
 
 
