@@ -109,7 +109,7 @@ def test_a_whole_study_ends_in_the_numbers_of_one_machine(
 
     logs = folder.at / "logs" / "slurm"
     rules = {path.name.removeprefix("rule_") for path in logs.iterdir()}
-    assert rules == {"pretrain_base", "score_base", "finetune", "benchmark", "execute_programs"}
+    assert rules == {"pretrain_base", "score_base", "finetune", "benchmark", "benchmark_base"}
     assert rules <= {*SUBMITTED}
     for rule in rules:
         numbers = folder.jobs(rule)
