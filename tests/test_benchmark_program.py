@@ -17,29 +17,11 @@ from forgetting.results.churn import churn_table
 from forgetting.results.collect import benchmark_tables, main_items, responses_table
 from forgetting.sandbox import search_sandbox
 from scripts import benchmark, execute_programs
+from task_rows import FUNCTIONS, sciq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FUNCTIONS = [
-    {
-        "task_id": f"made/{n}",
-        "prompt": f"x = {n}\n",
-        "test": "def check(candidate):\n    pass\n",
-        "entry_point": "str",
-    }
-    for n in range(2)
-]
-SCIQ = [
-    {
-        "question": f"What is number {n}?",
-        "support": "",
-        "correct_answer": "even",
-        "distractor1": "red",
-        "distractor2": "cold",
-        "distractor3": "loud",
-    }
-    for n in range(4)
-]
+SCIQ = sciq(4)
 TASKS: dict[str, Any] = {
     "humaneval": {"samples": 3, "temperature": 1.0, "k": [1, 2], "max_new_tokens": 6},
     "sciq": {"metric": "acc_norm", "limit": 3},

@@ -23,32 +23,14 @@ from forgetting.records import InputError, read_json, write_json, write_jsonl
 from forgetting.sections.method import Budget
 from forgetting.settings.plan import Tuning
 from scripts import benchmark
+from task_rows import FUNCTIONS, sciq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 17, 33, 21, 8]])
 SUMS = [{"question": f"{n} + {n} = ", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(6)]
-SCIQ = [
-    {
-        "question": f"What is number {n}?",
-        "support": "",
-        "correct_answer": "even",
-        "distractor1": "red",
-        "distractor2": "cold",
-        "distractor3": "loud",
-    }
-    for n in range(5)
-]
-FUNCTIONS = [
-    {
-        "task_id": f"made/{n}",
-        "prompt": f"x = {n}\n",
-        "test": "def check(candidate):\n    pass\n",
-        "entry_point": "str",
-    }
-    for n in range(2)
-]
+SCIQ = sciq(5)
 ROWS = {
     "sciq": {"train": SCIQ, "validation": SCIQ, "test": SCIQ},
     "gsm8k": {"train": SUMS, "test": SUMS},

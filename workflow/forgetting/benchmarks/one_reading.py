@@ -19,7 +19,7 @@ from torch import nn
 
 from forgetting.benchmarks.sampling import Wish, sample_answers, stream_of
 from forgetting.encoding.encode import Example
-from forgetting.scoring.shared import can_share, collate_shared, grow_tree
+from forgetting.scoring.shared import can_share, grow_tree, read_together
 
 TOKENS = 64
 """A batch has as many tokens as `batch_size` sequences of this length, about."""
@@ -170,16 +170,7 @@ def answer_items(
     answers: list[list[Answer]] = [[] for _ in items]
     for indices in _batches([len(tree.ids) for tree in trees], batch_size * TOKENS):
         group = [trees[index] for index in indices]
-        batch = collate_shared(group, pad, next(model.parameters()).device)
-        logits = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            logits_to_keep=batch.columns,
-            use_cache=False,
-        ).logits
-        read = logits[batch.rows, batch.places]
-        read = read.to(torch.promote_types(read.dtype, torch.float32))
+        batch, read = read_together(model, group, pad)
         likelihoods = (-nn.functional.cross_entropy(read, batch.targets, reduction="none")).tolist()
         likeliest = (read.argmax(-1) == batch.targets).tolist()
         end = 0

@@ -71,16 +71,7 @@ def answer_logprobs(
     means: list[list[float]] = [[] for _ in questions]
     for indices in by_length([len(tree.ids) for tree in trees], max(1, batch_size // most)):
         group = [trees[index] for index in indices]
-        batch = collate_shared(group, pad, next(model.parameters()).device)
-        logits = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            logits_to_keep=batch.columns,
-            use_cache=False,
-        ).logits
-        scored = logits[batch.rows, batch.places]
-        scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
+        batch, scored = read_together(model, group, pad)
         logprobs = -nn.functional.cross_entropy(scored, batch.targets, reduction="none")
         count = sum(len(tree.paths) for tree in group)
         totals = torch.zeros(count, dtype=torch.float64, device=logprobs.device)
@@ -89,6 +80,20 @@ def answer_logprobs(
         for index, tree in zip(indices, group, strict=True):
             means[index] = [next(values) / len(targets) for targets in tree.targets]
     return means
+
+
+def read_together(model: nn.Module, trees: Sequence[Tree], pad: int) -> tuple[SharedBatch, Tensor]:
+    """Questions as a batch, and the logits before each of its targets, in float32 at least."""
+    batch = collate_shared(trees, pad, next(model.parameters()).device)
+    logits: Tensor = model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        logits_to_keep=batch.columns,
+        use_cache=False,
+    ).logits
+    before = logits[batch.rows, batch.places]
+    return batch, before.to(torch.promote_types(before.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
