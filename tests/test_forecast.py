@@ -56,7 +56,8 @@ def test_a_schedule_lies_between_its_bounds(seed: int) -> None:
     longer than both together (Graham 1969)."""
     jobs = _random_jobs(seed)
     ends = schedule(jobs, machines=2, gpus=4, most=99)
-    wall, work = max(ends.values()), sum(job.area for job in jobs.values()) / 8
+    wall = max(ends.values())
+    work = sum(job.seconds * job.gpus * job.nodes for job in jobs.values()) / 8
     path = sum(jobs[number].seconds for number in longest_path(jobs))
     assert max(path, work) <= wall * (1 + 1e-9)
     assert wall <= work + path

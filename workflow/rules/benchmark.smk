@@ -42,7 +42,7 @@ rule benchmark:
         results=expand(
             f"{RESULTS}/benchmarks/{{{{method}}}}/{{name}}/{{file}}",
             name=SCORED,
-            file=BENCHMARK_FILES,
+            file=FILES,
         ),
     log:
         f"{LOGS}/benchmark/{{method}}.log",
@@ -84,7 +84,7 @@ use rule benchmark as benchmark_base with:
         rows=rows_inputs,
         prompts=prompt_files(),
     output:
-        results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=BENCHMARK_FILES),
+        results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
     log:
         f"{LOGS}/benchmark/base.log",
     resources:

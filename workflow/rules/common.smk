@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A job that SLURM starts again would begin its log anew, and what befell it would be lost.
 os.environ.setdefault("SBATCH_OPEN_MODE", "append")
 
-from forgetting.benchmarks.known import benchmark, same_rows, splits_of
+from forgetting.benchmarks.known import FILES, benchmark, same_rows, splits_of
 from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
 from forgetting.costs.cost import Costs
 from forgetting.costs.site import read_site
@@ -60,7 +60,7 @@ SELECTED = [f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds]
 BENCHMARKED = bool(TASKS or STUDY.benchmarks.refusals)
 # Does a benchmark have models write programs, which are then run?
 PROGRAMS = any(benchmark(task).programs for task in TASKS)
-# The models of each method that are scored, and what is found of each.
+# The models of each method that are scored.
 SCORED = [
     f"seed{seed}{end}"
     for seed in STUDY.seeds
@@ -71,13 +71,6 @@ SCORED = [
     )
 ]
 MODELS = ["base", *(f"{name}/{model}" for name in TUNINGS for model in SCORED)]
-BENCHMARK_FILES = [
-    "scores.parquet",
-    "items.parquet",
-    "responses.parquet",
-    "programs.json",
-    "record.json",
-]
 
 
 wildcard_constraints:

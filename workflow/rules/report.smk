@@ -52,7 +52,7 @@ rule collect:
             expand(
                 f"{RESULTS}/benchmarks/{{model}}/{{file}}",
                 model=MODELS,
-                file=[*BENCHMARK_FILES, *(["outcomes.json"] if PROGRAMS else [])],
+                file=[*FILES, *(["outcomes.json"] if PROGRAMS else [])],
             )
             if BENCHMARKED
             else []

@@ -28,7 +28,7 @@ from forgetting.benchmarks.harness import (
     answer,
     read_questions,
 )
-from forgetting.benchmarks.known import benchmark, main_metric
+from forgetting.benchmarks.known import FILES, benchmark, main_metric
 from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
@@ -76,10 +76,6 @@ class Spec(Strict):
     benchmarks: Benchmarks
     precision: str
     asking: Asking | None
-
-
-FILES = ("scores.parquet", "items.parquet", "responses.parquet", "programs.json", "record.json")
-"""What is found of each model."""
 
 
 @tells_input_errors

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from forgetting.benchmarks.definitions import read_definition, tasks_folder
 from forgetting.records import InputError
 
+FILES = ("scores.parquet", "items.parquet", "responses.parquet", "programs.json", "record.json")
+"""What a job writes of each model that it scores."""
+
 
 @dataclass(frozen=True)
 class Benchmark:

@@ -23,11 +23,6 @@ class Work:
     nodes: int = 1
     after: frozenset[int] = frozenset()
 
-    @property
-    def area(self) -> float:
-        """GPU-seconds."""
-        return self.seconds * self.gpus * self.nodes
-
 
 def schedule(jobs: Mapping[int, Work], machines: int, gpus: int, most: int) -> dict[int, float]:
     """Seconds from the first job's start at which each ends.
