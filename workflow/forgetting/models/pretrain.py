@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from forgetting.encoding.packing import IGNORED, collate, pack
+from forgetting.models.attention import quick_attention
 from forgetting.records import settle, writing
 from forgetting.sections.base import SmallModel
 
@@ -245,14 +246,16 @@ def _fit(
     """Train the model on the batches; returns the tokens seen and the last step's loss."""
     optimizer = _optimizer(model, spec)
     started = told = time.monotonic()
+    precision = torch.bfloat16 if bfloat16 else torch.float32
     seen, value = 0, math.nan
     for step, documents in enumerate(batches):
         batch = collate(documents, spec.block, padding)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = spec.learning_rate * learning_rate_at(step, len(batches), spec.warmup)
-        loss = _loss(model, batch, bfloat16)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with quick_attention(model, batch["attention_mask"], precision) as mask:
+            loss = _loss(model, batch | {"attention_mask": mask}, bfloat16)
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
 from forgetting.memory import is_out_of_memory, release_memory
+from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model, autocast
 from forgetting.records import InputError
 from forgetting.scoring.forward import collate, logprobs_of, target_logits
@@ -82,12 +84,14 @@ def _gradients(
     for rows, on_tokens in groups:
         for passed in team.passes(rows, most_rows, overhead):
             part = repeated(collate(passed, recipe.pad, device), runs)
-            with autocast(device, recipe.precision):
-                logits = target_logits(model, part)
-                losses = -logprobs_of(logits, part).view(runs, -1).sum(1) / targets
-                if on_tokens:
-                    losses = losses + on_tokens(model, part, logits) / penalized
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            with quick_attention(model, part.mask, recipe.precision) as mask:
+                part = replace(part, mask=mask)
+                with autocast(device, recipe.precision):
+                    logits = target_logits(model, part)
+                    losses = -logprobs_of(logits, part).view(runs, -1).sum(1) / targets
+                    if on_tokens:
+                        losses = losses + on_tokens(model, part, logits) / penalized
+                losses.sum().backward()  # type: ignore[no-untyped-call]
             total += losses.detach().double()
     add_gradients(model.parameters(), team)
     total = team.total(total)
