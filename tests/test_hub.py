@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,19 @@ def test_lines_are_taken_as_they_are(
 ) -> None:
     (repository / f"full.{form}").write_text('{"question": "Who?"}\n')
     assert fetch("full").read_text() == '{"question": "Who?"}\n'
+
+
+def test_an_array_becomes_lines(
+    repository: Path, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As MetaMathQA is published."""
+    rows = [{"query": "Zwölf?", "response": "12"}, {"query": "2\n3", "response": "5"}]
+    (repository / "all.json").write_text(json.dumps(rows, indent=2))
+    assert read_jsonl(fetch("all")) == rows
+    (repository / "half.json").write_text('[{"query": "a"},')
+    with pytest.raises(SystemExit):
+        fetch("half")
+    assert "half.json: neither lines of JSON nor an array" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ ADVICE = "check the network and the name, or give a local folder instead"
 def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
     """Write a table of a dataset's repository as JSON lines.
 
-    It is the file TABLE.jsonl or TABLE.json; or TABLE.parquet, in one file or many, named
-    TABLE-00000-of-00114.parquet and so on as the hub's own tools name them.
+    It is the file TABLE.jsonl or TABLE.json (lines, or one array of rows); or TABLE.parquet, in one
+    file or many, named TABLE-00000-of-00114.parquet and so on as the hub's own tools name them.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -83,7 +83,7 @@ def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
     try:
         with replacing(target) as temporary:
             if found := fetch_lines():
-                shutil.copyfile(found, temporary)
+                _copy_lines(found, temporary)
                 return
             part = re.compile(re.escape(table) + r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet")
             listed = HfApi().list_repo_files(dataset, repo_type="dataset", revision=revision)
@@ -98,6 +98,20 @@ def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
         raise
     except Exception as error:
         raise _unreachable(dataset, revision, error) from None
+
+
+def _copy_lines(path: Path, target: Path) -> None:
+    """Copy a file of JSON lines; of an array every row becomes a line."""
+    with path.open("rb") as file:
+        if not file.read(64).lstrip().startswith(b"["):
+            shutil.copyfile(path, target)
+            return
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path.name}: neither lines of JSON nor an array ({error})") from None
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _lines(path: Path) -> Iterator[str]:

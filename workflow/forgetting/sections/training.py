@@ -55,10 +55,12 @@ class Training(Strict):
     )
     budgets: Annotated[list[Positive], AfterValidator(distinct)] = Field(
         [],
-        description="Continued pretraining: durations, in epochs, the longest of which is "
-        "`epochs`; 0.01 is a hundredth of one. One run without cooldown is the trunk of all; for "
-        "each duration a branch leaves it where its own cooldown starts, and ends as the run that "
-        "is trained with these `epochs` alone. What is selected is the end of a branch.",
+        description="Durations, in epochs, the longest of which is `epochs`; 0.01 is a hundredth "
+        "of one. With trapezoid and inverse_sqrt (continued pretraining) one run without cooldown "
+        "is the trunk of all; for each duration a branch leaves it where its own cooldown starts, "
+        "and ends as the run that is trained with these `epochs` alone. With linear and cosine "
+        "(instruction tuning) such runs have nothing in common, and each is trained from the base. "
+        "What is selected is the end of a branch.",
     )
     warmup_epochs: NotNegative | None = Field(
         None,
@@ -104,19 +106,25 @@ class Training(Strict):
     @property
     def cooldown_share(self) -> float:
         """`cooldown`, or the usual one of the schedule."""
-        if self.schedule not in ("inverse_sqrt", "trapezoid"):
+        if not self.has_cooldown:
             return 0.0
         return 0.2 if self.cooldown is None else self.cooldown
 
+    @property
+    def has_cooldown(self) -> bool:
+        """May the schedule end in a cooldown, before which all durations have the same rates?"""
+        return self.schedule in ("inverse_sqrt", "trapezoid")
+
     @model_validator(mode="after")
-    def _budgets_are_branches_of_one_trunk(self) -> Training:
+    def _budgets_end_at_the_floor(self) -> Training:
         if not self.budgets:
             return self
         longest = max(self.budgets)
-        if not self.cooldown_share:
+        if self.schedule == "constant" or (self.has_cooldown and not self.cooldown_share):
             raise ValueError(
-                "`budgets` leave one trunk by their cooldowns: take schedule trapezoid or "
-                "inverse_sqrt, with a `cooldown` above 0"
+                "`budgets` are runs whose rates fall to the end, each in its own time: take "
+                "schedule linear or cosine, or trapezoid or inverse_sqrt with a `cooldown` above "
+                "0; with a rate that does not fall, every evaluation of one run ends a duration"
             )
         if longest > self.epochs:
             raise ValueError(
@@ -128,7 +136,7 @@ class Training(Strict):
                 f"`budgets`: the longest must be `epochs`, {self.epochs:g}; nobody would use what "
                 f"is trained after {longest:g}"
             )
-        if self.warmup_share is not None:
+        if self.has_cooldown and self.warmup_share is not None:
             raise ValueError(
                 "`budgets` share one warm-up, of which `warmup_share` would give each another; "
                 "take `warmup_steps` or `warmup_epochs`"
@@ -153,7 +161,7 @@ class Training(Strict):
                 raise ValueError(f"{self.schedule} has no `{name}`; inverse_sqrt does")
         if self.floor and self.schedule == "constant":
             raise ValueError("a constant rate has no `floor`")
-        if self.cooldown is not None and self.schedule not in ("inverse_sqrt", "trapezoid"):
+        if self.cooldown is not None and not self.has_cooldown:
             raise ValueError(f"{self.schedule} has no `cooldown`; inverse_sqrt and trapezoid do")
         if self.betas and self.optimizer == "adafactor":
             raise ValueError("adafactor has no `betas`")

@@ -83,7 +83,12 @@ def cooldown_start(training: Training, steps: int) -> int:
 
 
 def branch_start(training: Training, budget: float, steps_per_epoch: int) -> int:
-    """The step of the trunk at which the branch of a budget, in epochs, leaves it."""
+    """The step of the trunk at which the branch of a budget, in epochs, leaves it.
+
+    Its first, 0, where the rates depend on the whole duration from the beginning.
+    """
+    if not training.has_cooldown:
+        return 0
     return cooldown_start(training, steps_of(budget, steps_per_epoch))
 
 
