@@ -249,8 +249,9 @@ def missing_notes(
     notes = []
     if budgets:
         notes.append(
-            "Every point of a trajectory is the end of a training of that length, after its own "
-            f"cooldown: {', '.join(f'{budget:g}' for budget in sorted(budgets))} epochs."
+            "Every point of a trajectory is the end of a training of that length, in which the "
+            "learning rate has fallen to its end: "
+            f"{', '.join(f'{budget:g}' for budget in sorted(budgets))} epochs."
         )
     if len(seeds) == 1:
         notes.append(
