@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 
-from contenders import LEARNING_RATE, Bench, recipe_of
+from contenders import LEARNING_RATE, Bench, clock, recipe_of
 from forgetting.models.adapters import round_frozen
 from forgetting.sections.method import Setting
 from forgetting.training.checkpoints import Progress
@@ -70,7 +68,6 @@ def _train(bench: Bench, recipes: Sequence[Recipe]) -> tuple[int, float]:
     model = bench.model()
     round_frozen(model, bench.precision)
     schedule = recipes[0].schedule
-    clock = time.process_time if torch.get_num_threads() == 1 else time.monotonic
     noted: dict[int, tuple[int, float]] = {}
 
     def tell(number: int, progress: Progress, _: Schedule) -> None:

@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from cohort import compare
-from contenders import CONTENDERS, OURS, TOFU_LENGTH, Bench
+from contenders import CONTENDERS, OURS, TOFU_LENGTH, Bench, timed_by
 from forgetting.encoding.encode import encode_pair
 from forgetting.memory import is_out_of_memory
 from forgetting.models.loading import (
@@ -140,7 +140,7 @@ def describe(options: argparse.Namespace, bench: Bench) -> str:
         f"## {datetime.date.today()}, {machine()}\n\n"
         f"Model {options.model or options.shape}; {len(bench.examples)} pairs of {mean:.0f} tokens "
         f"({data}), {bench.batch_size} to a step; {arithmetic}; "
-        f"medians of {options.rounds} rounds; {versions(**libraries)}.\n\n"
+        f"medians of {options.rounds} rounds, in seconds of the {timed_by()}; {versions(**libraries)}.\n\n"
     )
 
 
