@@ -140,7 +140,8 @@ def describe(options: argparse.Namespace, bench: Bench) -> str:
         f"## {datetime.date.today()}, {machine()}\n\n"
         f"Model {options.model or options.shape}; {len(bench.examples)} pairs of {mean:.0f} tokens "
         f"({data}), {bench.batch_size} to a step; {arithmetic}; "
-        f"medians of {options.rounds} rounds, in seconds of the {timed_by()}; {versions(**libraries)}.\n\n"
+        f"medians of {options.rounds} rounds, in seconds of the {timed_by()}; "
+        f"{versions(**libraries)}.\n\n"
     )
 
 
