@@ -76,7 +76,22 @@ STUDY: dict[str, Any] = {
 def write_study(path: Path, **full: int) -> Path:
     """The study's file; the method `full` may have several processes."""
     methods = [STUDY["methods"][0], STUDY["methods"][1] | full]
-    study = STUDY | {"methods": methods}
+    return _written(path, STUDY | {"methods": methods})
+
+
+def write_sweep(path: Path) -> Path:
+    """A study of 36 cohorts, each of one short run: more than the profile has in flight."""
+    lora = {"method": "lora", "alpha": "2r", "learning_rate": [1e-3]}
+    sweep = STUDY | {
+        "title": "Nine ranks, four seeds",
+        "seeds": [0, 1, 2, 3],
+        "methods": [lora | {"rank": rank} for rank in range(1, 10)],
+        "training": STUDY["training"] | {"epochs": 2},
+    }
+    return _written(path, {key: value for key, value in sweep.items() if key != "benchmarks"})
+
+
+def _written(path: Path, study: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     return path
 
