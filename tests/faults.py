@@ -22,6 +22,7 @@ def empty(at: Path, study: Path) -> Folder:
     """A working folder of somebody who has a checkout."""
     at.mkdir(exist_ok=True)
     (at / "slurm").symlink_to(ROOT / "profiles" / "slurm")
+    (at / "config").symlink_to(ROOT / "config")
     return Folder(at, study)
 
 
@@ -53,12 +54,6 @@ def in_training(folder: Folder, method: str = "lora-r4") -> tuple[str, int]:
     (number,) = folder.jobs("finetune")
     assert not folder.finished_runs(method), "the first run has ended already"
     return number, folder.newest_step(method)
-
-
-def let_go(folder: Folder) -> None:
-    """Let a training that is held go on."""
-    for process in trainings(folder):
-        process.resume()
 
 
 def assert_same(folder: Folder, made: Path, since: int, method: str = "lora-r4") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,17 +16,14 @@ echo asked >> "{0}/told"
 [ "$(grep -c asked "{0}/told")" -ge 3 ] || {{ echo "Slurmctld(primary) at vm is DOWN"; exit 1; }}
 echo "Slurmctld(primary) at vm is UP"
 """
+SLEEP = '#!/bin/sh\necho "slept $1" >> "{0}/told"\n'
 SBATCH = '#!/bin/sh\necho "sbatch $*" >> "{0}/told"\necho 17\nexit 3\n'
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     """A path of programs: the patient one twice, as in a job that was submitted by it, SLURM's."""
-    programs = {
-        "scontrol": SCONTROL,
-        "sbatch": SBATCH,
-        "sleep": '#!/bin/sh\necho "slept $1" >> "{0}/told"\n',
-    }
+    programs = {"scontrol": SCONTROL, "sbatch": SBATCH, "sleep": SLEEP}
     for name, text in programs.items():
         (tmp_path / name).write_text(text.format(tmp_path), encoding="utf-8")
         (tmp_path / name).chmod(0o755)
@@ -46,20 +44,15 @@ def test_a_controller_that_is_away_is_waited_for(path: str, tmp_path: Path) -> N
     done = _submit(path)
     assert (done.returncode, done.stdout, done.stderr) == (3, "17\n", "")
     told = (tmp_path / "told").read_text(encoding="utf-8").splitlines()
-    assert told == [
-        "asked",
-        "slept 5",
-        "asked",
-        "slept 5",
-        "asked",
-        "sbatch --parsable --wrap=a job",
-    ]
+    assert told == [*["asked", "slept 5"] * 2, "asked", "sbatch --parsable --wrap=a job"]
 
 
 def test_without_the_means_to_ask_nothing_is_waited_for(path: str, tmp_path: Path) -> None:
+    """Where there is no scontrol: the programs of a shell are all else that it takes."""
     (tmp_path / "scontrol").unlink()
-    shown = [folder for folder in path.split(os.pathsep) if not Path(folder, "scontrol").exists()]
-    assert _submit(os.pathsep.join(shown)).returncode == 3
+    for name in ("sh", "dirname", "tr", "grep", "paste"):
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+    assert _submit(f"{PATIENT}:{tmp_path}").returncode == 3
     assert "slept" not in (tmp_path / "told").read_text(encoding="utf-8")
 
 

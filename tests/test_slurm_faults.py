@@ -131,11 +131,17 @@ def test_a_preempted_job_goes_on(
 
 @pytest.mark.slow
 def test_a_job_without_memory_is_tried_again_with_more(begun: Folder, local: Path) -> None:
-    """The kernel ends what outgrows the job's memory, and the log says so."""
-    begun.run(target(), "--set-resources", "finetune:mem_mb=300*attempt*attempt")
+    """The kernel ends what outgrows the job's memory; the log says so, and what was tried next."""
+    told = begun.run(target(), "--set-resources", "finetune:mem_mb=600*attempt")
     first, second = begun.jobs("finetune")
-    assert job(first).state in {"OUT_OF_MEMORY", "FAILED"}
-    print(job(first), job(second))
+    assert "mem=600M" in job(first).resources
+    assert "mem=1200M" in job(second).resources
+    state = job(first).state
+    assert state in {"OUT_OF_MEMORY", "FAILED"}  # as the site watches memory, by the kernel or not
+    assert f"SLURM status is: '{state}'" in told
+    (log,) = (begun.at / "logs" / "slurm").rglob(f"{first}.log")
+    words = log.read_text(encoding="utf-8").lower()
+    assert "oom-kill" in words or "memory limit" in words
     assert_same(begun, local, 0)
 
 
@@ -153,8 +159,13 @@ def test_a_full_disk_is_told_and_once_there_is_room_the_study_goes_on(
         resize(used + 200)
         with begun.running(target()) as snakemake:
             assert snakemake.wait(600) != 0, begun.told
-        told = begun.told
-        assert "No space left on device; make room there" in told
+        (error,) = [line for line in begun.log().splitlines() if line.startswith("error: ")]
+        assert error.startswith(f"error: {RESULTS}/state/")
+        assert "No space left on device" in error and "make room there" in error
+        assert error in begun.told
+        step = begun.newest_step()
+        assert step > 0, "there was no room for the first checkpoint"
+        assert not [path for path in results.rglob(".*") if path.name != ".snakemake_timestamp"]
         resize(100_000)
         begun.run(target())
-        assert_same(begun, local, 0)
+        assert_same(begun, local, step)

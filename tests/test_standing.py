@@ -53,6 +53,7 @@ def test_the_command_shows_a_study_that_has_not_begun_and_one_that_waits(
     """In an empty folder; it writes nothing there that a study would."""
     study, at = write_sweep(tmp_path / "sweep.yaml"), tmp_path / "work"
     at.mkdir()
+    (at / "config").symlink_to(ROOT / "config")
 
     def shown() -> list[str]:
         done = subprocess.run(
