@@ -48,6 +48,10 @@ report: $(READY) ## train, measure and render the study; STUDY=... and CONFIG="k
 plan: $(READY) ## forecast jobs, GPU-hours, time, memory, disk: STUDY=... GPUS=32 DEVICE=H100
 	@python -m forgetting.costs.forecast $(if $(GPUS),--gpus $(GPUS)) $(if $(DEVICE),--device $(DEVICE)) $(OPTIONS)
 
+.PHONY: queue
+queue: $(READY) ## jobs of a study that are finished, running, pending, to come: STUDY=...
+	@python -m forgetting.costs.standing $(OPTIONS)
+
 .PHONY: dry-runs
 dry-runs: $(READY) ## plan every study under both profiles, offline
 	@for study in config/studies/*.yaml; do \

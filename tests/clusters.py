@@ -1,4 +1,4 @@
-"""A SLURM to try things on, a study that takes it half a minute, and what befalls its jobs.
+"""A SLURM to try things on, and a study that takes it half a minute.
 
 Which SLURM: the one whose `sinfo` answers; else FORGETTING_SLURM names a folder of three programs
 that make one on this machine: `start-cluster` (safe to repeat, also brings a dead node back),
@@ -28,8 +28,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "clustered"
 RESULTS = Path("results") / NAME
-STATE = RESULTS / "state" / "lora-r4"
-LOG = Path("logs") / NAME / "finetune" / "lora-r4-seed0.log"
+STATE = RESULTS / "state"
+FIRST = {"lora-r4": "lr0.001-wd0", "full": "lr0.0002-wd0"}
+"""The first run of each method."""
+
 PATIENCE = 420.0
 STUDY: dict[str, Any] = {
     "title": "Two methods on a cluster",
@@ -74,7 +76,22 @@ STUDY: dict[str, Any] = {
 def write_study(path: Path, **full: int) -> Path:
     """The study's file; the method `full` may have several processes."""
     methods = [STUDY["methods"][0], STUDY["methods"][1] | full]
-    study = STUDY | {"methods": methods}
+    return _written(path, STUDY | {"methods": methods})
+
+
+def write_sweep(path: Path) -> Path:
+    """A study of 36 cohorts, each of one short run: more than the profile has in flight."""
+    lora = {"method": "lora", "alpha": "2r", "learning_rate": [1e-3]}
+    sweep = STUDY | {
+        "title": "Nine ranks, four seeds",
+        "seeds": [0, 1, 2, 3],
+        "methods": [lora | {"rank": rank} for rank in range(1, 10)],
+        "training": STUDY["training"] | {"epochs": 2},
+    }
+    return _written(path, {key: value for key, value in sweep.items() if key != "benchmarks"})
+
+
+def _written(path: Path, study: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     return path
 
@@ -92,6 +109,19 @@ def answers() -> bool:
         return bool(subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=20).stdout)
     except subprocess.TimeoutExpired:  # SLURM_CONF names a file that is not there
         return False
+
+
+def shut_down() -> None:
+    """End the controller and the accounting; the nodes and what runs there stay."""
+    asked("scontrol", "shutdown", "slurmctld")
+    asked("sacctmgr", "--immediate", "shutdown")
+    until(lambda: "DOWN" in _pinged())
+
+
+def _pinged() -> str:
+    """What the controller is said to be; the status is not 0 where it is down."""
+    command = ["scontrol", "ping"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
 
 
 @dataclass(frozen=True)
@@ -200,19 +230,24 @@ class Folder:
             asked("scancel", *numbers)
             until(lambda: not self.queued())
 
-    def newest_step(self) -> int:
-        """The last complete checkpoint of the first run of the cohort; 0 before there is one."""
-        found = (self.at / STATE).glob("*/lr0.001-*/*/step-*/progress.json")
-        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+    def newest_step(self, method: str = "lora-r4") -> int:
+        """The last complete checkpoint of a method's first run; 0 before there is one."""
+        runs = self.at / STATE / method / "seed0" / FIRST[method]
+        found = [path.parent.name for path in runs.glob("*/step-*/progress.json")]
+        return max((int(name.removeprefix("step-")) for name in found), default=0)
 
-    def finished_runs(self) -> dict[Path, int]:
-        """Records of finished runs, and when they were written."""
-        return {path: path.stat().st_mtime_ns for path in (self.at / STATE).rglob("run.json")}
+    def finished_runs(self, method: str = "lora-r4") -> list[Path]:
+        """Records of a method's finished runs."""
+        return [*(self.at / STATE / method).rglob("run.json")]
 
-    def steps_told(self, run: str) -> list[int]:
-        """Steps of a run in the log of the job that ended last."""
-        lines = (self.at / LOG).read_text(encoding="utf-8").splitlines()
-        told = [line for line in lines if f"/{run}: step " in line]
+    def log(self, method: str = "lora-r4") -> str:
+        """What the training of a method printed, when its job was started for the last time."""
+        path = self.at / "logs" / NAME / "finetune" / f"{method}-seed0.log"
+        return path.read_text(encoding="utf-8")
+
+    def steps_told(self, run: str, method: str = "lora-r4") -> list[int]:
+        """Steps of a run in that log."""
+        told = [line for line in self.log(method).splitlines() if f"/{run}: step " in line]
         return [int(line.split(": step ")[1].split("/")[0]) for line in told]
 
     def forget(self, method: str) -> None:

@@ -1,8 +1,11 @@
-"""Shared fixtures: a random tiny Llama with a tokenizer of its own, rows to learn, real data."""
+"""Shared fixtures: a random tiny Llama with a tokenizer of its own, rows, real data, a SLURM."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from clusters import RESULTS, Folder, answers, write_study
+from faults import target, without
 from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.models.pretrain import train_tokenizer
 from forgetting.sections.method import Setting
@@ -112,3 +117,59 @@ def tuning() -> Tuning:
         dropout=0.1,
         settings=[Setting(learning_rate=0.01)],
     )
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path | None]:
+    """A SLURM that answers; yields the folder of programs that can break it, if there is one."""
+    tools = os.environ.get("FORGETTING_SLURM")
+    if answers():
+        yield Path(tools) if tools and "SLURM_LAB" in os.environ else None
+        return
+    if not tools:
+        pytest.skip("no SLURM answers; FORGETTING_SLURM names programs that start one")
+    if os.geteuid() != 0:
+        pytest.skip(f"{tools}/start-cluster must run as root")
+    # Sockets lie in it: not in pytest's folder, whose name is long.
+    os.environ["SLURM_LAB"] = state = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+    Path(state).chmod(0o755)  # munged wants others to reach its socket
+    try:
+        start = [Path(tools, "start-cluster")]
+        started = subprocess.run(start, capture_output=True, text=True, timeout=400, check=False)
+        if started.returncode:
+            pytest.skip(f"{tools}/start-cluster: {started.stderr.strip().splitlines()[-1:]}")
+        yield Path(tools)
+    finally:
+        subprocess.run([Path(tools, "stop-cluster"), "--wipe"], check=True, timeout=200)
+        shutil.rmtree(state, ignore_errors=True)
+        del os.environ["SLURM_LAB"]
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the study."""
+    return write_study(tmp_path_factory.mktemp("study") / "clustered.yaml")
+
+
+@pytest.fixture(scope="session")
+def local(cluster: Path | None, study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tables of the study, made without SLURM."""
+    folder = Folder(tmp_path_factory.mktemp("local"), study)
+    folder.run(str(RESULTS / "tables" / "study.json"), profile=None)
+    return folder.at
+
+
+@pytest.fixture
+def begun(local: Path, study: Path, tmp_path: Path) -> Folder:
+    """The same study, all done but for one cohort."""
+    return without("lora-r4", local, tmp_path / "begun", study)
+
+
+@pytest.fixture(scope="session")
+def two_nodes(local: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """The same study, in which full fine-tuning was spread over two nodes."""
+    at = tmp_path_factory.mktemp("nodes")
+    wide = write_study(at / "clustered.yaml", processes=2, nodes=2)
+    folder = without("full", local, at / "made", wide)
+    folder.run(target("full"))
+    return folder

@@ -23,6 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from disks import small_disk
 from forgetting.records import write_json, write_jsonl, write_table
 from forgetting.sections.columns import Columns
 from forgetting.sections.measurement import Measurement
@@ -287,18 +288,8 @@ def test_twenty_kills_change_no_bit(program: Program, kind: str) -> None:
 def resize(program: Program) -> Iterator[Callable[[int], None]]:
     """Mounts a file system of so many KiB where the program writes, or changes its size."""
     program.folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "tmpfs", str(program.folder), "-o"]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small disk takes the rights of root")
-    made = subprocess.run([*mount, "size=4k"], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no small disk can be mounted: {made.stderr.strip()}")
-
-    def remount(size: int) -> None:
-        subprocess.run([*mount, f"remount,size={size}k"], check=True)
-
-    yield remount
-    subprocess.run(["umount", str(program.folder)], check=True)
+    with small_disk(program.folder) as resize:
+        yield resize
 
 
 @pytest.mark.parametrize(("kind", "shares"), [("lora", [1, 3, 6, 8]), ("full", [1, 3])])

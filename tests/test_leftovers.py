@@ -30,10 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (at / ".snakemake" / "locks").mkdir(parents=True)
     (at / ".snakemake" / "locks" / "0.output.lock").touch()
     lines = [
-        f"11|{RUN}|rule_finetune_wildcards_full_0|{at}",
-        f"12|lab_{RUN}|rule_score_base|{at}",
-        f"13|{RUN}|rule_finetune_wildcards_full_0|{tmp_path}/another",
-        f"14|my own job|(null)|{at}",
+        f"11|RUNNING|{RUN}|rule_finetune_wildcards_full_0|{at}",
+        f"12|PENDING|lab_{RUN}|rule_score_base|{at}",
+        f"13|RUNNING|{RUN}|rule_finetune_wildcards_full_0|{tmp_path}/another",
+        f"14|RUNNING|my own job|(null)|{at}",
     ]
     (tmp_path / "queue").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return at

@@ -6,107 +6,30 @@ again that was in a checkpoint, and nothing waits for ever.
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import psutil
 import pytest
 
-from clusters import (
-    RESULTS,
-    Folder,
-    answers,
-    asked,
-    cohort,
-    job,
-    until,
-    write_study,
-)
+from clusters import Folder, asked, cohort, job, until
+from faults import assert_same, assert_same_tables, empty, in_training, target
 from forgetting.costs.cost import ON_DEVICES, SUBMITTED
 
 pytestmark = pytest.mark.slurm
-TARGET = str(RESULTS / "cohorts" / "lora-r4" / "seed0" / "runs.json")
-TABLES = ["trajectory", "items", "selection", "comparisons", "benchmarks", "benchmark_items"]
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Path | None]:
-    """A SLURM that answers; yields the folder of programs that can break it, if there is one."""
-    tools = os.environ.get("FORGETTING_SLURM")
-    if answers():
-        yield Path(tools) if tools and "SLURM_LAB" in os.environ else None
-        return
-    if not tools:
-        pytest.skip("no SLURM answers; FORGETTING_SLURM names programs that start one")
-    if os.geteuid() != 0:
-        pytest.skip(f"{tools}/start-cluster must run as root")
-    # Sockets lie in it: not in pytest's folder, whose name is long.
-    os.environ["SLURM_LAB"] = state = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
-    Path(state).chmod(0o755)  # munged wants others to reach its socket
-    try:
-        start = [Path(tools, "start-cluster")]
-        started = subprocess.run(start, capture_output=True, text=True, timeout=400, check=False)
-        if started.returncode:
-            pytest.skip(f"{tools}/start-cluster: {started.stderr.strip().splitlines()[-1:]}")
-        yield Path(tools)
-    finally:
-        subprocess.run([Path(tools, "stop-cluster"), "--wipe"], check=True, timeout=200)
-        shutil.rmtree(state, ignore_errors=True)
-        del os.environ["SLURM_LAB"]
-
-
-@pytest.fixture(scope="session")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of the study."""
-    return write_study(tmp_path_factory.mktemp("study") / "clustered.yaml")
-
-
-@pytest.fixture(scope="session")
-def local(cluster: Path | None, study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tables of the study, made without SLURM."""
-    folder = Folder(tmp_path_factory.mktemp("local"), study)
-    folder.run(str(RESULTS / "tables" / "study.json"), profile=None)
-    return folder.at
-
-
-def _empty(at: Path, study: Path) -> Folder:
-    """A working folder of somebody who has a checkout."""
-    at.mkdir(exist_ok=True)
-    (at / "slurm").symlink_to(Path(__file__).resolve().parents[1] / "profiles" / "slurm")
-    return Folder(at, study)
-
-
-@pytest.fixture
-def begun(local: Path, study: Path, tmp_path: Path) -> Folder:
-    """The same study, all done but for one cohort."""
-    at = Path(shutil.copytree(local, tmp_path / "begun", symlinks=True))
-    folder = _empty(at, study)
-    folder.forget("lora-r4")
-    return folder
+TARGET = target()
 
 
 def test_a_whole_study_ends_in_the_numbers_of_one_machine(
     local: Path, study: Path, tmp_path: Path
 ) -> None:
     """From nothing to the page: what is heavy under SLURM on a GPU each, the rest here."""
-    folder = _empty(tmp_path / "work", study)
+    folder = empty(tmp_path / "work", study)
     folder.run()
     assert (folder.at / "reports" / "tradeoff.html").is_file()
-    for name in TABLES:
-        ours, theirs = (
-            pd.read_parquet(at / RESULTS / "tables" / f"{name}.parquet")
-            for at in (folder.at, local)
-        )
-        assert len(ours)
-        pd.testing.assert_frame_equal(ours, theirs, check_exact=True, obj=name)
-
+    assert_same_tables(folder.at, local)
     logs = folder.at / "logs" / "slurm"
     rules = {path.name.removeprefix("rule_") for path in logs.iterdir()}
     assert rules == {"pretrain_base", "score_base", "finetune", "benchmark", "benchmark_base"}
@@ -119,41 +42,6 @@ def test_a_whole_study_ends_in_the_numbers_of_one_machine(
             assert ("gres/gpu=1" in job(number).resources) == (rule in ON_DEVICES)
     assert set(folder.jobs("finetune").values()) == {"lora-r4_0", "full_0"}
     assert "Nothing to be done" in folder.run("--dry-run")
-
-
-def _trainings(folder: Folder) -> list[psutil.Process]:
-    """Processes that train, where the nodes are pretended: on this machine."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline", "cwd"])
-        if process.info["cwd"] == str(folder.at) and "finetune.py" in str(process.info["cmdline"])
-    ]
-
-
-def _in_training(folder: Folder) -> tuple[str, int]:
-    """Wait until a run is under way, and hold it; the number of its job, and its checkpoint.
-
-    Held, it is still running for SLURM, also when all that follows takes long. SLURM must not know
-    of it: the state of a job that `scancel --signal=STOP` has stopped hides how it ends.
-    """
-    until(lambda: folder.newest_step() >= 6)
-    for process in _trainings(folder):
-        process.suspend()
-    (number,) = folder.jobs("finetune")
-    assert not folder.finished_runs(), "the first run has ended already"
-    return number, folder.newest_step()
-
-
-def _assert_same(folder: Folder, local: Path, since: int) -> None:
-    """The cohort is complete, with the numbers of one machine, and went on from a checkpoint."""
-    items, records = cohort(folder.at)
-    expected, recorded = cohort(local)
-    pd.testing.assert_frame_equal(items, expected, check_exact=True)
-    assert records == recorded
-    steps = folder.steps_told("lr0.001-wd0")
-    assert steps[0] > since, "what was in a checkpoint was trained again"
-    assert steps[-1] == folder.steps_told("lr0.002-wd0")[-1] == 90
-    assert not folder.queued()
 
 
 def _killed(snakemake: subprocess.Popen[bytes]) -> None:
@@ -169,7 +57,7 @@ def _interrupted(snakemake: subprocess.Popen[bytes]) -> None:
 def test_a_killed_snakemake_is_started_again(begun: Folder, local: Path) -> None:
     """Its jobs run on; the next one ends them first, so that no two write the same files."""
     with begun.running(TARGET) as snakemake:
-        number, step = _in_training(begun)
+        number, step = in_training(begun)
         _killed(snakemake)
     assert begun.queued() == [number]
     begun.run("--unlock")
@@ -177,18 +65,18 @@ def test_a_killed_snakemake_is_started_again(begun: Folder, local: Path) -> None
     assert "cancelled, since the snakemake that waited for them was killed" in told
     assert job(number).state == "CANCELLED"
     assert len(begun.jobs("finetune")) == 2
-    _assert_same(begun, local, step)
+    assert_same(begun, local, step)
 
 
 def test_ctrl_c_cancels_what_was_submitted(begun: Folder, local: Path) -> None:
     """And the same command goes on from the newest checkpoint."""
     with begun.running(TARGET) as snakemake:
-        number, step = _in_training(begun)
+        number, step = in_training(begun)
         _interrupted(snakemake)
         until(lambda: not begun.queued())
     assert job(number).state == "CANCELLED"
     begun.run(TARGET)
-    _assert_same(begun, local, step)
+    assert_same(begun, local, step)
 
 
 def _cancel(number: str) -> None:
@@ -206,7 +94,7 @@ def test_a_lost_job_is_submitted_again_with_more_time(
 ) -> None:
     """Cancelled by the user, or cut off by its time: noticed, told, and tried once more."""
     with begun.running(TARGET) as snakemake:
-        number, step = _in_training(begun)
+        number, step = in_training(begun)
         befalls(number)
         assert snakemake.wait(600) == 0, begun.told
     assert f"SLURM status is: '{state}'" in begun.told
@@ -214,20 +102,20 @@ def test_a_lost_job_is_submitted_again_with_more_time(
     first, second = begun.jobs("finetune")
     assert first == number
     assert job(second).minutes == 60  # twice what the first attempt asked for
-    _assert_same(begun, local, step)
+    assert_same(begun, local, step)
 
 
 @pytest.mark.slow
 def test_a_requeued_job_goes_on(begun: Folder, local: Path) -> None:
     """As after a preemption: SLURM starts the same job again."""
     with begun.running(TARGET) as snakemake:
-        number, step = _in_training(begun)
+        number, step = in_training(begun)
         asked("scontrol", "requeue", number)
         assert snakemake.wait(600) == 0, begun.told
     assert [*begun.jobs("finetune")] == [number]
     (log,) = (begun.at / "logs" / "slurm").rglob(f"{number}.log")
     assert log.read_text(encoding="utf-8").count("/lr0.001-wd0: step 3/") == 1, "the log began anew"
-    _assert_same(begun, local, step)
+    assert_same(begun, local, step)
 
 
 @pytest.mark.slow
@@ -236,7 +124,7 @@ def test_a_node_dies(begun: Folder, local: Path, cluster: Path | None) -> None:
     if cluster is None:
         pytest.skip("nothing to crash a node with; FORGETTING_SLURM names programs that can")
     with begun.running(TARGET) as snakemake:
-        number, step = _in_training(begun)
+        number, step = in_training(begun)
         node = job(number).node
         subprocess.run([cluster / "crash-node", node], check=True, timeout=60)
         try:
@@ -245,15 +133,12 @@ def test_a_node_dies(begun: Folder, local: Path, cluster: Path | None) -> None:
             subprocess.run([cluster / "start-cluster"], check=True, timeout=200)
     assert job(number).node != node
     assert [*begun.jobs("finetune")] == [number]
-    _assert_same(begun, local, step)
+    assert_same(begun, local, step)
 
 
-def test_two_nodes_train_what_one_process_trains(local: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_what_one_process_trains(local: Path, two_nodes: Folder) -> None:
     """Full fine-tuning, each node with half of every weight: one launcher a node, under srun."""
-    at = Path(shutil.copytree(local, tmp_path / "begun", symlinks=True))
-    folder = _empty(at, write_study(tmp_path / "clustered.yaml", processes=2, nodes=2))
-    folder.forget("full")
-    folder.run(str(RESULTS / "cohorts" / "full" / "seed0" / "runs.json"))
+    folder = two_nodes
     (number,) = folder.jobs("finetune")
     assert "gres/gpu=2" in job(number).resources.split(",")
     steps = asked("sacct", "--noheader", "--parsable2", "--jobs", number, "--format=NTasks,NNodes")

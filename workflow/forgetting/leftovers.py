@@ -7,26 +7,13 @@ first. What they have done is not lost: trainings go on from their newest checkp
 
 from __future__ import annotations
 
-import getpass
-import re
-import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
-"""How the name of a job of SLURM's plugin ends; all jobs of one snakemake have the same name."""
+from forgetting.queue import ask, queued
 
 PATIENCE = 120.0
 """Seconds in which a cancelled job is gone: SLURM kills after KillWait, by default 30."""
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """A job in the queue: its number, and the rule and wildcards that it is for."""
-
-    number: str
-    purpose: str
 
 
 def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[str]:
@@ -51,7 +38,7 @@ def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[
     if locks(folder) != 1:
         return [f"left alone, as another snakemake may wait for them: SLURM jobs {told}"]
     numbers = [job.number for job in found]
-    _ask("scancel", *numbers)
+    ask("scancel", *numbers)
     deadline = time.monotonic() + patience
     while left := {job.number for job in queued(folder) or []} & {*numbers}:
         if time.monotonic() > deadline:
@@ -60,29 +47,6 @@ def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[
     return [f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"]
 
 
-def queued(folder: Path) -> list[Leftover] | None:
-    """This user's jobs of SLURM's plugin in a folder; None if the controller does not answer."""
-    answer = _ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%j|%k|%Z")
-    if answer is None:
-        return None
-    return [
-        Leftover(number, purpose)
-        for number, name, purpose, at in (
-            line.split("|", 3) for line in answer.splitlines() if line.count("|") >= 3
-        )
-        if RUN_ID.search(name) and Path(at).resolve() == folder.resolve()
-    ]
-
-
 def locks(folder: Path) -> int:
     """How many snakemakes hold files of a folder, the one that asks among them."""
     return len([*(folder / ".snakemake" / "locks").glob("*.output.lock")])
-
-
-def _ask(*command: str) -> str | None:
-    """What a program of SLURM's prints; None if there is no such program or it ends badly."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout

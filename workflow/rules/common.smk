@@ -5,6 +5,7 @@ Nothing here decides anything about the science; that stands in the study and in
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ SCRIPTS = str(Path(LIBRARY, "scripts"))
 PROGRAMS = os.pathsep.join(
     [str(Path(sys.executable).parent), os.getenv("PATH", os.defpath)]
 )
+if shutil.which("sbatch"):
+    # In front of it one that waits for a controller which is away.
+    patient = Path(workflow.basedir, "profiles", "slurm", "bin")
+    PROGRAMS = os.pathsep.join([str(patient), PROGRAMS])
 os.environ.update(PYTHONPATH=LIBRARY, SCRIPTS=SCRIPTS, PATH=PROGRAMS)
 # Only the download rules may use the network; elsewhere a missing file is told at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forgetting.records import InputError
@@ -19,11 +19,13 @@ class Planned:
 
     Attributes:
         after: numbers of the jobs that make what it reads.
+        left: is it still to be run?
     """
 
     rule: str
     wildcards: Mapping[str, str]
     after: frozenset[int]
+    left: bool = True
 
 
 def planned_jobs(config: Mapping[str, str], everything: bool = True) -> dict[int, Planned]:
@@ -36,6 +38,18 @@ def planned_jobs(config: Mapping[str, str], everything: bool = True) -> dict[int
     Raises:
         InputError: Snakemake finds no plan; it says why.
     """
+    if everything:
+        return _jobs(config, anew=True)
+    left = {number: job for number, job in standing_jobs(config).items() if job.left}
+    return {number: replace(job, after=job.after & left.keys()) for number, job in left.items()}
+
+
+def standing_jobs(config: Mapping[str, str]) -> dict[int, Planned]:
+    """All jobs by number, also those that are done in the working folder."""
+    return _jobs(config, anew=False)
+
+
+def _jobs(config: Mapping[str, str], anew: bool) -> dict[int, Planned]:
     from snakemake.api import SnakemakeApi
     from snakemake.settings.types import (
         ConfigSettings,
@@ -55,11 +69,11 @@ def planned_jobs(config: Mapping[str, str], everything: bool = True) -> dict[int
                     config_settings=ConfigSettings(config=dict(config)),
                     resource_settings=ResourceSettings(cores=1),
                 )
-                dag = workflow.dag(DAGSettings(forceall=everything))
+                # A job that runs, or was killed, has left files that are not complete.
+                dag = workflow.dag(DAGSettings(forceall=anew, force_incomplete=True))
                 dag.execute_workflow(executor="dryrun")
                 graph = workflow._workflow.dag
-                jobs = list(graph.jobs if everything else graph.needrun_jobs())
-                numbers = {job: number for number, job in enumerate(jobs)}
+                numbers = {job: number for number, job in enumerate(graph.jobs)}
                 return {
                     number: Planned(
                         rule=job.rule.name,
@@ -69,6 +83,7 @@ def planned_jobs(config: Mapping[str, str], everything: bool = True) -> dict[int
                             for before in graph.dependencies[job]
                             if before in numbers
                         ),
+                        left=graph.needrun(job),
                     )
                     for job, number in numbers.items()
                 }

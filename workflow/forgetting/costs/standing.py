@@ -1,0 +1,62 @@
+"""How far a study has come: jobs of every rule that are finished, run, wait in the queue, or later.
+
+    python -m forgetting.costs.standing study=tofu-phi-1.5
+
+Finished is what Snakemake would not run again, in the folder in which this is started; what runs
+and what waits is asked of SLURM, once. Nothing is changed, and a snakemake that runs goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from forgetting.costs.cost import SUBMITTED
+from forgetting.costs.forecast import table
+from forgetting.costs.jobs import Planned, standing_jobs
+from forgetting.queue import Queued, queued
+from forgetting.records import tells_input_errors
+
+HEAD = ["rule", "jobs", "finished", "running", "pending", "to come"]
+
+
+def standing(jobs: Iterable[Planned], queue: Sequence[Queued]) -> list[list[str]]:
+    """A line for each rule, in the order of the plan, and one of all.
+
+    A job that has ended is to come until Snakemake has noticed its end.
+    """
+    jobs = [job for job in jobs if job.rule != "all"]
+    every = Counter(job.rule for job in jobs)
+    left = Counter(job.rule for job in jobs if job.left)
+    pending = Counter(job.rule for job in queue if job.waits)
+    running = Counter(job.rule for job in queue if not job.waits)
+    lines = []
+    for rule, count in every.items():
+        counts = [count, count - left[rule], running[rule], pending[rule]]
+        # One that was submitted again for the same files counts once.
+        lines.append([*counts, max(0, left[rule] - running[rule] - pending[rule])])
+    total = [sum(column) for column in zip(*lines, strict=True)]
+    named = [*zip(every, lines, strict=True), ("in all", total)]
+    return [HEAD, *([name, *map(str, counts)] for name, counts in named)]
+
+
+@tells_input_errors
+def main(argv: list[str] | None = None) -> None:
+    """Print how far a study has come."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", nargs="*", help="as after --config: study=NAME scale=tiny ...")
+    options = parser.parse_args(argv)
+    config = dict(pair.partition("=")[::2] for pair in options.config)
+    queue = queued(Path.cwd())
+    jobs = standing_jobs(config).values()
+    print(*table(standing(jobs, queue or [])), sep="\n")
+    if queue is None:
+        print("squeue does not answer: what runs and what is pending is counted as to come")
+    elif not any(job.rule in SUBMITTED for job in queue):
+        print("SLURM's queue holds no job of this folder")
+
+
+if __name__ == "__main__":
+    main()
