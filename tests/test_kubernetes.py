@@ -57,16 +57,18 @@ def _dry_run(study: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_plans_without_a_cluster() -> None:
-    """As a user types it: the profile names its own nodes, and cores are counted by threads."""
+    """As a user types it: the profile names its own nodes, and says what makes the GPUs."""
     done = _dry_run("tofu-llama-2-7b")
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
     (full,) = {
-        block.split("    resources:")[0].split("threads: ")[1].split()[0]
+        block.split("    resources:")[1].splitlines()[0]
         for block in told.split("rule finetune:")[1:]
         if "wildcards: method=full" in block.split("    resources:")[0]
     }
-    assert int(full) == 32
+    for size in ("gpu=4", "gpu_manufacturer=nvidia", "scale=0", "cpus_per_task=32"):
+        assert size in full
+    assert "results/tofu-llama-2-7b/base/base.json (send to storage)" in told
 
 
 def test_what_needs_several_machines_is_refused_before_any_job() -> None:
@@ -238,6 +240,13 @@ def test_a_study_runs_to_its_page_through_pods(checkout: Path, tmp_path: Path) -
         for path in (tmp_path / "specs").glob("*.json")
     }
     assert rules == {"pretrain_base", "score_base", "finetune", "benchmark", "benchmark_base"}
+    limits = {
+        json.loads(path.read_text())["spec"]["template"]["spec"]["containers"][0]["resources"][
+            "limits"
+        ]["cpu"]
+        for path in (tmp_path / "specs").glob("*.json")
+    }
+    assert limits == {"8000m"}
     alone = tmp_path / "alone"
     alone.mkdir()
     local = Folder(alone, checkout / f"{NAME}.yaml")
