@@ -20,6 +20,7 @@ from snakemake.settings.types import (
     OutputSettings,
     Quietness,
     ResourceSettings,
+    StorageSettings,
 )
 from snakemake_executor_plugin_slurm.partitions import get_best_partition, read_partition_file
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
@@ -46,13 +47,14 @@ def planned(workdir: Path, study: str | Path, profile: str = "default", **config
     """Every job of a study in an empty folder, without running anything."""
     if not (workdir / "config").exists():
         (workdir / "config").symlink_to(ROOT / "config")
-    resources, executor = _profile_settings(profile)
+    resources, storage, executor = _profile_settings(profile)
     with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:
         workflow = api.workflow(
             snakefile=ROOT / "Snakefile",
             workdir=workdir,
             config_settings=ConfigSettings(config={"study": str(study), **config}),
             resource_settings=resources,
+            storage_settings=storage,
         )
         dag = workflow.dag(DAGSettings(forceall=True))
         dag.execute_workflow(executor=executor, pseudo_executor="dryrun")
@@ -71,7 +73,7 @@ def told_options(*options: str) -> Any:
         sys.argv = argv
 
 
-def _profile_settings(profile: str) -> tuple[ResourceSettings, str]:
+def _profile_settings(profile: str) -> tuple[ResourceSettings, StorageSettings, str]:
     options = ["--dry-run"] if profile == "default" else ["--profile", profile, "--dry-run"]
     arguments = told_options(*options)
     settings = ResourceSettings(
@@ -82,7 +84,11 @@ def _profile_settings(profile: str) -> tuple[ResourceSettings, str]:
         overwrite_resources=arguments.set_resources,
         overwrite_threads=arguments.set_threads,
     )
-    return settings, arguments.executor or "local"
+    storage = StorageSettings(
+        default_storage_provider=arguments.default_storage_provider,
+        default_storage_prefix=arguments.default_storage_prefix,
+    )
+    return settings, storage, arguments.executor or "local"
 
 
 def local_rules() -> list[str]:

@@ -384,6 +384,7 @@ def _stand(folder: Path, *steps: int, points: int = 2, ended: int | None = None)
         checkpoint = folder / f"step-{step:07d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "progress.json").write_text(json.dumps({"points": [[]] * points}))
+        (checkpoint / "optimizer.safetensors").touch()
     folder.mkdir(exist_ok=True)
     if ended is not None:
         (folder / "end.json").write_text(json.dumps({"step": ended, "progress": {}}))
@@ -405,6 +406,15 @@ def test_before_the_second_evaluation_a_group_may_begin_again(tmp_path: Path) ->
     first, second = _stand(tmp_path / "a", 3, points=1), _stand(tmp_path / "b")
     assert Standing.of(first).checkpoints == {0, 3}
     assert groups([first, second]) == [[first, second]]
+
+
+def test_nothing_goes_on_from_a_checkpoint_without_moments(tmp_path: Path) -> None:
+    """One that is kept to be picked: runs that wait at its step are trained by themselves."""
+    ahead, behind = _stand(tmp_path / "a", 3, 9), _stand(tmp_path / "b", 3)
+    assert groups([ahead, behind]) == [[ahead, behind]]
+    (ahead / "step-0000003" / "optimizer.safetensors").unlink()
+    assert Standing.of(ahead).checkpoints == {9}
+    assert groups([ahead, behind]) == [[behind], [ahead]]
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -364,6 +364,26 @@ def test_a_run_killed_after_every_evaluation_still_ends(
     _same_end(bench, bench.start(), reference, tmp_path / "reference")
 
 
+def test_only_the_newest_checkpoint_has_moments(bench: Bench) -> None:
+    """The one that is kept for the rule has weights alone, two thirds less, and still loads."""
+
+    def stop(model: Model) -> tuple[pd.DataFrame, float]:
+        if len(bench.told) == 11:
+            raise Killed
+        return bench.evaluate(model)
+
+    bench.recipe = replace(bench.recipe, threshold=0.7)  # passed at the third evaluation
+    with pytest.raises(Killed):
+        bench.start(stop)
+    assert bench.kept() == ["step-0000006", "step-0000009"]
+    picked, newest = (
+        {path.name for path in (bench.folder / name).iterdir()} for name in bench.kept()
+    )
+    assert newest - picked == {"optimizer.safetensors"}
+    load_checkpoint(bench.base, bench.folder / "step-0000006", torch.device("cpu"))
+    assert bench.start()[0].status == "ok"
+
+
 @pytest.mark.parametrize("left", ["nothing", "weights", "half a file", "all but the record"])
 def test_the_ruins_of_a_checkpoint_are_not_resumed_from(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str

@@ -27,6 +27,8 @@ if STUDY.base.pretrain:
             code=code("pretrain_base"),
             seed=STUDY.seeds[0],
             precision=STUDY.precision,
+            # Named in the record, so that it must lie where all jobs find it.
+            folder=f"{RESULTS}/base/model",
             spec=lambda wildcards: json.dumps(
                 STUDY.base.pretrain.model_dump(exclude={"documents", "limit"})
             ),
@@ -39,6 +41,7 @@ if STUDY.base.pretrain:
                 --documents {input.documents:q} \
                 --seed {params.seed} \
                 --precision {params.precision} \
+                --folder {params.folder:q} \
                 --output {output:q}
             """
 
@@ -102,6 +105,7 @@ rule score_base:
         f"{LOGS}/score_base.log",
     conda:
         "../../envs/environment.yaml"
+    threads: threads("score_base", COSTS)
     resources:
         **sizes("score_base", COSTS),
     params:

@@ -48,6 +48,7 @@ rule benchmark:
         f"{LOGS}/benchmark/{{method}}.log",
     conda:
         "../../envs/environment.yaml"
+    threads: threads("benchmark", COSTS)
     resources:
         **sizes("benchmark", COSTS),
     params:
@@ -62,7 +63,7 @@ rule benchmark:
             *SCORED,
         ],
         state=f"{RESULTS}/state/benchmarks",
-        folder=lambda wildcards: f"{RESULTS}/benchmarks/{wildcards.method}",
+        folder=lambda wildcards, output: str(Path(output.results[0]).parents[1]),
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -87,6 +88,7 @@ use rule benchmark as benchmark_base with:
         results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
     log:
         f"{LOGS}/benchmark/base.log",
+    threads: threads("benchmark_base", COSTS)
     resources:
         **sizes("benchmark_base", COSTS),
     params:
@@ -96,7 +98,7 @@ use rule benchmark as benchmark_base with:
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=[],
         state=f"{RESULTS}/state/benchmarks",
-        folder=lambda wildcards: f"{RESULTS}/benchmarks",
+        folder=lambda wildcards, output: str(Path(output.results[0]).parents[1]),
 
 
 rule execute_programs:

@@ -35,16 +35,22 @@ from forgetting.benchmarks.known import FILES, benchmark, same_rows, splits_of
 from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
 from forgetting.costs.cost import Costs
 from forgetting.costs.site import read_site
-from forgetting.costs.sizing import sizes
+from forgetting.costs.sizing import check_spans, sizes, threads
 from forgetting.data.hub import HUB_ROWS
 from forgetting.data.table_files import find_table
 from forgetting.fingerprint import code_digest
 from forgetting.leftovers import end_leftovers
-from forgetting.records import InputError, sha256_of_all
+from forgetting.records import InputError, content_key, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.settings.check import check_inputs
 from forgetting.settings.load import is_local, load_study, study_source
-from forgetting.settings.plan import budget_name, tunings
+from forgetting.settings.plan import (
+    budget_name,
+    scored_models,
+    scored_names,
+    selected_models,
+    tunings,
+)
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"
@@ -52,6 +58,7 @@ try:
     NAME, STUDY = load_study(config, STUDIES)
     check_inputs(STUDY, study_source(config, STUDIES).at)
     COSTS = Costs(STUDY, read_site(SITE))
+    check_spans(COSTS)
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -60,22 +67,14 @@ LOGS = f"logs/{NAME}"
 TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
 BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
-SELECTED = [f"{name}/seed{seed}" for name in TUNINGS for seed in STUDY.seeds]
+SELECTED = selected_models(STUDY)
 # Is anything scored beside the probes?
 BENCHMARKED = bool(TASKS or STUDY.benchmarks.refusals)
 # Does a benchmark have models write programs, which are then run?
 PROGRAMS = any(benchmark(task).programs for task in TASKS)
-# The models of each method that are scored.
-SCORED = [
-    f"seed{seed}{end}"
-    for seed in STUDY.seeds
-    for end in (
-        [f"-{budget}" for budget in BUDGETS]
-        if STUDY.benchmarks.models == "budgets"
-        else [""]
-    )
-]
-MODELS = ["base", *(f"{name}/{model}" for name in TUNINGS for model in SCORED)]
+# The models of each method that are scored, and all that are.
+SCORED = scored_names(STUDY)
+MODELS = scored_models(STUDY)
 
 
 wildcard_constraints:

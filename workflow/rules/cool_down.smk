@@ -22,6 +22,7 @@ rule cool_down:
         f"{LOGS}/cool_down/{{method}}-seed{{seed}}-{{budget}}.log",
     conda:
         "../../envs/environment.yaml"
+    threads: threads("cool_down", COSTS)
     resources:
         **SEVERAL_NODES,
         **sizes("cool_down", COSTS),

@@ -23,7 +23,7 @@ rule generate_world:
     params:
         code=code("generate_world"),
         seed=lambda wildcards: STUDY.datasets[wildcards.dataset].seed,
-        folder=f"{RESULTS}/world/{{dataset}}",
+        folder=lambda wildcards, output: str(Path(output.tables[0]).parent),
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -24,6 +24,7 @@ rule finetune:
         f"{LOGS}/finetune/{{method}}-seed{{seed}}.log",
     conda:
         "../../envs/environment.yaml"
+    threads: threads("finetune", COSTS)
     resources:
         **SEVERAL_NODES,
         **sizes("finetune", COSTS),

@@ -69,22 +69,19 @@ rule collect:
         "../../envs/environment.yaml"
     params:
         code=code("collect"),
-        name=NAME,
-        study=lambda wildcards: STUDY.model_dump_json(indent=2),
+        # A study may be longer than an argument of a program, 128 KiB: it is resolved once more.
+        asked=lambda wildcards: json.dumps(config),
+        digest=content_key(STUDY.model_dump(mode="json")),
         results=subpath(output.resolved, parent=True),
-        models=MODELS if BENCHMARKED else [],
         folder=subpath(output.study, parent=True),
     shell:
         r"""
         exec &> >(tee {log:q})
 
-        echo {params.study:q} >{output.resolved:q}
         python "$SCRIPTS"/collect.py \
-            --name {params.name:q} \
-            --study {output.resolved:q} \
+            --asked {params.asked:q} \
+            --digest {params.digest} \
             --results {params.results:q} \
-            --models {params.models:q} \
-            --scaled {input.scaled:q} \
             --output {params.folder:q}
         """
 

@@ -55,6 +55,7 @@ rule interpolate:
         f"{LOGS}/interpolate/{{model}}.log",
     conda:
         "../../envs/environment.yaml"
+    threads: threads("interpolate", COSTS)
     resources:
         **sizes("interpolate", COSTS),
     params:

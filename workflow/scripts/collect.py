@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import Any
 import pandas as pd
 
 from forgetting.costs.calibrate import by_method
-from forgetting.records import read_json, tells_input_errors, write_json, write_table
+from forgetting.records import (
+    InputError,
+    content_key,
+    read_json,
+    tells_input_errors,
+    write_atomically,
+    write_json,
+    write_table,
+)
 from forgetting.results.churn import churn_table
 from forgetting.results.collect import (
     BASE,
@@ -25,43 +34,57 @@ from forgetting.results.collect import (
 from forgetting.results.comparisons import compare_methods
 from forgetting.scoring.references import reference_notes
 from forgetting.sections.measurement import TEXT_PROBE
-from forgetting.settings.plan import budget_name, tunings
+from forgetting.settings.load import load_study
+from forgetting.settings.plan import budget_name, scored_models, selected_models, tunings
 from forgetting.settings.study import Study
+
+STUDIES = Path(__file__).parents[2] / "config" / "studies"
 
 
 @tells_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write runs, trajectory, items, selection, benchmarks (parquet) and study.json."""
+    """Write runs, trajectory, items, selection, benchmarks (parquet), and study.json twice."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", required=True, help="name of the study")
-    parser.add_argument("--study", type=Path, required=True, help="the resolved study (JSON)")
+    parser.add_argument("--asked", required=True, help="JSON: what --config says")
+    parser.add_argument("--digest", required=True, help="of the study that was planned")
     parser.add_argument("--results", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--models", nargs="*", default=[], help="models with benchmark results")
-    parser.add_argument(
-        "--scaled", type=Path, nargs="*", default=[], help="items of models with a scaled update"
-    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
     options = parser.parse_args(argv)
-    study = Study.model_validate_json(options.study.read_text())
-    found = read_found(study, options.results, options.models)
+    name, study = resolved(json.loads(options.asked), options.digest)
+    models = scored_models(study)
+    found = read_found(study, options.results, models)
     tables, notes = tables_of(study, found)
-    if options.scaled:
-        tables["wise_ft"] = pd.concat(map(pd.read_parquet, options.scaled))
+    if study.selection.wise_ft:
+        folder = options.results / "wise_ft"
+        scaled = [folder / model / "items.parquet" for model in selected_models(study)]
+        tables["wise_ft"] = pd.concat(map(pd.read_parquet, scaled))
 
-    for name, table in tables.items():
-        write_table(options.output / f"{name}.parquet", table)
+    write_atomically(options.results / "study.json", study.model_dump_json(indent=2) + "\n")
+    for title, table in tables.items():
+        write_table(options.output / f"{title}.parquet", table)
     write_json(options.output / "runs.json", found.records)
     write_json(
         options.output / "study.json",
         {
-            "study": {"name": options.name, **study.model_dump(mode="json")},
-            "provenance": provenance(options.results, found, options.models),
+            "study": {"name": name, **study.model_dump(mode="json")},
+            "provenance": provenance(options.results, found, models),
             "forecast": by_method(study, found.trunks or found.records),
             "notes": notes,
         },
     )
     scored = len(tables["items"])
     print(f"{len(tables['runs']) - 1} runs, {scored:,} scored answers: {options.output}")
+
+
+def resolved(asked: dict[str, Any], digest: str) -> tuple[str, Study]:
+    """The study and its name, if it still is what the jobs were planned for."""
+    name, study = load_study(asked, STUDIES)
+    if content_key(study.model_dump(mode="json")) != digest:
+        raise InputError(
+            f"study={asked.get('study', name)}: its file was changed while jobs ran; "
+            "give the same command again"
+        )
+    return name, study
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=Path, required=True, help="JSON lines with `text`")
     parser.add_argument("--precision", default="auto", help="arithmetic, as the study has it")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True, help="of the model")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = SmallModel.model_validate_json(options.spec)
-    folder = options.output.parent / "model"
+    folder = options.folder
     documents = [row["text"] for row in read_jsonl(options.documents)]
     bfloat16 = pick_precision(options.precision, pick_device()) == torch.bfloat16
     done = pretrain(

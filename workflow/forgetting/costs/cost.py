@@ -22,13 +22,14 @@ from forgetting.costs.footprint import (
     checkpoint_bytes,
     disk_bytes,
     finished_bytes,
+    going_bytes,
     host_bytes,
     scoring_bytes,
     training_bytes,
 )
 from forgetting.costs.hardware import DOWNLOAD, STORAGE
 from forgetting.costs.site import Site
-from forgetting.costs.volumes import document_tokens
+from forgetting.costs.volumes import document_tokens, train_bytes
 from forgetting.settings.plan import Tuning, budget_name, tunings
 from forgetting.settings.study import Study
 from forgetting.training.schedule import branch_start
@@ -61,6 +62,8 @@ class Cost:
         device_bytes: largest use of each process's device.
         host_bytes: memory of each machine.
         disk_bytes: what it has on the disk at most.
+        copied_bytes: its inputs and outputs, of which it has copies where Snakemake's files and the
+            job's are not on one file system.
         cores: of the processor, on each machine.
         more: processes on a machine that it may have when it is tried again, since its weights are
             sharded over them: as memory runs out on all GPUs alike, nothing else would help.
@@ -71,6 +74,7 @@ class Cost:
     device_bytes: float = 0.0
     host_bytes: float = 0.0
     disk_bytes: float = 0.0
+    copied_bytes: float = 0.0
     cores: int = 1
     more: int = 0
 
@@ -110,7 +114,7 @@ class Costs:
         case = self.case
         start = START[case.device.is_gpu]
         stages = {"start": start, "load": load_seconds(case)}
-        used, disk = scoring_bytes(case), 1e8
+        used, disk, copied = scoring_bytes(case), 1e8, self._copied_bytes
         if rule == "pretrain_base":
             tokens = document_tokens(self.study)
             seconds = pretraining_seconds(case, case.shape, tokens)
@@ -122,18 +126,32 @@ class Costs:
             shares = len(self.study.selection.wise_ft)
             stages["probes"] = shares * evaluation_seconds(case, Team())
             used += 4.0 * case.shape.parameters  # the base beside what was made of it
+            copied += self._selected_bytes(method)
         else:
             models = self.scored if rule == "benchmark" else 1
             stages["load"] *= self._loads(method) if rule == "benchmark" else 1
             stages["benchmarks"] = models * benchmark_seconds(case)
             used = benchmark_bytes(case)
+            copied += self._selected_bytes(method) if rule == "benchmark" else 0.0
         return Cost(
             stages,
             device_bytes=used,
             host_bytes=host_bytes(case, used),
             disk_bytes=disk,
+            copied_bytes=copied,
             cores=self.site.cores,
         )
+
+    @cached_property
+    def _copied_bytes(self) -> float:
+        """Bytes of tables, and of what the base predicts on the general text: its last hidden
+        states and its head."""
+        shape, text = self.case.shape, self.case.asked.text
+        return 1e8 + (4.0 * shape.width * (text + shape.vocabulary) if text else 0.0)
+
+    def _selected_bytes(self, method: str) -> float:
+        """Bytes of all selected checkpoints of a method, which are one folder."""
+        return 4.0 * self.case.shape.trained(self.tunings[method]) * self.scored
 
     def _training(self, tuning: Tuning, budget: str) -> Cost:
         """A cohort, the trunks of one, or the branches of one of its budgets."""
@@ -141,16 +159,18 @@ class Costs:
         used = training_bytes(case, tuning, team)
         written = checkpoint_bytes(case, tuning)
         copied = written / team.processes if tuning.kind == "full" else written
-        disk = disk_bytes(case, tuning)
+        disk = disk_bytes(case, tuning, team)
         shared = tuning.kind == "full" and team.processes > 1 and not tuning.processes
         if budget:
-            disk = len(tuning.settings) * (3 * written + finished_bytes(case, tuning))
+            own = going_bytes(case, tuning, team) + finished_bytes(case, tuning)
+            disk = len(tuning.settings) * own
         return Cost(
             self._stages(tuning, team, budget),
             team=team,
             device_bytes=used,
             host_bytes=team.here * host_bytes(case, used, copied),
             disk_bytes=disk,
+            copied_bytes=self._copied_bytes + train_bytes(self.study),
             cores=team.here * self.site.cores,
             more=self.site.machines.gpus if shared and team.nodes == 1 else 0,
         )
@@ -207,6 +227,7 @@ class Costs:
             {"start": LIGHT, "programs": count / PROGRAMS / cores},
             host_bytes=1e9 + 0.5e9 * cores,  # each program may take half a gigabyte
             disk_bytes=1e8,
+            copied_bytes=1e8,
             cores=cores,
         )
 

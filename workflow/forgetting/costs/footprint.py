@@ -149,18 +149,26 @@ def checkpoint_bytes(case: Case, tuning: Tuning) -> float:
     return (4 + MOMENTS[case.study.training.optimizer]) * case.shape.trained(tuning)
 
 
-def disk_bytes(case: Case, tuning: Tuning) -> float:
+def disk_bytes(case: Case, tuning: Tuning, team: Team) -> float:
     """Largest use of the disk by a cohort: tokens, checkpoints of the run in training, results.
 
-    While a run goes on, the newest checkpoint is there, the one that the rule may pick, and the one
-    that is being written; of a finished run up to two, without moments. A trunk stores one for each
-    budget.
+    While a run goes on, the newest checkpoint is there, the one that is being written, and the one
+    that the rule may pick, of which only the weights are kept; of a finished run up to two, without
+    moments. A trunk stores one for each budget.
     """
     runs, training = len(tuning.settings), case.study.training
     tokens = 4.0 * case.trained_on.count * case.trained_on.tokens
-    going = (3 + len(training.budgets)) * checkpoint_bytes(case, tuning)
+    going = going_bytes(case, tuning, team, len(training.budgets))
     together = max(case.groups(tuning, Team()))
     return tokens + together * going + runs * finished_bytes(case, tuning)
+
+
+def going_bytes(case: Case, tuning: Tuning, team: Team, stored: int = 0) -> float:
+    """Bytes of the checkpoints of a run in training, and of as many more as are stored of it."""
+    whole, picked = checkpoint_bytes(case, tuning), 4.0 * case.shape.trained(tuning)
+    # The parts of sharded weights and moments are in the same files.
+    sharded = tuning.kind == "full" and team.processes > 1
+    return (2 + stored) * whole + (whole if sharded else picked)
 
 
 def finished_bytes(case: Case, tuning: Tuning) -> float:

@@ -1,6 +1,7 @@
 """The site: what its machines have, and how long its jobs may run. One file, read in one place.
 
-The file is the one in which SLURM's plugin finds the partitions; `machines` stands beside them.
+The file is the one in which SLURM's plugin finds the partitions; `machines` stands beside them. Of
+Kubernetes it is profiles/kubernetes/nodes.yaml.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -34,6 +35,7 @@ class Machines(Strict):
 class Site(Strict):
     """What the sizes of jobs depend on beside the study."""
 
+    cluster: Literal["slurm", "kubernetes"] = Field("slurm", description="What starts the jobs.")
     machines: Machines = Machines()
     longest: int = Field(2880, description="Minutes that a job may run at most.")
     largest: int = Field(2_000_000, description="Memory of a machine for one job, in MB.")
@@ -68,6 +70,7 @@ def read_site(path: Path) -> Site:
         machines = Machines.model_validate(told.get("machines") or {})
         partitions = list((told.get("partitions") or {}).values())
         site = Site(
+            cluster=told.get("cluster", "slurm"),
             machines=machines,
             longest=max(
                 (_minutes(p["max_runtime"]) for p in partitions if "max_runtime" in p),
@@ -86,7 +89,8 @@ def read_site(path: Path) -> Site:
         raise InputError(f"{path}: the site's file cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors()[0]
-        keys = ".".join(map(str, ("machines", *first["loc"])))
+        within = () if first["loc"][:1] == ("cluster",) else ("machines",)
+        keys = ".".join(map(str, (*within, *first["loc"])))
         raise InputError(f"{path}: {keys}: {first['msg']}") from None
     except InputError as error:
         raise InputError(f"{path}: machines.{error}") from None

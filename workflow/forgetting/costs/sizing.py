@@ -1,9 +1,10 @@
-"""What is asked of SLURM for every job: GPUs, machines, cores, memory, time and disk.
+"""What is asked of the cluster for every job: GPUs, machines, cores, memory, time and disk.
 
     mem_mb   1.25 x memory of a machine, half of it more with every attempt; at least 8,000 (4,000
              for programs of a model)
     runtime  3 x forecast x attempt, in minutes; at least 30
-    disk_mb  1.25 x largest use of the disk
+    disk_mb  1.25 x largest use of the disk; of Kubernetes, 1.25 x the inputs and outputs that a pod
+             has copies of, since all else is on the shared volume; at least 1,000
 
 Memory and time grow when a job is tried again, since it may have ended for want of either, up to
 what the site allows; and so do the GPUs of one machine over which a run's weights are sharded, if
@@ -18,6 +19,7 @@ from typing import Any
 
 from forgetting.costs.cost import ON_DEVICES, TRAINING, Cost, Costs
 from forgetting.costs.site import Site
+from forgetting.records import InputError
 
 MEMORY, MORE_MEMORY, LEAST_MEMORY = 1.25, 0.5, {True: 8000, False: 4000}
 TIME, LEAST_TIME = 3.0, 30
@@ -32,11 +34,12 @@ def asked(rule: str, cost: Cost, site: Site, attempt: int = 1) -> dict[str, int]
     memory = math.ceil(MEMORY * growth * times * cost.host_bytes / 1e6)
     least = math.ceil(growth * LEAST_MEMORY[rule in ON_DEVICES])
     minutes = math.ceil(TIME * cost.seconds / 60)
+    disk = cost.copied_bytes if site.cluster == "kubernetes" else cost.disk_bytes
     found = {
         "mem_mb": min(max(memory, least), site.largest),
         "runtime": min(max(minutes, LEAST_TIME) * attempt, site.longest),
         "cpus_per_task": min(cost.cores * times, site.machines.cpus),
-        "disk_mb": max(1000, math.ceil(MEMORY * cost.disk_bytes / 1e6)),
+        "disk_mb": max(1000, math.ceil(MEMORY * disk / 1e6)),
     }
     if rule in ON_DEVICES:
         alone_on_cpu = site.machines.device == "CPU" and cost.team.processes == 1
@@ -59,6 +62,39 @@ def sizes(rule: str, costs: Costs) -> dict[str, Callable[..., int]]:
     names += ["gpu"] if rule in ON_DEVICES else []
     names += ["nodes"] if rule in TRAINING else []
     return {name: resource(name) for name in names}
+
+
+def threads(rule: str, costs: Costs) -> int | Callable[..., int]:
+    """A job's `threads`: its cores where the cluster goes by them.
+
+    SLURM goes by `cpus_per_task`, and a job on this machine takes its share of the cores.
+    """
+    if costs.site.cluster != "kubernetes":
+        return 1
+
+    def of(wildcards: Any, attempt: int) -> int:
+        return asked(rule, costs.of(rule, named(wildcards)), costs.site, attempt)["cpus_per_task"]
+
+    return of
+
+
+def check_spans(costs: Costs) -> None:
+    """Of a cluster whose jobs have one machine each, refuse what would need more.
+
+    Raises:
+        InputError: names the method, and what it would take on one machine.
+    """
+    if costs.site.cluster != "kubernetes":
+        return
+    for name in costs.tunings:
+        team = costs.team(name)
+        if team.nodes > 1:
+            raise InputError(
+                f"methods: {name} needs {team.processes} GPUs on {team.nodes} machines, for its "
+                "memory or for its time, and a job on Kubernetes has one machine: use SLURM, or "
+                f"give the method `processes: {costs.site.machines.gpus}` (and no `nodes`) to "
+                "train it on one all the same, however long that takes"
+            )
 
 
 def named(wildcards: Any) -> Mapping[str, str]:

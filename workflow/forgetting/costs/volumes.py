@@ -239,6 +239,12 @@ def questions(study: Study, vocabulary: int) -> Questions:
     )
 
 
+def train_bytes(study: Study) -> float:
+    """Bytes of the new knowledge as it is prepared, keys of its JSON included."""
+    tables = [texts(study, table) for table in study.train]
+    return sum(table.rows * (table.question + table.answer + 100) for table in tables)
+
+
 def document_tokens(study: Study) -> float:
     """Tokens of the documents that a base is pretrained on, once through."""
     spec = study.base.pretrain

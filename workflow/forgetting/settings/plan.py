@@ -192,3 +192,23 @@ def run_name(tuning: str, seed: int, setting: Setting, budget: float | None = No
 def budget_name(budget: float) -> str:
     """A budget of so many epochs in the names of runs and folders: `budget0.5`."""
     return f"budget{budget:g}"
+
+
+def selected_models(study: Study) -> list[str]:
+    """Every checkpoint that is selected: METHOD/seedN."""
+    return [f"{tuning.name}/seed{seed}" for tuning in tunings(study) for seed in study.seeds]
+
+
+def scored_names(study: Study) -> list[str]:
+    """What is benchmarked of each method: seedN, or seedN-budgetD where all ends are."""
+    budgets = study.training.budgets if study.benchmarks.models == "budgets" else []
+    ends = [f"-{budget_name(budget)}" for budget in budgets] or [""]
+    return [f"seed{seed}{end}" for seed in study.seeds for end in ends]
+
+
+def scored_models(study: Study) -> list[str]:
+    """Every model with results of benchmarks: `base`, or METHOD/NAME; none without benchmarks."""
+    if not (study.benchmarks.tasks or study.benchmarks.refusals):
+        return []
+    names = scored_names(study)
+    return ["base", *(f"{tuning.name}/{name}" for tuning in tunings(study) for name in names)]

@@ -122,9 +122,22 @@ def forget_training(folder: Path) -> None:
 def prune(
     folder: Path, progress: Progress, base_value: float, threshold: float, team: Team = ALONE
 ) -> None:
-    """Remove the checkpoints that the selection rule can no longer pick."""
+    """Remove the checkpoints that the selection rule can no longer pick.
+
+    Of those that it can, only the newest keeps what a run goes on from; a sharded one keeps all,
+    since its weights and moments are in the same files.
+    """
     points = recorded_points(progress.points, base_value)
     kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
     for checkpoint in folder.glob("step-*") if team.first else ():
         if checkpoint.name not in kept:
             shutil.rmtree(checkpoint)
+        elif checkpoint.name != max(kept):
+            # First the optimizer's, by which `can_go_on` tells.
+            (checkpoint / OPTIMIZER).unlink(missing_ok=True)
+            (checkpoint / METHOD).unlink(missing_ok=True)
+
+
+def can_go_on(checkpoint: Path) -> bool:
+    """Is what a run goes on from there, beside the weights?"""
+    return (checkpoint / OPTIMIZER).exists() or (checkpoint / SHARDS).exists()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgetting.records import read_json, write_json
-from forgetting.training.checkpoints import Progress
+from forgetting.training.checkpoints import Progress, can_go_on
 
 END = "end.json"
 
@@ -46,12 +46,16 @@ class Standing:
 
     @classmethod
     def of(cls, folder: Path) -> Standing:
-        """What the folder of a run holds; 0 is the start, as long as no checkpoint was removed."""
+        """What the folder of a run holds; 0 is the start, as long as no checkpoint was removed.
+
+        A checkpoint that is only there to be picked has no moments, and nothing goes on from it.
+        """
         steps = {_step(path): path for path in folder.glob("step-*/progress.json")}
         end = folder / END
         started = not steps or len(read_json(steps[max(steps)])["points"]) == 1
+        able = {step for step, path in steps.items() if can_go_on(path.parent)}
         return cls(
-            frozenset({*steps, 0} if started else steps),
+            frozenset(able | {0} if started else able),
             int(read_json(end)["step"]) if end.exists() else None,
         )
 
