@@ -110,6 +110,10 @@ JOBS["biderman-math-cpt"] = {
     "report": 1,
     "all": 1,
 }
+JOBS["biderman-math-ift"] = JOBS["biderman-math-cpt"] | {"cool_down": 20}  # five budgets
+# HumanEval's programs, of the base and of every end.
+JOBS["biderman-code-ift"] = JOBS["biderman-math-ift"] | {"execute_programs": 21}
+JOBS["biderman-code-cpt"] = JOBS["biderman-math-cpt"] | {"execute_programs": 33}
 
 Plan = Callable[..., list[Job]]
 
