@@ -151,7 +151,8 @@ class Costs:
 
     def _selected_bytes(self, method: str) -> float:
         """Bytes of all selected checkpoints of a method, which are one folder."""
-        return 4.0 * self.case.shape.trained(self.tunings[method]) * self.scored
+        tuning = self.tunings.get(method)
+        return 4.0 * self.case.shape.trained(tuning) * self.scored if tuning else 0.0
 
     def _training(self, tuning: Tuning, budget: str) -> Cost:
         """A cohort, the trunks of one, or the branches of one of its budgets."""
