@@ -38,8 +38,9 @@ def _breakable(cluster: Path | None) -> Path:
     return cluster
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("befalls", ["requeued", "a node dies"])
+@pytest.mark.parametrize(
+    "befalls", ["requeued", pytest.param("a node dies", marks=pytest.mark.slow)]
+)
 def test_a_training_over_two_nodes_goes_on(
     two_nodes: Folder, local: Path, cluster: Path | None, tmp_path: Path, befalls: str
 ) -> None:

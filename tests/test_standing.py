@@ -70,12 +70,12 @@ def test_the_command_shows_a_study_that_has_not_begun_and_one_that_waits(
     told = shown()
     assert told[-1].startswith("squeue does not answer")
     (cohorts,) = (line.split() for line in told if line.startswith("finetune"))
-    assert cohorts == ["finetune", "36", "0", "0", "0", "36"]
+    assert cohorts == ["finetune", "34", "0", "0", "0", "34"]
     purposes = ("pretrain_base", "finetune_wildcards_lora-r1_0")
     lines = [f"{n}|PENDING|{RUN}|rule_{name}|{at}" for n, name in enumerate(purposes)]
     squeue.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     found = queued(at)
     assert found and [job.rule for job in found] == ["pretrain_base", "finetune"]
     (cohorts,) = (line.split() for line in shown() if line.startswith("finetune"))
-    assert cohorts == ["finetune", "36", "0", "0", "1", "35"]
+    assert cohorts == ["finetune", "34", "0", "0", "1", "33"]
     assert not (at / "results").exists()

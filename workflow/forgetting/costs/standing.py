@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from forgetting.costs.cost import SUBMITTED
@@ -23,7 +24,7 @@ HEAD = ["rule", "jobs", "finished", "running", "pending", "to come"]
 
 
 def standing(jobs: Iterable[Planned], queue: Sequence[Queued]) -> list[list[str]]:
-    """A line for each rule, in the order of the plan, and one of all.
+    """A line for each rule, in the order of the jobs, and one of all.
 
     A job that has ended is to come until Snakemake has noticed its end.
     """
@@ -50,8 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     config = dict(pair.partition("=")[::2] for pair in options.config)
     queue = queued(Path.cwd())
-    jobs = standing_jobs(config).values()
-    print(*table(standing(jobs, queue or [])), sep="\n")
+    jobs = standing_jobs(config)
+    order = TopologicalSorter({number: job.after for number, job in jobs.items()}).static_order()
+    ordered = [jobs[number] for number in order]
+    print(*table(standing(ordered, queue or [])), sep="\n")
     if queue is None:
         print("squeue does not answer: what runs and what is pending is counted as to come")
     elif not any(job.rule in SUBMITTED for job in queue):
