@@ -33,6 +33,15 @@ rule collect:
             for file in ["items.parquet", "runs.json"]
             for path in finished(method, seed, file)
         ],
+        along=lambda wildcards: (
+            expand(
+                f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/benchmarks.parquet",
+                method=TUNINGS,
+                seed=STUDY.seeds,
+            )
+            if ALONG
+            else []
+        ),
         trunks=lambda wildcards: (
             expand(
                 f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
