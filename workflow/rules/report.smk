@@ -17,6 +17,8 @@ TABLES = [
 ]
 if STUDY.selection.wise_ft:
     TABLES.append("wise_ft")
+if ALONG:
+    TABLES += ["benchmark_course", "benchmark_course_items"]
 
 
 rule collect:
