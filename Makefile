@@ -79,6 +79,14 @@ bench-score: $(READY) ## scoring speed against lm-eval and TOFU's way; BENCH="--
 bench-plan: $(READY) ## how long sweeps of 1,000 and 10,000 runs take to plan
 	python bench/planning.py
 
+.PHONY: kubernetes
+kubernetes: .venv/ready-kubernetes ## what profiles/kubernetes needs beside the rest
+
+.venv/ready-kubernetes: $(READY) envs/kubernetes.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
+		--requirement envs/kubernetes.txt --constraint envs/requirements.txt
+	touch $@
+
 .venv/ready-bench: $(READY) envs/bench.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
 		--requirement envs/bench.txt --constraint envs/requirements.txt

@@ -12,7 +12,7 @@ import synthetic_tables as synthetic
 from forgetting.report import tables as data
 from forgetting.report.figures import FIGURES
 from forgetting.report.page import spec_of, static_svg
-from forgetting.report.parts import grid
+from forgetting.report.parts import MOST_OTHERS, grid
 from forgetting.report.tables import Tables
 from forgetting.report.theme import MODES, palette, theme
 
@@ -63,6 +63,19 @@ def test_trajectories_draw_rouge_by_epoch_with_a_panel_per_probe() -> None:
         assert len(_rows(spec, faint)) == 10 * 13
         (rings,) = _layers(spec, panel, "point", "ring")
         assert len(_rows(spec, rings)) == 5
+
+
+@pytest.mark.parametrize("name", ["trajectories", "old_versus_new"])
+def test_a_large_sweep_is_drawn_in_part_and_the_page_says_so(name: str) -> None:
+    """Altair would refuse more than 5,000 rows, at 114 other runs of 21 evaluations."""
+    tables = _tables(rates=tuple(np.geomspace(1e-4, 1e-2, 61)), epochs=21)
+    spec = _spec(name, tables)
+    runs = {row["run"] for rows in spec["datasets"].values() for row in rows if "run" in row}
+    chosen = set(tables.runs[tables.runs["chosen"].astype(bool)]["run"])
+    assert chosen <= runs
+    assert len(runs - chosen - {"base"}) == MOST_OTHERS
+    (box,) = (each["bind"]["name"] for each in spec["params"] if each["name"] == "sweep")
+    assert box == "200 of 300 other runs of the sweep"
 
 
 @pytest.mark.parametrize("name", ["trajectories", "old_versus_new"])

@@ -40,7 +40,7 @@ def _panel(
     # The square root shows the small distances of careful methods beside the large ones of others.
     y = alt.Y("value:Q").title(_TITLE).scale(type="sqrt").axis(tickCount=6)
     coded: dict[str, Any] = {"x": x, "y": y, "color": parts.colour(data.labels(tables))}
-    chosen = rows[rows["chosen"].astype(bool)]
+    chosen, others = parts.chosen_and_others(rows)
     picked = rows.merge(data.selected(tables), on=["run", "step"], how="inner")
     tip = [
         *parts.run_tooltip(),
@@ -48,7 +48,7 @@ def _panel(
         *parts.value_tooltip("KL", pattern=".4f"),
     ]
     shown = f"({parts.IS_SINGLED})"
-    faint = alt.Chart(rows[~rows["chosen"].astype(bool)]).mark_line(strokeWidth=1, aria=False)
+    faint = alt.Chart(others).mark_line(strokeWidth=1, aria=False)
     layers = [
         faint.encode(
             **coded, detail="run:N", order="step:Q", opacity=parts.opacity(0.28, 0, shown)

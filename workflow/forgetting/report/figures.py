@@ -33,7 +33,7 @@ def trajectories(tables: Tables, width: int = 250) -> alt.ConcatChart:
     told = "ROUGE-L by epoch on the new knowledge and on each probe of old knowledge."
     sized = [panel.properties(width=width, height=230) for panel in panels]
     return parts.combine(
-        sized, [parts.focus(), parts.score_menu(), _sweep(True)], told, narrowest=230
+        sized, [parts.focus(), parts.score_menu(), _sweep(tables, True)], told, narrowest=230
     )
 
 
@@ -59,7 +59,7 @@ def _sweep_and_choice(
 ) -> list[alt.Chart]:
     y = parts.rouge_axis("value", parts.LIVE, ticks)
     shade = parts.colour(data.labels(tables))
-    chosen = rows[rows["chosen"].astype(bool)]
+    chosen, others = parts.chosen_and_others(rows)
     means = data.mean_over_seeds(rows)
     # Where means are drawn, they are the thick lines and every seed is a thin one.
     several = len(means) > 0
@@ -67,7 +67,7 @@ def _sweep_and_choice(
     tip = _tip()
     lines = alt.Chart(chosen).mark_line(strokeJoin="round", strokeWidth=1 if several else 2.2)
     return [
-        _faint(rows[~rows["chosen"].astype(bool)]).encode(**coded, order="step:Q"),
+        _faint(others).encode(**coded, order="step:Q"),
         alt.Chart(chosen)
         .mark_area(clip=True)
         .encode(
@@ -105,13 +105,13 @@ def old_versus_new(tables: Tables, width: int = 400) -> alt.ConcatChart:
     ticks = parts.grid([_rouge_values(tables, name, bounds=True) for name in old])
     panels = [_plane(tables, new, name, ticks).properties(width=width, height=300) for name in old]
     told = "ROUGE-L on old knowledge against ROUGE-L on the new knowledge."
-    params = [parts.focus(), parts.score_menu(), _sweep(False)]
+    params = [parts.focus(), parts.score_menu(), _sweep(tables, False)]
     return parts.combine(panels, params, told, narrowest=230, columns=2)
 
 
 def _plane(tables: Tables, new: str, old: str, ticks: list[float]) -> alt.LayerChart:
     rows = parts.by_score(lambda metric: data.old_versus_new(tables, metric, new, old))
-    chosen = rows[rows["chosen"].astype(bool)]
+    chosen, others = parts.chosen_and_others(rows)
     picked = rows.merge(data.selected(tables), on=["run", "step"], how="inner")
     base = parts.by_score(lambda metric: data.base_row(tables, metric, old))
     across = f"{parts.LIVE}, {data.human(new)}"
@@ -123,7 +123,7 @@ def _plane(tables: Tables, new: str, old: str, ticks: list[float]) -> alt.LayerC
     layers = [
         *_base_rule(base, "left"),
         *_threshold_rule(_goal(tables, new), "x"),
-        _faint(rows[~rows["chosen"].astype(bool)]).encode(**coded, order="step:Q"),
+        _faint(others).encode(**coded, order="step:Q"),
         alt.Chart(chosen)
         .mark_line(strokeJoin="round", strokeWidth=1.8)
         .encode(**coded, detail="run:N", order="step:Q", opacity=parts.opacity(0.85)),
@@ -193,8 +193,12 @@ def _plane_tip() -> list[alt.Tooltip]:
     return [*parts.run_tooltip(), *moment, alt.Tooltip("score:N"), *values]
 
 
-def _sweep(shown: bool) -> alt.Parameter:
-    box = alt.binding_checkbox(name="Every run of the sweep")
+def _sweep(tables: Tables, shown: bool) -> alt.Parameter:
+    others = int((~tables.tuned["chosen"].astype(bool)).sum())
+    told = "Every run of the sweep"
+    if others > parts.MOST_OTHERS:
+        told = f"{parts.MOST_OTHERS} of {others:,} other runs of the sweep"
+    box = alt.binding_checkbox(name=told)
     return alt.param("sweep", value=shown, bind=box)
 
 

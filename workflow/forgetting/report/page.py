@@ -48,7 +48,9 @@ def write_report(tables: Tables, page: Path, folder: Path) -> None:
 
 def spec_of(chart: alt.ConcatChart) -> dict[str, Any]:
     """A chart as Vega-Lite JSON without configuration: the theme is applied where it is drawn."""
-    spec: dict[str, Any] = chart.to_dict()
+    # Altair refuses more than 5,000 rows, since notebooks keep them; a page is made to hold them.
+    with alt.data_transformers.disable_max_rows():
+        spec: dict[str, Any] = chart.to_dict()
     spec.pop("config", None)
     datasets = spec.pop("datasets", {})
     spec = live_titles(spec)

@@ -11,7 +11,11 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from forgetting.data.rows import evenly_spaced
 from forgetting.report import tables as data
+
+MOST_OTHERS = 200
+"""Runs that were not chosen and are drawn all the same: each adds 30 to 80 KB to the page."""
 
 IS_SINGLED = "!length(focus) || indexof(focus, datum.label) >= 0"
 _CROSS = "M-1,-1L1,1M-1,1L1,-1"
@@ -31,6 +35,14 @@ def score_menu() -> alt.Parameter:
     return alt.param(
         "score", value=scores[0], bind=alt.binding_select(options=scores, name="Score")
     )
+
+
+def chosen_and_others(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of chosen runs, and of others so many as a page can draw, spread over the sweep."""
+    chosen = rows["chosen"].astype(bool)
+    others = rows[~chosen]
+    drawn = evenly_spaced(list(others["run"].unique()), MOST_OTHERS)
+    return rows[chosen], others[others["run"].isin(drawn)]
 
 
 def by_score(made: Callable[[str], pd.DataFrame]) -> pd.DataFrame:
