@@ -3,7 +3,7 @@
 Outputs: results/STUDY/tables/, reports/tradeoff.html, reports/figures/.
 """
 
-FIGURES = ["trajectories", "old_versus_new", "truth_ratio", "distance", "benchmarks"]
+FIGURES = ["trajectories", "old_versus_new", "truth_ratio", "distance", "benchmarks", "course"]
 TABLES = [
     "runs",
     "trajectory",
