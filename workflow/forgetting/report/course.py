@@ -15,17 +15,21 @@ from forgetting.report.tables import Tables
 
 def course(tables: Tables, width: int = 250) -> alt.ConcatChart:
     """Accuracy by epoch, a panel per benchmark, with the base's and that of blind guessing."""
-    if not len(tables.course):
+    found = tables.course
+    metrics = dict(zip(found["task"], found["metric"], strict=True)) if len(found) else {}
+    panels = [
+        _panel(tables, task, metric, rows)
+        for task, metric in metrics.items()
+        if len(rows := data.asked_along(tables, task))
+    ]
+    if not panels:
         return parts.message("The study asks no benchmarks while it trains.")
-    tasks = tables.course.drop_duplicates("task")[["task", "metric"]].to_dict("records")
-    panels = [_panel(tables, str(t["task"]), str(t["metric"])) for t in tasks]
     told = "Benchmark scores by epoch, with the base's score and that of blind guessing."
     sized = [panel.properties(width=width, height=230) for panel in panels]
     return parts.combine(sized, [parts.focus()], told, narrowest=230)
 
 
-def _panel(tables: Tables, task: str, metric: str) -> alt.LayerChart:
-    rows = data.asked_along(tables, task)
+def _panel(tables: Tables, task: str, metric: str, rows: pd.DataFrame) -> alt.LayerChart:
     chosen, others = parts.chosen_and_others(rows)
     picked = rows.merge(data.selected(tables), on=["run", "step"], how="inner")
     x = alt.X("epoch:Q").title("epoch").axis(grid=False, tickCount=6, labelFlush=False)
@@ -53,7 +57,7 @@ def _panel(tables: Tables, task: str, metric: str) -> alt.LayerChart:
         parts.broken(data.last_points(rows), "epoch", "value"),
         parts.ring(picked, "epoch", "value", tip),
     ]
-    count = f"{int(rows['n'].max())} items" if len(rows) else ""
+    count = f"{int(rows['n'].max())} items"
     return parts.stack(layers).properties(title=parts.panel_title(data.human(task), count))
 
 
