@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ TASKS = {
 }
 REFUSALS = {"refusals": ("refused", float("nan"), 0.64)}
 THRESHOLD = 0.9
+
+
+ALONG = ("hellaswag", "arc_challenge")
 
 
 def tables(
@@ -97,12 +101,41 @@ def tables(
             probes, [_label(row["method"]) for row in chosen if row["step"]]
         ),
         "benchmarks": pd.DataFrame(scores, columns=columns),
+        "course": _course(runs, ALONG) if set(ALONG) <= set(tasks) else pd.DataFrame(),
         "study": _study(new, seeds, tasks),
     }
 
 
+def _course(runs: list[dict[str, Any]], tasks: Sequence[str]) -> pd.DataFrame:
+    """Benchmarks at every other epoch, falling from the base's score."""
+    rows = []
+    for task in tasks:
+        metric, chance, base = TASKS[task]
+        for run in runs:
+            for step in range(0, run["steps"] + 1, 80) if run["run"] != "base" else (0,):
+                if step == 0 and run["run"] != "base":
+                    continue
+                value = max(base - step / 4000, 0.0)
+                rows.append(
+                    {
+                        "run": run["run"],
+                        "step": step,
+                        "epoch": step / 40,
+                        "task": task,
+                        "metric": metric,
+                        "value": value,
+                        "low": max(value - 0.05, 0.0),
+                        "high": min(value + 0.05, 1.0),
+                        "n": 100,
+                        "chance": chance,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
 def write(folder: Path, made: dict[str, Any]) -> Path:
     """Write the tables where the report looks for them."""
+    write_table(folder / "benchmark_course.parquet", made["course"])
     for name in ("runs", "trajectory", "selection", "comparisons", "benchmarks"):
         write_table(folder / f"{name}.parquet", made[name])
     write_json(folder / "study.json", made["study"])
@@ -268,7 +301,10 @@ def _study(new: str, seeds: tuple[int, ...], tasks: tuple[str, ...]) -> dict[str
                 "if_not_reached": "none",
             },
             "general_text": {"table": "world/held_out"},
-            "benchmarks": {"tasks": {task: {"num_fewshot": None} for task in tasks}},
+            "benchmarks": {
+                "tasks": {task: {"num_fewshot": None} for task in tasks},
+                "along": {task: 100 for task in ALONG if set(ALONG) <= set(tasks)},
+            },
         },
         "provenance": {
             "created": "2026-01-02T03:04:05Z",

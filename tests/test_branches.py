@@ -307,7 +307,7 @@ def test_a_file_system_without_links_is_served_by_copies(
 def test_items_of_a_branch_begin_with_the_trunks(lab: Lab, spec: CohortSpec) -> None:
     """A branch is a whole run to whoever reads the tables."""
     (branch,) = lab.branches(spec, 2.0)
-    items = cohort_items([branch])
+    items, _ = cohort_items([branch])
     assert list(items["step"].unique()) == [1, 2, 3, 4, 5, 6]
     assert set(items["run"]) == {branch["run"]}
 

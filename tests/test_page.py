@@ -348,7 +348,8 @@ def test_tables_can_be_downloaded_from_the_page(written: Path) -> None:
         for tag, attributes in Elements((written / "tradeoff.html").read_text()).tags
         if tag == "a" and "download" in attributes
     }
-    assert set(links) == {f"mini-{n}.csv" for n in ("summary", "selection", "runs", "benchmarks")}
+    names = ("summary", "selection", "runs", "benchmarks", "benchmark_course")
+    assert set(links) == {f"mini-{name}.csv" for name in names}
     text = base64.b64decode(links["mini-selection.csv"].split(",", 1)[1]).decode()
     rows = list(csv.DictReader(io.StringIO(text)))
     assert [row["method"] for row in rows] == list(read_tables(written / "tables").selection.method)
@@ -548,6 +549,7 @@ def test_what_a_study_does_not_measure_has_no_figure() -> None:
     assert "<b>Figure 3.</b>" in html
     assert 'data-figure="distance"' not in html
     assert 'data-figure="benchmarks"' not in html
+    assert 'data-figure="course"' not in html
     html = _html(Tables(**synthetic.tables(tasks=())))
     assert "<b>Figure 4.</b>" in html
     assert 'data-figure="distance"' in html

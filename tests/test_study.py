@@ -651,6 +651,21 @@ def test_budgets_need_the_whole_trunk(write: Any) -> None:
     assert "selection.stop_after: it would end the trunk" in _told(path)
 
 
+@pytest.mark.parametrize(
+    ("along", "told"),
+    [
+        ("gsm8k: 5", "`along`: gsm8k is not among the `tasks` (humaneval)"),
+        ("humaneval: 5", "benchmarks.along.humaneval: the answers of humaneval are programs"),
+        ("humaneval: 0", "benchmarks.along.humaneval"),
+    ],
+)
+def test_only_tasks_of_the_study_that_need_no_sandbox_are_asked_along(
+    write: Any, along: str, told: str
+) -> None:
+    section = f"benchmarks: {{tasks: {{humaneval: {{}}}}, along: {{{along}}}}}\nselection:\n"
+    assert told in _told(write(("selection:\n", section)))
+
+
 def test_the_ends_of_budgets_are_benchmarked_only_where_there_are_budgets(write: Any) -> None:
     path = write(("selection:\n", "benchmarks: {models: budgets}\nselection:\n"))
     assert "benchmarks.models: `budgets` needs training.budgets" in _told(path)

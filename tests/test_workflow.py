@@ -196,6 +196,29 @@ def test_a_learning_rate_more_is_no_job_more(plan: Plan, tmp_path: Path) -> None
     }
 
 
+def test_asking_benchmarks_along_changes_the_trainings_alone(plan: Plan, tmp_path: Path) -> None:
+    """Rows of the tasks become inputs of every cohort; no score of a checkpoint changes."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["benchmarks"]["along"] = {"arc_challenge": 20}
+    asking = tmp_path / "asking.yaml"
+    asking.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+
+    before = {(job.rule.name, *job.wildcards): job for job in plan("mini")}
+    after = {(job.rule.name, *job.wildcards): job for job in plan(asking)}
+    assert before.keys() == after.keys()
+    keys = ("spec", "along", "code")
+    changed = {
+        key
+        for key, job in after.items()
+        if any(str(job.params.get(name)) != str(before[key].params.get(name)) for name in keys)
+    }
+    assert {key[0] for key in changed} == {"finetune"}
+    (job, *_) = (job for key, job in after.items() if key[0] == "finetune")
+    assert any("benchmarks/arc_challenge" in str(path) for path in job.input)
+    assert [path for path in job.output if str(path).endswith("benchmarks.parquet")]
+
+
 def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:
     """Its table is an input of its own cohort, and is prepared for nobody else."""
     path = ROOT / "config" / "studies" / "mini.yaml"

@@ -33,7 +33,7 @@ rule benchmark:
     """Run all tasks on the models of a method in one process: the harness's prompts, our rows."""
     input:
         base=BASE,
-        rows=rows_inputs,
+        rows=lambda wildcards: rows_inputs(TASKS),
         prompts=prompt_files(),
         selection=f"{RESULTS}/selection/{{method}}.json",
         # The digests in the selection tell whether they are others.
@@ -82,7 +82,7 @@ use rule benchmark as benchmark_base with:
     """The same on the base."""
     input:
         base=BASE,
-        rows=rows_inputs,
+        rows=lambda wildcards: rows_inputs(TASKS),
         prompts=prompt_files(),
     output:
         results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),

@@ -165,16 +165,16 @@ def task_folder(task):
     return f"{RESULTS}/world/{STUDY.benchmarks.rows}/benchmarks/{same_rows(task)}"
 
 
-def rows_inputs(wildcards):
-    """What the benchmarks' rows depend on: files, or folders that are downloaded."""
+def rows_inputs(tasks):
+    """What the rows of tasks depend on: files, or folders that are downloaded."""
     if STUDY.benchmarks.rows is None:
-        return [task_folder(task) for task in TASKS]
+        return [task_folder(task) for task in tasks]
     folder = STUDY.datasets[STUDY.benchmarks.rows].folder
     return [
         f"{task_folder(task)}/{split}.jsonl"
-        for task, settings in STUDY.benchmarks.tasks.items()
+        for task in tasks
         for split in (
-            splits_of(task, settings.num_fewshot)
+            splits_of(task, STUDY.benchmarks.tasks[task].num_fewshot)
             if folder
             else HUB_ROWS[same_rows(task)].splits
         )
@@ -207,7 +207,31 @@ def benchmark_spec():
         **sections("prompt"),
         "columns": STUDY.columns(refusals.table).model_dump(),
     }
-    return as_json(sections("benchmarks", "precision"), asking=asking)
+    whole = sections("benchmarks", "precision")
+    # What is asked in training changes no score of a checkpoint.
+    del whole["benchmarks"]["along"]
+    return as_json(whole, asking=asking)
+
+
+ALONG = STUDY.benchmarks.along
+
+
+def along_options():
+    """What a training is told of the benchmarks that it asks at every evaluation."""
+    if not ALONG:
+        return []
+    told = STUDY.benchmarks.model_dump(mode="json", include={"tasks", "batch_size"})
+    told["tasks"] = {
+        task: told["tasks"][task]
+        | {"limit": min(count, told["tasks"][task]["limit"] or count)}
+        for task, count in ALONG.items()
+    }
+    return [
+        f"--along={json.dumps(told)}",
+        f"--along-code={code_digest(Path(LIBRARY, 'forgetting', 'benchmarks', 'along.py'))}",
+        "--along-rows",
+        *(f"{task}={task_folder(task)}" for task in ALONG),
+    ]
 
 
 def model_folder():

@@ -2,7 +2,8 @@
 
 Where the study gives a method several processes, they train each of its runs together.
 
-Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}. Runs and checkpoints lie in
+Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}, and benchmarks.parquet where
+the study asks benchmarks at every evaluation. Runs and checkpoints lie in
 results/STUDY/state, which is no output: Snakemake deletes the outputs of a job that it retries, and
 a job that was killed goes on from there.
 """
@@ -17,8 +18,14 @@ rule finetune:
         probes=rules.prepare_data.output.probes,
         general=general_files,
         targets=TARGETS,
+        rows=lambda wildcards: rows_inputs(ALONG),
     output:
         scored=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/items.parquet",
+        benchmarks=(
+            f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/benchmarks.parquet"
+            if ALONG
+            else []
+        ),
         runs=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
     log:
         f"{LOGS}/finetune/{{method}}-seed{{seed}}.log",
@@ -34,6 +41,10 @@ rule finetune:
         targets=target_options,
         data=subpath(input.train, parent=True),
         state=f"{RESULTS}/state",
+        along=lambda wildcards, output: [
+            *along_options(),
+            *(f"--benchmarks={path}" for path in ALONG and [output.benchmarks]),
+        ],
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -46,6 +57,7 @@ rule finetune:
             --data {params.data:q} \
             --general {input.general:q} \
             {params.targets:q} \
+            {params.along:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
             --runs {output.runs:q}

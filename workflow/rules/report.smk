@@ -3,7 +3,7 @@
 Outputs: results/STUDY/tables/, reports/tradeoff.html, reports/figures/.
 """
 
-FIGURES = ["trajectories", "old_versus_new", "truth_ratio", "distance", "benchmarks"]
+FIGURES = ["trajectories", "old_versus_new", "truth_ratio", "distance", "benchmarks", "course"]
 TABLES = [
     "runs",
     "trajectory",
@@ -17,6 +17,8 @@ TABLES = [
 ]
 if STUDY.selection.wise_ft:
     TABLES.append("wise_ft")
+if ALONG:
+    TABLES += ["benchmark_course", "benchmark_course_items"]
 
 
 rule collect:
@@ -33,6 +35,15 @@ rule collect:
             for file in ["items.parquet", "runs.json"]
             for path in finished(method, seed, file)
         ],
+        along=lambda wildcards: (
+            expand(
+                f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/benchmarks.parquet",
+                method=TUNINGS,
+                seed=STUDY.seeds,
+            )
+            if ALONG
+            else []
+        ),
         trunks=lambda wildcards: (
             expand(
                 f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",

@@ -23,7 +23,6 @@ from forgetting.benchmarks.harness import (
     SCORE_COLUMNS,
     BenchmarkResult,
     Questions,
-    Sampling,
     TaskSpec,
     answer,
     read_questions,
@@ -60,7 +59,6 @@ from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.refusals import REFUSALS
-from forgetting.sections.task import Task
 
 
 class Asking(Strict):
@@ -203,7 +201,7 @@ class Scorer:
     def questions(self) -> Questions:
         """The tasks with their rows, prompts and tokens."""
         benchmarks = self.spec.benchmarks
-        specs = [task_spec(*named) for named in benchmarks.tasks.items()]
+        specs = [TaskSpec.of(*named) for named in benchmarks.tasks.items()]
         return read_questions(self.tokenizer, specs, self.rows, benchmarks.batch_size)
 
     @cached_property
@@ -222,24 +220,6 @@ def write_results(folder: Path, result: BenchmarkResult, record: dict[str, Any])
     write_table(folder / "responses.parquet", result.responses)
     write_json(folder / "programs.json", describe(result.programs, result.rates))
     write_json(folder / "record.json", record)
-
-
-def task_spec(name: str, task: Task) -> TaskSpec:
-    """A task as the harness's side wants it."""
-    sampling = None
-    if task.samples is not None:
-        given = {"temperature": task.temperature, "top_p": task.top_p}
-        sampling = Sampling(task.samples, **{k: v for k, v in given.items() if v is not None})
-    return TaskSpec(
-        name,
-        num_fewshot=task.num_fewshot,
-        limit=task.limit,
-        max_gen_toks=task.max_new_tokens,
-        chance=task.chance,
-        metric=task.metric,
-        sampling=sampling,
-        draws=tuple(task.k) if task.k else None,
-    )
 
 
 def about_tasks(

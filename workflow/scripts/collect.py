@@ -32,6 +32,7 @@ from forgetting.results.collect import (
     trajectory_table,
 )
 from forgetting.results.comparisons import compare_methods
+from forgetting.results.course import course_items, course_table
 from forgetting.scoring.references import reference_notes
 from forgetting.sections.measurement import TEXT_PROBE
 from forgetting.settings.load import load_study
@@ -103,6 +104,7 @@ class Found:
     base_items: pd.DataFrame
     items: list[pd.DataFrame]
     models: list[Path]
+    along: list[pd.DataFrame]
 
 
 def read_found(study: Study, results: Path, models: list[str]) -> Found:
@@ -127,6 +129,10 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
         base_items=pd.read_parquet(results / "base" / "items.parquet"),
         items=[pd.read_parquet(folder / "items.parquet") for folder in branches or trained],
         models=[results / "benchmarks" / model for model in models],
+        along=[
+            pd.read_parquet(folder / "benchmarks.parquet")
+            for folder in (trained if study.benchmarks.along else [])
+        ],
     )
 
 
@@ -142,6 +148,7 @@ def tables_of(study: Study, found: Found) -> tuple[dict[str, pd.DataFrame], list
     }
     benchmarks, scored, missing = benchmark_tables(found.models, labels | {"base": BASE})
     responses = responses_table(found.models)
+    course = _course(found.along, scored, responses) if found.along else None
     every = pd.concat([found.base_items.assign(run="base", step=0, epoch=0.0), *found.items])
     tables = {
         "runs": runs,
@@ -149,11 +156,14 @@ def tables_of(study: Study, found: Found) -> tuple[dict[str, pd.DataFrame], list
         "items": every,
         "selection": found.selection,
         "comparisons": compare_methods(every, found.selection),
-        "churn": churn_table(every, responses, main_items(benchmarks, scored)),
+        "churn": churn_table(every, responses, main_items(benchmarks, scored), course),
         "benchmarks": benchmarks,
         "benchmark_items": scored,
         "benchmark_responses": responses,
     }
+    if course is not None:
+        tables["benchmark_course"] = course_table(course, benchmarks, found.records)
+        tables["benchmark_course_items"] = course
     notes = [
         *found.data_notes,
         *missing_notes(found.selection, found.records, study.seeds, budgets),
@@ -161,6 +171,13 @@ def tables_of(study: Study, found: Found) -> tuple[dict[str, pd.DataFrame], list
         *missing,
     ]
     return tables, notes
+
+
+def _course(
+    along: list[pd.DataFrame], scored: pd.DataFrame, responses: pd.DataFrame
+) -> pd.DataFrame:
+    base = scored[scored["run"] == "base"], responses[responses["run"] == "base"]
+    return course_items(along, *base)
 
 
 def read_records(folders: list[Path]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             Teller(team),
         )
         if team.first:
-            write_table(options.items, cohort_items(records))
+            write_table(options.items, cohort_items(records)[0])
             write_json(options.runs, records)
     team.leave()
 

@@ -8,6 +8,7 @@ a retry goes on where the job was killed.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from forgetting.models.loading import quieten_libraries
 from forgetting.records import tells_input_errors, write_json, write_table
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the items of all evaluations and the records of all runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
+    parser.add_argument("--benchmarks", type=Path, help="output: items of benchmarks (parquet)")
     options = parser.parse_args(argv)
     quieten_libraries()
     team = Team.join()
@@ -30,7 +32,10 @@ def main(argv: list[str] | None = None) -> None:
         train = train_trunks if job.spec.training.budgets else train_cohort
         records = train(job.spec, job.materials, job.inputs, options.state, Teller(team))
         if team.first:
-            write_table(options.items, cohort_items(records))
+            items, benchmarks = cohort_items(records)
+            write_table(options.items, items)
+            if options.benchmarks:
+                write_table(options.benchmarks, benchmarks)
             write_json(options.runs, records)
     team.leave()
 

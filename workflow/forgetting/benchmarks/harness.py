@@ -183,9 +183,15 @@ def _load_all(
 
 def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """The harness's view of the model. The tokenizer is copied, since it is given a pad token."""
+    import torch
+
     from forgetting.benchmarks.one_reading import OneReadingLM
 
-    return OneReadingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    lm = OneReadingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    # The harness would else leave our mixed precision for its generations.
+    if torch.is_autocast_enabled(model.device.type):
+        lm.mixed_precision_dtype = torch.get_autocast_dtype(model.device.type)
+    return lm
 
 
 @contextlib.contextmanager

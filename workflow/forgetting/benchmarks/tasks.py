@@ -21,6 +21,7 @@ from forgetting.benchmarks.code_eval_stand_in import without_code_eval
 from forgetting.benchmarks.definitions import example_split, read_definition
 from forgetting.benchmarks.known import BENCHMARKS, splits_of
 from forgetting.records import InputError, read_numbered
+from forgetting.sections.task import Task
 
 HARNESS_SEED = 1234  # the harness's default for drawing examples
 
@@ -52,6 +53,24 @@ class TaskSpec:
     metric: str | None = None
     sampling: Sampling | None = None
     draws: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, name: str, task: Task) -> TaskSpec:
+        """A task as a study's section says it."""
+        sampling = None
+        if task.samples is not None:
+            given = {"temperature": task.temperature, "top_p": task.top_p}
+            sampling = Sampling(task.samples, **{k: v for k, v in given.items() if v is not None})
+        return cls(
+            name,
+            num_fewshot=task.num_fewshot,
+            limit=task.limit,
+            max_gen_toks=task.max_new_tokens,
+            chance=task.chance,
+            metric=task.metric,
+            sampling=sampling,
+            draws=tuple(task.k) if task.k else None,
+        )
 
     @property
     def chance_level(self) -> float:

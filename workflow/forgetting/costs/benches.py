@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from forgetting.benchmarks.known import benchmark, same_rows
@@ -96,6 +97,14 @@ def benches(study: Study, vocabulary: int) -> dict[str, Bench]:
         count = min(table.rows, refusals.limit or table.rows)
         found["refusals"] = Bench(count, table.question / per_token, 0.0, refusals.max_new_tokens)
     return found
+
+
+def along(study: Study, found: Mapping[str, Bench]) -> dict[str, Bench]:
+    """What a training asks of them at every evaluation."""
+    return {
+        name: replace(found[name], items=min(count, found[name].items))
+        for name, count in study.benchmarks.along.items()
+    }
 
 
 def downloads(study: Study, weights: int) -> dict[str, float]:

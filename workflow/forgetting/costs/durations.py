@@ -8,7 +8,9 @@ its batch, and is hardly ever more than that.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from forgetting.costs.benches import Bench, along
 from forgetting.costs.case import Case, Team
 from forgetting.costs.footprint import checkpoint_bytes
 from forgetting.costs.hardware import NETWORK, STORAGE
@@ -128,21 +130,24 @@ def run_seconds(
     groups, runs = case.groups(tuning, team), len(tuning.settings)
     training = sum(steps * step_seconds(case, tuning, team, size) for size in groups)
     written = checkpoint_bytes(case, tuning)
+    asked_along = benchmark_seconds(case, along(case.study, case.benches))
     writing = written / (team.processes if tuning.kind == "full" else 1) / STORAGE
     return {
         "start": START[case.device.is_gpu],
         "load": len(groups) * load_seconds(case),
         "training": training,
         "probes": runs * evaluations * evaluation_seconds(case, team),
+        # Of several processes each asks all of them.
+        "benchmarks": runs * evaluations * asked_along,
         "checkpoints": runs * (evaluations + stored) * writing,
     }
 
 
-def benchmark_seconds(case: Case) -> float:
-    """All benchmarks on one model, in one process."""
+def benchmark_seconds(case: Case, asked: Mapping[str, Bench] | None = None) -> float:
+    """All benchmarks on one model, or those that are given, in one process."""
     study, shape, device = case.study, case.shape, case.device
     batch, total = study.benchmarks.batch_size, 0.0
-    for bench in case.benches.values():
+    for bench in (case.benches if asked is None else asked).values():
         if bench.most:
             # Most answers end at half of the longest that is allowed, a batch with its last one.
             count, tokens = bench.items * bench.samples, 0.75 * bench.most

@@ -47,18 +47,8 @@ def _panel(
         parts.number("epoch", "epoch", ".2~f"),
         *parts.value_tooltip("KL", pattern=".4f"),
     ]
-    shown = f"({parts.IS_SINGLED})"
-    faint = alt.Chart(others).mark_line(strokeWidth=1, aria=False)
     layers = [
-        faint.encode(
-            **coded, detail="run:N", order="step:Q", opacity=parts.opacity(0.28, 0, shown)
-        ),
-        alt.Chart(chosen)
-        .mark_line(strokeJoin="round", strokeWidth=2)
-        .encode(**coded, detail="run:N", order="step:Q", opacity=parts.opacity(0.9)),
-        alt.Chart(chosen)
-        .mark_point(filled=True, size=14)
-        .encode(**coded, opacity=parts.opacity(0.8), tooltip=tip),
+        *parts.paths(chosen, others, coded, tip),
         parts.broken(data.last_points(rows), across, "value"),
         parts.ring(picked, across, "value", tip),
     ]

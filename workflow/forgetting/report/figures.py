@@ -13,6 +13,7 @@ import pandas as pd
 
 from forgetting.report import parts
 from forgetting.report import tables as data
+from forgetting.report.course import course
 from forgetting.report.distance import distance
 from forgetting.report.dot_plots import benchmarks, truth_ratio
 from forgetting.report.tables import Tables
@@ -232,4 +233,5 @@ FIGURES = {
     "truth_ratio": truth_ratio,
     "distance": distance,
     "benchmarks": benchmarks,
+    "course": course,
 }

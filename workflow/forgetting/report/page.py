@@ -123,6 +123,7 @@ def numbered(tables: Tables) -> dict[str, int]:
     left_out = {
         "distance": not tables.config.get("general_text"),
         "benchmarks": not (asked.get("tasks") or asked.get("refusals")),
+        "course": not asked.get("along"),
     }
     shown = [name for name in FIGURES if not left_out.get(name)]
     return {name: number for number, name in enumerate(shown, start=1)}
@@ -150,6 +151,7 @@ def downloads(tables: Tables) -> list[dict[str, str]]:
         "selection": tables.selection,
         "runs": tables.runs,
         "benchmarks": tables.benchmarks,
+        "benchmark_course": tables.course,
     }
     return [{"name": name, "url": _data_url(frame)} for name, frame in frames.items() if len(frame)]
 

@@ -139,6 +139,27 @@ def panel_title(name: str, subtitle: str, width: int = 30) -> alt.TitleParams:
     return alt.TitleParams(text=textwrap.wrap(name, width) or [name], subtitle=[subtitle])
 
 
+def paths(
+    chosen: pd.DataFrame, others: pd.DataFrame, coded: dict[str, Any], tip: list[alt.Tooltip]
+) -> list[alt.Chart]:
+    """Runs as lines in the order of time: the chosen ones with a dot for every evaluation."""
+    faint = alt.Chart(others).mark_line(strokeWidth=1, aria=False)
+    return [
+        faint.encode(
+            **coded,
+            detail="run:N",
+            order="step:Q",
+            opacity=opacity(0.28, 0, f"({IS_SINGLED})"),
+        ),
+        alt.Chart(chosen)
+        .mark_line(strokeJoin="round", strokeWidth=2)
+        .encode(**coded, detail="run:N", order="step:Q", opacity=opacity(0.9)),
+        alt.Chart(chosen)
+        .mark_point(filled=True, size=14)
+        .encode(**coded, opacity=opacity(0.8), tooltip=tip),
+    ]
+
+
 def ring(rows: pd.DataFrame, x: str, y: str, tip: list[alt.Tooltip]) -> alt.Chart:
     """The mark of a selected checkpoint: an empty circle in the colour of the text."""
     mark = alt.Chart(rows).mark_point(style="ring", size=120, filled=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ COLUMNS = {
     "benchmarks": "run method label seed step task metric main value low high n chance num_fewshot",
 }
 
+COURSE = "run step epoch task metric value low high n chance"
+
 
 @dataclass(frozen=True)
 class Tables:
@@ -40,6 +42,8 @@ class Tables:
     comparisons: pd.DataFrame
     benchmarks: pd.DataFrame
     study: dict[str, Any]
+    course: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Benchmarks at every evaluation, where the study asks for them."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -70,7 +74,12 @@ def read_tables(folder: Path) -> Tables:
     path = folder / "study.json"
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; it holds the study and its provenance")
-    return Tables(**by_duration(frames), study=read_json(path))
+    course = folder / "benchmark_course.parquet"
+    return Tables(
+        **by_duration(frames),
+        study=read_json(path),
+        course=_read(course, COURSE.split()) if course.is_file() else pd.DataFrame(),
+    )
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -121,6 +130,15 @@ def measured(tables: Tables, metric: str, probe: str, extra: Sequence[str] = ())
     """
     rows = tables.trajectory
     rows = rows[(rows["metric"] == metric) & (rows["probe"] == probe)]
+    return _from_the_base_on(tables, rows, extra)
+
+
+def asked_along(tables: Tables, task: str) -> pd.DataFrame:
+    """A benchmark at every evaluation, like `measured`."""
+    return _from_the_base_on(tables, tables.course[tables.course["task"] == task], ("chance",))
+
+
+def _from_the_base_on(tables: Tables, rows: pd.DataFrame, extra: Sequence[str]) -> pd.DataFrame:
     rows = rows[["run", "step", "epoch", "value", "low", "high", "n", *extra]]
     rows = rows.dropna(subset=["value"])
     base = rows[rows["run"] == "base"].assign(step=0, epoch=0.0)

@@ -28,7 +28,10 @@ COLUMNS = (
 
 
 def churn_table(
-    items: pd.DataFrame, responses: pd.DataFrame, benchmark_items: pd.DataFrame
+    items: pd.DataFrame,
+    responses: pd.DataFrame,
+    benchmark_items: pd.DataFrame,
+    course: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """One row per evaluation of a run, probe (or benchmark) and kind of answer.
 
@@ -40,10 +43,13 @@ def churn_table(
         items: the items of all runs, the base among them as run `base`.
         responses: run, step, task, item, response of the benchmarks.
         benchmark_items: run, step, task, item, value of their main metric.
+        course: what benchmarks were asked at every evaluation (`course.course_items`); where a
+            checkpoint was benchmarked too, that counts.
     """
-    answered = pd.concat(
-        [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items)]
-    )
+    parts = [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items)]
+    if course is not None:
+        parts.append(_asked_along(course, parts[-1]))
+    answered = pd.concat(parts)
     is_base = answered["run"] == "base"
     key = ["probe", "answer", "item"]
     base = answered[is_base][[*key, "said", "score"]]
@@ -95,6 +101,19 @@ def _benchmarks(responses: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
         )
     rows = responses.merge(items[[*key, "value"]], on=key).rename(columns={"task": "probe"})
     rows = rows.assign(epoch=math.nan)
+    read = [_response(text) for text in rows["response"]]
+    return _answers(rows, "", [said for _, said in read], rows["value"]).assign(
+        answer=[kind for kind, _ in read]
+    )
+
+
+def _asked_along(course: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
+    """The answers of the course that no benchmark job has of the same model."""
+    rows = course[course["run"] != "base"].rename(columns={"task": "probe"})
+    key = ["run", "step", "probe"]
+    known = scored[key].drop_duplicates().astype({"step": "Int64"})
+    rows = rows.astype({"step": "Int64"}).merge(known, on=key, how="left", indicator=True)
+    rows = rows[rows.pop("_merge") == "left_only"]
     read = [_response(text) for text in rows["response"]]
     return _answers(rows, "", [said for _, said in read], rows["value"]).assign(
         answer=[kind for kind, _ in read]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from forgetting.sections.fields import Count, Name, Strict
 from forgetting.sections.refusals import Refusals
@@ -33,9 +33,23 @@ class Benchmarks(Strict):
         description="What is scored beside the base: the selected checkpoints, or the end of every "
         "one of `training.budgets` with the chosen setting, the selected among them.",
     )
+    along: dict[TaskName, Count] = Field(
+        default_factory=dict,
+        description="Of these tasks the first so many items are asked at every evaluation of a "
+        "training too, by the training job itself: accuracy and churn over its course. Not of "
+        "tasks whose answers are programs, nor with `training.budgets`, where the ends are scored.",
+    )
     batch_size: Count = Field(16, description="Sequences per forward pass.")
     sandbox: Literal["bubblewrap", "none"] = Field(
         "bubblewrap",
         description="Where model-written programs run. Without a working sandbox HumanEval is "
         "not scored. `none` runs them unprotected: only on a machine you can lose.",
     )
+
+    @model_validator(mode="after")
+    def _along_is_among_the_tasks(self) -> Benchmarks:
+        for name in self.along:
+            if name not in self.tasks:
+                known = ", ".join(self.tasks) or "there are none"
+                raise ValueError(f"`along`: {name} is not among the `tasks` ({known})")
+        return self

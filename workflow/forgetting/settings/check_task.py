@@ -37,6 +37,11 @@ def check_task(study: Study, name: str, task: Task, context: int | None, at: At)
             f"{at(*place, 'samples')}: the answers of {name} are no programs, and pass@k is for "
             "programs; leave it out"
         )
+    if known.programs and name in study.benchmarks.along:
+        raise InputError(
+            f"{at('benchmarks', 'along', name)}: the answers of {name} are programs, which run "
+            "in a sandbox after the training; take it out"
+        )
     tokens = known.answer_tokens and (task.max_new_tokens or known.answer_tokens)
     if tokens and context is not None and tokens >= context:
         raise InputError(

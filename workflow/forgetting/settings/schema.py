@@ -192,6 +192,9 @@ def _type(schema: dict[str, Any], value: dict[str, Any], path: str) -> str:
         return "list: " + ", ".join(_type(schema, item, path) for item in value["prefixItems"])
     if value["type"] == "array":
         return "list of " + _type(schema, value["items"], path).replace("number", "numbers")
+    if value["type"] == "object":  # of plain values
+        ((_, inner),) = value["patternProperties"].items()
+        return "by name: " + _type(schema, inner, path)
     word = {"string": "text", "integer": "whole number", "number": "number"}
     signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     bounds = [f"{sign} {value[key]:g}" for key, sign in signs.items() if key in value]

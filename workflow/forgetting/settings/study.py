@@ -89,6 +89,12 @@ class Study(Strict):
     def _budgets_are_there_and_whole(self) -> Study:
         if self.benchmarks.models == "budgets" and not self.training.budgets:
             raise ValueError("benchmarks.models: `budgets` needs training.budgets")
+        if self.benchmarks.along and self.training.budgets:
+            raise AtKey(
+                ("benchmarks", "along"),
+                "with training.budgets the points of a course are the ends of its budgets: take it "
+                "out, and `models: budgets` to score these",
+            )
         if self.training.budgets and self.selection.stop_after is not None:
             raise AtKey(
                 ("selection", "stop_after"),

@@ -156,7 +156,9 @@ def _benchmarks(study: Study, datasets: dict[str, Dataset], on_hub: set[str]) ->
         dataset = refusals.table.split("/", 1)[0]
         stand_in = f"{dataset}/refusals" if dataset in on_hub else refusals.table
         refusals = refusals.model_copy(update={"table": stand_in, "limit": 4, "max_new_tokens": 8})
-    return study.benchmarks.model_copy(update={"rows": rows, "tasks": tasks, "refusals": refusals})
+    along = {name: min(4, count) for name, count in study.benchmarks.along.items() if name in tasks}
+    few = {"rows": rows, "tasks": tasks, "refusals": refusals, "along": along}
+    return study.benchmarks.model_copy(update=few)
 
 
 def _few_answers(task: Task) -> Task:

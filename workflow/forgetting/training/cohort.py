@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from forgetting.benchmarks.beside import apart, beside
 from forgetting.data.table_files import Row
 from forgetting.encoding.examples import arrange, check_model
 from forgetting.machine import describe_machine
@@ -256,11 +257,16 @@ def _evaluate(model: Model, spec: CohortSpec, materials: Materials) -> tuple[pd.
         items = measure_together(measured, materials.probes, materials.team)
         # Every process reads all of the text.
         items = with_text(items, model, materials.targets)
+        if materials.along:
+            items = beside(items, materials.along(model))
     return items, metric_value(items, spec.selection.probe, spec.selection.metric)
 
 
-def cohort_items(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The items of all evaluations of all runs: columns run and step, then those of `measure`."""
+def cohort_items(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The items of all evaluations of all runs, of the probes and of benchmarks apart.
+
+    Columns run, step and epoch, then those of `measure`, or of `benchmarks.beside`.
+    """
     tables = []
     for record in records:
         for step, epoch, _ in record["points"]:
@@ -269,7 +275,7 @@ def cohort_items(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             table.insert(1, "step", int(step))
             table.insert(2, "epoch", epoch)
             tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return apart(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame())
 
 
 def device_name(device: torch.device) -> str:

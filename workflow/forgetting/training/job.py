@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -41,6 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
     )
     parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
+    parser.add_argument("--along", help="JSON: the benchmarks of every evaluation")
+    parser.add_argument("--along-code", help="digest of the code that asks them")
+    parser.add_argument("--along-rows", nargs="*", default=[], help="TASK=FOLDER of SPLIT.jsonl")
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
@@ -55,9 +60,11 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
     probe_files = {name: options.data / "probes" / f"{name}.jsonl" for name in spec.knowledge}
     named = spec.tuning.mitigation.tables if spec.tuning.mitigation else []
     general = dict(zip(named, options.general, strict=True))
+    tokenizer = load_tokenizer(Path(base["path"]))
+    along = _along(options, tokenizer) if options.along else None
     materials = Materials(
         base=Path(base["path"]),
-        tokenizer=load_tokenizer(Path(base["path"])),
+        tokenizer=tokenizer,
         train=prepared_lines(options.data / "train.jsonl"),
         probes={name: read_jsonl(path) for name, path in probe_files.items()},
         base_value=metric_value(
@@ -69,6 +76,7 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
             table: general_rows(path, table, spec.columns[table]) for table, path in general.items()
         },
         targets=load_targets(options.targets) if options.targets else None,
+        along=along,
         team=team,
         where=Origins(options.data, general),
     )
@@ -80,8 +88,24 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
         **({"text": sha256(options.targets)} if options.targets else {}),
+        **({"benchmarks": f"{along.digest} {options.along_code}"} if along else {}),
     }
     return Job(spec, materials, inputs)
+
+
+def _along(options: argparse.Namespace, tokenizer: Any) -> Any:
+    """What asks the benchmarks of every evaluation.
+
+    By its name, since the digest of what trains must not change with the side of the harness where
+    a study asks nothing of it; where it does, it has a digest of its own.
+    """
+    module = importlib.import_module("forgetting.benchmarks.along")
+    rows = (pair.split("=", 1) for pair in options.along_rows)
+    return module.Along(
+        module.AlongSpec.model_validate_json(options.along),
+        {task: Path(folder) for task, folder in rows},
+        tokenizer,
+    )
 
 
 class Teller:

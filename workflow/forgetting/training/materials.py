@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetting.data.table_files import Row, Where
 from forgetting.encoding.examples import tokenize
 from forgetting.encoding.store import Stored
+from forgetting.models.loading import Model
 from forgetting.records import content_key
 from forgetting.scoring.drift import BaseTargets
 from forgetting.sections.columns import Columns
@@ -54,6 +56,8 @@ class Materials:
     """Tables of general text that the method's mitigation reads."""
     targets: BaseTargets | None = None
     """What the base predicts on the study's general text."""
+    along: Callable[[Model], pd.DataFrame] | None = None
+    """Asks a model the benchmarks of every evaluation, if there are any."""
     team: Team = ALONE
     where: Where = str
     """For messages: the file and the line of a row."""

@@ -1,0 +1,77 @@
+"""Benchmarks at every evaluation of a training, on the model as it then is.
+
+Second and third paper draw benchmarks, and the answers that change hands on them, over the course
+of a training (Biderman et al. 2024, arXiv 2405.09673, figure 2; Kalajdzievski 2024, arXiv
+2401.05605, figure 4). What the evaluation asks here is what the benchmark job asks of a checkpoint,
+in the same words and batches, so that both give the same answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forgetting.benchmarks.beside import COLUMNS
+from forgetting.benchmarks.harness import Questions, answer, read_questions
+from forgetting.benchmarks.results import BenchmarkResult
+from forgetting.benchmarks.tasks import TaskSpec
+from forgetting.models.loading import Model
+from forgetting.records import InputError, content_key, sha256
+from forgetting.sections.fields import Strict
+from forgetting.sections.task import Task
+
+
+class AlongSpec(Strict):
+    """What the study says of them: tasks by name, with the number of items as their limit."""
+
+    tasks: dict[str, Task]
+    batch_size: int
+
+
+class Along:
+    """Asks models of one tokenizer; what they have in common is read when the first is asked."""
+
+    def __init__(self, spec: AlongSpec, rows: Mapping[str, Path], tokenizer: Any) -> None:
+        self.spec, self.rows, self.tokenizer = spec, rows, tokenizer
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the tasks and their rows."""
+        files = {
+            task: {path.name: sha256(path) for path in sorted(folder.glob("*.jsonl"))}
+            for task, folder in self.rows.items()
+        }
+        return content_key({"spec": self.spec.model_dump(mode="json"), "rows": files})
+
+    @cached_property
+    def _questions(self) -> Questions:
+        specs = [TaskSpec.of(name, task) for name, task in self.spec.tasks.items()]
+        return read_questions(self.tokenizer, specs, self.rows, self.spec.batch_size)
+
+    def __call__(self, model: Model) -> pd.DataFrame:
+        """The items of `main_items` of all tasks."""
+        return main_items(answer(model, self._questions))
+
+
+def main_items(result: BenchmarkResult) -> pd.DataFrame:
+    """Columns task, item, metric (the main one), value, response.
+
+    Raises:
+        InputError: a task's metric is not the mean over its items, so that these do not tell it.
+    """
+    main = result.scores[result.scores["main"].astype(bool)]
+    items = result.items.merge(main[["task", "metric"]], on=["task", "metric"])
+    means = items.groupby("task")["value"].mean()
+    for task, value in zip(main["task"], main["value"], strict=True):
+        if task not in means or not math.isclose(means[task], value, abs_tol=1e-9):
+            raise InputError(
+                f"benchmarks.along: the metric of {task} is no mean over its items; take it out, "
+                "or name another one in benchmarks.tasks"
+            )
+    responses = result.responses[["task", "item", "response"]]
+    return items.merge(responses, on=["task", "item"])[[*COLUMNS]]
