@@ -38,7 +38,11 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 
 def write_report(tables: Tables, page: Path, folder: Path) -> None:
     """Write the figures (SVG and PNG) and then the page, each file whole or not at all."""
-    specs = {name: spec_of(figure(tables)) for name, figure in FIGURES.items()}
+    specs = {
+        name: spec_of(figure(tables))
+        for name, figure in FIGURES.items()
+        if name != "course" or len(tables.course)
+    }
     for name, spec in specs.items():
         svg = static_svg(spec, _kinds(tables))
         write_atomically(folder / f"{name}.svg", svg)
