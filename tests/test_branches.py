@@ -161,7 +161,7 @@ def test_a_branch_is_the_run_of_its_budget_alone(lab: Lab, spec: CohortSpec, kin
         {"optimizer": "adafactor"},
         {"schedule": "inverse_sqrt", "decay_floor": 0.2, "floor": 0.1, "cooldown": 0.5},
         {"warmup_epochs": None, "warmup_steps": 8},
-        {"schedule": "linear"},
+        {"schedule": "linear", "warmup_epochs": None, "warmup_share": 0.3},
         {"schedule": "cosine", "floor": 0.01, "warmup_epochs": None, "warmup_share": 0.3},
     ],
     ids=["lionw", "adafactor", "inverse_sqrt", "long warm-up", "linear", "cosine"],

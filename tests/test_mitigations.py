@@ -193,7 +193,7 @@ STRONG = {
     "l2_sp": {"l2_sp": {"weight": 100.0}},
     "kl": {"kl": {"weight": 30.0}},
     "ewc": {"ewc": EWC | {"weight": 1e5}},
-    "kl on replay": {"replay": REPLAY, "kl": {"weight": 30.0, "on": "replay"}},
+    "kl on replay": {"replay": REPLAY, "kl": {"weight": 30.0, "tokens": "replay"}},
 }
 SPLIT = STRONG | {"replay": {"replay": REPLAY}}
 
@@ -668,7 +668,7 @@ MISTAKES = {
     "share 1": ({"replay": REPLAY | {"share": 1.0}}, {}, "less than 1"),
     "share 0": ({"replay": REPLAY | {"share": 0.0}}, {}, "greater than 0"),
     "kl on no replay": (
-        {"kl": {"weight": 1.0, "on": "replay"}},
+        {"kl": {"weight": 1.0, "tokens": "replay"}},
         {},
         "needs a `replay` beside it",
     ),

@@ -354,8 +354,11 @@ def test_a_mistake_between_sections_is_told_with_the_line_of_one(
         "training: {epochs: 0.5, batch_size: 1, warmup_share: 0.8}\n"
         "measurement: {every_epochs: 0.5}",
         "training: {epochs: 1, batch_size: 5, warmup_steps: 7, packing: true}",
-        "training: {epochs: 8, batch_size: 8, warmup_steps: 7, schedule: trapezoid, "
+        "training: {epochs: 8, batch_size: 8, warmup_steps: 6, schedule: trapezoid, "
         "budgets: [1, 8]}",
+        "training: {epochs: 4, batch_size: 2, warmup_share: 0.3, schedule: cosine, "
+        "budgets: [1, 4]}",
+        "training: {epochs: 1, batch_size: 2, warmup_epochs: 0, schedule: trapezoid, cooldown: 1}",
     ],
 )
 def test_what_just_fits_into_the_training_is_let_through(
@@ -378,6 +381,21 @@ def _eight_rows(tmp_path: Path) -> None:
         ("epochs: 2, batch_size: 4, warmup_steps: 4", "warmup_steps", "which has 4 (2 epochs of 8"),
         ("epochs: 1, batch_size: 8, warmup_epochs: 0.9", "warmup_epochs", "1 steps of warm-up"),
         ("epochs: 1, batch_size: 2, warmup_share: 0.9", "warmup_share", "which has 4 (1 epochs"),
+        (
+            "epochs: 4, batch_size: 2, warmup_epochs: 1, schedule: cosine, budgets: [1, 4]",
+            "warmup_epochs",
+            "which has 4 (1 epochs",
+        ),
+        (
+            "epochs: 2, batch_size: 1, warmup_epochs: 1, schedule: trapezoid, cooldown: 0.6",
+            "warmup_epochs",
+            "8 steps of warm-up go on when the cooldown begins, after 6 of 16 (2 epochs",
+        ),
+        (
+            "epochs: 2, batch_size: 1, warmup_steps: 3, schedule: inverse_sqrt, cooldown: 1",
+            "warmup_steps",
+            "after 0 of 16",
+        ),
         (
             "epochs: 8, batch_size: 8, warmup_steps: 8, schedule: trapezoid, budgets: [1, 8]",
             "warmup_steps",
@@ -649,6 +667,24 @@ def test_tiny_scale_keeps_every_budget_and_its_share(write: Any) -> None:
 def test_budgets_need_the_whole_trunk(write: Any) -> None:
     path = write(("selection:\n", BUDGETS), ("threshold: 0.9", "stop_after: 1"))
     assert "selection.stop_after: it would end the trunk" in _told(path)
+
+
+@pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[1, 0.9]", "[-0.1, 0.9]"])
+def test_moments_that_never_move_are_refused(write: Any, betas: str) -> None:
+    """PyTorch would, when the base is pretrained already."""
+    path = write(("\ntrain:", f"\ntraining: {{betas: {betas}}}\ntrain:"))
+    assert "training.betas" in _told(path)
+
+
+def test_the_tokens_of_a_penalty_are_named_as_documented(write: Any, tmp_path: Path) -> None:
+    """By a key that YAML does not read as true."""
+    replay = ", replay: {table: facts/more, share: 0.5}"
+    kept = f"mitigation: {{kl: {{weight: 1, tokens: replay}}{replay}}}"
+    path = write(("  - method: lora\n", f"  - method: lora\n    {kept}\n"))
+    (tmp_path / "facts" / "more.jsonl").write_text('{"text": "More."}\n')
+    _plan(path)
+    path.write_text(path.read_text().replace(replay, ""))
+    assert "`kl: {tokens: replay}` needs a `replay` beside it" in _told(path)
 
 
 @pytest.mark.parametrize(

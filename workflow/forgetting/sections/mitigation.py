@@ -32,7 +32,7 @@ class PredictionPenalty(Strict):
     """
 
     weight: NotNegative = Field(description="Weight of the penalty; the loss is in nats per token.")
-    on: Literal["all", "replay"] = Field(
+    tokens: Literal["all", "replay"] = Field(
         "all", description="The mean is over all target tokens, or those of the replayed rows."
     )
 
@@ -89,8 +89,8 @@ class Mitigation(Strict):
     def _does_something(self) -> Mitigation:
         if not any(value for key, value in self if key != "suffix"):
             raise ValueError("name at least one mitigation, or leave the section out")
-        if self.kl and self.kl.on == "replay" and not self.replay:
-            raise ValueError("`kl: {on: replay}` needs a `replay` beside it")
+        if self.kl and self.kl.tokens == "replay" and not self.replay:
+            raise ValueError("`kl: {tokens: replay}` needs a `replay` beside it")
         return self
 
     @property

@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from forgetting.sections.fields import Count, NotNegative, Positive, Share, Strict, distinct
+from forgetting.sections.fields import (
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Share,
+    Strict,
+    distinct,
+)
+
+Decay = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Training(Strict):
@@ -78,7 +88,7 @@ class Training(Strict):
         description="adamw; lionw: Lion with a weight decay that the rate does not multiply; "
         "adafactor: factored second moments, steps relative to the weights.",
     )
-    betas: tuple[Share, Share] | None = Field(
+    betas: tuple[Decay, Decay] | None = Field(
         None,
         description="Decay rates of the moments: (0.9, 0.999) for adamw and (0.9, 0.95) for lionw "
         "by default; adafactor has none.",

@@ -91,7 +91,11 @@ def _text(study: Study, on_hub: set[str]) -> GeneralText | None:
 def _short(training: Training) -> Training:
     """Two epochs of small batches, and three budgets, each as large a share of the longest."""
     longest = training.epochs
-    no_other = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
+    warmup: dict[str, object] = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_share": None}
+    if training.budgets and not training.has_cooldown:  # each of them is warmed up by itself
+        warmup |= {"warmup_epochs": None, "warmup_share": 0.1}
+    if training.cooldown:
+        warmup["cooldown"] = min(training.cooldown, 0.5)
     some = sorted(training.budgets)
     some = sorted({some[0], some[len(some) // 2], some[-1]}) if some else []
     budgets = [EPOCHS * budget / longest for budget in some]
@@ -101,7 +105,7 @@ def _short(training: Training) -> Training:
             "batch_size": 4,
             "budgets": budgets,
             "max_length": min(training.max_length, CONTEXT),
-            **no_other,
+            **warmup,
         }
     )
 

@@ -84,7 +84,7 @@ def train_branches(
         inputs,
         state,
         lambda run, *progress: tell(known[run], *progress),
-        branches=True,
+        branches=spec.training.has_cooldown,
     )
     for name, setting in own:
         _forget_trunk(by_run[name], spec, setting, inputs, state)

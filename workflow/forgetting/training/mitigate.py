@@ -85,7 +85,7 @@ def build_safeguards(
     return Safeguards(
         replay=tables[mitigation.replay.table] if mitigation.replay else (),
         share=mitigation.replay.share if mitigation.replay else 0.0,
-        on_new=on_tokens if mitigation.kl and mitigation.kl.on == "all" else None,
+        on_new=on_tokens if mitigation.kl and mitigation.kl.tokens == "all" else None,
         on_replayed=on_tokens,
         on_weights=tuple(on_weights),
     )

@@ -56,21 +56,34 @@ def _warmup(training: Training, steps: int, steps_per_epoch: int) -> int:
 
 
 def warmup_mistake(examples: int, training: Training) -> tuple[str, str] | None:
-    """The key of a warm-up that a run does not outlive, and what to say of it; None if it does.
+    """The key of a warm-up after which a run has no peak, and what to say of it; None if it has.
 
-    With `budgets` the longest counts: shorter ones may end within the warm-up that all share.
+    Of `budgets` that share a trunk the longest counts: shorter ones may end within the warm-up that
+    all share. Of others every one is a run of its own.
     """
     per_epoch = math.ceil(examples / training.batch_size)
-    steps = steps_of(training.epochs, per_epoch)
-    warmup = _warmup(training, steps, per_epoch)
-    if warmup < steps:
-        return None
+    alone = training.budgets and not training.has_cooldown
     given = [key for key in ("warmup_steps", "warmup_share") if getattr(training, key) is not None]
-    return (given or ["warmup_epochs"])[0], (
-        f"{warmup:,} steps of warm-up leave nothing of the training, which has {steps:,} "
-        f"({training.epochs:g} epochs of {examples:,} examples, {training.batch_size:,} to a "
-        "batch), so that the rate would never be at its peak; make it smaller, or train longer"
-    )
+    key = (given or ["warmup_epochs"])[0]
+    for epochs in sorted(training.budgets) if alone else [training.epochs]:
+        steps = steps_of(epochs, per_epoch)
+        warmup, falls = _warmup(training, steps, per_epoch), cooldown_start(training, steps)
+        whole = (
+            f"{steps:,} ({epochs:g} epochs of {examples:,} examples, {training.batch_size:,} to a "
+            "batch)"
+        )
+        if warmup >= steps:
+            return key, (
+                f"{warmup:,} steps of warm-up leave nothing of the training, which has {whole}, so "
+                "that the rate would never be at its peak; make it smaller, or train longer"
+            )
+        if warmup > falls:
+            return key, (
+                f"{warmup:,} steps of warm-up go on when the cooldown begins, after {falls:,} of "
+                f"{whole}, so that the rate would never be at its peak; make it or "
+                "training.cooldown smaller, or train longer"
+            )
+    return None
 
 
 def cooldown_start(training: Training, steps: int) -> int:
