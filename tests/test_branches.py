@@ -29,6 +29,7 @@ from forgetting.training import cohort as cohort_module
 from forgetting.training import train as train_module
 from forgetting.training.branches import alone, train_branches, train_trunks
 from forgetting.training.cohort import cohort_items, run_key, train_cohort
+from forgetting.training.gradients import StepLoss
 from forgetting.training.materials import CohortSpec, Materials
 from killing import Killed, kill_at
 
@@ -222,7 +223,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
     def poisoned(model: Any, examples: Any, runs: Any, stack: Any) -> Any:
         losses, tokens = original(model, examples, runs, stack)
-        return ([float("nan")] * len(runs) if runs[0].progress.step == at else losses), tokens
+        nothing = [StepLoss(float("nan"), 0.0)] * len(runs)
+        return (nothing if runs[0].progress.step == at else losses), tokens
 
     monkeypatch.setattr(train_module, "_step", poisoned)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.encoding.encode import Example, encode_pair, encode_text
 from forgetting.models.adapters import attach
+from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model, load_base
 from forgetting.models.tuned import save_checkpoint, trained_state
 from forgetting.records import InputError, write_json, write_jsonl
@@ -362,6 +363,17 @@ def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = penalty(_moved(model), batch, target_logits(model, batch))
     assert value.dtype == torch.float32
+
+
+def test_kl_of_an_untrained_model_is_nothing_also_in_bfloat16(gym: Gym) -> None:
+    """The frozen copy attends as the model does, so that the two round alike."""
+    model = gym.model(FULL)
+    penalty = kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    half = torch.bfloat16
+    with quick_attention(model, batch.mask, half) as mask, torch.autocast("cpu", dtype=half):
+        batch = replace(batch, mask=mask)
+        assert penalty(model, batch, target_logits(model, batch)).item() == 0.0
 
 
 # --- EWC ----------------------------------------------------------------------------------------

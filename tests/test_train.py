@@ -26,6 +26,7 @@ from forgetting.scoring.forward import target_logits
 from forgetting.scoring.probes import measure
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.training import Training
 from forgetting.sections.variants import Budget
@@ -585,6 +586,37 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_records(
     assert bench.kept() == ["step-0000006"]
     assert len(list(bench.folder.glob("items-*"))) == 2
     assert all(torch.isfinite(tensor).all() for tensor in trained_state(model).values())
+
+
+def test_a_loss_that_explodes_ends_the_run_though_it_is_a_number(bench: Bench) -> None:
+    """A rate far too high: the loss is thrice that of a guess long before it is no number."""
+    bench.tuning = FULL
+    bench.recipe = replace(bench.recipe, setting=Setting(learning_rate=100.0))
+    progress, model = bench.start()
+    guess = math.log(model.config.vocab_size)
+    assert progress.status == "diverged"
+    assert 0 < progress.step < bench.recipe.schedule.steps
+    assert max(progress.losses) <= 3.0 * max(progress.losses[0], guess)
+    assert all(math.isfinite(loss) for loss in progress.losses)
+    again, _ = bench.start()
+    assert (again.status, again.losses) == (progress.status, progress.losses)
+
+
+def test_a_penalty_is_no_loss_and_explodes_nothing(bench: Bench) -> None:
+    """It stands apart, so that the curves of methods can be compared: here it is a thousandfold."""
+    plain = replace(bench.recipe, setting=Setting(learning_rate=1e-5))
+    bench.recipe = plain
+    alone, _ = bench.start()
+    bench.folder = bench.folder.parent / "penalized"
+    bench.tuning = bench.tuning.model_copy(
+        update={"mitigation": Mitigation.model_validate({"l2_sp": {"weight": 1e12}})}
+    )
+    kept, _ = bench.start()
+    assert kept.status == "ok"
+    assert kept.losses[0] == alone.losses[0]
+    assert max(kept.penalties) > 100.0
+    assert alone.penalties == [0.0] * len(alone.losses)
+    assert kept.losses[-1] == pytest.approx(alone.losses[-1], rel=0.2)
 
 
 def test_a_diverged_run_started_again_diverges_again(

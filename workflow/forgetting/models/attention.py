@@ -35,7 +35,9 @@ def quick_attention(
         model.set_attn_implementation("eager")
     try:
         # A model that knows products alone takes no mask of truth values either.
-        yield _added(mask, precision) if mask.ndim == 4 and _way(model) == "eager" else mask
+        yield (
+            _added(mask, precision) if mask.dtype == torch.bool and _way(model) == "eager" else mask
+        )
     finally:
         if changes:
             model.set_attn_implementation("sdpa")

@@ -42,6 +42,8 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    """Of every step, per target token: penalties stand apart, so that methods can be compared."""
+    penalties: list[float] = field(default_factory=list)
     points: list[list[float]] = field(default_factory=list)
     status: str = "running"
     micro_batch_size: int | None = None

@@ -214,6 +214,7 @@ def _record(place: Place, progress: Progress) -> dict[str, Any]:
         "steps": progress.step,
         "tokens": progress.tokens,
         "losses": progress.losses,
+        "penalties": progress.penalties if any(progress.penalties) else [],
         "points": progress.points,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -23,13 +25,25 @@ FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
 in two pays for a small model; a GPU waits for launches rather than for padding."""
 
 
+class StepLoss(NamedTuple):
+    """What a step has minimized, in nats: the mean over its target tokens, and all penalties."""
+
+    tokens: float
+    penalty: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Are both numbers?"""
+        return math.isfinite(self.tokens) and math.isfinite(self.penalty)
+
+
 def gradients_that_fit(
     model: Model,
     recipe: Recipe,
     groups: Sequence[Group],
     progress: Progress,
     optimizer: torch.optim.Optimizer | Stack,
-) -> list[float]:
+) -> list[StepLoss]:
     """Gradients and losses of a step; where memory runs out, again with half the rows at once.
 
     There is one loss for each run of a stack, and one without. The smaller number stays for the
@@ -68,7 +82,7 @@ def gradients_that_fit(
 
 def _gradients(
     model: Model, recipe: Recipe, groups: Sequence[Group], most_rows: int, stack: Stack | None
-) -> list[float]:
+) -> list[StepLoss]:
     """Accumulate the gradients of a step in passes of at most so many rows; returns the losses.
 
     With a stack, each of its runs passes that many rows. Of several processes, each passes its
@@ -79,7 +93,7 @@ def _gradients(
     overhead = FORWARD_OVERHEAD[device.type] // (1 if stack and stack.has_dropout else runs)
     targets = sum(example.targets for rows, _ in groups for example in rows)
     penalized = sum(example.targets for rows, penalty in groups if penalty for example in rows)
-    total = torch.zeros(runs, dtype=torch.float64, device=device)
+    total, extra = torch.zeros(2, runs, dtype=torch.float64, device=device)
     # Long texts are no reason to pad short answers, so the groups never share a forward pass.
     for rows, on_tokens in groups:
         for passed in team.passes(rows, most_rows, overhead):
@@ -89,14 +103,16 @@ def _gradients(
                 with autocast(device, recipe.precision):
                     logits = target_logits(model, part)
                     losses = -logprobs_of(logits, part).view(runs, -1).sum(1) / targets
+                    total += losses.detach().double()
                     if on_tokens:
-                        losses = losses + on_tokens(model, part, logits) / penalized
+                        penalty = on_tokens(model, part, logits) / penalized
+                        extra += penalty.detach().double()
+                        losses = losses + penalty
                 losses.sum().backward()  # type: ignore[no-untyped-call]
-            total += losses.detach().double()
     add_gradients(model.parameters(), team)
-    total = team.total(total)
+    total, extra = team.total(total), team.total(extra)
     for on_weights in recipe.safeguards.on_weights:
         loss = on_weights(model)
         loss.backward()  # type: ignore[no-untyped-call]
-        total += whole(loss.detach()).double()
-    return list(map(float, total))
+        extra += whole(loss.detach()).double()
+    return [StepLoss(*pair) for pair in zip(total.tolist(), extra.tolist(), strict=True)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from forgetting.data.rows import evenly_spaced
 from forgetting.encoding.encode import Example
 from forgetting.encoding.examples import shuffled
+from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model
 from forgetting.scoring.forward import Batch, collate, target_logits
 from forgetting.sections.mitigation import Mitigation
@@ -147,8 +148,12 @@ def base_predictor(
     frozen = frozen.eval().requires_grad_(False)
 
     def predict(model: Model, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return target_logits(frozen, batch)
+        # In the same way as the model beside it, so that no rounding stands between the two.
+        kind, half = batch.ids.device.type, torch.float32
+        if torch.is_autocast_enabled(kind):
+            half = torch.get_autocast_dtype(kind)
+        with torch.no_grad(), quick_attention(frozen, batch.mask, half) as mask:
+            return target_logits(frozen, replace(batch, mask=mask))
 
     return predict
 

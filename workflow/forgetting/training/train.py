@@ -19,11 +19,14 @@ from forgetting.scoring.forward import collate, token_logprobs
 from forgetting.select import is_over, recorded_points
 from forgetting.training.checkpoints import STARTS, Progress, prune, resume, write_checkpoint
 from forgetting.training.fused import Stack, leave, seat, trained_weights
-from forgetting.training.gradients import gradients_that_fit
+from forgetting.training.gradients import StepLoss, gradients_that_fit
 from forgetting.training.optimize import make_optimizer
 from forgetting.training.recipe import Recipe, groups_of_step
 from forgetting.training.schedule import Schedule, learning_rate
 from forgetting.training.together import read_end, rewind, write_end
+
+EXPLODED = 3.0
+"""So many times the loss of its beginning, or of blind guessing, ends a run as diverged."""
 
 Evaluate = Callable[[Model], tuple[pd.DataFrame, float]]
 """Measures a model: its items, and the value that the selection rule looks at."""
@@ -68,9 +71,10 @@ def train(
     At each evaluation step the items are written to folder/items-STEP.parquet, then a checkpoint
     to folder/step-STEP; checkpoints that the selection rule can no longer pick are removed. Where
     branches leave a trunk, a checkpoint is written to folder/starts/step-STEP, and stays. A loss
-    that is not a finite number ends the run with status `diverged`; with `recipe.stop_after` a run
-    also ends so many evaluations after it reached the threshold. A run of two parts has reached
-    `begun` in its first part, which ends at `recipe.until` with status `running`.
+    that is not a finite number, or has exploded, ends the run with status `diverged`; with
+    `recipe.stop_after` a run also ends so many evaluations after it reached the threshold. A run of
+    two parts has reached `begun` in its first part, which ends at `recipe.until` with status
+    `running`.
     """
     weights = trained_weights(model)
     run = Run(recipe, folder, weights, _optimizer(weights, recipe))
@@ -145,7 +149,7 @@ def _run_all(
         step += 1
         seconds = (time.monotonic() - started) / len(going)
         for run, loss in zip(going, losses, strict=True):
-            _note(run.progress, loss, tokens, seconds)
+            _note(model, run.progress, loss, tokens, seconds)
         left = [run for run in going if run.progress.status == "running"]
         if step in schedule.evaluations:
             for run in left:
@@ -171,15 +175,27 @@ def _sit_down(model: Model, going: Sequence[Run], before: Stack | None) -> Stack
     return None
 
 
-def _note(progress: Progress, loss: float, tokens: int, seconds: float) -> None:
+def _note(model: Model, progress: Progress, loss: StepLoss, tokens: int, seconds: float) -> None:
     """What a step has come to."""
-    if not math.isfinite(loss):
+    if has_diverged(model, progress, loss):
         progress.status = "diverged"
         return
     progress.step += 1
     progress.tokens += tokens
-    progress.losses.append(loss)
+    progress.losses.append(loss.tokens)
+    progress.penalties.append(loss.penalty)
     progress.seconds += seconds
+
+
+def has_diverged(model: Model, progress: Progress, loss: StepLoss) -> bool:
+    """Is the loss of a step no number, or has it exploded?
+
+    It has, where it is more than `EXPLODED` times the larger of the run's first loss and ln V, what
+    a guess among all V tokens costs; penalties do not count.
+    """
+    first = progress.losses[0] if progress.losses else loss.tokens
+    usual = max(first, math.log(model.config.vocab_size))
+    return not loss.is_finite or loss.tokens > EXPLODED * usual
 
 
 def _evaluate(model: Model, run: Run, evaluate: Evaluate) -> None:
@@ -220,10 +236,10 @@ def _is_sound(model: Model, examples: Sequence[Example], recipe: Recipe) -> bool
 
 def _step(
     model: Model, examples: Sequence[Example], runs: Sequence[Run], stack: Stack | None
-) -> tuple[list[float], int]:
+) -> tuple[list[StepLoss], int]:
     """One update of each run on the mean loss over all target tokens of the batch, however split.
 
-    Returns the losses, penalties included, and the number of tokens that each run has seen.
+    Returns the losses, and the number of tokens that each run has seen.
     """
     first = runs[0]
     groups = groups_of_step(examples, first.recipe, first.progress.step)
@@ -232,7 +248,7 @@ def _step(
     )
     for run, loss in zip(runs, losses, strict=True):
         run.progress.micro_batch_size = first.progress.micro_batch_size
-        if math.isfinite(loss):
+        if not has_diverged(model, run.progress, loss):
             _update(model, run)
     return losses, sum(len(example.ids) for rows, _ in groups for example in rows)
 
