@@ -96,13 +96,14 @@ def _meeting(nodes: int) -> list[str]:
 def _killed(error: ChildFailedError, processes: str) -> str | None:
     """Tell of a process that could tell nothing itself; those that were ended for it come last."""
     killed = [(rank, found) for rank, found in error.failures.items() if found.exitcode < 0]
-    for rank, found in sorted(killed, key=lambda pair: pair[1].exitcode == -signal.SIGTERM):
-        return (
-            f"error: process {rank} of 0 to {int(processes) - 1} was killed by "
-            f"{found.signal_name()} and the others were ended: perhaps memory ran out. "
-            "Started again, the run goes on from its newest checkpoint"
-        )
-    return None
+    if not killed:
+        return None
+    rank, found = min(killed, key=lambda pair: pair[1].exitcode == -signal.SIGTERM)
+    return (
+        f"error: process {rank} of 0 to {int(processes) - 1} was killed by "
+        f"{found.signal_name()} and the others were ended: perhaps memory ran out. "
+        "Started again, the run goes on from its newest checkpoint"
+    )
 
 
 if __name__ == "__main__":
