@@ -190,7 +190,7 @@ def test_a_key_without_effect_is_refused(settings: dict[str, Any], told: str) ->
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"schedule": "linear"}, "schedule trapezoid or inverse_sqrt"),
+        ({"schedule": "constant"}, "schedule linear or cosine, or trapezoid or inverse_sqrt"),
         ({"cooldown": 0.0}, "a `cooldown` above 0"),
         ({"epochs": 2.0}, "4 epochs are more than the 2 `epochs` of the trunk"),
         ({"epochs": 8.0}, "the longest must be `epochs`, 8"),

@@ -24,7 +24,7 @@ class Setting(Strict):
     """One point of the sweep."""
 
     learning_rate: Positive = Field(description="Peak learning rate.")
-    weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay of AdamW.")
+    weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay.")
 
 
 class Method(Strict):
@@ -84,7 +84,7 @@ class Method(Strict):
     )
     weight_decay: Annotated[
         list[NotNegative], BeforeValidator(several), AfterValidator(distinct)
-    ] = Field([0.0], min_length=1, description="Decoupled weight decays of AdamW.")
+    ] = Field([0.0], min_length=1, description="Decoupled weight decays.")
     processes: Count | None = Field(
         None,
         description="Processes that train each run together, a GPU each; by default so many as "
