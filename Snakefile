@@ -20,8 +20,11 @@ include: "workflow/rules/common.smk"
 
 onstart:
     # A snakemake that was killed may have left jobs that would write what this one writes.
-    for message in end_leftovers(Path.cwd(), Path("logs/slurm")):
-        logger.warning(message)
+    try:
+        for message in end_leftovers(Path.cwd(), Path("logs/slurm")):
+            logger.warning(message)
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
 
 
 rule all:

@@ -315,6 +315,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another partition may be for longer jobs without GPUs, and one job may not have them all."""
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        "partitions:\n"
+        "  gpu: {max_runtime: 1d, max_gpu: 8, max_mem_mb: 400000}\n"
+        "  cpu: {max_runtime: 7d, max_mem_mb: 900000}\n"
+        "machines: {device: A100, count: 4, gpus: 8, cpus: 64, memory_gb: 1000}\n"
+    )
+    monkeypatch.delenv("SNAKEMAKE_SLURM_PARTITIONS", raising=False)
+    site = read_site(path)
+    costs = Costs(_study("biderman-math-cpt"), site)
+    for name in costs.tunings:
+        assert costs.team(name).processes <= 8
+        told = asked("finetune", costs.of("finetune", {"method": name}), site, attempt=3)
+        assert told["runtime"] <= 1440
+        assert told["gpu"] <= 8
+        assert told["mem_mb"] <= 400_000
+    assert site.longest_light == 7 * 1440
+    path.write_text(path.read_text().replace("max_runtime: 1d", "max_runtime: 0"))
+    with pytest.raises(InputError, match="max_runtime: 0"):
+        read_site(path)
+
+
 @pytest.mark.parametrize("device", ["H100", "CPU"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whatever_a_study_asks_for_has_a_size(

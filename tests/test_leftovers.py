@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from forgetting.leftovers import end_leftovers
+from forgetting.records import InputError
 
 RUN = "77f8388a-2830-4ec5-8d0f-610fb311e0e6"
 SQUEUE = '#!/bin/sh\n[ -e "{0}/down" ] && exit 1\ncat "{0}/queue"\n'
@@ -70,6 +71,15 @@ def test_where_nothing_was_submitted_slurm_is_not_asked(folder: Path) -> None:
 
 def test_what_cannot_be_known_or_ended_is_told(folder: Path) -> None:
     (folder.parent / "stuck").touch()
-    assert _end(folder, patience=0.0).endswith("not ended yet: SLURM jobs 11, 12")
+    with pytest.raises(InputError, match="not known to have ended: SLURM jobs 11, 12;"):
+        _end(folder, patience=0.0)
     (folder.parent / "down").touch()
     assert "squeue does not answer" in _end(folder)
+
+
+def test_jobs_of_which_nobody_tells_are_not_taken_for_ended(folder: Path) -> None:
+    """The controller goes away between scancel and the next look: nothing may be submitted."""
+    scancel = folder.parent / "scancel"
+    scancel.write_text(f'#!/bin/sh\ntouch "{folder.parent}/down"\n', encoding="utf-8")
+    with pytest.raises(InputError, match="not known to have ended: SLURM jobs 11, 12;"):
+        _end(folder, patience=0.0)

@@ -47,6 +47,25 @@ def test_a_controller_that_is_away_is_waited_for(path: str, tmp_path: Path) -> N
     assert told == [*["asked", "slept 5"] * 2, "asked", "sbatch --parsable --wrap=a job"]
 
 
+def test_of_a_snakemake_that_was_killed_nothing_is_submitted(path: str, tmp_path: Path) -> None:
+    """It waited for the controller meanwhile; the next snakemake would not know of the job."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = os.environ | {"PATH": path, "FORGETTING_SNAKEMAKE": str(gone.pid)}
+    done = subprocess.run(["sbatch", "a job"], env=environment, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "sbatch" not in (tmp_path / "told").read_text(encoding="utf-8")
+
+
+def test_it_does_not_start_itself_for_ever(path: str, tmp_path: Path) -> None:
+    """Where the path names its folder in another way."""
+    (tmp_path / "sbatch").unlink()
+    odd = f"{PATIENT}/:{path}"
+    environment = os.environ | {"PATH": odd}
+    done = subprocess.run(["sbatch"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 127
+
+
 def test_without_the_means_to_ask_nothing_is_waited_for(path: str, tmp_path: Path) -> None:
     """Where there is no scontrol: the programs of a shell are all else that it takes."""
     (tmp_path / "scontrol").unlink()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from forgetting.queue import ask, queued
+from forgetting.records import InputError
 
 PATIENCE = 120.0
 """Seconds in which a cancelled job is gone: SLURM kills after KillWait, by default 30."""
@@ -26,6 +27,9 @@ def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[
         folder: where snakemake runs, and its jobs.
         logs: where SLURM writes their logs; without it there never was such a job.
         patience: seconds to wait until they have ended.
+
+    Raises:
+        InputError: they have not, or nobody knows: what is submitted now might write their files.
     """
     if not logs.is_dir():
         return []
@@ -40,11 +44,21 @@ def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[
     numbers = [job.number for job in found]
     ask("scancel", *numbers)
     deadline = time.monotonic() + patience
-    while left := {job.number for job in queued(folder) or []} & {*numbers}:
+    while left := _left(folder, numbers):
         if time.monotonic() > deadline:
-            return [f"cancelled, but not ended yet: SLURM jobs {', '.join(sorted(left))}"]
+            raise InputError(
+                "jobs of a killed snakemake were cancelled, but are not known to have ended: SLURM "
+                f"jobs {', '.join(left)}; start again when squeue no longer shows them"
+            )
         time.sleep(1.0)
     return [f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"]
+
+
+def _left(folder: Path, numbers: list[str]) -> list[str]:
+    """Those of the jobs that are still in the queue; all, if the controller does not answer."""
+    found = queued(folder)
+    known = {job.number for job in found or []}
+    return [number for number in numbers if found is None or number in known]
 
 
 def locks(folder: Path) -> int:

@@ -178,7 +178,9 @@ class Costs:
             disk_bytes=disk,
             copied_bytes=self._copied_bytes + train_bytes(self.study),
             cores=team.here * self.site.cores,
-            more=self.site.machines.gpus if shared and team.nodes == 1 else 0,
+            more=min(self.site.machines.gpus, self.site.most_gpus or self.site.devices)
+            if shared and team.nodes == 1
+            else 0,
         )
 
     def _stages(self, tuning: Tuning, team: Team, budget: str = "") -> dict[str, float]:
@@ -206,8 +208,11 @@ class Costs:
             return Team()
         if tuning.kind == "full" and self.study.training.optimizer == "adafactor":
             return Team()
+        most = self.site.most_gpus or self.site.devices
         here = [count for count in (1, 2, 4, 8, 16) if count < machines.gpus] + [machines.gpus]
+        here = [count for count in here if count <= most] or [1]
         wider = [nodes for nodes in (2, 4, 8, 16, 32, 64) if nodes <= machines.count]
+        wider = [nodes for nodes in wider if nodes * machines.gpus <= most]
         teams = [Team(count) for count in here]
         teams += [Team(nodes * machines.gpus, nodes) for nodes in wider]
         # Where none fits, more GPUs help what is sharded, and nothing else.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,8 +38,10 @@ class Site(Strict):
 
     cluster: Literal["slurm", "kubernetes"] = Field("slurm", description="What starts the jobs.")
     machines: Machines = Machines()
-    longest: int = Field(2880, description="Minutes that a job may run at most.")
+    longest: int = Field(2880, description="Minutes that a job with GPUs may run at most.")
+    longest_light: int = Field(2880, description="The same of a job without.")
     largest: int = Field(2_000_000, description="Memory of a machine for one job, in MB.")
+    most_gpus: int | None = Field(None, description="GPUs that a job may have at most.")
 
     @property
     def device(self) -> Device:
@@ -59,6 +62,8 @@ class Site(Strict):
 def read_site(path: Path) -> Site:
     """The site that a file describes; the limits are the widest of its partitions.
 
+    Jobs with GPUs go by the partitions that have some (`max_gpu`), if any says that it has.
+
     Raises:
         InputError: names the file and the key.
     """
@@ -69,20 +74,15 @@ def read_site(path: Path) -> Site:
         told = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         machines = Machines.model_validate(told.get("machines") or {})
         partitions = list((told.get("partitions") or {}).values())
+        with_gpus = [p for p in partitions if p.get("max_gpu")] or partitions
+        memory = int(1000 * machines.memory_gb)
         site = Site(
             cluster=told.get("cluster", "slurm"),
             machines=machines,
-            longest=max(
-                (_minutes(p["max_runtime"]) for p in partitions if "max_runtime" in p),
-                default=Site.model_fields["longest"].default,
-            ),
-            largest=min(
-                max(
-                    (int(p["max_mem_mb"]) for p in partitions if "max_mem_mb" in p),
-                    default=Site.model_fields["largest"].default,
-                ),
-                int(1000 * machines.memory_gb),
-            ),
+            longest=_widest(with_gpus, "max_runtime", _minutes) or 2880,
+            longest_light=_widest(partitions, "max_runtime", _minutes) or 2880,
+            largest=min(_widest(with_gpus, "max_mem_mb", _count) or 2_000_000, memory),
+            most_gpus=_widest(with_gpus, "max_gpu", _count),
         )
         find_device(machines.device, 1)
     except OSError as error:
@@ -102,9 +102,22 @@ def read_site(path: Path) -> Site:
     return site
 
 
+def _widest(
+    partitions: Sequence[Mapping[str, Any]], key: str, read: Callable[[Any], int]
+) -> int | None:
+    """The largest limit of partitions, if one of them has it."""
+    return max((read(p[key]) for p in partitions if key in p), default=None)
+
+
+def _count(told: Any) -> int:
+    if isinstance(told, bool) or not isinstance(told, int) or told < 0:
+        raise ValueError(f"max_gpu or max_mem_mb: {told}; give a whole number")
+    return told
+
+
 def _minutes(told: Any) -> int:
     """Minutes of a partition's longest run: a number of them, or as `48h` or `2d`."""
-    found = re.fullmatch(r"(\d+)\s*(m|h|d|)", str(told).strip())
+    found = re.fullmatch(r"([1-9]\d*)\s*(m|h|d|)", str(told).strip())
     if found is None:
         raise ValueError(f"max_runtime: {told}; give minutes, or a number with h or d")
     return int(found[1]) * {"": 1, "m": 1, "h": 60, "d": 1440}[found[2]]

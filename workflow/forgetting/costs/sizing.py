@@ -34,10 +34,11 @@ def asked(rule: str, cost: Cost, site: Site, attempt: int = 1) -> dict[str, int]
     memory = math.ceil(MEMORY * growth * times * cost.host_bytes / 1e6)
     least = math.ceil(growth * LEAST_MEMORY[rule in ON_DEVICES])
     minutes = math.ceil(TIME * cost.seconds / 60)
+    longest = site.longest if rule in ON_DEVICES and site.device.is_gpu else site.longest_light
     disk = cost.copied_bytes if site.cluster == "kubernetes" else cost.disk_bytes
     found = {
         "mem_mb": min(max(memory, least), site.largest),
-        "runtime": min(max(minutes, LEAST_TIME) * attempt, site.longest),
+        "runtime": min(max(minutes, LEAST_TIME) * attempt, longest),
         "cpus_per_task": min(cost.cores * times, site.machines.cpus),
         "disk_mb": max(1000, math.ceil(MEMORY * disk / 1e6)),
     }
