@@ -517,7 +517,7 @@ def test_a_site_of_other_machines_changes_what_is_asked(
     """Nothing of a site stands in the rules: smaller GPUs are more of them, and longer."""
     site = tmp_path / "site.yaml"
     site.write_text(
-        "partitions: {short: {max_runtime: 8h, max_gpu: 4, max_mem_mb: 500000}}\n"
+        "partitions: {short: {max_runtime: 8h, max_gpu: 8, max_mem_mb: 500000}}\n"
         "machines: {device: L40S, count: 2, gpus: 4, cpus: 16, memory_gb: 500}\n"
     )
     monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", str(site))
