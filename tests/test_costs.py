@@ -252,6 +252,8 @@ def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
         "machines: {device: H300}": "machines.device: H300 is not known",
         "machines: {gpu: 8}": "machines.gpu: Extra inputs are not permitted",
         "partitions: {gpu: {max_runtime: soon}}": "max_runtime: soon; give minutes",
+        "partitions: {gpu: {max_mem_mb: -1}}": "max_gpu or max_mem_mb: -1; give a whole number",
+        "machine: {device: A100}": "`machine` is not known",
         "[": "not a file of a site",
     }.items():
         site.write_text(text)

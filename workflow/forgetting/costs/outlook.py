@@ -15,6 +15,7 @@ from forgetting.costs.footprint import finished_bytes
 from forgetting.costs.jobs import Planned
 from forgetting.costs.simulate import Work, longest_path, schedule
 from forgetting.costs.site import Site
+from forgetting.costs.volumes import train_bytes
 from forgetting.records import InputError
 
 QUEUE = 30.0
@@ -65,16 +66,24 @@ class Forecast:
 
     @property
     def disk(self) -> dict[str, float]:
-        """Bytes from the hub, of finished runs, and the most at once, if all jobs run together."""
+        """Bytes from the hub, of finished runs, and the most at once, if all jobs run together.
+
+        What is trained on lies there once more, as it was prepared.
+        """
         case, costs = self.costs.case, self.costs
         fetched = sum(costs.downloads.values())
+        prepared = train_bytes(costs.study)
         finished, most = 0.0, 0.0
         for number, job in self.jobs.items():
             if job.rule in TRAINING:
                 tuning = costs.tunings[job.wildcards["method"]]
                 finished += len(tuning.settings) * finished_bytes(case, tuning)
                 most += self.of[number].disk_bytes
-        return {"download": fetched, "finished": fetched + finished, "most": fetched + most}
+        return {
+            "download": fetched,
+            "finished": fetched + prepared + finished,
+            "most": fetched + prepared + most,
+        }
 
 
 def gpu_seconds(job: Planned, cost: Cost) -> float:
@@ -129,7 +138,9 @@ def with_machines(site: Site, device: str | None, gpus: int | None) -> Site:
             )
         cpus = max(1, site.machines.cpus * each // site.machines.gpus)
         changes |= {"count": gpus // each, "gpus": each, "cpus": cpus}
-    return site.model_copy(update={"machines": site.machines.model_copy(update=changes)})
+    # So many as are asked for may also be those of one job.
+    most = {"most_gpus": gpus} if gpus else {}
+    return site.model_copy(update={"machines": site.machines.model_copy(update=changes), **most})
 
 
 def as_values(found: Forecast) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def read_site(path: Path) -> Site:
     path = Path(os.environ.get(VARIABLE, path))
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if unknown := [name for name in told if name not in ("cluster", "machines", "partitions")]:
+            raise ValueError(f"`{unknown[0]}` is not known")
         machines = Machines.model_validate(told.get("machines") or {})
         partitions = list((told.get("partitions") or {}).values())
         with_gpus = [p for p in partitions if p.get("max_gpu")] or partitions
