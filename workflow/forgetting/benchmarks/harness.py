@@ -186,11 +186,12 @@ def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
     import torch
 
     from forgetting.benchmarks.one_reading import OneReadingLM
+    from forgetting.models.loading import precision_within
 
     lm = OneReadingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     # The harness would else leave our mixed precision for its generations.
-    if torch.is_autocast_enabled(model.device.type):
-        lm.mixed_precision_dtype = torch.get_autocast_dtype(model.device.type)
+    if (precision := precision_within(model.device)) != torch.float32:
+        lm.mixed_precision_dtype = precision
     return lm
 
 

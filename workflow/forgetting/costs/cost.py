@@ -178,7 +178,7 @@ class Costs:
             disk_bytes=disk,
             copied_bytes=self._copied_bytes + train_bytes(self.study),
             cores=team.here * self.site.cores,
-            more=min(self.site.machines.gpus, self.site.most_gpus or self.site.devices)
+            more=min(self.site.machines.gpus, self.site.devices_of_a_job)
             if shared and team.nodes == 1
             else 0,
         )
@@ -208,7 +208,7 @@ class Costs:
             return Team()
         if tuning.kind == "full" and self.study.training.optimizer == "adafactor":
             return Team()
-        most = self.site.most_gpus or self.site.devices
+        most = self.site.devices_of_a_job
         here = [count for count in (1, 2, 4, 8, 16) if count < machines.gpus] + [machines.gpus]
         here = [count for count in here if count <= most] or [1]
         wider = [nodes for nodes in (2, 4, 8, 16, 32, 64) if nodes <= machines.count]

@@ -78,11 +78,7 @@ def _jobs(config: Mapping[str, str], anew: bool) -> dict[int, Planned]:
                     number: Planned(
                         rule=job.rule.name,
                         wildcards=dict(job.wildcards.items()),
-                        after=frozenset(
-                            numbers[before]
-                            for before in graph.dependencies[job]
-                            if before in numbers
-                        ),
+                        after=frozenset(numbers[before] for before in graph.dependencies[job]),
                         left=graph.needrun(job),
                     )
                     for job, number in numbers.items()

@@ -58,6 +58,11 @@ class Site(Strict):
         """GPUs of all machines."""
         return self.machines.count * self.machines.gpus
 
+    @property
+    def devices_of_a_job(self) -> int:
+        """GPUs that a job may have at most."""
+        return self.most_gpus or self.devices
+
 
 def read_site(path: Path) -> Site:
     """The site that a file describes; the limits are the widest of its partitions.
@@ -77,15 +82,17 @@ def read_site(path: Path) -> Site:
         machines = Machines.model_validate(told.get("machines") or {})
         partitions = list((told.get("partitions") or {}).values())
         with_gpus = [p for p in partitions if p.get("max_gpu")] or partitions
-        memory = int(1000 * machines.memory_gb)
-        site = Site(
-            cluster=told.get("cluster", "slurm"),
-            machines=machines,
-            longest=_widest(with_gpus, "max_runtime", _minutes) or 2880,
-            longest_light=_widest(partitions, "max_runtime", _minutes) or 2880,
-            largest=min(_widest(with_gpus, "max_mem_mb", _count) or 2_000_000, memory),
-            most_gpus=_widest(with_gpus, "max_gpu", _count),
-        )
+        found = {
+            "longest": _widest(with_gpus, "max_runtime", _minutes),
+            "longest_light": _widest(partitions, "max_runtime", _minutes),
+            "largest": _widest(with_gpus, "max_mem_mb", _count) or None,
+            "most_gpus": _widest(with_gpus, "max_gpu", _count),
+        }
+        given = {key: value for key, value in found.items() if value is not None}
+        named = {"cluster": told.get("cluster", "slurm"), "machines": machines}
+        site = Site.model_validate(given | named)
+        largest = min(site.largest, int(1000 * machines.memory_gb))
+        site = site.model_copy(update={"largest": largest})
         find_device(machines.device, 1)
     except OSError as error:
         raise InputError(f"{path}: the site's file cannot be read ({error.strerror})") from None

@@ -50,6 +50,4 @@ def _way(model: Model) -> str | None:
 
 def _added(seen: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
     """What is added to the scores: 0 where a place is seen, the least number elsewhere."""
-    return torch.zeros_like(seen, dtype=precision).masked_fill(
-        ~seen.bool(), torch.finfo(precision).min
-    )
+    return torch.zeros_like(seen, dtype=precision).masked_fill(~seen, torch.finfo(precision).min)

@@ -59,6 +59,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, dtype=precision)
 
 
+def precision_within(device: torch.device) -> torch.dtype:
+    """The arithmetic of the `autocast` that this is called in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; it needs an end-of-sequence token, which also pads."""
     try:

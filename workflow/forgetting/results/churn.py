@@ -100,11 +100,7 @@ def _benchmarks(responses: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
             columns=["run", "step", "epoch", "probe", "item", "answer", "said", "score"]
         )
     rows = responses.merge(items[[*key, "value"]], on=key).rename(columns={"task": "probe"})
-    rows = rows.assign(epoch=math.nan)
-    read = [_response(text) for text in rows["response"]]
-    return _answers(rows, "", [said for _, said in read], rows["value"]).assign(
-        answer=[kind for kind, _ in read]
-    )
+    return _responded(rows.assign(epoch=math.nan))
 
 
 def _asked_along(course: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
@@ -113,7 +109,11 @@ def _asked_along(course: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
     key = ["run", "step", "probe"]
     known = scored[key].drop_duplicates().astype({"step": "Int64"})
     rows = rows.astype({"step": "Int64"}).merge(known, on=key, how="left", indicator=True)
-    rows = rows[rows.pop("_merge") == "left_only"]
+    return _responded(rows[rows.pop("_merge") == "left_only"])
+
+
+def _responded(rows: pd.DataFrame) -> pd.DataFrame:
+    """What benchmarks were answered, each by its kind."""
     read = [_response(text) for text in rows["response"]]
     return _answers(rows, "", [said for _, said in read], rows["value"]).assign(
         answer=[kind for kind, _ in read]

@@ -24,7 +24,7 @@ from forgetting.data.rows import evenly_spaced
 from forgetting.encoding.encode import Example
 from forgetting.encoding.examples import shuffled
 from forgetting.models.attention import quick_attention
-from forgetting.models.loading import Model
+from forgetting.models.loading import Model, precision_within
 from forgetting.scoring.forward import Batch, collate, target_logits
 from forgetting.sections.mitigation import Mitigation
 from forgetting.training.parallel import copies, is_sharded, same_on_all
@@ -149,10 +149,8 @@ def base_predictor(
 
     def predict(model: Model, batch: Batch) -> Tensor:
         # In the same way as the model beside it, so that no rounding stands between the two.
-        kind, half = batch.ids.device.type, torch.float32
-        if torch.is_autocast_enabled(kind):
-            half = torch.get_autocast_dtype(kind)
-        with torch.no_grad(), quick_attention(frozen, batch.mask, half) as mask:
+        precision = precision_within(batch.ids.device)
+        with torch.no_grad(), quick_attention(frozen, batch.mask, precision) as mask:
             return target_logits(frozen, replace(batch, mask=mask))
 
     return predict
