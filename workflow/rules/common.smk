@@ -23,7 +23,7 @@ if shutil.which("sbatch"):
     # In front of it one that waits for a controller which is away.
     patient = Path(workflow.basedir, "profiles", "slurm", "bin")
     PROGRAMS = os.pathsep.join([str(patient), PROGRAMS])
-    os.environ["FORGETTING_SNAKEMAKE"] = str(os.getpid())
+    os.environ.update(FORGETTING_SNAKEMAKE=str(os.getpid()))
     os.environ.pop("FORGETTING_SBATCH", None)
 os.environ.update(PYTHONPATH=LIBRARY, SCRIPTS=SCRIPTS, PATH=PROGRAMS)
 # Only the download rules may use the network; elsewhere a missing file is told at once.
