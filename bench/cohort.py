@@ -1,9 +1,9 @@
 """A cohort of LoRA runs: fused in one forward and backward pass, or one after the other.
 
-A part of train.py's record. The runs differ in their learning rate and train two epochs, of which
-the second is timed, but for its last step and the evaluation there. Both ways take turns, round by
-round, so that whatever else the machine does meets both; of a single thread the seconds are those
-of the processor, which others who share it do not change.
+A part of train.py's record. The runs differ in their learning rate, or in rank and seed as well,
+and train two epochs, of which the second is timed, but for its last step and the evaluation there.
+Both ways take turns, round by round, so that whatever else the machine does meets both; of a single
+thread the seconds are those of the processor, which others who share it do not change.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import pandas as pd
 
 from contenders import LEARNING_RATE, Bench, clock, recipe_of
 from forgetting.models.adapters import round_frozen
+from forgetting.models.loading import Model
 from forgetting.sections.method import Setting
 from forgetting.training.checkpoints import Progress
-from forgetting.training.recipe import Recipe
+from forgetting.training.fused import Own
 from forgetting.training.schedule import Schedule
 from forgetting.training.train import train_together
 
@@ -28,23 +29,40 @@ STEPS = 8
 """Steps of an epoch: enough to measure, whatever the number of pairs to a step."""
 
 
-def compare(bench: Bench, runs: int, batch_sizes: Sequence[int], rounds: int) -> pd.DataFrame:
-    """One row per number of pairs to a step: seconds of the cohort both ways, and their ratio."""
+def compare(
+    benches: Sequence[Bench], runs: int, batch_sizes: Sequence[int], rounds: int
+) -> pd.DataFrame:
+    """One row per number of pairs to a step: seconds of the cohort both ways, and their ratio.
+
+    The runs are dealt out evenly over the methods of the benches; where there are several, every
+    run has a seed of its own too.
+    """
     rows = []
+    methods = ", ".join(bench.tuning.name for bench in benches)
     for size in batch_sizes:
-        part = replace(bench, batch_size=size, examples=bench.examples[: STEPS * size])
+        cohort = [
+            replace(
+                bench,
+                batch_size=size,
+                examples=bench.examples[: STEPS * size],
+                seed=number if len(benches) > 1 else 0,
+            )
+            for bench in benches
+            for number in range(runs // len(benches))
+        ]
         times = []
         for number in range(rounds):
-            times.append((measured(part, runs, together=1), measured(part, runs, together=runs)))
-            told = f"{runs} runs, {size} pairs to a step, round {number + 1}"
+            times.append((measured([[run] for run in cohort]), measured([cohort])))
+            told = f"{runs} runs, {methods}, {size} pairs to a step, round {number + 1}"
             print(f"{told}: {times[-1][0]:,.0f} and {times[-1][1]:,.0f} tokens/s", flush=True)
         apart, fused = (statistics.median(column) for column in zip(*times, strict=True))
         ratios = [other / one for one, other in times]
+        tokens = cohort[0].tokens * size / len(cohort[0].examples)
         rows.append(
             {
-                "cohort": f"{runs} x {bench.tuning.name}",
+                "cohort": f"{runs // len(benches)} x {methods}",
                 "pairs to a step": size,
-                "tokens to a step": f"{part.tokens * size / len(part.examples):.0f}",
+                "tokens to a step": f"{tokens:.0f}",
                 "one after the other, tokens/s": f"{apart:,.0f}",
                 "fused, tokens/s": f"{fused:,.0f}",
                 "fused is faster by": f"{statistics.median(ratios):.2f}",
@@ -54,19 +72,24 @@ def compare(bench: Bench, runs: int, batch_sizes: Sequence[int], rounds: int) ->
     return pd.DataFrame(rows)
 
 
-def measured(bench: Bench, runs: int, together: int) -> float:
-    """Tokens of all runs per second, when they are trained in groups of so many."""
-    rates = [LEARNING_RATE * 1.2**number for number in range(runs)]
-    recipes = [recipe_of(bench, Setting(learning_rate=rate)) for rate in rates]
-    groups = [recipes[start : start + together] for start in range(0, runs, together)]
-    tokens, seconds = zip(*[_train(bench, group) for group in groups], strict=True)
+def measured(groups: Sequence[Sequence[Bench]]) -> float:
+    """Tokens of all runs per second, when they are trained in these groups."""
+    tokens, seconds = zip(*[_train(group) for group in groups], strict=True)
     return float(sum(tokens) / sum(seconds))
 
 
-def _train(bench: Bench, recipes: Sequence[Recipe]) -> tuple[int, float]:
+def _train(group: Sequence[Bench]) -> tuple[int, float]:
     """Tokens of a group in the steps that are timed, and their seconds."""
-    model = bench.model()
+    starts = []
+    for bench in group:
+        model = bench.model()
+        starts.append(Own.of(model))
     round_frozen(model, bench.precision)
+    rates = [LEARNING_RATE * 1.2**number for number in range(len(group))]
+    recipes = [
+        recipe_of(bench, Setting(learning_rate=rate))
+        for bench, rate in zip(group, rates, strict=True)
+    ]
     schedule = recipes[0].schedule
     noted: dict[int, tuple[int, float]] = {}
 
@@ -74,8 +97,11 @@ def _train(bench: Bench, recipes: Sequence[Recipe]) -> tuple[int, float]:
         if number == len(recipes) - 1:
             noted[progress.step] = progress.tokens, clock()
 
+    def evaluate(_: Model) -> tuple[pd.DataFrame, float]:
+        return pd.DataFrame(), 0.0
+
     with tempfile.TemporaryDirectory() as folder:
         plans = [(recipe, Path(folder) / str(number)) for number, recipe in enumerate(recipes)]
-        train_together(model, bench.examples, plans, 0.0, lambda _: (pd.DataFrame(), 0.0), tell)
+        train_together(model, group[0].examples, plans, 0.0, evaluate, tell, starts)
     begin, end = noted[schedule.steps_per_epoch], noted[schedule.steps - 1]
     return len(recipes) * (end[0] - begin[0]), end[1] - begin[1]

@@ -49,6 +49,7 @@ class Bench:
     batch_size: int
     tuning: Tuning
     precision: torch.dtype
+    seed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -62,7 +63,7 @@ class Bench:
 
     def model(self) -> Model:
         """The base, ready to be trained as the method says."""
-        return attach(self.load(), self.tuning, seed=0).train()
+        return attach(self.load(), self.tuning, self.seed).train()
 
 
 def recipe_of(bench: Bench, setting: Setting) -> Recipe:
@@ -76,7 +77,7 @@ def recipe_of(bench: Bench, setting: Setting) -> Recipe:
     )
     return Recipe(
         setting=setting,
-        seed=0,
+        seed=bench.seed,
         training=training,
         schedule=Schedule.plan(len(bench.examples), training, 2.0),
         threshold=1.0,

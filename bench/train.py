@@ -177,10 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         peak = matmul_rate(benches[0].precision)
         names = [OURS, *(name for name in options.contenders if name != OURS)]
         tables = [measure(bench, names, options.rounds, peak) for bench in benches]
+        adapted = [bench for bench in benches if bench.tuning.kind == "lora"]
+        sweeps = [[bench] for bench in adapted] + ([adapted] if len(adapted) > 1 else [])
         cohorts = [
-            compare(bench, options.cohort, options.cohort_batch_sizes, options.rounds)
-            for bench in benches
-            if options.cohort > 1 and bench.tuning.kind == "lora"
+            compare(sweep, options.cohort, options.cohort_batch_sizes, options.rounds)
+            for sweep in sweeps
+            if options.cohort >= 2 * len(sweep)
         ]
     table = pd.concat(tables).to_markdown(index=False)
     if cohorts:

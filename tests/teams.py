@@ -122,7 +122,7 @@ def train_together(
 
     team = Team.join()
     try:
-        return train_cohort(spec, replace(materials, team=team), {"base": "b"}, state, tell)
+        return train_cohort([spec], replace(materials, team=team), {"base": "b"}, state, tell)
     finally:
         team.leave()
 

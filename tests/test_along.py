@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from cohorts import materials_of, spec_of
 from forgetting.benchmarks import along as module
 from forgetting.benchmarks.along import Along, AlongSpec
 from forgetting.benchmarks.beside import apart, beside
@@ -22,15 +23,10 @@ from forgetting.models.tuned import load_checkpoint
 from forgetting.records import InputError, write_jsonl
 from forgetting.results.churn import churn_table
 from forgetting.results.course import course_items, course_table
-from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
-from forgetting.sections.prompt import Prompt
-from forgetting.sections.selection import Selection
 from forgetting.sections.task import Task
-from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training.cohort import cohort_items, train_cohort
-from forgetting.training.materials import CohortSpec, Materials
 from task_rows import sciq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,28 +70,10 @@ def trained(
     rates = [Setting(learning_rate=rate) for rate in (1e-2, 2e-2, 3e-2, 4e-2)]
 
     def train(name: str, along: Along | None, fused: str = "never") -> list[dict[str, Any]]:
-        materials = Materials(
-            base=base_folder,
-            tokenizer=tokenizer,
-            train=rows[:8],
-            probes={"new": rows[:2]},
-            base_value=0.1,
-            device=CPU,
-            precision=torch.float32,
-            along=along,
-        )
-        spec = CohortSpec(
-            tuning=tuning.model_copy(update={"settings": rates}),
-            seed=0,
-            prompt=Prompt(),
-            training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0, fused=fused),
-            measurement=Measurement(max_new_tokens=4),
-            selection=Selection(probe="new"),
-            precision="float32",
-            knowledge={"new": "new"},
-        )
+        materials = materials_of(base_folder, tokenizer, rows, along=along)
+        spec = spec_of(tuning, rates, fused)
         inputs = {"base": "a", "train": "b", "code": "c"}
-        return train_cohort(spec, materials, inputs, tmp_path / name, lambda *_: None)
+        return train_cohort([spec], materials, inputs, tmp_path / name, lambda *_: None)
 
     return train
 

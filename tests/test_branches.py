@@ -28,9 +28,10 @@ from forgetting.training import checkpoints, gradients
 from forgetting.training import cohort as cohort_module
 from forgetting.training import train as train_module
 from forgetting.training.branches import alone, train_branches, train_trunks
-from forgetting.training.cohort import cohort_items, run_key, train_cohort
+from forgetting.training.cohort import cohort_items, train_cohort
 from forgetting.training.gradients import StepLoss
 from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.places import run_key
 from killing import Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +92,7 @@ class Lab:
 
     def trunks(self, spec: CohortSpec) -> Records:
         """As the program `finetune` does."""
-        return train_trunks(spec, self.materials, INPUTS, self.state, self.tell)
+        return train_trunks([spec], self.materials, INPUTS, self.state, self.tell)
 
     def branches(self, spec: CohortSpec, budget: float, trunks: Records | None = None) -> Records:
         """As the program `cool_down` does; the trunks must have ended before."""
@@ -101,7 +102,7 @@ class Lab:
     def alone(self, spec: CohortSpec, budget: float) -> Records:
         """What the budget's runs are when nothing else is trained."""
         own, told = alone(spec, budget), lambda *_: None
-        return train_cohort(own, self.materials, INPUTS, self.apart, told, branches=True)
+        return train_cohort([own], self.materials, INPUTS, self.apart, told, branches=True)
 
     def tell(self, run: str, progress: Any, schedule: Any) -> None:
         """Note the steps that were told."""

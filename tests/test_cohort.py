@@ -23,8 +23,9 @@ from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training import cohort as module
-from forgetting.training.cohort import cohort_items, run_key, train_cohort
+from forgetting.training.cohort import cohort_items, train_cohort
 from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.places import run_key
 from killing import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +78,11 @@ class Trainer:
     def __call__(self, spec: CohortSpec, **inputs: str) -> list[dict[str, Any]]:
         self.told: list[str] = []
         return train_cohort(
-            spec, self.materials, INPUTS | inputs, self.state, lambda run, *_: self.told.append(run)
+            [spec],
+            self.materials,
+            INPUTS | inputs,
+            self.state,
+            lambda run, *_: self.told.append(run),
         )
 
     @property
@@ -244,7 +249,7 @@ def test_a_cohort_killed_in_its_second_run_keeps_the_first(
             raise Killed
 
     with pytest.raises(Killed):
-        train_cohort(spec, train.materials, INPUTS, train.state, stop)
+        train_cohort([spec], train.materials, INPUTS, train.state, stop)
     records = train(spec)
     assert train.told == ["lora-r4/seed0/lr0.005-wd0"] * 2
     whole = Trainer(train.materials, tmp_path / "whole")(spec)

@@ -111,13 +111,35 @@ def test_nothing_half_written_is_left_behind(finished: Path) -> None:
     assert not [path for path in files if path.name == "optimizer.safetensors"]
 
 
-def _forget(folder: Path, method: str) -> None:
-    """Remove all that was found out about one method, and what was made of it."""
-    for part in ("cohorts", "state", "selected", "benchmarks"):
-        shutil.rmtree(folder / RESULTS / part / method)
-    (folder / RESULTS / "selection" / f"{method}.json").unlink()
+def _forget(folder: Path, *methods: str) -> None:
+    """Remove all that was found out about some methods, and what was made of it."""
+    for method in methods:
+        for part in ("cohorts", "state", "selected", "benchmarks"):
+            shutil.rmtree(folder / RESULTS / part / method)
+        (folder / RESULTS / "selection" / f"{method}.json").unlink()
     shutil.rmtree(folder / RESULTS / "tables")
     (folder / "reports" / "tradeoff.html").unlink()
+
+
+def test_ranks_that_are_trained_in_one_job_end_in_the_same_tables(
+    finished: Path, another: Path
+) -> None:
+    """`training.fused: across`: one job for four ranks, and no other result."""
+    _forget(another, *(f"lora-r{rank}" for rank in (2, 8, 32, 128)))
+    text = (ROOT / "config" / "studies" / "mini.yaml").read_text(encoding="utf-8")
+    study, results = another / "ranks.yaml", Path("results/ranks-tiny")
+    study.write_text(text.replace("training: {", "training: {fused: across, "), encoding="utf-8")
+    # What was found out before names the folder of the base, which stays where it is.
+    shutil.copytree(another / RESULTS, another / results, symlinks=True)
+    told = _run(another, study=str(study))
+    assert "rule finetune_together:" in told
+    records = json.loads((another / results / "cohorts/together-1/runs.json").read_text())
+    assert len(records) == 8
+    found, expected = _tables(another, results), _tables(finished)
+    pd.testing.assert_frame_equal(found["runs"], expected["runs"])
+    # Where the processor multiplies in bfloat16, sums in another order show.
+    pd.testing.assert_frame_equal(found["trajectory"], expected["trajectory"], rtol=0.05, atol=0.05)
+    assert "Nothing to be done" in _run(another, "--dry-run", study=str(study))
 
 
 def _kill_program(folder: Path, program: str, when: Callable[[], bool], study: str = "mini") -> int:

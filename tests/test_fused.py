@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cohorts import materials_of, spec_of
 from forgetting.encoding.encode import Example, encode_pair
 from forgetting.models.adapters import attach
 from forgetting.models.loading import Model, load_base
@@ -33,17 +34,17 @@ from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
-from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training import checkpoints, fusible, fusing, gradients
 from forgetting.training import train as module
 from forgetting.training.checkpoints import Progress
-from forgetting.training.cohort import run_key, train_cohort
+from forgetting.training.cohort import train_cohort
 from forgetting.training.fusible import can_fuse, outline, runs_in_a_step
 from forgetting.training.fusing import asks_for_plain_adapters, evenly, may_fuse
 from forgetting.training.materials import CohortSpec, Materials
 from forgetting.training.mitigate import Safeguards
+from forgetting.training.places import run_key
 from forgetting.training.recipe import Recipe
 from forgetting.training.schedule import Schedule
 from forgetting.training.together import Standing, groups
@@ -248,7 +249,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, rate: float, step: int) -> None:
     def poisoned(model: Model, examples: Any, runs: Any, stack: Any) -> Any:
         for run in runs:
             if (run.recipe.setting.learning_rate, run.progress.step) == (rate, step):
-                next(iter(run.weights.values())).data.fill_(math.nan)
+                next(iter(run.own.weights.values())).data.fill_(math.nan)
         return original(model, examples, runs, stack)
 
     monkeypatch.setattr(module, "_step", poisoned)
@@ -520,7 +521,7 @@ def test_which_cohorts_are_fused(
     settings = [Setting(learning_rate=0.001 * (1 + number)) for number in range(rates)]
     training = Training.model_validate(changes)
     sweep = tuning.model_copy(update={"settings": settings})
-    assert may_fuse(sweep, training) == fused_together
+    assert may_fuse([sweep], training) == fused_together
 
 
 def test_parts_are_even() -> None:
@@ -542,29 +543,7 @@ def materials(
 ) -> Materials:
     """Eight rows to learn; also two runs are worth to be fused."""
     monkeypatch.setattr(fusing, "FEWEST", 2)
-    return Materials(
-        base=base_folder,
-        tokenizer=tokenizer,
-        train=rows[:8],
-        probes={"new": rows[:2]},
-        base_value=0.001,
-        device=torch.device("cpu"),
-        precision=torch.float32,
-    )
-
-
-def _spec(tuning: Tuning, settings: Sequence[Setting], fuse: bool, **changes: Any) -> CohortSpec:
-    fused: Literal["auto", "never"] = "auto" if fuse else "never"
-    return CohortSpec(
-        tuning=tuning.model_copy(update={"settings": list(settings), **changes}),
-        seed=0,
-        prompt=Prompt(),
-        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0, fused=fused),
-        measurement=Measurement(max_new_tokens=4),
-        selection=Selection(probe="new"),
-        precision="float32",
-        knowledge={"new": "new"},
-    )
+    return materials_of(base_folder, tokenizer, rows, base_value=0.001)
 
 
 @dataclass
@@ -580,7 +559,7 @@ class Trainer:
     ) -> list[dict[str, Any]]:
         self.told.clear()
         return train_cohort(
-            spec,
+            [spec],
             self.materials,
             {"code": "c"},
             self.state,
@@ -592,8 +571,8 @@ def test_a_cohort_is_fused_by_default_and_not_if_told_so(
     materials: Materials, tuning: Tuning, tmp_path: Path
 ) -> None:
     """The same records but for the last digits; checkpoints that plain peft reads."""
-    fused_runs = Trainer(materials, tmp_path / "fused")(_spec(tuning, SETTINGS, True))
-    single = Trainer(materials, tmp_path / "single")(_spec(tuning, SETTINGS, False))
+    fused_runs = Trainer(materials, tmp_path / "fused")(spec_of(tuning, SETTINGS, "auto"))
+    single = Trainer(materials, tmp_path / "single")(spec_of(tuning, SETTINGS, "never"))
     assert [record["trained_together"] for record in fused_runs + single] == [3, 3, 3, 1, 1, 1]
     for ours, theirs in zip(fused_runs, single, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
@@ -613,11 +592,11 @@ def test_a_fused_cohort_trains_only_what_is_missing(
     materials: Materials, tuning: Tuning, tmp_path: Path
 ) -> None:
     train_missing = Trainer(materials, tmp_path)
-    first = train_missing(_spec(tuning, SETTINGS[:2], True))
-    records = train_missing(_spec(tuning, SETTINGS, True))
+    first = train_missing(spec_of(tuning, SETTINGS[:2], "auto"))
+    records = train_missing(spec_of(tuning, SETTINGS, "auto"))
     assert records[:2] == first
     assert set(train_missing.told) == {records[2]["run"]}
-    assert train_missing(_spec(tuning, SETTINGS, False)) == records
+    assert train_missing(spec_of(tuning, SETTINGS, "never")) == records
     assert train_missing.told == []
 
 
@@ -631,7 +610,7 @@ def test_a_rate_added_to_a_killed_sweep_loses_no_work(
             raise Killed
 
     def long(settings: Sequence[Setting]) -> CohortSpec:
-        spec = _spec(tuning, settings, True)
+        spec = spec_of(tuning, settings, "auto")
         return spec.model_copy(
             update={"training": spec.training.model_copy(update={"epochs": 4.0})}
         )
@@ -651,14 +630,15 @@ def test_a_rate_added_to_a_killed_sweep_loses_no_work(
 def test_what_is_not_fused_trains_one_after_the_other(
     materials: Materials, tuning: Tuning, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    records = Trainer(materials, tmp_path)(_spec(tuning, SETTINGS[:2], True, **changes))
+    records = Trainer(materials, tmp_path)(spec_of(tuning, SETTINGS[:2], "auto", **changes))
     assert [record["trained_together"] for record in records] == [1, 1]
     assert [record["status"] for record in records] == ["ok", "ok"]
 
 
 def test_fusing_makes_no_other_run(tuning: Tuning) -> None:
     keys: set[str] = {
-        run_key(_spec(tuning, SETTINGS, fuse), SETTINGS[0], {}) for fuse in (False, True)
+        run_key(spec_of(tuning, SETTINGS, fused), SETTINGS[0], {})
+        for fused in ("never", "auto", "across")
     }
     assert len(keys) == 1
 
@@ -668,7 +648,7 @@ def test_the_seconds_of_all_runs_are_those_of_the_group(
 ) -> None:
     """Neither counted once per run nor left out."""
     records: Sequence[Mapping[str, Any]] = Trainer(materials, tmp_path)(
-        _spec(tuning, SETTINGS, True)
+        spec_of(tuning, SETTINGS, "auto")
     )
     shares = {record["wall_seconds"] for record in records}
     assert len(shares) == 1

@@ -228,7 +228,7 @@ def test_a_cohort_trains_it_and_keeps_only_weights(
         general={"a/b": rows[7:]},
     )
     spec = CohortSpec.model_validate_json(spec.model_dump_json())
-    records = train_cohort(spec, materials, {}, tmp_path, lambda *_: None)
+    records = train_cohort([spec], materials, {}, tmp_path, lambda *_: None)
     assert [record["status"] for record in records] == ["ok", "ok"]
     assert records[0]["losses"][0] == records[1]["losses"][0]
     for record in records:

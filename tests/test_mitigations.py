@@ -37,7 +37,7 @@ from forgetting.settings.study import Study
 from forgetting.settings.tiny import shrink
 from forgetting.training import train as module
 from forgetting.training.checkpoints import Progress
-from forgetting.training.cohort import run_key, train_cohort
+from forgetting.training.cohort import train_cohort
 from forgetting.training.gradients import gradients_that_fit
 from forgetting.training.interpolate import scaled, scaled_models
 from forgetting.training.materials import CohortSpec, Materials
@@ -52,6 +52,7 @@ from forgetting.training.mitigate import (
     l2_sp,
     replay_indices,
 )
+from forgetting.training.places import run_key
 from forgetting.training.recipe import Recipe, batch_indices, groups_of_step
 from forgetting.training.schedule import Schedule
 from forgetting.training.train import train
@@ -177,7 +178,7 @@ def _gradients(gym: Gym, build: Callable[[Model], Safeguards], tuning: Tuning, s
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0)
     groups = groups_of_step(gym.examples[:7], recipe, 1)
-    gradients_that_fit(model, recipe, groups, Progress(step=1), optimizer)
+    gradients_that_fit(model, recipe, [groups], Progress(step=1), optimizer)
     return [parameter.grad for parameter in trained]
 
 
@@ -750,10 +751,14 @@ def test_a_cohort_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) ->
         general={"world/documents": [{"id": "d/0", "text": "Oslo."}, rows[8]]},
     )
     spec = CohortSpec.model_validate_json(spec.model_dump_json())
-    both = train_cohort(spec, materials, {}, gym.work / "both", lambda *_: None)
+    both = train_cohort([spec], materials, {}, gym.work / "both", lambda *_: None)
     second = tuning.model_copy(update={"settings": tuning.settings[1:]})
     (alone,) = train_cohort(
-        spec.model_copy(update={"tuning": second}), materials, {}, gym.work / "one", lambda *_: None
+        [spec.model_copy(update={"tuning": second})],
+        materials,
+        {},
+        gym.work / "one",
+        lambda *_: None,
     )
     assert both[1]["losses"] == alone["losses"]
     assert both[0]["losses"][0] == both[1]["losses"][0]

@@ -224,7 +224,7 @@ def test_a_penalty_on_predictions_sees_packed_examples_as_if_alone(
         recipe = replace(_recipe(training, plan), safeguards=safeguards)
         groups = [(list(rows), penalty), (list(replayed), penalty)]
         optimizer = torch.optim.SGD(trained, lr=0.0)
-        (loss,) = gradients_that_fit(model, recipe, groups, Progress(), optimizer)
+        (loss,) = gradients_that_fit(model, recipe, [groups], Progress(), optimizer)
         found.append((loss, torch.cat([p.grad.flatten() for p in trained if p.grad is not None])))
     (loss, gradient), (packed_loss, packed) = found
     assert packed_loss == pytest.approx(loss, rel=1e-5)
@@ -272,7 +272,7 @@ def cohort(
     )
 
     def run(state: Path, tell: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-        (record,) = train_cohort(spec, materials, {}, state, tell)
+        (record,) = train_cohort([spec], materials, {}, state, tell)
         return record
 
     return run

@@ -37,8 +37,8 @@ from forgetting.settings.plan import Tuning
 from forgetting.training import branches, gradients, shards, team
 from forgetting.training.branches import train_branches, train_trunks
 from forgetting.training.checkpoints import forget_training
-from forgetting.training.cohort import run_key
 from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.places import run_key
 from forgetting.training.team import ALONE, Team, deal
 from teams import FORKS, Stopped, together, train, train_together, weights
 
@@ -293,7 +293,7 @@ def _trunk_and_branch(spec: CohortSpec, materials: Materials, state: Path) -> Re
         """Nothing is looked at."""
 
     try:
-        trunks = train_trunks(spec, told, {"base": "b"}, state, tell)
+        trunks = train_trunks([spec], told, {"base": "b"}, state, tell)
         return train_branches(spec, 1.0, trunks, told, {"base": "b"}, state, tell)
     finally:
         joined.leave()

@@ -46,6 +46,7 @@ from forgetting.records import InputError, content_key, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.settings.check import check_inputs
 from forgetting.settings.load import is_local, load_study, study_source
+from forgetting.training.fusing import cohort_names, joint_cohorts
 from forgetting.settings.plan import (
     budget_name,
     scored_models,
@@ -67,6 +68,9 @@ except InputError as error:
 RESULTS = f"results/{NAME}"
 LOGS = f"logs/{NAME}"
 TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
+# Methods and seeds that one job trains, and the cohort that each of all is in.
+TOGETHER = joint_cohorts(STUDY)
+COHORTS = cohort_names(STUDY)
 BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
 SELECTED = selected_models(STUDY)
@@ -136,8 +140,9 @@ def columns(tables):
 
 
 def general_tables(wildcards):
-    """The tables that a method's mitigation reads, in its order."""
-    mitigation = TUNINGS[wildcards.method].mitigation
+    """The tables that a method's mitigation reads, in its order; one for all in a cohort."""
+    members = TOGETHER.get(wildcards.method)
+    mitigation = (members[0][0] if members else TUNINGS[wildcards.method]).mitigation
     return mitigation.tables if mitigation else []
 
 
@@ -255,15 +260,20 @@ def model_files():
     return sorted(map(str, files))
 
 
-def cohort_spec(wildcards):
-    """All that a cohort is told of the study."""
-    return as_json(
-        sections("prompt", "training", "measurement", "selection", "precision"),
-        tuning=TUNINGS[wildcards.method].model_dump(mode="json"),
-        seed=int(wildcards.seed),
-        knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
-        columns=columns(general_tables(wildcards)),
-    )
+def cohort_specs(wildcards):
+    """All that a cohort is told of the study, for each of its methods and seeds."""
+    members = TOGETHER.get(wildcards.method)
+    return [
+        as_json(
+            sections("prompt", "training", "measurement", "selection", "precision"),
+            tuning=tuning.model_dump(mode="json"),
+            seed=seed,
+            knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
+            columns=columns(general_tables(wildcards)),
+        )
+        for tuning, seed in members
+        or [(TUNINGS[wildcards.method], int(wildcards.seed))]
+    ]
 
 
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
@@ -272,12 +282,22 @@ SEVERAL_NODES = (
 )
 
 
-def finished(method, seed, file):
-    """A file of every job whose runs are results: of the cohort, or of its budgets' branches."""
+def trained(file, methods):
+    """A file of every cohort that some methods are in."""
+    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
+    return [f"{RESULTS}/cohorts/{name}/{file}" for name in dict.fromkeys(names)]
+
+
+def finished(file, methods):
+    """A file of every job whose runs are results: of cohorts, or of their budgets' branches."""
     if not BUDGETS:
-        return [f"{RESULTS}/cohorts/{method}/seed{seed}/{file}"]
-    folder = f"{RESULTS}/branches/{method}/seed{seed}"
-    return [f"{folder}/{budget}/{file}" for budget in BUDGETS]
+        return trained(file, methods)
+    return [
+        f"{RESULTS}/branches/{method}/seed{seed}/{budget}/{file}"
+        for method in methods
+        for seed in STUDY.seeds
+        for budget in BUDGETS
+    ]
 
 
 def chosen_inputs(wildcards):

@@ -32,29 +32,13 @@ rule collect:
         # Long lists come from functions: of others Snakemake hashes the whole for every member.
         cohorts=lambda wildcards: [
             path
-            for method in TUNINGS
-            for seed in STUDY.seeds
             for file in ["items.parquet", "runs.json"]
-            for path in finished(method, seed, file)
+            for path in finished(file, TUNINGS)
         ],
         along=lambda wildcards: (
-            expand(
-                f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/benchmarks.parquet",
-                method=TUNINGS,
-                seed=STUDY.seeds,
-            )
-            if ALONG
-            else []
+            trained("benchmarks.parquet", TUNINGS) if ALONG else []
         ),
-        trunks=lambda wildcards: (
-            expand(
-                f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
-                method=TUNINGS,
-                seed=STUDY.seeds,
-            )
-            if BUDGETS
-            else []
-        ),
+        trunks=lambda wildcards: trained("runs.json", TUNINGS) if BUDGETS else [],
         selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
         scaled=lambda wildcards: (
             expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=SELECTED)

@@ -9,11 +9,7 @@ rule select_checkpoint:
     """Apply the study's rules to the trajectories of one method."""
     input:
         base_items=rules.score_base.output.scored,
-        runs=lambda wildcards: [
-            path
-            for seed in STUDY.seeds
-            for path in finished(wildcards.method, seed, "runs.json")
-        ],
+        runs=lambda wildcards: finished("runs.json", [wildcards.method]),
     output:
         selection=f"{RESULTS}/selection/{{method}}.json",
         checkpoints=directory(f"{RESULTS}/selected/{{method}}"),

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     with team.one_voice():
         job = read_job(options, team)
         records = train_branches(
-            job.spec,
+            job.specs[0],
             options.budget,
             read_json(options.trunks),
             job.materials,

@@ -1,4 +1,4 @@
-"""Train one cohort: all learning rates and weight decays of one method and seed.
+"""Train one cohort: all learning rates and weight decays of a method and seed, or of several.
 
 Started alone, or several times by `python -m forgetting.training.launch`, to train each run
 together. Finished runs and checkpoints are kept in a folder that is no output of the rule, so that
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     team = Team.join()
     with team.one_voice():
         job = read_job(options, team)
-        train = train_trunks if job.spec.training.budgets else train_cohort
-        records = train(job.spec, job.materials, job.inputs, options.state, Teller(team))
+        train = train_trunks if job.specs[0].training.budgets else train_cohort
+        records = train(job.specs, job.materials, job.inputs, options.state, Teller(team))
         if team.first:
             items, benchmarks = cohort_items(records)
             write_table(options.items, items)

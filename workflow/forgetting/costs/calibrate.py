@@ -54,6 +54,7 @@ def compare(costs: Costs, records: Iterable[Mapping[str, Any]]) -> list[Compared
 
 def _compare(costs: Costs, method: str, record: Mapping[str, Any]) -> Compared:
     """What was measured is of one run; of fused ones, its share."""
+    method = costs.trained_in.get(method, method)
     tuning = costs.tunings[method]
     team = Team(record.get("processes", 1))
     steps, evaluations = int(record["steps"]), len(record["points"])

@@ -88,7 +88,7 @@ class Case:
         runs, training = len(tuning.settings), self.study.training
         tokens = self.trained_on.tokens * training.batch_size
         kind = "cuda" if self.device.is_gpu else "cpu"
-        if team.processes > 1 or not may_fuse(tuning, training) or tokens > TOKENS[kind]:
+        if team.processes > 1 or not may_fuse([tuning], training) or tokens > TOKENS[kind]:
             return [1] * runs
         room = 2 * 2**30
         if self.device.is_gpu:

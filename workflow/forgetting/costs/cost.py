@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -32,9 +32,10 @@ from forgetting.costs.site import Site
 from forgetting.costs.volumes import document_tokens, train_bytes
 from forgetting.settings.plan import Tuning, budget_name, tunings
 from forgetting.settings.study import Study
+from forgetting.training.fusing import Member, joint_cohorts
 from forgetting.training.schedule import branch_start
 
-TRAINING = ("finetune", "cool_down")
+TRAINING = ("finetune", "finetune_together", "cool_down")
 SCORING = ("interpolate", "benchmark", "benchmark_base")
 ON_DEVICES = ("pretrain_base", "score_base", *TRAINING, *SCORING)
 """Rules whose jobs have a GPU for each process, where there are any."""
@@ -88,13 +89,28 @@ class Cost:
         return sum(self.stages.values())
 
 
+def _as_one(name: str, members: Sequence[Member]) -> Tuning:
+    """Methods and seeds that are trained together, counted as if all had the largest rank."""
+    largest = max((tuning for tuning, _ in members), key=lambda tuning: tuning.rank or 0)
+    settings = [setting for tuning, _ in members for setting in tuning.settings]
+    return largest.model_copy(update={"name": name, "settings": settings})
+
+
 class Costs:
-    """The jobs of a study at a site."""
+    """The jobs of a study at a site.
+
+    Attributes:
+        tunings: methods by name, and by that of the cohort what is trained together.
+        trained_in: the cohort of every method that is trained together with others.
+    """
 
     def __init__(self, study: Study, site: Site) -> None:
         self.study, self.site = study, site
         self.case = Case(study, site.device, site.cores)
+        joint = joint_cohorts(study)
         self.tunings = {tuning.name: tuning for tuning in tunings(study)}
+        self.tunings |= {name: _as_one(name, members) for name, members in joint.items()}
+        self.trained_in = {t.name: name for name, members in joint.items() for t, _ in members}
         self.budgets = {budget_name(budget): budget for budget in study.training.budgets}
         self.of_job = lru_cache(maxsize=None)(self._of_job)
         self.team = lru_cache(maxsize=None)(self._team)
@@ -204,7 +220,8 @@ class Costs:
         tuning, machines = self.tunings[name], self.site.machines
         if tuning.processes:
             return Team(tuning.processes, tuning.nodes or 1)
-        if not self.case.device.is_gpu or tuning.kind == "hybrid":
+        # What is trained together shares one device.
+        if not self.case.device.is_gpu or tuning.kind == "hybrid" or name in self._joint:
             return Team()
         if tuning.kind == "full" and self.study.training.optimizer == "adafactor":
             return Team()
@@ -221,6 +238,10 @@ class Costs:
         limit = 60.0 * self.site.longest / HASTE
         longest = (team for team in fitting if self._longest(tuning, team) <= limit)
         return next(longest, fitting[-1])
+
+    @cached_property
+    def _joint(self) -> set[str]:
+        return {*self.trained_in, *self.trained_in.values()}
 
     def _fits(self, tuning: Tuning, team: Team) -> bool:
         return training_bytes(self.case, tuning, team) <= self.case.device.usable

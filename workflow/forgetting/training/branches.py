@@ -20,8 +20,9 @@ from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
 from forgetting.settings.plan import budget_name, run_name
 from forgetting.training.checkpoints import STARTS
-from forgetting.training.cohort import Tell, run_key, train_cohort
+from forgetting.training.cohort import Tell, train_cohort
 from forgetting.training.materials import CohortSpec, Materials
+from forgetting.training.places import Place
 from forgetting.training.schedule import branch_start
 
 
@@ -41,15 +42,20 @@ def _branches(spec: CohortSpec, budget: float) -> CohortSpec:
 
 
 def train_trunks(
-    spec: CohortSpec, materials: Materials, inputs: Mapping[str, str], state: Path, tell: Tell
+    specs: Sequence[CohortSpec],
+    materials: Materials,
+    inputs: Mapping[str, str],
+    state: Path,
+    tell: Tell,
 ) -> list[dict[str, Any]]:
     """Train the trunk of every setting that is not finished yet; return the records of all."""
-    for setting in spec.tuning.settings if materials.team.first else ():
+    settings = [(spec, setting) for spec in specs for setting in spec.tuning.settings]
+    for spec, setting in settings if materials.team.first else ():
         folder = _folder(spec, setting, inputs, state)
         if not (folder / "run.json").exists():
             _go_on_from(folder, folder, math.inf)
     # Where train_cohort begins, the others wait for what the first process did here.
-    return train_cohort(spec, materials, inputs, state, tell)
+    return train_cohort(specs, materials, inputs, state, tell)
 
 
 def train_branches(
@@ -79,7 +85,7 @@ def train_branches(
     ending = f"/{budget_name(budget)}"
     known = {f"{budget_name(budget)}/{name}": name + ending for name in names}
     records = train_cohort(
-        branches,
+        [branches],
         materials,
         inputs,
         state,
@@ -108,8 +114,7 @@ def _as_branch(record: Mapping[str, Any], budget: float, training: Training) -> 
 
 def _folder(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str], state: Path) -> Path:
     """Where `train_cohort` keeps a run."""
-    name = run_name(spec.tuning.name, spec.seed, setting)
-    return state / name / run_key(spec, setting, inputs)
+    return Place.of(spec, setting, inputs, state).folder
 
 
 def _complete(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -1,4 +1,5 @@
-"""A cohort: all runs of one method and seed in one job, fused or one after the other.
+"""A cohort: the runs of one job, fused or one after the other; those of one method and seed, or of
+several whose adapters may share a pass.
 
 A finished run is kept in a folder named by a key of everything that it depends on. A cohort that is
 run again trains only what is not there yet: one learning rate more costs one run more.
@@ -11,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,60 +28,29 @@ from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.models.loading import Model, autocast, load_base, recompute_activations
 from forgetting.models.merged import merged
-from forgetting.records import InputError, content_key, read_json, write_json
+from forgetting.records import InputError, read_json, write_json
 from forgetting.scoring.drift import with_text
 from forgetting.scoring.probes import measure
 from forgetting.scoring.scores import metric_value
-from forgetting.sections.method import Setting
-from forgetting.settings.plan import run_name
 from forgetting.training.checkpoints import Progress, forget_training
+from forgetting.training.fused import trained_weights
 from forgetting.training.fusible import outline, runs_in_a_step
 from forgetting.training.fusing import evenly, may_fuse
 from forgetting.training.materials import CohortSpec, Data, Materials, tokenized
 from forgetting.training.mitigate import Safeguards, build_safeguards
 from forgetting.training.parallel import gathered, is_sharded, measure_together, shard
-from forgetting.training.parts import Means, prepare, train_parts
+from forgetting.training.parts import Means, prepare_together, train_parts
+from forgetting.training.places import Place
 from forgetting.training.recipe import Recipe
 from forgetting.training.schedule import Schedule, warmup_mistake
 from forgetting.training.together import END, groups, trained_together
 from forgetting.training.train import train, train_together
 
-
-@dataclass(frozen=True)
-class Place:
-    """One run of the sweep, and where it is kept."""
-
-    setting: Setting
-    name: str
-    key: str
-    folder: Path
-
-    @property
-    def record(self) -> Path:
-        """What is written when the run is finished."""
-        return self.folder / "run.json"
-
-
 Tell = Callable[[str, Progress, Schedule], None]
 
 
-def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
-    """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
-    described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
-    # How much memory a pass takes changes no number; alone or fused, a run comes to the same.
-    for key in ("activation_checkpointing", "fused"):
-        del described["training"][key]
-    # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
-    described["selection"] = {
-        key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
-    }
-    # A trunk is the same for any shorter budgets: one more is a branch more.
-    described["training"]["budgets"] = bool(spec.training.budgets)
-    return content_key({"spec": described, "setting": setting.model_dump(), **inputs})
-
-
 def train_cohort(
-    spec: CohortSpec,
+    specs: Sequence[CohortSpec],
     materials: Materials,
     inputs: Mapping[str, str],
     state: Path,
@@ -91,12 +61,13 @@ def train_cohort(
     """Train every run that is not finished yet; return the records of all, in the sweep's order.
 
     Args:
+        specs: of every method and seed of the cohort, which are alike in all else.
         branches: may the runs end within their warm-up, since longer ones share it?
     """
-    team, places = materials.team, []
-    for setting in spec.tuning.settings:
-        name, key = run_name(spec.tuning.name, spec.seed, setting), run_key(spec, setting, inputs)
-        places.append(Place(setting, name, key, state / name / key))
+    team, spec = materials.team, specs[0]
+    places = [
+        Place.of(spec, setting, inputs, state) for spec in specs for setting in spec.tuning.settings
+    ]
     missing = team.agree([place for place in places if not place.record.exists()])
     size, data = 1, None
     if missing:
@@ -107,14 +78,14 @@ def train_cohort(
         examples = len(arrange(data.train, spec.training))
         if (mistake := warmup_mistake(examples, spec.training)) and not branches:
             raise InputError(f"training.{mistake[0]}: {mistake[1]}")
-        size = _runs_in_a_step(spec, materials, data)
+        size = _runs_in_a_step(specs, materials, data)
     # By places in the sweep, so that a cohort that was killed goes on with the same groups.
     for part in evenly(places, size):
         untrained = {place.folder: place for place in part if place in missing}
         for folders in groups(list(untrained)):
             group = [untrained[folder] for folder in folders]
             assert data
-            records = _train_group(spec, group, materials, data, tell)
+            records = _train_group(group, materials, data, tell)
             for place, record in zip(group, records, strict=True):
                 if team.first:
                     write_json(place.record, record | {"key": place.key})
@@ -137,17 +108,18 @@ def _forget_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _runs_in_a_step(spec: CohortSpec, materials: Materials, data: Data) -> int:
+def _runs_in_a_step(specs: Sequence[CohortSpec], materials: Materials, data: Data) -> int:
     """How many runs of the cohort are trained together; 1 where they are not fused."""
-    training = spec.training
-    if materials.team.size > 1 or not may_fuse(spec.tuning, training):
+    training, tunings = specs[0].training, [spec.tuning for spec in specs]
+    if materials.team.size > 1 or not may_fuse(tunings, training):
         return 1
     tokens = data.train.sizes.sum() / len(arrange(data.train, training)) * training.batch_size
-    return runs_in_a_step(outline(materials.base, spec.tuning), training, tokens, materials.device)
+    largest = max(tunings, key=lambda tuning: tuning.rank or 0)
+    return runs_in_a_step(outline(materials.base, largest), training, tokens, materials.device)
 
 
 def _train_group(
-    spec: CohortSpec, group: Sequence[Place], materials: Materials, data: Data, tell: Tell
+    group: Sequence[Place], materials: Materials, data: Data, tell: Tell
 ) -> list[dict[str, Any]]:
     """Train runs in fused steps, or a single one in as many parts as it has; their records.
 
@@ -155,10 +127,11 @@ def _train_group(
     divided evenly among its runs, so that the sum over runs is what was spent.
     """
     started = time.monotonic()
+    # All runs of a group are alike in it but for their method's adapter, and for their seed.
+    spec, folder = group[0].spec, group[0].folder
     examples = arrange(data.train, spec.training)
-    recipe = _recipe(spec, group[0].setting, materials, len(examples))
     load, guard = _base_and_guard(spec, materials, data)
-    value, folder = materials.base_value, group[0].folder
+    value = materials.base_value
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
         return _evaluate(model, spec, materials)
@@ -170,16 +143,17 @@ def _train_group(
         return train(model, examples, recipe, value, evaluate, folder, partial(tell_of, 0), begun)
 
     means = Means(load=load, guard=guard, fit=fit)
+    plans = [(place.spec.tuning, _recipe(place, materials, len(examples))) for place in group]
     if len(group) == 1:
-        progress, model = train_parts(spec.tuning, recipe, means, folder)
-        ended = [progress]
+        progress, model = train_parts(*plans[0], means, folder)
+        ended, trained = [progress], [trained_weights(model)]
     else:
-        model, recipe = prepare(spec.tuning, recipe, means)
-        plans = [(replace(recipe, setting=place.setting), place.folder) for place in group]
-        ended = train_together(model, examples, plans, value, evaluate, tell_of)
+        model, recipes, starts = prepare_together(plans, means)
+        kept = list(zip(recipes, [place.folder for place in group], strict=True))
+        ended = train_together(model, examples, kept, value, evaluate, tell_of, starts)
+        trained = [dict(start.weights) for start in starts]
     shared = {
-        "steps_per_epoch": recipe.schedule.steps_per_epoch,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps_per_epoch": plans[0][1].schedule.steps_per_epoch,
         "wall_seconds": (time.monotonic() - started) / len(group),
         "peak_memory_gib": peak_memory_gib(materials.device),
         "precision": str(materials.precision).removeprefix("torch."),
@@ -188,12 +162,13 @@ def _train_group(
         "machine": describe_machine(),
         "cut_rows": data.train.cut,
     }
-    return [_record(*run) | shared for run in zip(group, ended, strict=True)]
+    return [_record(*run) | shared for run in zip(group, ended, trained, strict=True)]
 
 
-def _recipe(spec: CohortSpec, setting: Setting, materials: Materials, examples: int) -> Recipe:
+def _recipe(place: Place, materials: Materials, examples: int) -> Recipe:
+    spec = place.spec
     return Recipe(
-        setting=setting,
+        setting=place.setting,
         seed=spec.seed,
         training=spec.training,
         schedule=Schedule.plan(examples, spec.training, spec.measurement.every_epochs),
@@ -206,7 +181,9 @@ def _recipe(spec: CohortSpec, setting: Setting, materials: Materials, examples: 
     )
 
 
-def _record(place: Place, progress: Progress) -> dict[str, Any]:
+def _record(
+    place: Place, progress: Progress, trained: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Any]:
     return {
         "run": place.name,
         "status": progress.status,
@@ -216,6 +193,7 @@ def _record(place: Place, progress: Progress) -> dict[str, Any]:
         "losses": progress.losses,
         "penalties": progress.penalties if any(progress.penalties) else [],
         "points": progress.points,
+        "trainable_parameters": sum(weight.numel() for weight in trained.values()),
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "trained_together": trained_together(place.folder),

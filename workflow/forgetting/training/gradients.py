@@ -10,15 +10,17 @@ from typing import NamedTuple
 
 import torch
 
+from forgetting.encoding.encode import Example
 from forgetting.memory import is_out_of_memory, release_memory
 from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model, autocast
 from forgetting.records import InputError
-from forgetting.scoring.forward import collate, logprobs_of, target_logits
+from forgetting.scoring.forward import collate, logprobs_of, micro_batches, target_logits
 from forgetting.training.checkpoints import Progress
-from forgetting.training.fused import Stack, repeated
+from forgetting.training.fused import Stack
 from forgetting.training.parallel import add_gradients, whole
 from forgetting.training.recipe import Group, Recipe
+from forgetting.training.team import Team
 
 FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
 """What a forward and backward pass costs beside its tokens, in tokens: on a CPU, splitting a batch
@@ -40,15 +42,15 @@ class StepLoss(NamedTuple):
 def gradients_that_fit(
     model: Model,
     recipe: Recipe,
-    groups: Sequence[Group],
+    batches: Sequence[Sequence[Group]],
     progress: Progress,
     optimizer: torch.optim.Optimizer | Stack,
 ) -> list[StepLoss]:
     """Gradients and losses of a step; where memory runs out, again with half the rows at once.
 
-    There is one loss for each run of a stack, and one without. The smaller number stays for the
-    rest of the run. Without dropout, whose masks are drawn per forward pass, the result is the same
-    up to the order of sums.
+    There is one loss for each run of a stack, and one without; `batches` are the groups of each.
+    The smaller number stays for the rest of the run. Without dropout, whose masks are drawn per
+    forward pass, the result is the same up to the order of sums.
     """
     stack = optimizer if isinstance(optimizer, Stack) else None
     rows = progress.micro_batch_size or recipe.training.micro_batch_size
@@ -57,7 +59,7 @@ def gradients_that_fit(
         optimizer.zero_grad()
         try:
             with stack.active() if stack else nullcontext():
-                return _gradients(model, recipe, groups, rows, stack)
+                return _gradients(model, recipe, batches, rows, stack)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -81,23 +83,31 @@ def gradients_that_fit(
 
 
 def _gradients(
-    model: Model, recipe: Recipe, groups: Sequence[Group], most_rows: int, stack: Stack | None
+    model: Model,
+    recipe: Recipe,
+    batches: Sequence[Sequence[Group]],
+    most_rows: int,
+    stack: Stack | None,
 ) -> list[StepLoss]:
     """Accumulate the gradients of a step in passes of at most so many rows; returns the losses.
 
     With a stack, each of its runs passes that many rows. Of several processes, each passes its
     share of the rows; all return the same.
     """
-    device, team, runs = model.device, recipe.team, stack.size if stack else 1
+    device, team, runs = model.device, recipe.team, len(batches)
     # Dropout is drawn per pass: with it, a run is split as it would be alone.
     overhead = FORWARD_OVERHEAD[device.type] // (1 if stack and stack.has_dropout else runs)
-    targets = sum(example.targets for rows, _ in groups for example in rows)
-    penalized = sum(example.targets for rows, penalty in groups if penalty for example in rows)
+    targets = torch.tensor(
+        [sum(example.targets for rows, _ in groups for example in rows) for groups in batches],
+        device=device,
+    )
+    penalized = sum(example.targets for rows, penalty in batches[0] if penalty for example in rows)
     total, extra = torch.zeros(2, runs, dtype=torch.float64, device=device)
     # Long texts are no reason to pad short answers, so the groups never share a forward pass.
-    for rows, on_tokens in groups:
-        for passed in team.passes(rows, most_rows, overhead):
-            part = repeated(collate(passed, recipe.pad, device), runs)
+    for of_runs in zip(*batches, strict=True):
+        on_tokens = of_runs[0][1]
+        for passed in _passes([rows for rows, _ in of_runs], team, most_rows, overhead):
+            part = collate(passed, recipe.pad, device)
             with quick_attention(model, part.mask, recipe.precision) as mask:
                 part = replace(part, mask=mask)
                 with autocast(device, recipe.precision):
@@ -116,3 +126,18 @@ def _gradients(
         loss.backward()  # type: ignore[no-untyped-call]
         extra += whole(loss.detach()).double()
     return [StepLoss(*pair) for pair in zip(total.tolist(), extra.tolist(), strict=True)]
+
+
+def _passes(
+    rows: Sequence[list[Example]], team: Team, most: int, overhead: int
+) -> list[list[Example]]:
+    """The examples of each forward pass: of one run, or as many of each, run after run.
+
+    Each run passes its longest examples first, so that those of a pass are of about one length.
+    """
+    if len(rows) == 1:
+        return team.passes(rows[0], most, overhead)
+    ordered = [sorted(own, key=lambda example: -len(example.ids)) for own in rows]
+    longest = [max(len(example.ids) for example in beside) for beside in zip(*ordered, strict=True)]
+    parts = micro_batches(longest, most, overhead)
+    return [[own[index] for own in ordered for index in part] for part in parts]

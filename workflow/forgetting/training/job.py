@@ -25,16 +25,16 @@ from forgetting.training.team import Team
 
 @dataclass(frozen=True)
 class Job:
-    """A cohort, what its runs share, and the digests of all that they depend on."""
+    """The methods and seeds of a cohort, what their runs share, and digests of what matters."""
 
-    spec: CohortSpec
+    specs: list[CohortSpec]
     materials: Materials
     inputs: dict[str, str]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every job that trains."""
-    parser.add_argument("--spec", required=True, help="JSON: the cohort")
+    parser.add_argument("--spec", required=True, nargs="+", help="JSON: each method and seed")
     parser.add_argument("--code", required=True, help="digest of the code that trains")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
@@ -53,7 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def read_job(options: argparse.Namespace, team: Team) -> Job:
     """Read all files that the options name."""
-    spec = CohortSpec.model_validate_json(options.spec)
+    specs = [CohortSpec.model_validate_json(text) for text in options.spec]
+    # But for method and seed all are alike.
+    spec = specs[0]
     base = read_json(options.base)
     device = pick_device()
     precision = pick_precision(spec.precision, device)
@@ -90,7 +92,7 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
         **({"text": sha256(options.targets)} if options.targets else {}),
         **({"benchmarks": f"{along.digest} {options.along_code}"} if along else {}),
     }
-    return Job(spec, materials, inputs)
+    return Job(specs, materials, inputs)
 
 
 def _along(options: argparse.Namespace, tokenizer: Any) -> Any:

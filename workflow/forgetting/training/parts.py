@@ -7,7 +7,7 @@ order of the data. What is on disk is an adapter up to that step, and a whole mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -25,6 +25,7 @@ from forgetting.records import InputError
 from forgetting.sections.variants import Then
 from forgetting.settings.plan import Tuning
 from forgetting.training.checkpoints import Progress, newest_step
+from forgetting.training.fused import Own
 from forgetting.training.mitigate import Safeguards
 from forgetting.training.parallel import shard
 from forgetting.training.recipe import Recipe
@@ -83,6 +84,27 @@ def prepare(tuning: Tuning, recipe: Recipe, means: Means) -> tuple[Model, Recipe
         ratios = dict.fromkeys(embedding_weights(model), tuning.embedding_ratio)
     round_frozen(model, recipe.precision)
     return model, replace(recipe, safeguards=safeguards, rate_ratios=ratios)
+
+
+def prepare_together(
+    plans: Sequence[tuple[Tuning, Recipe]], means: Means
+) -> tuple[Model, list[Recipe], list[Own]]:
+    """A base that several runs with adapters share, their recipes, and how each begins.
+
+    Of every method and seed a model is made as for a run alone, so that it begins with the same
+    numbers; all but the last of them leave no more than their adapter.
+    """
+    recipes, starts = [], []
+    prepared: dict[tuple[str, int], tuple[Own, Recipe]] = {}
+    for tuning, recipe in plans:
+        name = tuning.name, recipe.seed
+        if name not in prepared:
+            model, whole = prepare(tuning, recipe, means)
+            prepared[name] = Own.of(model), whole
+        own, whole = prepared[name]
+        starts.append(own)
+        recipes.append(replace(whole, setting=recipe.setting))
+    return model, recipes, starts
 
 
 def switch_step(then: Then, schedule: Schedule) -> int:

@@ -18,7 +18,7 @@ from forgetting.records import write_table
 from forgetting.scoring.forward import collate, token_logprobs
 from forgetting.select import is_over, recorded_points
 from forgetting.training.checkpoints import STARTS, Progress, prune, resume, write_checkpoint
-from forgetting.training.fused import Stack, leave, seat, trained_weights
+from forgetting.training.fused import Own, Stack
 from forgetting.training.gradients import StepLoss, gradients_that_fit
 from forgetting.training.optimize import make_optimizer
 from forgetting.training.recipe import Recipe, groups_of_step
@@ -38,7 +38,7 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    weights: dict[str, torch.nn.Parameter]
+    own: Own
     optimizer: torch.optim.Optimizer
     progress: Progress = field(default_factory=Progress)
     among: int = 1
@@ -47,7 +47,7 @@ class Run:
     def sit(self, model: Model) -> None:
         """Make `model` this run's."""
         if self.among > 1:
-            seat(model, self.weights)
+            self.own.seat(model)
 
     @property
     def goes_on(self) -> bool:
@@ -76,8 +76,8 @@ def train(
     two parts has reached `begun` in its first part, which ends at `recipe.until` with status
     `running`.
     """
-    weights = trained_weights(model)
-    run = Run(recipe, folder, weights, _optimizer(weights, recipe))
+    own = Own.of(model)
+    run = Run(recipe, folder, own, _optimizer(own, recipe))
     run.progress = begun or resume(model, run.optimizer, folder, recipe.team)
     run.progress = recipe.team.agree(read_end(folder)) or run.progress
     step = run.progress.step
@@ -92,26 +92,26 @@ def train_together(
     base_value: float,
     evaluate: Evaluate,
     tell: Callable[[int, Progress, Schedule], None],
+    starts: Sequence[Own] | None = None,
 ) -> list[Progress]:
-    """Train runs that differ in their setting alone, in fused steps, each as `train` would.
+    """Train runs in fused steps, each as `train` would.
 
-    They go on from the newest evaluation that all have reached. A run that has ended leaves, and
-    the others go on without it. The time of a step is divided evenly among the runs that are in it.
+    They may differ in their setting and, with plain adapters, in seed, rank and scale. They go on
+    from the newest evaluation that all have reached. A run that has ended leaves, and the others go
+    on without it. The time of a step is divided evenly among the runs that are in it.
 
     Args:
-        model: as all runs begin; afterwards one of them.
+        model: as a run begins; afterwards one of them.
         plans: of every run its recipe and its folder.
         tell: called with the number of a run for every step that it has made.
+        starts: how each run begins; all as `model`, if none are given.
     """
     step = rewind([folder for _, folder in plans])
-    own = trained_weights(model)
-    copies = [own] + [
-        {name: torch.nn.Parameter(weight.detach().clone()) for name, weight in own.items()}
-        for _ in plans[1:]
-    ]
+    starts = starts or [Own.of(model)] * len(plans)
     runs = []
-    for (recipe, folder), weights in zip(plans, copies, strict=True):
-        run = Run(recipe, folder, weights, _optimizer(weights, recipe), among=len(plans))
+    for (recipe, folder), start in zip(plans, starts, strict=True):
+        own = start.copy()
+        run = Run(recipe, folder, own, _optimizer(own, recipe), among=len(plans))
         run.sit(model)
         run.progress = resume(model, run.optimizer, folder)
         run.progress = read_end(folder) or run.progress
@@ -120,9 +120,9 @@ def train_together(
     return [run.progress for run in runs]
 
 
-def _optimizer(weights: dict[str, torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(own: Own, recipe: Recipe) -> torch.optim.Optimizer:
     return make_optimizer(
-        weights, recipe.training, recipe.setting, recipe.lora_plus_ratio, recipe.rate_ratios
+        own.weights, recipe.training, recipe.setting, recipe.lora_plus_ratio, recipe.rate_ratios
     )
 
 
@@ -148,8 +148,8 @@ def _run_all(
         losses, tokens = _step(model, examples, going, stack)
         step += 1
         seconds = (time.monotonic() - started) / len(going)
-        for run, loss in zip(going, losses, strict=True):
-            _note(model, run.progress, loss, tokens, seconds)
+        for run, loss, seen in zip(going, losses, tokens, strict=True):
+            _note(model, run.progress, loss, seen, seconds)
         left = [run for run in going if run.progress.status == "running"]
         if step in schedule.evaluations:
             for run in left:
@@ -168,9 +168,9 @@ def _run_all(
 def _sit_down(model: Model, going: Sequence[Run], before: Stack | None) -> Stack | None:
     """Make the model ready for the steps of these runs; a single run needs no stack."""
     if len(going) > 1:
-        return Stack(model, [run.weights for run in going])
+        return Stack(model, [run.own for run in going])
     if before:
-        leave(going[0].weights)
+        going[0].own.leave()
     going[0].sit(model)
     return None
 
@@ -236,21 +236,24 @@ def _is_sound(model: Model, examples: Sequence[Example], recipe: Recipe) -> bool
 
 def _step(
     model: Model, examples: Sequence[Example], runs: Sequence[Run], stack: Stack | None
-) -> tuple[list[StepLoss], int]:
+) -> tuple[list[StepLoss], list[int]]:
     """One update of each run on the mean loss over all target tokens of the batch, however split.
 
-    Returns the losses, and the number of tokens that each run has seen.
+    Returns the loss of each run, and the number of tokens that it has seen.
     """
     first = runs[0]
-    groups = groups_of_step(examples, first.recipe, first.progress.step)
+    by_seed = {
+        run.recipe.seed: groups_of_step(examples, run.recipe, first.progress.step) for run in runs
+    }
+    batches = [by_seed[run.recipe.seed] for run in runs]
     losses = gradients_that_fit(
-        model, first.recipe, groups, first.progress, stack or first.optimizer
+        model, first.recipe, batches, first.progress, stack or first.optimizer
     )
     for run, loss in zip(runs, losses, strict=True):
         run.progress.micro_batch_size = first.progress.micro_batch_size
         if not has_diverged(model, run.progress, loss):
             _update(model, run)
-    return losses, sum(len(example.ids) for rows, _ in groups for example in rows)
+    return losses, [sum(len(e.ids) for rows, _ in groups for e in rows) for groups in batches]
 
 
 def _update(model: Model, run: Run) -> None:
@@ -260,6 +263,6 @@ def _update(model: Model, run: Run) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     if training.gradient_clip:
-        torch.nn.utils.clip_grad_norm_(run.weights.values(), training.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(run.own.weights.values(), training.gradient_clip)
     run.optimizer.step()
     allocate(model, step + 1)

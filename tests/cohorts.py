@@ -1,0 +1,46 @@
+"""What tests train as a cohort: the tiny base on eight rows, two epochs of two steps, float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgetting.sections.measurement import Measurement
+from forgetting.sections.method import Setting
+from forgetting.sections.prompt import Prompt
+from forgetting.sections.selection import Selection
+from forgetting.sections.training import Training
+from forgetting.settings.plan import Tuning
+from forgetting.training.materials import CohortSpec, Materials
+
+
+def materials_of(
+    base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **changes: Any
+) -> Materials:
+    """Eight rows to learn, two of which are asked; what differs is given by name."""
+    usual: dict[str, Any] = {
+        "train": rows[:8],
+        "probes": {"new": rows[:2]},
+        "base_value": 0.1,
+        "device": torch.device("cpu"),
+        "precision": torch.float32,
+    }
+    return Materials(base=base, tokenizer=tokenizer, **usual | changes)
+
+
+def spec_of(tuning: Tuning, settings: Sequence[Setting], fused: str, **changes: Any) -> CohortSpec:
+    """A cohort of these settings; `changes` are those of the method."""
+    return CohortSpec(
+        tuning=tuning.model_copy(update={"settings": list(settings), **changes}),
+        seed=0,
+        prompt=Prompt(),
+        training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0, fused=fused),
+        measurement=Measurement(max_new_tokens=4),
+        selection=Selection(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )

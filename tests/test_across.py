@@ -1,0 +1,241 @@
+"""Runs of several ranks and seeds in one pass: each as if alone, from the engine to the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from cohorts import materials_of, spec_of
+from forgetting.sections.method import Setting
+from forgetting.sections.mitigation import Mitigation
+from forgetting.settings.plan import Tuning
+from forgetting.settings.study import Study
+from forgetting.training import fusing
+from forgetting.training import train as train_module
+from forgetting.training.cohort import train_cohort
+from forgetting.training.fusing import cohort_names, joint_cohorts
+from forgetting.training.materials import CohortSpec, Materials
+from killing import Killed, kill_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RATES = (Setting(learning_rate=0.01), Setting(learning_rate=0.003, weight_decay=0.1))
+INPUTS = {"code": "c"}
+
+
+@pytest.fixture
+def materials(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Materials:
+    """Eight rows to learn, of other lengths, so that another order is padded otherwise."""
+    monkeypatch.setattr(fusing, "FEWEST", 2)
+    return materials_of(base_folder, tokenizer, rows, base_value=0.001)
+
+
+@pytest.fixture
+def specs(tuning: Tuning) -> list[CohortSpec]:
+    """Three methods of other ranks and scales, one of them LoRA+, and two seeds of each."""
+    methods = [
+        tuning.model_copy(update={"dropout": 0.0, **changes})
+        for changes in (
+            {"name": "lora-r4"},
+            {"name": "rslora-r2", "rank": 2, "variant": "rslora", "alpha": 3.0},
+            {"name": "lora-r8-plus", "rank": 8, "alpha": 16.0, "lora_plus_ratio": 4.0},
+        )
+    ]
+    return [
+        spec_of(method, RATES, "across").model_copy(update={"seed": seed})
+        for method in methods
+        for seed in (0, 7)
+    ]
+
+
+def _apart(specs: Sequence[CohortSpec], materials: Materials, state: Path) -> list[dict[str, Any]]:
+    """Every run in a pass of its own."""
+    found = []
+    for spec in specs:
+        training = spec.training.model_copy(update={"fused": "never"})
+        alone = spec.model_copy(update={"training": training})
+        found += train_cohort([alone], materials, INPUTS, state, lambda *_: None)
+    return found
+
+
+def _files(records: Sequence[dict[str, Any]], pattern: str) -> dict[str, Path]:
+    return {
+        f"{record['run']}/{path.relative_to(record['folder'])}": path
+        for record in records
+        for path in sorted(Path(record["folder"]).glob(pattern))
+    }
+
+
+def test_runs_of_other_ranks_and_seeds_are_the_runs_alone(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path
+) -> None:
+    """Twelve runs in a pass: the losses, tokens, items and adapters of each as if it were alone."""
+    ours = train_cohort(specs, materials, INPUTS, tmp_path / "across", lambda *_: None)
+    theirs = _apart(specs, materials, tmp_path / "apart")
+    assert [record["trained_together"] for record in ours] == [12] * 12
+    same = ("run", "key", "setting", "status", "steps", "tokens", "trainable_parameters")
+    for one, other in zip(ours, theirs, strict=True):
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+    assert len({record["losses"][0] for record in theirs}) > 1, "seeds have orders of their own"
+    tables = _files(ours, "items-*.parquet")
+    assert len(tables) == 24
+    for name, path in _files(theirs, "items-*.parquet").items():
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(tables[name]), pd.read_parquet(path), rtol=1e-3
+        )
+    adapters = _files(ours, "step-*/adapter_model.safetensors")
+    for name, path in _files(theirs, "step-*/adapter_model.safetensors").items():
+        found = load_file(adapters[name])
+        for weight, tensor in load_file(path).items():
+            torch.testing.assert_close(found[weight], tensor, rtol=1e-3, atol=5e-4)
+
+
+def test_a_checkpoint_tells_its_own_rank_and_scale(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path
+) -> None:
+    """Whatever run sat in the model before: plain peft computes what was measured in training."""
+    records = train_cohort(specs, materials, INPUTS, tmp_path, lambda *_: None)
+    ids = torch.tensor(
+        [materials.tokenizer("Where was the author of many long books born?")["input_ids"]]
+    )
+    for record, rank, scale in zip(records[::4], (4, 2, 8), (2.0, 3.0 / 2**0.5, 2.0), strict=True):
+        checkpoint = Path(record["folder"]) / f"step-{record['steps']:07d}"
+        assert json.loads((checkpoint / "adapter_config.json").read_text())["r"] == rank
+        base = AutoModelForCausalLM.from_pretrained(materials.base, dtype=torch.float32)
+        before = base(ids).logits
+        model = PeftModel.from_pretrained(base, checkpoint)
+        layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
+        assert layer.scaling["default"] == pytest.approx(scale)
+        assert not torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("call", [1, 9, 14, 24])
+def test_a_killed_mixed_cohort_ends_with_the_same_bits(
+    specs: list[CohortSpec],
+    materials: Materials,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+) -> None:
+    """Killed while checkpoints are written, and started again."""
+    whole = train_cohort(specs, materials, INPUTS, tmp_path / "whole", lambda *_: None)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at(patched, train_module, "write_checkpoint", call, after=False)
+        train_cohort(specs, materials, INPUTS, tmp_path / "killed", lambda *_: None)
+    ended = train_cohort(specs, materials, INPUTS, tmp_path / "killed", lambda *_: None)
+    for one, other in zip(ended, whole, strict=True):
+        assert one["losses"] == other["losses"]
+    ours = _files(ended, "step-*/adapter_model.safetensors")
+    theirs = _files(whole, "step-*/adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].read_bytes() == theirs[name].read_bytes()
+
+
+def test_a_run_of_one_rank_that_diverges_harms_no_other(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path
+) -> None:
+    wild = specs[2].tuning.model_copy(update={"settings": [Setting(learning_rate=1e30)]})
+    mixed = [specs[0], specs[2].model_copy(update={"tuning": wild}), *specs[4:]]
+    ours = train_cohort(mixed, materials, INPUTS, tmp_path / "across", lambda *_: None)
+    assert [record["status"] for record in ours] == ["ok", "ok", "diverged", *["ok"] * 4]
+    for one, other in zip(ours, _apart(mixed, materials, tmp_path / "apart"), strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+
+
+def test_replayed_rows_are_those_of_the_seed(
+    specs: list[CohortSpec], materials: Materials, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    replay = Mitigation.model_validate({"replay": {"table": "a/b", "share": 0.4}})
+    replaying = [
+        spec.model_copy(
+            update={"tuning": spec.tuning.model_copy(update={"mitigation": replay}), "columns": {}}
+        )
+        for spec in specs[:4]
+    ]
+    told = replace(materials, general={"a/b": rows[5:]})
+    ours = train_cohort(replaying, told, INPUTS, tmp_path / "across", lambda *_: None)
+    for one, other in zip(ours, _apart(replaying, told, tmp_path / "apart"), strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+        assert one["tokens"] == other["tokens"]
+
+
+# --- in a study ---------------------------------------------------------------------------------
+
+LORA = {"method": "lora", "learning_rate": [1e-3]}
+
+
+def _study(methods: list[dict[str, Any]], fused: str = "across") -> Study:
+    return Study.model_validate(
+        {
+            "title": "several ranks",
+            "datasets": {"own": {"folder": "own"}},
+            "base": {"model": "base"},
+            "train": "own/pairs",
+            "probes": {"new": {"table": "own/pairs", "knowledge": "new"}},
+            "methods": methods,
+            "training": {"fused": fused},
+            "selection": {"probe": "new"},
+            "seeds": [0, 1],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "cohorts"),
+    [
+        ({}, [["lora-r2/0", "lora-r2/1", "lora-r8/0", "lora-r8/1"]]),
+        ({"variant": "rslora"}, [["lora-r2/0", "lora-r2/1", "rslora-r8/0", "rslora-r8/1"]]),
+        # What follows is a cohort of its own: another base, other matrices, another mask, more.
+        ({"variant": "pissa"}, [["lora-r2/0", "lora-r2/1"]]),
+        ({"variant": "dora"}, [["lora-r2/0", "lora-r2/1"]]),
+        (
+            {"target_modules": "mlp"},
+            [["lora-r2/0", "lora-r2/1"], ["lora-r8-mlp/0", "lora-r8-mlp/1"]],
+        ),
+        ({"dropout": 0.1}, [["lora-r2/0", "lora-r2/1"]]),
+        ({"processes": 2}, [["lora-r2/0", "lora-r2/1"]]),
+        ({"mitigation": {"l2_sp": {"weight": 0.1}}}, [["lora-r2/0", "lora-r2/1"]]),
+    ],
+)
+def test_which_methods_and_seeds_are_one_cohort(
+    changes: dict[str, Any], cohorts: list[list[str]]
+) -> None:
+    """Those that may share a pass, and no others; every method and seed is in one cohort."""
+    study = _study([LORA | {"rank": 2}, LORA | {"rank": 8} | changes])
+    found = joint_cohorts(study)
+    assert [[f"{t.name}/{seed}" for t, seed in members] for members in found.values()] == cohorts
+    names = cohort_names(study)
+    assert len(names) == 4
+    for together, members in found.items():
+        assert {names[tuning.name, seed] for tuning, seed in members} == {together}
+    others = set(names.values()) - set(found)
+    assert others == {f"{m}/seed{s}" for (m, s), name in names.items() if name not in found}
+
+
+def test_ranks_with_dropout_are_one_cohort_for_each_seed() -> None:
+    study = _study([LORA | {"rank": [2, 8], "dropout": 0.1}])
+    cohorts = [[seed for _, seed in members] for members in joint_cohorts(study).values()]
+    assert cohorts == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("fused", ["auto", "never"])
+def test_by_default_every_method_and_seed_is_a_cohort(fused: str) -> None:
+    assert joint_cohorts(_study([LORA | {"rank": [2, 8]}], fused)) == {}
