@@ -232,23 +232,25 @@ def test_the_course_begins_with_the_base_on_the_same_items(course: Any) -> None:
     assert last["low"] <= last["value"] <= last["high"]
 
 
-def test_churn_over_the_course_is_against_the_base_and_counts_a_checkpoint_once(
-    course: Any,
-) -> None:
-    """Of an untouched model nothing is churned; what a benchmark job scored is not added again."""
+def test_the_course_of_churn_goes_on_where_a_checkpoint_was_benchmarked(course: Any) -> None:
+    """Of an untouched model nothing is churned; a job's answers, of more items, have their rows."""
     items, _, records = course
     base = items[items["run"] == "base"]
     run = records[0]["run"]
     untouched = base.assign(run=run, step=2, epoch=1.0)
-    twice = items[(items["run"] == run) & (items["step"] == 4)]
+    tuned = items[(items["run"] == run) & (items["step"] == 4)]
     probes, _ = cohort_items(records)
-    scored = pd.concat([base, twice])
+    more = [part.assign(item=part["item"] + 100) for part in (base, tuned)]
+    scored = pd.concat([base, tuned, *more]).drop(columns="epoch")
     churn = churn_table(
-        probes, scored.drop(columns="value"), scored, pd.concat([base, untouched, twice])
+        probes, scored.drop(columns="value"), scored, pd.concat([base, untouched, tuned])
     )
     still = churn[churn["step"] == 2]
     assert set(still["probe"]) == set(TASKS)
     assert (still["agreement"] == 1.0).all()
     assert (still["gained"] + still["lost"] == 0.0).all()
-    counts = churn[churn["step"] == 4].groupby("probe")["n"].sum()
-    assert counts.to_dict() == {"sciq": 5, "gsm8k": 3}
+    last = churn[churn["step"] == 4].groupby(["asked", "probe"])["n"].sum()
+    assert last["training"].to_dict() == {"sciq": 5, "gsm8k": 3}
+    assert last["job"].to_dict() == {"sciq": 10, "gsm8k": 6}
+    assert set(churn["epoch"]) == {1.0, 2.0}
+    assert not churn.duplicated(["run", "step", "probe", "answer", "asked"]).any()

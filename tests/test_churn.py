@@ -94,7 +94,8 @@ def test_benchmarks_by_choice_and_by_text(items: pd.DataFrame) -> None:
             responses.append({**key, "response": written})
             scores.append({**key, "value": value})
     table = churn_table(items, pd.DataFrame(responses), pd.DataFrame(scores))
-    rows = table[table["epoch"].isna()].set_index("probe")
+    rows = table[table["asked"] == "job"].set_index("probe")
+    assert (rows["epoch"] == 2.0).all()  # that of the same checkpoint's evaluation
     assert rows.loc["arc", ["answer", "agreement", "gained", "lost"]].tolist() == [
         "choice", 0.5, 0.0, 0.5,
     ]  # fmt: skip
