@@ -108,7 +108,7 @@ def _weights(record: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _answers(result: BenchmarkResult) -> pd.DataFrame:
     main = result.scores[result.scores["main"].astype(bool)]
     items = result.items.merge(main[["task", "metric"]])
-    return items.merge(result.responses[["task", "item", "response"]])
+    return items.merge(result.responses[["task", "item", "response", "choice"]])
 
 
 def test_asking_does_not_change_what_is_learnt(trained: Any, along: Along) -> None:
@@ -138,7 +138,9 @@ def test_the_answers_are_those_of_the_checkpoint(
     specs = [TaskSpec.of(name, task) for name, task in TASKS.items()]
     with merged(model, torch.float32):
         expected = _answers(run_benchmarks(model, along.tokenizer, specs, folders, 4))
-    columns = ["task", "item", "metric", "value", "response"]
+    columns = ["task", "item", "metric", "value", "response", "choice"]
+    assert set(found[found["task"] == "sciq"]["choice"]) <= {0, 1, 2, 3}
+    assert found[found["task"] == "gsm8k"]["choice"].isna().all()
     pd.testing.assert_frame_equal(
         found[columns].sort_values(["task", "item"], ignore_index=True),
         expected[columns].sort_values(["task", "item"], ignore_index=True),
@@ -195,7 +197,7 @@ def test_items_of_probes_and_benchmarks_come_apart_again() -> None:
     probes = pd.DataFrame({"probe": ["new"], "item": ["a/1"], "value": [0.5]})
     asked = pd.DataFrame(
         {"task": ["t"], "item": [3], "metric": ["acc,none"], "value": [1.0], "response": ["[]"]}
-    )
+    ).assign(choice=pd.array([2], dtype="Int64"))
     ours, theirs = apart(beside(probes, asked))
     pd.testing.assert_frame_equal(ours, probes, check_dtype=False)
     pd.testing.assert_frame_equal(theirs, asked, check_dtype=False)

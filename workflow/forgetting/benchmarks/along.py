@@ -59,7 +59,7 @@ class Along:
 
 
 def main_items(result: BenchmarkResult) -> pd.DataFrame:
-    """Columns task, item, metric (the main one), value, response.
+    """Columns task, item, metric (the main one), value, response, choice.
 
     Raises:
         InputError: a task's metric is not the mean over its items, so that these do not tell it.
@@ -73,5 +73,5 @@ def main_items(result: BenchmarkResult) -> pd.DataFrame:
                 f"benchmarks.along: the metric of {task} is no mean over its items; take it out, "
                 "or name another one in benchmarks.tasks"
             )
-    responses = result.responses[["task", "item", "response"]]
+    responses = result.responses[["task", "item", "response", "choice"]]
     return items.merge(responses, on=["task", "item"])[[*COLUMNS]]

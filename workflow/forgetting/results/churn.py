@@ -15,7 +15,6 @@ neither the course has a gap at the selected checkpoint nor its items change the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,11 +40,12 @@ def churn_table(
 
     Kinds of answer: `generated`, scored by ROUGE-L recall (on benchmarks by the main metric), and
     the same only if the text is; `choice`, the likeliest per token of the right answer and the
-    wrong ones (of a benchmark's choices, the likeliest as a whole), scored 1 if right.
+    wrong ones, scored 1 if right. Of a benchmark's choices it is the one that the reported metric
+    takes (`forgetting.benchmarks.choices`): of `acc_norm` the likeliest per character.
 
     Args:
         items: the items of all runs, the base among them as run `base`.
-        responses: run, step, task, item, response of the benchmark jobs.
+        responses: run, step, task, item, response, choice of the benchmark jobs.
         benchmark_items: run, step, task, item, value of their main metric.
         course: what benchmarks were asked at every evaluation (`course.course_items`).
     """
@@ -112,19 +112,9 @@ def _benchmarks(
 
 
 def _responded(rows: pd.DataFrame) -> pd.DataFrame:
-    """What benchmarks were answered, each by its kind."""
-    read = [_response(text) for text in rows["response"]]
-    return _answers(rows, "", [said for _, said in read], rows["value"]).assign(
-        answer=[kind for kind, _ in read]
-    )
-
-
-def _response(text: str) -> tuple[str, str]:
-    """Kind and answer: the number of the likeliest choice, or what was written."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, float) for one in value):
-        return "choice", str(int(np.argmax(value)))
-    return "generated", " ".join(text.split())
+    """What benchmarks were answered: the number of a choice, or what was written."""
+    was_choice = rows["choice"].notna()
+    texts = rows["response"].str.split().str.join(" ")
+    said = texts.where(~was_choice, rows["choice"].astype("string"))
+    answered = _answers(rows, "generated", said, rows["value"])
+    return answered.assign(answer=np.where(was_choice, "choice", "generated"))

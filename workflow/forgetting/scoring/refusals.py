@@ -102,6 +102,7 @@ def ask(
             "prompt_hash": [hashlib.sha256(row["question"].encode()).hexdigest() for row in rows],
             "response": said,
             "target": "",
+            "choice": pd.array([pd.NA] * len(rows), dtype="Int64"),
             "metric": METRIC,
             "value": [float(is_refusal(text)) for text in said],
         }
