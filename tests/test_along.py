@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.models.loading import load_base
 from forgetting.models.merged import merged
 from forgetting.models.tuned import load_checkpoint
-from forgetting.records import InputError, write_jsonl
+from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.results.churn import churn_table
 from forgetting.results.course import course_items, course_table
 from forgetting.sections.measurement import Measurement
@@ -31,6 +33,7 @@ from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training.cohort import cohort_items, train_cohort
 from forgetting.training.materials import CohortSpec, Materials
+from scripts import score_base
 from task_rows import sciq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,9 +74,16 @@ def trained(
     tuning: Tuning,
 ) -> Any:
     """Train four runs of an adapter, asking benchmarks or not, fused or not; their records."""
-    rates = [Setting(learning_rate=rate) for rate in (1e-2, 2e-2, 3e-2, 4e-2)]
 
-    def train(name: str, along: Along | None, fused: str = "never") -> list[dict[str, Any]]:
+    def train(
+        folder: str,
+        along: Along | None,
+        fused: str = "never",
+        precision: str = "float32",
+        rates: Sequence[float] = (1e-2, 2e-2, 3e-2, 4e-2),
+        **method: Any,
+    ) -> list[dict[str, Any]]:
+        settings = [Setting(learning_rate=rate) for rate in rates]
         materials = Materials(
             base=base_folder,
             tokenizer=tokenizer,
@@ -81,21 +91,21 @@ def trained(
             probes={"new": rows[:2]},
             base_value=0.1,
             device=CPU,
-            precision=torch.float32,
+            precision=getattr(torch, precision),
             along=along,
         )
         spec = CohortSpec(
-            tuning=tuning.model_copy(update={"settings": rates}),
+            tuning=tuning.model_copy(update={"settings": settings, **method}),
             seed=0,
             prompt=Prompt(),
             training=Training(epochs=2.0, batch_size=4, warmup_epochs=0.0, fused=fused),
             measurement=Measurement(max_new_tokens=4),
             selection=Selection(probe="new"),
-            precision="float32",
+            precision=precision,
             knowledge={"new": "new"},
         )
         inputs = {"base": "a", "train": "b", "code": "c"}
-        return train_cohort(spec, materials, inputs, tmp_path / name, lambda *_: None)
+        return train_cohort(spec, materials, inputs, tmp_path / folder, lambda *_: None)
 
     return train
 
@@ -154,6 +164,83 @@ def test_a_fused_cohort_gives_the_answers_of_its_runs_alone(trained: Any, along:
     pd.testing.assert_frame_equal(fused[key], alone[key])
 
 
+FULL = {"name": "full", "kind": "full", "label": "full", "rank": None, "alpha": None}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", [{}, FULL], ids=["lora", "full"])
+def test_what_has_learned_nothing_has_no_churn(
+    trained: Any,
+    folders: dict[str, Path],
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    precision: str,
+    method: dict[str, Any],
+) -> None:
+    """The base is asked by the program that scores it, in the batches of the training: at a rate
+    that moves no weight the answers are the same, and the log-likelihoods to the bit."""
+    many = sciq(40)
+    for split in ROWS["sciq"]:
+        write_jsonl(folders["sciq"] / f"{split}.jsonl", many)
+    tasks = {"sciq": Task(num_fewshot=1, limit=30), "gsm8k": TASKS["gsm8k"]}
+    spec = AlongSpec(tasks=tasks, batch_size=4)
+    asked = ask_base(tmp_path / "base", base_folder, rows, spec, folders, precision)
+    assert len(asked) == 33
+    one = trained(
+        "still", Along(spec, folders, tokenizer), precision=precision, rates=[1e-30], **method
+    )
+    probes, found = cohort_items(one)
+    items = course_items(asked, found)
+    for _, answers in items[items["run"] != "base"].groupby("step"):
+        pd.testing.assert_frame_equal(
+            answers[asked.columns].reset_index(drop=True), asked, check_dtype=False
+        )
+    none = pd.DataFrame()
+    churn = churn_table(probes, none, none, items)
+    assert set(churn["probe"]) == {"sciq", "gsm8k"}
+    assert (churn["agreement"] == 1.0).all()
+    assert (churn["gained"] + churn["lost"] == 0.0).all()
+
+
+def ask_base(
+    folder: Path,
+    base: Path,
+    rows: list[dict[str, Any]],
+    spec: AlongSpec,
+    tasks: Mapping[str, Path],
+    precision: str,
+) -> pd.DataFrame:
+    """What the program that scores the base writes of the benchmarks."""
+    write_jsonl(folder / "probes" / "new.jsonl", rows[:2])
+    write_json(folder / "base.json", {"path": str(base)})
+    study = {
+        "prompt": Prompt().model_dump(),
+        "measurement": {"max_new_tokens": 8},
+        "precision": precision,
+        "probes": ["new"],
+        "watched": "new",
+        "metric": "rougeL_recall",
+        "must_reach": False,
+        "general_text": None,
+        "columns": {},
+    }
+    options = {
+        "spec": json.dumps(study),
+        "base": folder / "base.json",
+        "probes": folder / "probes",
+        "output": folder / "items.parquet",
+        "along": spec.model_dump_json(),
+        "benchmarks": folder / "benchmarks.parquet",
+    }
+    named = [f"{task}={path}" for task, path in tasks.items()]
+    score_base.main(
+        [*(f"--{key}={value}" for key, value in options.items()), "--along-rows", *named]
+    )
+    return pd.read_parquet(folder / "benchmarks.parquet")
+
+
 def test_a_finished_cohort_asks_nothing_again(
     trained: Any, along: Along, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,18 +292,17 @@ def test_items_of_probes_and_benchmarks_come_apart_again() -> None:
 
 
 @pytest.fixture
-def course(trained: Any, along: Along, folders: dict[str, Path], base_folder: Path) -> Any:
-    """The course of four runs, the base's scores, and the records."""
+def course(trained: Any, along: Along, base_folder: Path) -> Any:
+    """The course of four runs, the base's scores on all items, and the records."""
     records = trained("asked", along)
     model = load_base(base_folder, CPU)
     whole = [
         TaskSpec.of(name, task.model_copy(update={"limit": None})) for name, task in TASKS.items()
     ]
-    result = run_benchmarks(model, along.tokenizer, whole, folders, 4)
+    result = run_benchmarks(model, along.tokenizer, whole, along.rows, 4)
     _, found = cohort_items(records)
-    place = {"run": "base", "step": 0}
-    items, responses = result.items.assign(**place), result.responses.assign(**place)
-    return course_items([found], items, responses), result.scores.assign(**place), records
+    scores = result.scores.assign(run="base", step=0)
+    return course_items(along(model), found), scores, records
 
 
 def test_the_course_begins_with_the_base_on_the_same_items(course: Any) -> None:

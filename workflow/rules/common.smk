@@ -218,8 +218,8 @@ def benchmark_spec():
 ALONG = STUDY.benchmarks.along
 
 
-def along_options():
-    """What a training is told of the benchmarks that it asks at every evaluation."""
+def along_options(output):
+    """What is told of the benchmarks of every evaluation: to trainings, and to what asks the base."""
     if not ALONG:
         return []
     told = STUDY.benchmarks.model_dump(mode="json", include={"tasks", "batch_size"})
@@ -233,6 +233,7 @@ def along_options():
         f"--along-code={code_digest(Path(LIBRARY, 'forgetting', 'benchmarks', 'along.py'))}",
         "--along-rows",
         *(f"{task}={task_folder(task)}" for task in ALONG),
+        f"--benchmarks={output.benchmarks}",
     ]
 
 

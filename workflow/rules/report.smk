@@ -38,11 +38,14 @@ rule collect:
             for path in finished(method, seed, file)
         ],
         along=lambda wildcards: (
-            expand(
-                f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/benchmarks.parquet",
-                method=TUNINGS,
-                seed=STUDY.seeds,
-            )
+            [
+                rules.score_base.output.benchmarks,
+                *expand(
+                    f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/benchmarks.parquet",
+                    method=TUNINGS,
+                    seed=STUDY.seeds,
+                ),
+            ]
             if ALONG
             else []
         ),

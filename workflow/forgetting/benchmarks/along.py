@@ -3,7 +3,8 @@
 Second and third paper draw benchmarks, and the answers that change hands on them, over the course
 of a training (Biderman et al. 2024, arXiv 2405.09673, figure 2; Kalajdzievski 2024, arXiv
 2401.05605, figure 4). What the evaluation asks here is what the benchmark job asks of a checkpoint,
-in the same words; batches differ, and with them the last digits of log-likelihoods.
+in the same words; batches differ, and with them the last digits of log-likelihoods. So the base is
+asked here too (`forgetting.benchmarks.asking`), and what changed is told against that.
 """
 
 from __future__ import annotations
