@@ -266,6 +266,17 @@ def test_other_rows_are_told_by_the_digest(
     assert again.digest != along.digest
 
 
+def test_what_changes_no_answer_trains_nothing_again(along: Along) -> None:
+    """How an answer is read, and how many are read at once; another metric keeps other items."""
+
+    def digest(batch_size: int, **changed: Any) -> str:
+        tasks = {name: task.model_copy(update=changed) for name, task in TASKS.items()}
+        return Along(AlongSpec(tasks=tasks, batch_size=batch_size), along.rows, None).digest
+
+    assert digest(1, chance=0.3, revision="0" * 40) == along.digest
+    assert digest(along.spec.batch_size, metric="acc") != along.digest
+
+
 def test_a_metric_that_is_no_mean_over_items_is_refused(
     along: Along, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,14 @@ def test_asking_benchmarks_along_changes_no_score_of_a_checkpoint(
         assert str(output) in list(map(str, gather.input))
     assert asked["finetune"] == asked["score_base"]  # the same items in the same batches
 
+    document["benchmarks"]["tasks"]["arc_challenge"] = {"chance": 0.3}
+    asking.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    again = {(job.rule.name, *job.wildcards): job for job in plan(asking)}
+    assert all(
+        str(job.params.get("along")) == str(again[k].params.get("along"))
+        for k, job in after.items()
+    )
+
 
 def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:
     """Its table is an input of its own cohort, and is prepared for nobody else."""

@@ -226,6 +226,8 @@ def along_options(output):
     told["tasks"] = {
         task: told["tasks"][task]
         | {"limit": min(count, told["tasks"][task]["limit"] or count)}
+        # What blind guessing has is asked of nobody.
+        | {"chance": None}
         for task, count in ALONG.items()
     }
     return [

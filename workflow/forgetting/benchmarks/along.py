@@ -42,12 +42,23 @@ class Along:
 
     @cached_property
     def digest(self) -> str:
-        """Of the tasks and their rows."""
+        """Of what is asked: the tasks and their rows.
+
+        Not of what says how it is read (`chance`), of where rows came from (`revision`; their
+        content counts), nor of `batch_size`. That changes log-likelihoods by their rounding alone,
+        and who makes it smaller because a device was full would else lose the runs that are
+        finished: these keep what they were asked in larger batches, while the base is asked anew.
+        In bfloat16, answers between near equals may then differ from the base's for that alone.
+        """
         files = {
             task: {path.name: sha256(path) for path in sorted(folder.glob("*.jsonl"))}
             for task, folder in self.rows.items()
         }
-        return content_key({"spec": self.spec.model_dump(mode="json"), "rows": files})
+        asked = {
+            name: task.model_dump(mode="json", exclude={"chance", "revision"})
+            for name, task in self.spec.tasks.items()
+        }
+        return content_key({"tasks": asked, "rows": files})
 
     @cached_property
     def _questions(self) -> Questions:
