@@ -204,6 +204,92 @@ def test_what_has_learned_nothing_has_no_churn(
     assert (churn["gained"] + churn["lost"] == 0.0).all()
 
 
+CHOICES = ("distractor1", "distractor2", "distractor3", "correct_answer")
+"""In the order in which the task gives them to choose."""
+
+
+def _with_answers(rows: list[dict[str, Any]], right: Sequence[str]) -> list[dict[str, Any]]:
+    """The same questions and choices, of which others are right."""
+    found = []
+    for row, answer in zip(rows, right, strict=True):
+        wrong = [row[name] for name in CHOICES if row[name] != answer]
+        found.append(row | dict(zip(CHOICES, [*wrong, answer], strict=True)))
+    return found
+
+
+def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
+    trained: Any,
+    folders: dict[str, Path],
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Which answers training changes is found out; then the right ones are chosen so that of the
+    changed ones two thirds are lost and a third is gained."""
+    words = [
+        "red",
+        "cold",
+        "loud",
+        "even",
+        "warm",
+        "old",
+        "soft",
+        "dark",
+        "odd",
+        "slow",
+        "deep",
+        "dry",
+    ]
+    asked = [
+        row | {name: f"{words[(n * k) % 12]} {words[(n + 5 * k) % 12]}" for k, name in numbered}
+        for n, row in enumerate(sciq(30))
+        if (numbered := list(enumerate(CHOICES, start=1)))
+    ]
+    spec = AlongSpec(tasks={"sciq": Task(num_fewshot=0, metric="acc_norm")}, batch_size=4)
+    tasks = {"sciq": folders["sciq"]}
+
+    def course(name: str, of: list[dict[str, Any]]) -> tuple[pd.DataFrame, Any, Any]:
+        for split in ("test", "validation"):
+            write_jsonl(folders["sciq"] / f"{split}.jsonl", of)
+        base = ask_base(tmp_path / name, base_folder, rows, spec, tasks, "float32")
+        records = trained(name, Along(spec, tasks, tokenizer), rates=[0.3])
+        probes, found = cohort_items(records)
+        return course_items(base, found), probes, records
+
+    def said(items: pd.DataFrame, step: int) -> list[str]:
+        at = items[items["step"] == step].sort_values("item")
+        return [row[CHOICES[choice]] for row, choice in zip(asked, at["choice"], strict=True)]
+
+    items, *_ = course("before", asked)
+    before, after = said(items, 0), said(items, 4)
+    moved = [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+    gained, lost = moved[::3], [n for n in moved if n not in moved[::3]]
+    assert len(lost) > len(gained) > 0
+    right = [
+        before[n]
+        if n in lost
+        else after[n]
+        if n in gained
+        else next(row[name] for name in CHOICES if row[name] not in (before[n], after[n]))
+        for n, row in enumerate(asked)
+    ]
+    items, probes, records = course("after", _with_answers(asked, right))
+    none = pd.DataFrame()
+    churn = churn_table(probes, none, none, items)
+    (row,) = churn[(churn["probe"] == "sciq") & (churn["step"] == 4)].to_dict("records")
+    assert row["base_value"] == pytest.approx(len(lost) / 30)
+    assert row["value"] == pytest.approx(len(gained) / 30)
+    assert row["lost"] == pytest.approx(len(lost) / 30)
+    assert row["gained"] == pytest.approx(len(gained) / 30)
+    assert row["agreement"] == pytest.approx(1 - len(moved) / 30)
+    scores = pd.DataFrame([{"run": "base", "task": "sciq", "main": True, "chance": 0.25}])
+    table = course_table(items, scores, records).set_index("step")
+    fall = table.loc[4, "value"] - table.loc[0, "value"]
+    assert fall == pytest.approx((len(gained) - len(lost)) / 30)
+    assert fall < 0
+
+
 def ask_base(
     folder: Path,
     base: Path,
