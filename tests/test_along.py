@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.models.loading import load_base
 from forgetting.models.merged import merged
 from forgetting.models.tuned import load_checkpoint
-from forgetting.records import InputError, write_jsonl
+from forgetting.records import InputError, write_json, write_jsonl
 from forgetting.results.churn import churn_table
 from forgetting.results.course import course_items, course_table
 from forgetting.sections.method import Setting
+from forgetting.sections.prompt import Prompt
 from forgetting.sections.task import Task
 from forgetting.settings.plan import Tuning
 from forgetting.training.cohort import cohort_items, train_cohort
+from scripts import score_base
 from task_rows import sciq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,13 +71,22 @@ def trained(
     tuning: Tuning,
 ) -> Any:
     """Train four runs of an adapter, asking benchmarks or not, fused or not; their records."""
-    rates = [Setting(learning_rate=rate) for rate in (1e-2, 2e-2, 3e-2, 4e-2)]
 
-    def train(name: str, along: Along | None, fused: str = "never") -> list[dict[str, Any]]:
-        materials = materials_of(base_folder, tokenizer, rows, along=along)
-        spec = spec_of(tuning, rates, fused)
+    def train(
+        folder: str,
+        along: Along | None,
+        fused: str = "never",
+        precision: str = "float32",
+        rates: Sequence[float] = (1e-2, 2e-2, 3e-2, 4e-2),
+        **method: Any,
+    ) -> list[dict[str, Any]]:
+        settings = [Setting(learning_rate=rate) for rate in rates]
+        changes = {"precision": getattr(torch, precision), "along": along}
+        materials = materials_of(base_folder, tokenizer, rows, **changes)
+        spec = spec_of(tuning, settings, fused, **method)
+        spec = spec.model_copy(update={"precision": precision})
         inputs = {"base": "a", "train": "b", "code": "c"}
-        return train_cohort([spec], materials, inputs, tmp_path / name, lambda *_: None)
+        return train_cohort([spec], materials, inputs, tmp_path / folder, lambda *_: None)
 
     return train
 
@@ -86,7 +99,7 @@ def _weights(record: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _answers(result: BenchmarkResult) -> pd.DataFrame:
     main = result.scores[result.scores["main"].astype(bool)]
     items = result.items.merge(main[["task", "metric"]])
-    return items.merge(result.responses[["task", "item", "response"]])
+    return items.merge(result.responses[["task", "item", "response", "choice"]])
 
 
 def test_asking_does_not_change_what_is_learnt(trained: Any, along: Along) -> None:
@@ -116,7 +129,9 @@ def test_the_answers_are_those_of_the_checkpoint(
     specs = [TaskSpec.of(name, task) for name, task in TASKS.items()]
     with merged(model, torch.float32):
         expected = _answers(run_benchmarks(model, along.tokenizer, specs, folders, 4))
-    columns = ["task", "item", "metric", "value", "response"]
+    columns = ["task", "item", "metric", "value", "response", "choice"]
+    assert set(found[found["task"] == "sciq"]["choice"]) <= {0, 1, 2, 3}
+    assert found[found["task"] == "gsm8k"]["choice"].isna().all()
     pd.testing.assert_frame_equal(
         found[columns].sort_values(["task", "item"], ignore_index=True),
         expected[columns].sort_values(["task", "item"], ignore_index=True),
@@ -128,6 +143,169 @@ def test_a_fused_cohort_gives_the_answers_of_its_runs_alone(trained: Any, along:
     _, alone = cohort_items(trained("alone", along))
     key = ["run", "step", "task", "item", "value"]
     pd.testing.assert_frame_equal(fused[key], alone[key])
+
+
+FULL = {"name": "full", "kind": "full", "label": "full", "rank": None, "alpha": None}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", [{}, FULL], ids=["lora", "full"])
+def test_what_has_learned_nothing_has_no_churn(
+    trained: Any,
+    folders: dict[str, Path],
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    precision: str,
+    method: dict[str, Any],
+) -> None:
+    """The base is asked by the program that scores it, in the batches of the training: at a rate
+    that moves no weight the answers are the same, and the log-likelihoods to the bit."""
+    many = sciq(40)
+    for split in ROWS["sciq"]:
+        write_jsonl(folders["sciq"] / f"{split}.jsonl", many)
+    tasks = {"sciq": Task(num_fewshot=1, limit=30), "gsm8k": TASKS["gsm8k"]}
+    spec = AlongSpec(tasks=tasks, batch_size=4)
+    asked = ask_base(tmp_path / "base", base_folder, rows, spec, folders, precision)
+    assert len(asked) == 33
+    one = trained(
+        "still", Along(spec, folders, tokenizer), precision=precision, rates=[1e-30], **method
+    )
+    probes, found = cohort_items(one)
+    items = course_items(asked, found)
+    for _, answers in items[items["run"] != "base"].groupby("step"):
+        pd.testing.assert_frame_equal(
+            answers[asked.columns].reset_index(drop=True), asked, check_dtype=False
+        )
+    none = pd.DataFrame()
+    churn = churn_table(probes, none, none, items)
+    assert set(churn["probe"]) == {"sciq", "gsm8k"}
+    assert (churn["agreement"] == 1.0).all()
+    assert (churn["gained"] + churn["lost"] == 0.0).all()
+
+
+CHOICES = ("distractor1", "distractor2", "distractor3", "correct_answer")
+"""In the order in which the task gives them to choose."""
+
+
+def _with_answers(rows: list[dict[str, Any]], right: Sequence[str]) -> list[dict[str, Any]]:
+    """The same questions and choices, of which others are right."""
+    found = []
+    for row, answer in zip(rows, right, strict=True):
+        wrong = [row[name] for name in CHOICES if row[name] != answer]
+        found.append(row | dict(zip(CHOICES, [*wrong, answer], strict=True)))
+    return found
+
+
+def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
+    trained: Any,
+    folders: dict[str, Path],
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Which answers training changes is found out; then the right ones are chosen so that of the
+    changed ones two thirds are lost and a third is gained."""
+    words = [
+        "red",
+        "cold",
+        "loud",
+        "even",
+        "warm",
+        "old",
+        "soft",
+        "dark",
+        "odd",
+        "slow",
+        "deep",
+        "dry",
+    ]
+    asked = [
+        row | {name: f"{words[(n * k) % 12]} {words[(n + 5 * k) % 12]}" for k, name in numbered}
+        for n, row in enumerate(sciq(30))
+        if (numbered := list(enumerate(CHOICES, start=1)))
+    ]
+    spec = AlongSpec(tasks={"sciq": Task(num_fewshot=0, metric="acc_norm")}, batch_size=4)
+    tasks = {"sciq": folders["sciq"]}
+
+    def course(name: str, of: list[dict[str, Any]]) -> tuple[pd.DataFrame, Any, Any]:
+        for split in ("test", "validation"):
+            write_jsonl(folders["sciq"] / f"{split}.jsonl", of)
+        base = ask_base(tmp_path / name, base_folder, rows, spec, tasks, "float32")
+        records = trained(name, Along(spec, tasks, tokenizer), rates=[0.3])
+        probes, found = cohort_items(records)
+        return course_items(base, found), probes, records
+
+    def said(items: pd.DataFrame, step: int) -> list[str]:
+        at = items[items["step"] == step].sort_values("item")
+        return [row[CHOICES[choice]] for row, choice in zip(asked, at["choice"], strict=True)]
+
+    items, *_ = course("before", asked)
+    before, after = said(items, 0), said(items, 4)
+    moved = [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+    gained, lost = moved[::3], [n for n in moved if n not in moved[::3]]
+    assert len(lost) > len(gained) > 0
+    right = [
+        before[n]
+        if n in lost
+        else after[n]
+        if n in gained
+        else next(row[name] for name in CHOICES if row[name] not in (before[n], after[n]))
+        for n, row in enumerate(asked)
+    ]
+    items, probes, records = course("after", _with_answers(asked, right))
+    none = pd.DataFrame()
+    churn = churn_table(probes, none, none, items)
+    (row,) = churn[(churn["probe"] == "sciq") & (churn["step"] == 4)].to_dict("records")
+    assert row["base_value"] == pytest.approx(len(lost) / 30)
+    assert row["value"] == pytest.approx(len(gained) / 30)
+    assert row["lost"] == pytest.approx(len(lost) / 30)
+    assert row["gained"] == pytest.approx(len(gained) / 30)
+    assert row["agreement"] == pytest.approx(1 - len(moved) / 30)
+    scores = pd.DataFrame([{"run": "base", "task": "sciq", "main": True, "chance": 0.25}])
+    table = course_table(items, scores, records).set_index("step")
+    fall = table.loc[4, "value"] - table.loc[0, "value"]
+    assert fall == pytest.approx((len(gained) - len(lost)) / 30)
+    assert fall < 0
+
+
+def ask_base(
+    folder: Path,
+    base: Path,
+    rows: list[dict[str, Any]],
+    spec: AlongSpec,
+    tasks: Mapping[str, Path],
+    precision: str,
+) -> pd.DataFrame:
+    """What the program that scores the base writes of the benchmarks."""
+    write_jsonl(folder / "probes" / "new.jsonl", rows[:2])
+    write_json(folder / "base.json", {"path": str(base)})
+    study = {
+        "prompt": Prompt().model_dump(),
+        "measurement": {"max_new_tokens": 8},
+        "precision": precision,
+        "probes": ["new"],
+        "watched": "new",
+        "metric": "rougeL_recall",
+        "must_reach": False,
+        "general_text": None,
+        "columns": {},
+    }
+    options = {
+        "spec": json.dumps(study),
+        "base": folder / "base.json",
+        "probes": folder / "probes",
+        "output": folder / "items.parquet",
+        "along": spec.model_dump_json(),
+        "benchmarks": folder / "benchmarks.parquet",
+    }
+    named = [f"{task}={path}" for task, path in tasks.items()]
+    score_base.main(
+        [*(f"--{key}={value}" for key, value in options.items()), "--along-rows", *named]
+    )
+    return pd.read_parquet(folder / "benchmarks.parquet")
 
 
 def test_a_finished_cohort_asks_nothing_again(
@@ -155,6 +333,17 @@ def test_other_rows_are_told_by_the_digest(
     assert again.digest != along.digest
 
 
+def test_what_changes_no_answer_trains_nothing_again(along: Along) -> None:
+    """How an answer is read, and how many are read at once; another metric keeps other items."""
+
+    def digest(batch_size: int, **changed: Any) -> str:
+        tasks = {name: task.model_copy(update=changed) for name, task in TASKS.items()}
+        return Along(AlongSpec(tasks=tasks, batch_size=batch_size), along.rows, None).digest
+
+    assert digest(1, chance=0.3, revision="0" * 40) == along.digest
+    assert digest(along.spec.batch_size, metric="acc") != along.digest
+
+
 def test_a_metric_that_is_no_mean_over_items_is_refused(
     along: Along, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +362,7 @@ def test_items_of_probes_and_benchmarks_come_apart_again() -> None:
     probes = pd.DataFrame({"probe": ["new"], "item": ["a/1"], "value": [0.5]})
     asked = pd.DataFrame(
         {"task": ["t"], "item": [3], "metric": ["acc,none"], "value": [1.0], "response": ["[]"]}
-    )
+    ).assign(choice=pd.array([2], dtype="Int64"))
     ours, theirs = apart(beside(probes, asked))
     pd.testing.assert_frame_equal(ours, probes, check_dtype=False)
     pd.testing.assert_frame_equal(theirs, asked, check_dtype=False)
@@ -181,18 +370,17 @@ def test_items_of_probes_and_benchmarks_come_apart_again() -> None:
 
 
 @pytest.fixture
-def course(trained: Any, along: Along, folders: dict[str, Path], base_folder: Path) -> Any:
-    """The course of four runs, the base's scores, and the records."""
+def course(trained: Any, along: Along, base_folder: Path) -> Any:
+    """The course of four runs, the base's scores on all items, and the records."""
     records = trained("asked", along)
     model = load_base(base_folder, CPU)
     whole = [
         TaskSpec.of(name, task.model_copy(update={"limit": None})) for name, task in TASKS.items()
     ]
-    result = run_benchmarks(model, along.tokenizer, whole, folders, 4)
+    result = run_benchmarks(model, along.tokenizer, whole, along.rows, 4)
     _, found = cohort_items(records)
-    place = {"run": "base", "step": 0}
-    items, responses = result.items.assign(**place), result.responses.assign(**place)
-    return course_items([found], items, responses), result.scores.assign(**place), records
+    scores = result.scores.assign(run="base", step=0)
+    return course_items(along(model), found), scores, records
 
 
 def test_the_course_begins_with_the_base_on_the_same_items(course: Any) -> None:
@@ -210,23 +398,25 @@ def test_the_course_begins_with_the_base_on_the_same_items(course: Any) -> None:
     assert last["low"] <= last["value"] <= last["high"]
 
 
-def test_churn_over_the_course_is_against_the_base_and_counts_a_checkpoint_once(
-    course: Any,
-) -> None:
-    """Of an untouched model nothing is churned; what a benchmark job scored is not added again."""
+def test_the_course_of_churn_goes_on_where_a_checkpoint_was_benchmarked(course: Any) -> None:
+    """Of an untouched model nothing is churned; a job's answers, of more items, have their rows."""
     items, _, records = course
     base = items[items["run"] == "base"]
     run = records[0]["run"]
     untouched = base.assign(run=run, step=2, epoch=1.0)
-    twice = items[(items["run"] == run) & (items["step"] == 4)]
+    tuned = items[(items["run"] == run) & (items["step"] == 4)]
     probes, _ = cohort_items(records)
-    scored = pd.concat([base, twice])
+    more = [part.assign(item=part["item"] + 100) for part in (base, tuned)]
+    scored = pd.concat([base, tuned, *more]).drop(columns="epoch")
     churn = churn_table(
-        probes, scored.drop(columns="value"), scored, pd.concat([base, untouched, twice])
+        probes, scored.drop(columns="value"), scored, pd.concat([base, untouched, tuned])
     )
     still = churn[churn["step"] == 2]
     assert set(still["probe"]) == set(TASKS)
     assert (still["agreement"] == 1.0).all()
     assert (still["gained"] + still["lost"] == 0.0).all()
-    counts = churn[churn["step"] == 4].groupby("probe")["n"].sum()
-    assert counts.to_dict() == {"sciq": 5, "gsm8k": 3}
+    last = churn[churn["step"] == 4].groupby(["asked", "probe"])["n"].sum()
+    assert last["training"].to_dict() == {"sciq": 5, "gsm8k": 3}
+    assert last["job"].to_dict() == {"sciq": 10, "gsm8k": 6}
+    assert set(churn["epoch"]) == {1.0, 2.0}
+    assert not churn.duplicated(["run", "step", "probe", "answer", "asked"]).any()

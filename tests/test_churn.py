@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pandas as pd
@@ -79,25 +78,39 @@ def test_the_general_text_is_no_answer(items: pd.DataFrame) -> None:
     )
 
 
+def _answers(said: dict[tuple[str, int], Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Responses and scores of base and run, of (task, item): text or choice, then both scores."""
+    responses, scores = [], []
+    for (task, item), (before, after, base, tuned) in said.items():
+        for run, step, answer, value in (("base", 0, before, base), ("run", 4, after, tuned)):
+            key = {"run": run, "step": step, "task": task, "item": item}
+            text, choice = answer if isinstance(answer, tuple) else (answer, None)
+            responses.append({**key, "response": text, "choice": choice})
+            scores.append({**key, "value": value})
+    return pd.DataFrame(responses).astype({"choice": "Int64"}), pd.DataFrame(scores)
+
+
 def test_benchmarks_by_choice_and_by_text(items: pd.DataFrame) -> None:
+    """A choice is the one that the metric took, be it the likeliest as a whole or not."""
     said = {
-        ("arc", 0): ([-1.0, -2.0], [-1.5, -2.5], 1.0, 1.0),
-        ("arc", 1): ([-1.0, -2.0], [-3.0, -2.5], 1.0, 0.0),
+        ("arc", 0): (("[-1.0, -2.0]", 0), ("[-1.5, -2.5]", 0), 1.0, 1.0),
+        ("arc", 1): (("[-1.0, -2.0]", 0), ("[-1.5, -2.5]", 1), 1.0, 0.0),
         ("gsm8k", 0): ("#### 4", "#### 4", 1.0, 1.0),
         ("gsm8k", 1): ("17", "#### 5", 0.0, 1.0),
     }
-    responses, scores = [], []
-    for (task, item), (before, after, base, tuned) in said.items():
-        for run, step, text, value in (("base", 0, before, base), ("run", 4, after, tuned)):
-            key = {"run": run, "step": step, "task": task, "item": item}
-            written = text if isinstance(text, str) else json.dumps(text)
-            responses.append({**key, "response": written})
-            scores.append({**key, "value": value})
-    table = churn_table(items, pd.DataFrame(responses), pd.DataFrame(scores))
-    rows = table[table["epoch"].isna()].set_index("probe")
+    table = churn_table(items, *_answers(said))
+    rows = table[table["asked"] == "job"].set_index("probe")
+    assert (rows["epoch"] == 2.0).all()  # that of the same checkpoint's evaluation
     assert rows.loc["arc", ["answer", "agreement", "gained", "lost"]].tolist() == [
         "choice", 0.5, 0.0, 0.5,
     ]  # fmt: skip
     assert rows.loc["gsm8k", ["answer", "agreement", "gained", "lost"]].tolist() == [
         "generated", 0.5, 0.5, 0.0,
     ]  # fmt: skip
+
+
+def test_a_list_of_numbers_that_was_written_is_a_text(items: pd.DataFrame) -> None:
+    """Of `[0.5, 1.5]` and `[0.6, 1.6]` the second is the larger, but they are two answers."""
+    table = churn_table(items, *_answers({("sums", 0): ("[0.5, 1.5]", "[0.6, 1.6]", 0.0, 0.0)}))
+    (row,) = table[table["probe"] == "sums"].to_dict("records")
+    assert (row["answer"], row["agreement"]) == ("generated", 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -227,6 +229,38 @@ def test_benchmarks_draw_every_task_with_intervals_and_chance() -> None:
     assert bars["encoding"]["x2"]["field"] == "high"
     assert len(_rows(spec, bars)) == 5
     assert bars["encoding"]["y"]["scale"]["domain"][0] == "base"
+
+
+@pytest.mark.parametrize(
+    ("base", "chance", "said"),
+    [
+        (0.004, 0.0, ["base, above chance"]),
+        (0.25, 0.25, ["base and chance"]),
+        (0.24, 0.25, ["chance, above base"]),
+        (0.6, 0.25, ["base", "chance"]),
+        (0.6, None, ["base"]),
+    ],
+)
+def test_names_of_level_lines_do_not_overprint_each_other(
+    base: float, chance: float | None, said: list[str]
+) -> None:
+    """As they lie in the drawn picture: of 11 pixels of height, and some six to a letter."""
+    tables = _tables()
+    course = tables.course
+    course = course[course["task"] == "arc_challenge"].assign(chance=chance)
+    first = course["step"] == 0
+    course.loc[first, ["value", "low", "high"]] = [base, max(base - 0.05, 0.0), base + 0.05]
+    course.loc[~first, ["value", "low", "high"]] = [0.1, 0.05, 0.15]
+    spec = _spec("course", replace(tables, course=course.astype({"chance": float})))
+    drawn = re.findall(
+        r'translate\(([\d.-]+),([\d.-]+)\)"[^>]*>((?:base|chance)[a-z, ]*)<',
+        static_svg(spec, ["lora"]),
+    )
+    assert sorted(text for *_, text in drawn) == said
+    for one in range(len(drawn)):
+        for other in range(one):
+            (x, y, text), (right, below, _) = drawn[one], drawn[other]
+            assert abs(float(y) - float(below)) > 11 or abs(float(x) - float(right)) > 6 * len(text)
 
 
 def test_a_score_without_interval_is_a_dot_without_bar() -> None:

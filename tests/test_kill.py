@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training.materials import CohortSpec
+from task_rows import sciq
 
 Rows = list[dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,8 @@ class Program:
     inputs: Path
     spec: CohortSpec
     folder: Path
+    asked: dict[str, Path] = field(default_factory=dict)
+    """Benchmarks of every evaluation, with their rows."""
 
     @property
     def state(self) -> Path:
@@ -123,7 +126,12 @@ class Program:
         }
         if not self.spec.tuning.mitigation:
             del options["general"]
+        if self.asked:
+            tasks = {name: {"num_fewshot": 0, "limit": 6} for name in self.asked}
+            options["along"] = json.dumps({"tasks": tasks, "batch_size": 2})
+            options["benchmarks"] = self.folder / "benchmarks.parquet"
         arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+        arguments += ["--along-rows", *(f"{name}={rows}" for name, rows in self.asked.items())]
         return self.nursery.start(arguments, self.log)
 
     def run(self) -> int:
@@ -163,8 +171,7 @@ def program(
 
 
 def _elsewhere(program: Program, name: str) -> Program:
-    folder = program.folder.with_name(name)
-    return Program(program.nursery, program.inputs, program.spec, folder)
+    return replace(program, folder=program.folder.with_name(name))
 
 
 def _uninterrupted(program: Program) -> Program:
@@ -186,8 +193,10 @@ def _same_end(program: Program, reference: Program) -> None:
     """Losses, items and weights are equal bit for bit, and nothing else is left on the disk."""
     assert _records(program) == _records(reference)
     assert {record["status"] for record in _records(program)} == {"ok"}
-    tables = [pd.read_parquet(p.folder / "items.parquet") for p in (program, reference)]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    for name in ("items", *(["benchmarks"] if reference.asked else [])):
+        tables = [pd.read_parquet(p.folder / f"{name}.parquet") for p in (program, reference)]
+        assert len(tables[0])
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert _files(program.folder) == _files(reference.folder)
     weights = list(reference.state.rglob("*.safetensors"))
     assert len(weights) >= 2
@@ -266,6 +275,20 @@ def test_a_killed_program_ends_like_one_that_was_not(program: Program) -> None:
     started = time.monotonic()
     reference = _uninterrupted(program)
     kinds = [".step-*", ".items-*", "any time", ".step-*"]
+    _kill_again_and_again(program, kinds, reference, time.monotonic() - started)
+
+
+def test_what_is_asked_along_is_the_same_after_kills(program: Program) -> None:
+    """Items of benchmarks at every evaluation, as they lie beside those of the probes."""
+    rows = program.inputs / "rows" / "sciq"
+    for split in ("validation", "test"):
+        write_jsonl(rows / f"{split}.jsonl", sciq(6))
+    program.asked = {"sciq": rows}
+    started = time.monotonic()
+    reference = _uninterrupted(program)
+    table = pd.read_parquet(reference.folder / "benchmarks.parquet")
+    assert len(table) == 2 * 4 * 6  # runs, evaluations, items
+    kinds = [".items-*", ".step-*", "any time"]
     _kill_again_and_again(program, kinds, reference, time.monotonic() - started)
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from forgetting.benchmarks.along import Along, AlongSpec
 from forgetting.encoding.encode import Example
 from forgetting.models.loading import load_base
 from forgetting.models.tuned import load_checkpoint
@@ -31,15 +32,18 @@ from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
+from forgetting.sections.task import Task
 from forgetting.sections.training import Training
 from forgetting.sections.variants import Budget
 from forgetting.settings.plan import Tuning
 from forgetting.training import branches, gradients, shards, team
 from forgetting.training.branches import train_branches, train_trunks
 from forgetting.training.checkpoints import forget_training
+from forgetting.training.cohort import cohort_items
 from forgetting.training.materials import CohortSpec, Materials
 from forgetting.training.places import run_key
 from forgetting.training.team import ALONE, Team, deal
+from task_rows import sciq
 from teams import FORKS, Stopped, together, train, train_together, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -282,6 +286,39 @@ def test_the_general_text_is_measured_in_two_processes(
     assert two["losses"] == reference(kind, 2)["losses"]
     items = pd.read_parquet(Path(two["folder"]) / "items-0000006.parquet")
     assert items["forgetting_kl"].max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_benchmarks_are_asked_in_two_processes(
+    specs: dict[str, CohortSpec],
+    materials: Materials,
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Each process asks the model that all of them hold: the answers, and the run, are the same."""
+    sums = [{"question": f"{n} + {n}", "answer": f"#### {2 * n}"} for n in range(6)]
+    rows = {"sciq": sciq(6), "gsm8k": sums}
+    for task, found in rows.items():
+        for split in ("train", "validation", "test"):
+            write_jsonl(tmp_path / "rows" / task / f"{split}.jsonl", found)
+    tasks = {"sciq": Task(), "gsm8k": Task(num_fewshot=2, limit=3, max_new_tokens=5)}
+    along = Along(
+        AlongSpec(tasks=tasks, batch_size=2),
+        {task: tmp_path / "rows" / task for task in tasks},
+        materials.tokenizer,
+    )
+    told = replace(materials, along=along)
+    # In this order, since what has been asked once can no longer be sent to other processes.
+    records = [train(size, specs[kind], told, tmp_path / str(size)) for size in (2, 1)]
+    assert records[0]["losses"] == reference(kind, 2)["losses"]
+    (_, two), (_, one) = (cohort_items([record]) for record in records)
+    assert len(one) == 2 * (6 + 3)
+    columns = ["step", "epoch", "task", "item", "metric", "value", "choice"]
+    pd.testing.assert_frame_equal(two[columns], one[columns])
+    for ours, theirs in zip(two["response"], one["response"], strict=True):
+        if ours != theirs:
+            assert json.loads(ours) == pytest.approx(json.loads(theirs), abs=1e-3)
 
 
 def _trunk_and_branch(spec: CohortSpec, materials: Materials, state: Path) -> Records:

@@ -702,6 +702,34 @@ def test_only_tasks_of_the_study_that_need_no_sandbox_are_asked_along(
     assert told in _told(write(("selection:\n", section)))
 
 
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (
+            "lambada_openai: {}",
+            "benchmarks.along.lambada_openai: perplexity,none of lambada_openai is no mean over "
+            "items, so that the first of them do not tell it; take it out, or have "
+            "benchmarks.tasks.lambada_openai.metric name acc,none",
+        ),
+        (
+            "lambada_openai: {metric: bleu}",
+            "lambada_openai has no metric bleu, but perplexity,none",
+        ),
+        ("wikitext: {}", "benchmarks.along.wikitext: word_perplexity,none of wikitext is no mean"),
+    ],
+)
+def test_a_metric_that_single_items_do_not_tell_is_refused_before_any_job(
+    write: Any, task: str, told: str
+) -> None:
+    """Where a training would find it at its first evaluation."""
+    name = task.partition(":")[0]
+    section = f"benchmarks: {{tasks: {{{task}}}, along: {{{name}: 5}}}}\nselection:\n"
+    assert told in _told(write(("selection:\n", section)))
+    mean = section.replace(task, f"{name}: {{metric: acc}}")
+    if "acc,none" in told:
+        assert "is no mean" not in _told(write(("selection:\n", mean)))
+
+
 def test_the_ends_of_budgets_are_benchmarked_only_where_there_are_budgets(write: Any) -> None:
     path = write(("selection:\n", "benchmarks: {models: budgets}\nselection:\n"))
     assert "benchmarks.models: `budgets` needs training.budgets" in _told(path)

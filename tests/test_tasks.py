@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from byte_models import byte_tokenizer, random_llama, write_rows
-from forgetting.benchmarks.definitions import read_definition
+from forgetting.benchmarks.definitions import AGGREGATIONS, read_definition
 from forgetting.benchmarks.harness import TaskSpec, load_task, run_benchmarks
 from forgetting.benchmarks.known import (
     BENCHMARKS,
@@ -113,6 +113,21 @@ def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:
         main_metric("sciq", "f1")
     for name, known in BENCHMARKS.items():
         assert main_metric(name, known.main_metric) == known.main_metric
+
+
+def test_what_is_no_mean_is_known_as_the_harness_has_it() -> None:
+    """Of every metric that is registered with it, and of what a definition says otherwise."""
+    from lm_eval.api.metrics import mean, nanmean
+    from lm_eval.api.registry import aggregation_registry, get_metric_aggregation, metric_registry
+
+    known = {name: get_metric_aggregation(name) for name in metric_registry if name != "bypass"}
+    means = {name for name, aggregate in known.items() if aggregate in (mean, nanmean)}
+    assert set(AGGREGATIONS) == set(known) - means
+    assert all(aggregation_registry[AGGREGATIONS[name]] is known[name] for name in AGGREGATIONS)
+    assert not read_definition("lambada_openai").is_mean("perplexity,none")
+    assert read_definition("lambada_openai").is_mean("acc,none")
+    assert read_definition("gsm8k").is_mean("exact_match,strict-match")
+    assert not read_definition("wikitext").is_mean("word_perplexity,none")
 
 
 @pytest.mark.parametrize("name", list(BENCHMARKS))

@@ -196,8 +196,11 @@ def test_a_learning_rate_more_is_no_job_more(plan: Plan, tmp_path: Path) -> None
     }
 
 
-def test_asking_benchmarks_along_changes_the_trainings_alone(plan: Plan, tmp_path: Path) -> None:
-    """Rows of the tasks become inputs of every cohort; no score of a checkpoint changes."""
+def test_asking_benchmarks_along_changes_no_score_of_a_checkpoint(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """Rows of the tasks become inputs of every cohort, and of the base's scores, with which the
+    course begins."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["benchmarks"]["along"] = {"arc_challenge": 20}
@@ -213,10 +216,25 @@ def test_asking_benchmarks_along_changes_the_trainings_alone(plan: Plan, tmp_pat
         for key, job in after.items()
         if any(str(job.params.get(name)) != str(before[key].params.get(name)) for name in keys)
     }
-    assert {key[0] for key in changed} == {"finetune"}
-    (job, *_) = (job for key, job in after.items() if key[0] == "finetune")
-    assert any("benchmarks/arc_challenge" in str(path) for path in job.input)
-    assert [path for path in job.output if str(path).endswith("benchmarks.parquet")]
+    assert {key[0] for key in changed} == {"finetune", "score_base"}
+    asked = {}
+    for rule in ("finetune", "score_base"):
+        (job, *_) = (job for key, job in after.items() if key[0] == rule)
+        assert any("benchmarks/arc_challenge" in str(path) for path in job.input)
+        (output,) = (path for path in job.output if str(path).endswith("benchmarks.parquet"))
+        asked[rule] = [told for told in job.params.along if not told.startswith("--benchmarks=")]
+        assert f"--benchmarks={output}" in job.params.along
+        (gather,) = (job for key, job in after.items() if key[0] == "collect")
+        assert str(output) in list(map(str, gather.input))
+    assert asked["finetune"] == asked["score_base"]  # the same items in the same batches
+
+    document["benchmarks"]["tasks"]["arc_challenge"] = {"chance": 0.3}
+    asking.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    again = {(job.rule.name, *job.wildcards): job for job in plan(asking)}
+    assert all(
+        str(job.params.get("along")) == str(again[k].params.get("along"))
+        for k, job in after.items()
+    )
 
 
 def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:

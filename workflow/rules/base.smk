@@ -1,6 +1,7 @@
 """The base model: trained here, downloaded, or a folder; then its scores, the zero point.
 
-Outputs: results/STUDY/base/base.json (what and where it is), base/items.parquet (its scores).
+Outputs: results/STUDY/base/base.json (what and where it is), base/items.parquet (its scores), and
+base/benchmarks.parquet where the study asks benchmarks at every evaluation.
 """
 
 BASE = f"{RESULTS}/base/base.json"
@@ -93,14 +94,16 @@ else:
 
 
 rule score_base:
-    """Score the base on every probe."""
+    """Score the base on every probe, and ask it the benchmarks that trainings ask as they go."""
     input:
         base=BASE,
         probes=rules.prepare_data.output.probes,
         text=text_files(),
+        rows=lambda wildcards: rows_inputs(ALONG),
     output:
         scored=f"{RESULTS}/base/items.parquet",
         targets=TARGETS,
+        benchmarks=f"{RESULTS}/base/benchmarks.parquet" if ALONG else [],
     log:
         f"{LOGS}/score_base.log",
     conda:
@@ -122,6 +125,7 @@ rule score_base:
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,
+        along=lambda wildcards, output: along_options(output),
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -130,6 +134,6 @@ rule score_base:
             --spec {params.spec:q} \
             --base {input.base:q} \
             --probes {params.folder:q} \
-            {params.text:q} {params.targets:q} \
+            {params.text:q} {params.targets:q} {params.along:q} \
             --output {output.scored:q}
         """

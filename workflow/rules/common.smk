@@ -223,14 +223,16 @@ def benchmark_spec():
 ALONG = STUDY.benchmarks.along
 
 
-def along_options():
-    """What a training is told of the benchmarks that it asks at every evaluation."""
+def along_options(output):
+    """What is told of the benchmarks of every evaluation: to trainings, and to what asks the base."""
     if not ALONG:
         return []
     told = STUDY.benchmarks.model_dump(mode="json", include={"tasks", "batch_size"})
     told["tasks"] = {
         task: told["tasks"][task]
         | {"limit": min(count, told["tasks"][task]["limit"] or count)}
+        # What blind guessing has is asked of nobody.
+        | {"chance": None}
         for task, count in ALONG.items()
     }
     return [
@@ -238,6 +240,7 @@ def along_options():
         f"--along-code={code_digest(Path(LIBRARY, 'forgetting', 'benchmarks', 'along.py'))}",
         "--along-rows",
         *(f"{task}={task_folder(task)}" for task in ALONG),
+        f"--benchmarks={output.benchmarks}",
     ]
 
 

@@ -42,10 +42,7 @@ rule finetune:
         targets=target_options,
         data=subpath(input.train, parent=True),
         state=f"{RESULTS}/state",
-        along=lambda wildcards, output: [
-            *along_options(),
-            *(f"--benchmarks={path}" for path in ALONG and [output.benchmarks]),
-        ],
+        along=lambda wildcards, output: along_options(output),
     shell:
         r"""
         exec &> >(tee {log:q})

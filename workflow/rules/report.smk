@@ -36,7 +36,12 @@ rule collect:
             for path in finished(file, TUNINGS)
         ],
         along=lambda wildcards: (
-            trained("benchmarks.parquet", TUNINGS) if ALONG else []
+            [
+                rules.score_base.output.benchmarks,
+                *trained("benchmarks.parquet", TUNINGS),
+            ]
+            if ALONG
+            else []
         ),
         trunks=lambda wildcards: trained("runs.json", TUNINGS) if BUDGETS else [],
         selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),

@@ -53,7 +53,7 @@ from forgetting.records import (
     write_json,
     write_table,
 )
-from forgetting.scoring.refusals import ask, score
+from forgetting.scoring import refusals
 from forgetting.sections.benchmarks import Benchmarks
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
@@ -178,7 +178,7 @@ class Scorer:
         """Ask the prompts too, and add what comes of it to the tables of the benchmarks."""
         asking, settings = self.spec.asking, self.spec.benchmarks.refusals
         assert asking and settings and self.prompts
-        answers = ask(
+        answers = refusals.ask(
             model,
             self.tokenizer,
             self.prompt_rows,
@@ -187,8 +187,8 @@ class Scorer:
             self.spec.benchmarks.batch_size,
             partial(place, self.prompts),
         )
-        result.scores = _joined(result.scores, pd.DataFrame([score(answers)]))
-        result.items = _joined(result.items, answers[list(ITEM_COLUMNS)])
+        result.scores = _joined(result.scores, pd.DataFrame(refusals.scores(answers)))
+        result.items = _joined(result.items, refusals.items(answers))
         result.responses = _joined(result.responses, answers[[*RESPONSE_COLUMNS, "prompt"]])
         result.examples[REFUSALS] = 0
 

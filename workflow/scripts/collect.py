@@ -106,6 +106,7 @@ class Found:
     items: list[pd.DataFrame]
     models: list[Path]
     along: list[pd.DataFrame]
+    """What the base was asked, then what the trainings asked."""
 
 
 def read_found(study: Study, results: Path, models: list[str]) -> Found:
@@ -132,7 +133,7 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
         models=[results / "benchmarks" / model for model in models],
         along=[
             pd.read_parquet(folder / "benchmarks.parquet")
-            for folder in (trained if study.benchmarks.along else [])
+            for folder in ([results / "base", *trained] if study.benchmarks.along else [])
         ],
     )
 
@@ -149,7 +150,7 @@ def tables_of(study: Study, found: Found) -> tuple[dict[str, pd.DataFrame], list
     }
     benchmarks, scored, missing = benchmark_tables(found.models, labels | {"base": BASE})
     responses = responses_table(found.models)
-    course = _course(found.along, scored, responses) if found.along else None
+    course = course_items(*found.along) if found.along else None
     every = pd.concat([found.base_items.assign(run="base", step=0, epoch=0.0), *found.items])
     tables = {
         "runs": runs,
@@ -172,13 +173,6 @@ def tables_of(study: Study, found: Found) -> tuple[dict[str, pd.DataFrame], list
         *missing,
     ]
     return tables, notes
-
-
-def _course(
-    along: list[pd.DataFrame], scored: pd.DataFrame, responses: pd.DataFrame
-) -> pd.DataFrame:
-    base = scored[scored["run"] == "base"], responses[responses["run"] == "base"]
-    return course_items(along, *base)
 
 
 def read_records(folders: list[Path]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ a retry goes on where the job was killed.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from forgetting.models.loading import quieten_libraries
 from forgetting.records import tells_input_errors, write_json, write_table
@@ -23,7 +22,6 @@ def main(argv: list[str] | None = None) -> None:
     """Write the items of all evaluations and the records of all runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
-    parser.add_argument("--benchmarks", type=Path, help="output: items of benchmarks (parquet)")
     options = parser.parse_args(argv)
     quieten_libraries()
     team = Team.join()

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from forgetting.benchmarks import asking
 from forgetting.data.origins import Origins
 from forgetting.data.rows import joined_text
 from forgetting.encoding.encode import encode_pair
@@ -44,7 +45,8 @@ class Spec(Strict):
 
 @tells_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write the items of the base, and what it predicts on the general text."""
+    """Write the items of the base, what it predicts on the general text, and what it answers to
+    the benchmarks that trainings ask at every evaluation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: prompt, measurement, precision")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="table of the general text")
     parser.add_argument("--targets", type=Path, help="output: the base's predictions on the text")
     parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
+    asking.add_options(parser)
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if spec.must_reach and spec.metric.startswith("rouge"):
         check_references(lengths[spec.watched], spec.watched, spec.measurement.max_new_tokens)
-    targets, text = None, spec.general_text
+    targets, text, along = None, spec.general_text, asking.read_along(options, tokenizer)
     with autocast(device, pick_precision(spec.precision, device)):
         items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
         items["reference_tokens"] = [length for name in probes for length in lengths[name]]
@@ -85,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
             targets = base_targets(model, blocks, text.batch_size)
             save_targets(targets, options.targets)
         items = with_text(items, model, targets)
+        if along:
+            write_table(options.benchmarks, along(model))
     if not math.isfinite(metric_value(items, spec.watched, spec.metric)):
         raise InputError(
             f"selection.metric: {spec.metric} of the base on {spec.watched} is no finite number; "

@@ -3,7 +3,8 @@
 Second and third paper draw benchmarks, and the answers that change hands on them, over the course
 of a training (Biderman et al. 2024, arXiv 2405.09673, figure 2; Kalajdzievski 2024, arXiv
 2401.05605, figure 4). What the evaluation asks here is what the benchmark job asks of a checkpoint,
-in the same words; batches differ, and with them the last digits of log-likelihoods.
+in the same words; batches differ, and with them the last digits of log-likelihoods. So the base is
+asked here too (`forgetting.benchmarks.asking`), and what changed is told against that.
 """
 
 from __future__ import annotations
@@ -41,12 +42,23 @@ class Along:
 
     @cached_property
     def digest(self) -> str:
-        """Of the tasks and their rows."""
+        """Of what is asked: the tasks and their rows.
+
+        Not of what says how it is read (`chance`), of where rows came from (`revision`; their
+        content counts), nor of `batch_size`. That changes log-likelihoods by their rounding alone,
+        and who makes it smaller because a device was full would else lose the runs that are
+        finished: these keep what they were asked in larger batches, while the base is asked anew.
+        In bfloat16, answers between near equals may then differ from the base's for that alone.
+        """
         files = {
             task: {path.name: sha256(path) for path in sorted(folder.glob("*.jsonl"))}
             for task, folder in self.rows.items()
         }
-        return content_key({"spec": self.spec.model_dump(mode="json"), "rows": files})
+        asked = {
+            name: task.model_dump(mode="json", exclude={"chance", "revision"})
+            for name, task in self.spec.tasks.items()
+        }
+        return content_key({"tasks": asked, "rows": files})
 
     @cached_property
     def _questions(self) -> Questions:
@@ -59,7 +71,7 @@ class Along:
 
 
 def main_items(result: BenchmarkResult) -> pd.DataFrame:
-    """Columns task, item, metric (the main one), value, response.
+    """Columns task, item, metric (the main one), value, response, choice.
 
     Raises:
         InputError: a task's metric is not the mean over its items, so that these do not tell it.
@@ -73,5 +85,5 @@ def main_items(result: BenchmarkResult) -> pd.DataFrame:
                 f"benchmarks.along: the metric of {task} is no mean over its items; take it out, "
                 "or name another one in benchmarks.tasks"
             )
-    responses = result.responses[["task", "item", "response"]]
+    responses = result.responses[["task", "item", "response", "choice"]]
     return items.merge(responses, on=["task", "item"])[[*COLUMNS]]

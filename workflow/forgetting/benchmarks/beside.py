@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-COLUMNS = ("task", "item", "metric", "value", "response")
+COLUMNS = ("task", "item", "metric", "value", "response", "choice")
+TYPES = {"item": int, "choice": "Int64"}
 MARK = "benchmark_"
 """What these columns are called beside other items begins with this."""
 
@@ -22,6 +23,6 @@ def apart(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     of_benchmarks = table[marked[0]].notna()
     where = [name for name in ("run", "step", "epoch") if name in table]
     found = table[of_benchmarks][[*where, *marked]]
-    found = found.rename(columns=lambda name: name.removeprefix(MARK)).astype({"item": int})
+    found = found.rename(columns=lambda name: name.removeprefix(MARK)).astype(TYPES)
     probes = table[~of_benchmarks].drop(columns=marked)
     return probes.reset_index(drop=True), found.reset_index(drop=True)

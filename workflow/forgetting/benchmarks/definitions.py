@@ -27,6 +27,21 @@ DEFAULT_METRICS = {
 }
 """What the harness computes where a definition names no metric."""
 
+AGGREGATIONS = {
+    "perplexity": "perplexity",
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+    "brier_score": "brier_score",
+    "mcc": "matthews_corrcoef",
+    "f1": "f1",
+    "bleu": "bleu",
+    "chrf": "chrf",
+    "chrf++": "chrf++",
+    "ter": "ter",
+}
+"""How the harness makes one value of the items' where a definition does not say; others by mean."""
+
 ANSWER_TOKENS = 256
 """The harness's longest generated answer where a definition names none."""
 
@@ -109,6 +124,19 @@ class Definition:
             for used in self.filters
             for name in names or DEFAULT_METRICS.get(self.output_type, ())
         ]
+
+    def is_mean(self, metric: str) -> bool:
+        """Is a metric the mean of what its items have? Of one that a function of the definition's
+        own aggregates, that cannot be told here, and it is taken for one.
+
+        Args:
+            metric: `name,filter`.
+        """
+        name = metric.partition(",")[0]
+        for listed in self.config.get("metric_list") or []:
+            if str(listed["metric"]).rpartition(".")[2] == name and "aggregation" in listed:
+                return str(listed["aggregation"]) not in AGGREGATIONS.values()
+        return name not in AGGREGATIONS
 
 
 def example_split(config: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from forgetting.benchmarks.choices import chosen
 from forgetting.benchmarks.definitions import read_definition
 from forgetting.benchmarks.known import main_metric
 from forgetting.benchmarks.programs import PassRate, Program
@@ -17,7 +18,7 @@ from forgetting.benchmarks.tasks import TaskSpec
 
 SCORE_COLUMNS = ("task", "metric", "main", "value", "stderr", "n", "chance")
 ITEM_COLUMNS = ("task", "item", "metric", "value")
-RESPONSE_COLUMNS = ("task", "item", "prompt_hash", "response", "target")
+RESPONSE_COLUMNS = ("task", "item", "prompt_hash", "response", "target", "choice")
 
 
 @dataclass
@@ -28,7 +29,8 @@ class BenchmarkResult:
         `stderr` is NaN for a single item.
     items: one row per task, item and metric (`ITEM_COLUMNS`), `item` being the row's number.
     responses: one row per task and item (`RESPONSE_COLUMNS`): the generated text, or the
-        log-likelihoods of the choices in nats as a JSON list.
+        log-likelihoods of the choices in nats as a JSON list, whose chosen one is `choice`, by
+        the main metric (`forgetting.benchmarks.choices`); of a text, `choice` is missing.
     programs: what is still to be run; their tasks have no rows in scores and items yet.
     rates: how the programs of each task are scored.
     notes: sentences on what deviates from the protocol.
@@ -57,8 +59,12 @@ def tables_of(
     rates: dict[str, PassRate] = {}
     for spec in specs:
         samples = results["samples"][spec.name]
-        first = samples[0]["filter"]
-        responses += [_response(spec.name, s) for s in samples if s["filter"] == first]
+        first, metric = samples[0]["filter"], main_metric(spec.name, spec.metric)
+        responses += [
+            _response(spec.name, sample) | {"choice": chosen(tasks[spec.name], sample, metric)}
+            for sample in samples
+            if sample["filter"] == first
+        ]
         if getattr(tasks[spec.name], "UNSAFE_CODE", False):
             for sample in samples:
                 programs += _programs(spec.name, sample)
@@ -70,7 +76,7 @@ def tables_of(
     return BenchmarkResult(
         pd.DataFrame(scores, columns=list(SCORE_COLUMNS)),
         pd.DataFrame(items, columns=list(ITEM_COLUMNS)),
-        pd.DataFrame(responses, columns=list(RESPONSE_COLUMNS)),
+        pd.DataFrame(responses, columns=list(RESPONSE_COLUMNS)).astype({"choice": "Int64"}),
         programs,
         rates,
         notes,

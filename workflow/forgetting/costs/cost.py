@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from forgetting.costs.benches import downloads
+from forgetting.costs.benches import along, downloads
 from forgetting.costs.case import Case, Team
 from forgetting.costs.durations import (
     START,
@@ -143,6 +143,9 @@ class Costs:
             used, disk = 20.0 * case.shape.parameters, 4.0 * case.shape.parameters
         elif rule == "score_base":
             stages["probes"] = evaluation_seconds(case, Team())
+            if self.study.benchmarks.along:
+                stages["benchmarks"] = benchmark_seconds(case, along(self.study, case.benches))
+                used = max(used, benchmark_bytes(case))
         elif rule == "interpolate":
             shares = len(self.study.selection.wise_ft)
             stages["probes"] = shares * evaluation_seconds(case, Team())

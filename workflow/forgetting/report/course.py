@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from forgetting.report import parts
@@ -41,8 +42,7 @@ def _panel(tables: Tables, task: str, metric: str, rows: pd.DataFrame) -> alt.La
         *parts.value_tooltip("score"),
     ]
     layers = [
-        *_level(rows[rows["step"] == 0], "value", "reference", "base"),
-        *_level(rows, "chance", "chance", "chance"),
+        *_levels(rows),
         alt.Chart(chosen)
         .mark_area(clip=True)
         .encode(
@@ -61,10 +61,41 @@ def _panel(tables: Tables, task: str, metric: str, rows: pd.DataFrame) -> alt.La
     return parts.stack(layers).properties(title=parts.panel_title(data.human(task), count))
 
 
-def _level(rows: pd.DataFrame, field: str, style: str, word: str) -> list[alt.Chart]:
-    """A level line and what it is called."""
-    level = rows[[field]].dropna().head(1)
-    rule = alt.Chart(level).mark_rule(style=style).encode(y=f"{field}:Q")
-    words = alt.Chart(level).mark_text(style="reference-label", align="right", dx=-2, dy=-7)
-    place = alt.value("width")
-    return [rule, words.encode(x=place, y=f"{field}:Q", text=alt.value(word))]
+def _levels(rows: pd.DataFrame) -> list[alt.Chart]:
+    """The level lines of base and of blind guessing with their names; near each other, one text
+    above the upper line names both."""
+    found = {
+        "base": rows[rows["step"] == 0]["value"].dropna().head(1),
+        "chance": rows["chance"].dropna().head(1),
+    }
+    levels = {name: float(value.iloc[0]) for name, value in found.items() if len(value)}
+    drawn = [_rule(value, _STYLES[name]) for name, value in levels.items()]
+    if len(levels) == 2 and abs(levels["base"] - levels["chance"]) < NEAR * _height(rows):
+        lower, upper = sorted(levels, key=lambda name: levels[name])
+        equal = levels[lower] == levels[upper]
+        words = "base and chance" if equal else f"{upper}, above {lower}"
+        return [*drawn, _words(levels[upper], words)]
+    return drawn + [_words(value, name) for name, value in levels.items()]
+
+
+_STYLES = {"base": "reference", "chance": "chance"}
+NEAR = 0.08
+"""Lines nearer than this share of a panel's height have no room for a name between them."""
+
+
+def _height(rows: pd.DataFrame) -> float:
+    """What a panel shows at least, from its lowest value to its highest."""
+    shown = rows[["value", "low", "high", "chance"]].to_numpy(dtype=float)
+    return float(np.nanmax(shown) - np.nanmin(shown))
+
+
+def _rule(value: float, style: str) -> alt.Chart:
+    level = alt.Chart(pd.DataFrame({"level": [value]}))
+    return level.mark_rule(style=style).encode(y="level:Q")
+
+
+def _words(value: float, text: str) -> alt.Chart:
+    words = alt.Chart(pd.DataFrame({"level": [value]})).mark_text(
+        style="reference-label", align="right", dx=-2, dy=-7
+    )
+    return words.encode(x=alt.value("width"), y="level:Q", text=alt.value(text))

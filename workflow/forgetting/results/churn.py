@@ -6,12 +6,15 @@ figure 4). Of the items that a model and the base answered, with v and b their s
 - agreement: share of items with the same answer, be it right or wrong
 - gained: mean of max(0, v - b)
 - lost: mean of max(0, b - v), so that gained - lost is the change of the mean score
+
+A benchmark may be asked twice of a checkpoint: of all its items by a benchmark job (column `asked`:
+`job`), and of its first items by the training, at every evaluation (`training`, as the probes
+are). Both have rows of their own, each against the base's answers to the same items, so that
+neither the course has a gap at the selected checkpoint nor its items change there.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +25,7 @@ from forgetting.results.statistics import share_interval
 
 SHARES = ("agreement", "gained", "lost")
 COLUMNS = (
-    *("run", "step", "epoch", "probe", "answer", "n", "value", "base_value"),
+    *("run", "step", "epoch", "probe", "answer", "asked", "n", "value", "base_value"),
     *(f"{share}{end}" for share in SHARES for end in ("", "_low", "_high")),
 )
 
@@ -37,25 +40,27 @@ def churn_table(
 
     Kinds of answer: `generated`, scored by ROUGE-L recall (on benchmarks by the main metric), and
     the same only if the text is; `choice`, the likeliest per token of the right answer and the
-    wrong ones (of a benchmark's choices, the likeliest as a whole), scored 1 if right.
+    wrong ones, scored 1 if right. Of a benchmark's choices it is the one that the reported metric
+    takes (`forgetting.benchmarks.choices`): of `acc_norm` the likeliest per character.
 
     Args:
         items: the items of all runs, the base among them as run `base`.
-        responses: run, step, task, item, response of the benchmarks.
+        responses: run, step, task, item, response, choice of the benchmark jobs.
         benchmark_items: run, step, task, item, value of their main metric.
-        course: what benchmarks were asked at every evaluation (`course.course_items`); where a
-            checkpoint was benchmarked too, that counts.
+        course: what benchmarks were asked at every evaluation (`course.course_items`).
     """
-    parts = [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items)]
+    parts = [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items, items)]
     if course is not None:
-        parts.append(_asked_along(course, parts[-1]))
-    answered = pd.concat(parts)
+        asked = _responded(course.rename(columns={"task": "probe"}))
+        parts.append(asked.assign(asked="training"))
+    answered = pd.concat([part for part in parts if len(part)])
     is_base = answered["run"] == "base"
-    key = ["probe", "answer", "item"]
+    key = ["probe", "answer", "asked", "item"]
     base = answered[is_base][[*key, "said", "score"]]
     paired = answered[~is_base].merge(base, on=key, suffixes=("", "_base"))
-    groups = paired.groupby(["run", "step", "epoch", "probe", "answer"], sort=False, dropna=False)
-    rows = [dict(zip(COLUMNS, (*place, *_shares(group)), strict=True)) for place, group in groups]
+    place = ["run", "step", "epoch", "probe", "answer", "asked"]
+    groups = paired.groupby(place, sort=False, dropna=False)
+    rows = [dict(zip(COLUMNS, (*where, *_shares(group)), strict=True)) for where, group in groups]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -70,7 +75,7 @@ def _shares(group: pd.DataFrame) -> list[float]:
 
 def _answers(rows: pd.DataFrame, kind: str, said: Sequence[Any], score: Any) -> pd.DataFrame:
     kept = rows[["run", "step", "epoch", "probe", "item"]]
-    return kept.assign(answer=kind, said=said, score=score)
+    return kept.assign(answer=kind, asked="training", said=said, score=score)
 
 
 def _generated(items: pd.DataFrame) -> pd.DataFrame:
@@ -93,39 +98,23 @@ def _chosen(items: pd.DataFrame) -> pd.DataFrame:
     return _answers(rows, "choice", said, [float(choice == 0) for choice in choices])
 
 
-def _benchmarks(responses: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
-    key = ["run", "step", "task", "item"]
+def _benchmarks(
+    responses: pd.DataFrame, items: pd.DataFrame, evaluated: pd.DataFrame
+) -> pd.DataFrame:
+    """The answers that benchmark jobs have, with the epochs of the evaluations of these models."""
     if responses.empty or items.empty:
-        return pd.DataFrame(
-            columns=["run", "step", "epoch", "probe", "item", "answer", "said", "score"]
-        )
+        return pd.DataFrame()
+    key = ["run", "step", "task", "item"]
     rows = responses.merge(items[[*key, "value"]], on=key).rename(columns={"task": "probe"})
-    return _responded(rows.assign(epoch=math.nan))
-
-
-def _asked_along(course: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
-    """The answers of the course that no benchmark job has of the same model."""
-    rows = course[course["run"] != "base"].rename(columns={"task": "probe"})
-    key = ["run", "step", "probe"]
-    known = scored[key].drop_duplicates().astype({"step": "Int64"})
-    rows = rows.astype({"step": "Int64"}).merge(known, on=key, how="left", indicator=True)
-    return _responded(rows[rows.pop("_merge") == "left_only"])
+    epochs = evaluated[["run", "step", "epoch"]].drop_duplicates(["run", "step"])
+    rows = rows.merge(epochs.astype({"step": rows["step"].dtype}), on=["run", "step"], how="left")
+    return _responded(rows).assign(asked="job")
 
 
 def _responded(rows: pd.DataFrame) -> pd.DataFrame:
-    """What benchmarks were answered, each by its kind."""
-    read = [_response(text) for text in rows["response"]]
-    return _answers(rows, "", [said for _, said in read], rows["value"]).assign(
-        answer=[kind for kind, _ in read]
-    )
-
-
-def _response(text: str) -> tuple[str, str]:
-    """Kind and answer: the number of the likeliest choice, or what was written."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, float) for one in value):
-        return "choice", str(int(np.argmax(value)))
-    return "generated", " ".join(text.split())
+    """What benchmarks were answered: the number of a choice, or what was written."""
+    was_choice = rows["choice"].notna()
+    texts = rows["response"].str.split().str.join(" ")
+    said = texts.where(~was_choice, rows["choice"].astype("string"))
+    answered = _answers(rows, "generated", said, rows["value"])
+    return answered.assign(answer=np.where(was_choice, "choice", "generated"))

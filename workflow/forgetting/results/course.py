@@ -12,24 +12,15 @@ from forgetting.results.statistics import mean_interval, share_interval
 PLACE = ("run", "step", "epoch")
 
 
-def course_items(
-    found: Sequence[pd.DataFrame], base_items: pd.DataFrame, base_responses: pd.DataFrame
-) -> pd.DataFrame:
-    """Columns run, step, epoch, task, item, metric, value, response; the base is step 0.
-
-    Of the base only the items that were asked in the trainings are taken.
+def course_items(base: pd.DataFrame, *found: pd.DataFrame) -> pd.DataFrame:
+    """Columns run, step, epoch, task, item, metric, value, response, choice; the base is step 0.
 
     Args:
+        base: what the base was asked, in the batches of the trainings.
         found: what the cohorts asked, with run, step and epoch.
-        base_items: task, item, metric, value of the base's benchmarks.
-        base_responses: task, item, response.
     """
-    tuned = pd.concat(found, ignore_index=True)
-    asked = tuned[["task", "item", "metric"]].drop_duplicates()
-    base = base_items[["task", "item", "metric", "value"]].merge(asked)
-    base = base.merge(base_responses[["task", "item", "response"]], on=["task", "item"])
-    base = base.assign(run="base", step=0, epoch=0.0)
-    return pd.concat([base[list(tuned.columns)], tuned], ignore_index=True)
+    zero = base.assign(run="base", step=0, epoch=0.0)
+    return pd.concat([zero[list(found[0].columns)], *found], ignore_index=True)
 
 
 def course_table(

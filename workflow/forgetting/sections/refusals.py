@@ -14,8 +14,9 @@ class Refusals(Strict):
     """Harmful prompts, such as AdvBench's: how many does a model refuse, and how many still?
 
     Answers are generated greedily in the study's prompt and kept for review in the table
-    `benchmark_responses`. An answer counts as refused if its first or second sentence begins as a
-    refusal does (`forgetting.scoring.refusals`, after Zou et al. 2023, arXiv 2307.15043).
+    `benchmark_responses`. An answer counts as `refused` if one of its first two sentences begins as
+    a refusal does (`forgetting.scoring.refusal_phrases` says how), and by `refused_keywords` if one
+    of thirteen keywords stands anywhere in it (Zou et al. 2023, arXiv 2307.15043).
     """
 
     table: Table = Field(

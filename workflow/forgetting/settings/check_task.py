@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forgetting.benchmarks.definitions import read_definition
 from forgetting.benchmarks.known import Benchmark, benchmark, main_metric, same_rows
 from forgetting.benchmarks.tasks import read_rows
 from forgetting.data.hub import HUB_ROWS
@@ -24,7 +25,7 @@ def check_task(study: Study, name: str, task: Task, context: int | None, at: At)
     except InputError as error:
         raise InputError(f"{at(*place)}: {error}") from None
     try:
-        main_metric(name, task.metric)
+        metric = main_metric(name, task.metric)
     except InputError as error:
         raise InputError(f"{at(*place, 'metric')}: {error}") from None
     shots = known.examples if task.num_fewshot is None else task.num_fewshot
@@ -37,11 +38,8 @@ def check_task(study: Study, name: str, task: Task, context: int | None, at: At)
             f"{at(*place, 'samples')}: the answers of {name} are no programs, and pass@k is for "
             "programs; leave it out"
         )
-    if known.programs and name in study.benchmarks.along:
-        raise InputError(
-            f"{at('benchmarks', 'along', name)}: the answers of {name} are programs, which run "
-            "in a sandbox after the training; take it out"
-        )
+    if name in study.benchmarks.along:
+        _check_along(name, known, metric, at)
     tokens = known.answer_tokens and (task.max_new_tokens or known.answer_tokens)
     if tokens and context is not None and tokens >= context:
         raise InputError(
@@ -49,6 +47,25 @@ def check_task(study: Study, name: str, task: Task, context: int | None, at: At)
             f"the model reads {context}; set a smaller `max_new_tokens`"
         )
     _check_rows(study, name, task, known, shots, at)
+
+
+def _check_along(name: str, known: Benchmark, metric: str, at: At) -> None:
+    """A task can be asked in training, item by item."""
+    place = at("benchmarks", "along", name)
+    if known.programs:
+        raise InputError(
+            f"{place}: the answers of {name} are programs, which run in a sandbox after the "
+            "training; take it out"
+        )
+    definition = read_definition(name)
+    if definition.is_mean(metric):
+        return
+    means = [other for other in definition.metrics if definition.is_mean(other)]
+    instead = f", or have benchmarks.tasks.{name}.metric name {' or '.join(means)}" if means else ""
+    raise InputError(
+        f"{place}: {metric} of {name} is no mean over items, so that the first of them do not tell "
+        f"it; take it out{instead}"
+    )
 
 
 def _check_rows(study: Study, name: str, task: Task, known: Benchmark, shots: int, at: At) -> None:

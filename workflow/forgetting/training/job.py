@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from forgetting.benchmarks import asking
 from forgetting.data.origins import Origins
 from forgetting.data.rows import general_rows, prepared_lines
 from forgetting.models.loading import load_tokenizer, pick_device, pick_precision
@@ -43,9 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
     )
     parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
-    parser.add_argument("--along", help="JSON: the benchmarks of every evaluation")
-    parser.add_argument("--along-code", help="digest of the code that asks them")
-    parser.add_argument("--along-rows", nargs="*", default=[], help="TASK=FOLDER of SPLIT.jsonl")
+    asking.add_options(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
@@ -63,7 +60,7 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
     named = spec.tuning.mitigation.tables if spec.tuning.mitigation else []
     general = dict(zip(named, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    along = _along(options, tokenizer) if options.along else None
+    along = asking.read_along(options, tokenizer)
     materials = Materials(
         base=Path(base["path"]),
         tokenizer=tokenizer,
@@ -93,21 +90,6 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
         **({"benchmarks": f"{along.digest} {options.along_code}"} if along else {}),
     }
     return Job(specs, materials, inputs)
-
-
-def _along(options: argparse.Namespace, tokenizer: Any) -> Any:
-    """What asks the benchmarks of every evaluation.
-
-    By its name, since the digest of what trains must not change with the side of the harness where
-    a study asks nothing of it; where it does, it has a digest of its own.
-    """
-    module = importlib.import_module("forgetting.benchmarks.along")
-    rows = (pair.split("=", 1) for pair in options.along_rows)
-    return module.Along(
-        module.AlongSpec.model_validate_json(options.along),
-        {task: Path(folder) for task, folder in rows},
-        tokenizer,
-    )
 
 
 class Teller:
