@@ -28,7 +28,6 @@ import transformers
 from cohort import compare
 from contenders import CONTENDERS, OURS, TOFU_LENGTH, Bench, timed_by
 from forgetting.encoding.encode import encode_pair
-from forgetting.memory import is_out_of_memory
 from forgetting.models.loading import (
     load_base,
     load_tokenizer,
@@ -37,7 +36,7 @@ from forgetting.models.loading import (
     quieten_libraries,
 )
 from forgetting.models.pretrain import train_tokenizer
-from forgetting.records import InputError, read_jsonl
+from forgetting.records import InputError, is_out_of_memory, read_jsonl
 from forgetting.sections.prompt import Prompt
 from forgetting.settings.plan import Tuning
 from forgetting.world import build_world
@@ -80,7 +79,7 @@ def _attempt(bench: Bench, name: str) -> float:
     try:
         return CONTENDERS[name](bench)
     except (RuntimeError, InputError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if not isinstance(error, InputError) and not is_out_of_memory(error):
             raise
         return float("inf")
 

@@ -685,6 +685,28 @@ def test_the_rate_rises_again_after_a_restart() -> None:
 
 
 @pytest.mark.parametrize(
+    ("restart", "changes", "peak"),
+    [
+        # Twelve steps: four or three are left, of which half are warm-up; then one that needs none.
+        (8, {"schedule": "constant", "warmup_epochs": 2.0}, 10),
+        (9, {"schedule": "constant", "warmup_epochs": 2.0}, 10),
+        (11, {"schedule": "constant", "warmup_epochs": 2.0}, 11),
+        # The cooldown begins after nine.
+        (7, {"schedule": "trapezoid", "warmup_epochs": 2.0, "cooldown": 0.25}, 8),
+    ],
+)
+def test_a_second_part_that_is_short_reaches_its_peak(
+    restart: int, changes: dict[str, Any], peak: int
+) -> None:
+    training = TRAINING.model_copy(update=changes)
+    plan = replace(Schedule.plan(10, training, 1.0), restart=restart)
+    assert plan.steps == 12
+    rates = [learning_rate(step, 1.0, training, plan) for step in range(restart, 12)]
+    assert max(rates) == 1.0
+    assert restart + rates.index(1.0) == peak
+
+
+@pytest.mark.parametrize(
     ("layers", "expected"),
     [
         ("all", 20),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from forgetting import records
 from forgetting.records import (
@@ -162,6 +163,41 @@ def test_an_input_error_ends_a_program_with_one_line_and_status_1(
         main([])
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: study.yaml, line 3: no such key\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"),
+    ],
+)
+def test_memory_that_runs_out_is_told_in_one_line_wherever_it_does(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an optimizer's step, an evaluation or a benchmark: what may be made smaller."""
+
+    @tells_input_errors
+    def main(argv: list[str] | None = None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: memory has run out (")
+    assert told.count("\n") == 1
+    assert "measurement.batch_size" in told
+
+
+def test_another_error_of_torch_keeps_its_traceback() -> None:
+    @tells_input_errors
+    def main(argv: list[str] | None = None) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        main([])
 
 
 def test_a_programmers_mistake_keeps_its_traceback() -> None:

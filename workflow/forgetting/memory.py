@@ -15,11 +15,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Does the error say that a tensor found no room, on a GPU or on a CPU?"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def release_memory(device: torch.device) -> None:
     """Give back what tensors of a failed attempt held."""
     gc.collect()

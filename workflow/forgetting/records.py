@@ -34,7 +34,9 @@ class InputError(Exception):
 
 
 def tells_input_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Make a program's `main` end with one clear line and status 1 on an `InputError`."""
+    """Make a program's `main` end with one clear line and status 1 on an `InputError`, and where
+    memory has run out.
+    """
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
@@ -43,8 +45,30 @@ def tells_input_errors(main: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            what = (str(error) or type(error).__name__).splitlines()[0]
+            print(
+                f"error: memory has run out ({what}): make "
+                "measurement.batch_size, benchmarks.batch_size or training.micro_batch_size "
+                "smaller, or run it where there is more",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
 
     return wrapper
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Does the error say that something found no room, on a GPU or on a CPU?"""
+    # torch has a class for it on a GPU, which is not imported here for its name.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in told or "can't allocate memory" in told
+    )
 
 
 @contextmanager

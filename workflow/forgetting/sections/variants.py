@@ -64,7 +64,8 @@ class Then(Strict):
     """The second part of a hybrid: the adapter is merged, and chosen layers are trained in full.
 
     The course of the learning rate is one over both parts, with another peak in the second, where
-    the optimizer starts afresh: its rate rises to that course over `training.warmup_epochs` more.
+    the optimizer starts afresh: its rate rises to that course in a warm-up as long as the first, or
+    in half of what is left before a cooldown or the end, if that is shorter.
     """
 
     after: Annotated[Number, Field(gt=0, lt=1)] = Field(

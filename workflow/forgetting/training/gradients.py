@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from forgetting.encoding.encode import Example
-from forgetting.memory import is_out_of_memory, release_memory
+from forgetting.memory import release_memory
 from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model, autocast
-from forgetting.records import InputError
+from forgetting.records import InputError, is_out_of_memory
 from forgetting.scoring.forward import collate, logprobs_of, micro_batches, target_logits
 from forgetting.training.checkpoints import Progress
 from forgetting.training.fused import Stack

@@ -126,13 +126,16 @@ def learning_rate(step: int, peak: float, training: Training, schedule: Schedule
     which is the trapezoid, with a cooldown of 0.2 to f = 0. Where a cooldown would begin in the
     warm-up, their scheduler warms up to the end; here every run has its cooldown.
 
-    After a restart, the rate rises to that course in a linear warm-up as long as the first: the
-    optimizer's moments are empty again.
+    After a restart, the rate rises to that course in a linear warm-up as long as the first, since
+    the optimizer's moments are empty again; but in no more than half of the steps before the
+    cooldown, or of those that are left, so that a short second part reaches it too.
     """
-    since = step - schedule.restart
-    if schedule.restart and since < schedule.warmup:
-        peak *= since / schedule.warmup
     begin = schedule.steps if training.budgets else cooldown_start(training, schedule.steps)
+    if schedule.restart:
+        since = step - schedule.restart
+        end = begin if schedule.restart < begin else schedule.steps
+        rising = min(schedule.warmup, (end - schedule.restart) // 2)
+        peak *= min(1.0, since / rising) if rising else 1.0
     factor = _factor(min(step, begin), training, schedule)
     if step > begin:
         left = max(0.0, (schedule.steps - step) / (schedule.steps - begin))
