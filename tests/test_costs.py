@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from snakemake_executor_plugin_slurm.partitions import PartitionLimits
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig
 
 from forgetting.costs.case import Case, Team
@@ -17,7 +19,7 @@ from forgetting.costs.durations import generation_seconds, step_seconds
 from forgetting.costs.footprint import activation, checkpoint_bytes, trained_state, training_bytes
 from forgetting.costs.hardware import GPUS, Device, cores, find_device
 from forgetting.costs.shape import config_shape
-from forgetting.costs.site import Site, read_site
+from forgetting.costs.site import LIMITS, Site, read_site
 from forgetting.costs.sizing import asked, sizes
 from forgetting.models.adapters import attach, round_frozen
 from forgetting.models.loading import Model
@@ -254,6 +256,7 @@ def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
         "partitions: {gpu: {max_runtime: soon}}": "max_runtime: soon; give minutes",
         "partitions: {gpu: {max_mem_mb: -1}}": "max_gpu or max_mem_mb: -1; give a whole number",
         "machine: {device: A100}": "`machine` is not known",
+        "partitions: {gpu: {max_time: 1d}}": "partitions.gpu: `max_time` is not known; a limit is",
         "[": "not a file of a site",
     }.items():
         site.write_text(text)
@@ -263,6 +266,11 @@ def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
         assert message in str(told.value)
     site.write_text("partitions: {a: {max_runtime: 2d}, b: {max_runtime: 90}}\n")
     assert read_site(site).longest == 2880
+
+
+def test_the_limits_of_a_partition_are_those_of_slurms_plugin() -> None:
+    names = {field.name for field in dataclasses.fields(PartitionLimits)}
+    assert {"slurm_cluster", "cluster", "clusters"} | names == LIMITS
 
 
 def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:

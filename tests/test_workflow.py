@@ -546,6 +546,19 @@ def test_a_site_of_other_machines_changes_what_is_asked(
     assert {job.resources["cpus_per_task"] for job in jobs} <= {4, 8, 16}
 
 
+def test_a_method_too_large_for_the_gpus_is_told_when_it_is_planned(tmp_path: Path) -> None:
+    """Before anything waits in a queue; where all fit, nothing is said."""
+    site = tmp_path / "site.yaml"
+    site.write_text("machines: {device: L40S, count: 1, gpus: 1, cpus: 16, memory_gb: 500}\n")
+    fits = _snakemake("--config", "study=tofu-llama-2-7b")
+    assert "smaller rank" not in fits.stdout + fits.stderr
+    told = _snakemake(*("--config", "study=tofu-llama-2-7b"), SNAKEMAKE_SLURM_PARTITIONS=str(site))
+    assert told.returncode == 0, told.stderr
+    told_of = told.stdout + told.stderr
+    lines = [line for line in told_of.splitlines() if "or a smaller rank or batch" in line]
+    assert any(line.startswith("full: needs ") and "L40S has " in line for line in lines)
+
+
 def test_processes_may_be_spread_over_nodes(plan: Plan, tmp_path: Path) -> None:
     """All GPUs of two machines; the job itself starts what runs on both, with no srun before it."""
     path = ROOT / "config" / "studies" / "mini.yaml"
@@ -586,11 +599,11 @@ def test_more_processes_train_nothing_again(plan: Plan, tmp_path: Path) -> None:
 
 
 def _snakemake(
-    *options: str, folder: Path = ROOT, path: str = os.environ["PATH"]
+    *options: str, folder: Path = ROOT, path: str = os.environ["PATH"], **variables: str
 ) -> subprocess.CompletedProcess[str]:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("SNAKEMAKE")
-    } | {"PATH": path}
+    } | {"PATH": path, **variables}
     return subprocess.run(
         [sys.executable, "-m", "snakemake", "-n", "--nolock", *options],
         cwd=folder,

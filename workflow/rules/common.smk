@@ -37,7 +37,7 @@ from forgetting.benchmarks.known import FILES, benchmark, same_rows, splits_of
 from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
 from forgetting.costs.cost import Costs
 from forgetting.costs.site import read_site
-from forgetting.costs.sizing import check_spans, sizes, threads
+from forgetting.costs.sizing import check_spans, misfits, sizes, threads
 from forgetting.data.hub import HUB_ROWS
 from forgetting.data.table_files import find_table
 from forgetting.fingerprint import code_digest
@@ -62,6 +62,8 @@ try:
     check_inputs(STUDY, study_source(config, STUDIES).at)
     COSTS = Costs(STUDY, read_site(SITE))
     check_spans(COSTS)
+    for note in misfits(COSTS) if workflow.is_main_process else ():
+        logger.warning(note)
 except InputError as error:
     raise WorkflowError(str(error)) from None
 

@@ -18,6 +18,7 @@ from forgetting.costs.cost import ON_DEVICES, SUBMITTED, TRAINING, Costs
 from forgetting.costs.jobs import SNAKEFILE, Planned, planned_jobs
 from forgetting.costs.outlook import Forecast, as_values, forecast, gpu_seconds, with_machines
 from forgetting.costs.site import read_site
+from forgetting.costs.sizing import misfits
 from forgetting.costs.volumes import texts
 from forgetting.records import tells_input_errors, write_json
 from forgetting.settings.load import load_study
@@ -118,13 +119,9 @@ def notes(found: Forecast) -> list[str]:
     ]  # fmt: skip
     if guessed:
         lines.append(f"rows and lengths are guessed of {', '.join(guessed)}")
+    lines += misfits(costs)
     for name in costs.tunings:
         cost = costs.of("finetune", {"method": name})
-        if case.device.is_gpu and cost.device_bytes > case.device.usable:
-            lines.append(
-                f"{name}: needs {size(cost.device_bytes)} on each GPU and {case.device.name} has "
-                f"{size(case.device.usable)} for it: other GPUs, or a smaller rank or batch"
-            )
         if cost.seconds > 60 * costs.site.longest:
             lines.append(
                 f"{name}: {span(cost.seconds)} are more than a job may run here; it goes on in "

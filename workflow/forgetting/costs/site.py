@@ -22,6 +22,14 @@ from forgetting.sections.fields import Count, Positive, Strict
 VARIABLE = "SNAKEMAKE_SLURM_PARTITIONS"
 """Names another file, to SLURM's plugin and here."""
 
+LIMITS = {
+    *("max_runtime", "max_mem_mb", "max_mem_mb_per_cpu", "max_cpus_per_task", "max_threads"),
+    *("max_nodes", "max_tasks", "max_tasks_per_node", "max_gpu", "max_cpus_per_gpu"),
+    *("max_mpi_tasks", "supports_mpi", "available_gpu_models", "available_constraints"),
+    *("slurm_cluster", "cluster", "clusters"),
+}
+"""What SLURM's plugin knows of a partition; anything else would end it in a traceback."""
+
 
 class Machines(Strict):
     """The machines that jobs run on, all alike."""
@@ -81,6 +89,12 @@ def read_site(path: Path) -> Site:
             raise ValueError(f"`{unknown[0]}` is not known")
         machines = Machines.model_validate(told.get("machines") or {})
         partitions = list((told.get("partitions") or {}).values())
+        for name, limits in (told.get("partitions") or {}).items():
+            if unknown := [key for key in limits if key not in LIMITS]:
+                raise ValueError(
+                    f"partitions.{name}: `{unknown[0]}` is not known; a limit is one of "
+                    f"{', '.join(sorted(LIMITS))}"
+                )
         with_gpus = [p for p in partitions if p.get("max_gpu")] or partitions
         found = {
             "longest": _widest(with_gpus, "max_runtime", _minutes),

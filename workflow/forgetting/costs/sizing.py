@@ -98,6 +98,19 @@ def check_spans(costs: Costs) -> None:
             )
 
 
+def misfits(costs: Costs) -> list[str]:
+    """What to say of the methods whose runs find no room on the site's GPUs."""
+    device, lines = costs.case.device, []
+    for name in costs.tunings if device.is_gpu else ():
+        used = costs.of("finetune", {"method": name}).device_bytes
+        if used > device.usable:
+            lines.append(
+                f"{name}: needs {used / 1e9:.0f} GB on each GPU and {device.name} has "
+                f"{device.usable / 1e9:.0f} GB for it: other GPUs, or a smaller rank or batch"
+            )
+    return lines
+
+
 def named(wildcards: Any) -> Mapping[str, str]:
     """A job's wildcards by name."""
     return dict(wildcards.items()) if wildcards else {}
