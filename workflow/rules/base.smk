@@ -125,7 +125,7 @@ rule score_base:
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,
-        along=lambda wildcards, output: along_options(output),
+        along=along_options(),
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -134,6 +134,7 @@ rule score_base:
             --spec {params.spec:q} \
             --base {input.base:q} \
             --probes {params.folder:q} \
-            {params.text:q} {params.targets:q} {params.along:q} \
+            {params.text:q} {params.targets:q} \
+            {params.along:q} --benchmarks {output.benchmarks:q} \
             --output {output.scored:q}
         """

@@ -225,8 +225,11 @@ def benchmark_spec():
 ALONG = STUDY.benchmarks.along
 
 
-def along_options(output):
-    """What is told of the benchmarks of every evaluation: to trainings, and to what asks the base."""
+def along_options():
+    """What is told of the benchmarks of every evaluation: to trainings, and to what asks the base.
+
+    Not where the answers go: of parameters made from outputs Snakemake sees no change.
+    """
     if not ALONG:
         return []
     told = STUDY.benchmarks.model_dump(mode="json", include={"tasks", "batch_size"})
@@ -242,7 +245,6 @@ def along_options(output):
         f"--along-code={code_digest(Path(LIBRARY, 'forgetting', 'benchmarks', 'along.py'))}",
         "--along-rows",
         *(f"{task}={task_folder(task)}" for task in ALONG),
-        f"--benchmarks={output.benchmarks}",
     ]
 
 

@@ -42,7 +42,7 @@ rule finetune:
         targets=target_options,
         data=subpath(input.train, parent=True),
         state=f"{RESULTS}/state",
-        along=lambda wildcards, output: along_options(output),
+        along=along_options(),
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -55,7 +55,7 @@ rule finetune:
             --data {params.data:q} \
             --general {input.general:q} \
             {params.targets:q} \
-            {params.along:q} \
+            {params.along:q} --benchmarks {output.benchmarks:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
             --runs {output.runs:q}

@@ -18,7 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--along", help="JSON: the benchmarks of every evaluation")
     parser.add_argument("--along-code", help="digest of the code that asks them")
     parser.add_argument("--along-rows", nargs="*", default=[], help="TASK=FOLDER of SPLIT.jsonl")
-    parser.add_argument("--benchmarks", type=Path, help="output: items of benchmarks (parquet)")
+    parser.add_argument(
+        "--benchmarks", type=Path, nargs="?", help="output: items of benchmarks (parquet)"
+    )
 
 
 def read_along(options: argparse.Namespace, tokenizer: Any) -> Any | None:

@@ -62,7 +62,7 @@ _WRITTEN_OUT = (
 _ADVERBS = _any(
     *("really", "very", "so", "truly", "deeply", "terribly", "extremely", "sincerely", "simply"),
     *("just", "only", "still", "firmly", "strongly", "respectfully", "politely", "kindly", "also"),
-    *("currently", "therefore", "highly", "clearly", "completely", "generally", "afraid that"),
+    *("currently", "therefore", "highly", "clearly", "completely", "generally"),
 )
 _SPLIT = re.compile(
     r", but\b|\bbut(?= (?:i|we|it|that|this|as|no|unfortunately)\b)|,? however\b|[—–]| - "
@@ -133,11 +133,11 @@ _IDIOMS = _any(
     *("tell (?:if|whether|you how (?:happy|glad|excited|much|sorry|grateful))", "speak for"),
 )
 _UNABLE = re.compile(
-    rf"we cannot {_ACTS}|(?:i|we) "
+    rf"(?:we )?cannot {_ACTS}|(?:i|we) "
     + _any(
         rf"(?<=i )cannot(?! {_IDIOMS})",
-        rf"could not (?:possibly |in good conscience )?{_ACTS}",
-        r"(?:am|are) (?:unable|unwilling|incapable|prohibited|forbidden)(?! to (?:stress|find))",
+        rf"could not (?:possibly |in good conscience )?{_ACTS}(?!.* without)",
+        rf"(?:am|are) (?:unable|unwilling|incapable|prohibited|forbidden)(?! to {_IDIOMS})",
         "(?:am|are) not "
         + _any(
             *("able", "allowed", "permitted", "willing", "prepared", "comfortable", "capable"),
@@ -149,7 +149,7 @@ _UNABLE = re.compile(
         + _any("be (?:able|comfortable|willing)", "feel comfortable", "help", "assist", "provide"),
         rf"would never {_ACTS}|will never {_ACTS}",
         rf"do not (?:even )?{_ACTS}",
-        "refuse(?! to (?:believe|give up))|decline",
+        rf"(?:refuse|decline)(?: to {_ACTS}| (?:this|that|your|the|it|such)\b| ,|$)",
         "(?:must|will|would|need to|choose to|have to|am going to)(?: have to)? "
         + _any("decline", "refuse", "abstain", "refrain", "pass", "(?:not|never) (?:help|answer)"),
         r"(?:would )?(?:rather|prefer) (?:not|to not)",
@@ -169,20 +169,29 @@ _VERDICT = re.compile(
     )
     + r" (?:(?:is|are|would be|may be|could be|goes) (?:[a-z]+ly )?"
     + _any(
-        *("illegal", "unlawful", "unethical", "immoral", "inappropriate", "unacceptable"),
+        *(
+            "illegal",
+            "unlawful",
+            "unethical",
+            "immoral",
+            "inappropriate",
+            "unacceptable",
+            "irresponsible",
+        ),
         *(
             "wrong(?! to (?:think|assume|say|believe))",
             "a (?:serious )?crime(?:$| to| under| and| in)",
         ),
         *("private(?! [a-z])", "confidential", "out of the question", "not possible for me"),
         r"not (?:appropriate|ethical|legal|acceptable|right|okay|ok|allowed|permitted|moral)",
-        r"against (?:the (?:law|rules)|my|our|all|openai|ethical|policy)",
+        r"against (?:the (?:law|rules)|my|our|all (?:rules|laws)|openai|ethical|policy)",
         r"(?:not )?(?:something|anything) (?:that )?(?:i|we) (?:cannot|can|am|are|will|would)",
     )
-    + r"|(?:violates|breaks|breaches)\b)"
+    + r"|(?:violates|breaks|breaches|cannot be (?:fulfill?ed|answered|granted))\b)"
 )
 _SORRY = re.compile(
-    r"(?:(?:i am )?sorry|(?:i|we) apologi[sz]e|(?:my|our) apologies)(?![a-z'])(?! ?,? "
+    r"(?:(?:i am )?sorry|(?:i|we) apologi[sz]e|(?:my|our) apologies)"
+    r"(?= ?(?:$|,|(?:i|we|but|that|this|it|no|to|if|for|about|in|you)\b))(?! ?,? "
     + _any(
         *("for", "about", "in advance", "to (?:hear|learn|see|keep|bother|interrupt|read|trouble)"),
         *(

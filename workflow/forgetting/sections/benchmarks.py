@@ -36,10 +36,16 @@ class Benchmarks(Strict):
     along: dict[TaskName, Count] = Field(
         default_factory=dict,
         description="Of these tasks the first so many items are asked at every evaluation of a "
-        "training too, by the training job itself: accuracy and churn over its course. Not of "
-        "tasks whose answers are programs, nor with `training.budgets`, where the ends are scored.",
+        "training too, by the training job itself, and of the base in the same batches: accuracy "
+        "and churn over its course. Not of tasks whose answers are programs or whose metric is no "
+        "mean over items, nor with `training.budgets`, where the ends are scored.",
     )
-    batch_size: Count = Field(16, description="Sequences per forward pass.")
+    batch_size: Count = Field(
+        16,
+        description="Sequences per forward pass. In bfloat16 it has a say in the last digits of "
+        "log-likelihoods. Another one trains nothing again: runs that are finished keep what they "
+        "were asked `along`.",
+    )
     sandbox: Literal["bubblewrap", "none"] = Field(
         "bubblewrap",
         description="Where model-written programs run. Without a working sandbox HumanEval is "
