@@ -5,7 +5,7 @@
 The folder holds hellaswag, winogrande, arc_challenge and tofu in their published columns. A small
 Llama is taught TOFU's answers for a minute, after which some of its own answers end; then each
 contender does the same work in the same process, one after the other, in rounds. Answers are
-generated once more when it has been taught until nearly all of them end. Seconds are those of the
+generated once more when it has been taught until most of them end. Seconds are those of the
 processor, which other programs on the machine do not change; the harness has its best batch size.
 Prints a table and, with --record, appends it to a file (bench/RECORD-score.md).
 """
