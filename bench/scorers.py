@@ -185,11 +185,11 @@ def generate_as_tofu(bench: Bench, least: int = 0) -> None:
         )
 
 
-def generate_ended(bench: Bench) -> None:
-    """This project's answers: batched by length, each row leaving when it ends."""
+def generate_ended(bench: Bench) -> list[list[int]]:
+    """This project's answers: each leaves when it ends, and another takes its place."""
     questions = [row["question"] for row in bench.rows]
     settings = Measurement(max_new_tokens=TOFU_LENGTH, batch_size=64)
-    generate(bench.model, bench.tokenizer, questions, PROMPT, settings)
+    return generate(bench.model, bench.tokenizer, questions, PROMPT, settings)
 
 
 def rouge_score(pairs: Sequence[tuple[str, str]]) -> None:

@@ -20,11 +20,11 @@ def test_every_comparison_is_recorded_and_its_contenders_agree(
     record = tmp_path / "RECORD.md"
     record.write_text("# Record\n")
     options = {"data": real_data, "shape": "tiny", "limit": 3, "questions": 2, "epochs": 1}
-    options |= {"rounds": 1, "adapters": 1, "record": record}
+    options |= {"more-epochs": 1, "rounds": 1, "adapters": 1, "record": record}
     program.main([f"--{name}={value}" for name, value in options.items()])
     text = record.read_text()
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == len(TASKS) + 5
+    assert len(rows) == len(TASKS) + 7
     assert all(float(row[4]) > 0 for row in rows)
     differences = json.loads(text.splitlines()[-1])
     assert set(differences) == {*TASKS, "truth ratio"}

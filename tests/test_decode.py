@@ -10,6 +10,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -22,7 +24,8 @@ from transformers import (
 
 from forgetting.models.adapters import attach
 from forgetting.scoring import decode as module
-from forgetting.scoring.decode import can_drop_rows, greedy_answers
+from forgetting.scoring.decode import can_drop_rows, can_refill, greedy_answers
+from forgetting.scoring.forward import by_length
 from forgetting.settings.plan import Tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +53,10 @@ def _models() -> dict[str, Any]:
     )
     made = {
         "llama": LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.5)),
+        "shared heads": LlamaForCausalLM(
+            LlamaConfig(**SHAPE, num_key_value_heads=1, initializer_range=0.5)
+        ),
+        "neox": GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, initializer_range=0.5)),
         "phi": PhiForCausalLM(PhiConfig(**SHAPE, initializer_range=0.5)),
         "mistral": MistralForCausalLM(mistral),
         "gpt2": GPT2LMHeadModel(gpt2),
@@ -98,14 +105,16 @@ def _expected(model: Any, prompts: list[list[int]]) -> tuple[int, list[list[int]
     return end, ended(end)
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-@pytest.mark.parametrize("name", ["llama", "phi", "mistral", "gpt2"])
+@pytest.mark.parametrize("size", [1, 4, 7, 64])
+@pytest.mark.parametrize("name", ["llama", "shared heads", "neox", "phi", "mistral", "gpt2"])
 def test_answers_are_those_of_generate(
     models: dict[str, Any], prompts: list[list[int]], name: str, size: int
 ) -> None:
     """Learned and rotary positions, a window, several rows that end early and some never."""
     end, expected = _expected(models[name], prompts)
     assert can_drop_rows(models[name])
+    # A window goes by places in the row.
+    assert can_refill(models[name]) == (name != "mistral")
     assert greedy_answers(models[name], prompts, MOST, size, end, end) == expected
 
 
@@ -118,8 +127,50 @@ def test_a_model_that_keeps_a_state_is_left_to_generate(
     assert greedy_answers(models["mamba"], prompts, MOST, 1, end, end) == expected
 
 
-def test_nothing_is_computed_for_rows_that_have_ended(
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+def test_the_way_to_attend_is_that_of_before(
+    models: dict[str, Any], prompts: list[list[int]], way: str
+) -> None:
+    """Also a model whose masks are not those of PyTorch's kernel answers, batch by batch."""
+    model = models["phi"]
+    end, expected = _expected(model, prompts)
+    model.set_attn_implementation(way)
+    try:
+        assert can_refill(model) == (way == "sdpa")
+        assert greedy_answers(model, prompts, MOST, 4, end, end) == expected
+        assert model.config._attn_implementation == way
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_an_answer_without_end_does_not_keep_others_waiting(
     models: dict[str, Any], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer passes than the longest answers of batches, one after the other, would take."""
+    model, most, passes = models["llama"], 12, 0
+    end, longer = _expected(model, prompts)
+    expected = [answer[:most] for answer in longer]
+    assert 1 < sum(len(answer) == most for answer in expected) < len(prompts) / 2
+    step = module._step
+
+    def counted(*args: Any) -> list[int]:
+        nonlocal passes
+        passes += 1
+        return step(*args)
+
+    monkeypatch.setattr(module, "_step", counted)
+    assert greedy_answers(model, prompts, most, 4, end, end) == expected
+    batches = by_length([len(prompt) for prompt in prompts], 4)
+    longest = [max(len(expected[index]) for index in batch) for batch in batches]
+    assert passes < 0.8 * sum(longest)
+
+
+@pytest.mark.parametrize("refill", [True, False])
+def test_nothing_is_computed_for_rows_that_have_ended(
+    models: dict[str, Any],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    refill: bool,
 ) -> None:
     """Each token that is fed belongs to an answer that still goes on."""
     model, fed = models["llama"], 0
@@ -133,6 +184,7 @@ def test_nothing_is_computed_for_rows_that_have_ended(
 
     end, expected = _expected(model, prompts)
     monkeypatch.setattr(module, "can_drop_rows", lambda _: True)
+    monkeypatch.setattr(module, "can_refill", lambda _: refill)
     monkeypatch.setattr(model, "forward", counted)
     assert greedy_answers(model, prompts, MOST, 64, end, end) == expected
     # The last of `most` tokens is not fed any more.

@@ -71,6 +71,23 @@ def test_log_likelihoods_are_the_harnesss_own(
         assert said is greedy
 
 
+@pytest.mark.parametrize("begins", [None, True, False])
+def test_tokens_are_those_of_the_harness(
+    base: Any, tokenizer: PreTrainedTokenizerBase, begins: bool | None
+) -> None:
+    """Spaces before the continuation, a text that says its own beginning, and texts seen twice."""
+    begin = tokenizer.decode(tokenizer.eos_token_id)
+    contexts = ["Who wrote it?", "Who wrote it?  ", f"{begin}Who wrote it?", "  ", "A\n"]
+    pairs = [(context, end) for context in contexts for end in (" Jane", "Jane Eyre", " Jane")]
+    theirs, ours = (
+        kind(pretrained=base, tokenizer=tokenizer, batch_size=1, add_bos_token=begins)
+        for kind in (HFLM, OneReadingLM)
+    )
+    ours._encode_pairs(pairs)
+    for pair in pairs:
+        assert ours._encode_pair(*pair) == theirs._encode_pair(*pair)
+
+
 def test_prompts_beyond_the_context_lose_their_beginning_as_in_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path
 ) -> None:

@@ -8,8 +8,8 @@ item begin with stand in front, and what follows in each of them behind, as a tr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """Remember which requests are choices of one item, for `_loglikelihood_tokens`."""
         self._items = [(request.task_name, request.doc_id) for request in requests]
+        self._encode_pairs([request.args for request in requests])
         try:
             found: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         finally:
@@ -108,20 +109,31 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
         return found
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness does, but once for all models that are asked the same; the choices of an
-        item have one context, which is encoded once."""
-        asked = (context, continuation)
-        if asked in self.encoded:
-            return self.encoded[asked]
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if context != self._context[0]:
-            self._context = (context, self.tok_encode(context))
-        whole, head = self.tok_encode(context + continuation), self._context[1]
-        return self.encoded.setdefault(asked, (head, whole[len(head) :]))
+        """As the harness does, but once for all models that are asked the same."""
+        return self.encoded[context, continuation]
 
-    _context: tuple[str, list[int]] = ("", [])
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Tokens of pairs that are new, each text once and all in one call."""
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.encoded and pair[0]]
+        # Spaces at the end of a context belong to the first word of what follows.
+        heads = {context: context.rstrip() for context, _ in new}
+        texts = [context + continuation for context, continuation in new]
+        tokens = self._encode_texts({*heads.values(), *texts})
+        for pair, text in zip(new, texts, strict=True):
+            head = tokens[heads[pair[0]]]
+            self.encoded[pair] = head, tokens[text][len(head) :]
+
+    def _encode_texts(self, texts: Collection[str]) -> dict[str, list[int]]:
+        """What `tok_encode` makes of each text."""
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        alone = {text for text in texts if not text or text.startswith(begin)}
+        together = [text for text in texts if text not in alone]
+        given = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        found = self.tokenizer(together, **given)["input_ids"] if together else []
+        return {
+            **{text: self.tok_encode(text) for text in alone},
+            **dict(zip(together, found, strict=True)),
+        }
 
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
@@ -185,10 +197,8 @@ def answer_items(
 def _with_common_prompt(choices: Sequence[tuple[list[int], int]]) -> list[Example]:
     """The choices of an item with the longest prompt that all of them have, but no scored token."""
     longest = min(len(ids) - scored for ids, scored in choices)
-    first = choices[0][0]
-    common = 0
-    while common < longest and all(ids[common] == first[common] for ids, _ in choices):
-        common += 1
+    columns = zip(*(ids[:longest] for ids, _ in choices), strict=True)
+    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
     return [Example(ids, common) for ids, _ in choices]
 
 

@@ -1,4 +1,4 @@
-"""Greedy answers to many questions: batched by length, each row leaving as soon as it ends."""
+"""Greedy answers to many questions: each leaves as soon as it ends, and another takes its place."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from forgetting.models.loading import Model
 from forgetting.scoring.forward import by_length
+from forgetting.scoring.products import by_products
+from forgetting.scoring.shared import can_share
+from forgetting.scoring.slots import SlotCache, all_plain
+
+REFILL = 0.25
+"""The share of the slots that are free when new prompts are read."""
 
 
 @torch.inference_mode()
@@ -21,8 +27,12 @@ def greedy_answers(
 ) -> list[list[int]]:
     """The likeliest next token again and again, up to `end`, which is left out, or `most` tokens.
 
-    Prompts of similar length share a batch, padded on the left.
+    `batch_size` of them are worked on at a time, longest prompts first, so that memory runs out at
+    once.
     """
+    if can_refill(model):
+        with by_products(inner_model(model)):
+            return _decode_in_slots(model, prompts, most, batch_size, end, pad)
     decode = _decode if can_drop_rows(model) else _generate
     answers: list[list[int]] = [[] for _ in prompts]
     for indices in by_length([len(prompt) for prompt in prompts], batch_size):
@@ -44,9 +54,7 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
     return ids, mask
 
 
-def next_logits(
-    model: Model, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
-) -> Tensor:
+def next_logits(model: Model, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """Logits of the token after each row, whose earlier tokens are in the cache."""
     logits: Tensor = model(
         input_ids=ids,
@@ -66,6 +74,66 @@ def can_drop_rows(model: Model) -> bool:
         not getattr(inner, "_is_stateful", False)
         and "position_ids" in inspect.signature(inner.forward).parameters
     )
+
+
+def can_refill(model: Model) -> bool:
+    """May a new prompt take the place of an answer that has ended, at another length?"""
+    inner = inner_model(model)
+    return (
+        can_drop_rows(model) and can_share(inner) and all_plain(DynamicCache(config=inner.config))
+    )
+
+
+def _decode_in_slots(
+    model: Model, prompts: Sequence[Sequence[int]], most: int, slots: int, end: int, pad: int
+) -> list[list[int]]:
+    """Answers that have ended leave their slots to new prompts, read several at once."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    slots = min(slots, len(prompts))
+    cache = SlotCache(slots)
+    rows: list[int] = []
+    tokens: list[int] = []
+    while rows or waiting:
+        if waiting and slots - len(rows) >= slots * REFILL:
+            new, waiting = waiting[: slots - len(rows)], waiting[slots - len(rows) :]
+            tokens += _read(model, [prompts[index] for index in new], cache, len(rows), pad)
+            rows += new
+        for index, token in zip(rows, tokens, strict=True):
+            answers[index].append(token)
+        kept = [
+            slot
+            for slot, index in enumerate(rows)
+            if tokens[slot] != end and len(answers[index]) < most
+        ]
+        order = cache.close_up(kept)
+        rows, tokens = [rows[slot] for slot in order], [tokens[slot] for slot in order]
+        if rows:
+            lengths = [len(prompts[index]) + len(answers[index]) - 1 for index in rows]
+            tokens = _step(model, tokens, cache, lengths)
+    return [answer[:-1] if answer[-1:] == [end] else answer for answer in answers]
+
+
+def _read(
+    model: Model, prompts: Sequence[Sequence[int]], cache: SlotCache, first: int, pad: int
+) -> list[int]:
+    """Read prompts into the slots from `first` on; the token after each."""
+    ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    read = DynamicCache(config=inner_model(model).config)
+    tokens: list[int] = next_logits(model, ids, mask, positions, read).argmax(-1).tolist()
+    cache.fill(first, read, [len(prompt) for prompt in prompts])
+    return tokens
+
+
+def _step(model: Model, tokens: list[int], cache: SlotCache, lengths: list[int]) -> list[int]:
+    """The token after each answer, whose newest one is not in the cache yet."""
+    positions = cache.expect(lengths)
+    ids = torch.tensor(tokens, device=positions.device)[:, None]
+    seen = torch.arange(cache.places, device=positions.device) <= positions
+    logits = next_logits(model, ids, seen[:, None, None], positions, cache)
+    found: list[int] = logits.argmax(-1).tolist()
+    return found
 
 
 def _decode(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> list[list[int]]:
