@@ -43,9 +43,13 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the next token of each answer; what there is of all of them, without a copy."""
-        self.keys[self.rows, :, self.columns] = keys[:, :, 0]
-        self.values[self.rows, :, self.columns] = values[:, :, 0]
+        """Write the next token of each answer; what there is of all of them, without a copy.
+
+        Under autocast, values may be narrower than keys; they are kept as wide, as transformers'
+        cache keeps them.
+        """
+        self.keys[self.rows, :, self.columns] = keys[:, :, 0].to(self.keys.dtype)
+        self.values[self.rows, :, self.columns] = values[:, :, 0].to(self.values.dtype)
         return self.keys[: len(self.rows)], self.values[: len(self.rows)]
 
     def get_seq_length(self) -> int:
