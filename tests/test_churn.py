@@ -114,3 +114,22 @@ def test_a_list_of_numbers_that_was_written_is_a_text(items: pd.DataFrame) -> No
     table = churn_table(items, *_answers({("sums", 0): ("[0.5, 1.5]", "[0.6, 1.6]", 0.0, 0.0)}))
     (row,) = table[table["probe"] == "sums"].to_dict("records")
     assert (row["answer"], row["agreement"]) == ("generated", 0.0)
+
+
+def test_scores_that_are_no_shares_have_no_churn(items: pd.DataFrame) -> None:
+    """Such as BLEU, asked in training: the others of the course stay."""
+    course = pd.DataFrame(
+        [
+            {"run": run, "step": step, "epoch": step / 2, "task": task, "item": item,
+             "value": value, "response": "x", "choice": None}
+            for run, step, by_task in [
+                ("base", 0, {"bleu": (0.5, 20.0), "exact": (0.0, 1.0)}),
+                ("run", 4, {"bleu": (0.2, 0.7), "exact": (1.0, 1.0)}),
+            ]
+            for task, values in by_task.items()
+            for item, value in zip("ab", values, strict=True)
+        ]
+    )  # fmt: skip
+    table = churn_table(items, NOTHING, NOTHING, course).set_index("probe")
+    assert set(table.index) == {"p", "exact"}
+    assert (table.loc["exact", "gained"], table.loc["exact", "lost"]) == (0.5, 0.0)

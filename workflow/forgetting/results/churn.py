@@ -51,7 +51,10 @@ def churn_table(
     """
     parts = [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items, items)]
     if course is not None:
-        asked = _responded(course.rename(columns={"task": "probe"}))
+        # Scores that are no shares (BLEU of 0 to 100) are neither gained nor lost.
+        others = course[~course["value"].between(0.0, 1.0)]["task"]
+        shares = course[~course["task"].isin(others)]
+        asked = _responded(shares.rename(columns={"task": "probe"}))
         parts.append(asked.assign(asked="training"))
     answered = pd.concat([part for part in parts if len(part)])
     is_base = answered["run"] == "base"
