@@ -16,6 +16,7 @@ configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/cohorts.smk"
 
 
 onstart:
@@ -31,9 +32,6 @@ rule all:
     """The page of the study that the configuration chooses."""
     input:
         "reports/tradeoff.html",
-        # A page of a study without this figure is there: it must be made again, and Snakemake
-        # sees no other reason.
-        ["reports/figures/course.svg"] if ALONG else [],
 
 
 include: "workflow/rules/data.smk"

@@ -111,6 +111,19 @@ def test_nothing_half_written_is_left_behind(finished: Path) -> None:
     assert not [path for path in files if path.name == "optimizer.safetensors"]
 
 
+def test_the_page_of_another_study_is_made_anew(another: Path) -> None:
+    """Also of one with more figures, whether or not the page is named."""
+    text = (ROOT / "config" / "studies" / "mini.yaml").read_text(encoding="utf-8")
+    document = yaml.safe_load(text)
+    document["benchmarks"]["along"] = {"arc_challenge": 4}
+    study = another / "more.yaml"
+    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    for target in ([], ["reports/tradeoff.html"]):
+        told = _run(another, *target, "--dry-run", study=str(study))
+        assert "Nothing to be done" not in told
+        assert "rule report:" in told
+
+
 def _forget(folder: Path, *methods: str) -> None:
     """Remove all that was found out about some methods, and what was made of it."""
     for method in methods:

@@ -3,7 +3,6 @@
 Outputs: results/STUDY/tables/, reports/tradeoff.html, reports/figures/.
 """
 
-FIGURES = ["trajectories", "old_versus_new", "truth_ratio", "distance", "benchmarks"]
 TABLES = [
     "runs",
     "trajectory",
@@ -18,8 +17,6 @@ TABLES = [
 if STUDY.selection.wise_ft:
     TABLES.append("wise_ft")
 if ALONG:
-    # Not of every study: with an output more, Snakemake would take a page that is there for new.
-    FIGURES.append("course")
     TABLES += ["benchmark_course", "benchmark_course_items"]
 
 
@@ -95,9 +92,9 @@ rule report:
         study=rules.collect.output.study,
     output:
         page="reports/tradeoff.html",
-        figures=expand(
-            "reports/figures/{figure}.{form}", figure=FIGURES, form=["svg", "png"]
-        ),
+        # As a whole, for they are not the same of every study: of a file that another study has
+        # not made, Snakemake knows nothing, and takes the page that is there for new.
+        figures=directory("reports/figures"),
     log:
         f"{LOGS}/report.log",
     localrule: True
@@ -108,7 +105,6 @@ rule report:
         # Templates, style sheet and script of the page.
         assets=sha256_of_all(sorted(Path(LIBRARY, "report").iterdir()))[1],
         tables=subpath(input.study, parent=True),
-        figures=lambda wildcards, output: str(Path(output.figures[0]).parent),
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -116,5 +112,5 @@ rule report:
         python "$SCRIPTS"/report.py \
             --tables {params.tables:q} \
             --output {output.page:q} \
-            --figures {params.figures:q}
+            --figures {output.figures:q}
         """
