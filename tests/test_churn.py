@@ -120,7 +120,7 @@ def test_scores_that_are_no_shares_have_no_churn(items: pd.DataFrame) -> None:
     """Such as BLEU, asked in training: the others of the course stay."""
     course = pd.DataFrame(
         [
-            {"run": run, "step": step, "epoch": step / 2, "task": task, "item": item,
+            {"run": run, "step": step, "epoch": step / 2, "task": task, "metric": "m", "item": item,
              "value": value, "response": "x", "choice": None}
             for run, step, by_task in [
                 ("base", 0, {"bleu": (0.5, 20.0), "exact": (0.0, 1.0)}),

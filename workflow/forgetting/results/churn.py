@@ -51,10 +51,7 @@ def churn_table(
     """
     parts = [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items, items)]
     if course is not None:
-        # Scores that are no shares (BLEU of 0 to 100) are neither gained nor lost.
-        others = course[~course["value"].between(0.0, 1.0)]["task"]
-        shares = course[~course["task"].isin(others)]
-        asked = _responded(shares.rename(columns={"task": "probe"}))
+        asked = _responded(of_shares(course).rename(columns={"task": "probe"}))
         parts.append(asked.assign(asked="training"))
     answered = pd.concat([part for part in parts if len(part)])
     is_base = answered["run"] == "base"
@@ -65,6 +62,15 @@ def churn_table(
     groups = paired.groupby(place, sort=False, dropna=False)
     rows = [dict(zip(COLUMNS, (*where, *_shares(group)), strict=True)) for where, group in groups]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def of_shares(items: pd.DataFrame) -> pd.DataFrame:
+    """The items of benchmarks and metrics all of whose values are shares of right answers.
+
+    Others, such as perplexities and BLEU of 0 to 100, are neither gained nor lost.
+    """
+    others = ~items["value"].between(0.0, 1.0)
+    return items[~others.groupby([items["task"], items["metric"]]).transform("any")]
 
 
 def _shares(group: pd.DataFrame) -> list[float]:

@@ -14,6 +14,7 @@ import pandas as pd
 from forgetting.benchmarks.pass_rates import FAILING, PASSING, program_items, score_programs
 from forgetting.benchmarks.programs import read_programs, read_rates
 from forgetting.records import read_json
+from forgetting.results.churn import of_shares
 from forgetting.results.statistics import mean_interval, share_interval
 from forgetting.results.trajectory import aggregate
 from forgetting.sandbox import Outcome
@@ -153,19 +154,14 @@ def responses_table(models: Sequence[Path]) -> pd.DataFrame:
 def main_items(scores: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
     """The items of each benchmark's main metric, where that can be compared answer by answer.
 
-    Of several drawn answers to an item none is the model's; other values than shares of right
-    answers, such as perplexities, are neither gained nor lost.
+    Of several drawn answers to an item none is the model's.
     """
     if items.empty:
         return items
     drawn = scores[scores["metric"].str.startswith(PASSING)]["task"]
-    shares = items[items["value"].between(0.0, 1.0)]
-    others = items[~items["value"].between(0.0, 1.0)][["task", "metric"]].drop_duplicates()
     main = scores[scores["main"].astype(bool)][["task", "metric"]].drop_duplicates()
     main = main[~main["task"].isin(drawn)]
-    main = main.merge(others, on=["task", "metric"], how="left", indicator=True)
-    main = main[main.pop("_merge") == "left_only"]
-    return shares.merge(main, on=["task", "metric"])
+    return of_shares(items).merge(main, on=["task", "metric"])
 
 
 def _program_tables(
