@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cohorts import materials_of, spec_of
+from forgetting.models.loading import load_base
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.settings.plan import Tuning
 from forgetting.settings.study import Study
-from forgetting.training import fusing
+from forgetting.training import cohort, fusing
 from forgetting.training import train as train_module
 from forgetting.training.cohort import train_cohort
-from forgetting.training.fusing import cohort_names, joint_cohorts
+from forgetting.training.joint import cohort_names, joint_cohorts
 from forgetting.training.materials import CohortSpec, Materials
 from killing import Killed, kill_at
 
@@ -158,6 +161,50 @@ def test_a_run_of_one_rank_that_diverges_harms_no_other(
     assert [record["status"] for record in ours] == ["ok", "ok", "diverged", *["ok"] * 4]
     for one, other in zip(ours, _apart(mixed, materials, tmp_path / "apart"), strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+
+
+def test_one_base_is_in_memory_at_a_time(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each method and seed begins from a base of its own; no two are there at once."""
+    loaded: list[weakref.ref[Any]] = []
+    alive = []
+
+    def load(base: Path, device: torch.device) -> Any:
+        gc.collect()
+        alive.append(sum(model() is not None for model in loaded))
+        model = load_base(base, device)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(cohort, "load_base", load)
+    train_cohort(specs, materials, INPUTS, tmp_path, lambda *_: None)
+    assert alive == [0] * 6
+
+
+def test_a_run_that_has_ended_keeps_no_other_in_memory(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are its own again as soon as the others go on without it."""
+    settings = [*RATES, Setting(learning_rate=1e30)]
+    wild = specs[0].tuning.model_copy(update={"settings": settings})
+    mixed = [specs[0].model_copy(update={"tuning": wild}), *specs[1:]]
+    kept = {}
+    step = train_module._step
+
+    def watched(model: Any, examples: Any, runs: Any, stack: Any) -> Any:
+        for run in runs:
+            kept[run.folder] = run.own.weights
+        for folder in kept.keys() - {run.folder for run in runs}:
+            for weight in kept[folder].values():
+                assert weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
+                ended.add(folder)
+        return step(model, examples, runs, stack)
+
+    ended: set[Path] = set()
+    monkeypatch.setattr(train_module, "_step", watched)
+    train_cohort(mixed, materials, INPUTS, tmp_path, lambda *_: None)
+    assert len(ended) == 1
 
 
 def test_replayed_rows_are_those_of_the_seed(

@@ -16,16 +16,16 @@ LIBRARY = str(Path(workflow.basedir) / "workflow")
 sys.path.insert(0, LIBRARY)
 SCRIPTS = str(Path(LIBRARY, "scripts"))
 # Programs are run by the Python that runs Snakemake, also where its environment is not activated.
-PROGRAMS = os.pathsep.join(
+PATHS = os.pathsep.join(
     [str(Path(sys.executable).parent), os.getenv("PATH", os.defpath)]
 )
 if shutil.which("sbatch"):
     # In front of it one that waits for a controller which is away.
     patient = Path(workflow.basedir, "profiles", "slurm", "bin")
-    PROGRAMS = os.pathsep.join([str(patient), PROGRAMS])
+    PATHS = os.pathsep.join([str(patient), PATHS])
     os.environ.update(FORGETTING_SNAKEMAKE=str(os.getpid()))
     os.environ.pop("FORGETTING_SBATCH", None)
-os.environ.update(PYTHONPATH=LIBRARY, SCRIPTS=SCRIPTS, PATH=PROGRAMS)
+os.environ.update(PYTHONPATH=LIBRARY, SCRIPTS=SCRIPTS, PATH=PATHS)
 # Only the download rules may use the network; elsewhere a missing file is told at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -46,7 +46,6 @@ from forgetting.records import InputError, content_key, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.settings.check import check_inputs
 from forgetting.settings.load import is_local, load_study, study_source
-from forgetting.training.fusing import cohort_names, joint_cohorts
 from forgetting.settings.plan import (
     budget_name,
     scored_models,
@@ -70,9 +69,6 @@ except InputError as error:
 RESULTS = f"results/{NAME}"
 LOGS = f"logs/{NAME}"
 TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
-# Methods and seeds that one job trains, and the cohort that each of all is in.
-TOGETHER = joint_cohorts(STUDY)
-COHORTS = cohort_names(STUDY)
 BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
 SELECTED = selected_models(STUDY)
@@ -139,18 +135,6 @@ def tables():
 def columns(tables):
     """What the columns of tables are called, by table."""
     return {table: STUDY.columns(table).model_dump() for table in tables}
-
-
-def general_tables(wildcards):
-    """The tables that a method's mitigation reads, in its order; one for all in a cohort."""
-    members = TOGETHER.get(wildcards.method)
-    mitigation = (members[0][0] if members else TUNINGS[wildcards.method]).mitigation
-    return mitigation.tables if mitigation else []
-
-
-def general_files(wildcards):
-    """Their files."""
-    return [table_file(table) for table in general_tables(wildcards)]
 
 
 def text_files():
@@ -265,46 +249,6 @@ def model_files():
         path for form in ("*.safetensors", "*.json") for path in Path(folder).glob(form)
     ]
     return sorted(map(str, files))
-
-
-def cohort_specs(wildcards):
-    """All that a cohort is told of the study, for each of its methods and seeds."""
-    members = TOGETHER.get(wildcards.method)
-    return [
-        as_json(
-            sections("prompt", "training", "measurement", "selection", "precision"),
-            tuning=tuning.model_dump(mode="json"),
-            seed=seed,
-            knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
-            columns=columns(general_tables(wildcards)),
-        )
-        for tuning, seed in members
-        or [(TUNINGS[wildcards.method], int(wildcards.seed))]
-    ]
-
-
-# The plugin puts `srun` before a job, for one machine, unless the job has this resource.
-SEVERAL_NODES = (
-    {"mpi": False} if any(COSTS.team(name).nodes > 1 for name in TUNINGS) else {}
-)
-
-
-def trained(file, methods):
-    """A file of every cohort that some methods are in."""
-    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
-    return [f"{RESULTS}/cohorts/{name}/{file}" for name in dict.fromkeys(names)]
-
-
-def finished(file, methods):
-    """A file of every job whose runs are results: of cohorts, or of their budgets' branches."""
-    if not BUDGETS:
-        return trained(file, methods)
-    return [
-        f"{RESULTS}/branches/{method}/seed{seed}/{budget}/{file}"
-        for method in methods
-        for seed in STUDY.seeds
-        for budget in BUDGETS
-    ]
 
 
 def chosen_inputs(wildcards):

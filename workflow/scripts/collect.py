@@ -38,7 +38,7 @@ from forgetting.sections.measurement import TEXT_PROBE
 from forgetting.settings.load import load_study
 from forgetting.settings.plan import budget_name, scored_models, selected_models, tunings
 from forgetting.settings.study import Study
-from forgetting.training.fusing import cohort_names
+from forgetting.training.joint import cohort_names
 
 STUDIES = Path(__file__).parents[2] / "config" / "studies"
 
@@ -112,8 +112,8 @@ class Found:
 def read_found(study: Study, results: Path, models: list[str]) -> Found:
     """Read the results of all jobs but the tables of benchmarks, which may be large."""
     methods, budgets = tunings(study), study.training.budgets
-    cohorts = [Path(tuning.name, f"seed{seed}") for tuning in methods for seed in study.seeds]
-    trained = [results / "cohorts" / name for name in dict.fromkeys(cohort_names(study).values())]
+    cohorts = list(dict.fromkeys(cohort_names(study).values()))
+    trained = [results / "cohorts" / cohort for cohort in cohorts]
     branches = [
         results / "branches" / cohort / budget_name(budget)
         for cohort in cohorts

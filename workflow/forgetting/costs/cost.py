@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -32,7 +32,7 @@ from forgetting.costs.site import Site
 from forgetting.costs.volumes import document_tokens, train_bytes
 from forgetting.settings.plan import Tuning, budget_name, tunings
 from forgetting.settings.study import Study
-from forgetting.training.fusing import Member, joint_cohorts
+from forgetting.training.joint import as_one, joint_cohorts
 from forgetting.training.schedule import branch_start
 
 TRAINING = ("finetune", "finetune_together", "cool_down")
@@ -89,18 +89,12 @@ class Cost:
         return sum(self.stages.values())
 
 
-def _as_one(name: str, members: Sequence[Member]) -> Tuning:
-    """Methods and seeds that are trained together, counted as if all had the largest rank."""
-    largest = max((tuning for tuning, _ in members), key=lambda tuning: tuning.rank or 0)
-    settings = [setting for tuning, _ in members for setting in tuning.settings]
-    return largest.model_copy(update={"name": name, "settings": settings})
-
-
 class Costs:
     """The jobs of a study at a site.
 
     Attributes:
-        tunings: methods by name, and by that of the cohort what is trained together.
+        tunings: methods by name, and by that of the cohort what is trained together, counted as if
+            all had the largest rank.
         trained_in: the cohort of every method that is trained together with others.
     """
 
@@ -109,11 +103,17 @@ class Costs:
         self.case = Case(study, site.device, site.cores)
         joint = joint_cohorts(study)
         self.tunings = {tuning.name: tuning for tuning in tunings(study)}
-        self.tunings |= {name: _as_one(name, members) for name, members in joint.items()}
+        self.tunings |= {name: as_one(name, members) for name, members in joint.items()}
         self.trained_in = {t.name: name for name, members in joint.items() for t, _ in members}
         self.budgets = {budget_name(budget): budget for budget in study.training.budgets}
         self.of_job = lru_cache(maxsize=None)(self._of_job)
         self.team = lru_cache(maxsize=None)(self._team)
+
+    @property
+    def trained(self) -> list[str]:
+        """What has jobs of training: the methods, but those that are trained in a cohort of several
+        by its name."""
+        return [name for name in self.tunings if name not in self.trained_in]
 
     def of(self, rule: str, wildcards: Mapping[str, str]) -> Cost:
         """What a job of a rule costs; those of other seeds cost the same."""
@@ -224,7 +224,8 @@ class Costs:
         if tuning.processes:
             return Team(tuning.processes, tuning.nodes or 1)
         # What is trained together shares one device.
-        if not self.case.device.is_gpu or tuning.kind == "hybrid" or name in self._joint:
+        together = self.trained_in.values()
+        if not self.case.device.is_gpu or tuning.kind == "hybrid" or name in together:
             return Team()
         if tuning.kind == "full" and self.study.training.optimizer == "adafactor":
             return Team()
@@ -241,10 +242,6 @@ class Costs:
         limit = 60.0 * self.site.longest / HASTE
         longest = (team for team in fitting if self._longest(tuning, team) <= limit)
         return next(longest, fitting[-1])
-
-    @cached_property
-    def _joint(self) -> set[str]:
-        return {*self.trained_in, *self.trained_in.values()}
 
     def _fits(self, tuning: Tuning, team: Team) -> bool:
         return training_bytes(self.case, tuning, team) <= self.case.device.usable

@@ -87,7 +87,7 @@ def check_spans(costs: Costs) -> None:
     """
     if costs.site.cluster != "kubernetes":
         return
-    for name in costs.tunings:
+    for name in costs.trained:
         team = costs.team(name)
         if team.nodes > 1:
             raise InputError(
@@ -101,7 +101,7 @@ def check_spans(costs: Costs) -> None:
 def misfits(costs: Costs) -> list[str]:
     """What to say of the methods whose runs find no room on the site's GPUs."""
     device, lines = costs.case.device, []
-    for name in costs.tunings if device.is_gpu else ():
+    for name in costs.trained if device.is_gpu else ():
         used = costs.of("finetune", {"method": name}).device_bytes
         if used > device.usable:
             lines.append(

@@ -66,7 +66,7 @@ class Own:
             model.peft_config[NAME] = self.config
 
     def leave(self) -> None:
-        """Take the weights of a run that goes on alone out of the stack."""
+        """Take the weights of a run that goes on alone, or has ended, out of the stack."""
         for weight in self.weights.values():
             weight.data, weight.grad = weight.data.clone(), None
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
-from forgetting.records import content_key
 from forgetting.sections.training import Training
-from forgetting.settings.plan import Tuning, tunings
-from forgetting.settings.study import Study
+from forgetting.settings.plan import Tuning
 
 TOKENS = {"cpu": 256, "cuda": 8192}
 """A step of more tokens than this keeps the cores busy by itself: `make bench-train` measures it on
@@ -44,55 +42,19 @@ def asks_for_plain_adapters(tuning: Tuning) -> bool:
     )
 
 
+def allows_fusing(tuning: Tuning, training: Training) -> bool:
+    """May runs of a method share a pass, as far as its settings tell, if there are enough of them?
+
+    Trunks may not, so that a branch has the bits of its run alone.
+    """
+    return training.fused != "never" and not training.budgets and asks_for_plain_adapters(tuning)
+
+
 def may_fuse(tunings: Sequence[Tuning], training: Training) -> bool:
-    """Could a cohort of these methods be fused, as far as its settings tell?
-
-    Trunks are not, so that a branch has the bits of its run alone.
-    """
-    return (
-        training.fused != "never"
-        and not training.budgets
-        and sum(len(tuning.settings) for tuning in tunings) >= FEWEST
-        and all(asks_for_plain_adapters(tuning) for tuning in tunings)
+    """Could a cohort of these methods be fused, as far as its settings tell?"""
+    return sum(len(tuning.settings) for tuning in tunings) >= FEWEST and all(
+        allows_fusing(tuning, training) for tuning in tunings
     )
-
-
-Member = tuple[Tuning, int]
-"""A method and a seed."""
-
-
-def joint_cohorts(study: Study) -> dict[str, list[Member]]:
-    """Methods and seeds that are trained in one job, several of them, by the cohort's name.
-
-    With `training.fused: across`, those whose adapters stand on the same matrices of the same base,
-    and whose batches are alike but for their order. PiSSA is none of them, since each of its ranks
-    leaves another base; with dropout, a pass draws one mask, which is that of one seed.
-    """
-    if study.training.fused != "across":
-        return {}
-    alike: dict[str, list[Member]] = {}
-    for tuning, seed in product(tunings(study), study.seeds):
-        alone = tuning.variant == "pissa" or (tuning.processes or 1) > 1
-        if not alone and may_fuse([tuning] * FEWEST, study.training):
-            mitigation = tuning.mitigation and tuning.mitigation.model_dump()
-            common = (tuning.target_modules, tuning.dropout, mitigation)
-            form = content_key([*common, seed if tuning.dropout else None])
-            alike.setdefault(form, []).append((tuning, seed))
-    several = [members for members in alike.values() if len(members) > 1]
-    return {f"together-{number}": members for number, members in enumerate(several, 1)}
-
-
-def cohort_names(study: Study) -> dict[tuple[str, int], str]:
-    """The cohort of every method and seed, which is the folder of its results too.
-
-    `METHOD/seedN`, or `together-1` of several that are trained in one job.
-    """
-    alone = {(t.name, seed): f"{t.name}/seed{seed}" for t in tunings(study) for seed in study.seeds}
-    return alone | {
-        (tuning.name, seed): together
-        for together, members in joint_cohorts(study).items()
-        for tuning, seed in members
-    }
 
 
 def most_runs(training: Training, trained: int, room: int) -> int:

@@ -92,19 +92,22 @@ def prepare_together(
     """A base that several runs with adapters share, their recipes, and how each begins.
 
     Of every method and seed a model is made as for a run alone, so that it begins with the same
-    numbers; all but the last of them leave no more than their adapter.
+    numbers; all but the last of them leave no more than their adapter, before the next is loaded.
     """
-    recipes, starts = [], []
-    prepared: dict[tuple[str, int], tuple[Own, Recipe]] = {}
-    for tuning, recipe in plans:
-        name = tuning.name, recipe.seed
-        if name not in prepared:
-            model, whole = prepare(tuning, recipe, means)
-            prepared[name] = Own.of(model), whole
-        own, whole = prepared[name]
-        starts.append(own)
-        recipes.append(replace(whole, setting=recipe.setting))
-    return model, recipes, starts
+    alike = {(tuning.name, recipe.seed): (tuning, recipe) for tuning, recipe in plans}
+    *others, last = alike
+    prepared = {name: _start(*alike[name], means)[1:] for name in others}
+    model, own, whole = _start(*alike[last], means)
+    prepared[last] = own, whole
+    found = [(*prepared[tuning.name, recipe.seed], recipe.setting) for tuning, recipe in plans]
+    recipes = [replace(kept, setting=setting) for _, kept, setting in found]
+    return model, recipes, [start for start, _, _ in found]
+
+
+def _start(tuning: Tuning, recipe: Recipe, means: Means) -> tuple[Model, Own, Recipe]:
+    """A model made trainable, what is a run's own in it, and its recipe."""
+    model, whole = prepare(tuning, recipe, means)
+    return model, Own.of(model), whole
 
 
 def switch_step(then: Then, schedule: Schedule) -> int:

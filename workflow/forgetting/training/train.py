@@ -143,7 +143,11 @@ def _run_all(
     seated: list[Run] = []
     while going := [run for run in runs if run.goes_on]:
         if going != seated:
-            stack, seated = _sit_down(model, going, stack), going
+            for run in seated:
+                # Else a run that has ended would keep all that it was stacked with in memory.
+                if run not in going or len(going) == 1:
+                    run.own.leave()
+            stack, seated = _sit_down(model, going), going
         started = time.monotonic()
         losses, tokens = _step(model, examples, going, stack)
         step += 1
@@ -165,12 +169,10 @@ def _run_all(
             _settle(model, examples, runs, step, base_value)
 
 
-def _sit_down(model: Model, going: Sequence[Run], before: Stack | None) -> Stack | None:
+def _sit_down(model: Model, going: Sequence[Run]) -> Stack | None:
     """Make the model ready for the steps of these runs; a single run needs no stack."""
     if len(going) > 1:
         return Stack(model, [run.own for run in going])
-    if before:
-        going[0].own.leave()
     going[0].sit(model)
     return None
 

@@ -1,0 +1,63 @@
+"""Cohorts: which methods and seeds a job trains, what it is told, and where its results lie."""
+
+from forgetting.training.joint import cohort_names, joint_cohorts
+
+# Methods and seeds that one job trains, and the cohort that each of all is in.
+TOGETHER = joint_cohorts(STUDY)
+COHORTS = cohort_names(STUDY)
+
+
+def members(wildcards):
+    """The methods and seeds that a job trains; their mitigation is one."""
+    if wildcards.method in TOGETHER:
+        return TOGETHER[wildcards.method]
+    return [(TUNINGS[wildcards.method], int(wildcards.seed))]
+
+
+def general_tables(wildcards):
+    """The tables that the mitigation reads, in its order."""
+    mitigation = members(wildcards)[0][0].mitigation
+    return mitigation.tables if mitigation else []
+
+
+def general_files(wildcards):
+    """Their files."""
+    return [table_file(table) for table in general_tables(wildcards)]
+
+
+def cohort_specs(wildcards):
+    """All that a cohort is told of the study, for each of its methods and seeds."""
+    return [
+        as_json(
+            sections("prompt", "training", "measurement", "selection", "precision"),
+            tuning=tuning.model_dump(mode="json"),
+            seed=seed,
+            knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
+            columns=columns(general_tables(wildcards)),
+        )
+        for tuning, seed in members(wildcards)
+    ]
+
+
+# The plugin puts `srun` before a job, for one machine, unless the job has this resource.
+SEVERAL_NODES = (
+    {"mpi": False} if any(COSTS.team(name).nodes > 1 for name in TUNINGS) else {}
+)
+
+
+def trained(file, methods):
+    """A file of every cohort that some methods are in."""
+    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
+    return [f"{RESULTS}/cohorts/{name}/{file}" for name in dict.fromkeys(names)]
+
+
+def finished(file, methods):
+    """A file of every job whose runs are results: of cohorts, or of their budgets' branches."""
+    if not BUDGETS:
+        return trained(file, methods)
+    return [
+        f"{RESULTS}/branches/{method}/seed{seed}/{budget}/{file}"
+        for method in methods
+        for seed in STUDY.seeds
+        for budget in BUDGETS
+    ]
