@@ -1,4 +1,4 @@
-"""Runs of several ranks and seeds in one pass: each as if alone, from the engine to the command."""
+"""Runs of several ranks and seeds in one pass: each as if alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from forgetting.models.loading import load_base
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.settings.plan import Tuning
-from forgetting.settings.study import Study
-from forgetting.training import cohort, fusing
+from forgetting.training import cohort, fusing, gradients
 from forgetting.training import train as train_module
 from forgetting.training.cohort import train_cohort
-from forgetting.training.joint import cohort_names, joint_cohorts
+from forgetting.training.fused import trained_weights
+from forgetting.training.fusible import outline
 from forgetting.training.materials import CohortSpec, Materials
 from killing import Killed, kill_at
 
@@ -224,65 +224,80 @@ def test_replayed_rows_are_those_of_the_seed(
         assert one["tokens"] == other["tokens"]
 
 
-# --- in a study ---------------------------------------------------------------------------------
-
-LORA = {"method": "lora", "learning_rate": [1e-3]}
-
-
-def _study(methods: list[dict[str, Any]], fused: str = "across") -> Study:
-    return Study.model_validate(
-        {
-            "title": "several ranks",
-            "datasets": {"own": {"folder": "own"}},
-            "base": {"model": "base"},
-            "train": "own/pairs",
-            "probes": {"new": {"table": "own/pairs", "knowledge": "new"}},
-            "methods": methods,
-            "training": {"fused": fused},
-            "selection": {"probe": "new"},
-            "seeds": [0, 1],
-        }
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "cohorts"),
-    [
-        ({}, [["lora-r2/0", "lora-r2/1", "lora-r8/0", "lora-r8/1"]]),
-        ({"variant": "rslora"}, [["lora-r2/0", "lora-r2/1", "rslora-r8/0", "rslora-r8/1"]]),
-        # What follows is a cohort of its own: another base, other matrices, another mask, more.
-        ({"variant": "pissa"}, [["lora-r2/0", "lora-r2/1"]]),
-        ({"variant": "dora"}, [["lora-r2/0", "lora-r2/1"]]),
-        (
-            {"target_modules": "mlp"},
-            [["lora-r2/0", "lora-r2/1"], ["lora-r8-mlp/0", "lora-r8-mlp/1"]],
-        ),
-        ({"dropout": 0.1}, [["lora-r2/0", "lora-r2/1"]]),
-        ({"processes": 2}, [["lora-r2/0", "lora-r2/1"]]),
-        ({"mitigation": {"l2_sp": {"weight": 0.1}}}, [["lora-r2/0", "lora-r2/1"]]),
-    ],
-)
-def test_which_methods_and_seeds_are_one_cohort(
-    changes: dict[str, Any], cohorts: list[list[str]]
+def test_one_mask_of_dropout_is_that_of_every_rank(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path
 ) -> None:
-    """Those that may share a pass, and no others; every method and seed is in one cohort."""
-    study = _study([LORA | {"rank": 2}, LORA | {"rank": 8} | changes])
-    found = joint_cohorts(study)
-    assert [[f"{t.name}/{seed}" for t, seed in members] for members in found.values()] == cohorts
-    names = cohort_names(study)
-    assert len(names) == 4
-    for together, members in found.items():
-        assert {names[tuning.name, seed] for tuning, seed in members} == {together}
-    others = set(names.values()) - set(found)
-    assert others == {f"{m}/seed{s}" for (m, s), name in names.items() if name not in found}
+    """Of one seed: each run drops what it drops alone, at other ranks and scales."""
+    dropping = [
+        spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"dropout": 0.2})})
+        for spec in specs[::2]
+    ]
+    ours = train_cohort(dropping, materials, INPUTS, tmp_path / "across", lambda *_: None)
+    theirs = _apart(dropping, materials, tmp_path / "apart")
+    assert [record["trained_together"] for record in ours] == [6] * 6
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+    without = train_cohort(specs[::2], materials, INPUTS, tmp_path / "without", lambda *_: None)
+    assert [record["losses"] for record in without] != [record["losses"] for record in ours]
 
 
-def test_ranks_with_dropout_are_one_cohort_for_each_seed() -> None:
-    study = _study([LORA | {"rank": [2, 8], "dropout": 0.1}])
-    cohorts = [[seed for _, seed in members] for members in joint_cohorts(study).values()]
-    assert cohorts == [[0, 0], [1, 1]]
+def test_out_of_memory_halves_the_pass_of_unlike_runs(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = specs[0].training.model_copy(update={"micro_batch_size": 4})
+    specs = [spec.model_copy(update={"training": training}) for spec in specs]
+    roomy = train_cohort(specs, materials, INPUTS, tmp_path / "roomy", lambda *_: None)
+    target_logits, refused = gradients.target_logits, []
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        if len(batch.ids) > 24:
+            refused.append(len(batch.ids))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return target_logits(model, batch)
+
+    monkeypatch.setattr(gradients, "target_logits", limited)
+    monkeypatch.setitem(gradients.FORWARD_OVERHEAD, "cpu", 100_000)
+    narrow = train_cohort(specs, materials, INPUTS, tmp_path / "narrow", lambda *_: None)
+    assert refused == [48], "four rows of twelve runs, then two of each, for all that follows"
+    for one, other in zip(narrow, roomy, strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("fused", ["auto", "never"])
-def test_by_default_every_method_and_seed_is_a_cohort(fused: str) -> None:
-    assert joint_cohorts(_study([LORA | {"rank": [2, 8]}], fused)) == {}
+def test_what_finds_no_room_in_a_pass_is_trained_alone(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs of rank 8 are too large for it; those of 4 and 2 are trained together."""
+    monkeypatch.setattr(fusing, "FEWEST", 8)
+    rank_4 = sum(
+        w.numel() for w in trained_weights(outline(materials.base, specs[0].tuning)).values()
+    )
+    monkeypatch.setattr(fusing, "CPU_BYTES", 8 * 16 * rank_4)
+    ours = train_cohort(specs, materials, INPUTS, tmp_path / "across", lambda *_: None)
+    assert [record["trained_together"] for record in ours] == [8] * 8 + [1] * 4
+    for one, other in zip(ours, _apart(specs, materials, tmp_path / "apart"), strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("call", [5, 17])
+def test_runs_that_were_half_trained_go_on_as_the_study_says_now(
+    specs: list[CohortSpec],
+    materials: Materials,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+) -> None:
+    """Begun each in its own job, killed, gone on across, killed, and ended one by one."""
+    whole = _apart(specs, materials, tmp_path / "whole")
+    by_seed = [[spec for spec in specs if spec.seed == seed] for seed in (0, 7)]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at(patched, train_module, "write_checkpoint", 3, after=True)
+        train_cohort(by_seed[0][:1], materials, INPUTS, tmp_path / "state", lambda *_: None)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at(patched, train_module, "write_checkpoint", call, after=True)
+        train_cohort(specs, materials, INPUTS, tmp_path / "state", lambda *_: None)
+    ended = _apart(specs, materials, tmp_path / "state")
+    for one, other in zip(ended, whole, strict=True):
+        assert one["run"] == other["run"]
+        assert one["status"] == "ok"
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+        assert [point[0] for point in one["points"]] == [point[0] for point in other["points"]]

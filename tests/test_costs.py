@@ -94,7 +94,7 @@ def test_weights_gradients_and_moments_are_as_large_as_torch_makes_them(
     moments = [tensor for tensor in state if tensor.ndim]
     held = _bytes(weights) + _bytes(w.grad for w in weights if w.grad is not None)
     case = _case(cores(1), optimizer=optimizer)
-    told = trained_state(case, tuning, Team())
+    told = trained_state(case, [tuning], Team())
     assert told == held + _bytes(moments)
     write_checkpoint(model, stepped, Progress(step=1), tmp_path)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
@@ -107,7 +107,7 @@ def test_frozen_matrices_under_an_adapter_are_stored_in_half() -> None:
     held = _bytes(model.parameters()) + _bytes(
         tensor for w in trained_weights(model).values() for tensor in (w, w, w)
     )
-    assert trained_state(_case(GPUS["H100"]), LORA, Team()) == held
+    assert trained_state(_case(GPUS["H100"]), [LORA], Team()) == held
 
 
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 320}
@@ -163,17 +163,17 @@ def test_a_step_takes_its_arithmetic_or_its_launches() -> None:
     device = GPUS["H100"]
     large = Case(_study("biderman-math-cpt"), device)
     full = large.shape.training(FULL, 4096.0, 1.0, True) * 192 * 4096 / 32
-    seconds = step_seconds(large, FULL, Team(32, 4))
+    seconds = step_seconds(large, [FULL], Team(32, 4))
     assert seconds == pytest.approx(full / (0.4 * 989e12), rel=0.05)
     small = Case(_study("tofu-phi-1.5", batch_size=1, micro_batch_size=1), device)
     update = 44 * small.shape.parameters / device.bandwidth
-    assert step_seconds(small, FULL, Team()) == pytest.approx(24 * 1.7e-3 + update)
+    assert step_seconds(small, [FULL], Team()) == pytest.approx(24 * 1.7e-3 + update)
 
 
 def test_time_falls_with_processes_and_rises_with_tokens() -> None:
     case = Case(_study("biderman-math-cpt"), GPUS["H100"])
     for tuning in (FULL, LORA):
-        times = [step_seconds(case, tuning, Team(n)) for n in (1, 2, 4, 8)]
+        times = [step_seconds(case, [tuning], Team(n)) for n in (1, 2, 4, 8)]
         assert times == sorted(times, reverse=True)
     few, many = (generation_seconds(case, n, 128, 40.0, 100.0) for n in (128, 256))
     assert many == pytest.approx(2 * few)
@@ -190,7 +190,7 @@ def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
                 assert costs.team(name) == Team()
             # What rank 512 trains takes 20 GB beside the base.
             if (device, name) != ("L40S", "lora-r512"):
-                used = training_bytes(costs.case, tuning, costs.team(name))
+                used = training_bytes(costs.case, [tuning], costs.team(name))
                 assert used <= costs.case.device.usable
 
 
@@ -275,9 +275,9 @@ def test_the_limits_of_a_partition_are_those_of_slurms_plugin() -> None:
 
 def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:
     """Eight runs of Phi in one pass; two of `mini` one after the other."""
-    for name, groups in {"tofu-phi-1.5": [8], "mini": [1, 1]}.items():
+    for name, passes in {"tofu-phi-1.5": [[0] * 8], "mini": [[0], [0]]}.items():
         case = Case(_study(name), GPUS["H100"])
-        assert case.groups(tunings(case.study)[0], Team()) == groups
+        assert case.passes([tunings(case.study)[0]], Team()) == passes
 
 
 ROWS: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,12 +37,12 @@ from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
-from forgetting.training import checkpoints, fusible, fusing, gradients
+from forgetting.training import checkpoints, fusing, gradients
 from forgetting.training import train as module
 from forgetting.training.checkpoints import Progress
 from forgetting.training.cohort import train_cohort
-from forgetting.training.fusible import can_fuse, outline, runs_in_a_step
-from forgetting.training.fusing import asks_for_plain_adapters, evenly, may_fuse
+from forgetting.training.fusible import can_fuse, outline, shared_passes
+from forgetting.training.fusing import asks_for_plain_adapters, packed
 from forgetting.training.materials import CohortSpec, Materials
 from forgetting.training.mitigate import Safeguards
 from forgetting.training.places import run_key
@@ -489,46 +490,72 @@ def test_which_methods_are_fused(tuning: Tuning, changes: dict[str, Any], applie
     assert not asks_for_plain_adapters(FULL)
 
 
-def test_how_many_runs_are_fused(
+def test_which_runs_share_a_pass(
     base_folder: Path, tuning: Tuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU small steps, as many runs as a pass has rows, and what they train is bounded."""
+    """On a CPU of small steps, as many runs as a pass has rows, and what they train is bounded."""
     cpu, model = torch.device("cpu"), outline(base_folder, tuning)
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
     training = Training(micro_batch_size=6)
-    assert runs_in_a_step(model, training, 100.0, cpu) == 6
-    assert runs_in_a_step(model, training, 1e9, cpu) == 1
-    monkeypatch.setattr(fusible, "CPU_BYTES", 16 * 4096 * 4)
+
+    def sizes(count: int, tokens: float = 100.0, **changes: Any) -> list[int]:
+        changed = training.model_copy(update=changes)
+        parts = shared_passes([tuning] * count, base_folder, changed, tokens, cpu)
+        assert sorted(run for part in parts for run in part) == list(range(count))
+        return [len(part) for part in parts]
+
+    assert sizes(12) == [6, 6]
+    assert sizes(3) == [1, 1, 1]
+    assert sizes(12, tokens=1e9) == [1] * 12
+    assert sizes(12, fused="never") == [1] * 12
+    assert sizes(12, budgets=[1.0]) == [1] * 12, "a branch has the bits of its trunk alone"
     trained = 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
-    assert runs_in_a_step(model, training, 100.0, cpu) == 16 * 4096 * 4 // (16 * trained) == 4
-    monkeypatch.setattr(fusible, "CPU_BYTES", 1)
-    assert runs_in_a_step(model, training, 100.0, cpu) == 1
+    monkeypatch.setattr(fusing, "CPU_BYTES", 4 * 16 * trained)
+    assert sizes(12) == [4, 4, 4]
+    monkeypatch.setattr(fusing, "CPU_BYTES", 4 * 16 * trained - 1)
+    assert sizes(12) == [1] * 12
 
 
 @pytest.mark.parametrize(
-    ("changes", "rates", "fused_together"),
+    ("sizes", "most", "parts"),
     [
-        ({}, 4, True),
-        ({}, 3, False),
-        ({"fused": "never"}, 4, False),
-        ({"schedule": "trapezoid", "budgets": [1.0, 2.0], "epochs": 2.0}, 4, False),
+        ([1] * 17, 6, [6, 6, 5]),
+        ([1] * 11, 6, [6, 5]),
+        ([1] * 9, 8, [5, 4]),
+        ([1] * 5, 4, [4, 1]),
+        ([1] * 12, 3, [1] * 12),
+        ([], 8, []),
     ],
 )
-def test_which_cohorts_are_fused(
-    tuning: Tuning, changes: dict[str, Any], rates: int, fused_together: bool
-) -> None:
-    """By default those of four runs or more, but neither trunks nor what the key turns off."""
-    settings = [Setting(learning_rate=0.001 * (1 + number)) for number in range(rates)]
-    training = Training.model_validate(changes)
-    sweep = tuning.model_copy(update={"settings": settings})
-    assert may_fuse([sweep], training) == fused_together
+def test_runs_of_one_size_are_packed_evenly(sizes: list[int], most: int, parts: list[int]) -> None:
+    """Into as few passes as hold them; with fewer than four runs in one, it is none."""
+    assert [len(part) for part in packed([1] * len(sizes), sizes, most, 10**9)] == parts
 
 
-def test_parts_are_even() -> None:
-    assert [len(part) for part in evenly(range(17), 6)] == [6, 6, 5]
-    assert [len(part) for part in evenly(range(11), 6)] == [6, 5]
-    assert evenly([1, 2, 3], 8) == [[1, 2, 3]]
-    assert evenly([1, 2], 1) == [[1], [2]]
+def test_large_runs_do_not_keep_small_ones_apart() -> None:
+    """Each pass holds what fits by the sum of sizes, small ones with small ones."""
+    sizes = [300, 1, 2, 300, 1, 2, 90, 100, 90, 80]
+    parts = packed([1] * 10, sizes, 8, 16 * 400)
+    assert parts == [[0], [1, 2, 4, 5, 6, 7, 8, 9], [3]]
+    assert packed([1] * 10, sizes, 8, 16 * 360) == [[0], [1, 2, 4, 5], [3], [6, 7, 8, 9]]
+    assert packed([1] * 10, sizes, 8, 16 * 359) == [[0], [1, 2, 4, 5, 6, 8, 9], [3], [7]]
+    assert packed([1] * 10, sizes, 8, 16 * 100_000) == [[0, 3, 6, 7, 8], [1, 2, 4, 5, 9]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_packed_fits(seed: int) -> None:
+    """Every load is in one part; those that share a pass are worth it and within both bounds."""
+    chance = random.Random(seed)
+    for _ in range(50):
+        runs = [chance.randint(1, 6) for _ in range(chance.randint(0, 30))]
+        sizes = [chance.randint(1, 1000) for _ in runs]
+        most, room = chance.randint(1, 20), chance.randint(0, 10**6)
+        parts = packed(runs, sizes, most, room)
+        assert sorted(load for part in parts for load in part) == list(range(len(runs)))
+        for part in parts:
+            if len(part) > 1:
+                assert fusing.FEWEST <= sum(runs[load] for load in part) <= most
+                assert sum(16 * runs[load] * sizes[load] for load in part) <= room
 
 
 # --- in a cohort --------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Cohorts: which methods and seeds a job trains, what it is told, and where its results lie."""
 
-from forgetting.training.joint import cohort_names, joint_cohorts
+from forgetting.costs.joint import cohort_names
 
 # Methods and seeds that one job trains, and the cohort that each of all is in.
-TOGETHER = joint_cohorts(STUDY)
+TOGETHER = COSTS.joint
 COHORTS = cohort_names(STUDY)
 
 
@@ -25,23 +25,26 @@ def general_files(wildcards):
     return [table_file(table) for table in general_tables(wildcards)]
 
 
-def cohort_specs(wildcards):
-    """All that a cohort is told of the study, for each of its methods and seeds."""
-    return [
-        as_json(
-            sections("prompt", "training", "measurement", "selection", "precision"),
-            tuning=tuning.model_dump(mode="json"),
-            seed=seed,
-            knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
-            columns=columns(general_tables(wildcards)),
-        )
-        for tuning, seed in members(wildcards)
-    ]
+def cohort_spec(wildcards):
+    """All that a cohort is told of the study, with each of its methods and seeds."""
+    return as_json(
+        sections("prompt", "training", "measurement", "selection", "precision"),
+        knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
+        columns=columns(general_tables(wildcards)),
+        members=[
+            {
+                # There may be many, and a shell takes 128 KiB in one argument.
+                "tuning": tuning.model_dump(mode="json", exclude_defaults=True),
+                "seed": seed,
+            }
+            for tuning, seed in members(wildcards)
+        ],
+    )
 
 
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
 SEVERAL_NODES = (
-    {"mpi": False} if any(COSTS.team(name).nodes > 1 for name in TUNINGS) else {}
+    {"mpi": False} if any(COSTS.team(name).nodes > 1 for name in COSTS.cohorts) else {}
 )
 
 

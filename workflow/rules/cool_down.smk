@@ -30,7 +30,7 @@ rule cool_down:
         code=code("cool_down"),
         # What trains is one code for trunks and branches.
         trains=code("finetune"),
-        spec=cohort_specs,
+        spec=cohort_spec,
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
         data=subpath(input.train, parent=True),

@@ -38,7 +38,7 @@ rule finetune:
         **sizes("finetune", COSTS),
     params:
         code=code("finetune"),
-        spec=cohort_specs,
+        spec=cohort_spec,
         targets=target_options,
         data=subpath(input.train, parent=True),
         state=f"{RESULTS}/state",

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from forgetting.costs.calibrate import by_method
+from forgetting.costs.joint import cohort_names
 from forgetting.records import (
     InputError,
     content_key,
@@ -25,6 +26,7 @@ from forgetting.results.churn import churn_table
 from forgetting.results.collect import (
     BASE,
     benchmark_tables,
+    in_order,
     main_items,
     missing_notes,
     responses_table,
@@ -38,7 +40,6 @@ from forgetting.sections.measurement import TEXT_PROBE
 from forgetting.settings.load import load_study
 from forgetting.settings.plan import budget_name, scored_models, selected_models, tunings
 from forgetting.settings.study import Study
-from forgetting.training.joint import cohort_names
 
 STUDIES = Path(__file__).parents[2] / "config" / "studies"
 
@@ -112,6 +113,11 @@ class Found:
 def read_found(study: Study, results: Path, models: list[str]) -> Found:
     """Read the results of all jobs but the tables of benchmarks, which may be large."""
     methods, budgets = tunings(study), study.training.budgets
+
+    def read_items(table: str, folders: list[Path]) -> list[pd.DataFrame]:
+        frames = [pd.read_parquet(folder / f"{table}.parquet") for folder in folders]
+        return in_order(frames, methods, study.seeds)
+
     cohorts = list(dict.fromkeys(cohort_names(study).values()))
     trained = [results / "cohorts" / cohort for cohort in cohorts]
     branches = [
@@ -129,12 +135,14 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
         trunks=read_records(trained) if branches else [],
         selection=selection.astype({"step": "Int64", "epoch": "float", "value": "float"}),
         base_items=pd.read_parquet(results / "base" / "items.parquet"),
-        items=[pd.read_parquet(folder / "items.parquet") for folder in branches or trained],
+        items=read_items("items", branches or trained),
         models=[results / "benchmarks" / model for model in models],
         along=[
-            pd.read_parquet(folder / "benchmarks.parquet")
-            for folder in ([results / "base", *trained] if study.benchmarks.along else [])
-        ],
+            pd.read_parquet(results / "base" / "benchmarks.parquet"),
+            *read_items("benchmarks", trained),
+        ]
+        if study.benchmarks.along
+        else [],
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from forgetting.costs.case import Team
 from forgetting.costs.cost import Costs
-from forgetting.costs.durations import run_seconds
+from forgetting.costs.durations import cohort_seconds
 from forgetting.costs.hardware import GPUS
+from forgetting.costs.joint import cohort_names
 from forgetting.costs.site import Site
 from forgetting.records import read_json
 from forgetting.settings.study import Study
@@ -43,26 +44,30 @@ def finished_runs(results: Path) -> list[dict[str, Any]]:
 
 def compare(costs: Costs, records: Iterable[Mapping[str, Any]]) -> list[Compared]:
     """All runs that ended well, whatever device they ran on."""
-    return [
-        _compare(costs, method, record)
-        for record in records
-        if (method := str(record["run"]).split("/", 1)[0]) in costs.tunings
-        and record["status"] == "ok"
-        and record["steps"]
-    ]
+    names = cohort_names(costs.study)
+    found = []
+    for record in records:
+        method, seed = str(record["run"]).split("/")[:2]
+        cohort = names.get((method, int(seed.removeprefix("seed"))))
+        if cohort and record["status"] == "ok" and record["steps"]:
+            name = cohort if cohort in costs.joint else method
+            found.append(_compare(costs, name, record))
+    return found
 
 
-def _compare(costs: Costs, method: str, record: Mapping[str, Any]) -> Compared:
-    """What was measured is of one run; of fused ones, its share."""
-    method = costs.trained_in.get(method, method)
-    tuning = costs.tunings[method]
-    team = Team(record.get("processes", 1))
+def _compare(costs: Costs, name: str, record: Mapping[str, Any]) -> Compared:
+    """What was measured is of one run; of fused ones, its share.
+
+    Args:
+        name: of its method, or of the cohort in which several are trained together.
+    """
+    cohort, team = costs.cohorts[name], Team(record.get("processes", 1))
     steps, evaluations = int(record["steps"]), len(record["points"])
-    stages = run_seconds(costs.case, tuning, team, steps, evaluations)
-    runs = len(tuning.settings)
+    stages = cohort_seconds(costs.case, cohort, team, steps, evaluations)
+    runs = sum(len(tuning.settings) for tuning in cohort)
     training = float(record["training_seconds"])
     rest = float(record["wall_seconds"]) - training
-    peak = costs.of("finetune", {"method": method})
+    peak = costs.of("finetune", {"method": name})
     told = peak.device_bytes if costs.case.device.is_gpu else peak.host_bytes
     return Compared(
         run=str(record["run"]),

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from forgetting.costs.benches import Bench, benches
 from forgetting.costs.hardware import Device
-from forgetting.costs.shape import Shape, folder_shape, known_shape, small_shape
+from forgetting.costs.shape import Shape, base_shape
 from forgetting.costs.volumes import Questions, Sequences, questions, training_sequences
-from forgetting.sections.base import Base
-from forgetting.settings.load import is_local
 from forgetting.settings.plan import Tuning
 from forgetting.settings.study import Study
-from forgetting.training.fusing import TOKENS, evenly, may_fuse, most_runs
+from forgetting.training.fusing import TOKENS, allows_fusing, packed, room
 from forgetting.training.schedule import Schedule
 
 
@@ -83,30 +81,25 @@ class Case:
         alone = self.study.training.model_copy(update={"epochs": budget, "budgets": []})
         return Schedule.plan(self.trained_on.count, alone, self.study.measurement.every_epochs)
 
-    def groups(self, tuning: Tuning, team: Team) -> list[int]:
-        """Numbers of runs that share each fused pass of a cohort; ones where none do."""
-        runs, training = len(tuning.settings), self.study.training
+    def passes(self, cohort: Sequence[Tuning], team: Team) -> list[list[int]]:
+        """Of each pass of a cohort, whose runs share it: members by number, for every run one.
+
+        Args:
+            cohort: the method of each member.
+        """
+        owners = [number for number, tuning in enumerate(cohort) for _ in tuning.settings]
+        training, kind = self.study.training, "cuda" if self.device.is_gpu else "cpu"
         tokens = self.trained_on.tokens * training.batch_size
-        kind = "cuda" if self.device.is_gpu else "cpu"
-        if team.processes > 1 or not may_fuse([tuning], training) or tokens > TOKENS[kind]:
-            return [1] * runs
-        room = 2 * 2**30
-        if self.device.is_gpu:
-            room = int(self.device.memory - 4 * self.shape.parameters) // 2
-        most = most_runs(training, self.shape.trained(tuning), max(0, room))
-        return [len(part) for part in evenly(tuning.settings, most)]
+        fusible = self.shape.rows_are_apart and all(allows_fusing(t, training) for t in cohort)
+        if team.processes > 1 or tokens > TOKENS[kind] or not fusible:
+            return [[owner] for owner in owners]
+        memory = self.device.memory if self.device.is_gpu else None
+        sizes = [self.shape.trained(cohort[owner]) for owner in owners]
+        most, space = training.micro_batch_size, room(self.shape.parameters, memory)
+        parts = packed([1] * len(owners), sizes, most, space)
+        return [[owners[run] for run in part] for part in parts]
 
     def rows(self, team: Team) -> int:
         """Sequences in a forward pass of one process."""
         training = self.study.training
         return min(training.micro_batch_size, math.ceil(training.batch_size / team.processes))
-
-
-def base_shape(base: Base) -> Shape:
-    """The base of a study in numbers, before it is trained or downloaded."""
-    if base.pretrain:
-        return small_shape(base.pretrain)
-    assert base.model
-    if is_local(base.model):
-        return folder_shape(Path(base.model).expanduser())
-    return known_shape(base.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -11,10 +11,10 @@ from forgetting.costs.case import Case, Team
 from forgetting.costs.durations import (
     START,
     benchmark_seconds,
+    cohort_seconds,
     evaluation_seconds,
     load_seconds,
     pretraining_seconds,
-    run_seconds,
     tokenize_seconds,
 )
 from forgetting.costs.footprint import (
@@ -28,11 +28,11 @@ from forgetting.costs.footprint import (
     training_bytes,
 )
 from forgetting.costs.hardware import DOWNLOAD, STORAGE
+from forgetting.costs.joint import cohort_names, joint_cohorts
 from forgetting.costs.site import Site
 from forgetting.costs.volumes import document_tokens, train_bytes
 from forgetting.settings.plan import Tuning, budget_name, tunings
 from forgetting.settings.study import Study
-from forgetting.training.joint import as_one, joint_cohorts
 from forgetting.training.schedule import branch_start
 
 TRAINING = ("finetune", "finetune_together", "cool_down")
@@ -93,27 +93,27 @@ class Costs:
     """The jobs of a study at a site.
 
     Attributes:
-        tunings: methods by name, and by that of the cohort what is trained together, counted as if
-            all had the largest rank.
-        trained_in: the cohort of every method that is trained together with others.
+        tunings: methods by name.
+        joint: methods and seeds that are trained in one job, by the cohort's name.
+        cohorts: of every job that trains, by its method or the name of its cohort, the method of
+            each member; of a method alone, that of one seed.
     """
 
     def __init__(self, study: Study, site: Site) -> None:
         self.study, self.site = study, site
         self.case = Case(study, site.device, site.cores)
-        joint = joint_cohorts(study)
         self.tunings = {tuning.name: tuning for tuning in tunings(study)}
-        self.tunings |= {name: as_one(name, members) for name, members in joint.items()}
-        self.trained_in = {t.name: name for name, members in joint.items() for t, _ in members}
+        self.joint = joint_cohorts(study)
+        alone = {
+            method
+            for (method, _), cohort in cohort_names(study).items()
+            if cohort not in self.joint
+        }
+        self.cohorts = {name: [t] for name, t in self.tunings.items() if name in alone}
+        self.cohorts |= {name: [t for t, _ in members] for name, members in self.joint.items()}
         self.budgets = {budget_name(budget): budget for budget in study.training.budgets}
         self.of_job = lru_cache(maxsize=None)(self._of_job)
         self.team = lru_cache(maxsize=None)(self._team)
-
-    @property
-    def trained(self) -> list[str]:
-        """What has jobs of training: the methods, but those that are trained in a cohort of several
-        by its name."""
-        return [name for name in self.tunings if name not in self.trained_in]
 
     def of(self, rule: str, wildcards: Mapping[str, str]) -> Cost:
         """What a job of a rule costs; those of other seeds cost the same."""
@@ -126,7 +126,7 @@ class Costs:
 
     def _of_job(self, rule: str, method: str, budget: str) -> Cost:
         if rule in TRAINING:
-            return self._training(self.tunings[method], budget)
+            return self._training(method, budget)
         if rule == "execute_programs":
             return self._programs()
         if rule not in ON_DEVICES:
@@ -178,19 +178,20 @@ class Costs:
         tuning = self.tunings.get(method)
         return 4.0 * self.case.shape.trained(tuning) * self.scored if tuning else 0.0
 
-    def _training(self, tuning: Tuning, budget: str) -> Cost:
+    def _training(self, name: str, budget: str) -> Cost:
         """A cohort, the trunks of one, or the branches of one of its budgets."""
-        case, team = self.case, self.team(tuning.name)
-        used = training_bytes(case, tuning, team)
-        written = checkpoint_bytes(case, tuning)
+        case, team, cohort = self.case, self.team(name), self.cohorts[name]
+        tuning = cohort[0]
+        used = training_bytes(case, cohort, team)
+        written = max(checkpoint_bytes(case, tuning) for tuning in cohort)
         copied = written / team.processes if tuning.kind == "full" else written
-        disk = disk_bytes(case, tuning, team)
+        disk = disk_bytes(case, cohort, team)
         shared = tuning.kind == "full" and team.processes > 1 and not tuning.processes
         if budget:
             own = going_bytes(case, tuning, team) + finished_bytes(case, tuning)
             disk = len(tuning.settings) * own
         return Cost(
-            self._stages(tuning, team, budget),
+            self._stages(cohort, team, budget),
             team=team,
             device_bytes=used,
             host_bytes=team.here * host_bytes(case, used, copied),
@@ -202,30 +203,29 @@ class Costs:
             else 0,
         )
 
-    def _stages(self, tuning: Tuning, team: Team, budget: str = "") -> dict[str, float]:
+    def _stages(self, cohort: Sequence[Tuning], team: Team, budget: str = "") -> dict[str, float]:
         case, training = self.case, self.study.training
         if not budget:
             plan = case.schedule
             evaluations, stored = len(plan.evaluations), len(plan.starts)
-            stages = run_seconds(case, tuning, team, plan.steps, evaluations, stored)
+            stages = cohort_seconds(case, cohort, team, plan.steps, evaluations, stored)
             return stages | {"tokens": tokenize_seconds(case, team)}
         whole, duration = case.branch(self.budgets[budget]), self.budgets[budget]
         begin = branch_start(training, duration, whole.steps_per_epoch)
         due = [step for step in whole.evaluations if step > begin]
-        return run_seconds(case, tuning, team, whole.steps - begin, len(due))
+        return cohort_seconds(case, cohort, team, whole.steps - begin, len(due))
 
     def _team(self, name: str) -> Team:
-        """The processes of a method: what the study says, else the fewest that do.
+        """The processes of a method or cohort: what the study says, else the fewest that do.
 
         So many that memory does not run out, and that the longest of its jobs ends in the longest
         time of the site with a half to spare; 1, 2, 4, ... on one machine, then whole machines.
         """
-        tuning, machines = self.tunings[name], self.site.machines
+        tuning, machines = self.cohorts[name][0], self.site.machines
         if tuning.processes:
             return Team(tuning.processes, tuning.nodes or 1)
         # What is trained together shares one device.
-        together = self.trained_in.values()
-        if not self.case.device.is_gpu or tuning.kind == "hybrid" or name in together:
+        if not self.case.device.is_gpu or tuning.kind == "hybrid" or name in self.joint:
             return Team()
         if tuning.kind == "full" and self.study.training.optimizer == "adafactor":
             return Team()
@@ -238,18 +238,19 @@ class Costs:
         teams += [Team(nodes * machines.gpus, nodes) for nodes in wider]
         # Where none fits, more GPUs help what is sharded, and nothing else.
         hopeless = teams[-1:] if tuning.kind == "full" else teams[:1]
-        fitting = [team for team in teams if self._fits(tuning, team)] or hopeless
+        fitting = [team for team in teams if self._fits(name, team)] or hopeless
         limit = 60.0 * self.site.longest / HASTE
-        longest = (team for team in fitting if self._longest(tuning, team) <= limit)
+        longest = (team for team in fitting if self._longest(name, team) <= limit)
         return next(longest, fitting[-1])
 
-    def _fits(self, tuning: Tuning, team: Team) -> bool:
-        return training_bytes(self.case, tuning, team) <= self.case.device.usable
+    def _fits(self, name: str, team: Team) -> bool:
+        return training_bytes(self.case, self.cohorts[name], team) <= self.case.device.usable
 
-    def _longest(self, tuning: Tuning, team: Team) -> float:
+    def _longest(self, name: str, team: Team) -> float:
         """Seconds of the longest job of a method."""
+        cohort = self.cohorts[name]
         return max(
-            sum(self._stages(tuning, team, budget).values()) for budget in ["", *self.budgets]
+            sum(self._stages(cohort, team, budget).values()) for budget in ["", *self.budgets]
         )
 
     def _programs(self) -> Cost:

@@ -8,7 +8,7 @@ its batch, and is hardly ever more than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from forgetting.costs.benches import Bench, along
 from forgetting.costs.case import Case, Team
@@ -42,22 +42,26 @@ def tokenize_seconds(case: Case, team: Team) -> float:
     return tokens / (TOKENIZED * case.cores * team.here) + 4.0 * tokens / STORAGE
 
 
-def step_seconds(case: Case, tuning: Tuning, team: Team, runs: int = 1) -> float:
-    """One optimizer step of runs that share it."""
-    study, shape, device = case.study, case.shape, case.device
+def step_seconds(case: Case, runs: Sequence[Tuning], team: Team) -> float:
+    """One optimizer step of runs that share it.
+
+    Args:
+        runs: the method of each.
+    """
+    study, shape, device, tuning = case.study, case.shape, case.device, runs[0]
     training, data = study.training, case.trained_on
     mitigation = tuning.mitigation
     replayed = mitigation.replay.share if mitigation and mitigation.replay else 0.0
     rows = training.batch_size / (1.0 - replayed)
     padded = 1.0 if training.packing or data.targets == 1.0 else PADDED
     again = training.activation_checkpointing
-    flops = shape.training(tuning, data.tokens, data.targets, again)
+    flops = sum(shape.training(run, data.tokens, data.targets, again) for run in runs)
     if mitigation and mitigation.kl:  # the base's predictions of the same tokens
         flops += shape.forward(data.tokens, data.targets)
-    flops *= runs * rows * data.tokens * padded / team.processes
+    flops *= rows * data.tokens * padded / team.processes
     passes = math.ceil(rows / team.processes / training.micro_batch_size)
     launches = device.backward + (device.forward if again else 0.0)
-    own = shape.trained(tuning) * runs
+    own = sum(map(shape.trained, runs))
     # AdamW reads weight, gradient and two moments and writes three: 28 bytes; the gradients are
     # written, measured for clipping and emptied before: 16.
     update = 44.0 * own / (team.processes if tuning.kind == "full" else 1) / device.bandwidth
@@ -119,27 +123,35 @@ def generation_seconds(case: Case, count: int, batch: int, prompt: float, tokens
     return batches * (first + tokens * token)
 
 
-def run_seconds(
-    case: Case, tuning: Tuning, team: Team, steps: int, evaluations: int, stored: int = 0
+def cohort_seconds(
+    case: Case, cohort: Sequence[Tuning], team: Team, steps: int, evaluations: int, stored: int = 0
 ) -> dict[str, float]:
     """The stages of a cohort whose runs make so many steps and are evaluated so often.
 
     Args:
+        cohort: the method of each member.
         stored: checkpoints beside those of evaluations, of each run.
     """
-    groups, runs = case.groups(tuning, team), len(tuning.settings)
-    training = sum(steps * step_seconds(case, tuning, team, size) for size in groups)
-    written = checkpoint_bytes(case, tuning)
+    passes = case.passes(cohort, team)
+    of_each = [step_seconds(case, [cohort[owner] for owner in part], team) for part in passes]
+    # A base is read for every member of a pass, and for every run that is alone.
+    loads = sum(len(set(part)) for part in passes)
+    runs = sum(len(tuning.settings) for tuning in cohort)
+    written = sum(
+        len(tuning.settings)
+        * checkpoint_bytes(case, tuning)
+        / (team.processes if tuning.kind == "full" else 1)
+        for tuning in cohort
+    )
     asked_along = benchmark_seconds(case, along(case.study, case.benches))
-    writing = written / (team.processes if tuning.kind == "full" else 1) / STORAGE
     return {
         "start": START[case.device.is_gpu],
-        "load": len(groups) * load_seconds(case),
-        "training": training,
+        "load": loads * load_seconds(case),
+        "training": steps * sum(of_each),
         "probes": runs * evaluations * evaluation_seconds(case, team),
         # Of several processes each asks all of them.
         "benchmarks": runs * evaluations * asked_along,
-        "checkpoints": runs * (evaluations + stored) * writing,
+        "checkpoints": (evaluations + stored) * written / STORAGE,
     }
 
 

@@ -8,6 +8,8 @@ frozen weights 4, and trained matrices have a copy of 2 for as long as a pass la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from forgetting.costs.case import Case, Team
 from forgetting.settings.plan import Tuning
 
@@ -48,14 +50,16 @@ def training_row(case: Case, tuning: Tuning) -> float:
     return tokens * (kept + 12.0 * shape.vocabulary * case.trained_on.targets)
 
 
-def trained_state(case: Case, tuning: Tuning, team: Team, runs: int = 1) -> float:
+def trained_state(case: Case, runs: Sequence[Tuning], team: Team) -> float:
     """Bytes of weights, gradients and moments in one process.
 
     Args:
-        runs: that are trained in one pass.
+        runs: the method of each that is trained in one pass.
     """
-    shape, trained = case.shape, case.shape.trained(tuning)
-    state = (8 + MOMENTS[case.study.training.optimizer]) * trained
+    shape, tuning = case.shape, runs[0]
+    trained = shape.trained(tuning)
+    each = 8 + MOMENTS[case.study.training.optimizer]
+    state = each * trained
     if tuning.kind == "full":
         frozen = 4.0 * (shape.parameters - trained)
         copies = 2.0 * shape.linear if case.half else 0.0
@@ -66,7 +70,7 @@ def trained_state(case: Case, tuning: Tuning, team: Team, runs: int = 1) -> floa
     base = 4.0 * shape.parameters - 2.0 * rounded
     if tuning.then:  # in the second part, the base is trained; when it begins, it is there twice
         base = 4.0 * shape.parameters + max(2.0 * shape.linear, 4.0 * shape.parameters - state)
-    return base + runs * state + _kept(case, tuning, team)
+    return base + each * sum(map(shape.trained, runs)) + _kept(case, tuning, team)
 
 
 def _kept(case: Case, tuning: Tuning, team: Team) -> float:
@@ -93,25 +97,35 @@ def measuring(case: Case) -> float:
     return max(cache, scored, read)
 
 
-def training_bytes(case: Case, tuning: Tuning, team: Team, rows: int | None = None) -> float:
+def training_bytes(
+    case: Case, cohort: Sequence[Tuning], team: Team, rows: int | None = None
+) -> float:
     """Largest use of a device by a cohort: while it trains, measures, or begins.
 
     Args:
+        cohort: the method of each member.
         rows: of a forward pass, of each run in it; by default what the study says, as far as there
             is room, since a process that is alone goes on with half the rows where there is none.
     """
-    shape, runs = case.shape, max(case.groups(tuning, team))
-    state = trained_state(case, tuning, team, runs)
-    passes = runs * (rows or case.rows(team)) * training_row(case, tuning)
+    passes = case.passes(cohort, team)
+    peak = max(_pass_bytes(case, [cohort[n] for n in part], team, rows) for part in passes)
+    if rows is None and team.processes == 1:
+        return max(min(peak, case.device.usable), training_bytes(case, cohort, team, rows=1))
+    return peak
+
+
+def _pass_bytes(case: Case, runs: Sequence[Tuning], team: Team, rows: int | None) -> float:
+    """The same of runs that share a pass."""
+    shape, tuning = case.shape, runs[0]
+    state = trained_state(case, runs, team)
+    rows_of_each = rows or case.rows(team)
+    passed = rows_of_each * sum(training_row(case, run) for run in runs)
     evaluation = measuring(case)
     if tuning.kind == "full" and team.processes > 1:  # whole on every process, in bfloat16
         evaluation += (2.0 if case.half else 4.0) * shape.parameters
     if tuning.kind != "full" and not case.half:  # an adapter is merged, and the matrices kept
         evaluation += 4.0 * shape.adapted(tuning)
-    peak = max(state + passes, state + evaluation, 4.0 * shape.parameters)
-    if rows is None and team.processes == 1:
-        return max(min(peak, case.device.usable), training_bytes(case, tuning, team, rows=1))
-    return peak
+    return max(state + passed, state + evaluation, 4.0 * shape.parameters)
 
 
 def benchmark_bytes(case: Case) -> float:
@@ -149,18 +163,24 @@ def checkpoint_bytes(case: Case, tuning: Tuning) -> float:
     return (4 + MOMENTS[case.study.training.optimizer]) * case.shape.trained(tuning)
 
 
-def disk_bytes(case: Case, tuning: Tuning, team: Team) -> float:
-    """Largest use of the disk by a cohort: tokens, checkpoints of the run in training, results.
+def disk_bytes(case: Case, cohort: Sequence[Tuning], team: Team) -> float:
+    """Largest use of the disk by a cohort: tokens, checkpoints of the runs in training, results.
 
     While a run goes on, the newest checkpoint is there, the one that is being written, and the one
     that the rule may pick, of which only the weights are kept; of a finished run up to two, without
     moments. A trunk stores one for each budget.
+
+    Args:
+        cohort: the method of each member.
     """
-    runs, training = len(tuning.settings), case.study.training
     tokens = 4.0 * case.trained_on.count * case.trained_on.tokens
-    going = going_bytes(case, tuning, team, len(training.budgets))
-    together = max(case.groups(tuning, Team()))
-    return tokens + together * going + runs * finished_bytes(case, tuning)
+    stored = len(case.study.training.budgets)
+    going = max(
+        sum(going_bytes(case, cohort[owner], team, stored) for owner in part)
+        for part in case.passes(cohort, team)
+    )
+    finished = sum(len(tuning.settings) * finished_bytes(case, tuning) for tuning in cohort)
+    return tokens + going + finished
 
 
 def going_bytes(case: Case, tuning: Tuning, team: Team, stored: int = 0) -> float:

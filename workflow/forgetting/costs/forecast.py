@@ -120,7 +120,7 @@ def notes(found: Forecast) -> list[str]:
     if guessed:
         lines.append(f"rows and lengths are guessed of {', '.join(guessed)}")
     lines += misfits(costs)
-    for name in costs.trained:
+    for name in costs.cohorts:
         cost = costs.of("finetune", {"method": name})
         if cost.seconds > 60 * costs.site.longest:
             lines.append(

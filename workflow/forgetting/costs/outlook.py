@@ -76,8 +76,8 @@ class Forecast:
         finished, most = 0.0, 0.0
         for number, job in self.jobs.items():
             if job.rule in TRAINING:
-                tuning = costs.tunings[job.wildcards["method"]]
-                finished += len(tuning.settings) * finished_bytes(case, tuning)
+                for tuning in costs.cohorts[job.wildcards["method"]]:
+                    finished += len(tuning.settings) * finished_bytes(case, tuning)
                 most += self.of[number].disk_bytes
         return {
             "download": fetched,

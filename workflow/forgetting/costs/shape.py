@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.records import read_json
-from forgetting.sections.base import SmallModel
+from forgetting.sections.base import Base, SmallModel
 from forgetting.settings.architecture import Architecture, read_shapes
+from forgetting.settings.load import is_local
 from forgetting.settings.plan import Tuning
+from forgetting.training.fusing import rows_are_apart
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -70,6 +72,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "n_head": 12,
         "vocab_size": 50257,
         "n_positions": 1024,
+        "resid_pdrop": 0.1,
     },
 }
 """What the config.json of a hub model says of its size, since planning is offline."""
@@ -96,6 +99,7 @@ class Shape:
         tied: is the LM head the input embedding?
         vectors: numbers in norms and biases.
         known: is this the model's own size, rather than a guess?
+        rows_are_apart: may rows of several runs share a pass through it (`training.fusing`)?
     """
 
     layers: Architecture
@@ -108,6 +112,7 @@ class Shape:
     tied: bool
     vectors: int
     known: bool = True
+    rows_are_apart: bool = True
 
     @cached_property
     def linear(self) -> int:
@@ -194,6 +199,16 @@ class Shape:
         return flops + (forward - ends if again else 0.0)
 
 
+def base_shape(base: Base) -> Shape:
+    """The base of a study in numbers, before it is trained or downloaded."""
+    if base.pretrain:
+        return small_shape(base.pretrain)
+    assert base.model
+    if is_local(base.model):
+        return folder_shape(Path(base.model).expanduser())
+    return known_shape(base.model)
+
+
 def small_shape(spec: SmallModel) -> Shape:
     """A model that is trained here; its head is the input embedding."""
     config = {
@@ -272,6 +287,7 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
         queries=queries,
         vocabulary=vocabulary,
         tied=bool(tied),
+        rows_are_apart=rows_are_apart(config),
         vectors=_vectors(kind, shapes, blocks, width, vocabulary)
         + (width * (context or 0) if kind in LEARNED_POSITIONS else 0),
     )

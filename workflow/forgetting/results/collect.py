@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,21 @@ from forgetting.sandbox import Outcome
 from forgetting.settings.plan import Tuning, run_name
 
 BASE: dict[str, Any] = {"run": "base", "method": "base", "label": "base"}
+
+
+def in_order(
+    frames: Iterable[pd.DataFrame], methods: Sequence[Tuning], seeds: Sequence[int]
+) -> list[pd.DataFrame]:
+    """The items of jobs, run by run in the order of the study, however many a job has trained."""
+    cohorts = [f"{tuning.name}/seed{seed}" for tuning, seed in product(methods, seeds)]
+    runs, empty = [], []
+    for frame in frames:
+        if frame.empty:
+            empty.append(frame)
+        runs += [(str(run), items) for run, items in frame.groupby("run", sort=False)]
+    places = {cohort: place for place, cohort in enumerate(cohorts)}
+    runs.sort(key=lambda pair: places["/".join(pair[0].split("/")[:2])])
+    return [items for _, items in runs] + empty
 
 
 def trajectory_table(

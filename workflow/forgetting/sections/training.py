@@ -102,13 +102,13 @@ class Training(Strict):
     fused: Literal["auto", "across", "never"] = Field(
         "auto",
         description="auto: train the runs of one method and seed in one forward and backward pass "
-        "where that is faster: where there are at least four, `micro_batch_size` is at least four, "
-        "memory holds them, and a step of one has at most 256 tokens (8192 on a GPU), replayed "
-        "rows apart. across: also runs of other ranks and seeds, in one job, which is less "
-        "computing on fewer machines at once; not of pissa, and with dropout of one seed. Of lora, "
-        "rslora and pissa, with or without replay; other methods and mitigations, runs of several "
-        "processes and those with `budgets` are trained one after the other. The numbers are the "
-        "same up to rounding.",
+        "where that is faster: at least four, as far as memory holds them, at most "
+        "`micro_batch_size` to a pass, if a step of one has at most 1024 tokens (8192 on a GPU), "
+        "replayed rows apart. across: also runs of other ranks and seeds, in one job, as many as "
+        "share a pass: less time in all, on fewer machines at once; not of pissa, and with dropout "
+        "of one seed. Of lora, rslora and pissa, with or without replay; other methods and "
+        "mitigations, runs of several processes and those with `budgets` are trained one after the "
+        "other. The numbers are the same up to rounding.",
     )
 
     @property

@@ -34,8 +34,7 @@ from forgetting.scoring.probes import measure
 from forgetting.scoring.scores import metric_value
 from forgetting.training.checkpoints import Progress, forget_training
 from forgetting.training.fused import trained_weights
-from forgetting.training.fusible import outline, runs_in_a_step
-from forgetting.training.fusing import evenly, may_fuse
+from forgetting.training.fusible import shared_passes
 from forgetting.training.materials import CohortSpec, Data, Materials, tokenized
 from forgetting.training.mitigate import Safeguards, build_safeguards
 from forgetting.training.parallel import gathered, is_sharded, measure_together, shard
@@ -69,7 +68,7 @@ def train_cohort(
         Place.of(spec, setting, inputs, state) for spec in specs for setting in spec.tuning.settings
     ]
     missing = team.agree([place for place in places if not place.record.exists()])
-    size, data = 1, None
+    parts, data = [[number] for number in range(len(places))], None
     if missing:
         for place in missing if team.first else ():
             _forget_unfinished(place.folder)
@@ -78,9 +77,9 @@ def train_cohort(
         examples = len(arrange(data.train, spec.training))
         if (mistake := warmup_mistake(examples, spec.training)) and not branches:
             raise InputError(f"training.{mistake[0]}: {mistake[1]}")
-        size = _runs_in_a_step(specs, materials, data)
-    # By places in the sweep, so that a cohort that was killed goes on with the same groups.
-    for part in evenly(places, size):
+        parts = _shared_passes([place.spec for place in places], materials, data)
+    # Of finished runs too, so that a cohort that was killed goes on with the same groups.
+    for part in ([places[number] for number in numbers] for numbers in parts):
         untrained = {place.folder: place for place in part if place in missing}
         for folders in groups(list(untrained)):
             group = [untrained[folder] for folder in folders]
@@ -108,14 +107,16 @@ def _forget_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _runs_in_a_step(specs: Sequence[CohortSpec], materials: Materials, data: Data) -> int:
-    """How many runs of the cohort are trained together; 1 where they are not fused."""
-    training, tunings = specs[0].training, [spec.tuning for spec in specs]
-    if materials.team.size > 1 or not may_fuse(tunings, training):
-        return 1
+def _shared_passes(
+    specs: Sequence[CohortSpec], materials: Materials, data: Data
+) -> list[list[int]]:
+    """Which runs are trained together, by their numbers; of several processes, none."""
+    if materials.team.size > 1:
+        return [[number] for number in range(len(specs))]
+    training = specs[0].training
     tokens = data.train.sizes.sum() / len(arrange(data.train, training)) * training.batch_size
-    largest = max(tunings, key=lambda tuning: tuning.rank or 0)
-    return runs_in_a_step(outline(materials.base, largest), training, tokens, materials.device)
+    tunings = [spec.tuning for spec in specs]
+    return shared_passes(tunings, materials.base, training, tokens, materials.device)
 
 
 def _train_group(

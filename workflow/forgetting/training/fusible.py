@@ -1,7 +1,8 @@
-"""Which runs of a cohort are trained in one pass, and how many at once: what the model tells."""
+"""Which runs of a cohort are trained in one pass: what the model and the machine tell."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,15 @@ from forgetting.models.loading import Model
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training.fused import trained_weights
-from forgetting.training.fusing import CPU_BYTES, TOKENS, most_runs
+from forgetting.training.fusing import TOKENS, allows_fusing, packed, room, rows_are_apart
 
 
 def can_fuse(model: Model) -> bool:
-    """Does each row of a batch go its own way through this model, by plain adapters of LoRA?
-
-    Not with dropout of the base's own, whose masks would be other ones, nor with experts, to which
-    rows are sent in another order.
-    """
-    settings = model.config.to_dict()
-    own_dropout = any(
-        isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name
-    )
+    """Does each row of a batch go its own way through this model, by plain adapters of LoRA?"""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return (
         isinstance(model, PeftModel)
-        and not own_dropout
-        and not any("expert" in name for name in settings)
+        and rows_are_apart(model.config.to_dict())
         and all(_is_plain(layer) for layer in layers)
     )
 
@@ -56,21 +48,28 @@ def outline(base: Path, tuning: Tuning) -> Model:
         return attach(model, tuning.model_copy(update={"variant": "lora"}), seed=0)
 
 
-def runs_in_a_step(model: Model, training: Training, tokens: float, device: torch.device) -> int:
-    """How many runs of a cohort are fused at most; 1 if none are.
+def shared_passes(
+    runs: Sequence[Tuning], base: Path, training: Training, tokens: float, device: torch.device
+) -> list[list[int]]:
+    """Which runs share a pass, by their numbers; every run is in one of the parts.
 
-    None where a step has more tokens than `TOKENS` allows. What the runs train stays small beside
-    the rest.
+    None share one where a step has more tokens than `TOKENS` allows.
 
     Args:
-        model: of one run; its numbers are not looked at.
+        runs: the method of each.
         tokens: of a step of one run.
     """
-    if not can_fuse(model) or tokens > TOKENS[device.type]:
-        return 1
-    trained = sum(weight.numel() for weight in trained_weights(model).values())
-    room = CPU_BYTES
+    alone = [[number] for number in range(len(runs))]
+    if tokens > TOKENS[device.type] or not all(allows_fusing(run, training) for run in runs):
+        return alone
+    methods = {run.name: run for run in runs}
+    outlines = {name: outline(base, run) for name, run in methods.items()}
+    if not all(can_fuse(model) for model in outlines.values()):
+        return alone
+    sizes = [sum(w.numel() for w in trained_weights(outlines[run.name]).values()) for run in runs]
+    whole = outlines[runs[0].name]
+    frozen = sum(weight.numel() for weight in whole.parameters() if not weight.requires_grad)
+    memory = None
     if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        room = (whole - 4 * sum(weight.numel() for weight in model.parameters())) // 2
-    return most_runs(training, trained, room)
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return packed([1] * len(runs), sizes, training.micro_batch_size, room(frozen, memory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Job:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every job that trains."""
-    parser.add_argument("--spec", required=True, nargs="+", help="JSON: each method and seed")
+    parser.add_argument("--spec", required=True, help="JSON: the study, and methods with seeds")
     parser.add_argument("--code", required=True, help="digest of the code that trains")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
@@ -50,7 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def read_job(options: argparse.Namespace, team: Team) -> Job:
     """Read all files that the options name."""
-    specs = [CohortSpec.model_validate_json(text) for text in options.spec]
+    told = json.loads(options.spec)
+    members = told.pop("members")
+    specs = [CohortSpec.model_validate(told | member) for member in members]
     # But for method and seed all are alike.
     spec = specs[0]
     base = read_json(options.base)

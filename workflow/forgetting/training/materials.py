@@ -28,7 +28,7 @@ from forgetting.training.team import ALONE, Team
 
 
 class CohortSpec(Strict):
-    """What the study says of one cohort; passed to the program as JSON."""
+    """What the study says of the runs of one method and seed."""
 
     tuning: Tuning
     seed: int
