@@ -220,6 +220,7 @@ def test_a_job_of_many_methods_and_seeds_can_be_started(tmp_path: Path) -> None:
         check=True,
     ).stdout
     command = told[told.index("finetune.py") :]
-    spec = shlex.split(command[: command.index("--code")])[-1]
+    words = shlex.split(command[: command.index("--code")])
+    spec = words[words.index("--spec") + 1]
     assert len(json.loads(spec)["members"]) == 200
     assert len(spec) < 2**16
