@@ -149,6 +149,9 @@ def test_ranks_that_are_trained_in_one_job_end_in_the_same_tables(
     records = json.loads((another / results / "cohorts/together-1/runs.json").read_text())
     assert len(records) == 8
     found, expected = _tables(another, results), _tables(finished)
+    together = found["runs"].pop("trained_together")
+    assert set(together[found["runs"]["kind"] == "lora"]) == {8}
+    assert set(expected["runs"].pop("trained_together").dropna()) == {1}
     pd.testing.assert_frame_equal(found["runs"], expected["runs"])
     # Where the processor multiplies in bfloat16, sums in another order show.
     pd.testing.assert_frame_equal(found["trajectory"], expected["trajectory"], rtol=0.05, atol=0.05)

@@ -76,7 +76,8 @@ def runs_table(
 ) -> pd.DataFrame:
     """One row per run, the base first: hyper-parameters, status, choice, cost.
 
-    With budgets each branch is a run, which began with the steps of its trunk.
+    With budgets each branch is a run, which began with the steps of its trunk. The seconds of runs
+    that were trained together are even shares of what all of them took.
     """
     chosen = {row["run"]: row["step"] for row in selection.to_dict("records") if row["run"]}
     by_run = {record["run"]: record for record in records}
@@ -106,11 +107,13 @@ def runs_table(
                     "trainable_parameters": record["trainable_parameters"],
                     "seconds": record["wall_seconds"],
                     "tokens_per_second": record["tokens_per_second"],
+                    "trained_together": record["trained_together"],
                     "peak_memory_gib": record["peak_memory_gib"],
                 }
             )
     table = pd.DataFrame(rows)
     integers = ["rank", "seed", "selected_step", "steps", "tokens", "trainable_parameters"]
+    integers.append("trained_together")
     return table.astype(dict.fromkeys(integers, "Int64") | {"budget": "float"})
 
 
