@@ -25,14 +25,20 @@ from torch.distributed.rendezvous import rendezvous
 from forgetting.encoding.encode import Example
 from forgetting.records import InputError
 from forgetting.scoring.forward import micro_batches
+from forgetting.training.launch import AGAIN, GRACE
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: longer than one of them takes to tokenize all tables."""
 
-GRACE = 5.0
-"""Seconds in which the launcher has noticed that a process has ended, and ended the others."""
+
+class NoRoom(Exception):
+    """Memory has run out in one of several processes, with so many rows in a forward pass."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ class Team:
     def one_voice(self) -> Iterator[None]:
         """Let what goes wrong be told by the process that meets it first, and by no other.
 
-        One that has lost another has nothing of its own to tell: the launcher ends it.
+        One that has lost another has nothing of its own to tell: the launcher ends it. Where memory
+        runs out, the launcher starts all again.
         """
         try:
             yield
@@ -150,6 +157,9 @@ class Team:
             if self.notes and self.notes.add("mistakes", 1) > 1:
                 raise SystemExit(1) from None
             raise
+        except NoRoom:
+            # Not by the end of the interpreter, where a process group may wait for the others.
+            os._exit(AGAIN)
         except RuntimeError as error:
             if self.size == 1 or not _is_loss(error):
                 raise
