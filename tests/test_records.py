@@ -205,6 +205,9 @@ def test_memory_that_runs_out_is_told_in_one_line_wherever_it_does(
         "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for "
         "details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\n"
         "Last error:\nCuda failure 2 'out of memory'",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.27.5\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+        "Failed to CUDA calloc async 6291456 bytes",
         "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
         "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)",
         "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you "

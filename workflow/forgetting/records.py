@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 PARTIAL = ".partial"
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 NO_MEMORY = {
-    "out of memory",  # CUDA, also through NCCL and Triton
+    "out of memory",  # CUDA, also through others
+    "failed to cuda calloc",  # NCCL
     "out_of_memory",  # CUDA's driver
     "status_alloc_failed",  # cuBLAS, cuDNN, cuSPARSE
     "memoryallocation",  # CUDA's runtime, by the name of its error

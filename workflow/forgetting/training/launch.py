@@ -17,24 +17,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
 MEETING = "FORGETTING_MEETING"
-"""Variable with host and port at which the launchers of several nodes meet."""
+"""Variable with host and port at which the launchers of all nodes meet."""
 
-AGAIN = 200
-"""Status by which a process asks that all be started again: more than 128 and any signal, as srun
-tells the largest status of those that it has started."""
-
-GRACE = 5.0
-"""Seconds in which the launcher has noticed that a process has ended, and ended the others."""
+AGAIN = "again"
+"""What a process writes down there to have all started again."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,46 +37,53 @@ def main(argv: list[str] | None = None) -> None:
     processes, asked, *program = argv or sys.argv[1:]
     if processes in ("0", "1"):  # 0 where there is no GPU to ask for
         os.execv(sys.executable, [sys.executable, *program])
-    nodes = int(asked)
-    if nodes > 1 and MEETING not in os.environ:
-        there, cores = _allocation()
-        nodes = min(nodes, there)
+    logging.disable()
+    nodes, attempt = int(asked), _here
+    try:
+        if MEETING in os.environ:
+            raise SystemExit(_here(nodes, processes, program))
         if nodes > 1:
-            _repeat(partial(_on_all, nodes, cores // there, [processes, str(nodes), *program]))
+            there, cores = _allocation()
+            nodes = min(nodes, there)
+            attempt = partial(_on_all, cores // there) if nodes > 1 else _here
+        while True:
+            host = socket.gethostname() if nodes > 1 else "localhost"
+            notes = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            os.environ[MEETING] = f"{host}:{notes.port}"
+            status = attempt(nodes, processes, program)
+            if not notes.check([AGAIN]):
+                raise SystemExit(status)
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+
+
+def _notes() -> TCPStore:
+    """What the launcher has laid out for all to write in."""
+    host, port = os.environ[MEETING].rsplit(":", 1)
+    return TCPStore(host, int(port), is_master=False)
+
+
+def end_to_begin_again() -> NoReturn:
+    """End this process, and have the launcher end the others and start all anew."""
+    # First the word, so that whatever comes of this end is known for it, on every node.
+    _notes().set(AGAIN, "")
+    # Not by the end of the interpreter, where a process group may wait for the others.
+    os._exit(1)
+
+
+def _here(nodes: int, processes: str, program: list[str]) -> int | str:
+    """Run this node's processes; the status, or what there is to tell."""
     here = int(processes) // nodes
     if nodes > 1:
         here = int(os.environ.get("SLURM_GPUS_ON_NODE", here))
     # The processes share the cores; more threads than those would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
-    logging.disable()
-    attempt = partial(_here, [*_meeting(nodes), f"--nproc-per-node={here}", *program], processes)
-    if nodes == 1:
-        _repeat(attempt)
-    status = attempt()
-    if status not in (0, AGAIN):
-        # A process of another node may have asked to begin again, and this one only lost it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(GRACE)
-    raise SystemExit(status)
-
-
-def _repeat(attempt: Callable[[], int | str]) -> NoReturn:
-    """End as the first attempt does after which none is asked for again."""
-    while (status := attempt()) == AGAIN:
-        pass
-    raise SystemExit(status)
-
-
-def _here(options: list[str], processes: str) -> int | str:
-    """Run the processes of this machine; their status, or what there is to tell."""
+    meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ[MEETING]}"]
+    meeting += ["--rdzv-id=forgetting", "--rdzv-conf=is_host=0"]
     try:
-        run(parse_args(options))  # type: ignore[no-untyped-call]
+        run(parse_args([*meeting, f"--nproc-per-node={here}", *program]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        if any(found.exitcode == AGAIN for found in error.failures.values()):
-            return AGAIN
-        return _killed(error, processes) or 1
-    except SignalException as error:
-        return 128 + error.sigval
+        return (not _notes().check([AGAIN]) and _killed(error, processes)) or 1
     return 0
 
 
@@ -102,33 +104,23 @@ def _allocation() -> tuple[int, int]:
     return nodes, cores
 
 
-def _on_all(nodes: int, cores: int, arguments: list[str]) -> int:
-    """Start a launcher on every node; they meet on this one, the first. Their largest status."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        os.environ[MEETING] = f"{socket.gethostname()}:{free.getsockname()[1]}"
+def _on_all(cores: int, nodes: int, processes: str, program: list[str]) -> int:
+    """Start a launcher on every node, with so many cores of each; the largest status."""
     place = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    place += [f"--cpus-per-task={cores}"]
-    launcher = [sys.executable, "-m", "forgetting.training.launch", *arguments]
-    srun = subprocess.Popen(["srun", *place, "--kill-on-bad-exit=1", *launcher])
+    place += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1"]
+    launcher = ["-m", "forgetting.training.launch", processes, str(nodes), *program]
     for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda number, _: srun.send_signal(number))
-    status = srun.wait()
-    return status if status >= 0 else 128 - status
+        signal.signal(ending, _stop)
+    with subprocess.Popen(["srun", *place, sys.executable, *launcher]) as srun:
+        try:
+            return srun.wait()
+        except SignalException as error:
+            srun.send_signal(error.sigval)
+            raise
 
 
-def _meeting(nodes: int) -> list[str]:
-    """torchrun's options for where the processes find each other."""
-    if nodes == 1:
-        return ["--standalone"]  # at a port that is free
-    first = int(os.environ["SLURM_NODEID"] == "0")
-    return [
-        f"--nnodes={nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={os.environ[MEETING]}",
-        f"--rdzv-id={os.environ['SLURM_JOB_ID']}",
-        f"--rdzv-conf=is_host={first}",
-    ]
+def _stop(number: int, _: object) -> NoReturn:
+    raise SignalException("ended", signal.Signals(number))
 
 
 def _killed(error: ChildFailedError, processes: str) -> str | None:

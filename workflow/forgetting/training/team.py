@@ -25,12 +25,15 @@ from torch.distributed.rendezvous import rendezvous
 from forgetting.encoding.encode import Example
 from forgetting.records import InputError
 from forgetting.scoring.forward import micro_batches
-from forgetting.training.launch import AGAIN, GRACE
+from forgetting.training.launch import end_to_begin_again
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: longer than one of them takes to tokenize all tables."""
+
+GRACE = 5.0
+"""Seconds in which the launcher has noticed that a process has ended, and ended the others."""
 
 
 class NoRoom(Exception):
@@ -158,8 +161,7 @@ class Team:
                 raise SystemExit(1) from None
             raise
         except NoRoom:
-            # Not by the end of the interpreter, where a process group may wait for the others.
-            os._exit(AGAIN)
+            end_to_begin_again()
         except RuntimeError as error:
             if self.size == 1 or not _is_loss(error):
                 raise
