@@ -83,7 +83,8 @@ def _here(nodes: int, processes: str, program: list[str]) -> int | str:
     try:
         run(parse_args([*meeting, f"--nproc-per-node={here}", *program]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        return (not _notes().check([AGAIN]) and _killed(error, processes)) or 1
+        repeated = _notes().check([AGAIN])
+        return 1 if repeated else _killed(error, processes) or 1
     return 0
 
 
