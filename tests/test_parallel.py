@@ -42,7 +42,7 @@ from forgetting.training.checkpoints import forget_training
 from forgetting.training.cohort import cohort_items
 from forgetting.training.materials import CohortSpec, Materials
 from forgetting.training.places import run_key
-from forgetting.training.team import ALONE, Team, deal
+from forgetting.training.team import ALONE, NoRoom, Team, deal
 from task_rows import sciq
 from teams import FORKS, Stopped, together, train, train_together, weights
 
@@ -493,19 +493,28 @@ def test_a_model_too_large_for_one_file_is_several(
 
 # --- what goes wrong ----------------------------------------------------------------------------
 
-DEADLY = """
+FAULTY = """
 import os, signal, sys
-from forgetting.training import train
+from forgetting.training import gradients, train
 from finetune import main
 
-step, moment = train._step, sys.argv.pop(1)
+step, pass_ = train._step, gradients.target_logits
+moment, fault, most = sys.argv.pop(1).split(",")
+here = False
 
-def deadly(model, examples, runs, stack):
-    if moment == f"{runs[0].recipe.team.rank}:{runs[0].progress.step}":
+def watched(model, examples, runs, stack):
+    global here
+    here = f"{runs[0].recipe.team.rank}:{runs[0].progress.step}" == moment
+    if here and fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     return step(model, examples, runs, stack)
 
-train._step = deadly
+def limited(model, batch):
+    if here and len(batch.ids) > int(most):
+        raise RuntimeError(fault)
+    return pass_(model, batch)
+
+train._step, gradients.target_logits = watched, limited
 main()
 """
 
@@ -514,8 +523,12 @@ main()
 def launched(
     specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """launched(moment, spec): the program in two processes, of which one may be killed."""
-    (tmp_path / "deadly.py").write_text(DEADLY)
+    """launched(moment, spec): the program in two processes, with a fault in one.
+
+    The moment is `rank:step`. The process is killed there, or with a `fault` that is another word
+    raises that, in a pass of more than `most` rows.
+    """
+    (tmp_path / "faulty.py").write_text(FAULTY)
     data = tmp_path / "data"
     write_jsonl(data / "train.jsonl", materials.train)
     for name, probe in materials.probes.items():
@@ -525,7 +538,12 @@ def launched(
     write_table(tmp_path / "base.parquet", pd.DataFrame(items))
 
     def start(
-        moment: str, spec: CohortSpec, nodes: str = "1", **environment: str
+        moment: str,
+        spec: CohortSpec,
+        nodes: str = "1",
+        fault: str = "kill",
+        most: int = 0,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         options = {
             "spec": spec.model_dump_json(),
@@ -538,7 +556,7 @@ def launched(
             "runs": tmp_path / "runs.json",
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        program = [str(tmp_path / "deadly.py"), moment, *arguments]
+        program = [str(tmp_path / "faulty.py"), f"{moment},{fault},{most}", *arguments]
         paths = [str(ROOT / "workflow"), str(ROOT / "workflow" / "scripts")]
         return subprocess.run(
             [sys.executable, "-m", "forgetting.training.launch", "2", nodes, *program],
@@ -574,12 +592,33 @@ def test_killing_one_process_ends_all_and_the_next_start_goes_on(
     assert done.stdout.count("step 6/6") == 1
 
 
-SRUN = """#!/bin/sh
-# Starts a program on two nodes, as srun does, which are this machine.
+SRUN = """#!/bin/bash
+# Starts a program on two nodes, as srun does, which are this machine: where one fails, the other is
+# killed, and the status is the larger one.
 while [ "${1#--}" != "$1" ]; do shift; done
-SLURM_NODEID=1 "$@" & other=$!
-SLURM_NODEID=0 "$@" && wait $other
+SLURM_NODEID=0 "$@" &
+SLURM_NODEID=1 "$@" &
+wait -n
+first=$?
+[ $first = 0 ] || kill -KILL $(jobs -pr)
+wait -n
+second=$?
+exit $(( first > second ? first : second ))
 """
+
+
+def _two_nodes(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job of SLURM on two nodes."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    squeue = srun.with_name("squeue")
+    squeue.write_text("#!/bin/sh\necho 2 4\n")
+    for program in (srun, squeue):
+        program.chmod(0o755)
+    # The number is all that Snakemake's plugin leaves of SLURM's variables.
+    path = os.pathsep.join([str(srun.parent), os.environ["PATH"]])
+    return {"PATH": path, "SLURM_JOB_ID": "7"}
 
 
 def test_two_nodes_train_like_two_processes_of_one(
@@ -589,20 +628,7 @@ def test_two_nodes_train_like_two_processes_of_one(
     tmp_path: Path,
 ) -> None:
     """The launchers meet at the first node; every bit is the same."""
-    srun = tmp_path / "bin" / "srun"
-    srun.parent.mkdir()
-    srun.write_text(SRUN)
-    squeue = srun.with_name("squeue")
-    squeue.write_text("#!/bin/sh\necho 2 4\n")
-    for program in (srun, squeue):
-        program.chmod(0o755)
-    done = launched(
-        "never",
-        specs["full"],
-        "2",
-        PATH=os.pathsep.join([str(srun.parent), os.environ["PATH"]]),
-        SLURM_JOB_ID="7",  # all that Snakemake's plugin leaves of SLURM's variables
-    )
+    done = launched("never", specs["full"], "2", **_two_nodes(tmp_path))
     assert done.returncode == 0, done.stderr
     (record,) = json.loads((tmp_path / "runs.json").read_text())
     _same(record, reference("full", 2))
@@ -655,25 +681,90 @@ def test_a_mistake_is_told_once() -> None:
         raise InputError(told)
 
 
-def _memory_for_one_row(spec: CohortSpec, materials: Materials, state: Path) -> None:
+NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes"),
+    [("full", "1"), ("full", "2"), pytest.param("lora", "1", marks=pytest.mark.slow)],
+)
+def test_memory_that_runs_out_in_one_process_halves_the_passes_of_all(
+    launched: Callable[..., subprocess.CompletedProcess[str]],
+    specs: dict[str, CohortSpec],
+    reference: Reference,
+    tmp_path: Path,
+    kind: str,
+    nodes: str,
+) -> None:
+    """All are started again, by themselves, and go on from the checkpoint: the numbers are those
+    of an undisturbed run, and of one process.
+    """
+    there = _two_nodes(tmp_path) if nodes == "2" else {}
+    done = launched("1:4", specs[kind], nodes, fault=NO_ROOM, most=1, **there)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    told = "memory ran out with 2 examples in a pass; going on with 1 from step 3"
+    assert done.stdout.count("memory ran out") == done.stdout.count(told) == 1
+    assert done.stdout.count("step 6/6") == 1
+    (record,) = json.loads((tmp_path / "runs.json").read_text())
+    _agree(record, reference(kind, 2))
+    _agree(record, reference(kind, 1))
+    assert not list(tmp_path.rglob("no-room.json"))
+
+
+def _memory_for_one_row(spec: CohortSpec, materials: Materials, state: Path) -> Records:
     """The second process has no room for two rows at once."""
     original = gradients.target_logits
 
     def limited(model: Any, batch: Any) -> torch.Tensor:
         if len(batch.ids) > 1 and dist.get_rank() == 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+            raise RuntimeError(NO_ROOM)
         return original(model, batch)
 
     gradients.target_logits = limited
-    train_together(spec, materials, state)
+    return train_together(spec, materials, state)
 
 
-def test_memory_that_runs_out_in_one_process_is_told(
-    specs: dict[str, CohortSpec], materials: Materials, tmp_path: Path
+def test_a_job_that_is_started_later_knows_that_memory_ran_out(
+    specs: dict[str, CohortSpec], materials: Materials, reference: Reference, tmp_path: Path
 ) -> None:
-    """The others are in the middle of a pass, so that the step cannot be tried again."""
-    with pytest.raises(InputError, match="2 examples in a forward pass of one of 2 processes"):
+    """Ended before a checkpoint could tell, and started with larger passes allowed: it is the same
+    run, and what did not fit is not tried again. A finished run keeps no note of it.
+    """
+    with pytest.raises(NoRoom):
         together(2, _memory_for_one_row, specs["full"], materials, tmp_path)
+    assert [path.read_text() for path in tmp_path.rglob("no-room.json")] == ["2\n"]
+    roomy = _training(specs["full"], micro_batch_size=4)
+    (record,), _ = together(2, _memory_for_one_row, roomy, materials, tmp_path)
+    _agree(record, reference("full", 1))
+    assert not list(tmp_path.rglob("no-room.json"))
+
+
+def test_an_example_that_fits_no_memory_of_one_process_is_told_in_one_line(
+    launched: Callable[..., subprocess.CompletedProcess[str]],
+    specs: dict[str, CohortSpec],
+    tmp_path: Path,
+) -> None:
+    """There is no half of it: nothing is started again, and nothing told of who was ended."""
+    ended = launched("1:4", _training(specs["full"], micro_batch_size=1), fault=NO_ROOM)
+    assert ended.returncode == 1
+    told = "error: memory runs out with a single example in a forward pass of one of 2 processes"
+    assert ended.stderr.startswith(told)
+    assert ended.stderr.count("\n") == 1
+    assert "training.max_length" in ended.stderr
+    assert "memory ran out" not in ended.stdout
+    assert not list(tmp_path.rglob("no-room.json"))
+
+
+def test_another_failure_than_of_memory_is_not_repeated(
+    launched: Callable[..., subprocess.CompletedProcess[str]], specs: dict[str, CohortSpec]
+) -> None:
+    """It is told by its traceback, once, and the job ends."""
+    ended = launched("1:4", specs["full"], fault="mat1 and mat2 shapes cannot be multiplied")
+    assert ended.returncode == 1
+    assert ended.stderr.count("Traceback") == ended.stderr.count("RuntimeError: mat1") == 1
+    assert "error:" not in ended.stderr
+    assert "memory" not in ended.stdout
 
 
 def _small_disk(spec: CohortSpec, materials: Materials, state: Path) -> None:

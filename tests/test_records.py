@@ -18,6 +18,7 @@ from forgetting import records
 from forgetting.records import (
     InputError,
     content_key,
+    is_out_of_memory,
     read_json,
     read_jsonl,
     replacing,
@@ -189,6 +190,51 @@ def test_memory_that_runs_out_is_told_in_one_line_wherever_it_does(
     assert told.startswith("error: memory has run out (")
     assert told.count("\n") == 1
     assert "measurement.batch_size" in told
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB",
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+        "Caught OutOfMemoryError in replica 0 on device 0.\ntorch.OutOfMemoryError: CUDA out of "
+        "memory. Tried to allocate 20.00 MiB",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for "
+        "details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Last error:\nCuda failure 2 'out of memory'",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.27.5\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+        "Failed to CUDA calloc async 6291456 bytes",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)",
+        "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you "
+        "tried to allocate 4000000000000 bytes.",
+        "unable to mmap 8589934592 bytes from file </model.safetensors>: Cannot allocate memory "
+        "(12)",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_that_runs_out_is_known_by_what_libraries_say(told: str) -> None:
+    """Other classes of errors than torch's own for it, which is known by its name."""
+    assert is_out_of_memory(RuntimeError(told))
+    assert not is_out_of_memory(ValueError(told))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`",
+        "NCCL error in: ProcessGroupNCCL.cpp:2264, remote process exited or there was a network "
+        "error, NCCL version 2.27.5",
+        "unsupported operation: some elements refer to a single memory location",
+    ],
+)
+def test_another_error_is_none_of_memory(told: str) -> None:
+    assert not is_out_of_memory(RuntimeError(told))
 
 
 def test_another_error_of_torch_keeps_its_traceback() -> None:

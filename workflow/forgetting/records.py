@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+NO_MEMORY = {
+    "out of memory",  # CUDA, also through others
+    "failed to cuda calloc",  # NCCL
+    "out_of_memory",  # CUDA's driver
+    "status_alloc_failed",  # cuBLAS, cuDNN, cuSPARSE
+    "memoryallocation",  # CUDA's runtime, by the name of its error
+    "can't allocate memory",  # torch on a CPU, on Linux
+    "not enough memory",  # elsewhere
+    "cannot allocate memory",  # a file that is mapped
+    "bad_alloc",  # C++
+}
+"""How libraries tell that there is no room, in lower case: there is no error in common."""
 
 
 class InputError(Exception):
@@ -65,10 +77,8 @@ def is_out_of_memory(error: Exception) -> bool:
     # torch has a class for it on a GPU, which is not imported here for its name.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    told = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in told or "can't allocate memory" in told
-    )
+    told = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY)
 
 
 @contextmanager

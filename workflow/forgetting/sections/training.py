@@ -25,7 +25,9 @@ class Training(Strict):
     epochs: Positive = Field(10.0, description="Passes over the new knowledge.")
     batch_size: Count = Field(32, description="Question-answer pairs per optimizer step.")
     micro_batch_size: Count = Field(
-        32, description="Pairs per forward pass; the gradient does not depend on it."
+        32,
+        description="Pairs per forward pass; the gradient does not depend on it. Where memory runs "
+        "out with them, the run goes on with half as many.",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
         500,

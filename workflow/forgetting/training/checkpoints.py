@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ METHOD = "method.safetensors"
 STARTS = "starts"
 """Beside a trunk's own checkpoints: those at the steps at which its branches leave it."""
 
+NO_ROOM = "no-room.json"
+"""Beside a run's checkpoints: with how many rows memory ran out in one of several processes."""
+
 
 @dataclass
 class Progress:
@@ -48,6 +52,16 @@ class Progress:
     status: str = "running"
     micro_batch_size: int | None = None
     """Rows of a forward pass, once memory has run out with as many as the study allows."""
+
+    def halve(self, rows: int, *, told: bool = True) -> None:
+        """Go on with half of so many rows in a forward pass, with which memory ran out."""
+        self.micro_batch_size = rows // 2
+        if told:
+            print(
+                f"memory ran out with {rows} examples in a pass; going on with "
+                f"{self.micro_batch_size} from step {self.step}",
+                flush=True,
+            )
 
 
 def write_checkpoint(
@@ -106,6 +120,20 @@ def resume(
     return Progress(**read_json(newest))
 
 
+def note_no_room(folder: Path, rows: int) -> None:
+    """Keep with how many rows memory ran out, for the processes that are started next."""
+    write_json(folder / NO_ROOM, rows)
+
+
+def heed_no_room(progress: Progress, folder: Path, team: Team = ALONE) -> None:
+    """Go on with fewer rows than those with which memory ran out, if it did."""
+    path = folder / NO_ROOM
+    # All look: what another machine wrote may show late.
+    noted = [rows for rows in team.gather(read_json(path) if path.exists() else None) if rows]
+    if noted and (progress.micro_batch_size or math.inf) > min(noted) // 2:
+        progress.halve(min(noted), told=team.first)
+
+
 def newest_step(folder: Path) -> int:
     """The step of the newest complete checkpoint, 0 if there is none."""
     newest = max(folder.glob("step-*/progress.json"), default=None)
@@ -117,6 +145,7 @@ def forget_training(folder: Path) -> None:
     for name in (OPTIMIZER, METHOD):
         for path in folder.glob(f"step-*/{name}"):
             path.unlink()
+    (folder / NO_ROOM).unlink(missing_ok=True)
     for checkpoint in folder.glob("step-*"):
         join_shards(checkpoint)
 

@@ -20,7 +20,7 @@ from forgetting.training.checkpoints import Progress
 from forgetting.training.fused import Stack
 from forgetting.training.parallel import add_gradients, whole
 from forgetting.training.recipe import Group, Recipe
-from forgetting.training.team import Team
+from forgetting.training.team import NoRoom, Team
 
 FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
 """What a forward and backward pass costs beside its tokens, in tokens: on a CPU, splitting a batch
@@ -51,62 +51,70 @@ def gradients_that_fit(
     There is one loss for each run of a stack, and one without; `batches` are the groups of each.
     The smaller number stays for the rest of the run. Without dropout, whose masks are drawn per
     forward pass, the result is the same up to the order of sums.
+
+    Raises:
+        NoRoom: memory has run out in this one of several processes. The others wait in the middle
+            of a pass, and cannot be told to begin again: all have to be started anew.
+        InputError: it does so with a single row.
     """
     stack = optimizer if isinstance(optimizer, Stack) else None
-    rows = progress.micro_batch_size or recipe.training.micro_batch_size
+    allowed, team = recipe.training.micro_batch_size, recipe.team
     while True:
-        torch.manual_seed(recipe.team.own_seed(recipe.seed * 1_000_003 + progress.step))
+        most = min(progress.micro_batch_size or allowed, allowed)
+        passes = _passes(batches, team, most, _overhead(model, stack))
+        torch.manual_seed(team.own_seed(recipe.seed * 1_000_003 + progress.step))
         optimizer.zero_grad()
         try:
             with stack.active() if stack else nullcontext():
-                return _gradients(model, recipe, batches, rows, stack)
-        except RuntimeError as error:
+                return _gradients(model, recipe, batches, passes)
+        except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if recipe.team.size > 1:
-                # The others wait in the middle of a pass, and cannot be told to begin again.
-                raise InputError(
-                    f"memory runs out with {rows} examples in a forward pass of one of "
-                    f"{recipe.team.size} processes: make training.micro_batch_size smaller, set "
-                    "training.activation_checkpointing, or ask for more processes"
-                ) from None
-            if rows == 1:
-                several = f" of each of {stack.size} runs" if stack else ""
-                remedy = "set training.fused to never, " if stack else ""
-                raise InputError(
-                    f"memory runs out with a single example{several} in a forward pass: {remedy}"
-                    "use a machine with more, or make training.max_length smaller"
-                ) from None
         # Outside the handler, where the error no longer keeps the tensors of its frames alive.
-        rows = progress.micro_batch_size = rows // 2
+        rows = max(len(passed) for of_group in passes for passed in of_group) // len(batches)
+        if rows == 1:
+            raise InputError(_no_remedy(recipe, stack))
+        if team.size > 1:
+            raise NoRoom(rows)
+        progress.halve(rows)
         release_memory(model.device)
+
+
+def _no_remedy(recipe: Recipe, stack: Stack | None) -> str:
+    """What is told where memory runs out with the least that a pass can hold."""
+    several = f" of each of {stack.size} runs" if stack else ""
+    where = f" of one of {recipe.team.size} processes" if recipe.team.size > 1 else ""
+    remedies = ["set training.fused to never"] if stack else []
+    if not recipe.training.activation_checkpointing:
+        remedies += ["set training.activation_checkpointing"]
+    if where:
+        remedies += ["ask for more processes"]
+    remedies += ["use a machine with more"]
+    return (
+        f"memory runs out with a single example{several} in a forward pass{where}: "
+        f"{', '.join(remedies)}, or make training.max_length smaller"
+    )
 
 
 def _gradients(
     model: Model,
     recipe: Recipe,
     batches: Sequence[Sequence[Group]],
-    most_rows: int,
-    stack: Stack | None,
+    passes: Sequence[list[list[Example]]],
 ) -> list[StepLoss]:
-    """Accumulate the gradients of a step in passes of at most so many rows; returns the losses.
+    """Accumulate the gradients of a step, of every group in its passes; returns the losses.
 
-    With a stack, each of its runs passes that many rows. Of several processes, each passes its
-    share of the rows; all return the same.
+    Of several processes, each passes its share of the rows; all return the same.
     """
     device, team, runs = model.device, recipe.team, len(batches)
-    # Dropout is drawn per pass: with it, a run is split as it would be alone.
-    overhead = FORWARD_OVERHEAD[device.type] // (1 if stack and stack.has_dropout else runs)
     targets = torch.tensor(
         [sum(example.targets for rows, _ in groups for example in rows) for groups in batches],
         device=device,
     )
     penalized = sum(example.targets for rows, penalty in batches[0] if penalty for example in rows)
     total, extra = torch.zeros(2, runs, dtype=torch.float64, device=device)
-    # Long texts are no reason to pad short answers, so the groups never share a forward pass.
-    for of_runs in zip(*batches, strict=True):
-        on_tokens = of_runs[0][1]
-        for passed in _passes([rows for rows, _ in of_runs], team, most_rows, overhead):
+    for (_, on_tokens), of_group in zip(batches[0], passes, strict=True):
+        for passed in of_group:
             part = collate(passed, recipe.pad, device)
             with quick_attention(model, part.mask, recipe.precision) as mask:
                 part = replace(part, mask=mask)
@@ -128,7 +136,25 @@ def _gradients(
     return [StepLoss(*pair) for pair in zip(total.tolist(), extra.tolist(), strict=True)]
 
 
+def _overhead(model: Model, stack: Stack | None) -> int:
+    """What a pass costs beside its tokens, in tokens of one run."""
+    # Dropout is drawn per pass: with it, a run is split as it would be alone.
+    runs = stack.size if stack and not stack.has_dropout else 1
+    return FORWARD_OVERHEAD[model.device.type] // runs
+
+
 def _passes(
+    batches: Sequence[Sequence[Group]], team: Team, most: int, overhead: int
+) -> list[list[list[Example]]]:
+    """The examples of each of this process's forward passes, by group.
+
+    Long texts are no reason to pad short answers, so the groups never share a forward pass.
+    """
+    groups = zip(*batches, strict=True)
+    return [_split([rows for rows, _ in of_runs], team, most, overhead) for of_runs in groups]
+
+
+def _split(
     rows: Sequence[list[Example]], team: Team, most: int, overhead: int
 ) -> list[list[Example]]:
     """The examples of each forward pass: of one run, or as many of each, run after run.

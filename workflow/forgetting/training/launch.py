@@ -3,8 +3,10 @@
     python -m forgetting.training.launch PROCESSES NODES PROGRAM ARGUMENT...
 
 torchrun, with one line at the end in place of the launcher's traceback. When one process ends
-badly, the others are ended too, and the status is not 0. In a job of SLURM that has so many nodes,
-the processes are spread over them, one for each GPU; elsewhere all are on this machine.
+badly, the others are ended too, and the status is not 0. Where one asks for it, since its memory
+has run out, all are started again; torchrun's own restarts would repeat any failure. In a job of
+SLURM that has so many nodes, the processes are spread over them, one for each GPU; elsewhere all
+are on this machine.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from typing import NoReturn
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
 MEETING = "FORGETTING_MEETING"
-"""Variable with host and port at which the launchers of several nodes meet."""
+"""Variable with host and port at which the launchers of all nodes meet."""
+
+AGAIN = "again"
+"""What a process writes down there to have all started again."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,25 +37,55 @@ def main(argv: list[str] | None = None) -> None:
     processes, asked, *program = argv or sys.argv[1:]
     if processes in ("0", "1"):  # 0 where there is no GPU to ask for
         os.execv(sys.executable, [sys.executable, *program])
-    nodes = int(asked)
-    if nodes > 1 and MEETING not in os.environ:
-        there, cores = _allocation()
-        nodes = min(nodes, there)
+    logging.disable()
+    nodes, attempt = int(asked), _here
+    try:
+        if MEETING in os.environ:
+            raise SystemExit(_here(nodes, processes, program))
         if nodes > 1:
-            _launch_on_all(nodes, cores // there, [processes, str(nodes), *program])
+            there, cores = _allocation()
+            nodes = min(nodes, there)
+            attempt = partial(_on_all, cores // there) if nodes > 1 else _here
+        while True:
+            host = socket.gethostname() if nodes > 1 else "localhost"
+            notes = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            os.environ[MEETING] = f"{host}:{notes.port}"
+            status = attempt(nodes, processes, program)
+            if not notes.check([AGAIN]):
+                raise SystemExit(status)
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+
+
+def _notes() -> TCPStore:
+    """What the launcher has laid out for all to write in."""
+    host, port = os.environ[MEETING].rsplit(":", 1)
+    return TCPStore(host, int(port), is_master=False)
+
+
+def end_to_begin_again() -> NoReturn:
+    """End this process, and have the launcher end the others and start all anew."""
+    # First the word, so that whatever comes of this end is known for it, on every node.
+    _notes().set(AGAIN, "")
+    # Not by the end of the interpreter, where a process group may wait for the others.
+    os._exit(1)
+
+
+def _here(nodes: int, processes: str, program: list[str]) -> int | str:
+    """Run this node's processes; the status, or what there is to tell."""
     here = int(processes) // nodes
     if nodes > 1:
         here = int(os.environ.get("SLURM_GPUS_ON_NODE", here))
     # The processes share the cores; more threads than those would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
-    logging.disable()
-    options = [*_meeting(nodes), f"--nproc-per-node={here}", *program]
+    meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ[MEETING]}"]
+    meeting += ["--rdzv-id=forgetting", "--rdzv-conf=is_host=0"]
     try:
-        run(parse_args(options))  # type: ignore[no-untyped-call]
+        run(parse_args([*meeting, f"--nproc-per-node={here}", *program]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        raise SystemExit(_killed(error, processes) or 1) from None
-    except SignalException as error:
-        raise SystemExit(128 + error.sigval) from None
+        repeated = _notes().check([AGAIN])
+        return 1 if repeated else _killed(error, processes) or 1
+    return 0
 
 
 def _allocation() -> tuple[int, int]:
@@ -68,37 +105,35 @@ def _allocation() -> tuple[int, int]:
     return nodes, cores
 
 
-def _launch_on_all(nodes: int, cores: int, arguments: list[str]) -> NoReturn:
-    """Become what starts a launcher on every node; they meet on this one, the first."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        os.environ[MEETING] = f"{socket.gethostname()}:{free.getsockname()[1]}"
+def _on_all(cores: int, nodes: int, processes: str, program: list[str]) -> int:
+    """Start a launcher on every node, with so many cores of each; the largest status."""
     place = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    place += [f"--cpus-per-task={cores}"]
-    launcher = [sys.executable, "-m", "forgetting.training.launch", *arguments]
-    os.execvp("srun", ["srun", *place, "--kill-on-bad-exit=1", *launcher])
+    place += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1"]
+    launcher = ["-m", "forgetting.training.launch", processes, str(nodes), *program]
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, _stop)
+    with subprocess.Popen(["srun", *place, sys.executable, *launcher]) as srun:
+        try:
+            return srun.wait()
+        except SignalException as error:
+            srun.send_signal(error.sigval)
+            raise
 
 
-def _meeting(nodes: int) -> list[str]:
-    """torchrun's options for where the processes find each other."""
-    if nodes == 1:
-        return ["--standalone"]  # at a port that is free
-    first = int(os.environ["SLURM_NODEID"] == "0")
-    return [
-        f"--nnodes={nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={os.environ[MEETING]}",
-        f"--rdzv-id={os.environ['SLURM_JOB_ID']}",
-        f"--rdzv-conf=is_host={first}",
-    ]
+def _stop(number: int, _: object) -> NoReturn:
+    raise SignalException("ended", signal.Signals(number))
 
 
 def _killed(error: ChildFailedError, processes: str) -> str | None:
     """Tell of a process that could tell nothing itself; those that were ended for it come last."""
-    killed = [(rank, found) for rank, found in error.failures.items() if found.exitcode < 0]
-    if not killed:
+
+    def order(failure: tuple[int, ProcessFailure]) -> int:
+        code = failure[1].exitcode
+        return 2 if code == -signal.SIGTERM else int(code > 0)
+
+    rank, found = min(error.failures.items(), key=order)
+    if found.exitcode > 0:
         return None
-    rank, found = min(killed, key=lambda pair: pair[1].exitcode == -signal.SIGTERM)
     return (
         f"error: process {rank} of 0 to {int(processes) - 1} was killed by "
         f"{found.signal_name()} and the others were ended: perhaps memory ran out. "

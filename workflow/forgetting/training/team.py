@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from forgetting.encoding.encode import Example
 from forgetting.records import InputError
 from forgetting.scoring.forward import micro_batches
+from forgetting.training.launch import end_to_begin_again
 
 T = TypeVar("T")
 
@@ -33,6 +34,14 @@ PATIENCE = timedelta(hours=6)
 
 GRACE = 5.0
 """Seconds in which the launcher has noticed that a process has ended, and ended the others."""
+
+
+class NoRoom(Exception):
+    """Memory has run out in one of several processes, with so many rows in a forward pass."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,8 @@ class Team:
     def one_voice(self) -> Iterator[None]:
         """Let what goes wrong be told by the process that meets it first, and by no other.
 
-        One that has lost another has nothing of its own to tell: the launcher ends it.
+        One that has lost another has nothing of its own to tell: the launcher ends it. Where memory
+        runs out, the launcher starts all again.
         """
         try:
             yield
@@ -150,6 +160,8 @@ class Team:
             if self.notes and self.notes.add("mistakes", 1) > 1:
                 raise SystemExit(1) from None
             raise
+        except NoRoom:
+            end_to_begin_again()
         except RuntimeError as error:
             if self.size == 1 or not _is_loss(error):
                 raise

@@ -17,12 +17,21 @@ from forgetting.models.loading import Model, autocast
 from forgetting.records import write_table
 from forgetting.scoring.forward import collate, token_logprobs
 from forgetting.select import is_over, recorded_points
-from forgetting.training.checkpoints import STARTS, Progress, prune, resume, write_checkpoint
+from forgetting.training.checkpoints import (
+    STARTS,
+    Progress,
+    heed_no_room,
+    note_no_room,
+    prune,
+    resume,
+    write_checkpoint,
+)
 from forgetting.training.fused import Own, Stack
 from forgetting.training.gradients import StepLoss, gradients_that_fit
 from forgetting.training.optimize import make_optimizer
 from forgetting.training.recipe import Recipe, groups_of_step
 from forgetting.training.schedule import Schedule, learning_rate
+from forgetting.training.team import NoRoom
 from forgetting.training.together import read_end, rewind, write_end
 
 EXPLODED = 3.0
@@ -75,13 +84,22 @@ def train(
     `recipe.stop_after` a run also ends so many evaluations after it reached the threshold. A run of
     two parts has reached `begun` in its first part, which ends at `recipe.until` with status
     `running`.
+
+    Raises:
+        NoRoom: memory has run out in this one of several processes. Started again, they go on from
+            the newest checkpoint with half the rows at once.
     """
     own = Own.of(model)
     run = Run(recipe, folder, own, _optimizer(own, recipe))
     run.progress = begun or resume(model, run.optimizer, folder, recipe.team)
     run.progress = recipe.team.agree(read_end(folder)) or run.progress
+    heed_no_room(run.progress, folder, recipe.team)
     step = run.progress.step
-    _run_all(model, examples, [run], step, base_value, evaluate, lambda _, *told: tell(*told))
+    try:
+        _run_all(model, examples, [run], step, base_value, evaluate, lambda _, *told: tell(*told))
+    except NoRoom as error:
+        note_no_room(folder, error.rows)
+        raise
     return run.progress
 
 
