@@ -39,10 +39,11 @@ class Place:
 def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
     """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
     described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
-    # How much memory a pass takes changes no number, but for dropout, which is drawn per pass and
-    # process; alone or fused, a run comes to the same.
-    for key in ("activation_checkpointing", "fused", "micro_batch_size"):
+    # How much memory a pass takes changes no number; alone or fused, a run comes to the same.
+    for key in ("activation_checkpointing", "fused"):
         del described["training"][key]
+    if not spec.tuning.dropout:  # its masks are drawn per pass
+        del described["training"]["micro_batch_size"]
     # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
     described["selection"] = {
         key: described["selection"][key] for key in ("probe", "metric", "threshold", "stop_after")
