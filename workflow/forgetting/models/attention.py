@@ -43,6 +43,21 @@ def quick_attention(
             model.set_attn_implementation("sdpa")
 
 
+def has_own_dropout(model: Model) -> bool:
+    """Does the base drop out by itself, beside what an adapter drops?"""
+    settings = model.config.to_dict()
+    return any(
+        isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name
+    )
+
+
+def has_dropout(model: Model) -> bool:
+    """Is anything dropped out in training, by the base or by an adapter?"""
+    return has_own_dropout(model) or any(
+        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
+    )
+
+
 def _way(model: Model) -> str | None:
     """The name that transformers gives to how the model attends."""
     return getattr(model.config, "_attn_implementation", None)

@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from forgetting.encoding.encode import Example
 from forgetting.memory import release_memory
-from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model, autocast
 from forgetting.records import InputError, is_out_of_memory
-from forgetting.scoring.forward import collate, logprobs_of, micro_batches, target_logits
+from forgetting.scoring.forward import logprobs_of, micro_batches, target_logits
 from forgetting.training.checkpoints import Progress
 from forgetting.training.fused import Stack
 from forgetting.training.parallel import add_gradients, whole
+from forgetting.training.passes import attending, lay_out, needs_no_padding
 from forgetting.training.recipe import Group, Recipe
 from forgetting.training.team import Team
 
 FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
 """What a forward and backward pass costs beside its tokens, in tokens: on a CPU, splitting a batch
 in two pays for a small model; a GPU waits for launches rather than for padding."""
+
+
+UNSPLIT = 2**30
+"""Where nothing is padded, a batch is split for the sake of memory alone."""
 
 
 class StepLoss(NamedTuple):
@@ -96,7 +99,7 @@ def _gradients(
     """
     device, team, runs = model.device, recipe.team, len(batches)
     # Dropout is drawn per pass: with it, a run is split as it would be alone.
-    overhead = FORWARD_OVERHEAD[device.type] // (1 if stack and stack.has_dropout else runs)
+    split = FORWARD_OVERHEAD[device.type] // (1 if stack and stack.has_dropout else runs)
     targets = torch.tensor(
         [sum(example.targets for rows, _ in groups for example in rows) for groups in batches],
         device=device,
@@ -105,11 +108,12 @@ def _gradients(
     total, extra = torch.zeros(2, runs, dtype=torch.float64, device=device)
     # Long texts are no reason to pad short answers, so the groups never share a forward pass.
     for of_runs in zip(*batches, strict=True):
-        on_tokens = of_runs[0][1]
+        own, on_tokens = of_runs[0]
+        padded = stack is not None or not needs_no_padding(model, own)
+        overhead = split if padded else UNSPLIT
         for passed in _passes([rows for rows, _ in of_runs], team, most_rows, overhead):
-            part = collate(passed, recipe.pad, device)
-            with quick_attention(model, part.mask, recipe.precision) as mask:
-                part = replace(part, mask=mask)
+            laid = lay_out(passed, recipe.pad, padded, device)
+            with attending(model, laid, recipe.precision) as part:
                 with autocast(device, recipe.precision):
                     logits = target_logits(model, part)
                     losses = -logprobs_of(logits, part).view(runs, -1).sum(1) / targets
