@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
+from cohorts import examples_in
 from forgetting.encoding.encode import Example, encode_pair
 from forgetting.models.adapters import attach, round_frozen
 from forgetting.models.loading import Model, load_base
@@ -689,8 +690,8 @@ def _limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     attempts: list[int] = []
 
     def limited(model: Model, batch: Any) -> torch.Tensor:
-        attempts.append(len(batch.ids))
-        if len(batch.ids) > most:
+        attempts.append(examples_in(batch))
+        if attempts[-1] > most:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
         return target_logits(model, batch)
 

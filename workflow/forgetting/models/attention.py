@@ -44,10 +44,14 @@ def quick_attention(
 
 
 def has_own_dropout(model: Model) -> bool:
-    """Does the base drop out by itself, beside what an adapter drops?"""
-    settings = model.config.to_dict()
+    """Does the base drop out by itself, beside what an adapter drops?
+
+    Its settings also tell of other heads than that for the next token (GPT-NeoX, GPT-2).
+    """
     return any(
-        isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name
+        isinstance(value, float) and value > 0
+        for name, value in model.config.to_dict().items()
+        if "drop" in name and not name.startswith(("classifier", "summary"))
     )
 
 

@@ -78,7 +78,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
     ) -> Tensor:
         query, kept, outputs = query * scale, [], []
@@ -93,7 +93,7 @@ class _Attention(torch.autograd.Function):
         return torch.cat(outputs, 1).index_select(1, layout.back)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         saved, heads = iter(ctx.saved_tensors), len(gradient)
         parts: list[tuple[Tensor, ...]] = []
         for lot in ctx.layout.lots:
@@ -137,7 +137,7 @@ def _attend(
     if len(k) < len(q):
         k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     with torch.autocast(q.device.type, enabled=False):
-        output: Tensor = _Attention.apply(q, k, v, _layout, scale)
+        output: Tensor = _Attention.apply(q, k, v, _layout, scale)  # type: ignore[no-untyped-call]
     return output.transpose(0, 1)[None], None
 
 
