@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cohorts import materials_of, spec_of
+from cohorts import examples_in, materials_of, spec_of
 from forgetting.encoding.encode import Example, encode_pair
 from forgetting.models.adapters import attach
 from forgetting.models.loading import Model, load_base
@@ -429,8 +429,8 @@ def test_out_of_memory_halves_the_pass_of_all_runs(
     attempts = []
 
     def limited(model: Model, batch: Any) -> torch.Tensor:
-        attempts.append(len(batch.ids))
-        if len(batch.ids) > 5:
+        attempts.append(examples_in(batch))
+        if attempts[-1] > 5:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
         return target_logits(model, batch)
 

@@ -154,13 +154,12 @@ def _fused_forward(
 
     def forward(inputs: Tensor) -> Tensor:
         outputs: Tensor = base(inputs)
-        rows = inputs.view(sum(sizes), -1, *inputs.shape[1:])
+        rows = inputs.view(sum(sizes), -1, inputs.shape[-1])
         if isinstance(dropout, nn.Dropout):
-            rows = rows * dropout(torch.ones_like(rows[0]))
+            mask = dropout(inputs.new_ones(len(inputs) // sum(sizes), *inputs.shape[1:]))
+            rows = rows * mask.view_as(rows[0])
         frozen = outputs.view(sum(sizes), -1, outputs.shape[-1])
-        places = zip(
-            parts, torch.split(rows.flatten(1, -2), sizes), torch.split(frozen, sizes), strict=True
-        )
+        places = zip(parts, torch.split(rows, sizes), torch.split(frozen, sizes), strict=True)
         sums = [
             torch.baddbmm(out, torch.bmm(x, first.mT), second.mT, alpha=scale)
             for (first, second, scale), x, out in places

@@ -109,7 +109,9 @@ def _gradients(
     # Long texts are no reason to pad short answers, so the groups never share a forward pass.
     for of_runs in zip(*batches, strict=True):
         own, on_tokens = of_runs[0]
-        padded = stack is not None or not needs_no_padding(model, own)
+        # Of runs that share a pass, each has as many tokens of it.
+        alike = all(rows == own for rows, _ in of_runs)
+        padded = not (alike and needs_no_padding(model, own))
         overhead = split if padded else UNSPLIT
         for passed in _passes([rows for rows, _ in of_runs], team, most_rows, overhead):
             laid = lay_out(passed, recipe.pad, padded, device)
