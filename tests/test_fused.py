@@ -239,6 +239,23 @@ def test_bfloat16_is_fused_within_its_rounding(gym: Gym, tmp_path: Path) -> None
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-2)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_runs_that_read_the_same_rows_are_not_padded(
+    gym: Gym, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without dropout all their documents stand side by side: as many tokens as they have seen."""
+    gym.tuning = gym.tuning.model_copy(update={"dropout": dropout})
+    passed = []
+
+    def noted(model: Model, batch: Any) -> torch.Tensor:
+        passed.append(batch.ids.numel())
+        return target_logits(model, batch)
+
+    monkeypatch.setattr(gradients, "target_logits", noted)
+    tokens = sum(progress.tokens for progress in gym.together())
+    assert sum(passed) == tokens if dropout == 0.0 else sum(passed) > tokens
+
+
 # --- runs that leave ----------------------------------------------------------------------------
 
 
