@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.scoring.forward import Batch
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.prompt import Prompt
@@ -44,3 +45,8 @@ def spec_of(tuning: Tuning, settings: Sequence[Setting], fused: str, **changes: 
         precision="float32",
         knowledge={"new": "new"},
     )
+
+
+def examples_in(batch: Batch) -> int:
+    """How many examples a pass has, in rows of their own or side by side in one."""
+    return int((batch.positions == 0).sum()) if batch.layout else len(batch.ids)

@@ -18,12 +18,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from cohorts import materials_of, spec_of
+from cohorts import examples_in, materials_of, spec_of
 from forgetting.models.loading import load_base
+from forgetting.scoring.forward import target_logits
 from forgetting.sections.method import Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.settings.plan import Tuning
-from forgetting.training import cohort, fusing, gradients
+from forgetting.training import cohort, fusing, gradients, passes
 from forgetting.training import train as train_module
 from forgetting.training.cohort import train_cohort
 from forgetting.training.fused import trained_weights
@@ -108,6 +109,28 @@ def test_runs_of_other_ranks_and_seeds_are_the_runs_alone(
         found = load_file(adapters[name])
         for weight, tensor in load_file(path).items():
             torch.testing.assert_close(found[weight], tensor, rtol=1e-3, atol=5e-4)
+
+
+def test_runs_of_other_seeds_stand_side_by_side(
+    specs: list[CohortSpec], materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their batches have unlike numbers of tokens: what the shorter ones lack is all that is filled
+    up, in a single row, and the head is asked for no target more.
+    """
+    rows, targets = [], []
+
+    def noted(model: Any, batch: Any) -> torch.Tensor:
+        rows.append(batch.ids.shape)
+        targets.append(batch.labels.numel())
+        return target_logits(model, batch)
+
+    monkeypatch.setattr(gradients, "target_logits", noted)
+    records = train_cohort(specs, materials, INPUTS, tmp_path, lambda *_: None)
+    useful = sum(record["tokens"] for record in records)
+    assert {count for count, _ in rows} == {1}
+    assert useful < sum(length for _, length in rows) < 1.2 * useful
+    assert all(length % 12 == 0 for _, length in rows)
+    assert sum(targets) < useful
 
 
 def test_a_checkpoint_tells_its_own_rank_and_scale(
@@ -250,13 +273,13 @@ def test_out_of_memory_halves_the_pass_of_unlike_runs(
     target_logits, refused = gradients.target_logits, []
 
     def limited(model: Any, batch: Any) -> torch.Tensor:
-        if len(batch.ids) > 8:
-            refused.append(len(batch.ids))
+        if (examples := examples_in(batch)) > 8:
+            refused.append(examples)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return target_logits(model, batch)
 
     monkeypatch.setattr(gradients, "target_logits", limited)
-    monkeypatch.setitem(gradients.FORWARD_OVERHEAD, "cpu", 100_000)
+    monkeypatch.setitem(passes.FORWARD_OVERHEAD, "cpu", 100_000)
     narrow = train_cohort(specs, materials, INPUTS, tmp_path / "narrow", lambda *_: None)
     # Four rows of four runs, once in each of three passes; then two of each to the end.
     assert refused == [16] * 3

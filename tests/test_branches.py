@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from cohorts import examples_in
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
 from forgetting.sections.prompt import Prompt
@@ -461,8 +462,8 @@ def test_memory_that_ran_out_in_the_trunk_is_remembered(
     original, seen = gradients.target_logits, []
 
     def narrow(model: Any, batch: Any) -> torch.Tensor:
-        seen.append(len(batch.ids))
-        if len(batch.ids) > 1:
+        seen.append(examples_in(batch))
+        if seen[-1] > 1:
             raise torch.OutOfMemoryError("out of memory")
         return original(model, batch)
 

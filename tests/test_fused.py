@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cohorts import materials_of, spec_of
+from cohorts import examples_in, materials_of, spec_of
 from forgetting.encoding.encode import Example, encode_pair
 from forgetting.models.adapters import attach
 from forgetting.models.loading import Model, load_base
@@ -37,7 +37,7 @@ from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
-from forgetting.training import checkpoints, fusing, gradients
+from forgetting.training import checkpoints, fusing, gradients, passes
 from forgetting.training import train as module
 from forgetting.training.checkpoints import Progress
 from forgetting.training.cohort import train_cohort
@@ -240,6 +240,23 @@ def test_bfloat16_is_fused_within_its_rounding(gym: Gym, tmp_path: Path) -> None
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-2)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_runs_that_read_the_same_rows_are_not_padded(
+    gym: Gym, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without dropout all their documents stand side by side: as many tokens as they have seen."""
+    gym.tuning = gym.tuning.model_copy(update={"dropout": dropout})
+    passed = []
+
+    def noted(model: Model, batch: Any) -> torch.Tensor:
+        passed.append(batch.ids.numel())
+        return target_logits(model, batch)
+
+    monkeypatch.setattr(gradients, "target_logits", noted)
+    tokens = sum(progress.tokens for progress in gym.together())
+    assert sum(passed) == tokens if dropout == 0.0 else sum(passed) > tokens
+
+
 # --- runs that leave ----------------------------------------------------------------------------
 
 
@@ -430,13 +447,13 @@ def test_out_of_memory_halves_the_pass_of_all_runs(
     attempts = []
 
     def limited(model: Model, batch: Any) -> torch.Tensor:
-        attempts.append(len(batch.ids))
-        if len(batch.ids) > 5:
+        attempts.append(examples_in(batch))
+        if attempts[-1] > 5:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
         return target_logits(model, batch)
 
     monkeypatch.setattr(gradients, "target_logits", limited)
-    monkeypatch.setitem(gradients.FORWARD_OVERHEAD, "cpu", 10_000)
+    monkeypatch.setitem(passes.FORWARD_OVERHEAD, "cpu", 10_000)
     for ours, theirs in zip(gym.together(), roomy, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
         assert ours.micro_batch_size == 1

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from cohorts import examples_in
 from forgetting.benchmarks.along import Along, AlongSpec
 from forgetting.encoding.encode import Example
 from forgetting.models.loading import load_base
@@ -717,7 +718,7 @@ def _memory_for_one_row(spec: CohortSpec, materials: Materials, state: Path) -> 
     original = gradients.target_logits
 
     def limited(model: Any, batch: Any) -> torch.Tensor:
-        if len(batch.ids) > 1 and dist.get_rank() == 1:
+        if examples_in(batch) > 1 and dist.get_rank() == 1:
             raise RuntimeError(NO_ROOM)
         return original(model, batch)
 

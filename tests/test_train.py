@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
+from cohorts import examples_in
 from forgetting.encoding.encode import Example, encode_pair
 from forgetting.models.adapters import attach, round_frozen
 from forgetting.models.loading import Model, load_base
@@ -31,7 +32,7 @@ from forgetting.sections.prompt import Prompt
 from forgetting.sections.training import Training
 from forgetting.sections.variants import Budget
 from forgetting.settings.plan import Tuning
-from forgetting.training import checkpoints, gradients
+from forgetting.training import checkpoints, gradients, passes
 from forgetting.training import train as module
 from forgetting.training.checkpoints import Progress
 from forgetting.training.mitigate import build_safeguards
@@ -689,13 +690,13 @@ def _limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     attempts: list[int] = []
 
     def limited(model: Model, batch: Any) -> torch.Tensor:
-        attempts.append(len(batch.ids))
-        if len(batch.ids) > most:
+        attempts.append(examples_in(batch))
+        if attempts[-1] > most:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
         return target_logits(model, batch)
 
     monkeypatch.setattr(gradients, "target_logits", limited)
-    monkeypatch.setitem(gradients.FORWARD_OVERHEAD, "cpu", 10_000)  # never split for padding's sake
+    monkeypatch.setitem(passes.FORWARD_OVERHEAD, "cpu", 10_000)  # never split for padding's sake
     return attempts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +40,11 @@ class Example:
     def targets(self) -> int:
         """Number of tokens that are trained on and scored."""
         return sum(end - begin for begin, end in self.target_spans)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each document."""
+        return [end - begin for begin, end in pairwise([*self.starts, len(self.ids)])]
 
 
 def join(examples: Sequence[Example]) -> Example:

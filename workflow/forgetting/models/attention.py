@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from forgetting.models.loading import Model
+from forgetting.settings.architecture import drops_out
 
 LONGEST = 512
 """Tokens of the longest row that is quicker by products: see `make bench-train`'s record."""
@@ -41,6 +42,13 @@ def quick_attention(
     finally:
         if changes:
             model.set_attn_implementation("sdpa")
+
+
+def has_dropout(model: Model) -> bool:
+    """Is anything dropped out in training, by the base or by an adapter?"""
+    return drops_out(model.config.to_dict()) or any(
+        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
+    )
 
 
 def _way(model: Model) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from forgetting.encoding.encode import Example
+from forgetting.encoding.encode import Example, join
 from forgetting.encoding.packing import keep_apart
+from forgetting.models.documents import Layout
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Batch:
         columns: positions whose next token is a target in some row, (width,).
         labels: the next token at those positions, or -100, (rows, width).
         positions: of packed examples, the place of each token in its document, (rows, length).
+        layout: of a single row without padding, how its documents attend.
     """
 
     ids: Tensor
@@ -31,6 +32,7 @@ class Batch:
     columns: Tensor
     labels: Tensor
     positions: Tensor | None = None
+    layout: Layout | None = None
 
     @property
     def targets(self) -> int:
@@ -53,10 +55,25 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device | str = 
     columns = (labels != -100).any(dim=0).nonzero().flatten()
     positions = None
     if any(len(example.starts) > 1 for example in examples):
-        sizes = [[b - a for a, b in pairwise([*e.starts, len(e.ids)])] for e in examples]
-        positions, mask = keep_apart(sizes, length, device)
+        positions, mask = keep_apart([e.sizes for e in examples], length, device)
     labels = labels[:, columns]
     return Batch(ids.to(device), mask.to(device), columns.to(device), labels.to(device), positions)
+
+
+LOT_OVERHEAD = 256
+"""What it costs to attend in one lot of documents more, beside their tokens, in tokens."""
+
+
+def side_by_side(examples: Sequence[Example]) -> Batch:
+    """All documents of examples in one row without padding, to be read `within_documents`."""
+    row = join(examples)
+    layout = Layout.of(row.sizes, micro_batches(row.sizes, len(row.starts), LOT_OVERHEAD))
+    ids = torch.tensor([row.ids])
+    spans = [torch.arange(begin - 1, end - 1) for begin, end in row.target_spans]
+    columns = torch.cat(spans)
+    positions = torch.cat([torch.arange(size) for size in row.sizes])[None]
+    mask = torch.ones_like(ids)
+    return Batch(ids, mask, columns, ids[:, columns + 1], positions, layout)
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -29,6 +29,18 @@ TOKENIZERS = (
 LARGEST_HEADER = 100 * 10**6  # of the format's own definition
 
 
+def drops_out(config: Mapping[str, Any]) -> bool:
+    """Does a model drop out in training, as its config.json tells?
+
+    That also tells of other heads than the one for the next token (GPT-NeoX, GPT-2).
+    """
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in config.items()
+        if "drop" in name and not name.startswith(("classifier", "summary"))
+    )
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The layers of a model.

@@ -93,7 +93,6 @@ class Stack:
         self.size = len(members)
         self._tensors: list[Tensor] = []
         self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
-        self.has_dropout = False
         for name, layer in _adapted(model):
             parts = [
                 (self._gather(f"{name}.lora_A", same), self._gather(f"{name}.lora_B", same), scale)
@@ -101,7 +100,6 @@ class Stack:
             ]
             dropout = layer.lora_dropout[NAME]
             self._forwards.append((layer, _fused_forward(layer.get_base_layer(), dropout, parts)))
-            self.has_dropout |= isinstance(dropout, nn.Dropout)
 
     def _gather(self, module: str, members: Sequence[Own]) -> Tensor:
         weights = [member.weights[f"{module}.{NAME}.weight"] for member in members]
@@ -154,13 +152,12 @@ def _fused_forward(
 
     def forward(inputs: Tensor) -> Tensor:
         outputs: Tensor = base(inputs)
-        rows = inputs.view(sum(sizes), -1, *inputs.shape[1:])
+        rows = inputs.view(sum(sizes), -1, inputs.shape[-1])
         if isinstance(dropout, nn.Dropout):
-            rows = rows * dropout(torch.ones_like(rows[0]))
+            mask = dropout(inputs.new_ones(len(inputs) // sum(sizes), *inputs.shape[1:]))
+            rows = rows * mask.view_as(rows[0])
         frozen = outputs.view(sum(sizes), -1, outputs.shape[-1])
-        places = zip(
-            parts, torch.split(rows.flatten(1, -2), sizes), torch.split(frozen, sizes), strict=True
-        )
+        places = zip(parts, torch.split(rows, sizes), torch.split(frozen, sizes), strict=True)
         sums = [
             torch.baddbmm(out, torch.bmm(x, first.mT), second.mT, alpha=scale)
             for (first, second, scale), x, out in places

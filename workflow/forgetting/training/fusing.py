@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from forgetting.sections.training import Training
+from forgetting.settings.architecture import drops_out
 from forgetting.settings.plan import Tuning
 
 T = TypeVar("T")
@@ -58,10 +59,7 @@ def rows_are_apart(config: Mapping[str, Any]) -> bool:
     Not with dropout of the base's own, whose masks would be other ones, nor with experts, to which
     rows are sent in another order.
     """
-    dropout = any(
-        isinstance(value, float) and value > 0 for name, value in config.items() if "drop" in name
-    )
-    return not dropout and not any("expert" in name for name in config)
+    return not drops_out(config) and not any("expert" in name for name in config)
 
 
 def room(parameters: int, memory: float | None) -> int:

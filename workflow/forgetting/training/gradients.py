@@ -5,26 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from forgetting.encoding.encode import Example
 from forgetting.memory import release_memory
-from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model, autocast
 from forgetting.records import InputError, is_out_of_memory
-from forgetting.scoring.forward import collate, logprobs_of, micro_batches, target_logits
+from forgetting.scoring.forward import logprobs_of, target_logits
 from forgetting.training.checkpoints import Progress
 from forgetting.training.fused import Stack
 from forgetting.training.parallel import add_gradients, whole
+from forgetting.training.passes import Pass, attending, passes_of_step
 from forgetting.training.recipe import Group, Recipe
-from forgetting.training.team import NoRoom, Team
-
-FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
-"""What a forward and backward pass costs beside its tokens, in tokens: on a CPU, splitting a batch
-in two pays for a small model; a GPU waits for launches rather than for padding."""
+from forgetting.training.team import NoRoom
 
 
 class StepLoss(NamedTuple):
@@ -61,7 +55,8 @@ def gradients_that_fit(
     allowed, team = recipe.training.micro_batch_size, recipe.team
     while True:
         most = min(progress.micro_batch_size or allowed, allowed)
-        passes = _passes(batches, team, most, _overhead(model, stack))
+        rows = [[rows for rows, _ in groups] for groups in batches]
+        passes = passes_of_step(model, rows, team, most)
         torch.manual_seed(team.own_seed(recipe.seed * 1_000_003 + progress.step))
         optimizer.zero_grad()
         try:
@@ -71,12 +66,12 @@ def gradients_that_fit(
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, where the error no longer keeps the tensors of its frames alive.
-        rows = max(len(passed) for of_group in passes for passed in of_group) // len(batches)
-        if rows == 1:
+        largest = max(one.rows for of_group in passes for one in of_group)
+        if largest == 1:
             raise InputError(_no_remedy(recipe, stack))
         if team.size > 1:
-            raise NoRoom(rows)
-        progress.halve(rows)
+            raise NoRoom(largest)
+        progress.halve(largest)
         release_memory(model.device)
 
 
@@ -100,27 +95,25 @@ def _gradients(
     model: Model,
     recipe: Recipe,
     batches: Sequence[Sequence[Group]],
-    passes: Sequence[list[list[Example]]],
+    passes: Sequence[Sequence[Pass]],
 ) -> list[StepLoss]:
     """Accumulate the gradients of a step, of every group in its passes; returns the losses.
 
     Of several processes, each passes its share of the rows; all return the same.
     """
-    device, team, runs = model.device, recipe.team, len(batches)
+    device, team = model.device, recipe.team
     targets = torch.tensor(
         [sum(example.targets for rows, _ in groups for example in rows) for groups in batches],
         device=device,
     )
     penalized = sum(example.targets for rows, penalty in batches[0] if penalty for example in rows)
-    total, extra = torch.zeros(2, runs, dtype=torch.float64, device=device)
+    total, extra = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
     for (_, on_tokens), of_group in zip(batches[0], passes, strict=True):
-        for passed in of_group:
-            part = collate(passed, recipe.pad, device)
-            with quick_attention(model, part.mask, recipe.precision) as mask:
-                part = replace(part, mask=mask)
+        for one in of_group:
+            with attending(model, one.laid_out(recipe.pad, device), recipe.precision) as part:
                 with autocast(device, recipe.precision):
                     logits = target_logits(model, part)
-                    losses = -logprobs_of(logits, part).view(runs, -1).sum(1) / targets
+                    losses = -one.sums(logprobs_of(logits, part)) / targets
                     total += losses.detach().double()
                     if on_tokens:
                         penalty = on_tokens(model, part, logits) / penalized
@@ -134,36 +127,3 @@ def _gradients(
         loss.backward()  # type: ignore[no-untyped-call]
         extra += whole(loss.detach()).double()
     return [StepLoss(*pair) for pair in zip(total.tolist(), extra.tolist(), strict=True)]
-
-
-def _overhead(model: Model, stack: Stack | None) -> int:
-    """What a pass costs beside its tokens, in tokens of one run."""
-    # Dropout is drawn per pass: with it, a run is split as it would be alone.
-    runs = stack.size if stack and not stack.has_dropout else 1
-    return FORWARD_OVERHEAD[model.device.type] // runs
-
-
-def _passes(
-    batches: Sequence[Sequence[Group]], team: Team, most: int, overhead: int
-) -> list[list[list[Example]]]:
-    """The examples of each of this process's forward passes, by group.
-
-    Long texts are no reason to pad short answers, so the groups never share a forward pass.
-    """
-    groups = zip(*batches, strict=True)
-    return [_split([rows for rows, _ in of_runs], team, most, overhead) for of_runs in groups]
-
-
-def _split(
-    rows: Sequence[list[Example]], team: Team, most: int, overhead: int
-) -> list[list[Example]]:
-    """The examples of each forward pass: of one run, or as many of each, run after run.
-
-    Each run passes its longest examples first, so that those of a pass are of about one length.
-    """
-    if len(rows) == 1:
-        return team.passes(rows[0], most, overhead)
-    ordered = [sorted(own, key=lambda example: -len(example.ids)) for own in rows]
-    longest = [max(len(example.ids) for example in beside) for beside in zip(*ordered, strict=True)]
-    parts = micro_batches(longest, most, overhead)
-    return [[own[index] for own in ordered for index in part] for part in parts]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from forgetting.data.rows import evenly_spaced
 from forgetting.encoding.encode import Example
 from forgetting.encoding.examples import shuffled
-from forgetting.models.attention import quick_attention
 from forgetting.models.loading import Model, precision_within
 from forgetting.scoring.forward import Batch, collate, target_logits
 from forgetting.sections.mitigation import Mitigation
 from forgetting.training.parallel import copies, is_sharded, same_on_all
+from forgetting.training.passes import attending
 
 WeightPenalty = Callable[[Model], Tensor]
 """What is added to the loss of a step for where the weights are."""
@@ -150,8 +150,8 @@ def base_predictor(
     def predict(model: Model, batch: Batch) -> Tensor:
         # In the same way as the model beside it, so that no rounding stands between the two.
         precision = precision_within(batch.ids.device)
-        with torch.no_grad(), quick_attention(frozen, batch.mask, precision) as mask:
-            return target_logits(frozen, replace(batch, mask=mask))
+        with torch.no_grad(), attending(frozen, batch, precision) as own:
+            return target_logits(frozen, own)
 
     return predict
 

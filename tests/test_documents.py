@@ -1,0 +1,284 @@
+"""Side by side in one row, without padding, documents train as each does by itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM as Auto
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from forgetting.encoding.encode import Example, join
+from forgetting.models.adapters import attach
+from forgetting.models.attention import LONGEST
+from forgetting.models.documents import NAME, Layout, within_documents
+from forgetting.models.loading import recompute_activations
+from forgetting.scoring import forward
+from forgetting.scoring.forward import collate, logprobs_of, side_by_side, target_logits
+from forgetting.sections.method import Setting
+from forgetting.sections.training import Training
+from forgetting.settings.plan import Tuning
+from forgetting.training import gradients, passes
+from forgetting.training.checkpoints import Progress
+from forgetting.training.passes import attending, needs_no_padding
+from forgetting.training.recipe import Recipe
+from forgetting.training.schedule import Schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VOCABULARY = 50
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "initializer_range": 0.3}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+# Two queries to a key, heads wider than their share, whole or partly rotated, learned positions.
+ARCHITECTURES = {
+    "llama": LlamaConfig(**SHAPE, **LAYERS, num_key_value_heads=2),
+    "qwen": Qwen3Config(**SHAPE, **LAYERS, num_key_value_heads=1, head_dim=16),
+    "phi": PhiConfig(**SHAPE, **LAYERS),
+    "neox": GPTNeoXConfig(**SHAPE, **LAYERS),
+    "gpt2": GPT2Config(
+        **SHAPE, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+        init_std=0.3,
+    ),
+}
+
+
+def _model(config: Any) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Auto.from_config(config)
+
+
+def _examples(seed: int, count: int = 9, longest: int = 40) -> list[Example]:
+    """Of random lengths, some with two runs of targets, some of them packed."""
+    draw = random.Random(seed)
+    examples = []
+    for _ in range(count):
+        ids = [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(2, longest))]
+        prompt = draw.randint(1, len(ids) - 1)
+        spans: tuple[tuple[int, int], ...] = ()
+        if len(ids) - prompt > 4 and draw.random() < 0.5:
+            spans = ((prompt, prompt + 1), (prompt + 3, len(ids)))
+        examples.append(Example(ids, prompt, spans))
+    return [join(examples[:3]), *examples[3:]]
+
+
+def _alone(examples: Sequence[Example]) -> list[Example]:
+    """Every document of the examples as an example."""
+    alone = []
+    for example in examples:
+        for begin, size in zip(example.starts, example.sizes, strict=True):
+            spans = [
+                (first - begin, last - begin)
+                for first, last in example.target_spans
+                if begin <= first < begin + size
+            ]
+            alone.append(Example(example.ids[begin : begin + size], spans[0][0], tuple(spans)))
+    return alone
+
+
+def _gradient(
+    model: PreTrainedModel, batches: Sequence[forward.Batch], precision: torch.dtype = torch.float32
+) -> tuple[float, Tensor]:
+    """Mean loss per target and its gradient, added up over forward passes."""
+    model.zero_grad()
+    targets, total = sum(batch.targets for batch in batches), 0.0
+    half = precision == torch.bfloat16
+    for batch in batches:
+        with attending(model, batch, precision) as part:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = -logprobs_of(target_logits(model, part), part).sum() / targets
+            loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _differ(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("lot_overhead", [0, 20, 10_000])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_side_by_side_and_one_by_one_are_one(
+    name: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    lot_overhead: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss and gradient, whether each document has a lot, some share one, or all do."""
+    monkeypatch.setattr(forward, "LOT_OVERHEAD", lot_overhead)
+    model = _model(ARCHITECTURES[name]).to(dtype)
+    for seed in range(3):
+        examples = _examples(seed)
+        assert needs_no_padding(model, examples)
+        loss, gradient = _gradient(model, [collate([one], pad=0) for one in _alone(examples)])
+        other_loss, other = _gradient(model, [side_by_side(examples)])
+        assert other_loss == pytest.approx(loss, rel=tolerance)
+        assert _differ(other, gradient) < tolerance
+
+
+def test_in_bfloat16_it_is_as_near_to_float32_as_padded_rows() -> None:
+    """What is rounded is rounded once: 32 examples, on the scale of the gradient."""
+    model = _model(LlamaConfig(**{**SHAPE, "initializer_range": 0.1}, **LAYERS))
+    examples = _examples(5, count=32)
+    _, exact = _gradient(model, [collate([one], pad=0) for one in examples])
+    _, padded = _gradient(model, [collate(examples, pad=0)], torch.bfloat16)
+    _, joined = _gradient(model, [side_by_side(examples)], torch.bfloat16)
+    assert not torch.equal(joined, padded)
+    assert _differ(joined, exact) < min(0.05, 1.2 * _differ(padded, exact))
+
+
+def test_recomputed_activations_give_the_same_bits() -> None:
+    """The backward pass reads the row as the forward pass did."""
+    model = _model(ARCHITECTURES["llama"]).train()
+    batch = side_by_side(_examples(1))
+    kept = _gradient(model, [batch])
+    recompute_activations(model)
+    again = _gradient(model, [batch])
+    assert kept[0] == again[0]
+    assert torch.equal(kept[1], again[1])
+
+
+def test_a_row_holds_the_documents_and_no_more() -> None:
+    """Nothing is padding, and the head is asked for targets alone."""
+    examples = _examples(2)
+    batch = side_by_side(examples)
+    assert batch.ids.numel() == sum(len(example.ids) for example in examples)
+    assert batch.labels.numel() == sum(example.targets for example in examples)
+    assert batch.labels.flatten().tolist() == [
+        token
+        for example in examples
+        for begin, end in example.target_spans
+        for token in example.ids[begin:end]
+    ]
+
+
+def test_every_token_has_one_place_in_the_lots() -> None:
+    layout = Layout.of([3, 1, 4], [[2, 0], [1]])
+    places = torch.cat([lot.places for lot in layout.lots])
+    beyond = torch.cat([lot.beyond for lot in layout.lots]).flatten()
+    assert places[~beyond].sort().values.tolist() == list(range(8))
+    assert places[layout.back].tolist() == list(range(8))
+    assert not beyond[layout.back].any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SHAPE, **LAYERS, sliding_window=8),
+        GPT2Config(**SHAPE, n_layer=2, n_head=2),
+        LlamaConfig(**SHAPE, **LAYERS, attn_implementation="eager"),
+    ],
+    ids=["sliding window", "dropout of its own", "attention of its own"],
+)
+def test_other_models_are_given_padded_rows(config: Any) -> None:
+    assert not needs_no_padding(_model(config), _examples(0))
+
+
+def test_long_documents_are_padded_and_packs_of_short_ones_are_not() -> None:
+    model = _model(LlamaConfig(**SHAPE, **LAYERS))
+    short, long = Example([1] * LONGEST, 1), Example([1] * (LONGEST + 1), 1)
+    assert needs_no_padding(model, [short, join([short, short])])
+    assert not needs_no_padding(model, [short, long])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_adapter_with_dropout_is_given_padded_rows(dropout: float) -> None:
+    """Its masks are drawn by place, and are those of the run in a fused cohort."""
+    tuning = Tuning(
+        name="lora-r2", kind="lora", label="", rank=2, alpha=4.0, dropout=dropout, settings=[]
+    )
+    model = attach(_model(LlamaConfig(**SHAPE, **LAYERS)), tuning, seed=0)
+    assert needs_no_padding(model, _examples(0)) is (dropout == 0.0)
+
+
+def test_a_model_attends_again_as_before_also_after_an_error() -> None:
+    model = _model(ARCHITECTURES["llama"])
+    layout = side_by_side(_examples(0)).layout
+    assert layout
+    with pytest.raises(RuntimeError, match="out of memory"), within_documents(model, layout):
+        assert model.config._attn_implementation == NAME
+        raise RuntimeError("out of memory")
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_step_computes_nothing_for_padding(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the engine: as many tokens enter the blocks as the step's examples have, in passes of
+    at most so many examples, and the gradient is that of padded rows."""
+    model = _model(LlamaConfig(**{**SHAPE, "initializer_range": 0.1}, **LAYERS)).train()
+    examples = _examples(3)
+    training = Training(epochs=1.0, batch_size=9, micro_batch_size=4, warmup_epochs=0.0)
+    recipe = Recipe(
+        setting=Setting(learning_rate=1e-3),
+        seed=0,
+        training=training,
+        schedule=Schedule.plan(len(examples), training, 1.0),
+        threshold=1.0,
+        stop_after=None,
+        precision=precision,
+        pad=0,
+    )
+    seen: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+
+    def gradient() -> tuple[float, Tensor]:
+        (loss,) = gradients.gradients_that_fit(
+            model, recipe, [[(examples, None)]], Progress(), torch.optim.SGD(model.parameters())
+        )
+        return loss.tokens, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    loss, joined = gradient()
+    assert len(seen) == 2
+    assert sum(seen) == 32 * sum(len(example.ids) for example in examples)
+    monkeypatch.setattr(passes, "needs_no_padding", lambda *_: False)
+    other, padded = gradient()
+    assert sum(seen[2:]) > sum(seen[:2])
+    close = 1e-5 if precision == torch.float32 else 0.02
+    assert loss == pytest.approx(other, rel=close)
+    assert _differ(joined, padded) < close
+
+
+def test_runs_that_share_a_row_have_equally_many_tokens_and_their_own_sums() -> None:
+    """What fills up the shorter ones is no target, and no document is longer than before."""
+    examples = _examples(4)
+    runs = [examples[:4], examples[4:8], examples[:2] + examples[6:8]]
+    shared = passes.Pass(runs, padded=False)
+    even = passes.evened(runs, pad=0)
+    (length,) = {sum(len(example.ids) for example in own) for own in even}
+    assert length == max(sum(len(example.ids) for example in own) for own in runs)
+    longest = max(len(example.ids) for example in examples)
+    for own, filled in zip(runs, even, strict=True):
+        assert filled[: len(own)] == own
+        assert all(e.targets == 0 and len(e.ids) <= longest for e in filled[len(own) :])
+    batch = shared.laid_out(0, torch.device("cpu"))
+    assert batch.ids.shape == (1, 3 * length)
+    values = torch.arange(batch.labels.numel(), dtype=torch.float32)[None]
+    counts = [sum(example.targets for example in own) for own in runs]
+    expected = [float(part.sum()) for part in values.flatten().split(counts)]
+    assert shared.sums(values).tolist() == pytest.approx(expected)

@@ -1,0 +1,140 @@
+"""The forward and backward passes of a step: which examples each reads, padded or side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from forgetting.encoding.encode import Example
+from forgetting.models.attention import LONGEST, has_dropout, quick_attention
+from forgetting.models.documents import within_documents
+from forgetting.models.loading import Model
+from forgetting.scoring.forward import Batch, collate, micro_batches, side_by_side
+from forgetting.scoring.shared import can_share
+from forgetting.training.team import Team
+
+FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
+"""What a forward and backward pass costs beside its tokens, in tokens: on a CPU, splitting a batch
+in two pays for a small model; a GPU waits for launches rather than for padding."""
+
+UNSPLIT = 2**30
+"""Where nothing is padded, a batch is split for the sake of memory alone."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and backward pass reads.
+
+    Attributes:
+        examples: of every run that shares it, as many of each.
+        padded: is each a row of its own? Else all stand side by side in one.
+    """
+
+    examples: list[list[Example]]
+    padded: bool
+
+    @property
+    def rows(self) -> int:
+        """Examples of each run."""
+        return len(self.examples[0])
+
+    def laid_out(self, pad: int, device: torch.device) -> Batch:
+        """The batch, run after run; side by side, the runs have equally many tokens each."""
+        if self.padded:
+            return collate(list(chain(*self.examples)), pad, device)
+        return side_by_side(list(chain(*evened(self.examples, pad))))
+
+    def sums(self, logprobs: Tensor) -> Tensor:
+        """Of each run the sum over its target tokens, of log-probabilities as they are laid out."""
+        if self.padded or len(self.examples) == 1:
+            return logprobs.view(len(self.examples), -1).sum(1)
+        counts = [sum(example.targets for example in own) for own in self.examples]
+        return torch.stack([part.sum() for part in torch.split(logprobs.flatten(), counts)])
+
+
+def evened(runs: Sequence[list[Example]], pad: int) -> list[list[Example]]:
+    """Examples of several runs, with documents without targets after those of the shorter ones.
+
+    An adapter multiplies the rows of its run, which are as many in every run of a stack.
+    """
+    tokens = [sum(len(example.ids) for example in own) for own in runs]
+    longest = max(len(example.ids) for example in chain(*runs))
+
+    def fill(missing: int) -> list[Example]:
+        sizes = [longest] * (missing // longest) + [missing % longest] * (missing % longest > 0)
+        return [Example([pad] * size, size) for size in sizes]
+
+    most = max(tokens)
+    return [own + fill(most - count) for own, count in zip(runs, tokens, strict=True)]
+
+
+def passes_of_step(
+    model: Model, batches: Sequence[Sequence[list[Example]]], team: Team, most: int
+) -> list[list[Pass]]:
+    """This process's passes over each group of a step.
+
+    Long texts are no reason to pad short answers, so the groups never share a forward pass.
+
+    Args:
+        batches: of every run the examples of each group.
+        most: examples of a pass, of each run.
+    """
+    split = FORWARD_OVERHEAD[model.device.type]
+    # Dropout is drawn per pass: with it, a run is split as it would be alone.
+    if len(batches) > 1 and not has_dropout(model):
+        split //= len(batches)
+    found = []
+    for rows in zip(*batches, strict=True):
+        padded = not needs_no_padding(model, list(chain(*rows)))
+        parts = _split(rows, team, most, split if padded else UNSPLIT)
+        found.append([Pass(part, padded) for part in parts])
+    return found
+
+
+def needs_no_padding(model: Model, examples: Sequence[Example]) -> bool:
+    """May these examples stand side by side in the row of a pass, and is that quicker?
+
+    It is on a CPU, where of TOFU's pairs, 32 to a step in passes of like length, a fifth of the
+    tokens would be padding, and a third of the places at which something is predicted; unless a
+    document is so long that its scores are better never held. A GPU was not measured.
+    """
+    return (
+        model.device.type == "cpu"
+        and can_share(model)
+        and not has_dropout(model)
+        and all(size <= LONGEST for example in examples for size in example.sizes)
+    )
+
+
+def _split(
+    rows: Sequence[list[Example]], team: Team, most: int, overhead: int
+) -> list[list[list[Example]]]:
+    """The examples of each pass, by run: of one run, or as many of each.
+
+    Each run passes its longest examples first, so that those of a pass are of about one length.
+    """
+    if len(rows) == 1:
+        return [[part] for part in team.passes(rows[0], most, overhead)]
+    ordered = [sorted(own, key=lambda example: -len(example.ids)) for own in rows]
+    longest = [max(len(example.ids) for example in beside) for beside in zip(*ordered, strict=True)]
+    parts = micro_batches(longest, most, overhead)
+    return [[[own[index] for index in part] for own in ordered] for part in parts]
+
+
+@contextmanager
+def attending(model: Model, batch: Batch, precision: torch.dtype) -> Iterator[Batch]:
+    """Within, `model` attends as the batch is laid out; yields the batch to give it.
+
+    The backward pass has to be within as well.
+    """
+    if batch.layout:
+        with within_documents(model, batch.layout):
+            yield batch
+    else:
+        with quick_attention(model, batch.mask, precision) as mask:
+            yield replace(batch, mask=mask)
