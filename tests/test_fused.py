@@ -6,8 +6,9 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
-from forgetting.training import checkpoints, fusing, gradients, passes
+from forgetting.training import checkpoints, fusing, gradients
+from forgetting.training import passes as passes_module
 from forgetting.training import train as module
 from forgetting.training.checkpoints import Progress
 from forgetting.training.cohort import train_cohort
 from forgetting.training.fusible import can_fuse, outline, shared_passes
-from forgetting.training.fusing import asks_for_plain_adapters, packed
+from forgetting.training.fusing import asks_for_plain_adapters, packed, shared_rows
 from forgetting.training.materials import CohortSpec, Materials
 from forgetting.training.mitigate import Safeguards
 from forgetting.training.places import run_key
@@ -453,7 +455,7 @@ def test_out_of_memory_halves_the_pass_of_all_runs(
         return target_logits(model, batch)
 
     monkeypatch.setattr(gradients, "target_logits", limited)
-    monkeypatch.setitem(passes.FORWARD_OVERHEAD, "cpu", 10_000)
+    monkeypatch.setitem(passes_module.FORWARD_OVERHEAD, "cpu", 10_000)
     for ours, theirs in zip(gym.together(), roomy, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
         assert ours.micro_batch_size == 1
@@ -552,27 +554,81 @@ def test_runs_of_one_size_are_packed_evenly(sizes: list[int], most: int, parts: 
 def test_large_runs_do_not_keep_small_ones_apart() -> None:
     """Each pass holds what fits by the sum of sizes, small ones with small ones."""
     sizes = [300, 1, 2, 300, 1, 2, 90, 100, 90, 80]
-    parts = packed([1] * 10, sizes, 8, 16 * 400)
-    assert parts == [[0], [1, 2, 4, 5, 6, 7, 8, 9], [3]]
-    # Four of 100 would find no room, four of 90 do.
-    assert packed([1] * 10, sizes, 8, 16 * 399) == [[0], [1, 2, 4, 5, 6, 8, 9], [3], [7]]
+    assert packed([1] * 10, sizes, 8, 16 * 400) == [[0], [1, 2, 4, 5, 6, 7, 8, 9], [3]]
     assert packed([1] * 10, sizes, 8, 16 * 6000) == [[0, 3, 6, 7, 8], [1, 2, 4, 5, 9]]
+    assert packed([1] * 4, [8, 16, 64, 256], 16, 16 * 400) == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_whatever_is_packed_fits(seed: int) -> None:
-    """Every load is in one part; those that share a pass are worth it and within both bounds."""
+def _fewest_parts(runs: Sequence[int], sizes: Sequence[int], most: int, room: int) -> int:
+    """As few as any partition into parts within the bounds has, by trying all."""
+
+    def is_allowed(part: Sequence[int]) -> bool:
+        count, taken = (sum(runs[n] for n in part), sum(16 * runs[n] * sizes[n] for n in part))
+        return len(part) == 1 or (fusing.FEWEST <= count <= most and taken <= room)
+
+    def partitions(left: list[int]) -> Iterator[int]:
+        if not left:
+            yield 0
+            return
+        for size in range(len(left)):
+            for others in combinations(left[1:], size):
+                if is_allowed([left[0], *others]):
+                    rest = [load for load in left[1:] if load not in others]
+                    yield from (1 + count for count in partitions(rest))
+
+    return min(partitions(list(range(len(sizes)))))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_few_loads_are_packed_as_well_as_any_way_does(seed: int) -> None:
+    """Every load is in one part, within both bounds; of single runs as few as there can be."""
     chance = random.Random(seed)
-    for _ in range(50):
-        runs = [chance.randint(1, 6) for _ in range(chance.randint(0, 30))]
-        sizes = [chance.randint(1, 1000) for _ in runs]
-        most, room = chance.randint(1, 20), chance.randint(0, 10**6)
-        parts = packed(runs, sizes, most, room)
-        assert sorted(load for part in parts for load in part) == list(range(len(runs)))
-        for part in parts:
-            if len(part) > 1:
-                assert fusing.FEWEST <= sum(runs[load] for load in part) <= most
-                assert sum(16 * runs[load] * sizes[load] for load in part) <= room
+    for _ in range(30):
+        runs = [chance.choice([1, 1, 2, 3]) for _ in range(chance.randint(1, 6))]
+        sizes = [chance.choice([1, 4, 16, 64, 256]) for _ in runs]
+        most, room = chance.randint(4, 10), 16 * chance.randint(1, 800)
+        for loads in ([1] * len(runs), runs):
+            parts = packed(loads, sizes, most, room)
+            assert sorted(load for part in parts for load in part) == list(range(len(runs)))
+            for part in parts:
+                if len(part) > 1:
+                    assert fusing.FEWEST <= sum(loads[load] for load in part) <= most
+                    assert sum(16 * loads[load] * sizes[load] for load in part) <= room
+            if loads != runs:
+                assert len(parts) == _fewest_parts(loads, sizes, most, room)
+
+
+def test_a_pass_on_a_cpu_holds_no_more_tokens_however_many_runs_share_it() -> None:
+    """Nobody tells there that memory runs out: what many runs pass at once is bounded."""
+    assert shared_rows(32, 1, 500.0, "cpu") == 32
+    assert shared_rows(32, 8, 64.0, "cpu") == 8
+    assert shared_rows(4, 8, 64.0, "cpu") == 4
+    assert shared_rows(32, 32, 500.0, "cpu") == 1
+    assert shared_rows(32, 32, 500.0, "cuda") == 32
+
+
+@pytest.mark.parametrize(("dropout", "passes"), [(0.0, 2), (0.1, 1)])
+def test_the_rows_of_many_runs_are_passed_in_turns(
+    gym: Gym, dropout: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But with dropout, whose masks would be other ones than those of a run alone."""
+    gym.tuning = gym.tuning.model_copy(update={"dropout": dropout})
+    gym.recipe = replace(
+        gym.recipe, training=gym.recipe.training.model_copy(update={"micro_batch_size": 4})
+    )
+    monkeypatch.setattr(fusing, "SHARED_TOKENS", 3 * 2 * 40)
+    monkeypatch.setitem(passes_module.FORWARD_OVERHEAD, "cpu", 10**6)
+    counted: list[int] = []
+    original = passes_module.passes_of_step
+
+    def counting(*given: Any) -> Any:
+        found = original(*given)
+        counted.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(gradients, "passes_of_step", counting)
+    gym.together()
+    assert max(counted) == passes
 
 
 # --- in a cohort --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Cohorts: which methods and seeds a job trains, what it is told, and where its results lie."""
 
 from forgetting.costs.joint import cohort_names
+from forgetting.training.fusing import allows_fusing
 
 # Methods and seeds that one job trains, and the cohort that each of all is in.
 TOGETHER = COSTS.joint
@@ -27,8 +28,12 @@ def general_files(wildcards):
 
 def cohort_spec(wildcards):
     """All that a cohort is told of the study, with each of its methods and seeds."""
+    told = sections("prompt", "training", "measurement", "selection", "precision")
+    # Which runs are one job is decided here; another choice reruns only those whom it regards.
+    fused = all(allows_fusing(t, STUDY.training) for t, _ in members(wildcards))
+    told["training"]["fused"] = "auto" if fused else "never"
     return as_json(
-        sections("prompt", "training", "measurement", "selection", "precision"),
+        told,
         knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
         columns=columns(general_tables(wildcards)),
         members=[

@@ -49,10 +49,21 @@ def compare(costs: Costs, records: Iterable[Mapping[str, Any]]) -> list[Compared
     for record in records:
         method, seed = str(record["run"]).split("/")[:2]
         cohort = names.get((method, int(seed.removeprefix("seed"))))
-        if cohort and record["status"] == "ok" and record["steps"]:
-            name = cohort if cohort in costs.joint else method
+        name = cohort if cohort in costs.joint else method
+        if (
+            cohort
+            and record["status"] == "ok"
+            and record["steps"]
+            and _is_as_planned(costs, name, record)
+        ):
             found.append(_compare(costs, name, record))
     return found
+
+
+def _is_as_planned(costs: Costs, name: str, record: Mapping[str, Any]) -> bool:
+    """Did as many runs share the passes as would by what the study says now?"""
+    passes = costs.case.passes(costs.cohorts[name], Team(record.get("processes", 1)))
+    return int(record["trained_together"]) in {len(part) for part in passes}
 
 
 def _compare(costs: Costs, name: str, record: Mapping[str, Any]) -> Compared:

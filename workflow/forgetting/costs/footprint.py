@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from forgetting.costs.case import Case, Team
 from forgetting.settings.plan import Tuning
+from forgetting.training.fusing import shared_rows
 
 MOMENTS = {"adamw": 8, "lionw": 4, "adafactor": 0.1}
 """Bytes of the optimizer's state, for each weight that is trained."""
@@ -104,12 +105,13 @@ def training_bytes(
 
     Args:
         cohort: the method of each member.
-        rows: of a forward pass, of each run in it; by default what the study says, as far as there
-            is room, since a process that is alone goes on with half the rows where there is none.
+        rows: of a forward pass, of each run in it; by default what the study says, on a GPU as far
+            as there is room, since a process that is alone goes on with half the rows where there
+            is none.
     """
     passes = case.passes(cohort, team)
     peak = max(_pass_bytes(case, [cohort[n] for n in part], team, rows) for part in passes)
-    if rows is None and team.processes == 1:
+    if rows is None and team.processes == 1 and case.device.is_gpu:
         return max(min(peak, case.device.usable), training_bytes(case, cohort, team, rows=1))
     return peak
 
@@ -118,8 +120,11 @@ def _pass_bytes(case: Case, runs: Sequence[Tuning], team: Team, rows: int | None
     """The same of runs that share a pass."""
     shape, tuning = case.shape, runs[0]
     state = trained_state(case, runs, team)
-    rows_of_each = rows or case.rows(team)
-    passed = rows_of_each * sum(training_row(case, run) for run in runs)
+    kind = "cuda" if case.device.is_gpu else "cpu"
+    of_each = rows or case.rows(team)
+    if not tuning.dropout:
+        of_each = shared_rows(of_each, len(runs), case.trained_on.longest, kind)
+    passed = of_each * sum(training_row(case, run) for run in runs)
     evaluation = measuring(case)
     if tuning.kind == "full" and team.processes > 1:  # whole on every process, in bfloat16
         evaluation += (2.0 if case.half else 4.0) * shape.parameters

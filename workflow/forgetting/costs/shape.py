@@ -72,13 +72,15 @@ KNOWN: dict[str, dict[str, Any]] = {
         "n_head": 12,
         "vocab_size": 50257,
         "n_positions": 1024,
-        "resid_pdrop": 0.1,
     },
 }
 """What the config.json of a hub model says of its size, since planning is offline."""
 
 PLAIN_MLP = {"phi", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2"}
 """Types whose MLP has two matrices; the others have a gate beside them."""
+
+OTHER_LAYERS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "falcon"}
+"""Types whose linear layers are no plain ones, so that runs share no pass through them."""
 
 LEARNED_POSITIONS = {"gpt2", "gpt_neo", "opt"}
 """Types with an embedding of positions."""
@@ -287,7 +289,7 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
         queries=queries,
         vocabulary=vocabulary,
         tied=bool(tied),
-        rows_are_apart=rows_are_apart(config),
+        rows_are_apart=rows_are_apart(config) and kind not in OTHER_LAYERS,
         vectors=_vectors(kind, shapes, blocks, width, vocabulary)
         + (width * (context or 0) if kind in LEARNED_POSITIONS else 0),
     )

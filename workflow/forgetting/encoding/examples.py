@@ -174,8 +174,9 @@ def arrange(examples: Sequence[Example], training: Training) -> Sequence[Example
     return Packed(examples, pack(_sizes(examples), training.max_length, order))
 
 
-# An epoch's order is drawn once: for millions of examples it takes longer than a step.
-@lru_cache(maxsize=4)
+# An epoch's order is drawn once: for millions of examples it takes longer than a step. Several
+# seeds may share a pass, each with an order of its new examples and of those that it replays.
+@lru_cache(maxsize=16)
 def shuffled(count: int, seed: int) -> torch.Tensor:
     """The numbers below `count` in an order that depends on the seed alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -30,8 +30,9 @@ def in_order(
     cohorts = [f"{tuning.name}/seed{seed}" for tuning, seed in product(methods, seeds)]
     runs, empty = [], []
     for frame in frames:
-        if frame.empty:
+        if frame.empty:  # of runs that all diverged: it may have no columns
             empty.append(frame)
+            continue
         runs += [(str(run), items) for run, items in frame.groupby("run", sort=False)]
     places = {cohort: place for place, cohort in enumerate(cohorts)}
     runs.sort(key=lambda pair: places["/".join(pair[0].split("/")[:2])])

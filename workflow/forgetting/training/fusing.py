@@ -8,14 +8,11 @@ arithmetic, takes the time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from forgetting.sections.training import Training
 from forgetting.settings.architecture import drops_out
 from forgetting.settings.plan import Tuning
-
-T = TypeVar("T")
 
 TOKENS = {"cpu": 1024, "cuda": 8192}
 """A step of more tokens than this keeps the cores busy by itself. On a CPU eight runs were still
@@ -24,6 +21,10 @@ pass costs beside its tokens (`gradients`), not measured."""
 
 FEWEST = 4
 """So many runs must share a pass: two were not faster than one after the other."""
+
+SHARED_TOKENS = 4096
+"""On a CPU, tokens of a pass that runs share, as far as each passes an example at least: what the
+pass keeps for its way back must not outgrow the memory, as nobody tells there that it runs out."""
 
 CPU_BYTES = 2 * 2**30
 """So much memory may the weights, gradients and moments of a group take on a CPU."""
@@ -62,6 +63,20 @@ def rows_are_apart(config: Mapping[str, Any]) -> bool:
     return not drops_out(config) and not any("expert" in name for name in config)
 
 
+def shared_rows(rows: int, runs: int, tokens: float, kind: str) -> int:
+    """How many of so many examples each run passes at once, where runs share a pass.
+
+    On a GPU all of them, as far as memory holds them.
+
+    Args:
+        tokens: of an example.
+        kind: of the device, cpu or cuda.
+    """
+    if runs == 1 or kind != "cpu":
+        return rows
+    return max(1, min(rows, int(SHARED_TOKENS / (runs * tokens))))
+
+
 def room(parameters: int, memory: float | None) -> int:
     """Bytes that the weights, gradients and moments of the runs in a pass may take.
 
@@ -75,43 +90,35 @@ def room(parameters: int, memory: float | None) -> int:
 def packed(runs: Sequence[int], sizes: Sequence[int], most: int, room: int) -> list[list[int]]:
     """Which loads of runs share a pass, by their numbers: every load is in one of the parts.
 
-    Small ones are packed with small ones, into as few parts as hold them and evenly, if each part
-    has `FEWEST` runs then. What is too large for `FEWEST` of it to share a pass stands alone, and
-    so do those that are left with fewer.
+    In the order of their sizes, since a pass of like ranks is quicker, they are cut into as few
+    parts as there can be, and these as even as they can be. A part has at least `FEWEST` runs and
+    keeps to both bounds, or it is a load alone.
 
     Args:
         runs: that come with each load, and stay together.
         sizes: weights that each of these trains, in numbers.
-        most: runs of a pass: one over an example of each takes no more memory than the examples
-            that a run alone may pass at once.
+        most: runs of a part.
         room: bytes that weights, gradients and moments of a part may take: 16 a weight, all of
             them in float32.
     """
-
-    def fits(part: Sequence[int]) -> bool:
-        taken = sum(16 * runs[load] * sizes[load] for load in part)
-        return sum(runs[load] for load in part) <= most and taken <= room
-
-    def is_worth_it(part: Sequence[int]) -> bool:
-        return sum(runs[load] for load in part) >= FEWEST
-
-    small = [load for load, size in enumerate(sizes) if FEWEST * 16 * size <= room]
-    parts: list[list[int]] = []
-    for load in sorted(small, key=lambda load: sizes[load]):
-        if parts and fits([*parts[-1], load]):
-            parts[-1].append(load)
-        else:
-            parts.append([load])
-    even = evenly([load for part in parts for load in part], len(parts))
-    if all(fits(part) and is_worth_it(part) for part in even):
-        parts = even
-    shared = [sorted(part) for part in parts if fits(part) and is_worth_it(part)]
-    alone = set(range(len(sizes))).difference(*shared)
-    return sorted([*shared, *([load] for load in alone)])
-
-
-def evenly(items: Sequence[T], count: int) -> list[list[T]]:
-    """So many consecutive parts, whose sizes differ by one at most."""
-    size, more = divmod(len(items), max(1, count))
-    ends = [(number + 1) * size + min(number + 1, more) for number in range(count)]
-    return [list(items[begin:end]) for begin, end in pairwise([0, *ends])]
+    order = sorted(range(len(sizes)), key=lambda load: sizes[load])
+    # Of the loads before each place: fewest parts, least sum of squares, the last cut from behind.
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]
+    for end in range(1, len(order) + 1):
+        options, count, taken = [], 0, 0
+        for begin in range(end - 1, -1, -1):
+            load = order[begin]
+            count, taken = count + runs[load], taken + 16 * runs[load] * sizes[load]
+            fits = count <= most and taken <= room
+            if begin == end - 1 or (fits and count >= FEWEST):
+                parts, squares, _ = best[begin]
+                options.append((parts + 1, squares + count**2, -begin))
+            if not fits:
+                break
+        best.append(min(options))
+    found, end = [], len(order)
+    while end:
+        begin = -best[end][2]
+        found.append(sorted(order[begin:end]))
+        end = begin
+    return sorted(found)

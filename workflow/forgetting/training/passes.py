@@ -16,6 +16,7 @@ from forgetting.models.documents import within_documents
 from forgetting.models.loading import Model
 from forgetting.scoring.forward import Batch, collate, micro_batches, side_by_side
 from forgetting.scoring.shared import can_share
+from forgetting.training.fusing import shared_rows
 from forgetting.training.team import Team
 
 FORWARD_OVERHEAD = {"cpu": 256, "cuda": 8192}
@@ -84,14 +85,19 @@ def passes_of_step(
         batches: of every run the examples of each group.
         most: examples of a pass, of each run.
     """
-    split = FORWARD_OVERHEAD[model.device.type]
+    kind, runs = model.device.type, len(batches)
+    split = FORWARD_OVERHEAD[kind]
     # Dropout is drawn per pass: with it, a run is split as it would be alone.
-    if len(batches) > 1 and not has_dropout(model):
-        split //= len(batches)
+    shares = runs > 1 and not has_dropout(model)
     found = []
     for rows in zip(*batches, strict=True):
-        padded = not needs_no_padding(model, list(chain(*rows)))
-        parts = _split(rows, team, most, split if padded else UNSPLIT)
+        every = list(chain(*rows))
+        padded, limit = not needs_no_padding(model, every), most
+        if shares and every:
+            longest = max(len(example.ids) for example in every)
+            limit = shared_rows(most, runs, longest, kind)
+        overhead = split // (runs if shares else 1) if padded else UNSPLIT
+        parts = _split(rows, team, limit, overhead)
         found.append([Pass(part, padded) for part in parts])
     return found
 

@@ -262,8 +262,10 @@ def _step(
     Returns the loss of each run, and the number of tokens that it has seen.
     """
     first = runs[0]
+    seeds = {run.recipe.seed: run.recipe for run in runs}
     by_seed = {
-        run.recipe.seed: groups_of_step(examples, run.recipe, first.progress.step) for run in runs
+        seed: groups_of_step(examples, recipe, first.progress.step)
+        for seed, recipe in seeds.items()
     }
     batches = [by_seed[run.recipe.seed] for run in runs]
     losses = gradients_that_fit(
