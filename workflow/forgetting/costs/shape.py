@@ -2,7 +2,7 @@
 
 Nothing is loaded and nothing downloaded, so that the jobs of a study can be sized while they are
 planned: from a folder's config.json and the headers of its weights, from the settings of a small
-model that is trained here, or from the table below of models that the hub has.
+model that is trained here, or from a table of models that the hub has.
 """
 
 from __future__ import annotations
@@ -14,67 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from forgetting.costs.known_models import KNOWN, LLAMA_7B
 from forgetting.records import read_json
 from forgetting.sections.base import Base, SmallModel
 from forgetting.settings.architecture import Architecture, read_shapes
 from forgetting.settings.load import is_local
 from forgetting.settings.plan import Tuning
 from forgetting.training.fusing import rows_are_apart
-
-LLAMA_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
-KNOWN: dict[str, dict[str, Any]] = {
-    "NousResearch/Llama-2-7b-hf": LLAMA_7B,
-    "NousResearch/Llama-2-7b-chat-hf": LLAMA_7B,
-    "meta-llama/Llama-2-7b-hf": LLAMA_7B,
-    "meta-llama/Llama-2-7b-chat-hf": LLAMA_7B,
-    "microsoft/phi-1_5": {
-        "model_type": "phi",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "vocab_size": 51200,
-        "max_position_embeddings": 2048,
-    },
-    "HuggingFaceTB/SmolLM2-135M": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-1.7B": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "openai-community/gpt2": {
-        "model_type": "gpt2",
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "vocab_size": 50257,
-        "n_positions": 1024,
-    },
-}
-"""What the config.json of a hub model says of its size, since planning is offline."""
 
 PLAIN_MLP = {"phi", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2"}
 """Types whose MLP has two matrices; the others have a gate beside them."""
