@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,10 @@ def spec_of(tuning: Tuning, settings: Sequence[Setting], fused: str, **changes: 
 def examples_in(batch: Batch) -> int:
     """How many examples a pass has, in rows of their own or side by side in one."""
     return int((batch.positions == 0).sum()) if batch.layout else len(batch.ids)
+
+
+def told(*specs: CohortSpec) -> str:
+    """What the program is told of a cohort: what its methods and seeds have in common, and each."""
+    common = specs[0].model_dump(mode="json", exclude={"tuning", "seed"})
+    members = [spec.model_dump(mode="json", include={"tuning", "seed"}) for spec in specs]
+    return json.dumps(common | {"members": members})

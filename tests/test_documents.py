@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -23,11 +24,11 @@ from transformers import (
 
 from forgetting.encoding.encode import Example, join
 from forgetting.models.adapters import attach
-from forgetting.models.attention import LONGEST
-from forgetting.models.documents import NAME, Layout, within_documents
+from forgetting.models.documents import KNOWN, NAME, Layout, within_documents
 from forgetting.models.loading import recompute_activations
 from forgetting.scoring import forward
 from forgetting.scoring.forward import collate, logprobs_of, side_by_side, target_logits
+from forgetting.scoring.shared import can_share
 from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
@@ -133,7 +134,7 @@ def test_side_by_side_and_one_by_one_are_one(
     model = _model(ARCHITECTURES[name]).to(dtype)
     for seed in range(3):
         examples = _examples(seed)
-        assert needs_no_padding(model, examples)
+        assert needs_no_padding(model, examples, torch.float32)
         loss, gradient = _gradient(model, [collate([one], pad=0) for one in _alone(examples)])
         other_loss, other = _gradient(model, [side_by_side(examples)])
         assert other_loss == pytest.approx(loss, rel=tolerance)
@@ -195,14 +196,17 @@ def test_every_token_has_one_place_in_the_lots() -> None:
     ids=["sliding window", "dropout of its own", "attention of its own"],
 )
 def test_other_models_are_given_padded_rows(config: Any) -> None:
-    assert not needs_no_padding(_model(config), _examples(0))
+    assert not needs_no_padding(_model(config), _examples(0), torch.float32)
 
 
-def test_long_documents_are_padded_and_packs_of_short_ones_are_not() -> None:
+@pytest.mark.parametrize(("precision", "most"), [(torch.float32, 128), (torch.bfloat16, 512)])
+def test_long_documents_are_padded_and_packs_of_short_ones_are_not(
+    precision: torch.dtype, most: int
+) -> None:
     model = _model(LlamaConfig(**SHAPE, **LAYERS))
-    short, long = Example([1] * LONGEST, 1), Example([1] * (LONGEST + 1), 1)
-    assert needs_no_padding(model, [short, join([short, short])])
-    assert not needs_no_padding(model, [short, long])
+    short, long = Example([1] * most, 1), Example([1] * (most + 1), 1)
+    assert needs_no_padding(model, [short, join([short, short])], precision)
+    assert not needs_no_padding(model, [short, long], precision)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -212,7 +216,49 @@ def test_an_adapter_with_dropout_is_given_padded_rows(dropout: float) -> None:
         name="lora-r2", kind="lora", label="", rank=2, alpha=4.0, dropout=dropout, settings=[]
     )
     model = attach(_model(LlamaConfig(**SHAPE, **LAYERS)), tuning, seed=0)
-    assert needs_no_padding(model, _examples(0)) is (dropout == 0.0)
+    assert needs_no_padding(model, _examples(0), torch.float32) is (dropout == 0.0)
+
+
+def _small(kind: str) -> PreTrainedModel:
+    """A model of a type, small, without dropout or windows."""
+    usual = transformers.CONFIG_MAPPING[kind]()
+    sizes = {
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32},
+        **{"num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4},
+        **{"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+        **{"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "ffn_dim": 64},
+        **{"max_position_embeddings": 200, "n_positions": 200, "initializer_range": 0.3},
+        **{"init_std": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
+        **{"sliding_window": None, "use_sliding_window": False, "no_rope_layers": [1, 0]},
+    }
+    config = type(usual)(**{key: value for key, value in sizes.items() if key in vars(usual)})
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return _model(config)
+
+
+@pytest.mark.parametrize("kind", sorted(KNOWN))
+def test_every_known_type_computes_side_by_side_what_it_does_one_by_one(kind: str) -> None:
+    model = _small(kind).train()
+    examples = _examples(5, longest=30)
+    assert needs_no_padding(model, examples, torch.float32)
+    alone = _gradient(model, [collate([example], 0) for example in _alone(examples)])
+    joined = _gradient(model, [side_by_side(examples)])
+    assert joined[0] == pytest.approx(alone[0], rel=1e-5)
+    assert joined[1].shape == alone[1].shape
+    assert _differ(joined[1], alone[1]) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["falcon", "jetmoe", "bart", "roberta", "doge", "bert"])
+def test_types_that_attend_or_count_by_themselves_are_given_padded_rows(kind: str) -> None:
+    """Without an error they would train on a wrong loss."""
+    assert not needs_no_padding(_small(kind), _examples(0), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["bart", "roberta", "doge", "bert"])
+def test_packing_is_refused_where_positions_or_masks_would_not_hold(kind: str) -> None:
+    assert not can_share(_small(kind))
 
 
 def test_a_model_attends_again_as_before_also_after_an_error() -> None:

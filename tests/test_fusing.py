@@ -42,8 +42,9 @@ def test_only_models_whose_rows_go_their_own_way_are_fused(tmp_path: Path, tunin
     gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100, **still)
     assert not can_fuse(_outline(gpt2, tmp_path, tuning))  # its layers are no nn.Linear
     llama = LlamaConfig(**SMALL, num_attention_heads=2)
-    embedding = tuning.model_copy(update={"target_modules": ["q_proj", "embed_tokens"]})
-    assert not can_fuse(_outline(llama, tmp_path, embedding))
+    for other in ("embed_tokens", "lm_head"):
+        beside = tuning.model_copy(update={"target_modules": ["q_proj", other]})
+        assert not can_fuse(_outline(llama, tmp_path, beside))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from cohorts import told
 from disks import small_disk
 from forgetting.records import write_json, write_jsonl, write_table
 from forgetting.sections.columns import Columns
@@ -114,7 +115,7 @@ class Program:
     def start(self) -> int:
         """The process id of a new start."""
         options = {
-            "spec": self.spec.model_dump_json(),
+            "spec": told(self.spec),
             "code": "c",
             "base": self.inputs / "base.json",
             "base-items": self.inputs / "base_items.parquet",

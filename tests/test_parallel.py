@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from cohorts import examples_in
+from cohorts import examples_in, told
 from forgetting.benchmarks.along import Along, AlongSpec
 from forgetting.encoding.encode import Example
 from forgetting.models.loading import load_base
@@ -547,7 +547,7 @@ def launched(
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         options = {
-            "spec": spec.model_dump_json(),
+            "spec": told(spec),
             "code": "c",
             "base": tmp_path / "base.json",
             "base-items": tmp_path / "base.parquet",

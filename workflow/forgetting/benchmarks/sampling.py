@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from forgetting.models.loading import Model
+from forgetting.models.loading import Model, inner_model
 from forgetting.records import InputError
-from forgetting.scoring.decode import can_drop_rows, inner_model, left_padded, next_logits
+from forgetting.scoring.decode import can_drop_rows, left_padded, next_logits
 from forgetting.scoring.forward import by_length
 
 

@@ -22,6 +22,16 @@ from forgetting.models.loading import Model
 NAME = "within_documents"
 """What transformers calls this way to attend."""
 
+KNOWN = {
+    *("cohere", "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2", "opt"),
+    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+}
+"""Types of models that attend by transformers' interface alone and place tokens as they are told.
+
+Others may not, without an error: Falcon would attend without any mask, doge adds a mask of its own,
+Bart and RoBERTa count places by themselves. Each of these is tested (tests/test_documents.py).
+"""
+
 
 @dataclass(frozen=True)
 class Lot:
@@ -138,7 +148,7 @@ def _attend(
         k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         output: Tensor = _Attention.apply(q, k, v, _layout, scale)  # type: ignore[no-untyped-call]
-    return output.transpose(0, 1)[None], None
+    return output.transpose(0, 1)[None].contiguous(), None
 
 
 AttentionInterface.register(NAME, _attend)

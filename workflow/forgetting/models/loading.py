@@ -24,6 +24,11 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 """A model that can be measured: plain, or with an adapter."""
 
 
+def inner_model(model: Model) -> PreTrainedModel:
+    """The model itself, without peft's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def pick_device() -> torch.device:
     """The first GPU where there is one, else the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
-from forgetting.models.loading import Model
+from forgetting.models.loading import Model, inner_model
 from forgetting.scoring.forward import by_length
 from forgetting.scoring.products import by_products
 from forgetting.scoring.shared import can_share
@@ -177,11 +176,6 @@ def _generate(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> l
         )
     found = output[:, ids.shape[1] :].tolist()
     return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in found]
-
-
-def inner_model(model: Model) -> PreTrainedModel:
-    """The model itself, without peft's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from forgetting.encoding.encode import Example
+from forgetting.models.loading import Model, inner_model
 from forgetting.scoring.forward import by_length
 
 
@@ -41,15 +43,24 @@ class SharedBatch:
     owners: Tensor
 
 
-def can_share(model: nn.Module) -> bool:
-    """Does the mask alone decide what a token sees?
+OWN_WAYS = ("bert", "camembert", "data2vec", "doge", "electra", "roberta", "xlm", "xmod")
+"""Beginnings of the types that count places otherwise than they are told, mask by themselves, or
+may look ahead."""
+
+
+def can_share(model: Model) -> bool:
+    """Do the mask and the positions that a model is given alone decide what a token sees?
 
     So it is with PyTorch's own attention in every layer. Sliding windows, convolutions, recurrent
-    states and biases by distance go by the places in the row, where another answer may stand.
+    states and biases by distance go by the places in the row, where another answer may stand, and
+    so do models that take no positions (Bart's).
     """
     config = model.config
+    takes_positions = "position_ids" in signature(inner_model(model).forward).parameters
     return (
         getattr(config, "_attn_implementation", "") == "sdpa"
+        and takes_positions
+        and not config.model_type.startswith(OWN_WAYS)
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and not getattr(config, "alibi", False)

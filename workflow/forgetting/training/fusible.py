@@ -22,12 +22,17 @@ from forgetting.training.fusing import TOKENS, allows_fusing, packed, room, rows
 
 
 def can_fuse(model: Model) -> bool:
-    """Does each row of a batch go its own way through this model, by plain adapters of LoRA?"""
+    """Does each row of a batch go its own way through this model, by plain adapters of LoRA?
+
+    Not with one beside the head, which is asked for predicted places alone: of runs that read other
+    rows, these are not equally many.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return (
         isinstance(model, PeftModel)
         and rows_are_apart(model.config.to_dict())
         and all(_is_plain(layer) for layer in layers)
+        and not isinstance(model.get_output_embeddings(), LoraLayer)
     )
 
 

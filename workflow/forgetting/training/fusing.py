@@ -15,9 +15,9 @@ from forgetting.settings.architecture import drops_out
 from forgetting.settings.plan import Tuning
 
 TOKENS = {"cpu": 1024, "cuda": 8192}
-"""A step of more tokens than this keeps the cores busy by itself. On a CPU eight runs were 1.1 times
-as fast at 844 tokens, whatever their ranks (bench/RECORD.md), and more were not tried; of a GPU it
-is what a pass costs beside its tokens (`passes`), not measured."""
+"""A step of more tokens than this keeps the cores busy by itself. On a CPU eight runs were 1.1
+times as fast at 844 tokens, whatever their ranks (bench/RECORD.md), and more were not tried; of a
+GPU this is what a pass costs beside its tokens (`passes`), not measured."""
 
 FEWEST = 4
 """So many runs must share a pass: two were not faster than one after the other."""

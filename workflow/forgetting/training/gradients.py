@@ -56,7 +56,7 @@ def gradients_that_fit(
     while True:
         most = min(progress.micro_batch_size or allowed, allowed)
         rows = [[rows for rows, _ in groups] for groups in batches]
-        passes = passes_of_step(model, rows, team, most)
+        passes = passes_of_step(model, rows, team, most, recipe.precision)
         torch.manual_seed(team.own_seed(recipe.seed * 1_000_003 + progress.step))
         optimizer.zero_grad()
         try:
