@@ -296,7 +296,7 @@ def test_what_finds_no_room_in_a_pass_is_trained_alone(
     rank_4 = sum(
         w.numel() for w in trained_weights(outline(materials.base, specs[0].tuning)).values()
     )
-    monkeypatch.setattr(fusing, "CPU_BYTES", 8 * 16 * rank_4)
+    monkeypatch.setattr(fusing, "CPU_BYTES", 7 * 16 * rank_4)  # those of the others take 6
     ours = train_cohort(specs, materials, INPUTS, tmp_path / "across", lambda *_: None)
     assert [record["trained_together"] for record in ours] == [8] * 8 + [1] * 4
     for one, other in zip(ours, _apart(specs, materials, tmp_path / "apart"), strict=True):

@@ -511,7 +511,8 @@ def watched(model, examples, runs, stack):
     return step(model, examples, runs, stack)
 
 def limited(model, batch):
-    if here and len(batch.ids) > int(most):
+    examples = (batch.positions == 0).sum() if batch.layout else len(batch.ids)
+    if here and examples > int(most):
         raise RuntimeError(fault)
     return pass_(model, batch)
 

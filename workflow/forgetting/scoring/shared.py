@@ -56,7 +56,7 @@ def can_share(model: Model) -> bool:
     so do models that take no positions (Bart's).
     """
     config = model.config
-    takes_positions = "position_ids" in signature(inner_model(model).forward).parameters
+    takes_positions = "position_ids" in signature(type(inner_model(model)).forward).parameters
     return (
         getattr(config, "_attn_implementation", "") == "sdpa"
         and takes_positions
