@@ -93,7 +93,7 @@ def test_which_methods_and_seeds_are_one_cohort(
     found = _cohorts(study)
     expected = [low + high] if apart is None else [low, *(part for part in apart if len(part) > 1)]
     assert found == expected
-    names = cohort_names(study)
+    names = cohort_names(study, joint_cohorts(study))
     assert len(names) == 4
     assert {name for name in names.values() if name.startswith("together")} == set(
         joint_cohorts(study)

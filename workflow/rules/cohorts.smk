@@ -1,11 +1,10 @@
 """Cohorts: which methods and seeds a job trains, what it is told, and where its results lie."""
 
-from forgetting.costs.joint import cohort_names
 from forgetting.training.fusing import allows_fusing
 
 # Methods and seeds that one job trains, and the cohort that each of all is in.
 TOGETHER = COSTS.joint
-COHORTS = cohort_names(STUDY)
+COHORTS = COSTS.names
 
 
 def members(wildcards):

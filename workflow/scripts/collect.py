@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from forgetting.costs.calibrate import by_method
-from forgetting.costs.joint import cohort_names
+from forgetting.costs.joint import cohort_names, joint_cohorts
 from forgetting.records import (
     InputError,
     content_key,
@@ -118,7 +118,7 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
         frames = [pd.read_parquet(folder / f"{table}.parquet") for folder in folders]
         return in_order(frames, methods, study.seeds)
 
-    cohorts = list(dict.fromkeys(cohort_names(study).values()))
+    cohorts = list(dict.fromkeys(cohort_names(study, joint_cohorts(study)).values()))
     trained = [results / "cohorts" / cohort for cohort in cohorts]
     branches = [
         results / "branches" / cohort / budget_name(budget)

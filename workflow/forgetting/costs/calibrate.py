@@ -13,7 +13,6 @@ from forgetting.costs.case import Team
 from forgetting.costs.cost import Costs
 from forgetting.costs.durations import cohort_seconds
 from forgetting.costs.hardware import GPUS
-from forgetting.costs.joint import cohort_names
 from forgetting.costs.site import Site
 from forgetting.records import read_json
 from forgetting.settings.study import Study
@@ -44,11 +43,10 @@ def finished_runs(results: Path) -> list[dict[str, Any]]:
 
 def compare(costs: Costs, records: Iterable[Mapping[str, Any]]) -> list[Compared]:
     """All runs that ended well, whatever device they ran on."""
-    names = cohort_names(costs.study)
     found = []
     for record in records:
         method, seed = str(record["run"]).split("/")[:2]
-        cohort = names.get((method, int(seed.removeprefix("seed"))))
+        cohort = costs.names.get((method, int(seed.removeprefix("seed"))))
         name = cohort if cohort in costs.joint else method
         if (
             cohort

@@ -88,10 +88,10 @@ class Case:
             cohort: the method of each member.
         """
         owners = [number for number, tuning in enumerate(cohort) for _ in tuning.settings]
-        training, kind = self.study.training, "cuda" if self.device.is_gpu else "cpu"
+        training = self.study.training
         tokens = self.trained_on.tokens * training.batch_size
         fusible = self.shape.rows_are_apart and all(allows_fusing(t, training) for t in cohort)
-        if team.processes > 1 or tokens > TOKENS[kind] or not fusible:
+        if team.processes > 1 or tokens > TOKENS[self.device.kind] or not fusible:
             return [[owner] for owner in owners]
         memory = self.device.memory if self.device.is_gpu else None
         sizes = [self.shape.trained(cohort[owner]) for owner in owners]

@@ -95,6 +95,7 @@ class Costs:
     Attributes:
         tunings: methods by name.
         joint: methods and seeds that are trained in one job, by the cohort's name.
+        names: the cohort of every method and seed.
         cohorts: of every job that trains, by its method or the name of its cohort, the method of
             each member; of a method alone, that of one seed.
     """
@@ -104,11 +105,8 @@ class Costs:
         self.case = Case(study, site.device, site.cores)
         self.tunings = {tuning.name: tuning for tuning in tunings(study)}
         self.joint = joint_cohorts(study)
-        alone = {
-            method
-            for (method, _), cohort in cohort_names(study).items()
-            if cohort not in self.joint
-        }
+        self.names = cohort_names(study, self.joint)
+        alone = {method for (method, _), name in self.names.items() if name not in self.joint}
         self.cohorts = {name: [t] for name, t in self.tunings.items() if name in alone}
         self.cohorts |= {name: [t for t, _ in members] for name, members in self.joint.items()}
         self.budgets = {budget_name(budget): budget for budget in study.training.budgets}

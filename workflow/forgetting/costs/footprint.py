@@ -120,10 +120,9 @@ def _pass_bytes(case: Case, runs: Sequence[Tuning], team: Team, rows: int | None
     """The same of runs that share a pass."""
     shape, tuning = case.shape, runs[0]
     state = trained_state(case, runs, team)
-    kind = "cuda" if case.device.is_gpu else "cpu"
     of_each = rows or case.rows(team)
     if not tuning.dropout:
-        of_each = shared_rows(of_each, len(runs), case.trained_on.longest, kind)
+        of_each = shared_rows(of_each, len(runs), case.trained_on.longest, case.device.kind)
     passed = of_each * sum(training_row(case, run) for run in runs)
     evaluation = measuring(case)
     if tuning.kind == "full" and team.processes > 1:  # whole on every process, in bfloat16

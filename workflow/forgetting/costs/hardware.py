@@ -56,6 +56,11 @@ class Device:
         return self.name != "CPU"
 
     @property
+    def kind(self) -> str:
+        """What torch calls its like: cuda or cpu."""
+        return "cuda" if self.is_gpu else "cpu"
+
+    @property
     def usable(self) -> float:
         """Bytes that tensors may take: the driver, the libraries and fragments take the rest."""
         return 0.9 * self.memory

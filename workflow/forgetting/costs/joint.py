@@ -5,7 +5,7 @@ The study alone decides, not the machine, so that its results lie in the same fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 from forgetting.costs.shape import Shape, base_shape
@@ -67,14 +67,17 @@ def _passes(study: Study, shape: Shape, members: Sequence[Member]) -> list[list[
     return [[members[number] for number in part] for part in parts]
 
 
-def cohort_names(study: Study) -> dict[tuple[str, int], str]:
+def cohort_names(study: Study, joint: Mapping[str, Sequence[Member]]) -> dict[tuple[str, int], str]:
     """The cohort of every method and seed, which is the folder of its results too.
 
     `METHOD/seedN`, or `together-1` of several that are trained in one job.
+
+    Args:
+        joint: what `joint_cohorts` returns.
     """
     alone = {(t.name, seed): f"{t.name}/seed{seed}" for t in tunings(study) for seed in study.seeds}
     return alone | {
         (tuning.name, seed): together
-        for together, members in joint_cohorts(study).items()
+        for together, members in joint.items()
         for tuning, seed in members
     }

@@ -114,7 +114,7 @@ def runs_table(
             )
     table = pd.DataFrame(rows)
     integers = ["rank", "seed", "selected_step", "steps", "tokens", "trainable_parameters"]
-    integers.append("trained_together")
+    integers += ["trained_together"]
     return table.astype(dict.fromkeys(integers, "Int64") | {"budget": "float"})
 
 
