@@ -38,9 +38,10 @@ FILE_BYTES = 5 * 10**9
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All of the optimizer's state, by number of the parameter and name: `3.exp_avg`."""
     return {
-        f"{index}.{name}": tensor.detach()
+        # Adafactor counts its steps in a plain int.
+        f"{index}.{name}": torch.as_tensor(value).detach()
         for index, state in optimizer.state_dict()["state"].items()
-        for name, tensor in state.items()
+        for name, value in state.items()
     }
 
 
