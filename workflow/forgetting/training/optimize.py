@@ -46,14 +46,14 @@ def make_optimizer(
         for (ratio, own), weights in members.items()
     ]
     if training.optimizer == "adafactor":
-        return Adafactor(
+        adafactor: torch.optim.Optimizer = Adafactor(
             groups,
             lr=rate,
             weight_decay=decay,
             scale_parameter=training.scale_parameter,
             relative_step=False,
-            warmup_init=False,
         )
+        return adafactor
     if training.optimizer == "lionw":
         return LionW(groups, rate, training.decay_rates, decay)
     return torch.optim.AdamW(groups, betas=training.decay_rates, weight_decay=decay)
