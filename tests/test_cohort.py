@@ -31,7 +31,8 @@ from killing import Killed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Rows = list[dict[str, Any]]
-INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "versions": "c", "probe new": "p"}
+INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "versions": "c"}
+INPUTS |= {"probe new": "p"}
 LOW, MIDDLE, HIGH = (Setting(learning_rate=rate) for rate in (1e-3, 5e-3, 1e-2))
 
 
