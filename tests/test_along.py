@@ -85,7 +85,7 @@ def trained(
         materials = materials_of(base_folder, tokenizer, rows, **changes)
         spec = spec_of(tuning, settings, fused, **method)
         spec = spec.model_copy(update={"precision": precision})
-        inputs = {"base": "a", "train": "b", "code": "c"}
+        inputs = {"base": "a", "train": "b", "versions": "c"}
         return train_cohort([spec], materials, inputs, tmp_path / folder, lambda *_: None)
 
     return train

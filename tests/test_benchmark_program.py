@@ -53,7 +53,7 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
                 f"--base={tmp_path / 'base.json'}",
                 *(f"--rows={task}={tmp_path / 'rows' / task}" for task in TASKS),
                 *more,
-                "--code=0",
+                "--versions=benchmark 1",
                 f"--state={tmp_path / 'state'}",
                 f"--output={tmp_path / 'results'}",
             ]

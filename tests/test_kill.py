@@ -116,7 +116,7 @@ class Program:
         """The process id of a new start."""
         options = {
             "spec": told(self.spec),
-            "code": "c",
+            "versions": "c",
             "base": self.inputs / "base.json",
             "base-items": self.inputs / "base_items.parquet",
             "data": self.inputs,

@@ -549,7 +549,7 @@ def launched(
     ) -> subprocess.CompletedProcess[str]:
         options = {
             "spec": told(spec),
-            "code": "c",
+            "versions": "c",
             "base": tmp_path / "base.json",
             "base-items": tmp_path / "base.parquet",
             "data": data,

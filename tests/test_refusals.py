@@ -158,7 +158,7 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
     folder = tmp_path / "benchmarks" / "base"
     arguments = {"spec": json.dumps(spec), "base": tmp_path / "base.json"}
     arguments |= {"prompts": prompts, "output": folder.parent}
-    arguments |= {"code": "abc", "state": tmp_path / "state"}
+    arguments |= {"versions": "abc", "state": tmp_path / "state"}
     benchmark.main([f"--{name}={value}" for name, value in arguments.items()])
     assert read_json(folder / "record.json")["tasks"] == {"refusals": {"num_fewshot": 0}}
     scores, items, notes = benchmark_tables([folder], {"base": {"label": "base"}})

@@ -137,7 +137,7 @@ def _score(method: Sequence[str], folder: Path, *names: str, code: str = "0") ->
     benchmark.main(
         [
             *method,
-            f"--code={code}",
+            f"--versions={code}",
             f"--state={folder / 'state'}",
             f"--output={folder / 'results'}",
             "--models",

@@ -22,7 +22,7 @@ def general_tables(wildcards):
 
 def general_files(wildcards):
     """Their files."""
-    return [table_file(table) for table in general_tables(wildcards)]
+    return table_inputs(general_tables(wildcards))
 
 
 def cohort_spec(wildcards):
@@ -43,6 +43,13 @@ def cohort_spec(wildcards):
             }
             for tuning, seed in members(wildcards)
         ],
+    )
+
+
+def whole_tunings(wildcards):
+    """Digest of the methods with their defaults, which the specification leaves out."""
+    return content_key(
+        [tuning.model_dump(mode="json") for tuning, _ in members(wildcards)]
     )
 
 

@@ -27,9 +27,9 @@ rule cool_down:
         **SEVERAL_NODES,
         **sizes("cool_down", COSTS),
     params:
-        code=code("cool_down"),
-        # What trains is one code for trunks and branches.
-        trains=code("finetune"),
+        version=version("train", "evaluate"),
+        contents=lambda wildcards: table_contents(general_tables(wildcards)),
+        tunings=whole_tunings,
         spec=cohort_spec,
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
@@ -41,7 +41,7 @@ rule cool_down:
 
         python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
-            --code {params.trains} \
+            --versions {params.version:q} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \

@@ -37,7 +37,12 @@ rule finetune:
         **SEVERAL_NODES,
         **sizes("finetune", COSTS),
     params:
-        code=code("finetune"),
+        version=version("train", "evaluate", *(["benchmark"] if ALONG else [])),
+        contents=lambda wildcards: [
+            table_contents(general_tables(wildcards)),
+            rows_contents(ALONG),
+        ],
+        tunings=whole_tunings,
         spec=cohort_spec,
         targets=target_options,
         data=subpath(input.train, parent=True),
@@ -49,7 +54,7 @@ rule finetune:
 
         python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
-            --code {params.code} \
+            --versions {params.version:q} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \

@@ -19,7 +19,7 @@ rule select_checkpoint:
     conda:
         "../../envs/environment.yaml"
     params:
-        code=code("select_checkpoint"),
+        version=version("select"),
         spec=lambda wildcards: as_json(
             sections("selection", "seeds"),
             tuning=TUNINGS[wildcards.method].model_dump(mode="json"),
@@ -55,7 +55,7 @@ rule interpolate:
     resources:
         **sizes("interpolate", COSTS),
     params:
-        code=code("interpolate"),
+        version=version("evaluate"),
         chosen=chosen_options,
         targets=target_options,
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),

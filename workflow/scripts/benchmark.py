@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
-    parser.add_argument("--code", required=True, help="digest of the code that scores")
+    parser.add_argument("--versions", required=True, help="version of the stage")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument(
         "--rows", action="append", default=[], help="TASK=FOLDER, its folder of SPLIT.jsonl"
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
     rows = {task: Path(folder) for task, folder in (named.split("=", 1) for named in options.rows)}
-    scorer = Scorer(spec, read_json(options.base), rows, options.prompts, options.code)
+    scorer = Scorer(spec, read_json(options.base), rows, options.prompts, options.versions)
     for chosen in chosen_models(options.selection, options.checkpoints, options.models):
         finished: Path = options.state / scorer.key(chosen)
         if not finished.exists():
@@ -124,7 +124,7 @@ class Scorer:
         base: Mapping[str, Any],
         rows: Mapping[str, Path],
         prompts: Path | None,
-        code: str,
+        versions: str,
     ) -> None:
         self.spec, self.base, self.prompts = spec, base, prompts
         self.rows = rows
@@ -141,7 +141,7 @@ class Scorer:
             "rows": self.digests,
             "prompts": sha256(prompts) if prompts else None,
             "precision": str(self.precision),
-            "code": code,
+            "versions": versions,
         }
 
     def key(self, chosen: Chosen) -> str:

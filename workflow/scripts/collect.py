@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pandas as pd
 
 from forgetting.costs.calibrate import by_method
 from forgetting.costs.joint import cohort_names, joint_cohorts
+from forgetting.machine import code_revision
 from forgetting.records import (
     InputError,
     content_key,
@@ -40,6 +40,7 @@ from forgetting.sections.measurement import TEXT_PROBE
 from forgetting.settings.load import load_study
 from forgetting.settings.plan import budget_name, scored_models, selected_models, tunings
 from forgetting.settings.study import Study
+from forgetting.versions import VERSIONS, stage_versions
 
 STUDIES = Path(__file__).parents[2] / "config" / "studies"
 
@@ -197,6 +198,11 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
     executed = [read_json(folder / "outcomes.json") for folder in wrote]
     return {
         "code_revision": code_revision(),
+        # Results that another commit made are kept while the versions of their stages are equal.
+        "code_revision_of_runs": ", ".join(
+            sorted({record["machine"].get("code_revision", "unknown") for record in records})
+        ),
+        "stage_versions": stage_versions(*VERSIONS),
         "packages": {
             name: ", ".join(sorted({record["machine"]["packages"][name] for record in records}))
             for name in records[0]["machine"]["packages"]
@@ -223,22 +229,6 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
             ),
         },
     }
-
-
-def code_revision() -> str:
-    """The commit of this workflow, marked where files were changed since; `unknown` without git."""
-    folder = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip()
 
 
 if __name__ == "__main__":

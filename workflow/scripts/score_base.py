@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from forgetting.benchmarks import asking
+from forgetting.benchmarks.along import add_along_options, read_along
 from forgetting.data.origins import Origins
 from forgetting.data.rows import joined_text
 from forgetting.encoding.encode import encode_pair
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="table of the general text")
     parser.add_argument("--targets", type=Path, help="output: the base's predictions on the text")
     parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
-    asking.add_options(parser)
+    add_along_options(parser)
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if spec.must_reach and spec.metric.startswith("rouge"):
         check_references(lengths[spec.watched], spec.watched, spec.measurement.max_new_tokens)
-    targets, text, along = None, spec.general_text, asking.read_along(options, tokenizer)
+    targets, text, along = None, spec.general_text, read_along(options, tokenizer)
     with autocast(device, pick_precision(spec.precision, device)):
         items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
         items["reference_tokens"] = [length for name in probes for length in lengths[name]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from forgetting.benchmarks import asking
+from forgetting.benchmarks.along import add_along_options, read_along
 from forgetting.data.origins import Origins
 from forgetting.data.rows import general_rows, prepared_lines
 from forgetting.models.loading import load_tokenizer, pick_device, pick_precision
@@ -35,7 +35,7 @@ class Job:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every job that trains."""
     parser.add_argument("--spec", required=True, help="JSON: the study, and methods with seeds")
-    parser.add_argument("--code", required=True, help="digest of the code that trains")
+    parser.add_argument("--versions", required=True, help="versions of the stages that it runs")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
     )
     parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
-    asking.add_options(parser)
+    add_along_options(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
@@ -63,7 +63,7 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
     named = spec.tuning.mitigation.tables if spec.tuning.mitigation else []
     general = dict(zip(named, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    along = asking.read_along(options, tokenizer)
+    along = read_along(options, tokenizer)
     materials = Materials(
         base=Path(base["path"]),
         tokenizer=tokenizer,
@@ -86,11 +86,11 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
         "base": base["identity"],
         "train": sha256(options.data / "train.jsonl"),
         "precision": str(precision),
-        "code": options.code,
+        "versions": options.versions,
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
         **({"text": sha256(options.targets)} if options.targets else {}),
-        **({"benchmarks": f"{along.digest} {options.along_code}"} if along else {}),
+        **({"benchmarks": along.digest} if along else {}),
     }
     return Job(specs, materials, inputs)
 

@@ -78,7 +78,7 @@ def tokenized(
 
     def read(table: str, rows: Iterable[Row], digest: str | None, blocks: bool) -> Stored:
         decided = {"digest": digest, "prompt": spec.prompt.model_dump(), "blocks": blocks}
-        decided |= {name: inputs.get(name) for name in ("base", "code")}
+        decided |= {name: inputs.get(name) for name in ("base", "versions")}
         decided |= {name: getattr(spec.training, name) for name in ("max_length", "packing")}
         if table in spec.columns:
             decided["columns"] = spec.columns[table].model_dump()
