@@ -30,6 +30,14 @@ REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Make `os.fsync` do nothing: no test cuts the power, and some write many checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Threads that wait for each other cost more than models of this size gain by them."""
