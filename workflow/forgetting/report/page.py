@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
     environment.filters.update(FILTERS)
     kinds = _kinds(tables)
     scripts = [
-        _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)),
+        _vega(),
         _asset("page.js"),
     ]
     said, qualified = answer(tables)
@@ -173,6 +174,12 @@ def _data_url(frame: pd.DataFrame) -> str:
 
 def _inline(script: str) -> Markup:
     return Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+@cache
+def _vega() -> Markup:
+    """Vega, Vega-Lite and Vega-Embed as one script, the same on every page."""
+    return _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE))
 
 
 def _asset(name: str) -> Markup:
