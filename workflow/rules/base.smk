@@ -83,13 +83,14 @@ else:
             contents=lambda wildcards: model_contents(),
             folder=model_folder(),
             origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
+            downloaded=[] if is_local(STUDY.base.model) else "--downloaded",
         shell:
             r"""
             exec &> >(tee {log:q})
 
             python "$SCRIPTS"/adopt_base.py \
                 --model {params.folder:q} \
-                --origin {params.origin:q} \
+                --origin {params.origin:q} {params.downloaded} \
                 --output {output:q}
             """
 

@@ -37,7 +37,7 @@ rule benchmark:
         prompts=table_inputs(prompt_tables()),
         selection=f"{RESULTS}/selection/{{method}}.json",
         # The digests in the selection tell whether they are others.
-        checkpoints=ancient(f"{RESULTS}/selected/{{method}}"),
+        checkpoints=ancient(f"{RESULTS}/selected/{{method}}/index.json"),
     output:
         results=expand(
             f"{RESULTS}/benchmarks/{{{{method}}}}/{{name}}/{{file}}",
@@ -62,7 +62,7 @@ rule benchmark:
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=lambda wildcards, input: [
             f"--selection={input.selection}",
-            f"--checkpoints={input.checkpoints}",
+            f"--checkpoints={RESULTS}/selected/{wildcards.method}",
             "--models",
             *SCORED,
         ],

@@ -59,19 +59,35 @@ SEVERAL_NODES = (
 )
 
 
+def cohorts(methods):
+    """The names of every cohort that some methods are in."""
+    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
+    return list(dict.fromkeys(names))
+
+
+def branches(methods):
+    """The names of every job that trains branches of some methods."""
+    return [
+        f"{method}/seed{seed}/{budget}"
+        for method in methods
+        for seed in STUDY.seeds
+        for budget in BUDGETS
+    ]
+
+
 def trained(file, methods):
     """A file of every cohort that some methods are in."""
-    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
-    return [f"{RESULTS}/cohorts/{name}/{file}" for name in dict.fromkeys(names)]
+    return [f"{RESULTS}/cohorts/{name}/{file}" for name in cohorts(methods)]
 
 
 def finished(file, methods):
     """A file of every job whose runs are results: of cohorts, or of their budgets' branches."""
     if not BUDGETS:
         return trained(file, methods)
-    return [
-        f"{RESULTS}/branches/{method}/seed{seed}/{budget}/{file}"
-        for method in methods
-        for seed in STUDY.seeds
-        for budget in BUDGETS
-    ]
+    return [f"{RESULTS}/branches/{name}/{file}" for name in branches(methods)]
+
+
+def checkpoint_records(methods):
+    """The files that say where the checkpoints of those runs are."""
+    names = branches(methods) if BUDGETS else cohorts(methods)
+    return [f"{RESULTS}/state/checkpoints/{name}.json" for name in names]

@@ -40,6 +40,7 @@ from forgetting.costs.site import read_site
 from forgetting.costs.sizing import check_spans, misfits, sizes, threads
 from forgetting.data.hub import HUB_ROWS
 from forgetting.data.table_files import find_table
+from forgetting.digests import COPIES
 from forgetting.inputs import content_digest, model_files
 from forgetting.leftovers import end_leftovers
 from forgetting.records import InputError, content_key, sha256_of_all
@@ -54,6 +55,10 @@ from forgetting.settings.plan import (
     tunings,
 )
 from forgetting.versions import source_digest, stage_versions
+
+if getattr(workflow.storage_settings, "default_storage_provider", None):
+    # Jobs then get copies of their inputs, without the hidden files that record digests.
+    os.environ[COPIES] = "1"
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"
@@ -300,7 +305,7 @@ def chosen_inputs(wildcards):
     method = Path(wildcards.model).parent
     return {
         "selection": f"{RESULTS}/selection/{method}.json",
-        "checkpoints": ancient(f"{RESULTS}/selected/{method}"),
+        "checkpoints": ancient(f"{RESULTS}/selected/{method}/index.json"),
     }
 
 
@@ -308,6 +313,6 @@ def chosen_options(wildcards, input):
     """The options that name a tuned model."""
     return [
         f"--selection={input.selection}",
-        f"--checkpoints={input.checkpoints}",
+        f"--checkpoints={RESULTS}/selected/{Path(wildcards.model).parent}",
         f"--seed={Path(wildcards.model).name.removeprefix('seed')}",
     ]

@@ -18,6 +18,7 @@ rule cool_down:
     output:
         scored=f"{RESULTS}/branches/{{method}}/seed{{seed}}/{{budget}}/items.parquet",
         runs=f"{RESULTS}/branches/{{method}}/seed{{seed}}/{{budget}}/runs.json",
+        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}/seed{{seed}}/{{budget}}.json",
     log:
         f"{LOGS}/cool_down/{{method}}-seed{{seed}}-{{budget}}.log",
     conda:
@@ -51,5 +52,6 @@ rule cool_down:
             --budget {params.budget} \
             --state {params.state:q} \
             --items {output.scored:q} \
-            --runs {output.runs:q}
+            --runs {output.runs:q} \
+            --checkpoints {output.checkpoints:q}
         """

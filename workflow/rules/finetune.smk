@@ -28,6 +28,8 @@ rule finetune:
             else []
         ),
         runs=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
+        # In the state: where that is deleted, what needs a checkpoint trains the runs again.
+        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}/seed{{seed}}.json",
     log:
         f"{LOGS}/finetune/{{method}}-seed{{seed}}.log",
     conda:
@@ -63,7 +65,8 @@ rule finetune:
             {params.along:q} --benchmarks {output.benchmarks:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
-            --runs {output.runs:q}
+            --runs {output.runs:q} \
+            --checkpoints {output.checkpoints:q}
         """
 
 
@@ -73,6 +76,7 @@ use rule finetune as finetune_together with:
         scored=f"{RESULTS}/cohorts/{{method}}/items.parquet",
         benchmarks=f"{RESULTS}/cohorts/{{method}}/benchmarks.parquet" if ALONG else [],
         runs=f"{RESULTS}/cohorts/{{method}}/runs.json",
+        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}.json",
     log:
         f"{LOGS}/finetune/{{method}}.log",
     wildcard_constraints:

@@ -17,6 +17,7 @@ from forgetting.records import (
     InputError,
     content_key,
     read_json,
+    read_table,
     tells_input_errors,
     write_atomically,
     write_json,
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if study.selection.wise_ft:
         folder = options.results / "wise_ft"
         scaled = [folder / model / "items.parquet" for model in selected_models(study)]
-        tables["wise_ft"] = pd.concat(map(pd.read_parquet, scaled))
+        tables["wise_ft"] = pd.concat(map(read_table, scaled))
 
     write_atomically(options.results / "study.json", study.model_dump_json(indent=2) + "\n")
     for title, table in tables.items():
@@ -116,7 +117,7 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
     methods, budgets = tunings(study), study.training.budgets
 
     def read_items(table: str, folders: list[Path]) -> list[pd.DataFrame]:
-        frames = [pd.read_parquet(folder / f"{table}.parquet") for folder in folders]
+        frames = [read_table(folder / f"{table}.parquet") for folder in folders]
         return in_order(frames, methods, study.seeds)
 
     cohorts = list(dict.fromkeys(cohort_names(study, joint_cohorts(study)).values()))
@@ -128,18 +129,20 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
     ]
     files = [results / "selection" / f"{tuning.name}.json" for tuning in methods]
     selection = pd.DataFrame([row for file in files for row in read_json(file)])
-    selection = selection.drop(columns=["files", "ends"], errors="ignore")
+    selection = selection.drop(
+        columns=["files", "checkpoint", "checkpoints", "ends"], errors="ignore"
+    )
     return Found(
         base=read_json(results / "base" / "base.json"),
         data_notes=read_json(results / "data" / "data.json")["notes"],
         records=read_records(branches or trained),
         trunks=read_records(trained) if branches else [],
         selection=selection.astype({"step": "Int64", "epoch": "float", "value": "float"}),
-        base_items=pd.read_parquet(results / "base" / "items.parquet"),
+        base_items=read_table(results / "base" / "items.parquet"),
         items=read_items("items", branches or trained),
         models=[results / "benchmarks" / model for model in models],
         along=[
-            pd.read_parquet(results / "base" / "benchmarks.parquet"),
+            read_table(results / "base" / "benchmarks.parquet"),
             *read_items("benchmarks", trained),
         ]
         if study.benchmarks.along

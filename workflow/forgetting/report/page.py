@@ -46,9 +46,11 @@ def write_report(tables: Tables, page: Path, folder: Path) -> None:
     }
     for name, spec in specs.items():
         svg = static_svg(spec, _kinds(tables))
-        write_atomically(folder / f"{name}.svg", svg)
-        write_atomically(folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
-    write_atomically(page, render(tables, specs))
+        write_atomically(folder / f"{name}.svg", svg, recorded=False)
+        write_atomically(
+            folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2), recorded=False
+        )
+    write_atomically(page, render(tables, specs), recorded=False)
 
 
 def spec_of(chart: alt.ConcatChart) -> dict[str, Any]:

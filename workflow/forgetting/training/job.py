@@ -8,13 +8,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from forgetting.benchmarks.along import add_along_options, read_along
 from forgetting.data.origins import Origins
-from forgetting.data.rows import general_rows, prepared_lines
+from forgetting.data.rows import general_rows, prepared_lines, read_prepared
+from forgetting.models.base import read_base
 from forgetting.models.loading import load_tokenizer, pick_device, pick_precision
-from forgetting.records import read_json, read_jsonl, sha256
+from forgetting.records import read_table, sha256
 from forgetting.scoring.drift import load_targets
 from forgetting.scoring.scores import metric_value
 from forgetting.training.checkpoints import Progress
@@ -47,6 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
+    parser.add_argument(
+        "--checkpoints", type=Path, required=True, help="output: folders of the runs (JSON)"
+    )
 
 
 def read_job(options: argparse.Namespace, team: Team) -> Job:
@@ -56,7 +58,7 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
     specs = [CohortSpec.model_validate(told | member) for member in members]
     # But for method and seed all are alike.
     spec = specs[0]
-    base = read_json(options.base)
+    base = read_base(options.base)
     device = pick_device()
     precision = pick_precision(spec.precision, device)
     probe_files = {name: options.data / "probes" / f"{name}.jsonl" for name in spec.knowledge}
@@ -66,11 +68,12 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
     along = read_along(options, tokenizer)
     materials = Materials(
         base=Path(base["path"]),
+        parameters=base["parameters"],
         tokenizer=tokenizer,
         train=prepared_lines(options.data / "train.jsonl"),
-        probes={name: read_jsonl(path) for name, path in probe_files.items()},
+        probes={name: read_prepared(path) for name, path in probe_files.items()},
         base_value=metric_value(
-            pd.read_parquet(options.base_items), spec.selection.probe, spec.selection.metric
+            read_table(options.base_items), spec.selection.probe, spec.selection.metric
         ),
         device=device,
         precision=precision,

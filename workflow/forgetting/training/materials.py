@@ -59,6 +59,8 @@ class Materials:
     along: Callable[[Model], pd.DataFrame] | None = None
     """Asks a model the benchmarks of every evaluation, if there are any."""
     team: Team = ALONE
+    parameters: int | None = None
+    """How many the base has, by its record."""
     where: Where = str
     """For messages: the file and the line of a row."""
 

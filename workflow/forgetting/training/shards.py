@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from forgetting.models.loading import Model
 from forgetting.models.tuned import WEIGHTS, save_tensors
-from forgetting.records import InputError, write_json
+from forgetting.records import InputError, replacing, write_json
 from forgetting.training.team import Team
 
 SHARDS = "shards"
@@ -144,9 +144,8 @@ def join_shards(checkpoint: Path) -> None:
             for name in held
         }
         load(tensors, storage_reader=reader, no_dist=True)
-        partial = checkpoint / f".{file}"
-        save_tensors(tensors, partial)
-        partial.rename(checkpoint / file)
+        with replacing(checkpoint / file) as temporary:
+            save_tensors(tensors, temporary)
         index |= dict.fromkeys(held, file)
     if len(files) > 1:
         about = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
