@@ -13,7 +13,7 @@ PYTHON ?= $(shell mine='$(CURDIR)/.venv/bin:'; PATH="$${PATH//"$$mine"/}"; \
 	for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
 		&& command -v $$name && break; done)
-MARKERS ?= not slow and not slurm and not gpu
+MARKERS ?= not slow and not long and not slurm and not gpu
 # Processes that run tests side by side, of one thread each. Tests of SLURM share one cluster, which
 # some of them break: they run one after another.
 WORKERS ?= $(if $(findstring not slurm,$(MARKERS)),2,0)
@@ -69,7 +69,7 @@ dry-runs: $(READY) ## plan every study under both profiles, offline
 # made once, and one that has no tests left takes half of those that another still has. With loadfile
 # or loadscope a long file that comes late keeps one worker busy while the other waits.
 .PHONY: test
-test: $(READY) ## the tests; MARKERS="slow" runs the long ones, TESTS=... some
+test: $(READY) ## the fast tests; MARKERS="(slow or long) and not slurm": the others; TESTS=... some
 	pytest -m "$(MARKERS)" -n $(WORKERS) --dist worksteal $(TESTS)
 
 .PHONY: bench-train
