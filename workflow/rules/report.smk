@@ -69,7 +69,8 @@ rule collect:
     params:
         version=version("tables"),
         # A study may be longer than an argument of a program, 128 KiB: it is resolved once more.
-        asked=lambda wildcards: json.dumps(config),
+        # Where it lies is no reason to run again, so the parameter is made from the output.
+        asked=lambda wildcards, output: json.dumps(config),
         digest=content_key(STUDY.model_dump(mode="json")),
         results=subpath(output.resolved, parent=True),
         folder=subpath(output.study, parent=True),
