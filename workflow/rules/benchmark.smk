@@ -23,8 +23,8 @@ rule download_benchmark:
         exec &> >(tee {log:q})
 
         HF_HUB_OFFLINE=0 python "$SCRIPTS"/download_benchmark.py \
-            --task {wildcards.task} \
-            --revision {wildcards.revision} \
+            --task {wildcards.task:q} \
+            --revision {wildcards.revision:q} \
             --output {output:q}
         """
 
@@ -34,7 +34,7 @@ rule benchmark:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=prompt_files(),
+        prompts=lambda wildcards: prompt_files(),
         selection=f"{RESULTS}/selection/{{method}}.json",
         # The digests in the selection tell whether they are others.
         checkpoints=ancient(f"{RESULTS}/selected/{{method}}"),
@@ -54,7 +54,7 @@ rule benchmark:
     params:
         code=code("benchmark"),
         spec=lambda wildcards: benchmark_spec(),
-        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
+        rows=row_options,
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=lambda wildcards, input: [
             f"--selection={input.selection}",
@@ -70,7 +70,7 @@ rule benchmark:
 
         python "$SCRIPTS"/benchmark.py \
             --spec {params.spec:q} \
-            --code {params.code} \
+            --code {params.code:q} \
             --base {input.base:q} \
             {params.rows:q} {params.prompts:q} {params.chosen:q} \
             --state {params.state:q} \
@@ -83,7 +83,7 @@ use rule benchmark as benchmark_base with:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=prompt_files(),
+        prompts=lambda wildcards: prompt_files(),
     output:
         results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
     log:
@@ -94,7 +94,7 @@ use rule benchmark as benchmark_base with:
     params:
         code=code("benchmark"),
         spec=lambda wildcards: benchmark_spec(),
-        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
+        rows=row_options,
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=[],
         state=f"{RESULTS}/state/benchmarks",
@@ -126,7 +126,7 @@ rule execute_programs:
 
         python "$SCRIPTS"/execute_programs.py \
             --programs {input:q} \
-            --sandbox {params.sandbox} \
-            --workers {threads} \
+            --sandbox {params.sandbox:q} \
+            --workers {threads:q} \
             --output {output:q}
         """
