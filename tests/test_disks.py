@@ -18,7 +18,9 @@ import pytest
 from safetensors import SafetensorError
 
 from disks import read_only_disk, small_disk
+from forgetting.data.hub import fetch_model
 from forgetting.records import (
+    PARTIAL,
     InputError,
     replacing,
     replacing_folder,
@@ -152,5 +154,17 @@ def test_programs_leave_nothing_half_written(
         told = _told(_program(name).main, arguments, capsys)
         assert str(target) in told
         assert ("No space left" if size else "Read-only") in told
-        assert not list(target.rglob(".*"))
-        assert not (target / "model").exists()
+        assert not list(target.rglob(f"*{PARTIAL}"))
+        assert not list(target.glob("*model*"))
+
+
+def test_a_download_to_a_full_disk_does_not_blame_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cache/blobs/1")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    told = "cache/blobs/1: not written: No space left on device; make room there"
+    with pytest.raises(InputError, match=f"^{told}$"):
+        fetch_model("owner/name", "0" * 40, tmp_path)

@@ -10,22 +10,25 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from forgetting.queue import ask, queued
+from forgetting.occupancy import SUBMITTED, is_occupied
+from forgetting.queue import Queued, ask, queued
 from forgetting.records import InputError
 
 PATIENCE = 120.0
 """Seconds in which a cancelled job is gone: SLURM kills after KillWait, by default 30."""
 
 
-def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[str]:
-    """Cancel the jobs that another snakemake has left in this folder; what is to be told of it.
+def end_leftovers(folder: Path, logs: Path, results: Path, patience: float = PATIENCE) -> list[str]:
+    """Cancel the jobs that a killed snakemake has left for this study; return what to tell of it.
 
-    Called by a snakemake that holds the folder's lock. Where others hold it too, for other targets,
-    the jobs may be theirs, and are left alone.
+    Called by a snakemake that holds the folder of the study's results. Jobs that were submitted for
+    other studies are left alone; so are those of which nobody knows for which, while another study
+    is run here.
 
     Args:
         folder: where snakemake runs, and its jobs.
         logs: where SLURM writes their logs; without it there never was such a job.
+        results: folder of the study's results.
         patience: seconds to wait until they have ended.
 
     Raises:
@@ -36,11 +39,19 @@ def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[
     found = queued(folder)
     if found is None:
         return ["squeue does not answer: jobs of a killed snakemake may still run here"]
+    siblings = [other for other in results.parent.glob("*") if other.name != results.name]
+    ours = _submitted(results)
+    theirs = {number for other in siblings for number in _submitted(other)} - ours
+    found = [job for job in found if job.number not in theirs]
+    notes = []
+    if any(is_occupied(other) for other in siblings):
+        unknown = [job for job in found if job.number not in ours]
+        found = [job for job in found if job.number in ours]
+        if unknown:
+            told = _named(unknown)
+            notes = [f"left alone, as another snakemake may wait for them: SLURM jobs {told}"]
     if not found:
-        return []
-    told = ", ".join(f"{job.number} ({job.purpose})" for job in found)
-    if locks(folder) != 1:
-        return [f"left alone, as another snakemake may wait for them: SLURM jobs {told}"]
+        return notes
     numbers = [job.number for job in found]
     ask("scancel", *numbers)
     deadline = time.monotonic() + patience
@@ -51,7 +62,21 @@ def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[
                 f"jobs {', '.join(left)}; start again when squeue no longer shows them"
             )
         time.sleep(1.0)
-    return [f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"]
+    told = _named(found)
+    cancelled = f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"
+    return [*notes, cancelled]
+
+
+def _named(jobs: list[Queued]) -> str:
+    return ", ".join(f"{job.number} ({job.purpose})" for job in jobs)
+
+
+def _submitted(results: Path) -> set[str]:
+    """Numbers of all jobs that were submitted for a study, also of those that have ended."""
+    try:
+        return set((results / SUBMITTED).read_text(encoding="utf-8").split())
+    except OSError:
+        return set()
 
 
 def _left(folder: Path, numbers: list[str]) -> list[str]:
@@ -59,8 +84,3 @@ def _left(folder: Path, numbers: list[str]) -> list[str]:
     found = queued(folder)
     known = {job.number for job in found or []}
     return [number for number in numbers if found is None or number in known]
-
-
-def locks(folder: Path) -> int:
-    """How many snakemakes hold files of a folder, the one that asks among them."""
-    return len([*(folder / ".snakemake" / "locks").glob("*.output.lock")])

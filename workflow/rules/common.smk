@@ -42,6 +42,15 @@ from forgetting.data.hub import HUB_ROWS
 from forgetting.data.table_files import find_table
 from forgetting.fingerprint import code_digest
 from forgetting.leftovers import end_leftovers
+from forgetting.occupancy import (
+    JOBS,
+    SUBMITTED,
+    check_jobs,
+    check_owner,
+    occupy,
+    occupy_downloads,
+    study_origin,
+)
 from forgetting.records import InputError, content_key, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.settings.check import check_inputs
@@ -58,6 +67,8 @@ STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"
 try:
     NAME, STUDY = load_study(config, STUDIES)
+    ORIGIN = study_origin(study_source(config, STUDIES).path, STUDIES)
+    check_owner(Path("results", NAME), ORIGIN)
     check_inputs(STUDY, study_source(config, STUDIES).at)
     COSTS = Costs(STUDY, read_site(SITE))
     check_spans(COSTS)
@@ -68,6 +79,10 @@ except InputError as error:
 
 RESULTS = f"results/{NAME}"
 LOGS = f"logs/{NAME}"
+os.environ.update(
+    FORGETTING_JOBS_LOCK=str(Path(RESULTS, JOBS).absolute()),
+    FORGETTING_SUBMITTED=str(Path(RESULTS, SUBMITTED).absolute()),
+)
 TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
 BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
@@ -172,6 +187,11 @@ def rows_inputs(tasks):
             else HUB_ROWS[same_rows(task)].splits
         )
     ]
+
+
+def row_options(wildcards):
+    """Return the options that name the folder of each benchmark's rows."""
+    return [f"--rows={task}={task_folder(task)}" for task in TASKS]
 
 
 def prompt_files():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from forgetting.records import InputError, replacing
+from forgetting.records import InputError, disk_fault, replacing
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,9 @@ def fetch_model(model: str, revision: str, folder: Path) -> None:
 
 
 def _unreachable(name: str, revision: str, error: Exception) -> InputError:
+    if (fault := disk_fault(error)) is not None:
+        where = getattr(error, "filename", None) or name
+        return InputError(f"{where}: not written: {fault}")
     told = str(error).strip().splitlines()
     return InputError(
         f"{name} at {revision} cannot be fetched from the hub: {ADVICE} "
