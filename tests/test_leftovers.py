@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from forgetting.leftovers import end_leftovers
-from forgetting.occupancy import OWNER, SUBMITTED
+from forgetting.occupancy import OWNER
+from forgetting.queue import SUBMITTED
 from forgetting.records import InputError
 
 RUN = "77f8388a-2830-4ec5-8d0f-610fb311e0e6"

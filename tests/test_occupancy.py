@@ -21,6 +21,7 @@ from forgetting.occupancy import (
     check_jobs,
     check_owner,
     is_occupied,
+    occupy_downloads,
     study_origin,
 )
 from forgetting.records import InputError
@@ -237,12 +238,36 @@ def test_two_studies_run_side_by_side(tmp_path: Path) -> None:
     assert "The first" in pages["one"]
     assert "The second" in pages["two"]
     assert (reports / "tradeoff.html").read_text() in pages.values()
-    for name in ("one", "two", "one"):
+    for name in ("one", "two"):
         assert list((reports / f"{name}-figures").glob("*.svg"))
         told = _ended(_snakemake(tmp_path, f"{name}.yaml", "--cores", "1"))
         assert "rule finetune:" not in told
         assert (reports / "tradeoff.html").read_text() == pages[name]
-        told = _ended(_snakemake(tmp_path, f"{name}.yaml", "--cores", "1", "--dry-run"))
-        assert "Nothing to be done" in told
+    told = _ended(_snakemake(tmp_path, "two.yaml", "--cores", "1", "--dry-run"))
+    assert "Nothing to be done" in told
     owner = json.loads((tmp_path / "results" / "two" / OWNER).read_text())
     assert owner == {"study": "two.yaml"}
+
+
+def test_a_download_is_made_by_one_snakemake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Snakemake removes what is there before it downloads, under those who read it already."""
+    monkeypatch.chdir(tmp_path)
+    model = "resources/models/owner/name/revision"
+    program = HOLD.replace(
+        "occupy(Path(sys.argv[1]), sys.argv[2])", "occupy_downloads(sys.argv[1:])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program.replace("import occupy", "import occupy_downloads"), model],
+        env=os.environ | {"PYTHONPATH": str(LIBRARY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        occupy_downloads(["resources/models/owner/other/revision"])
+        with pytest.raises(InputError, match=f"{model}: another snakemake downloads it"):
+            occupy_downloads([model])
+        process.kill()
+    occupy_downloads([model])

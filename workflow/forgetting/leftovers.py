@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from forgetting.occupancy import SUBMITTED, is_occupied
-from forgetting.queue import Queued, ask, queued
+from forgetting.occupancy import others_occupied
+from forgetting.queue import Queued, ask, queued, submitted
 from forgetting.records import InputError
 
 PATIENCE = 120.0
@@ -36,15 +36,12 @@ def end_leftovers(folder: Path, logs: Path, results: Path, patience: float = PAT
     """
     if not logs.is_dir():
         return []
-    found = queued(folder)
+    found = queued(folder, results)
     if found is None:
         return ["squeue does not answer: jobs of a killed snakemake may still run here"]
-    siblings = [other for other in results.parent.glob("*") if other.name != results.name]
-    ours = _submitted(results)
-    theirs = {number for other in siblings for number in _submitted(other)} - ours
-    found = [job for job in found if job.number not in theirs]
+    ours = submitted(results)
     notes = []
-    if any(is_occupied(other) for other in siblings):
+    if others_occupied(results):
         unknown = [job for job in found if job.number not in ours]
         found = [job for job in found if job.number in ours]
         if unknown:
@@ -55,7 +52,7 @@ def end_leftovers(folder: Path, logs: Path, results: Path, patience: float = PAT
     numbers = [job.number for job in found]
     ask("scancel", *numbers)
     deadline = time.monotonic() + patience
-    while left := _left(folder, numbers):
+    while left := _left(folder, results, numbers):
         if time.monotonic() > deadline:
             raise InputError(
                 "jobs of a killed snakemake were cancelled, but are not known to have ended: SLURM "
@@ -71,16 +68,8 @@ def _named(jobs: list[Queued]) -> str:
     return ", ".join(f"{job.number} ({job.purpose})" for job in jobs)
 
 
-def _submitted(results: Path) -> set[str]:
-    """Numbers of all jobs that were submitted for a study, also of those that have ended."""
-    try:
-        return set((results / SUBMITTED).read_text(encoding="utf-8").split())
-    except OSError:
-        return set()
-
-
-def _left(folder: Path, numbers: list[str]) -> list[str]:
+def _left(folder: Path, results: Path, numbers: list[str]) -> list[str]:
     """Those of the jobs that are still in the queue; all, if the controller does not answer."""
-    found = queued(folder)
+    found = queued(folder, results)
     known = {job.number for job in found or []}
     return [number for number in numbers if found is None or number in known]

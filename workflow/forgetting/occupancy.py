@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,8 +22,6 @@ OWNER = "owner.json"
 """In a folder of results: names the study file; the snakemake that writes there has locked it."""
 JOBS = "jobs.lock"
 """Locked by every program that writes there: so it is known when one outlives its snakemake."""
-SUBMITTED = "slurm-jobs.txt"
-"""In a folder of results: numbers of the jobs of SLURM that were submitted for it, a line each."""
 _HELD: list[int] = []
 """Locked files; closing one would free it."""
 
@@ -119,6 +118,12 @@ def occupy_downloads(paths: Iterable[str]) -> None:
         _HELD.append(handle)
 
 
+def others_occupied(folder: Path) -> bool:
+    """Does a snakemake hold the results of another study?"""
+    others = [other for other in folder.parent.glob("*") if other.name != folder.name]
+    return any(map(is_occupied, others))
+
+
 def is_occupied(folder: Path) -> bool:
     """Does a snakemake hold this folder of results?"""
     if not (folder / OWNER).is_file():
@@ -139,6 +144,6 @@ def _locked(path: Path) -> int | None:
         os.close(handle)
         return None
     except OSError:
-        # A file system without locks.
-        pass
+        told = "this file system has no locks; do not start a study twice at the same time"
+        print(f"warning: {path}: {told}", file=sys.stderr)
     return handle

@@ -44,13 +44,13 @@ from forgetting.fingerprint import code_digest
 from forgetting.leftovers import end_leftovers
 from forgetting.occupancy import (
     JOBS,
-    SUBMITTED,
     check_jobs,
     check_owner,
     occupy,
     occupy_downloads,
     study_origin,
 )
+from forgetting.queue import SUBMITTED
 from forgetting.records import InputError, content_key, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.settings.check import check_inputs
