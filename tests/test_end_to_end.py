@@ -147,7 +147,7 @@ def test_a_study_ends_in_tables_and_a_page_and_is_then_done(finished: Path) -> N
     page = (finished / "reports" / "tradeoff.html").read_text(encoding="utf-8")
     assert len(page) > 100_000
     assert "<html" in page[:200]
-    assert list((finished / "reports" / "figures").glob("*.svg"))
+    assert list((finished / "reports" / "mini-figures").glob("*.svg"))
 
     tables = _tables(finished)
     assert len(tables["runs"]) == 7  # the base, and 3 methods of 2 learning rates
@@ -186,7 +186,7 @@ def _forget(folder: Path, *methods: str) -> None:
             shutil.rmtree(folder / RESULTS / part / method)
         (folder / RESULTS / "selection" / f"{method}.json").unlink()
     shutil.rmtree(folder / RESULTS / "tables")
-    (folder / "reports" / "tradeoff.html").unlink()
+    (folder / "reports" / "mini.html").unlink()
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_a_study_with_budgets_tells_what_every_duration_does(tmp_path: Path) -> 
     shutil.rmtree(state / "budget2" / "full")
     shutil.rmtree(folder / results / "branches" / "full" / "seed0" / "budget2")
     shutil.rmtree(folder / results / "tables")
-    (folder / "reports" / "tradeoff.html").unlink()
+    (folder / "reports" / f"{results.name}.html").unlink()
     newest = "full/seed0/*/*/step-0000003/progress.json"
     _kill_program(
         folder, "cool_down.py", lambda: any((state / "budget2").glob(newest)), study=study

@@ -77,14 +77,14 @@ def test_programs_that_no_sandbox_ran_are_run_when_there_is_one(run: Run, tmp_pa
 
 def test_a_changed_template_renders_the_page_again(run: Run, tmp_path: Path) -> None:
     """Every character of a template may be on the page."""
-    planned = run("-n", "reports/tradeoff.html")
+    planned = run("-n", "reports/mini.html")
     block = re.search(r"rule report:\n    input: (.*)\n    output: (.*)\n", planned)
     assert block
     for path in ", ".join(block.groups()).split(", "):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         # The figures are a folder.
         (tmp_path / path).touch() if Path(path).suffix else (tmp_path / path).mkdir()
-    report = ("reports/tradeoff.html", "--allowed-rules", "report")
+    report = ("reports/mini.html", "--allowed-rules", "report")
     run("--touch", "--force", *report)
     for name in ("page.html.j2", "page.css"):
         template = tmp_path / "workflow" / "report" / name

@@ -60,7 +60,6 @@ def test_a_killed_snakemake_is_started_again(begun: Folder, local: Path) -> None
         number, step = in_training(begun)
         _killed(snakemake)
     assert begun.queued() == [number]
-    begun.run("--unlock")
     told = begun.run(TARGET)
     assert "cancelled, since the snakemake that waited for them was killed" in told
     assert job(number).state == "CANCELLED"

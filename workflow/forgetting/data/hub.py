@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from forgetting.inputs import MODEL_FILES, NOT_MODEL_FILES
-from forgetting.records import InputError, replacing
+from forgetting.records import InputError, disk_fault, replacing
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,9 @@ def fetch_model(model: str, revision: str, folder: Path) -> None:
 
 
 def _unreachable(name: str, revision: str, error: Exception) -> InputError:
+    if (fault := disk_fault(error)) is not None:
+        where = getattr(error, "filename", None) or name
+        return InputError(f"{where}: not written: {fault}")
     told = str(error).strip().splitlines()
     return InputError(
         f"{name} at {revision} cannot be fetched from the hub: {ADVICE} "
