@@ -219,10 +219,9 @@ def settle(partial: Path, final: Path) -> None:
 
     A folder that has the name already is removed only when the new one is in its place.
     """
-    for path in digests.visible_files(partial):
-        if not digests.record_of(path).exists():
-            record = digests.record_of(path)
-            record.write_text(f"{sha256(path)}  {path.name}\n")
+    new = [p for p in digests.visible_files(partial) if not digests.record_of(p).exists()]
+    for path, digest in digests.sha256_of_each(new).items():
+        digests.record_of(path).write_text(f"{digest}  {path.name}\n")
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     old = _aside(final)
