@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -50,7 +51,7 @@ class Source:
         """The file's keys and values, none of them given twice."""
         try:
             document = yaml.safe_load(self.text)
-            self._refuse_repeated(self._root)
+            self._check_nodes(self._root)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
@@ -66,11 +67,13 @@ class Source:
             raise InputError(f"{self.path}: expected a study, a mapping of keys to values")
         return document
 
-    def _refuse_repeated(self, node: yaml.Node | None) -> None:
-        """YAML itself would take the last of two equal keys, and drop what the first one says."""
-        if isinstance(node, yaml.SequenceNode):
+    def _check_nodes(self, node: yaml.Node | None) -> None:
+        """Refuse what YAML changes in silence: of two equal keys it drops the first."""
+        if isinstance(node, yaml.ScalarNode):
+            self._refuse_converted(node)
+        elif isinstance(node, yaml.SequenceNode):
             for child in node.value:
-                self._refuse_repeated(child)
+                self._check_nodes(child)
         elif isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, child in node.value:
@@ -80,7 +83,26 @@ class Source:
                         f"{self.path}, line {line}: `{key.value}` is there twice; merge them"
                     )
                 seen.add(key.value)
-                self._refuse_repeated(child)
+                self._check_nodes(child)
+
+    def _refuse_converted(self, node: yaml.ScalarNode) -> None:
+        """Refuse a value that YAML 1.1 reads as another one than most people mean."""
+        kind, text = node.tag.rpartition(":")[2], node.value
+        if node.style is not None:
+            return
+        if kind == "timestamp":
+            meaning, remedy = "a date", f'write "{text}" with the quotation marks'
+        elif kind in ("int", "float") and ":" in text:
+            meaning, remedy = "a number to the base of 60", "write it as one number"
+        elif kind == "int" and re.fullmatch(r"[-+]?0[0-7_]+", text):
+            meaning, remedy = "an octal number", f"write {int(text.replace('_', ''))}"
+        else:
+            return
+        line = node.start_mark.line + 1
+        raise InputError(
+            f"{self.path}, line {line}: `{text}` is {meaning} to YAML; {remedy}, or, if it is "
+            "text, put it into quotation marks"
+        )
 
     def at(self, *keys: str | int) -> str:
         """Beginning of a message about the value at `keys`: file, line and key, or the option."""
@@ -151,7 +173,10 @@ def _message(faults: Sequence[Mapping[str, Any]]) -> str:
     of_its_type = [f for f in faults if not f["type"].endswith(("_type", "literal_error"))]
     told = list(dict.fromkeys(fault["msg"] for fault in of_its_type or faults))
     more = [message.removeprefix("Input should be ") for message in told[1:]]
-    return ", or ".join([told[0], *more]) + f", found {faults[0]['input']!r}"
+    found = faults[0]["input"]
+    quotes = "; put it into quotation marks" if isinstance(found, bool | int | float) else ""
+    remedy = quotes if kinds == {"string_type"} else ""
+    return ", or ".join([told[0], *more]) + f", found {found!r}{remedy}"
 
 
 def _line(node: yaml.Node | None, keys: Iterable[str | int]) -> int:
