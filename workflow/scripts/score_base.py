@@ -21,7 +21,7 @@ from forgetting.models.loading import (
 from forgetting.records import InputError, read_json, read_jsonl, tells_input_errors, write_table
 from forgetting.scoring.drift import base_targets, cut_blocks, save_targets, with_text
 from forgetting.scoring.probes import check_room, measure
-from forgetting.scoring.references import check_references
+from forgetting.scoring.references import check_references, length_notes, unknown_notes
 from forgetting.scoring.scores import metric_value
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
@@ -35,7 +35,7 @@ class Spec(Strict):
     prompt: Prompt
     measurement: Measurement
     precision: str
-    probes: list[str]
+    knowledge: dict[str, str]
     watched: str
     metric: str
     must_reach: bool
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     spec = Spec.model_validate_json(options.spec)
     device = pick_device()
     folder = Path(read_json(options.base)["path"])
-    probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
+    probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.knowledge}
     model, tokenizer = load_base(folder, device), load_tokenizer(folder)
     where = Origins(options.probes.parent)
     check_room(model, tokenizer, probes, spec.prompt, spec.measurement, where)
@@ -96,6 +96,9 @@ def main(argv: list[str] | None = None) -> None:
             "choose another metric or probe"
         )
     write_table(options.output, items)
+    notes = length_notes(items, spec.measurement.max_new_tokens)
+    for note in [*notes, *unknown_notes(items, spec.knowledge)]:
+        print(f"warning: {note}")
     for name in probes:
         group = items[items["probe"] == name]
         print(f"base, {name}: ROUGE-L recall {group['rougeL_recall'].mean():.3f}, n={len(group)}")

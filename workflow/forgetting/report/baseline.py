@@ -5,9 +5,7 @@ from __future__ import annotations
 from forgetting.report import tables as data
 from forgetting.report.content import Row, listed
 from forgetting.report.tables import Tables
-
-HARDLY = 0.1
-"""ROUGE of the base below which an old probe holds next to nothing that could be forgotten."""
+from forgetting.scoring.references import HARDLY
 
 
 def is_known(base: Row, probe: str) -> bool:
