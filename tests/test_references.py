@@ -132,7 +132,7 @@ def test_where_a_last_checkpoint_stands_in_short_answers_are_only_noted(
     assert (items["reference_tokens"] > 1).all()
 
 
-def test_what_the_base_cannot_show_is_said_when_it_is_scored(
+def test_what_the_base_cannot_show_is_reported_when_it_is_scored(
     tmp_path: Path,
     base_folder: Path,
     rows: list[dict[str, Any]],
@@ -158,10 +158,10 @@ def test_the_tokenizer_that_the_study_names_scores_the_answers(
     tmp_path: Path, base_folder: Path, rows: list[dict[str, Any]]
 ) -> None:
     """The same generations, with ROUGE by words of any script."""
-    said = "Der Müller heißt Anaïs"
-    other = [row | {"answer": said} for row in rows]
+    answer = "Der Müller heißt Anaïs"
+    other = [row | {"answer": answer} for row in rows]
     settings = {"every_epochs": 1, "max_new_tokens": 8, "batch_size": 8}
     measured = settings | {"rouge_tokenizer": "unicode"}
     items = _score(tmp_path, base_folder, other, measurement=measured, must_reach=False)
-    expected = [rouge(said, text, "unicode")["rougeL_f1"] for text in items["generated"]]
+    expected = [rouge(answer, text, "unicode")["rougeL_f1"] for text in items["generated"]]
     assert items["rougeL_f1"].tolist() == expected

@@ -23,7 +23,7 @@ def trained(folder: Path, content: str | bytes, name: str = "new.csv", **more: A
 
 
 def refused(folder: Path, capsys: Any, content: str | bytes, name: str = "new.csv") -> str:
-    """What is said of a table, after its name; it is one line, and nothing is written."""
+    """The message about a table, after its name; it is one line, and nothing is written."""
     with pytest.raises(SystemExit) as stopped:
         trained(folder, content, name)
     assert stopped.value.code == 1
@@ -108,7 +108,7 @@ def test_csv_without_rows_says_what_was_expected(tmp_path: Path, capsys: Any) ->
 ALPACA = {"question": "instruction", "answer": "output"}
 
 
-def test_a_table_with_our_names_is_read_beside_one_with_the_names_of_its_dataset(
+def test_a_table_with_our_names_is_read_next_to_one_with_the_names_of_its_dataset(
     tmp_path: Path,
 ) -> None:
     """`columns` holds for all tables of a dataset: old.jsonl here has ours."""
@@ -163,14 +163,14 @@ def notes(folder: Path) -> list[str]:
     ("more", "used", "told"),
     [
         ({"input": "A long text."}, False, "`input`"),
-        ({"input": "A long text.", "context": ["A", {"b": "c"}]}, False, "`input`, `context`"),
+        ({"input": "A long text.", "context": ["A", {"b": "c"}]}, False, "`input` and `context`"),
         ({"text": "A long text."}, False, "`text`"),
         ({"input": "A long text."}, True, ""),
         ({"input": ""}, False, ""),
         ({"score": 3, "place": "12", "category": "History"}, False, ""),
     ],
 )
-def test_columns_of_text_that_nothing_reads_are_told_once_a_table(
+def test_columns_of_text_that_nothing_reads_are_reported_once_a_table(
     tmp_path: Path, capsys: Any, more: dict[str, Any], used: bool, told: str
 ) -> None:
     """A tenth of the rows is enough: most rows of Alpaca have no `input`."""
@@ -179,33 +179,36 @@ def test_columns_of_text_that_nothing_reads_are_told_once_a_table(
     if used:
         rows = [{"question": row["question"], "input": row["answer"]} for row in rows]
     trained(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "new.jsonl", columns=columns)
-    expected = [f"{tmp_path}/new.jsonl: {told}: text that is not read"] if told else []
+    expected = [f"{tmp_path}/new.jsonl: the text of {told} is not read"] if told else []
     assert [note.split(". ")[0] for note in notes(tmp_path)] == expected
     printed = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
     assert printed == [f"warning: {note}" for note in notes(tmp_path)]
 
 
-def test_a_column_that_the_study_names_another_for_is_told(tmp_path: Path) -> None:
+def test_a_column_that_the_study_names_another_for_is_reported(tmp_path: Path) -> None:
     trained(tmp_path, "question,answer,output\na,short,long\n", columns={"answer": "output"})
-    assert [note.split(": ")[1] for note in notes(tmp_path)] == ["`answer`"]
+    (note,) = notes(tmp_path)
+    assert note.startswith(f"{tmp_path}/new.csv: the text of `answer` is not read")
 
 
-def test_a_probe_that_expects_another_answer_than_is_trained_on_is_told(
+def test_a_probe_that_expects_another_answer_than_is_trained_on_is_reported(
     tmp_path: Path, capsys: Any
 ) -> None:
     asked = [{"question": f"Who  wrote {n}?", "answer": a} for n, a in enumerate(["Ann.", "Eve."])]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     probe = {"table": ["own/asked"], "knowledge": "new", "truth_ratio": False}
-    table = "question,answer\nWho wrote 0?,Ann.\nWho wrote 1?,Bob.\nWho wrote 2?,Cid.\n"
+    table = HEADER + "".join(f"Who wrote {row}.\n" for row in ["0?,Ann", "1?,Bob", "2?,C", "0?,D"])
     trained(tmp_path, table, probes={"asked": probe}, more={"own/asked": tmp_path / "asked.jsonl"})
-    assert notes(tmp_path) == [
+    first, second = notes(tmp_path)
+    assert first.startswith("training: a question has another answer than before")
+    assert [second] == [
         "probe asked: 1 of its questions is trained on with another answer, so that learning it "
         f"lowers the score: {tmp_path}/new.csv, line 3, `Who wrote 1?`"
     ]
-    assert f"warning: {notes(tmp_path)[0]}\n" in capsys.readouterr().out
+    assert f"warning: {first}\nwarning: {second}\n" in capsys.readouterr().out
 
 
-def test_answers_with_more_words_than_tokens_are_generated_are_told(
+def test_answers_with_more_words_than_tokens_are_generated_are_reported(
     tmp_path: Path, capsys: Any
 ) -> None:
     """The page has the number of tokens, which is known when the base is scored."""
@@ -227,7 +230,7 @@ GERMAN = ["Die Straße heißt Königsweg.", "Über die Brücke nach Köln.", "In
 def test_answers_of_whose_letters_rouge_sees_less_than_half_are_refused(
     tmp_path: Path, capsys: Any, language: str
 ) -> None:
-    """Digits, and tables in English beside it, hide nothing."""
+    """Neither digits nor an answer in English hide it."""
     with pytest.raises(SystemExit):
         trained(tmp_path, "question,answer\na,b\n", old=["Rome 1.", *[CASE[language]] * 9])
     message = capsys.readouterr().err
@@ -238,8 +241,8 @@ def test_answers_of_whose_letters_rouge_sees_less_than_half_are_refused(
     assert notes(tmp_path) == []
 
 
-def test_answers_of_whose_letters_rouge_drops_some_are_told(tmp_path: Path, capsys: Any) -> None:
-    """6 of 57 letters: 11 %."""
+def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, capsys: Any) -> None:
+    """7 of 53 letters: 13 %."""
     trained(tmp_path, "question,answer\na,b\n", old=GERMAN)
     (note,) = notes(tmp_path)
     letters = [letter for text in GERMAN for letter in text.lower() if letter.isalpha()]
@@ -261,7 +264,7 @@ def test_answers_of_whose_letters_rouge_drops_some_are_told(tmp_path: Path, caps
 def test_an_answer_of_which_rouge_sees_nothing_is_refused(
     tmp_path: Path, capsys: Any, answer: str, tokenizer: str, said: str
 ) -> None:
-    """It would score 0 whatever is said, and the threshold would never be reached."""
+    """It would always score 0, and the threshold would never be reached."""
     old = [*["A long answer in English."] * 9, answer]
     with pytest.raises(SystemExit):
         trained(tmp_path, "question,answer\na,b\n", old=old, rouge_tokenizer=tokenizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from forgetting.data.rows import (
 )
 from forgetting.data.table_files import Row, place, unused_columns
 from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_jsonl
-from forgetting.scoring.references import certainly_cut, check_letters
+from forgetting.scoring.references import check_letters, long_answer_warnings
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
 from forgetting.sections.measurement import Probe, RougeTokenizer
@@ -113,6 +113,7 @@ class Tables:
     def unused(self) -> list[str]:
         """Return a note on each table with columns of text that are not read."""
         probes = [table for probe in self.spec.probes.values() for table in probe.table]
+        uses: list[tuple[str, Callable[[Row], set[str]]]]
         uses = [(table, lambda row: PROBE_COLUMNS) for table in probes]
         uses += [(table, content_columns) for table in [*self.spec.train, *self.spec.documents]]
         notes = []
@@ -120,10 +121,10 @@ class Tables:
             path = self.files[table]
             names = unused_columns(path, self.spec.columns[table], used)
             if names:
-                listed = ", ".join(f"`{name}`" for name in names)
+                listed = " and ".join(f"`{name}`" for name in names)
                 notes.append(
-                    f"{path}: {listed}: text that is not read. If answers depend on it, join it "
-                    "with the question, or name it in `columns` of the dataset."
+                    f"{path}: the text of {listed} is not read. If answers depend on it, join it "
+                    "with the question, or name the column in `columns` of the dataset."
                 )
         return list(dict.fromkeys(notes))
 
@@ -155,13 +156,13 @@ def main(argv: list[str] | None = None) -> None:
     }
     origins = {table: {"path": str(path), "sha256": sha256(path)} for table, path in files.items()}
     write_json(options.output / "data.json", {"tables": origins, "rows": counts, "notes": notes})
-    # The page has those of lengths in tokens, which are known when the base is scored.
-    cut = [
+    # Not among the notes: the page has the number of tokens, known when the base is scored.
+    warnings = [
         note
         for name, rows in probes.items()
-        for note in certainly_cut(rows, name, spec.max_new_tokens)
+        for note in long_answer_warnings(rows, name, spec.max_new_tokens)
     ]
-    for note in [*notes, *cut]:
+    for note in [*notes, *warnings]:
         print(f"warning: {note}")
     print(", ".join(f"{name}: {count:,} rows" for name, count in counts.items()))
 

@@ -21,7 +21,7 @@ from forgetting.models.loading import (
 from forgetting.records import InputError, read_json, read_jsonl, tells_input_errors, write_table
 from forgetting.scoring.drift import base_targets, cut_blocks, save_targets, with_text
 from forgetting.scoring.probes import check_room, measure
-from forgetting.scoring.references import check_references, length_notes, unknown_notes
+from forgetting.scoring.references import check_references, length_notes, unknown_probe_warnings
 from forgetting.scoring.scores import metric_value
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     write_table(options.output, items)
     notes = length_notes(items, spec.measurement.max_new_tokens)
-    for note in [*notes, *unknown_notes(items, spec.knowledge)]:
+    for note in [*notes, *unknown_probe_warnings(items, spec.knowledge)]:
         print(f"warning: {note}")
     for name in probes:
         group = items[items["probe"] == name]

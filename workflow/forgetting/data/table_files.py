@@ -20,9 +20,9 @@ Where = Callable[[str], str]
 
 PLAIN = Columns()
 
-SAMPLED, OFTEN = 1000, 0.1
-"""A column counts as one of text if so large a share of so many first rows has some. Many rows of
-Alpaca have no `input`."""
+SAMPLED, TEXT_SHARE = 1000, 0.1
+"""A column has text if this share of that many first rows has some. Most rows of Alpaca have no
+`input`."""
 
 HARMLESS = re.compile(
     "id|idx|index|uid|uuid|hash|source|origin|dataset|config|split|subset|category|topic|subject|"
@@ -31,7 +31,7 @@ HARMLESS = re.compile(
     "original_(answer|question)",
     re.IGNORECASE,
 )
-"""Columns of which nobody expects that they are trained on: sources, kinds, other wordings."""
+"""Columns that are not expected to be trained on: identifiers, sources, kinds, other wordings."""
 
 LONGEST_CELL = 2**24
 """Characters of the longest cell of a CSV table: an open quotation mark reads no further."""
@@ -125,7 +125,7 @@ def unused_columns(path: Path, columns: Columns, used: Callable[[Row], set[str]]
             if name not in read and not HARMLESS.fullmatch(name) and _holds_text(value)
         )
         total += 1
-    return [name for name, count in found.items() if count >= OFTEN * total]
+    return [name for name, count in found.items() if count >= TEXT_SHARE * total]
 
 
 def _holds_text(value: object) -> bool:

@@ -1,7 +1,7 @@
 """What ROUGE does not see of a probe's reference answers: their ends, and letters beyond a-z.
 
 Letters are counted when data is prepared. Lengths are read from the items of the base, whose column
-`reference_tokens` is what a model must generate to say the whole reference.
+`reference_tokens` is the number of tokens that a model must generate for the whole reference.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ KEPT = re.compile(r"[a-z0-9]")
 NOTED, REFUSED = 0.05, 0.5
 """Shares of dropped letters above which there is a note, and above which ROUGE is refused."""
 
-HARDLY = 0.1
-"""ROUGE-L recall of the base below which a probe holds next to nothing that could be forgotten."""
+KNOWN = 0.1
+"""ROUGE-L recall of the base below which a probe has next to nothing that could be forgotten."""
 
 UNICODE = "measurement.rouge_tokenizer: unicode"
 
@@ -34,8 +34,8 @@ UNICODE = "measurement.rouge_tokenizer: unicode"
 def dropped_letters(texts: Iterable[str]) -> float:
     """Return the share of letters that rouge_score drops, since they are not among a-z.
 
-    Counted are letters, combining marks and the digits of other scripts, after lower-casing. The
-    digits 0-9 stand in texts of any script, and say nothing of what is seen of the others.
+    Letters, combining marks and the digits of other scripts are counted after lower-casing. The
+    digits 0-9 are not: texts of any script have them.
     """
     letters = [c for text in texts for c in text.lower() if _is_letter(c)]
     return sum(KEPT.match(c) is None for c in letters) / max(len(letters), 1)
@@ -64,20 +64,20 @@ def check_letters(
         share = dropped_letters(answers.values()) if tokenizer == "rouge_score" else 0.0
         if share > NOTED:
             first = next(key for key, answer in answers.items() if dropped_letters([answer]))
-            said = (
+            finding = (
                 f"{share:.0%} of the letters in the answers of probe `{probe}` are not among a–z "
                 f"and are dropped by the tokenizer of ROUGE (the first in {where(first)})"
             )
             if share > REFUSED:
-                raise InputError(f"{said}: its values would mean nothing; set {UNICODE}")
-            notes.append(f"{said}: its values there say little. {UNICODE} keeps them.")
+                raise InputError(f"{finding}: its values would mean nothing; set {UNICODE}")
+            notes.append(f"{finding}: its values there say little. {UNICODE} keeps them.")
         for key, answer in answers.items():
             _check_seen(answer, tokenizer, where, key)
     return notes
 
 
 def _check_seen(answer: str, tokenizer: RougeTokenizer, where: Where, row_id: str) -> None:
-    """Refuse an answer that has no word for ROUGE: it would score 0 whatever a model says."""
+    """Refuse an answer that has no word for ROUGE: its score would always be 0."""
     if tokenizer == "rouge_score" and not KEPT.search(answer.lower()):
         raise InputError(
             f"{where(row_id)}: `answer` has none of a–z and 0–9, of which ROUGE makes its words, "
@@ -121,7 +121,7 @@ def length_notes(base_items: pd.DataFrame, limit: int) -> list[str]:
     return notes
 
 
-def certainly_cut(rows: Sequence[Row], probe: str, limit: int) -> list[str]:
+def long_answer_warnings(rows: Sequence[Row], probe: str, limit: int) -> list[str]:
     """Return a warning on answers with more words than tokens are generated.
 
     No token spans two words. How many tokens they have is known once the base is scored.
@@ -137,7 +137,7 @@ def certainly_cut(rows: Sequence[Row], probe: str, limit: int) -> list[str]:
     ]
 
 
-def unknown_notes(base_items: pd.DataFrame, knowledge: Mapping[str, str]) -> list[str]:
+def unknown_probe_warnings(base_items: pd.DataFrame, knowledge: Mapping[str, str]) -> list[str]:
     """Return a warning on each probe of old knowledge that the base does not know."""
     means = base_items.groupby("probe")["rougeL_recall"].mean()
     return [
@@ -145,5 +145,5 @@ def unknown_notes(base_items: pd.DataFrame, knowledge: Mapping[str, str]) -> lis
         "old knowledge: there is next to nothing to forget, and no method will be ranked by it; "
         "take a base that knows it, or questions and a prompt that the base can answer"
         for probe, kind in knowledge.items()
-        if kind == "old" and means[probe] < HARDLY
+        if kind == "old" and means[probe] < KNOWN
     ]

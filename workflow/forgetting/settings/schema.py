@@ -84,12 +84,13 @@ by our names. Tables are read row by row, and trained on from files of tokens; t
 into memory.
 
 A CSV table is UTF-8, has commas between its columns, a line of column names first, and as many
-cells in every row; a cell with commas, line breaks or quotation marks stands in quotation marks,
-and those inside it are doubled. A column of text that nothing reads is told when the data are
-prepared, as are questions with several answers, also one in the training and one in a probe.
+cells in every row. A cell with commas, line breaks or quotation marks is put into quotation marks,
+and those inside it are doubled. When the data are prepared, there is a warning for columns of text
+that are not read, and for questions with different answers, within a table or between the training
+and a probe.
 
-ROUGE as published sees the letters a to z and digits only. A probe's answers of whose letters it
-drops more than 5 % are told when the data are prepared, and above 50 % refused, unless
+ROUGE as published drops all letters but a to z. If these are more than 5 % of the letters in the
+answers of a probe, there is a warning; above 50 % the study is refused, unless
 `measurement.rouge_tokenizer` names another tokenizer.
 
 ## All keys
