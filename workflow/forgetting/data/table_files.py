@@ -138,7 +138,7 @@ def _holds_text(value: object) -> bool:
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a table with a line of column names, and the line where each begins."""
     csv.field_size_limit(LONGEST_CELL)
-    first, names = 0, []
+    names: list[str] = []
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(_text_lines(file, path), strict=True)
         while True:
