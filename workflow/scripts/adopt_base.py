@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.models.loading import load_tokenizer, quieten_libraries
+from forgetting.models.loading import check_config, load_tokenizer, quieten_libraries
 from forgetting.records import sha256_of_all, tells_input_errors, write_json
 from forgetting.settings.architecture import count_parameters, read_architecture
+from forgetting.settings.model_config import check_ids, placeholders
 
 
 @tells_input_errors
@@ -19,9 +20,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     quieten_libraries()
-    read_architecture(options.model)
+    architecture = read_architecture(options.model)
+    check_config(options.model)
+    tokenizer = load_tokenizer(options.model)
+    if architecture.rows is not None:
+        unused = placeholders(options.model)
+        check_ids(options.model, tokenizer.get_vocab(), architecture.rows, unused)
     shards = sorted(options.model.glob("*.safetensors"))
-    load_tokenizer(options.model)
     files, identity = sha256_of_all([*shards, *sorted(options.model.glob("*.json"))])
     record = {
         "path": str(options.model),

@@ -12,6 +12,7 @@ from forgetting.data.rows import joined_text
 from forgetting.encoding.encode import encode_pair
 from forgetting.models.loading import (
     autocast,
+    check_causal,
     load_base,
     load_tokenizer,
     pick_device,
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(read_json(options.base)["path"])
     probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
     model, tokenizer = load_base(folder, device), load_tokenizer(folder)
+    check_causal(model, folder)
     where = Origins(options.probes.parent)
     check_room(model, tokenizer, probes, spec.prompt, spec.measurement, where)
     # One of the targets is the end of the sequence, which nobody has to generate.
