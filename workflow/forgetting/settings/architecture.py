@@ -35,10 +35,13 @@ LARGEST_HEADER = 100 * 10**6  # of the format's own definition
 
 SAME_LEAVES = {
     *("gemma3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"),
-    *("dots1", "ernie4_5_moe", "minimax"),
+    *("dots1", "gpt_neox", "minimax"),
 }
 """Types whose weights are renamed when they are loaded, but for the last part of their names, and
 whose experts are put together as `_fused` does (each is tested)."""
+
+HEADS = ("lm_head", "embed_out")
+"""Names of the LM head in files; GPT-NeoX has the second."""
 
 FUSED = {
     **dict.fromkeys(("w1", "w3", "gate_proj", "up_proj", "gate_up_proj"), "gate_up_proj"),
@@ -84,10 +87,6 @@ class Architecture:
         return any(fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}") for n in whole)
 
 
-def _ends_in(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
-
-
 def _is_embedding(name: str) -> bool:
     return "emb" in name or name.rpartition(".")[2] in ("wte", "wpe")
 
@@ -106,8 +105,8 @@ def layers_of(shapes: Mapping[str, tuple[int, ...]], *, multimodal: bool = False
         if "experts" in name.split(".") and len(shape) == 3:
             kind = "tensor"
             module, _, parameter = name.rpartition(".")
-        elif _ends_in(name, "lm_head"):
-            kind = "head"
+        elif name.rpartition(".")[2] in HEADS:
+            kind, module = "head", "lm_head"
         elif len(shape) == 2:
             kind = "embedding" if _is_embedding(name) else "linear"
         reads_text = name.startswith(within) or kind == "head"

@@ -199,7 +199,27 @@ def _architecture(study: Study, at: At) -> Architecture | None:
             f"{at('prompt', 'chat')}: the tokenizer in {folder} has no chat template; write the "
             "prompt as `question` and `answer`, or take a base that was tuned to chat"
         )
+    _check_conversations(study, folder, at)
     return architecture
+
+
+def _check_conversations(study: Study, folder: Path, at: At) -> None:
+    """Refuse conversations to train on where the tokenizer has no chat template."""
+    if has_chat_template(folder):
+        return
+    for keys, table in study.tables():
+        path = None
+        if keys[0] not in ("probes", "general_text", "benchmarks"):
+            path = _file(study, table, keys, at)
+        if path is None or path.stat().st_size > LARGE:
+            continue
+        for row in general_rows(path, table, study.columns(table)):
+            if "messages" in row:
+                raise InputError(
+                    f"{place(path, row['id'])}: `messages` are written in the chat template of the "
+                    f"base's tokenizer, and that in {folder} has none; take a base that was tuned "
+                    "to chat, or give rows with `question` and `answer`"
+                )
 
 
 def _check_layers(base: Architecture, tuning: Tuning, number: int, at: At) -> None:
