@@ -563,3 +563,23 @@ def test_a_hybrid_does_not_merge_one_of_two_tied_ends(
         folder, "rank: 2, variant: pissa, target_modules: [lm_head]"
     )
     plan(make("llama"), hybrid)
+
+
+def test_the_layers_of_a_downloaded_model_are_checked_by_later_plans(
+    make: Callable[..., Path],
+    plan: Callable[..., None],
+    refusal: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is broken in its folder is left to the job that registers it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "resources" / "models" / "owner" / "name" / ("a" * 40)
+    folder.parent.mkdir(parents=True)
+    hub = ("{model: MODEL}", f"{{model: owner/name, revision: {'a' * 40}}}")
+    method = "rank: 2, target_modules: [query]"
+    plan("owner/name", method, hub)
+    make("llama").rename(folder)
+    assert "no linear layer query" in refusal("owner/name", method, hub)
+    (folder / "config.json").unlink()
+    plan("owner/name", method, hub)

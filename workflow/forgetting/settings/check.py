@@ -185,8 +185,10 @@ def _architecture(study: Study, at: At) -> Architecture | None:
     model = study.base.model
     if study.base.pretrain:
         return small_model(study.base.pretrain)
-    if model is None or not is_local(model):
+    if model is None:
         return None
+    if not is_local(model):
+        return _downloaded(Path("resources/models") / model / str(study.base.revision))
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise InputError(f"{at('base', 'model')}: there is no folder {folder}")
@@ -201,6 +203,14 @@ def _architecture(study: Study, at: At) -> Architecture | None:
         )
     _check_conversations(study, folder, at)
     return architecture
+
+
+def _downloaded(folder: Path) -> Architecture | None:
+    """Layers of a hub model that is here already; the job that registers it tells its faults."""
+    try:
+        return read_architecture(folder) if folder.is_dir() else None
+    except InputError:
+        return None
 
 
 def _check_conversations(study: Study, folder: Path, at: At) -> None:
