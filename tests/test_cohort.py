@@ -347,7 +347,7 @@ def test_an_answer_that_is_cut_away_is_told_by_key_and_row(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"rank": 17}, "lora-r4: rank 17 is larger than the matrix of"),
+        ({"rank": 17}, "lora-r4: rank: rank 17 is larger than the smallest"),
         ({"target_modules": ["query"]}, "lora-r4: target_modules: "),
     ],
 )

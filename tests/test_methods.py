@@ -395,7 +395,7 @@ def test_a_budget_has_whole_steps_and_room_to_fall(bench: Bench) -> None:
 
 def test_the_initial_rank_is_held_against_the_matrix(bench: Bench) -> None:
     tuning = _tuning("adalora").model_copy(update={"initial_rank": 18})
-    with pytest.raises(InputError, match="initial rank 18 is larger than the matrix of"):
+    with pytest.raises(InputError, match="initial rank 18 is larger than the smallest"):
         attach(load_base(bench.base, CPU), tuning, 0)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from forgetting.inputs import model_identity
 from forgetting.models.base import model_parameters
-from forgetting.models.loading import load_tokenizer, quieten_libraries
+from forgetting.models.loading import check_config, load_tokenizer, quieten_libraries
 from forgetting.records import tells_input_errors, write_json
 from forgetting.settings.architecture import read_architecture
+from forgetting.settings.model_config import check_ids, placeholders
 
 
 @tells_input_errors
@@ -22,8 +23,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     quieten_libraries()
-    read_architecture(options.model)
-    load_tokenizer(options.model)
+    architecture = read_architecture(options.model)
+    check_config(options.model)
+    tokenizer = load_tokenizer(options.model)
+    if architecture.rows is not None:
+        unused = placeholders(options.model)
+        check_ids(options.model, tokenizer.get_vocab(), architecture.rows, unused)
     files, identity = model_identity(options.model)
     record = {
         "path": str(options.model),

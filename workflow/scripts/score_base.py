@@ -13,6 +13,7 @@ from forgetting.encoding.encode import encode_pair
 from forgetting.models.base import read_base
 from forgetting.models.loading import (
     autocast,
+    check_causal,
     load_base,
     load_tokenizer,
     pick_device,
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(base["path"])
     probes = {name: read_prepared(options.probes / f"{name}.jsonl") for name in spec.knowledge}
     model, tokenizer = load_base(folder, device, base["parameters"]), load_tokenizer(folder)
+    check_causal(model, folder)
     where = Origins(options.probes.parent)
     check_room(model, tokenizer, probes, spec.prompt, spec.measurement, where)
     # One of the targets is the end of the sequence, which nobody has to generate.

@@ -17,8 +17,10 @@ from typing import Any
 from forgetting.costs.known_models import KNOWN, LLAMA_7B
 from forgetting.records import read_foreign_json
 from forgetting.sections.base import Base, SmallModel
-from forgetting.settings.architecture import Architecture, read_shapes
+from forgetting.settings.architecture import Architecture, layers_of, read_shapes
+from forgetting.settings.layers import Layer, selected_layers
 from forgetting.settings.load import is_local
+from forgetting.settings.model_config import text_section
 from forgetting.settings.plan import Tuning
 from forgetting.training.fusing import rows_are_apart
 
@@ -65,7 +67,10 @@ class Shape:
     @cached_property
     def linear(self) -> int:
         """Weights of the linear layers in the blocks, in numbers."""
-        return sum(math.prod(shape) for shape in self.layers.adapted("all-linear").values())
+        return sum(math.prod(layer.shape) for layer in self._selected("all-linear"))
+
+    def _selected(self, targets: str | list[str]) -> list[Layer]:
+        return selected_layers(self.layers.layers, targets)
 
     @property
     def embedding(self) -> int:
@@ -87,7 +92,7 @@ class Shape:
         """Weights of the matrices beside which a method puts an adapter, in numbers."""
         if tuning.kind == "full":
             return 0
-        return sum(math.prod(s) for s in self.layers.adapted(tuning.target_modules).values())
+        return sum(math.prod(layer.shape) for layer in self._selected(tuning.target_modules))
 
     def adapter(self, tuning: Tuning) -> int:
         """Weights of a method's adapters, in numbers.
@@ -98,8 +103,9 @@ class Shape:
         if tuning.kind == "full" or tuning.largest_rank is None:
             return 0
         rank, count = tuning.largest_rank, 0
-        for rows, columns in self.layers.adapted(tuning.target_modules).values():
-            count += rank * (rows + columns)
+        for layer in self._selected(tuning.target_modules):
+            *experts, rows, columns = layer.shape
+            count += math.prod(experts) * rank * (rows + columns)
             count += rows if tuning.variant == "dora" else 0
             count += rank if tuning.variant == "adalora" else 0
         return count
@@ -174,11 +180,13 @@ def small_shape(spec: SmallModel) -> Shape:
 
 def folder_shape(folder: Path) -> Shape:
     """A model in a folder; its weights are counted by the headers of their files."""
-    shape = config_shape(read_foreign_json(folder / "config.json"))
+    config = read_foreign_json(folder / "config.json")
+    shape = config_shape(config)
     shapes = read_shapes(folder)
-    layers = Architecture(shapes, True, shape.blocks, shape.layers.context)
-    if not layers.adapted("all-linear"):
-        return shape  # quantized, or under names that are not known
+    found = layers_of(shapes, multimodal=text_section(config) is not config)
+    if not selected_layers(found, "all-linear"):
+        return shape  # under names that are not known
+    layers = Architecture(found, True, True, shape.blocks, shape.layers.context)
     vectors = sum(math.prod(s) for s in shapes.values() if len(s) == 1)
     tied = not any(name.endswith("lm_head") for name in shapes)
     return Shape(**(vars(shape) | {"layers": layers, "vectors": vectors, "tied": tied}))
@@ -196,7 +204,7 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
 
     One whose keys have other names is taken for a model of 7 billion weights, marked as a guess.
     """
-    config = config.get("text_config") or config
+    config = text_section(config)
 
     def of(*names: str, default: int = 0) -> int:
         return next((int(config[n]) for n in names if config.get(n) is not None), default)
@@ -227,7 +235,7 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
     context = of("max_position_embeddings", "n_positions") or None
     tied = config.get("tie_word_embeddings", kind == "gpt2")
     return Shape(
-        layers=Architecture(shapes, True, blocks, context),
+        layers=Architecture(layers_of(shapes), True, True, blocks, context),
         blocks=blocks,
         width=width,
         inner=inner,

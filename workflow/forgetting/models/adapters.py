@@ -8,10 +8,15 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from forgetting.models.loading import Model
+from forgetting.models.loading import Model, freeze_unread, language_model
 from forgetting.records import InputError
+from forgetting.settings.layers import Kind, Layer, Unadaptable, beside_experts, layers_to_adapt
 from forgetting.settings.plan import Tuning
+
+TWO_MATRICES = "gate_up_proj"
+"""Experts' tensor that holds two matrices, of which each gets an adapter of the method's rank."""
 
 
 def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
@@ -24,13 +29,13 @@ def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
         model.requires_grad_(True)
         for embedding in _embeddings(model).values():
             embedding.requires_grad_(tuning.trains_embeddings)
+        freeze_unread(model)
         return model
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, _config(model, tuning))
     except (TypeError, ValueError) as error:
         raise InputError(f"methods: {tuning.name}: target_modules: {error}") from None
-    _check_rank(adapted, tuning)
     if tuning.variant == "pissa":
         adapted.start = {
             name: tensor.clone()
@@ -42,11 +47,15 @@ def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:
 
 def _config(model: PreTrainedModel, tuning: Tuning) -> LoraConfig:
     embeddings = list(_embeddings(model)) if tuning.trains_embeddings else None
+    try:
+        layers = layers_to_adapt(model_layers(model), tuning)
+    except Unadaptable as error:
+        raise InputError(f"methods: {tuning.name}: {error.key}: {error}") from None
     shared = {
         "task_type": "CAUSAL_LM",
         "lora_alpha": tuning.alpha,
         "lora_dropout": tuning.dropout,
-        "target_modules": _target_modules(model, tuning),
+        "target_modules": [layer.name for layer in layers if layer.kind != "tensor"],
         "modules_to_save": embeddings,
         # Else peft would train one copy for the input and another for the head.
         "ensure_weight_tying": embeddings is not None and _is_tied(model),
@@ -61,13 +70,43 @@ def _config(model: PreTrainedModel, tuning: Tuning) -> LoraConfig:
             orth_reg_weight=tuning.budget.orthogonality,
             **shared,
         )
+    tensors = [layer for layer in layers if layer.kind == "tensor"]
+    if any(layer.parameter == TWO_MATRICES for layer in tensors):
+        pattern = rf".*\.{TWO_MATRICES}"
+        shared["rank_pattern"] = {pattern: 2 * (tuning.rank or 0)}
+        shared["alpha_pattern"] = {pattern: 2 * (tuning.alpha or 0)}
     return LoraConfig(
         r=tuning.rank,
         init_lora_weights="pissa" if tuning.variant == "pissa" else True,
         use_rslora=tuning.variant == "rslora",
         use_dora=tuning.variant == "dora",
+        target_parameters=[layer.path for layer in tensors] or None,
         **shared,
     )
+
+
+def model_layers(model: PreTrainedModel) -> list[Layer]:
+    """Return the weights of a model, each with how it can be adapted."""
+    read = {*language_model(model).modules(), model.get_output_embeddings()}
+    return beside_experts(
+        [
+            Layer(name, tuple(weight.shape), _kind(model, module, weight), key, module in read)
+            for name, module in model.named_modules()
+            for key, weight in module.named_parameters(recurse=False)
+        ]
+    )
+
+
+def _kind(model: PreTrainedModel, module: nn.Module, weight: nn.Parameter) -> Kind:
+    if weight is getattr(module, "weight", None) and isinstance(module, (nn.Linear, Conv1D)):
+        if module is not model.get_output_embeddings():
+            return "linear"
+        return "tied head" if weight is model.get_input_embeddings().weight else "head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    name = type(module).__name__
+    experts = weight.dim() == 3 and "expert" in name.lower()
+    return "tensor" if experts or (weight.dim() == 2 and name.endswith("Router")) else "other"
 
 
 def _embeddings(model: Model) -> dict[str, nn.Module]:
@@ -85,23 +124,6 @@ def embedding_weights(model: Model) -> set[str]:
     """Names of the weights of the input embedding and of the LM head, trained copies of them."""
     weights = [module.weight for module in _embeddings(model).values()]
     return {name for name, p in model.named_parameters() if any(p is weight for weight in weights)}
-
-
-def _target_modules(model: PreTrainedModel, tuning: Tuning) -> str | list[str]:
-    """Names for peft; `attention` and `mlp` are the linear layers in modules so called."""
-    parts = {"attention": {"self_attn", "attn", "attention"}, "mlp": {"mlp", "feed_forward"}}
-    if isinstance(tuning.target_modules, list) or tuning.target_modules not in parts:
-        return tuning.target_modules
-    wanted = parts[tuning.target_modules]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [name for name in linear if wanted & set(name.split("."))]
-    if not found:
-        ends = sorted({name.split(".")[-1] for name in linear})
-        raise InputError(
-            f"methods: {tuning.name}: target_modules: this architecture has no part called "
-            f"{tuning.target_modules}; name its linear layers, of {', '.join(ends)}"
-        )
-    return found
 
 
 def convert_pissa(
@@ -147,16 +169,3 @@ def round_frozen(model: Model, precision: torch.dtype) -> None:
             module.cast_input_dtype_enabled = False
             base = module.get_base_layer()
             base.weight.data = base.weight.data.to(precision)
-
-
-def _check_rank(model: PeftModel, tuning: Tuning) -> None:
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name and tuning.largest_rank is not None:
-            inner = parameter.shape[1]
-            outer = model.get_parameter(name.replace(".lora_A.", ".lora_B.")).shape[0]
-            if tuning.largest_rank > min(inner, outer):
-                what = "initial rank" if tuning.budget else "rank"
-                raise InputError(
-                    f"methods: {tuning.name}: {what} {tuning.largest_rank} is larger than the "
-                    f"matrix of {name.split('.lora_A.')[0]}, {outer} x {inner}"
-                )

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from forgetting.models.loading import Model
-from forgetting.settings.architecture import drops_out
+from forgetting.models.loading import Model, text_config
+from forgetting.settings.model_config import drops_out
 
 LONGEST = 512
 """Tokens of the longest row that is quicker by products: see `make bench-train`'s record."""
@@ -46,7 +46,7 @@ def quick_attention(
 
 def has_dropout(model: Model) -> bool:
     """Is anything dropped out in training, by the base or by an adapter?"""
-    return drops_out(model.config.to_dict()) or any(
+    return drops_out(text_config(model).to_dict()) or any(
         isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
     )
 

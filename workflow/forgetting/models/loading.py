@@ -11,9 +11,12 @@ from typing import Any, TypeAlias
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +30,33 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 def inner_model(model: Model) -> PreTrainedModel:
     """The model itself, without peft's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_config(model: Model) -> PreTrainedConfig:
+    """Return the configuration of the language model, which multimodal types have as a section."""
+    config: PreTrainedConfig = inner_model(model).config.get_text_config(decoder=True)
+    return config
+
+
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a model that text reaches, its LM head aside; of a text model, all.
+
+    In a multimodal type it is the module that holds the input embedding.
+    """
+    if text_config(model) is model.config:
+        return model
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def freeze_unread(model: PreTrainedModel) -> None:
+    """Freeze what no text reaches, such as a vision tower, which gets no gradient."""
+    read = {*language_model(model).modules(), model.get_output_embeddings()}
+    for module in model.modules():
+        if module not in read:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
 
 def pick_device() -> torch.device:
@@ -69,6 +99,19 @@ def precision_within(device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return torch.float32
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a config.json that transformers cannot read, with what it says of the key."""
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        # A value of a wrong type ends in an error of any type.
+        told = " ".join(str(error).split())
+        raise InputError(
+            f"{folder / 'config.json'}: no configuration of a model can be read "
+            f"({type(error).__name__}: {told}); copy config.json of the model again"
+        ) from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -125,6 +168,38 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+PROBE_TOKENS = 16
+LARGEST_CHANGE = 3e-5
+"""Change of earlier logits, as a share of the largest logit, that rounding may make. Causal models
+change nothing on a CPU; new encoders with small weights change 1e-4 and more."""
+
+
+@torch.inference_mode()
+def check_causal(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model that sees the tokens which it should predict.
+
+    The last token of a row is changed: nothing before it may be predicted otherwise.
+
+    Args:
+        folder: of the model, for the message.
+    """
+    config = text_config(model)
+    room = getattr(config, "max_position_embeddings", None) or PROBE_TOKENS
+    length, generator = min(PROBE_TOKENS, room), torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator).repeat(4, 1)
+    ids[:, -1] = (ids[:, -1] + torch.arange(4)) % config.vocab_size
+    ids = ids.to(model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    earlier = logits[:, :-1].float()
+    change, largest = (earlier - earlier[:1]).abs().max(), earlier.abs().max()
+    if change > LARGEST_CHANGE * largest:
+        raise InputError(
+            f"{folder}: the model sees the tokens that it should predict: another last token "
+            f"changes what it predicts before it (by {change:.2g}, of logits up to {largest:.2g}); "
+            "take a causal model, such as Llama or Qwen"
+        )
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from forgetting.encoding.encode import Example, join
 from forgetting.encoding.packing import keep_apart
 from forgetting.models.documents import Layout
+from forgetting.models.loading import Model, text_config
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def side_by_side(examples: Sequence[Example]) -> Batch:
     return Batch(ids, mask, columns, ids[:, columns + 1], positions, layout)
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(model: Model) -> int | None:
     """Number of tokens that the model can read, where it says so."""
-    config = model.config
+    config = text_config(model)
     room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return None if room is None else int(room)
 

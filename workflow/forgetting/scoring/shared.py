@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from forgetting.encoding.encode import Example
-from forgetting.models.loading import Model, inner_model
+from forgetting.models.loading import Model, inner_model, text_config
 from forgetting.scoring.forward import by_length
 
 
@@ -53,12 +53,13 @@ def can_share(model: Model) -> bool:
 
     So it is with PyTorch's own attention in every layer. Sliding windows, convolutions, recurrent
     states and biases by distance go by the places in the row, where another answer may stand, and
-    so do models that take no positions (Bart's).
+    so do models that take no positions (Bart's). Multimodal types are not proved to.
     """
-    config = model.config
+    config = text_config(model)
     takes_positions = "position_ids" in signature(type(inner_model(model)).forward).parameters
     return (
-        getattr(config, "_attn_implementation", "") == "sdpa"
+        config is inner_model(model).config
+        and getattr(config, "_attn_implementation", "") == "sdpa"
         and takes_positions
         and not config.model_type.startswith(OWN_WAYS)
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}

@@ -7,20 +7,23 @@ header of names and shapes; a model that is trained here has the layers of its s
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from forgetting.records import InputError, read_foreign_json
 from forgetting.sections.base import SmallModel
-from forgetting.settings.agreement import check_agreement
-
-PARTS = {"attention": {"self_attn", "attn", "attention"}, "mlp": {"mlp", "feed_forward"}}
-"""What modules are called that hold the linear layers of the attention, and of the MLP."""
+from forgetting.settings.agreement import EMBEDDINGS, check_agreement
+from forgetting.settings.layers import Kind, Layer, beside_experts
+from forgetting.settings.model_config import (
+    check_special_tokens,
+    check_tokenizer,
+    is_renamed,
+    read_config,
+    text_section,
+)
 
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -29,16 +32,21 @@ TOKENIZERS = (
 LARGEST_HEADER = 100 * 10**6  # of the format's own definition
 
 
-def drops_out(config: Mapping[str, Any]) -> bool:
-    """Does a model drop out in training, as its config.json tells?
+SAME_LEAVES = {
+    *("gemma3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"),
+    *("dots1", "gpt_neox", "minimax"),
+}
+"""Types whose weights are renamed when they are loaded, but for the last part of their names, and
+whose experts are put together as `_fused` does (each is tested)."""
 
-    That also tells of other heads than the one for the next token (GPT-NeoX, GPT-2).
-    """
-    return any(
-        isinstance(value, float) and value > 0
-        for name, value in config.items()
-        if "drop" in name and not name.startswith(("classifier", "summary"))
-    )
+HEADS = ("lm_head", "embed_out")
+"""Names of the LM head in files; GPT-NeoX has the second."""
+
+FUSED = {
+    **dict.fromkeys(("w1", "w3", "gate_proj", "up_proj", "gate_up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("w2", "down_proj"), "down_proj"),
+}
+"""Matrices of an expert, and the tensor of all experts in which they are put together."""
 
 
 @dataclass(frozen=True)
@@ -46,35 +54,31 @@ class Architecture:
     """The layers of a model.
 
     Attributes:
-        shapes: of every weight, by the name of the module that has it.
+        layers: every weight.
         complete: has the loaded model these modules, and no others?
+        has_leaves: does the last part of the names tell the layers of the loaded model?
         blocks: number of transformer blocks, if it is known.
         context: longest sequence that the model reads, in tokens, if there is a limit.
+        rows: rows of the input embedding, if they are known.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    layers: Sequence[Layer]
     complete: bool
+    has_leaves: bool
     blocks: int | None
     context: int | None
+    rows: int | None = None
 
-    def adapted(self, targets: str | list[str]) -> dict[str, tuple[int, ...]]:
-        """Matrices that get an adapter, as far as they are known."""
-        matrices = {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
-        if isinstance(targets, list):
-            return {n: s for n, s in matrices.items() if any(_ends_in(n, t) for t in targets)}
-        if targets in PARTS:
-            return {n: s for n, s in matrices.items() if PARTS[targets] & set(n.split("."))}
-        return {name: shape for name, shape in matrices.items() if not _is_embedding(name)}
-
-    def has_layer(self, name: str) -> bool:
-        """Is there a layer that can be adapted, of this name?"""
-        return any(len(shape) > 1 and _ends_in(own, name) for own, shape in self.shapes.items())
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight, by the name of its module."""
+        return {layer.name: layer.shape for layer in self.layers}
 
     def has_module(self, pattern: str) -> bool:
         """Is there a module with weights whose name ends in a pattern?"""
         found = {
             ".".join(parts[:depth])
-            for parts in (name.split(".") for name in self.shapes)
+            for parts in (layer.name.split(".") for layer in self.layers)
             for depth in range(1, len(parts) + 1)
         }
         # Files of a model without its head leave the model's own name out.
@@ -82,15 +86,57 @@ class Architecture:
         return any(fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}") for n in whole)
 
 
-def _ends_in(name: str, target: str) -> bool:
-    return any(
-        whole == target or whole.endswith(f".{target}")
-        for whole in (name, f"model.{name}", f"transformer.{name}")
-    )
-
-
 def _is_embedding(name: str) -> bool:
-    return "emb" in name or name.rpartition(".")[2] in ("wte", "wpe", "lm_head")
+    return "emb" in name or name.rpartition(".")[2] in ("wte", "wpe")
+
+
+def layers_of(shapes: Mapping[str, tuple[int, ...]], *, multimodal: bool = False) -> list[Layer]:
+    """Return the layers of a model with weights of these names and shapes.
+
+    Of a multimodal model, text reaches the module that holds the input embedding, and the LM head.
+    """
+    embedding = _input_embedding(shapes)
+    within = f"{embedding.rpartition('.')[0]}." if embedding and multimodal else ""
+    layers = []
+    for name, shape in _fused(shapes).items():
+        kind: Kind = "other"
+        module, parameter = name, "weight"
+        if "experts" in name.split(".") and len(shape) == 3:
+            kind = "tensor"
+            module, _, parameter = name.rpartition(".")
+        elif name.rpartition(".")[2] in HEADS:
+            kind, module = "head", "lm_head"
+        elif len(shape) == 2:
+            kind = "embedding" if _is_embedding(name) else "linear"
+        reads_text = name.startswith(within) or kind == "head"
+        layers.append(Layer(module, shape, kind, parameter, reads_text))
+    if embedding and not any(layer.kind == "head" for layer in layers):
+        # The file has a tied weight once.
+        layers.append(Layer("lm_head", shapes[embedding], "tied head"))
+    return beside_experts(layers)
+
+
+def _fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Put experts together, as transformers does when it loads them: (experts, rows, columns)."""
+    found: dict[str, tuple[int, ...]] = {}
+    numbers: dict[str, set[str]] = {}
+    for name, shape in shapes.items():
+        prefix, _, rest = name.partition(".experts.")
+        number, _, leaf = rest.partition(".")
+        if not number.isdigit() or leaf not in FUSED or len(shape) != 2:
+            found[name] = shape
+            continue
+        whole = f"{prefix}.experts.{FUSED[leaf]}"
+        numbers.setdefault(whole, set()).add(number)
+        rows = shape[0] * (2 if FUSED[leaf] == "gate_up_proj" and leaf != "gate_up_proj" else 1)
+        found[whole] = (len(numbers[whole]), rows, shape[1])
+    return found
+
+
+def _input_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    names = [name for name in shapes if name.rpartition(".")[2] in EMBEDDINGS]
+    others = [name for name in shapes if _is_embedding(name)]
+    return next(iter([*names, *others]), None)
 
 
 def small_model(spec: SmallModel) -> Architecture:
@@ -109,8 +155,7 @@ def small_model(spec: SmallModel) -> Architecture:
         for name, shape in block.items()
     }
     shapes |= {"model.embed_tokens": (spec.vocabulary, width), "model.norm": (width,)}
-    shapes["lm_head"] = (spec.vocabulary, width)
-    return Architecture(shapes, True, spec.layers, spec.context)
+    return Architecture(layers_of(shapes), True, True, spec.layers, spec.context)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -119,66 +164,31 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         InputError: names the file, and what is expected.
     """
-    config = _read_config(folder)
-    if (adapter := folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{adapter}: an adapter beside a whole model, on which transformers would put it; take "
-            "its files out, or merge it into the base and give the merged model"
-        )
+    config = read_config(folder)
     shapes = read_shapes(folder)
     if not any(True for name in TOKENIZERS for _ in folder.glob(name)):
         raise InputError(
             f"{folder}: no tokenizer there; copy tokenizer.json and tokenizer_config.json of the "
             "model into it"
         )
-    if "quantization_config" not in config:
-        check_agreement(folder / "config.json", config, shapes)
-    mixed = any("experts" in name.split(".") for name in shapes)
-    if mixed:
-        # Experts and their router have other names and shapes once they are loaded.
-        shapes = {n: s for n, s in shapes.items() if PARTS["attention"] & set(n.split("."))}
-    if "quantization_config" in config:
-        shapes = {}
-    embeddings = [shape for name, shape in shapes.items() if _is_embedding(name)]
-    if embeddings and not any(_ends_in(name, "lm_head") for name in shapes):
-        shapes["lm_head"] = embeddings[0]  # tied: the file has the weight once
-    blocks = config.get("num_hidden_layers") or config.get("n_layer")
-    context = config.get("max_position_embeddings") or config.get("n_positions")
+    text = text_section(config)
+    check_agreement(folder / "config.json", text, shapes)
+    embedding = _input_embedding(shapes)
+    rows = shapes[embedding][0] if embedding and len(shapes[embedding]) == 2 else None
+    if rows is not None:
+        check_special_tokens(folder, config, rows)
+        check_tokenizer(folder, rows)
+    blocks = text.get("num_hidden_layers") or text.get("n_layer")
+    context = text.get("max_position_embeddings") or text.get("n_positions")
+    complete = not is_renamed(config)
     return Architecture(
-        shapes,
-        bool(shapes) and not mixed and not _is_renamed(config),
+        layers_of(shapes, multimodal=text is not config),
+        complete,
+        complete or config["model_type"] in SAME_LEAVES,
         blocks if isinstance(blocks, int) else None,
         context if isinstance(context, int) else None,
+        rows,
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json there, so it is no model")
-    try:
-        config = read_foreign_json(path)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(kind, str):
-        raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
-    if (known := _causal_models()) and kind not in known:
-        raise InputError(
-            f"{path}: transformers has no causal language model of type {kind}; code that comes "
-            "with a model is not run"
-        )
-    return dict(config)
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Has the tokenizer of a folder a chat template?"""
-    if any(True for _ in folder.glob("chat_template*")):
-        return True
-    try:
-        return bool(read_foreign_json(folder / "tokenizer_config.json").get("chat_template"))
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return False
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -186,21 +196,9 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in _shards(folder):
         for name, entry in _header(path).items():
-            if name.endswith(".weight"):
+            if name.endswith(".weight") or ".experts." in name:
                 shapes[name.removesuffix(".weight")] = tuple(entry["shape"])
     return shapes
-
-
-def count_parameters(folder: Path) -> int:
-    """Numbers in all weights of a folder."""
-    count = 0
-    for path in _shards(folder):
-        for entry in _header(path).values():
-            size = 1
-            for length in entry["shape"]:
-                size *= length
-            count += size
-    return count
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -220,7 +218,8 @@ def _shards(folder: Path) -> list[Path]:
         raise InputError(f"{index}: not the index of a model: expected `weight_map`") from None
     if outside := [name for name in names if _leaves(folder, name)]:
         raise InputError(
-            f"{index}: {outside[0]} is not in the model's folder; expected names of files in it"
+            f"{index}: names {outside[0]}, which is not in this folder; copy all files of the "
+            "model into it, and name them relative to it"
         )
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise InputError(
@@ -266,27 +265,3 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _is_shape(shape: Iterable[object]) -> bool:
     return all(isinstance(length, int) and length >= 0 for length in shape)
-
-
-def _causal_models() -> set[str]:
-    """Types of all causal language models that transformers has; none if it cannot be told."""
-    table = re.search(
-        r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)",
-        _text_of_transformers("models/auto/modeling_auto.py"),
-        re.MULTILINE | re.DOTALL,
-    )
-    return set(re.findall(r'\("([\w.-]+)",', table[0])) if table else set()
-
-
-def _is_renamed(config: Mapping[str, Any]) -> bool:
-    """Does transformers give the weights of this type other names when it loads them?"""
-    text = _text_of_transformers("conversion_mapping.py")
-    names = [config["model_type"], *(config.get("architectures") or [])]
-    return not text or any(f'"{name}"' in text for name in names)
-
-
-def _text_of_transformers(name: str) -> str:
-    """A file of the library as text, since to import it takes seconds."""
-    spec = find_spec("transformers")
-    path = Path(spec.origin).parent / name if spec and spec.origin else None
-    return path.read_text(encoding="utf-8") if path and path.is_file() else ""

@@ -27,14 +27,17 @@ from forgetting.scoring.references import check_letters
 from forgetting.sections.columns import Columns
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.sections.prompt import Prompt
-from forgetting.settings.architecture import (
-    Architecture,
-    has_chat_template,
-    read_architecture,
-    small_model,
-)
+from forgetting.settings.architecture import Architecture, read_architecture, small_model
 from forgetting.settings.check_task import LARGE, check_task
+from forgetting.settings.layers import (
+    Unadaptable,
+    check_rank,
+    check_variant,
+    layers_to_adapt,
+    selected_layers,
+)
 from forgetting.settings.load import is_local
+from forgetting.settings.model_config import has_chat_template
 from forgetting.settings.plan import Tuning, numbered_tunings
 from forgetting.settings.source import At, Keys, dotted
 from forgetting.settings.study import Study
@@ -186,8 +189,10 @@ def _architecture(study: Study, at: At) -> Architecture | None:
     model = study.base.model
     if study.base.pretrain:
         return small_model(study.base.pretrain)
-    if model is None or not is_local(model):
+    if model is None:
         return None
+    if not is_local(model):
+        return _downloaded(Path("resources/models") / model / str(study.base.revision))
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise InputError(f"{at('base', 'model')}: there is no folder {folder}")
@@ -200,14 +205,50 @@ def _architecture(study: Study, at: At) -> Architecture | None:
             f"{at('prompt', 'chat')}: the tokenizer in {folder} has no chat template; write the "
             "prompt as `question` and `answer`, or take a base that was tuned to chat"
         )
+    _check_conversations(study, folder, at)
     return architecture
+
+
+def _downloaded(folder: Path) -> Architecture | None:
+    """Layers of a hub model that is here already; the job that registers it tells its faults."""
+    try:
+        return read_architecture(folder) if folder.is_dir() else None
+    except InputError:
+        return None
+
+
+def _check_conversations(study: Study, folder: Path, at: At) -> None:
+    """Refuse conversations to train on where the tokenizer has no chat template."""
+    if has_chat_template(folder):
+        return
+    for keys, table in study.tables():
+        path = None
+        if keys[0] not in ("probes", "general_text", "benchmarks"):
+            path = _file(study, table, keys, at)
+        if path is None or path.stat().st_size > LARGE:
+            continue
+        for row in general_rows(path, table, study.columns(table)):
+            if "messages" in row:
+                raise InputError(
+                    f"{place(path, row['id'])}: `messages` are written in the chat template of the "
+                    f"base's tokenizer, and that in {folder} has none; take a base that was tuned "
+                    "to chat, or give rows with `question` and `answer`"
+                )
 
 
 def _check_layers(base: Architecture, tuning: Tuning, number: int, at: At) -> None:
     """The layers that a method names are there, and have matrices as large as its ranks."""
     if tuning.kind != "full":
-        _check_targets(base, tuning, number, at)
-        _check_rank(base, tuning, number, at)
+        try:
+            if base.has_leaves:
+                layers_to_adapt(base.layers, tuning)
+            else:
+                # Listed names are those of the loaded model; what is known of the rest is certain.
+                known = selected_layers(base.layers, tuning.target_modules)
+                check_variant(known, tuning)
+                check_rank([layer for layer in known if layer.kind != "tensor"], tuning)
+        except Unadaptable as error:
+            raise InputError(f"{at('methods', number, error.key)}: {error}") from None
     if tuning.then is None or tuning.then.layers == "all":
         return
     place = at("methods", number, "then", "layers")
@@ -219,36 +260,6 @@ def _check_layers(base: Architecture, tuning: Tuning, number: int, at: At) -> No
     for pattern in tuning.then.layers:
         if base.complete and not base.has_module(pattern):
             raise InputError(f"{place}: the model has no module whose name ends in {pattern}")
-
-
-def _check_targets(base: Architecture, tuning: Tuning, number: int, at: At) -> None:
-    if not base.complete:
-        return
-    place, targets = at("methods", number, "target_modules"), tuning.target_modules
-    known = sorted({name.rpartition(".")[2] for name in base.adapted("all-linear")})
-    for name in targets if isinstance(targets, list) else []:
-        if not base.has_layer(name):
-            raise InputError(
-                f"{place}: the model has no linear layer {name}, but {', '.join(known)}"
-            )
-    if not base.adapted(targets):
-        raise InputError(
-            f"{place}: the model has no part called {targets}; name its linear layers, of "
-            f"{', '.join(known)}"
-        )
-
-
-def _check_rank(base: Architecture, tuning: Tuning, number: int, at: At) -> None:
-    """A rank above the smaller side of an adapted matrix is a mistake."""
-    rank, adapted = tuning.largest_rank or 0, base.adapted(tuning.target_modules)
-    limit = min((min(shape) for shape in adapted.values()), default=rank)
-    if rank > limit:
-        name = next(name for name, shape in adapted.items() if min(shape) == limit)
-        raise InputError(
-            f"{at('methods', number, 'rank')}: {'initial rank' if tuning.budget else 'rank'} "
-            f"{rank} is larger than the smallest adapted matrix, which has rank {limit} "
-            f"({name}, {' x '.join(map(str, adapted[name]))}); take ranks up to {limit}"
-        )
 
 
 def _check_lengths(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from forgetting.models.adapters import attach
-from forgetting.models.loading import Model
+from forgetting.models.loading import Model, text_config
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training.fused import trained_weights
@@ -30,7 +30,7 @@ def can_fuse(model: Model) -> bool:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return (
         isinstance(model, PeftModel)
-        and rows_are_apart(model.config.to_dict())
+        and rows_are_apart(text_config(model).to_dict())
         and all(_is_plain(layer) for layer in layers)
         and not isinstance(model.get_output_embeddings(), LoraLayer)
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forgetting.sections.training import Training
-from forgetting.settings.architecture import drops_out
+from forgetting.settings.model_config import drops_out
 from forgetting.settings.plan import Tuning
 
 TOKENS = {"cpu": 1024, "cuda": 8192}

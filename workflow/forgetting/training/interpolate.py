@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from forgetting.models.loading import Model
+from forgetting.models.merged import adapter_layers, is_tied
+from forgetting.records import InputError
 
 
 def scaled(
@@ -34,6 +36,11 @@ def scaled_models(
     smaller scale alone would leave the tuned magnitudes.
     """
     if isinstance(tuned, PeftModel):
+        if any(is_tied(tuned, layer) for layer in adapter_layers(tuned)):
+            raise InputError(
+                "target_modules: the input embedding and the LM head share their weights, so that "
+                "to merge the adapter of one would change both; interpolate other methods"
+            )
         tuned = tuned.merge_and_unload()
     # Kept on the host: two models are the most that the device is to hold.
     start, end = ({n: t.cpu().clone() for n, t in m.state_dict().items()} for m in (base, tuned))

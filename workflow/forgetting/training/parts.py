@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from forgetting.models.adalora import orthogonality, plan_budget
 from forgetting.models.adapters import attach, embedding_weights, round_frozen
-from forgetting.models.loading import Model
+from forgetting.models.loading import Model, freeze_unread, language_model
 from forgetting.models.tuned import trained_state
 from forgetting.records import InputError
 from forgetting.sections.variants import Then
@@ -144,12 +144,16 @@ def _second_part(
 
 
 def choose_layers(model: PreTrainedModel, layers: str | list[str], method: str) -> None:
-    """Train only `all`, or the `last N` blocks, or the modules whose names end in a pattern."""
+    """Train only `all`, or the `last N` blocks, or the modules whose names end in a pattern.
+
+    What no text reaches, such as a vision tower, stays frozen.
+    """
     model.requires_grad_(layers == "all")
     if isinstance(layers, str):
         if layers != "all":
             for block in _last_blocks(model, int(layers.split()[1]), method):
                 block.requires_grad_(True)
+        freeze_unread(model)
         return
     for pattern in layers:
         found = [
@@ -165,11 +169,18 @@ def choose_layers(model: PreTrainedModel, layers: str | list[str], method: str) 
             )
         for module in found:
             module.requires_grad_(True)
+        freeze_unread(model)
+        if not any(weight.requires_grad for module in found for weight in module.parameters()):
+            raise InputError(
+                f"methods: {method}: then.layers: no text reaches the modules whose names end in "
+                f"{pattern}; name modules of the language model"
+            )
 
 
 def _last_blocks(model: PreTrainedModel, number: int, method: str) -> list[nn.Module]:
     # The outermost list of a transformer holds its blocks.
-    blocks = list(next((m for m in model.modules() if isinstance(m, nn.ModuleList)), []))
+    inner = language_model(model).modules()
+    blocks = list(next((m for m in inner if isinstance(m, nn.ModuleList)), []))
     if number > len(blocks):
         raise InputError(
             f"methods: {method}: then.layers: the model has no {number} blocks, but {len(blocks)}"

@@ -13,7 +13,7 @@ import torch
 
 from forgetting.encoding.encode import Example
 from forgetting.models.adalora import allocate
-from forgetting.models.loading import Model, autocast
+from forgetting.models.loading import Model, autocast, text_config
 from forgetting.records import write_table
 from forgetting.scoring.forward import collate, token_logprobs
 from forgetting.select import is_over, recorded_points
@@ -214,7 +214,7 @@ def has_diverged(model: Model, progress: Progress, loss: StepLoss) -> bool:
     a guess among all V tokens costs; penalties do not count.
     """
     first = progress.losses[0] if progress.losses else loss.tokens
-    usual = max(first, math.log(model.config.vocab_size))
+    usual = max(first, math.log(text_config(model).vocab_size))
     return not loss.is_finite or loss.tokens > EXPLODED * usual
 
 
