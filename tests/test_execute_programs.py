@@ -43,7 +43,7 @@ def _command(folder: Path) -> list[str]:
 
 @needs_sandbox
 def test_a_killed_job_leaves_nothing_and_gives_the_same_outcomes_again(tmp_path: Path) -> None:
-    """SIGKILL at a random moment: the outcomes are whole or absent, and repeating completes them."""
+    """SIGKILL at a random moment: outcomes are whole or absent, and repeating gives them."""
     outcomes = tmp_path / "outcomes.json"
     command = _command(tmp_path)
     begin = time.monotonic()

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = (
     "accelerate",
     "altair",
@@ -24,13 +26,30 @@ PACKAGES = (
 )
 
 
+def describe_computation(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """Return what numbers depend on beside their inputs: device, threads, precision, machine."""
+    return {
+        "device": device_name(device),
+        "precision": str(precision).removeprefix("torch."),
+        "machine": describe_machine(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the number of threads on the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
 def describe_machine() -> dict[str, Any]:
-    """Python, packages, processor and its cores."""
+    """Python, packages, processor, its cores and the threads in use."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -32,7 +32,7 @@ from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
 from forgetting.data.table_files import Row, place
-from forgetting.machine import describe_machine
+from forgetting.machine import describe_computation
 from forgetting.models.loading import (
     Model,
     autocast,
@@ -168,9 +168,7 @@ class Scorer:
             "base": self.depends["base"],
             "tasks": about_tasks(self.spec, self.digests, result),
             "notes": result.notes,
-            "device": str(self.device),
-            "precision": str(self.precision).removeprefix("torch."),
-            "machine": describe_machine(),
+            **describe_computation(self.device, self.precision),
         }
         return result, record
 
