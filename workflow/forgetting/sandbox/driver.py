@@ -175,10 +175,10 @@ class Peer:
                         _overwrite(args[position], self._unpack(value))
                     return self._unpack(result)
                 base, own, values = content
-                error = _error(base, own, [self._unpack(value) for value in values])
+                raised = _error(base, own, [self._unpack(value) for value in values])
             except Exception as error:
                 raise self._break(f"{type(error).__name__}: {error}") from None
-            raise error
+            raise raised
 
     def serve(self, name: str, packed: list[Any], keywords: dict[str, Any]) -> None:
         """Do what the other process asks and send the answer."""

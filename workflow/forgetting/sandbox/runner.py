@@ -99,7 +99,7 @@ class Sandbox:
         """
         different = list(dict.fromkeys(programs))
         with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            ends = pool.map(lambda pair: self.run_program(*pair, timeout=timeout), different)
+            ends = pool.map(lambda pair: self.run_program(pair[0], pair[1], timeout), different)
             outcomes = dict(zip(different, ends, strict=True))
         return [outcomes[pair] for pair in programs]
 

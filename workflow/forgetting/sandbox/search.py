@@ -128,8 +128,8 @@ def _arguments(features: frozenset[str], privilege: Privilege, shown: str | None
     # What bubblewrap leaves writable is closed: /dev and /tmp, whose memory file systems limit no
     # number of files, and /proc, where a process may raise its chance to be spared (oom_score_adj).
     arguments += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
-    for folder in ("/proc", "/dev", "/tmp"):
-        arguments += ["--remount-ro", folder]
+    for writable in ("/proc", "/dev", "/tmp"):
+        arguments += ["--remount-ro", writable]
     return [*arguments, "--chdir", "/tmp", "--remount-ro", "/"]
 
 
