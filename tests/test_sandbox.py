@@ -870,15 +870,22 @@ def test_ordinary_user_has_a_sandbox(tmp_path: Path) -> None:
         pytest.skip("there is no interpreter that every user can read")
     folder = Path("/tmp", f"sandbox-{secrets.token_hex(4)}", "forgetting")
     shutil.copytree(LIBRARY / "forgetting", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    program = (
-        "from forgetting.sandbox import search_sandbox\nfound, why = search_sandbox()\n"
-        "assert found is not None and found.privilege == 'user', why\n"
-        "assert found.run_program('assert True').passed"
-    )
+    program = """
+import json, sys
+from forgetting.sandbox import search_sandbox
+found, why = search_sandbox()
+assert found is not None and found.privilege == 'user', why
+pairs = json.load(sys.stdin)
+outcomes = found.run_programs([tuple(pair) for pair in pairs], workers=2, timeout=5)
+print(json.dumps([outcome.status for outcome in outcomes]))
+"""
+    pairs = [(spoof, SQUARES) for spoof in SPOOFS.values()]
+    pairs += [(attack, "") for attack in CONTAINED.values()]
     try:
         done = subprocess.run(
             ["/usr/bin/python3", "-c", program],
             env={"PYTHONPATH": str(folder.parent), "PATH": os.environ["PATH"]},
+            input=json.dumps(pairs),
             cwd="/",
             user=12345,
             group=12345,
@@ -891,6 +898,9 @@ def test_ordinary_user_has_a_sandbox(tmp_path: Path) -> None:
     if done.returncode and "permission" in done.stderr.lower():
         pytest.skip(f"users may not create namespaces here: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr
+    ended = dict(zip([*SPOOFS, *CONTAINED], json.loads(done.stdout), strict=True))
+    assert [name for name in SPOOFS if ended[name] == "passed"] == []
+    assert [name for name in CONTAINED if ended[name] != "passed"] == []
 
 
 def test_unsafe_runner_still_limits() -> None:
