@@ -8,11 +8,15 @@ import pandas as pd
 import pytest
 
 from forgetting.benchmarks.harness import ITEM_COLUMNS, SCORE_COLUMNS
+from forgetting.benchmarks.outcomes import Executed, write_outcomes
 from forgetting.benchmarks.programs import Program, describe
-from forgetting.records import read_json, write_json, write_table
+from forgetting.records import InputError, read_json, write_json, write_table
 from forgetting.results.collect import benchmark_tables, main_items
+from forgetting.sandbox import Outcome
 
 WHO = {"base": {"run": "base", "method": "base", "label": "base"}}
+
+PROGRAM = Program("humaneval", "h/0", 0, 0, "", "check()")
 
 
 def _model(folder: Path) -> Path:
@@ -25,15 +29,14 @@ def _model(folder: Path) -> Path:
     write_table(folder / "items.parquet", items)
     write_json(
         folder / "programs.json",
-        describe([Program("humaneval", "h/0", 0, 0, "", "")]),
+        describe([PROGRAM]),
     )
     tasks = {"arc": {"num_fewshot": 25}, "humaneval": {"num_fewshot": 0}}
     write_json(
         folder / "record.json",
         {"model": {"run": "base", "step": 0}, "notes": [], "tasks": tasks},
     )
-    outcome = {"status": "passed"}
-    write_json(folder / "outcomes.json", {"sandbox": "made", "why": "", "outcomes": [outcome]})
+    write_outcomes(folder / "outcomes.json", [PROGRAM], Executed("made", "", [Outcome("passed")]))
     return folder
 
 
@@ -57,6 +60,27 @@ def test_programs_that_were_not_run_come_with_the_remedy(tmp_path: Path) -> None
         assert part in note
 
 
+@pytest.mark.parametrize("damage", ["truncated", "one short", "of another item", "no list"])
+def test_damaged_outcomes_are_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    """The message names the file and says how to heal it."""
+    folder = _model(tmp_path / "base")
+    outcomes = folder / "outcomes.json"
+    whole = read_json(outcomes)
+    if damage == "truncated":
+        outcomes.write_text(outcomes.read_text()[:-20])
+    elif damage == "one short":
+        write_json(outcomes, whole | {"outcomes": []})
+    elif damage == "of another item":
+        write_json(outcomes, whole | {"outcomes": [whole["outcomes"][0] | {"item": 7}]})
+    else:
+        write_json(outcomes, [])
+    with pytest.raises(InputError) as told:
+        benchmark_tables([folder], WHO)
+    message = str(told.value)
+    assert message.startswith(str(outcomes)) and "run `rm -rf " in message
+    assert "\n" not in message
+
+
 def test_counts_and_perplexities_have_intervals_of_their_own(tmp_path: Path) -> None:
     """Also where all counts happen to be 0 or 1: Student's; what is no mean has the harness's."""
     folder = _model(tmp_path / "base")
@@ -64,8 +88,8 @@ def test_counts_and_perplexities_have_intervals_of_their_own(tmp_path: Path) -> 
         Program("humaneval", f"h/{n}", n, s, f"{s}", "") for n in range(3) for s in range(2)
     ]
     write_json(folder / "programs.json", describe(programs))
-    outcomes = [{"status": "passed" if number < 2 else "failed"} for number in range(6)]
-    write_json(folder / "outcomes.json", {"sandbox": "made", "why": "", "outcomes": outcomes})
+    outcomes = [Outcome("passed" if number < 2 else "failed") for number in range(6)]
+    write_outcomes(folder / "outcomes.json", programs, Executed("made", "", outcomes))
     scores = pd.DataFrame(
         [("lambada", "perplexity,none", True, 20.0, 2.0, 3, float("nan"))], columns=SCORE_COLUMNS
     )

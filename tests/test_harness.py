@@ -475,7 +475,7 @@ def _oracle_score(
     oracle = _Oracle([json.loads(line) for line in lines], wrong)
     monkeypatch.setattr(harness, "_wrapped", lambda *_: oracle)
     result = run_benchmarks(model, None, [TaskSpec("humaneval")], folder)
-    outcomes = sandbox.run_programs([p.source for p in result.programs], workers=2, timeout=10)
+    outcomes = sandbox.run_programs([(p.program, p.tests) for p in result.programs], timeout=10)
     return score_programs(result.programs, outcomes).iloc[0]
 
 
@@ -583,4 +583,3 @@ def test_programs_survive_json() -> None:
     described = json.loads(json.dumps(describe(programs, rates)))
     assert read_programs(described) == programs and read_rates(described) == rates
     assert json.dumps(described).count("check(f)") == 2
-    assert programs[0].source == "def f(): 0\ncheck(f)"

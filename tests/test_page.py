@@ -370,6 +370,7 @@ def test_notes_provenance_and_every_run_are_on_the_page(written: Path) -> None:
     tables = read_tables(written / "tables")
     for text in (*tables.study["notes"], "0123456789abcdef", "torch: 2.13.0", "ab" * 32):
         assert text in html
+    assert "computed in float32 on CPU, 1 of 2 threads (Made CPU 9000); with another" in html
     assert all(f"<code>{run}</code>" in html for run in tables.tuned["run"])
     assert html.count('class="chosen"') == 5
 

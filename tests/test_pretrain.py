@@ -19,8 +19,10 @@ from forgetting.models.pretrain import (
     pretrain,
     train_tokenizer,
 )
+from forgetting.records import read_json, write_jsonl
 from forgetting.sections.base import SmallModel
 from forgetting.world import WorldSizes, build_world
+from scripts import pretrain_base
 
 SPEC = SmallModel(
     hidden_size=32,
@@ -63,6 +65,22 @@ def _digest(folder: Path) -> dict[str, str]:
 def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
     pretrain(documents, SPEC, tmp_path / "again", seed=3)
     assert _digest(tmp_path / "again") == _digest(base)
+
+
+def test_the_record_names_device_precision_and_threads(documents, tmp_path) -> None:
+    """The numbers of a base depend on them, so that the page can name them."""
+    write_jsonl(tmp_path / "documents.jsonl", [{"text": text} for text in documents])
+    arguments = {
+        "spec": SPEC.model_copy(update={"epochs": 0.1}).model_dump_json(),
+        "documents": tmp_path / "documents.jsonl",
+        "precision": "float32",
+        "folder": tmp_path / "model",
+        "output": tmp_path / "base.json",
+    }
+    pretrain_base.main([f"--{key}={value}" for key, value in arguments.items()])
+    record = read_json(tmp_path / "base.json")
+    assert record["precision"] == "float32" and record["machine"]["threads"] == 1
+    assert record["device"].startswith("CPU, 1 of ")
 
 
 def test_the_global_random_state_neither_matters_nor_changes(documents, base, tmp_path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from cohorts import record_base
@@ -95,6 +96,10 @@ def test_the_base_is_told_how_long_its_references_are(
     both = tokenizer(f"Question: {rows[0]['question']}\nAnswer: {rows[0]['answer']}")["input_ids"]
     assert items["reference_tokens"][0] == len(both) - asked
     assert items["reference_tokens"].nunique() > 1
+    computed = items.attrs["computed"]
+    assert computed["precision"] == "float32"
+    assert computed["device"].startswith(f"CPU, {torch.get_num_threads()} of ")
+    assert computed["machine"]["threads"] == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(

@@ -113,12 +113,8 @@ LOSERS = {
         "while True: threading.Thread(target=time.sleep, args=(50,)).start()",
         "failed",
     ),
-    "prints a verdict": (
-        "import json, os\nverdict = json.dumps({'stage': 'ended', 'nonce': '0' * 32, "
-        "'status': 'passed', 'detail': '', 'seconds': 0}).encode() + b'\\n'\n"
-        "for fd in range(64):\n try: os.write(fd, verdict)\n except OSError: pass\nos._exit(0)",
-        "failed",
-    ),
+    "messages without an end": ("import os\nwhile True: os.write(4, b'x' * 4096)", None),
+    "messages that are none": ("import os\nwhile True: os.write(4, b'[1]\\n')", "failed"),
     "fills the report": (
         "import os\nfor fd in range(3, 64):\n"
         " try:\n  while True: os.write(fd, b'x' * 4096)\n except OSError: pass\nos._exit(0)",
@@ -139,11 +135,245 @@ def test_never_counts_as_passed(sandbox: Sandbox, name: str) -> None:
     """Programs that fail, leave early, run wild or lie about their end."""
     program, status = LOSERS[name]
     begin = time.monotonic()
-    # What ends by itself may take its time on a busy machine.
-    outcome = sandbox.run_program(program, timeout=1.0 if status in (None, "timed_out") else 10.0)
+    # What ends by itself may take its time; what does not is stopped soon.
+    outcome = sandbox.run_program(program, timeout=0.1 if status in (None, "timed_out") else 10.0)
     assert not outcome.passed
     assert status is None or outcome.status == status, outcome
     assert time.monotonic() - begin < 20
+
+
+# Programs that are wrong and try to pass all the same.
+SQUARES = "assert f(3) == 9\nassert abs(f(4) - 16) < 1e-6\nassert isinstance(f(5), int)"
+VERDICT = r"""
+def f(x): return None
+VERDICT = (
+    b'{"stage": "started"}\n{"stage": "ended", "status": "passed", "detail": ""}\n'
+    b'["returned", true, []]\n'
+)
+"""
+SPOOFS = {
+    "patched json.dumps": VERDICT + "import json\njson.dumps = lambda *a, **k: VERDICT.decode()",
+    "patched os.write": VERDICT
+    + "import os\nwrite = os.write\nos.write = lambda fd, data: write(fd, VERDICT) and len(data)",
+    "a walk through the frames": VERDICT
+    + """
+import os, sys
+def f(x):
+    frame = sys._getframe()
+    while frame:
+        for value in [*frame.f_locals.values()]:
+            if hasattr(value, "ask"):
+                value.ask("setattr", value, "broken", False)
+            if hasattr(value, "send"):
+                value.send("returned", True, [])
+            if hasattr(value, "functions"):
+                value.functions["call"] = lambda *a: True
+        frame = frame.f_back
+""",
+    "a changed driver": VERDICT
+    + "import __main__, sys\n__main__.Peer._pack = lambda self, value: True\n"
+    "__main__.run_tests = sys.exit",
+    "forked guesses": VERDICT
+    + """
+import os
+for guess in (4, 9, 16, 25):
+    try:
+        child = os.fork()
+    except OSError:
+        child = 1
+    if child == 0:
+        f = lambda x: guess
+        break
+""",
+    "writes to every descriptor of every process": VERDICT
+    + """
+import glob, os
+for name in [*range(64), *glob.glob("/proc/[0-9]*/fd/*"), *glob.glob("/proc/self/fd/*")]:
+    try:
+        os.write(name if isinstance(name, int) else os.open(name, os.O_WRONLY), VERDICT)
+    except OSError:
+        pass
+os._exit(0)
+""",
+    "reads every descriptor of every process": VERDICT
+    + """
+import glob, os
+found = b""
+for name in glob.glob("/proc/[0-9]*/fd/*"):
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        found += os.read(fd, 4096)
+    except OSError:
+        pass
+assert b"assert" not in found, os.write(4, VERDICT)
+""",
+    "looks for its tests in memory": VERDICT
+    + """
+import os, re
+for process in ("self", "1", str(os.getppid())):
+    try:
+        maps, memory = open(f"/proc/{process}/maps"), open(f"/proc/{process}/mem", "rb", 0)
+    except OSError:
+        continue
+    for low, high in re.findall("^(\\\\w+)-(\\\\w+) rw", maps.read(), re.M):
+        memory.seek(int(low, 16))
+        try:
+            if re.search(rb"f[(]3[)] == 9", memory.read(int(high, 16) - int(low, 16))):
+                f = lambda x: x * x
+        except OSError:
+            pass
+""".replace("\\\\", "\\"),
+    "exits with status 0": VERDICT + "import os\ndef f(x): os._exit(0)",
+    "becomes another program": VERDICT
+    + "import os\ndef f(x): os.execv('/bin/echo', ['echo', '[\"returned\", true, []]'])",
+    "equals everything": """
+class Any(int):
+    def __eq__(self, other): return True
+    __ne__ = lambda self, other: False
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    __sub__ = __rsub__ = __abs__ = lambda self, *other: self
+    __hash__ = int.__hash__
+def f(x): return Any()
+""",
+    "replaced built-in functions": """
+import builtins, math
+def f(x): return 9
+def abs(x): return 0
+def isinstance(*_): return True
+builtins.abs, builtins.isinstance = abs, isinstance
+""",
+    "names that were not asked for": VERDICT
+    + """
+import sys
+frame = sys._getframe(1)
+while "peer" not in frame.f_locals:
+    frame = frame.f_back
+frame.f_locals["peer"].functions["define"] = None
+frame.f_locals["peer"].send(
+    "returned",
+    ["builtins.dict", ["f", ["type", "builtins.int"], "__builtins__", ["builtins.dict", []]]],
+    [],
+)
+""",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", list(SPOOFS))
+def test_a_program_cannot_write_its_own_verdict(sandbox: Sandbox, name: str) -> None:
+    """The tests run in another process, which the program neither sees nor reaches."""
+    assert sandbox.run_program("def f(x): return x * x", SQUARES).passed
+    outcome = sandbox.run_program(SPOOFS[name], SQUARES)
+    assert not outcome.passed, outcome
+
+
+@needs_sandbox
+def test_a_program_reaches_nothing_through_what_its_tests_give_it(sandbox: Sandbox) -> None:
+    """A function of the tests can be called, and that is all; nor can it replace a module."""
+    tests = "import math\nseen = []\nassert f(lambda x: seen.append(x)) == 1 and seen == [7]"
+    names = ("__globals__", "__code__", "gi_frame", "__self__", "__class__", "__dict__")
+    program = f"""
+import __main__, math
+def f(g):
+    g(7)
+    ask = g._peer.ask
+    tried = [("getattr", g, name) for name in {names!r}]
+    tried += [("call", print), ("getattr", math, "floor"), ("eq", g, g), ("define", "x = 1", [])]
+    tried += [("call", ValueError, 1), ("setattr", g, "__code__", 1)]
+    for function, *args in tried:
+        try:
+            ask(function, *args)
+        except (AttributeError, KeyError, TypeError):
+            continue
+        return function, args
+    return 1
+"""
+    outcome = sandbox.run_program(program, tests)
+    assert outcome.passed, outcome
+    generator = "def rows():\n yield 1\n yield 2\nassert f(rows()) == 3"
+    assert sandbox.run_program("def f(g): return sum(g)", generator).passed
+    outcome = sandbox.run_program("def f(g): return g.gi_frame.f_builtins or 3", generator)
+    assert "refused" in outcome.detail, outcome
+
+
+# Correct programs whose tests do more than compare plain results.
+HONEST = {
+    "changes its argument": ("def f(x): x.sort()", "x = [3, 1]\nf(x)\nassert x == [1, 3]"),
+    "named like a built-in function": (
+        "def sum(a, b): return a + b",
+        "assert sum(1, 2) == 3",
+    ),
+    "a module that the program imported": (
+        "import math\ndef f(x): return math.sqrt(x)",
+        "def check(c):\n assert math.isclose(c(2) ** 2, 2)\ncheck(f)",
+    ),
+    "a second function of the program": (
+        "def encode(s): return s[::-1]\ndef decode(s): return s[::-1]",
+        "def check(c):\n assert c(encode('ab')) == 'ab'\ncheck(decode)",
+    ),
+    "raises": (
+        "class Low(ValueError): pass\ndef f(x): raise Low('no')",
+        "try: f(1)\nexcept ValueError as e: assert str(e) == 'no'\nelse: assert False",
+    ),
+    "objects of a class": (
+        "class Pair:\n def __init__(self, a, b): self.a, self.b = a, b\n"
+        " def __eq__(self, o): return self.a == o.a\n def __len__(self): return 2\n"
+        " def __add__(self, o): return Pair(self.a + o.a, 0)\n"
+        "def f(pairs): return max(p.b for p in pairs)",
+        "p = Pair(1, b=5)\np.b = 7\nassert f([p, Pair(2, 6)]) == 7 and p.a == 1 and len(p) == 2\n"
+        "assert p == Pair(1, 0) and p + p == Pair(2, 0) and isinstance(p, Pair)",
+    ),
+    "a class of the tests": (
+        "def f(node):\n node.next.value += 1\n return node.value + node.next.value",
+        "class Node:\n def __init__(self, value, next=None): self.value, self.next = value, next\n"
+        "n = Node(1, Node(2))\nassert f(n) == 4 and n.next.value == 3",
+    ),
+    "a generator": (
+        "def f():\n n = 0\n while True:\n  yield n\n  n += 1",
+        "g = f()\nassert [next(g) for _ in range(3)] == [0, 1, 2] and next(g) == 3",
+    ),
+    "a function for a function": (
+        "def f(g): return lambda x: g(g(x))",
+        "assert f(lambda x: x + 1)(1) == 3 and f(abs)(-2) == 2",
+    ),
+    "many kinds of values": (
+        "import collections, decimal, fractions\ndef f(x): return x",
+        "import math\nfrom collections import *\nfrom decimal import *\nfrom fractions import *\n"
+        "for x in (None, True, 1, -(10 ** 5000), .1, float('inf'), 'a\\ud800', b'\\xff', (1, [2]),"
+        " {1, 2}, {(1, 2): {'a': 3}}, frozenset([1]), 1j, range(3), deque([1]), Counter('aab'),"
+        " Decimal('1.10'), Fraction(1, 3), bytearray(b'x'), slice(1, 2), OrderedDict(a=1)):\n"
+        " assert f(x) == x and type(f(x)) is type(x), x\n"
+        "assert math.isnan(f(float('nan'))) and str(f(-0.0)) == '-0.0' and f(int) is int",
+    ),
+    "threads and an event loop": (
+        "import asyncio\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "async def g(x): return x + 1\n"
+        "def f(x):\n with ThreadPoolExecutor(4) as pool: return sum(pool.map(int, x)) + "
+        "asyncio.run(g(1))",
+        "assert f(['1', '2']) == 5",
+    ),
+    "thousands of calls": ("def f(x): return -x", "assert all(f(n) == -n for n in range(5000))"),
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", list(HONEST))
+def test_tests_use_a_program_as_if_it_were_theirs(name: str) -> None:
+    """Arguments, results, exceptions and objects cross between the two processes."""
+    outcome = SANDBOXES[0].run_program(*HONEST[name])
+    assert outcome.passed, outcome
+    program, tests = HONEST[name]
+    assert not SANDBOXES[0].run_program(program, f"{tests}\nassert False").passed
+
+
+@needs_sandbox
+def test_time_limits_count_processor_time(sandbox: Sandbox) -> None:
+    """A program that waits longer than its limit passes; one that computes longer does not."""
+    waits = "import time\ndef f(): time.sleep(0.3)"
+    assert sandbox.run_program(waits, "f()", timeout=0.15).passed
+    computes = "import time\ndef f():\n while time.process_time() < 2: pass"
+    assert sandbox.run_program(computes, "f()", timeout=0.15).status == "timed_out"
+    assert sandbox.run_program("", "while True: pass", timeout=0.15).status == "timed_out"
 
 
 # Attacks written as programs that pass only if the attack was fended off.
@@ -151,9 +381,8 @@ CONTAINED = {
     "network": """
 import socket
 for family, address in ((socket.AF_INET, ("1.1.1.1", 53)), (socket.AF_INET6, ("2606::1", 53))):
-    with_it = socket.socket(family, socket.SOCK_DGRAM)
     try:
-        with_it.connect(address)
+        socket.socket(family, socket.SOCK_DGRAM).connect(address)
     except OSError:
         continue
     raise AssertionError("there is a way out")
@@ -163,24 +392,111 @@ import os
 for path in ("/etc/shadow", "/etc/passwd", "/root", "/home", "/var", "/work", "/sys", "/run"):
     assert not os.path.exists(path) or not os.listdir(path), path
 """,
-    "symbolic link": """
+    "makes files, folders and links anywhere": """
 import os
-os.symlink("/etc/shadow", "/tmp/link")
-try:
-    open("/tmp/link")
-except OSError:
-    pass
-else:
-    raise AssertionError
+mounts = [line.split()[1] for line in open("/proc/self/mounts")]
+assert "/tmp" in mounts and "/dev" in mounts and "/proc" in mounts
+for folder in (*mounts, "/usr", "/usr/bin", "/bin", "/lib", "/dev/shm", "/dev/pts", os.getcwd()):
+    path = f"{folder}/x"
+    for make in (
+        lambda: open(path, "w"),
+        lambda: os.open(folder, os.O_TMPFILE | os.O_WRONLY),
+        lambda: os.mkdir(path),
+        lambda: os.symlink("/etc/shadow", path),
+        lambda: os.mkfifo(path),
+    ):
+        try:
+            make()
+        except OSError:
+            continue
+        raise AssertionError(path)
 """,
-    "writes outside /tmp": """
-for path in ("/x", "/usr/x", "/usr/bin/python3", "/dev/x", "/dev/shm/x", "/bin/x", "/lib/x"):
+    "descriptors that were inherited": """
+import glob, os
+for name in glob.glob("/proc/self/fd/*") + glob.glob("/proc/1/fd/*"):
     try:
-        open(path, "wb")
+        target = os.readlink(name)
     except OSError:
         continue
-    raise AssertionError(path)
-open("/tmp/x", "w").write("this is allowed")
+    assert target.startswith(("pipe:", "anon_inode:")) or target == "/dev/null", (name, target)
+""",
+    "sockets of every family": """
+import socket
+for family in range(64):
+    for make in (socket.socket, socket.socketpair):
+        for kind in (1, 2, 3, 5):
+            try:
+                made = make(family, kind)
+            except OSError as error:
+                assert error.errno == 1, (family, error)
+                continue
+            assert make is socket.socketpair and family == socket.AF_UNIX, family
+""",
+    "buffers of sockets and pipes": """
+import fcntl, os, socket
+total, kept = 0, []
+try:
+    while True:
+        pair = socket.socketpair()
+        kept += pair
+        for one in pair:
+            one.setblocking(False)
+            try:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**24)
+            except OSError:
+                pass
+            try:
+                while True:
+                    total += one.send(bytes(2**16))
+            except BlockingIOError:
+                pass
+except OSError:
+    pass
+assert total < 16 * 2**20, total
+kept.clear()
+reader, writer = os.pipe()
+try:
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 2**20)
+except OSError:
+    pass
+assert fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) <= 2**16
+""",
+    "locks on files of the host": """
+import fcntl, sys
+for path in (sys.executable, "/usr/bin/python3", "/dev/null"):
+    file = open(path)
+    for lock in (
+        lambda: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB),
+        lambda: fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB),
+        lambda: fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK),
+        lambda: fcntl.fcntl(file, 37, bytes(32)),
+    ):
+        try:
+            lock()
+        except OSError as error:
+            assert error.errno == 1, error
+            continue
+        raise AssertionError(path)
+""",
+    "its place in the line of those to be killed": """
+for name in ("oom_score_adj", "oom_adj", "comm", "coredump_filter", "timerslack_ns"):
+    for process in ("self", "1"):
+        try:
+            open(f"/proc/{process}/{name}", "w").write("1")
+        except OSError:
+            continue
+        raise AssertionError(name)
+""",
+    "second processes": """
+import os, subprocess
+spawn = lambda: os.posix_spawn("/bin/true", ["true"], {})
+for start in (os.fork, spawn, lambda: subprocess.run(["true"])):
+    try:
+        child = start()
+    except OSError as error:
+        assert error.errno == 1, error
+        continue
+    raise AssertionError(start) if child else os._exit(0)
 """,
     "kernel settings": """
 for path in ("/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger"):
@@ -189,25 +505,6 @@ for path in ("/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern", "/pro
     except OSError:
         continue
     raise AssertionError(path)
-""",
-    "large file": """
-try:
-    with open("/tmp/x", "wb") as file:
-        file.write(bytes(64 * 2**20))
-except OSError:
-    pass
-else:
-    raise AssertionError
-""",
-    "many files": """
-written = 0
-try:
-    for number in range(64):
-        with open(f"/tmp/{number}", "wb") as file:
-            written += file.write(bytes(2**20 - 4096))
-except OSError:
-    pass
-assert written <= 16 * 2**20, written
 """,
     "memory without a name": """
 import os
@@ -218,21 +515,6 @@ except OSError:
     pass
 else:
     raise AssertionError
-""",
-    "children with much memory": """
-import os
-children = 0
-try:
-    while True:
-        if os.fork() == 0:
-            try:
-                bytearray(480 * 2**20)
-            finally:
-                os._exit(0)
-        children += 1
-except OSError:
-    pass
-assert children < 8, children
 """,
     "limits raised again": """
 import resource
@@ -376,19 +658,6 @@ def test_every_refused_system_call_is_refused_by_number(sandbox: Sandbox) -> Non
 
 
 @needs_sandbox
-def test_a_program_leaves_nothing_for_the_next(sandbox: Sandbox) -> None:
-    """Neither a module in the working folder nor a file: each has a sandbox of its own."""
-    trap = (
-        "import os\nfor name in ('json', 'math', 'typing', 'usercustomize'):\n"
-        " open(f'{name}.py', 'w').write('raise SystemExit')\n"
-        "open('/tmp/secret', 'w').write('x')"
-    )
-    look = "import json, math, typing, os\nassert not os.listdir('/tmp'), os.listdir('/tmp')"
-    first, second = sandbox.run_programs([trap, look], workers=1, timeout=5.0)
-    assert first.passed and second.passed, (first, second)
-
-
-@needs_sandbox
 def test_environment_is_not_visible(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of the caller reaches a program."""
     monkeypatch.setenv("HF_TOKEN", "SECRET")
@@ -456,20 +725,17 @@ except OSError:
 
 
 @needs_sandbox
-@pytest.mark.parametrize("ending", ["pass", "import time; time.sleep(100)"])
+@pytest.mark.parametrize("ending", ["pass", "time.sleep(100)"])
 def test_nothing_outlives_its_program(sandbox: Sandbox, ending: str) -> None:
-    """Children that detach themselves die with the sandbox, after a pass and after a timeout."""
+    """Threads and the process die with the sandbox, after a pass and after a timeout."""
     mark = secrets.token_hex(5)
     program = f"""
-import os, time
-if os.fork() == 0:
-    os.setsid()
-    open("/proc/self/comm", "w").write("{mark}")
-    time.sleep(100)
-time.sleep(0.2)
+import ctypes, threading, time
+ctypes.CDLL(None).prctl(15, b"{mark}", 0, 0, 0)
+threading.Thread(target=time.sleep, args=(100,)).start()
 {ending}
 """
-    sandbox.run_program(program, timeout=1.0)
+    sandbox.run_program(program, "import time; time.sleep(0.2)", timeout=0.1)
     deadline = time.monotonic() + 5
     while (left := _named(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -492,14 +758,16 @@ def test_detail_names_the_reason(sandbox: Sandbox) -> None:
     """An outcome carries a short excerpt, never the whole of what a program says."""
     assert sandbox.run_program("assert 0, 'seven'").detail == "AssertionError: seven"
     assert len(sandbox.run_program("raise ValueError('x' * 10**6)").detail) <= 300
-    slow = sandbox.run_program("import time; time.sleep(0.6)", timeout=0.4)
-    assert slow.status == "timed_out" and "0.4" in slow.detail
+    slow = sandbox.run_program("while True: pass", timeout=0.2)
+    assert slow.status == "timed_out" and "0.2 s of processor time" in slow.detail
+    assert sandbox.run_program("f = 1", "assert f == 2, 'not two'").detail.endswith("not two")
 
 
 @needs_sandbox
 def test_outcomes_keep_the_order_of_programs(sandbox: Sandbox) -> None:
     """Whichever finishes first, each outcome stands where its program stood."""
-    programs = [f"import time; time.sleep({0.2 - n / 50}); assert {n} % 3" for n in range(9)]
+    programs = [(f"import time; time.sleep({0.2 - n / 50}); n = {n}", "n % 3") for n in range(9)]
+    programs = [(program, f"assert {tests}") for program, tests in programs]
     outcomes = sandbox.run_programs(programs, workers=3)
     assert [outcome.passed for outcome in outcomes] == [bool(n % 3) for n in range(9)]
 
@@ -508,12 +776,12 @@ def test_equal_programs_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that repeats itself costs no more than what it says."""
     run: list[str] = []
 
-    def attempt(_: Sandbox, program: str, timeout: float) -> Outcome:
+    def attempt(_: Sandbox, program: str, tests: str, timeout: float) -> Outcome:
         run.append(program)
         return Outcome("passed" if program == "a" else "failed")
 
     monkeypatch.setattr(Sandbox, "_attempt", attempt)
-    outcomes = Sandbox("trial", "python").run_programs(["a", "b", "a", "a", "b"], workers=1)
+    outcomes = Sandbox("trial", "python").run_programs([(x, "") for x in "abaab"], workers=1)
     assert run == ["a", "b"]
     assert [outcome.passed for outcome in outcomes] == [True, False, True, True, False]
 
@@ -548,7 +816,8 @@ def test_trial_rejects_what_does_not_isolate() -> None:
         return search._weakness(replace(whole, prefix=tuple(changed))) or "accepted"
 
     assert "network" in reason([prefix[0], *prefix[1:], "--share-net"])
-    assert "/dev/" in reason(_without(prefix, "--remount-ro", "/dev"))
+    for folder in ("/dev", "/tmp", "/proc"):
+        assert f"{folder}/" in reason(_without(prefix, "--remount-ro", folder))
     assert "/etc of the host" in reason([prefix[0], "--ro-bind", "/etc", "/etc", *prefix[1:]])
     assert "environment" in reason([*prefix, "--setenv", "TOKEN", "x"])
     assert "files of the host" in reason([*prefix, "--ro-bind", "/tmp", "/tmp"])
@@ -601,15 +870,22 @@ def test_ordinary_user_has_a_sandbox(tmp_path: Path) -> None:
         pytest.skip("there is no interpreter that every user can read")
     folder = Path("/tmp", f"sandbox-{secrets.token_hex(4)}", "forgetting")
     shutil.copytree(LIBRARY / "forgetting", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    program = (
-        "from forgetting.sandbox import search_sandbox\nfound, why = search_sandbox()\n"
-        "assert found is not None and found.privilege == 'user', why\n"
-        "assert found.run_program('assert True').passed"
-    )
+    program = """
+import json, sys
+from forgetting.sandbox import search_sandbox
+found, why = search_sandbox()
+assert found is not None and found.privilege == 'user', why
+pairs = json.load(sys.stdin)
+outcomes = found.run_programs([tuple(pair) for pair in pairs], workers=2, timeout=5)
+print(json.dumps([outcome.status for outcome in outcomes]))
+"""
+    pairs = [(spoof, SQUARES) for spoof in SPOOFS.values()]
+    pairs += [(attack, "") for attack in CONTAINED.values()]
     try:
         done = subprocess.run(
             ["/usr/bin/python3", "-c", program],
             env={"PYTHONPATH": str(folder.parent), "PATH": os.environ["PATH"]},
+            input=json.dumps(pairs),
             cwd="/",
             user=12345,
             group=12345,
@@ -622,6 +898,9 @@ def test_ordinary_user_has_a_sandbox(tmp_path: Path) -> None:
     if done.returncode and "permission" in done.stderr.lower():
         pytest.skip(f"users may not create namespaces here: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr
+    ended = dict(zip([*SPOOFS, *CONTAINED], json.loads(done.stdout), strict=True))
+    assert [name for name in SPOOFS if ended[name] == "passed"] == []
+    assert [name for name in CONTAINED if ended[name] != "passed"] == []
 
 
 def test_unsafe_runner_still_limits() -> None:
@@ -638,9 +917,9 @@ def test_unsafe_runner_still_limits() -> None:
     assert outcome.passed, outcome
 
 
-def _verdict(program: bytes, arch: int, number: int, first: int = 0) -> int:
+def _verdict(program: bytes, arch: int, number: int, first: int = 0, second: int = 0) -> int:
     """What the kernel would make of one system call: an interpreter for these few opcodes."""
-    data = struct.pack("=IIQ6Q", number, arch, 0, first, 0, 0, 0, 0, 0)
+    data = struct.pack("=IIQ6Q", number, arch, 0, first, second, 0, 0, 0, 0)
     code = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     accumulator = position = 0
     while True:
@@ -673,10 +952,18 @@ def test_filter_refuses_and_allows(machine: str) -> None:
     assert _verdict(program, arch, read) == allowed
     assert _verdict(program, arch, clone, first=0x003D0F00) == allowed  # a thread
     assert _verdict(program, arch, clone, first=0x10000000) == refused  # a user namespace
+    assert _verdict(program, arch, clone, first=17) == refused  # a process
+    pair, control = sandbox_filter._SOCKETPAIR[column], sandbox_filter._FCNTL[column]
+    assert _verdict(program, arch, pair, first=1) == allowed  # AF_UNIX
+    assert _verdict(program, arch, pair, first=40) == refused  # AF_VSOCK
+    assert _verdict(program, arch, control, second=1) == allowed  # F_GETFD
+    for name, command in sandbox_filter._FCNTL_REFUSED.items():
+        assert _verdict(program, arch, control, second=command) == refused, name
     assert _verdict(program, arch, 435) == missing
     assert _verdict(program, 0x40000003, read) == killed  # a 32-bit call
     if machine == "x86_64":
         assert _verdict(program, arch, 0x40000000 | 101) == refused  # the x32 numbers
+        assert _verdict(program, arch, 57) == _verdict(program, arch, 58) == refused  # (v)fork
     assert sandbox_filter.seccomp_filter("riscv64") is None
 
 
@@ -690,14 +977,16 @@ def test_humaneval_canonical_solutions_pass_and_nonsense_fails() -> None:
     lines = (REAL_DATA / "humaneval" / "test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
 
-    def sources(body: str | None) -> list[str]:
+    def pairs(body: str | None) -> list[tuple[str, str]]:
         return [
-            f"{row['prompt']}{body or row['canonical_solution']}\n{row['test']}\n"
-            f"check({row['entry_point']})"
+            (
+                f"{row['prompt']}{body or row['canonical_solution']}",
+                f"{row['test']}\ncheck({row['entry_point']})",
+            )
             for row in rows
         ]
 
-    right = SANDBOXES[0].run_programs(sources(None), workers=2, timeout=10)
-    wrong = SANDBOXES[0].run_programs(sources("    return 1\n"), workers=2, timeout=10)
+    right = SANDBOXES[0].run_programs(pairs(None), workers=2, timeout=10)
+    wrong = SANDBOXES[0].run_programs(pairs("    return 1\n"), workers=2, timeout=10)
     assert [row["task_id"] for row, o in zip(rows, right, strict=True) if not o.passed] == []
     assert [row["task_id"] for row, o in zip(rows, wrong, strict=True) if o.passed] == []

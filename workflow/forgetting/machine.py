@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = (
     "accelerate",
     "altair",
@@ -26,14 +28,31 @@ PACKAGES = (
 )
 
 
+def describe_computation(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """Return what numbers depend on beside their inputs: device, threads, precision, machine."""
+    return {
+        "device": device_name(device),
+        "precision": str(precision).removeprefix("torch."),
+        "machine": describe_machine(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the number of threads on the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
 def describe_machine() -> dict[str, Any]:
-    """Return Python, packages, the commit of this workflow, processor and its cores."""
+    """Return Python, packages, the commit of this workflow, processor, its cores, and threads."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "code_revision": code_revision(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -119,7 +119,7 @@ rule execute_programs:
         f"{LOGS}/execute_programs/{{model}}.log",
     conda:
         "../../envs/environment.yaml"
-    # One core starts some 25 programs a second; the models' jobs run beside each other.
+    # One core starts some 19 programs a second; the models' jobs run beside each other.
     threads: COSTS.program_cores
     resources:
         **sizes("execute_programs", COSTS),

@@ -33,7 +33,7 @@ from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
 from forgetting.data.table_files import Row, place
 from forgetting.digests import folder_damage
-from forgetting.machine import describe_machine
+from forgetting.machine import describe_computation
 from forgetting.models.base import read_base
 from forgetting.models.loading import (
     Model,
@@ -175,9 +175,7 @@ class Scorer:
             "base": self.depends["base"],
             "tasks": about_tasks(self.spec, self.digests, result),
             "notes": result.notes,
-            "device": str(self.device),
-            "precision": str(self.precision).removeprefix("torch."),
-            "machine": describe_machine(),
+            **describe_computation(self.device, self.precision),
         }
         return result, record
 

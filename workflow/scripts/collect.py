@@ -106,6 +106,8 @@ class Found:
     trunks: list[dict[str, Any]]
     selection: pd.DataFrame
     base_items: pd.DataFrame
+    base_scored: dict[str, Any]
+    """With which device and precision the base was scored."""
     items: list[pd.DataFrame]
     models: list[Path]
     along: list[pd.DataFrame]
@@ -132,13 +134,15 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
     selection = selection.drop(
         columns=["files", "checkpoint", "checkpoints", "ends"], errors="ignore"
     )
+    base_items = read_table(results / "base" / "items.parquet")
     return Found(
         base=read_json(results / "base" / "base.json"),
         data_notes=read_json(results / "data" / "data.json")["notes"],
         records=read_records(branches or trained),
         trunks=read_records(trained) if branches else [],
         selection=selection.astype({"step": "Int64", "epoch": "float", "value": "float"}),
-        base_items=read_table(results / "base" / "items.parquet"),
+        base_scored=base_items.attrs.pop("computed"),
+        base_items=base_items,
         items=read_items("items", branches or trained),
         models=[results / "benchmarks" / model for model in models],
         along=[
@@ -199,6 +203,9 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
     folders = [results / "benchmarks" / model for model in models]
     wrote = [folder for folder in folders if read_json(folder / "programs.json")["items"]]
     executed = [read_json(folder / "outcomes.json") for folder in wrote]
+    computed = [found.base_scored, *found.records, *found.trunks]
+    computed += [found.base] if "device" in found.base else []  # else it was trained elsewhere
+    computed += [read_json(folder / "record.json") for folder in folders]
     return {
         "code_revision": code_revision(),
         # Results that another commit made are kept while the versions of their stages are equal.
@@ -212,10 +219,11 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
         },
         "python": ", ".join(sorted({record["machine"]["python"] for record in records})),
         "hardware": {
-            "processor": sorted({record["machine"]["processor"] for record in records}),
-            "cores": sorted({record["machine"]["cores"] for record in records}),
-            "device": sorted({record["device"] for record in records}),
-            "precision": sorted({record["precision"] for record in records}),
+            "processor": sorted({record["machine"]["processor"] for record in computed}),
+            "cores": sorted({record["machine"]["cores"] for record in computed}),
+            "threads": sorted({record["machine"]["threads"] for record in computed}),
+            "device": sorted({record["device"] for record in computed}),
+            "precision": sorted({record["precision"] for record in computed}),
             "sandbox": sorted({each["sandbox"] or each["why"] for each in executed}),
         },
         "data": {
@@ -223,7 +231,9 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
             for table, origin in data["tables"].items()
         },
         "rows": data["rows"],
-        "base": {key: value for key, value in found.base.items() if key != "files"},
+        "base": {
+            key: value for key, value in found.base.items() if key not in ("files", "machine")
+        },
         "seconds": {
             "pretraining": found.base.get("seconds", 0.0),
             "training": sum(record["training_seconds"] for record in records + found.trunks),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.benchmarks.outcomes import Executed, write_outcomes
 from forgetting.benchmarks.programs import read_programs
-from forgetting.records import read_json, tells_input_errors, write_json
+from forgetting.records import InputError, read_json, tells_input_errors
 from forgetting.sandbox import search_sandbox, unsafe_runner
 
 
@@ -20,21 +21,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="outcomes (JSON)")
     options = parser.parse_args(argv)
     programs = read_programs(read_json(options.programs))
+    for program in programs:
+        if not program.tests.strip():
+            raise InputError(
+                f"{options.programs}: item {program.item} of {program.task} has no tests, so that "
+                "any program would pass; take the row out of the task's table"
+            )
     sandbox, why = (
         (unsafe_runner(), "the study says `sandbox: none`")
         if options.sandbox == "none"
         else search_sandbox()
     )
-    sources = [program.source for program in programs]
-    outcomes = sandbox.run_programs(sources, workers=options.workers) if sandbox else []
-    write_json(
-        options.output,
-        {
-            "sandbox": sandbox.name if sandbox else None,
-            "why": why,
-            "outcomes": [outcome.to_dict() for outcome in outcomes],
-        },
-    )
+    pairs = [(program.program, program.tests) for program in programs]
+    outcomes = sandbox.run_programs(pairs, workers=options.workers) if sandbox else []
+    executed = Executed(sandbox.name if sandbox else None, why, outcomes)
+    write_outcomes(options.output, programs, executed)
     passed = sum(outcome.passed for outcome in outcomes)
     print(f"{passed} of {len(programs)} programs passed ({why})")
 

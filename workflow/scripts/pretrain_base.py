@@ -9,6 +9,7 @@ import torch
 
 from forgetting.data.rows import read_prepared
 from forgetting.inputs import model_identity
+from forgetting.machine import describe_computation
 from forgetting.models.base import PRETRAINED
 from forgetting.models.loading import pick_device, pick_precision, quieten_libraries
 from forgetting.models.pretrain import pretrain
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     spec = SmallModel.model_validate_json(options.spec)
     folder = options.folder
     documents = [row["text"] for row in read_prepared(options.documents)]
-    bfloat16 = pick_precision(options.precision, pick_device()) == torch.bfloat16
+    device = pick_device()
+    precision = pick_precision(options.precision, device)
+    bfloat16 = precision == torch.bfloat16
     done = pretrain(
         documents, spec, folder, options.seed, lambda p: print(p, flush=True), bfloat16=bfloat16
     )
@@ -46,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokens": done.tokens,
         "seconds": done.seconds,
         "final_loss": done.final_loss,
+        **describe_computation(device, precision),
     }
     write_json(options.output, record)
     print(f"{done.parameters:,} parameters, {done.tokens:,} tokens, {done.seconds:.0f} s")

@@ -10,6 +10,7 @@ from forgetting.benchmarks.along import add_along_options, read_along
 from forgetting.data.origins import Origins
 from forgetting.data.rows import joined_text, read_prepared
 from forgetting.encoding.encode import encode_pair
+from forgetting.machine import describe_computation
 from forgetting.models.base import read_base
 from forgetting.models.loading import (
     autocast,
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     if spec.must_reach and spec.metric.startswith("rouge"):
         check_references(lengths[spec.watched], spec.watched, spec.measurement.max_new_tokens)
     targets, text, along = None, spec.general_text, read_along(options, tokenizer)
-    with autocast(device, pick_precision(spec.precision, device)):
+    precision = pick_precision(spec.precision, device)
+    with autocast(device, precision):
         items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
         items["reference_tokens"] = [length for name in probes for length in lengths[name]]
         if text is not None:
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             f"selection.metric: {spec.metric} of the base on {spec.watched} is no finite number; "
             "choose another metric or probe"
         )
+    items.attrs["computed"] = describe_computation(device, precision)
     write_table(options.output, items)
     notes = length_notes(items, spec.measurement.max_new_tokens)
     for note in [*notes, *unknown_probe_warnings(items, spec.knowledge)]:

@@ -26,11 +26,6 @@ class Program:
     program: str
     tests: str
 
-    @property
-    def source(self) -> str:
-        """What has to run to its end for the program to count as correct."""
-        return f"{self.program}\n{self.tests}"
-
 
 @dataclass(frozen=True)
 class PassRate:

@@ -43,7 +43,7 @@ ON_DEVICES = ("pretrain_base", "score_base", *TRAINING, *SCORING)
 SUBMITTED = (*ON_DEVICES, "execute_programs")
 """Rules whose jobs are not local."""
 
-PROGRAMS = 25.0
+PROGRAMS = 19.0
 """Programs of a model that one core starts and checks in a second (measured)."""
 
 LIGHT = 10.0

@@ -134,6 +134,19 @@ def selection_rule(tables: Tables) -> list[str]:
     ]
 
 
+def computed_on(tables: Tables) -> str:
+    """Return a sentence on the processor, thread count and precision that made the numbers."""
+    hardware = tables.study.get("provenance", {}).get("hardware", {})
+    keys = ("precision", "device", "processor")
+    if not all(hardware.get(key) for key in keys):
+        return ""
+    precision, device, processor = (listed(hardware[key]) for key in keys)
+    return (
+        f"The numbers were computed in {precision} on {device} ({processor}); with another "
+        "processor, thread count or precision they can differ."
+    )
+
+
 def run_rows(tables: Tables) -> list[dict[str, Any]]:
     """The table of runs, each with its ROUGE at the last evaluation on every probe."""
     names = data.probes(tables, "new") + data.probes(tables, "old")

@@ -101,6 +101,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
     html: str = environment.get_template("page.html.j2").render(
         study=tables.config,
         provenance=tables.study.get("provenance", {}),
+        computed=content.computed_on(tables),
         notes=tables.study.get("notes", []),
         forecast=tables.study.get("forecast", []),
         answer=said,

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from forgetting.benchmarks.outcomes import read_outcomes
 from forgetting.benchmarks.pass_rates import FAILING, PASSING, program_items, score_programs
 from forgetting.benchmarks.programs import read_programs, read_rates
-from forgetting.records import damaged, read_json, read_table, removal
+from forgetting.records import read_json, read_table
 from forgetting.results.churn import of_shares
 from forgetting.results.statistics import mean_interval, share_interval
 from forgetting.results.trajectory import aggregate
-from forgetting.sandbox import Outcome
 from forgetting.settings.plan import Tuning, run_name
 
 BASE: dict[str, Any] = {"run": "base", "method": "base", "label": "base"}
@@ -184,23 +184,19 @@ def main_items(scores: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
 def _program_tables(
     folder: Path, described: dict[str, Any]
 ) -> tuple[tuple[pd.DataFrame, pd.DataFrame] | None, str]:
-    executed = read_json(folder / "outcomes.json")
+    programs, rates = read_programs(described), read_rates(described)
+    executed = read_outcomes(folder / "outcomes.json", programs)
     tasks = ", ".join(sorted({item["task"] for item in described["items"]}))
-    if executed["sandbox"] is None:
+    if executed.sandbox is None:
         return None, (
-            f"{tasks} is not scored, for want of a sandbox: {executed['why']}. Make bubblewrap "
+            f"{tasks} is not scored, for want of a sandbox: {executed.why}. Make bubblewrap "
             "work where the jobs run, and run the study again (if nothing is to be done then, with "
             "--forcerun execute_programs); or set `benchmarks.sandbox: none`, and what the model "
             "wrote can read and delete your files and use the network"
         )
-    programs, rates = read_programs(described), read_rates(described)
-    outcomes = [Outcome(**values) for values in executed["outcomes"]]
-    if len(outcomes) != len(programs):
-        path = folder / "outcomes.json"
-        wrong = f"has {len(outcomes)} outcomes of {len(programs)} programs"
-        raise damaged(path, wrong, removal(path))
-    unsafe = executed["sandbox"].startswith("none")
-    note = f"{tasks} was executed without a sandbox: {executed['why']}" if unsafe else ""
+    outcomes = executed.outcomes
+    unsafe = executed.sandbox.startswith("none")
+    note = f"{tasks} was executed without a sandbox: {executed.why}" if unsafe else ""
     tables = score_programs(programs, outcomes, rates), program_items(programs, outcomes, rates)
     return tables, note
 

@@ -2,8 +2,9 @@
 
 Namespaces and resource limits already keep a program away from files, network and other
 processes. The filter takes away parts of the kernel on top of that: the ones in which
-privilege holes were found again and again (io_uring, bpf, keyrings, new namespaces), and
-the ones that hand out memory which no resource limit counts (System V shared memory).
+privilege holes were found again and again (io_uring, bpf, keyrings, new namespaces), the ones
+that hand out memory which no resource limit counts (System V shared memory, larger buffers of
+sockets and pipes), all sockets but pairs, locks on files, and second processes. Threads remain.
 
 The filter is classic BPF, as seccomp(2) wants it: 8-byte instructions (u16 code, u8 jump if
 true, u8 jump if false, u32 constant) over `struct seccomp_data` {nr, arch, ip, args[6]}.
@@ -16,6 +17,10 @@ import struct
 
 # Numbers from the kernel's system call tables: (x86_64, aarch64).
 _REFUSED = {
+    "socket": (41, 198),
+    "setsockopt": (54, 208),
+    "flock": (73, 32),
+    "io_setup": (206, 0),
     "ptrace": (101, 117),
     "syslog": (103, 116),
     "personality": (135, 92),
@@ -66,14 +71,29 @@ _REFUSED = {
     "pidfd_getfd": (438, 438),
     "mount_setattr": (442, 442),
 }
+_ONLY_X86_64 = {"fork": 57, "vfork": 58}  # elsewhere both are forms of clone
 _CLONE = (56, 220)
 _CLONE3 = (435, 435)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32_BIT = 0x40000000
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 _NEW_NAMESPACE = 0x7E020000
+_CLONE_THREAD = 0x00010000
+_SOCKETPAIR = (53, 199)
+_AF_UNIX = 1
+_FCNTL = (72, 25)
+_FCNTL_REFUSED = {
+    "F_SETLK": 6,
+    "F_SETLKW": 7,
+    "F_OFD_SETLK": 37,
+    "F_OFD_SETLKW": 38,
+    "F_SETLEASE": 1024,
+    "F_NOTIFY": 1026,
+    "F_SETPIPE_SZ": 1031,
+}
 
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER, _ARGUMENTS = 0, (16, 24)  # where they lie in seccomp_data (low halves of the arguments)
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
 
@@ -97,21 +117,38 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
         _instruction(_LOAD, 4),
         _instruction(_JUMP_EQUAL, _AUDIT_ARCH[machine], if_true=1),
         _instruction(_RETURN, _KILL),
-        _instruction(_LOAD, 0),
+        _instruction(_LOAD, _NUMBER),
     ]
     if machine == "x86_64":
         program += [_instruction(_JUMP_AT_LEAST, _X32_BIT, if_false=1)]
         program += [_instruction(_RETURN, refuse)]
-    for numbers in _REFUSED.values():
-        program += [_instruction(_JUMP_EQUAL, numbers[column], if_false=1)]
+        refused = [*_ONLY_X86_64.values()]
+    else:
+        refused = []
+    refused += [numbers[column] for numbers in _REFUSED.values()]
+    for number in refused:
+        program += [_instruction(_JUMP_EQUAL, number, if_false=1)]
         program += [_instruction(_RETURN, refuse)]
     program += [
         _instruction(_JUMP_EQUAL, _CLONE3[column], if_false=1),
         _instruction(_RETURN, missing),
-        _instruction(_JUMP_EQUAL, _CLONE[column], if_false=3),
-        _instruction(_LOAD, 16),
-        _instruction(_JUMP_ANY_BIT, _NEW_NAMESPACE, if_false=1),
+        # A thread, and nothing else, may be cloned.
+        _instruction(_JUMP_EQUAL, _CLONE[column], if_false=5),
+        _instruction(_LOAD, _ARGUMENTS[0]),
+        _instruction(_JUMP_ANY_BIT, _NEW_NAMESPACE, if_true=1),
+        _instruction(_JUMP_ANY_BIT, _CLONE_THREAD, if_true=1),
         _instruction(_RETURN, refuse),
         _instruction(_RETURN, _ALLOW),
+        _instruction(_JUMP_EQUAL, _SOCKETPAIR[column], if_false=4),
+        _instruction(_LOAD, _ARGUMENTS[0]),
+        _instruction(_JUMP_EQUAL, _AF_UNIX, if_true=1),
+        _instruction(_RETURN, refuse),
+        _instruction(_RETURN, _ALLOW),
+        _instruction(_JUMP_EQUAL, _FCNTL[column], if_true=1),
+        _instruction(_RETURN, _ALLOW),
+        _instruction(_LOAD, _ARGUMENTS[1]),
     ]
-    return b"".join(program)
+    for command in _FCNTL_REFUSED.values():
+        program += [_instruction(_JUMP_EQUAL, command, if_false=1)]
+        program += [_instruction(_RETURN, refuse)]
+    return b"".join([*program, _instruction(_RETURN, _ALLOW)])

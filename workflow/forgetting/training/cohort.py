@@ -7,7 +7,6 @@ run again trains only what is not there yet: one learning rate more costs one ru
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from forgetting.benchmarks.beside import apart, beside
 from forgetting.data.table_files import Row
 from forgetting.encoding.examples import arrange, check_model
-from forgetting.machine import describe_machine
+from forgetting.machine import describe_computation
 from forgetting.memory import peak_memory_gib
 from forgetting.models.loading import Model, autocast, load_base, recompute_activations
 from forgetting.models.merged import merged
@@ -170,10 +169,8 @@ def _train_group(
         "steps_per_epoch": plans[0][1].schedule.steps_per_epoch,
         "wall_seconds": (time.monotonic() - started) / len(group),
         "peak_memory_gib": peak_memory_gib(materials.device),
-        "precision": str(materials.precision).removeprefix("torch."),
-        "device": device_name(materials.device),
         "processes": materials.team.size,
-        "machine": describe_machine(),
+        **describe_computation(materials.device, materials.precision),
         "cut_rows": data.train.cut,
     }
     return [_record(*run) | shared for run in zip(group, ended, trained, strict=True)]
@@ -279,10 +276,3 @@ def write_checkpoints(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     and Snakemake repeats the job before anything that needs a checkpoint.
     """
     write_json(path, {record["run"]: record["folder"] for record in records})
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the number of threads on the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
