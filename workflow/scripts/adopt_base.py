@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.inputs import model_identity
 from forgetting.models.loading import load_tokenizer, quieten_libraries
-from forgetting.records import sha256_of_all, tells_input_errors, write_json
+from forgetting.records import tells_input_errors, write_json
 from forgetting.settings.architecture import count_parameters, read_architecture
 
 
@@ -20,9 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     quieten_libraries()
     read_architecture(options.model)
-    shards = sorted(options.model.glob("*.safetensors"))
     load_tokenizer(options.model)
-    files, identity = sha256_of_all([*shards, *sorted(options.model.glob("*.json"))])
+    files, identity = model_identity(options.model)
     record = {
         "path": str(options.model),
         "origin": options.origin,

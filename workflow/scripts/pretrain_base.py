@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from forgetting.inputs import model_identity
 from forgetting.models.loading import pick_device, pick_precision, quieten_libraries
 from forgetting.models.pretrain import pretrain
-from forgetting.records import read_jsonl, sha256, tells_input_errors, write_json
+from forgetting.records import read_jsonl, tells_input_errors, write_json
 from forgetting.sections.base import SmallModel
 
 
@@ -32,10 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     done = pretrain(
         documents, spec, folder, options.seed, lambda p: print(p, flush=True), bfloat16=bfloat16
     )
+    files, identity = model_identity(folder)
     record = {
         "path": str(folder),
         "origin": "trained from scratch for this study",
-        "identity": sha256(folder / "model.safetensors"),
+        "identity": identity,
+        "files": files,
         "parameters": done.parameters,
         "steps": done.steps,
         "tokens": done.tokens,

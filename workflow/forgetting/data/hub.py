@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from forgetting.inputs import MODEL_FILES, NOT_MODEL_FILES
 from forgetting.records import InputError, replacing
 
 
@@ -143,7 +144,8 @@ def fetch_model(model: str, revision: str, folder: Path) -> None:
             model,
             revision=revision,
             local_dir=folder,
-            allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"],
+            allow_patterns=[*MODEL_FILES],
+            ignore_patterns=[*NOT_MODEL_FILES],
         )
     except Exception as error:
         raise _unreachable(model, revision, error) from None
