@@ -82,6 +82,7 @@ else:
             code=code("adopt_base"),
             folder=model_folder(),
             origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
+            prompt=as_json(STUDY.prompt) if STUDY.prompt.chat else "",
         shell:
             r"""
             exec &> >(tee {log:q})
@@ -89,6 +90,7 @@ else:
             python "$SCRIPTS"/adopt_base.py \
                 --model {params.folder:q} \
                 --origin {params.origin:q} \
+                --prompt {params.prompt:q} \
                 --output {output:q}
             """
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.encoding.chat import chat_literal, ending
 from forgetting.inputs import model_identity
-from forgetting.models.loading import load_tokenizer, quieten_libraries
+from forgetting.models.loading import check_stops, load_tokenizer, quieten_libraries
 from forgetting.records import tells_input_errors, write_json
+from forgetting.sections.prompt import Prompt
 from forgetting.settings.architecture import count_parameters, read_architecture
 
 
@@ -18,10 +20,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder in Hugging Face form")
     parser.add_argument("--origin", required=True, help="how the study names the model")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
+    parser.add_argument("--prompt", help="JSON: the study's prompt, if it is a chat template's")
     options = parser.parse_args(argv)
     quieten_libraries()
     read_architecture(options.model)
-    load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model)
+    check_stops(options.model, tokenizer)
+    if options.prompt:
+        # What its chat template is not fit for is found before anything is trained.
+        prompt = Prompt.model_validate_json(options.prompt)
+        chat_literal(tokenizer, prompt)
+        ending(tokenizer, prompt)
     files, identity = model_identity(options.model)
     record = {
         "path": str(options.model),

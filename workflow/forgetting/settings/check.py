@@ -32,6 +32,7 @@ from forgetting.settings.architecture import (
     read_architecture,
     small_model,
 )
+from forgetting.settings.chat_template import check_arguments, read_chat_template
 from forgetting.settings.check_task import LARGE, check_task
 from forgetting.settings.load import is_local
 from forgetting.settings.plan import Tuning, numbered_tunings
@@ -51,6 +52,7 @@ def check_inputs(study: Study, at: At = dotted) -> None:
     _check_questions(study, answers)
     _check_warm_up(study, answers, at)
     architecture = _architecture(study, at)
+    _check_chat_template(study, answers, at)
     if architecture:
         for number, tuning in numbered_tunings(study):
             _check_layers(architecture, tuning, number, at)
@@ -197,6 +199,29 @@ def _architecture(study: Study, at: At) -> Architecture | None:
             "prompt as `question` and `answer`, or take a base that was tuned to chat"
         )
     return architecture
+
+
+def _check_chat_template(study: Study, answers: dict[Keys, list[Row]], at: At) -> None:
+    """The template of a base in a folder has the arguments of the study, and thinks as it says."""
+    model, arguments = study.base.model, study.prompt.template_arguments
+    if study.base.pretrain and arguments:
+        raise InputError(
+            f"{at('prompt', 'template_arguments')}: the chat template of a model that is trained "
+            "here has no arguments; leave them out"
+        )
+    if model is None or not is_local(model):
+        return
+    source = read_chat_template(Path(model).expanduser())
+    if source is None:
+        if arguments:
+            raise InputError(
+                f"{at('prompt', 'template_arguments')}: the tokenizer in {model} has no chat "
+                "template; leave them out"
+            )
+        return
+    talks = any("messages" in row for rows in answers.values() for row in rows)
+    if study.prompt.chat or talks or arguments:
+        check_arguments(source, study.prompt, at)
 
 
 def _check_layers(base: Architecture, tuning: Tuning, number: int, at: At) -> None:
