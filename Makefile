@@ -14,6 +14,9 @@ PYTHON ?= $(shell mine='$(CURDIR)/.venv/bin:'; PATH="$${PATH//"$$mine"/}"; \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
 		&& command -v $$name && break; done)
 MARKERS ?= not slow and not slurm and not gpu
+# Processes that run tests side by side, of one thread each. Tests of SLURM share one cluster, which
+# some of them break: they run one after another.
+WORKERS ?= $(if $(findstring not slurm,$(MARKERS)),2,0)
 READY := .venv/ready
 
 # Rules and tests start `python`, which is then the environment's.
@@ -54,18 +57,20 @@ queue: $(READY) ## jobs of a study that are finished, running, pending, to come:
 
 .PHONY: dry-runs
 dry-runs: $(READY) ## plan every study under both profiles, offline
-	@for study in config/studies/*.yaml; do \
-		for profile in default slurm; do \
+	@printf '%s\n' config/studies/*.yaml | xargs -P 2 -n 1 $(SHELL) $(.SHELLFLAGS) \
+		'for profile in default slurm; do \
 			options=$$([ $$profile = default ] || echo --profile $$profile); \
-			told=$$(snakemake --dry-run $$options --config study=$$study 2>&1) \
-				|| { echo "$$told"; echo "no plan: $$study, profile $$profile" >&2; exit 1; }; \
-			echo "planned: $$study, profile $$profile: $$(grep -m 1 '^total' <<< "$$told" | tr -s ' ') jobs"; \
-		done; \
-	done
+			plan=$$(snakemake --dry-run $$options --config study=$$0 2>&1) \
+				|| { echo "$$plan"; echo "no plan: $$0, profile $$profile" >&2; exit 1; }; \
+			echo "planned: $$0, profile $$profile: $$(grep -m 1 "^total" <<< "$$plan" | tr -s " ") jobs"; \
+		done'
 
+# worksteal: each worker takes a run of files in their order, so that most fixtures of a module are
+# made once, and one that has no tests left takes half of those that another still has. With loadfile
+# or loadscope a long file that comes late keeps one worker busy while the other waits.
 .PHONY: test
 test: $(READY) ## the tests; MARKERS="slow" runs the long ones, TESTS=... some
-	pytest -m "$(MARKERS)" $(TESTS)
+	pytest -m "$(MARKERS)" -n $(WORKERS) --dist worksteal $(TESTS)
 
 .PHONY: bench-train
 bench-train: .venv/ready-bench ## training speed against Trainer and trl; BENCH="--data FILE ..." sets more

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.inputs import model_identity
+from forgetting.models.base import model_parameters
+from forgetting.records import write_json
 from forgetting.scoring.forward import Batch
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
@@ -18,6 +21,21 @@ from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.training.materials import CohortSpec, Materials
+
+
+def record_base(path: Path, folder: Path, identity: str = "b") -> None:
+    """Write the record of a base, as the job does that adopts it."""
+    files, _ = model_identity(folder)
+    write_json(
+        path,
+        {
+            "path": str(folder),
+            "origin": "made for a test",
+            "identity": identity,
+            "files": files,
+            "parameters": model_parameters(folder),
+        },
+    )
 
 
 def materials_of(

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# One thread for each process, and for each program that a test starts: pytest-xdist has a worker
+# for each core, and models of this size gain nothing by more. Read when torch is imported.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +28,14 @@ from forgetting.settings.plan import Tuning
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Make `os.fsync` do nothing: no test cuts the power, and some write many checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +140,8 @@ def cluster() -> Iterator[Path | None]:
         return
     if not tools:
         pytest.skip("no SLURM answers; FORGETTING_SLURM names programs that start one")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.fail("one machine has one SLURM: run its tests in one process, with -n 0")
     if os.geteuid() != 0:
         pytest.skip(f"{tools}/start-cluster must run as root")
     # Sockets lie in it: not in pytest's folder, whose name is long.

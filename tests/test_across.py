@@ -35,7 +35,7 @@ from killing import Killed, kill_at
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RATES = (Setting(learning_rate=0.01), Setting(learning_rate=0.003, weight_decay=0.1))
-INPUTS = {"code": "c"}
+INPUTS = {"versions": "c"}
 
 
 @pytest.fixture

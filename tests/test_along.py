@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from cohorts import materials_of, spec_of
+from cohorts import materials_of, record_base, spec_of
 from forgetting.benchmarks import along as module
 from forgetting.benchmarks.along import Along, AlongSpec
 from forgetting.benchmarks.beside import apart, beside
@@ -22,7 +22,7 @@ from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.models.loading import load_base
 from forgetting.models.merged import merged
 from forgetting.models.tuned import load_checkpoint
-from forgetting.records import InputError, write_json, write_jsonl
+from forgetting.records import InputError, write_jsonl
 from forgetting.results.churn import churn_table
 from forgetting.results.course import course_items, course_table
 from forgetting.sections.method import Setting
@@ -85,7 +85,7 @@ def trained(
         materials = materials_of(base_folder, tokenizer, rows, **changes)
         spec = spec_of(tuning, settings, fused, **method)
         spec = spec.model_copy(update={"precision": precision})
-        inputs = {"base": "a", "train": "b", "code": "c"}
+        inputs = {"base": "a", "train": "b", "versions": "c"}
         return train_cohort([spec], materials, inputs, tmp_path / folder, lambda *_: None)
 
     return train
@@ -281,7 +281,7 @@ def ask_base(
 ) -> pd.DataFrame:
     """What the program that scores the base writes of the benchmarks."""
     write_jsonl(folder / "probes" / "new.jsonl", rows[:2])
-    write_json(folder / "base.json", {"path": str(base)})
+    record_base(folder / "base.json", base)
     study = {
         "prompt": Prompt().model_dump(),
         "measurement": {"max_new_tokens": 8},

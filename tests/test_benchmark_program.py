@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from cohorts import record_base
 from forgetting.models.tuned import save_checkpoint
 from forgetting.records import read_json, write_json, write_jsonl
 from forgetting.results.churn import churn_table
@@ -37,7 +38,7 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
         write_jsonl(tmp_path / "rows" / task / "test.jsonl", rows)
     adapter = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
     save_checkpoint(adapter, tmp_path / "checkpoints" / "seed0")
-    write_json(tmp_path / "base.json", {"path": str(base_folder), "identity": "abc"})
+    record_base(tmp_path / "base.json", base_folder, "abc")
     chosen = {"method": "lora-r2", "seed": 0, "run": "lora-r2/seed0/lr1-wd0", "step": 7}
     write_json(tmp_path / "selection.json", [chosen])
     spec = {"benchmarks": {"tasks": TASKS}, "precision": "float32", "asking": None}
@@ -53,7 +54,7 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
                 f"--base={tmp_path / 'base.json'}",
                 *(f"--rows={task}={tmp_path / 'rows' / task}" for task in TASKS),
                 *more,
-                "--code=0",
+                "--versions=benchmark 1",
                 f"--state={tmp_path / 'state'}",
                 f"--output={tmp_path / 'results'}",
             ]

@@ -39,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Rows = list[dict[str, Any]]
 Records = list[dict[str, Any]]
-INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "code": "c", "probe new": "p"}
+INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "versions": "c"}
+INPUTS |= {"probe new": "p"}
 LOW, HIGH = Setting(learning_rate=5e-3), Setting(learning_rate=1e-2, weight_decay=1e-3)
 # Three steps an epoch: branches at steps 2 (within the warm-up), 5 and 10, of 2, 6 and 12 steps.
 BUDGETS = [0.75, 2.0, 4.0]

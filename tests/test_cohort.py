@@ -31,7 +31,8 @@ from killing import Killed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Rows = list[dict[str, Any]]
-INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "code": "c", "probe new": "p"}
+INPUTS = {"base": "b", "train": "t", "precision": "torch.float32", "versions": "c"}
+INPUTS |= {"probe new": "p"}
 LOW, MIDDLE, HIGH = (Setting(learning_rate=rate) for rate in (1e-3, 5e-3, 1e-2))
 
 
@@ -146,7 +147,7 @@ def test_one_more_learning_rate_trains_one_more_run(train: Trainer, spec: Cohort
         lambda spec: (spec, {"train": "other rows"}),
         lambda spec: (spec, {"probe new": "other questions"}),
         lambda spec: (spec, {"base": "another model"}),
-        lambda spec: (spec, {"code": "other code"}),
+        lambda spec: (spec, {"versions": "train 2"}),
         lambda spec: (spec, {"precision": "torch.bfloat16"}),
     ],
     ids=[
@@ -158,7 +159,7 @@ def test_one_more_learning_rate_trains_one_more_run(train: Trainer, spec: Cohort
         "rows",
         "questions",
         "base",
-        "code",
+        "versions",
         "precision",
     ],
 )
@@ -188,11 +189,11 @@ def test_what_a_run_does_not_depend_on_does_not_retrain_it(spec: CohortSpec) -> 
     assert run_key(_with(spec, tuning=renamed), LOW, INPUTS) == key
 
 
-def test_changed_code_retrains_and_keeps_what_was_finished(
+def test_a_raised_version_retrains_and_keeps_what_was_finished(
     train: Trainer, spec: CohortSpec
 ) -> None:
     (old,) = train(_with(spec, LOW))
-    (new,) = train(_with(spec, LOW), code="other code")
+    (new,) = train(_with(spec, LOW), versions="train 2")
     assert train.trained == ["lora-r4/seed0/lr0.001-wd0"]
     assert old["folder"] != new["folder"]
     assert new["losses"] == old["losses"]

@@ -508,7 +508,7 @@ class Trainer:
         return train_cohort(
             [spec],
             self.materials,
-            {"code": "c"},
+            {"versions": "c"},
             self.state,
             tell or (lambda run, *_: self.told.append(run)),
         )

@@ -77,6 +77,8 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
         warmup_epochs=WARMUP / STEPS,
         gradient_clip=CLIP,
         decay_vectors=case.decay_vectors,
+        optimizer=case.optimizer,
+        scale_parameter=case.scale_parameter,
     )
     examples = [Example(ids=ids, prompt=prompt) for ids, prompt in rows()]
     recipe = Recipe(

@@ -321,7 +321,7 @@ def test_a_job_of_many_methods_and_seeds_can_be_started(tmp_path: Path) -> None:
     document["training"] |= {"fused": "across", "micro_batch_size": 200}
     (tmp_path / "many.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     (command,) = _planned_commands(tmp_path, "study=many.yaml")
-    words = shlex.split(command[: command.index("--code")])
+    words = shlex.split(command[: command.index("--versions")])
     spec = words[words.index("--spec") + 1]
     assert len(json.loads(spec)["members"]) == 200
     assert len(spec) < 2**16

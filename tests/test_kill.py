@@ -23,9 +23,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from cohorts import told
+from cohorts import record_base, told
 from disks import small_disk
-from forgetting.records import write_json, write_jsonl, write_table
+from forgetting.digests import is_record
+from forgetting.records import write_jsonl, write_table
 from forgetting.sections.columns import Columns
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
@@ -116,7 +117,7 @@ class Program:
         """The process id of a new start."""
         options = {
             "spec": told(self.spec),
-            "code": "c",
+            "versions": "c",
             "base": self.inputs / "base.json",
             "base-items": self.inputs / "base_items.parquet",
             "data": self.inputs,
@@ -124,6 +125,7 @@ class Program:
             "state": self.state,
             "items": self.folder / "items.parquet",
             "runs": self.folder / "runs.json",
+            "checkpoints": self.folder / "checkpoints.json",
         }
         if not self.spec.tuning.mitigation:
             del options["general"]
@@ -147,7 +149,7 @@ def program(
 ) -> Program:
     """Two learning rates with dropout and replay for four epochs, and an evaluation in each."""
     inputs = tmp_path / "inputs"
-    write_json(inputs / "base.json", {"path": str(base_folder), "identity": "b"})
+    record_base(inputs / "base.json", base_folder)
     write_table(
         inputs / "base_items.parquet", pd.DataFrame({"probe": ["new"], "probability": [0.0]})
     )
@@ -332,7 +334,8 @@ def test_a_full_disk_is_told_and_once_there_is_room_the_run_goes_on(
         (error,) = [line for line in told if not line.startswith(f"{program.spec.tuning.name}/")]
         assert error.startswith(f"error: {program.folder}")
         assert "No space left on device" in error
-        assert not list(program.folder.rglob(".*")), "something half written was left"
+        hidden = [path for path in program.folder.rglob(".*") if not is_record(path)]
+        assert not hidden, "something half written was left"
     resize(8 * needed)
     assert program.run() == 0
     _same_end(program, reference)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cohorts import record_base
 from forgetting.encoding.encode import Example, encode_pair, encode_text
 from forgetting.models.adapters import attach
 from forgetting.models.attention import quick_attention
@@ -586,7 +587,7 @@ def test_the_program_measures_every_share_of_what_was_selected(gym: Gym, rows: R
     model, base = _moved(gym.model(FULL)), load_base(gym.folder, CPU)
     save_checkpoint(model, gym.work / "selected" / "seed1")
     write_jsonl(gym.work / "probes" / "old.jsonl", rows[:2])
-    write_json(gym.work / "base.json", {"path": str(gym.folder)})
+    record_base(gym.work / "base.json", gym.folder)
     chosen = {"seed": 1, "run": "full/seed1/lr1-wd0", "step": 7, "reason": ""}
     spec = {"prompt": {}, "measurement": settings.model_dump(), "precision": "float32"}
     spec |= {"probes": ["old"], "shares": [0.0, 0.5, 1.0]}

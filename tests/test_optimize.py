@@ -176,6 +176,7 @@ def test_a_warm_up_is_given_in_epochs_steps_or_as_a_share(
         ({"schedule": "constant", "floor": 0.1}, "no `floor`"),
         ({"schedule": "cosine", "cooldown": 0.1}, "no `cooldown`"),
         ({"optimizer": "adafactor", "betas": (0.9, 0.99)}, "no `betas`"),
+        ({"scale_parameter": True}, "adamw has no `scale_parameter`"),
         ({"optimizer": "sgd"}, "adamw"),
         ({"decay_steps": 10}, "no `decay_steps`"),
         ({"schedule": "trapezoid", "decay_floor": 0.5}, "no `decay_floor`"),
@@ -235,6 +236,20 @@ def test_every_optimizer_descends(optimizer: Any) -> None:
         loss.backward()
         made.step()
     assert loss.item() < 0.1 * before
+
+
+@pytest.mark.parametrize(("scaled", "moved"), [(False, 50 * 5e-5), (True, 50 * 5e-8)])
+def test_adafactor_moves_a_zero_matrix_unless_steps_are_scaled(scaled: bool, moved: float) -> None:
+    """LoRA's B starts at 0: scaled by its root mean square, a step is 1e-3 of the rate."""
+    weight = torch.nn.Parameter(torch.zeros(8, 4))
+    training = Training(optimizer="adafactor", scale_parameter=scaled)
+    made = make_optimizer(
+        {"q.lora_B.default.weight": weight}, training, Setting(learning_rate=5e-5, weight_decay=0.0)
+    )
+    for _ in range(50):
+        weight.grad = torch.full((8, 4), -0.3)
+        made.step()
+    assert torch.allclose(weight, torch.full((8, 4), moved), rtol=1e-2)
 
 
 def test_usual_moments_belong_to_the_optimizer() -> None:

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from cohorts import examples_in, told
+from cohorts import examples_in, record_base, told
 from forgetting.benchmarks.along import Along, AlongSpec
 from forgetting.encoding.encode import Example
 from forgetting.models.loading import load_base
 from forgetting.models.tuned import load_checkpoint
-from forgetting.records import InputError, write_json, write_jsonl, write_table
+from forgetting.records import InputError, write_jsonl, write_table
 from forgetting.scoring.drift import base_targets, cut_blocks
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.method import Setting
@@ -535,7 +535,7 @@ def launched(
     write_jsonl(data / "train.jsonl", materials.train)
     for name, probe in materials.probes.items():
         write_jsonl(data / "probes" / f"{name}.jsonl", probe)
-    write_json(tmp_path / "base.json", {"path": str(materials.base), "identity": "b"})
+    record_base(tmp_path / "base.json", materials.base)
     items = [{"probe": "new", "rougeL_recall": 0.1}]
     write_table(tmp_path / "base.parquet", pd.DataFrame(items))
 
@@ -549,7 +549,7 @@ def launched(
     ) -> subprocess.CompletedProcess[str]:
         options = {
             "spec": told(spec),
-            "code": "c",
+            "versions": "c",
             "base": tmp_path / "base.json",
             "base-items": tmp_path / "base.parquet",
             "data": data,

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from forgetting import records
+from forgetting.digests import is_record
 from forgetting.records import (
     InputError,
     content_key,
@@ -32,7 +33,8 @@ from forgetting.records import (
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """All files but recorded digests."""
+    return sorted(path.name for path in folder.iterdir() if not is_record(path))
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt, SystemExit])

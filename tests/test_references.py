@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.records import InputError, write_json, write_jsonl
+from cohorts import record_base
+from forgetting.records import InputError, write_jsonl
 from forgetting.scoring.references import check_references, ignored_letters, reference_notes
 from forgetting.scoring.rouge import rouge
 from forgetting.sections.prompt import Prompt
@@ -58,7 +59,7 @@ def test_answers_that_cannot_be_generated_are_refused() -> None:
 
 def _score(folder: Path, base: Path, rows: list[dict[str, Any]], **changed: Any) -> pd.DataFrame:
     write_jsonl(folder / "probes" / "new.jsonl", rows)
-    write_json(folder / "base.json", {"path": str(base)})
+    record_base(folder / "base.json", base)
     spec = {
         "prompt": Prompt().model_dump(),
         "measurement": {"every_epochs": 1, "max_new_tokens": 8, "batch_size": 8},

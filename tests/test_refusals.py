@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cohorts import record_base
 from forgetting.data.rows import prompt_rows
-from forgetting.records import InputError, read_json, write_json
+from forgetting.records import InputError, read_json
 from forgetting.results.churn import churn_table
 from forgetting.results.collect import benchmark_tables, main_items, responses_table
 from forgetting.scoring.probes import generate
@@ -149,7 +150,7 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
 ) -> None:
     """The program, then the tables that a reader asks: rate with its interval, texts to review."""
     monkeypatch.setattr("forgetting.scoring.refusals.begins_as_refusal", lambda text: True)
-    write_json(tmp_path / "base.json", {"path": str(base_folder)})
+    record_base(tmp_path / "base.json", base_folder)
     spec = {
         "benchmarks": {"refusals": {"table": "advbench/harmful_behaviors", "max_new_tokens": 4}},
         "precision": "float32",
@@ -158,7 +159,7 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
     folder = tmp_path / "benchmarks" / "base"
     arguments = {"spec": json.dumps(spec), "base": tmp_path / "base.json"}
     arguments |= {"prompts": prompts, "output": folder.parent}
-    arguments |= {"code": "abc", "state": tmp_path / "state"}
+    arguments |= {"versions": "abc", "state": tmp_path / "state"}
     benchmark.main([f"--{name}={value}" for name, value in arguments.items()])
     assert read_json(folder / "record.json")["tasks"] == {"refusals": {"num_fewshot": 0}}
     scores, items, notes = benchmark_tables([folder], {"base": {"label": "base"}})

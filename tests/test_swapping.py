@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from cohorts import record_base
 from forgetting.benchmarks import harness
 from forgetting.benchmarks.one_reading import OneReadingLM
 from forgetting.models.adapters import attach
@@ -116,7 +117,7 @@ def method(base_folder: Path, tmp_path: Path, tuning: Tuning) -> list[str]:
         for seed in range(4)
     ]
     write_json(tmp_path / "selection.json", choice)
-    write_json(tmp_path / "base.json", {"path": str(base_folder), "identity": "abc"})
+    record_base(tmp_path / "base.json", base_folder, "abc")
     refusals = {"table": "harm/harm", "max_new_tokens": 4}
     spec = {
         "benchmarks": {"tasks": TASKS, "refusals": refusals},
@@ -137,7 +138,7 @@ def _score(method: Sequence[str], folder: Path, *names: str, code: str = "0") ->
     benchmark.main(
         [
             *method,
-            f"--code={code}",
+            f"--versions={code}",
             f"--state={folder / 'state'}",
             f"--output={folder / 'results'}",
             "--models",

@@ -33,6 +33,17 @@ SCIQ = [
     for n in range(6)
 ]
 LAMBADA = [{"text": f"The {word} saw the {word}"} for word in ("cat", "old man", "tree")]
+TRUTHFUL = [
+    {
+        "question": f"What is number {n}?",
+        "mc1_targets": {"choices": ["even", "odd", "red"], "labels": [1, 0, 0]},
+        "mc2_targets": {
+            "choices": ["even", "2k", "odd", "red", "cold"][: 3 + n],
+            "labels": [1, 1, 0, 0, 0][: 3 + n],
+        },
+    }
+    for n in range(3)
+]
 COINS = [
     {"question": f"Ann has {n} coins.", "answer": f"{n} coins.\n#### {n}"} for n in range(1, 4)
 ]
@@ -40,6 +51,8 @@ ROWS = {
     "sciq": {"test": SCIQ, "train": SCIQ, "validation": SCIQ},
     "lambada_openai": {"test": LAMBADA},
     "gsm8k_cot": {"test": COINS},
+    "truthfulqa_mc1": {"validation": TRUTHFUL},
+    "truthfulqa_mc2": {"validation": TRUTHFUL},
 }
 
 
@@ -100,8 +113,11 @@ def test_every_kind_of_task_scores_as_in_the_harness(
         assert table.main.sum() == 1
     chance = ours.scores.set_index(["task", "metric"]).chance
     assert chance["sciq", "acc,none"] == 0.25  # four choices
+    assert chance["truthfulqa_mc1", "acc,none"] == pytest.approx(1 / 3)
+    # Two true answers of three, four and five.
+    assert chance["truthfulqa_mc2", "acc,none"] == pytest.approx((2 / 3 + 2 / 4 + 2 / 5) / 3)
     assert chance.isna()["lambada_openai", "perplexity,none"]
-    assert ours.examples == {"sciq": 0, "lambada_openai": 0, "gsm8k_cot": 8}
+    assert ours.examples == {**dict.fromkeys(ROWS, 0), "gsm8k_cot": 8}
 
 
 def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:

@@ -46,6 +46,8 @@ class Case:
     library: str = "trl"
     lora_plus_ratio: float | None = None
     decay_vectors: bool = False
+    optimizer: str = "adamw"
+    scale_parameter: bool = False
 
 
 CASES = {
@@ -60,6 +62,11 @@ CASES = {
     "full-decay-vectors": Case(rate=2e-3, decay_vectors=True),
     "full-accumulated": Case(rate=2e-3, decay=0.0, accumulate=2),
     "full-transformers": Case(rate=2e-3, decay=0.0, accumulate=2, library="transformers"),
+    "lora-adafactor": Case("lora", optimizer="adafactor"),
+    "full-adafactor": Case(rate=2e-3, decay=0.0, optimizer="adafactor", library="transformers"),
+    "full-adafactor-scaled": Case(
+        rate=5e-2, decay=0.0, optimizer="adafactor", scale_parameter=True
+    ),
 }
 
 
@@ -153,6 +160,12 @@ def _optimizer(case: Case, model: Any) -> torch.optim.Optimizer | None:
             weight_decay=case.decay,
             loraplus_weight_decay=case.decay,
         )
+    if case.scale_parameter:
+        from transformers import Adafactor
+
+        return Adafactor(
+            model.parameters(), lr=case.rate, scale_parameter=True, relative_step=False
+        )
     if case.decay_vectors:
         return torch.optim.AdamW(model.parameters(), lr=case.rate, weight_decay=case.decay)
     return None
@@ -171,6 +184,7 @@ def _arguments(case: Case, folder: str) -> dict[str, Any]:
         "max_grad_norm": CLIP,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
+        "optim": "adafactor" if case.optimizer == "adafactor" else "adamw_torch",
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,

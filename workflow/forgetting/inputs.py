@@ -14,7 +14,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from forgetting.records import InputError, content_key, read_json, sha256, write_atomically
+from forgetting.records import InputError, content_key, read_foreign_json, sha256, write_atomically
 
 MODEL_FILES = (
     *("*.json", "*.safetensors"),
@@ -61,7 +61,7 @@ def model_files(folder: Path) -> list[Path]:
     }
     # Without an index, or with one that is refused where the weights are read, there are no more.
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        named = read_json(folder / "model.safetensors.index.json")["weight_map"].values()
+        named = read_foreign_json(folder / "model.safetensors.index.json")["weight_map"].values()
         inside = (folder / name for name in named if ".." not in Path(name).parts)
         found |= {path for path in inside if path.is_file() and path.is_relative_to(folder)}
     return sorted(found)
@@ -95,7 +95,7 @@ def content_digest(files: Mapping[str, Path], cache: Path = CACHE) -> str:
             new[target] = [*stamp, digests[name]]
     if new:
         with suppress(OSError, InputError):
-            write_atomically(cache, json.dumps(_read_cache(cache) | new))
+            write_atomically(cache, json.dumps(_read_cache(cache) | new), recorded=False)
     return content_key(digests)
 
 
@@ -106,7 +106,7 @@ def _stamp(path: Path) -> list[int]:
 
 def _read_cache(cache: Path) -> dict[str, object]:
     try:
-        found = read_json(cache)
+        found = read_foreign_json(cache)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,30 @@ PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """Python, packages, processor and its cores."""
+    """Return Python, packages, the commit of this workflow, processor and its cores."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
+        "code_revision": code_revision(),
         "processor": _processor(),
         "cores": os.cpu_count(),
     }
+
+
+@cache
+def code_revision() -> str:
+    """Return the commit of this workflow, with `-dirty` where tracked files differ from it.
+
+    It is `unknown` where git or its repository is not there.
+    """
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _processor() -> str:

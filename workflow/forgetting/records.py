@@ -9,15 +9,20 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+from forgetting import digests
+from forgetting.digests import sha256 as sha256
+from forgetting.digests import sha256_of_all as sha256_of_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,12 +100,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, recorded: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place once the block has ended well.
 
     The content is flushed to the disk before the rename, so that a crash leaves either the old
     file or the new one. A full disk leaves the old one and no debris; what a killed process left
     half written goes when the file is written the next time.
+
+    Args:
+        recorded: record the digest (`forgetting.digests`), which readers check.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
@@ -111,9 +119,38 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             _flush(temporary)
             temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-            _flush(path.parent)
+            with _recording(path, temporary) if recorded else nullcontext():
+                temporary.replace(path)
+                _flush(path.parent)
             _sweep(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextmanager
+def _recording(path: Path, new: Path) -> Iterator[None]:
+    """Record the digest of a new content around the block in which it takes the old one's place."""
+    digest = sha256(new)
+    former = digests.recorded(path) if path.exists() else []
+    _write_record(path, [digest, *former])
+    yield
+    if former:
+        _write_record(path, [digest])
+
+
+def _write_record(path: Path, known: Iterable[str]) -> None:
+    """Write the digests of the contents that a file may have."""
+    # Under the file's own name, so that what a killed process left goes with its leftovers.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    temporary = Path(name)
+    try:
+        _lock(handle)
+        temporary.write_text("".join(f"{digest}  {path.name}\n" for digest in known))
+        _flush(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(digests.record_of(path))
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
         os.close(handle)
@@ -122,8 +159,10 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """The same for a folder of files: yields the path of one that takes its place when complete."""
-    partial = path.with_name(f".{path.name}")
-    for leftover in (partial, path):
+    partial, old = path.with_name(f".{path.name}"), _aside(path)
+    if old.exists() and not path.exists():
+        old.rename(path)  # killed between the two renames of `settle`
+    for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with writing(path):
@@ -136,11 +175,69 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def settle(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, after its files have reached the disk."""
+    """Give a finished folder its name, after its files and their digests have reached the disk.
+
+    A folder that has the name already is removed only when the new one is in its place.
+    """
+    for path in digests.visible_files(partial):
+        if not digests.record_of(path).exists():
+            record = digests.record_of(path)
+            record.write_text(f"{sha256(path)}  {path.name}\n")
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
+    old = _aside(final)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     partial.rename(final)
     _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Return where a folder is while another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there, and its recorded digest."""
+    path.unlink(missing_ok=True)
+    digests.record_of(path).unlink(missing_ok=True)
+
+
+def warn_of(path: Path, wrong: str, then: str) -> None:
+    """Tell of damaged state that costs no more than time, in one line."""
+    print(f"warning: {path} {wrong}; {then}", file=sys.stderr, flush=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which at no moment is there in part."""
+    removed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if path.exists():
+        path.rename(removed)
+        shutil.rmtree(removed)
+
+
+def removal(*paths: Path) -> str:
+    """Return the command that removes files and folders."""
+    return " ".join(["rm -rf", *(shlex.quote(str(path)) for path in paths)])
+
+
+def check_file(path: Path, remedy: str | None = None, *, required: bool = True) -> None:
+    """Raise an `InputError` unless a file is what was written.
+
+    Args:
+        remedy: command that removes what has to be made again; without it, the file.
+        required: refuse a file whose digest was not recorded.
+    """
+    if wrong := digests.damage(path, required=required):
+        raise damaged(path, wrong, remedy or removal(path))
+
+
+def damaged(path: Path, wrong: str, remedy: str, then: str = "it is made again") -> InputError:
+    """Return the error that names a damaged file and the command that heals it."""
+    return InputError(f"{path} {wrong}; run `{remedy}`, then repeat the command: {then}")
 
 
 def link_or_copy(origin: str | Path, target: str | Path) -> None:
@@ -149,6 +246,14 @@ def link_or_copy(origin: str | Path, target: str | Path) -> None:
         os.link(origin, target)
     except OSError:
         shutil.copy2(origin, target)
+
+
+def link_recorded(origin: Path, target: Path) -> None:
+    """Link a file that nobody changes into another folder, with its recorded digest."""
+    record = digests.record_of(target)
+    record.unlink(missing_ok=True)  # of a killed process, which did not get to the file itself
+    link_or_copy(digests.record_of(origin), record)
+    link_or_copy(origin, target)
 
 
 def _sweep(path: Path) -> None:
@@ -187,10 +292,10 @@ def _umask() -> int:
     return mask
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, recorded: bool = True) -> None:
     """Write `content` to `path`, whole or not at all."""
     data = content.encode() if isinstance(content, str) else content
-    with replacing(path) as temporary:
+    with replacing(path, recorded=recorded) as temporary:
         temporary.write_bytes(data)
 
 
@@ -199,9 +304,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+def read_json(path: Path, remedy: str | None = None) -> Any:
+    """Read JSON that `write_json` wrote; see `check_file`."""
+    check_file(path, remedy)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_foreign_json(path: Path) -> Any:
+    """Read a JSON file that other programs wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -228,10 +339,20 @@ def read_numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         file = path.open("rb")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
+    _check_table(path)
     with file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _parse(line, f"{path}, line {number}")
+
+
+def _check_table(path: Path) -> None:
+    """Check the file of a table: its digest is recorded unless a user wrote it."""
+    if wrong := digests.damage(path, required=False):
+        raise InputError(
+            f"{damaged(path, wrong, removal(path))}. If you have changed it yourself, run "
+            f"`{removal(digests.record_of(path))}` instead"
+        )
 
 
 def _parse(encoded: bytes, where: str) -> dict[str, Any]:
@@ -284,16 +405,12 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
         table.to_parquet(temporary, index=False)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_table(path: Path, remedy: str | None = None) -> pd.DataFrame:
+    """Read a table that `write_table` wrote; see `check_file`."""
+    import pandas as pd
 
-
-def sha256_of_all(paths: Iterable[Path]) -> tuple[dict[str, str], str]:
-    """Digests of files by name, in the order given, and one of them all."""
-    files = {path.name: sha256(path) for path in paths}
-    return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    check_file(path, remedy)
+    return pd.read_parquet(path)
 
 
 def content_key(value: Any, length: int = 16) -> str:

@@ -25,7 +25,7 @@ if STUDY.base.pretrain:
         resources:
             **sizes("pretrain_base", COSTS),
         params:
-            code=code("pretrain_base"),
+            version=version("pretrain"),
             seed=STUDY.seeds[0],
             precision=STUDY.precision,
             # Named in the record, so that it must lie where all jobs find it.
@@ -70,7 +70,7 @@ else:
     rule adopt_base:
         """Check a model that was trained elsewhere and record what it is."""
         input:
-            model_files(),
+            model_inputs(),
         output:
             BASE,
         log:
@@ -79,17 +79,19 @@ else:
         conda:
             "../../envs/environment.yaml"
         params:
-            code=code("adopt_base"),
+            version=version("pretrain"),
+            contents=lambda wildcards: model_contents(),
             folder=model_folder(),
             origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
             prompt=as_json(STUDY.prompt) if STUDY.prompt.chat else "",
+            downloaded=[] if is_local(STUDY.base.model) else "--downloaded",
         shell:
             r"""
             exec &> >(tee {log:q})
 
             python "$SCRIPTS"/adopt_base.py \
                 --model {params.folder:q} \
-                --origin {params.origin:q} \
+                --origin {params.origin:q} {params.downloaded} \
                 --prompt {params.prompt:q} \
                 --output {output:q}
             """
@@ -100,7 +102,7 @@ rule score_base:
     input:
         base=BASE,
         probes=rules.prepare_data.output.probes,
-        text=text_files(),
+        text=table_inputs(text_tables()),
         rows=lambda wildcards: rows_inputs(ALONG),
     output:
         scored=f"{RESULTS}/base/items.parquet",
@@ -114,7 +116,8 @@ rule score_base:
     resources:
         **sizes("score_base", COSTS),
     params:
-        code=code("score_base"),
+        version=version("evaluate", *(["benchmark"] if ALONG else [])),
+        contents=lambda wildcards: [table_contents(text_tables()), rows_contents(ALONG)],
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
         spec=lambda wildcards: as_json(
             sections("prompt", "measurement", "precision", "general_text"),

@@ -34,10 +34,10 @@ rule benchmark:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=prompt_files(),
+        prompts=table_inputs(prompt_tables()),
         selection=f"{RESULTS}/selection/{{method}}.json",
         # The digests in the selection tell whether they are others.
-        checkpoints=ancient(f"{RESULTS}/selected/{{method}}"),
+        checkpoints=ancient(f"{RESULTS}/selected/{{method}}/index.json"),
     output:
         results=expand(
             f"{RESULTS}/benchmarks/{{{{method}}}}/{{name}}/{{file}}",
@@ -52,13 +52,17 @@ rule benchmark:
     resources:
         **sizes("benchmark", COSTS),
     params:
-        code=code("benchmark"),
+        version=version("benchmark"),
+        contents=lambda wildcards: [
+            rows_contents(TASKS),
+            table_contents(prompt_tables()),
+        ],
         spec=lambda wildcards: benchmark_spec(),
         rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=lambda wildcards, input: [
             f"--selection={input.selection}",
-            f"--checkpoints={input.checkpoints}",
+            f"--checkpoints={RESULTS}/selected/{wildcards.method}",
             "--models",
             *SCORED,
         ],
@@ -70,7 +74,7 @@ rule benchmark:
 
         python "$SCRIPTS"/benchmark.py \
             --spec {params.spec:q} \
-            --code {params.code} \
+            --versions {params.version:q} \
             --base {input.base:q} \
             {params.rows:q} {params.prompts:q} {params.chosen:q} \
             --state {params.state:q} \
@@ -83,7 +87,7 @@ use rule benchmark as benchmark_base with:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=prompt_files(),
+        prompts=table_inputs(prompt_tables()),
     output:
         results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
     log:
@@ -92,7 +96,11 @@ use rule benchmark as benchmark_base with:
     resources:
         **sizes("benchmark_base", COSTS),
     params:
-        code=code("benchmark"),
+        version=version("benchmark"),
+        contents=lambda wildcards: [
+            rows_contents(TASKS),
+            table_contents(prompt_tables()),
+        ],
         spec=lambda wildcards: benchmark_spec(),
         rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
@@ -116,7 +124,7 @@ rule execute_programs:
     resources:
         **sizes("execute_programs", COSTS),
     params:
-        code=code("execute_programs"),
+        version=version("benchmark"),
         sandbox=STUDY.benchmarks.sandbox,
         # What was left unscored for want of a sandbox is run again once there may be one.
         hope=sandbox_hope,

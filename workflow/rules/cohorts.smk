@@ -22,7 +22,7 @@ def general_tables(wildcards):
 
 def general_files(wildcards):
     """Their files."""
-    return [table_file(table) for table in general_tables(wildcards)]
+    return table_inputs(general_tables(wildcards))
 
 
 def cohort_spec(wildcards):
@@ -46,25 +46,48 @@ def cohort_spec(wildcards):
     )
 
 
+def whole_tunings(wildcards):
+    """Digest of the methods with their defaults, which the specification leaves out."""
+    return content_key(
+        [tuning.model_dump(mode="json") for tuning, _ in members(wildcards)]
+    )
+
+
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
 SEVERAL_NODES = (
     {"mpi": False} if any(COSTS.team(name).nodes > 1 for name in COSTS.cohorts) else {}
 )
 
 
+def cohorts(methods):
+    """The names of every cohort that some methods are in."""
+    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
+    return list(dict.fromkeys(names))
+
+
+def branches(methods):
+    """The names of every job that trains branches of some methods."""
+    return [
+        f"{method}/seed{seed}/{budget}"
+        for method in methods
+        for seed in STUDY.seeds
+        for budget in BUDGETS
+    ]
+
+
 def trained(file, methods):
     """A file of every cohort that some methods are in."""
-    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
-    return [f"{RESULTS}/cohorts/{name}/{file}" for name in dict.fromkeys(names)]
+    return [f"{RESULTS}/cohorts/{name}/{file}" for name in cohorts(methods)]
 
 
 def finished(file, methods):
     """A file of every job whose runs are results: of cohorts, or of their budgets' branches."""
     if not BUDGETS:
         return trained(file, methods)
-    return [
-        f"{RESULTS}/branches/{method}/seed{seed}/{budget}/{file}"
-        for method in methods
-        for seed in STUDY.seeds
-        for budget in BUDGETS
-    ]
+    return [f"{RESULTS}/branches/{name}/{file}" for name in branches(methods)]
+
+
+def checkpoint_records(methods):
+    """The files that say where the checkpoints of those runs are."""
+    names = branches(methods) if BUDGETS else cohorts(methods)
+    return [f"{RESULTS}/state/checkpoints/{name}.json" for name in names]

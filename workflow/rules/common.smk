@@ -1,4 +1,4 @@
-"""The study, and what its jobs are made of: paths, parameters, code digests.
+"""The study, and what its jobs are made of: paths, parameters, versions.
 
 Nothing here decides anything about the science; that stands in the study and in the library.
 """
@@ -40,7 +40,8 @@ from forgetting.costs.site import read_site
 from forgetting.costs.sizing import check_spans, misfits, sizes, threads
 from forgetting.data.hub import HUB_ROWS
 from forgetting.data.table_files import find_table
-from forgetting.fingerprint import code_digest
+from forgetting.digests import COPIES
+from forgetting.inputs import content_digest, model_files
 from forgetting.leftovers import end_leftovers
 from forgetting.records import InputError, content_key, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
@@ -53,6 +54,11 @@ from forgetting.settings.plan import (
     selected_models,
     tunings,
 )
+from forgetting.versions import source_digest, stage_versions
+
+if getattr(workflow.storage_settings, "default_storage_provider", None):
+    # Jobs then get copies of their inputs, without the hidden files that record digests.
+    os.environ[COPIES] = "1"
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"
@@ -93,9 +99,13 @@ wildcard_constraints:
     task=r"[^/]+",
 
 
-def code(name):
-    """Digest of a rule's program with all that it imports, blind to comments."""
-    return code_digest(Path(SCRIPTS, f"{name}.py"))
+# People who edit the library may have every change of its files rerun all jobs.
+CODE = source_digest(Path(LIBRARY)) if config.get("rerun_on_code_change") else None
+
+
+def version(*stages):
+    """Versions of the stages that a rule runs: raising one reruns the rule."""
+    return stage_versions(*stages, code=CODE)
 
 
 def as_json(section, **more):
@@ -132,14 +142,34 @@ def tables():
     }
 
 
+def is_users(table):
+    """Return whether a table is in a folder of the user's."""
+    return STUDY.datasets[table.split("/", 1)[0]].folder is not None
+
+
+def table_inputs(tables):
+    """The files of tables, as inputs: of the user's own the content counts, not the date."""
+    return [
+        ancient(table_file(table)) if is_users(table) else table_file(table)
+        for table in tables
+    ]
+
+
+def table_contents(tables):
+    """Digest of the contents of those tables that are in folders of the user's."""
+    return content_digest(
+        {table: Path(table_file(table)) for table in tables if is_users(table)}
+    )
+
+
 def columns(tables):
     """What the columns of tables are called, by table."""
     return {table: STUDY.columns(table).model_dump() for table in tables}
 
 
-def text_files():
-    """The file of the general text, if the study has one."""
-    return [table_file(STUDY.general_text.table)] if STUDY.general_text else []
+def text_tables():
+    """The table of the general text, if the study has one."""
+    return [STUDY.general_text.table] if STUDY.general_text else []
 
 
 def target_options(wildcards):
@@ -162,22 +192,36 @@ def rows_inputs(tasks):
     """What the rows of tasks depend on: files, or folders that are downloaded."""
     if STUDY.benchmarks.rows is None:
         return [task_folder(task) for task in tasks]
-    folder = STUDY.datasets[STUDY.benchmarks.rows].folder
+    if users := users_rows(tasks):
+        return [ancient(str(path)) for path in users.values()]
     return [
         f"{task_folder(task)}/{split}.jsonl"
         for task in tasks
-        for split in (
-            splits_of(task, STUDY.benchmarks.tasks[task].num_fewshot)
-            if folder
-            else HUB_ROWS[same_rows(task)].splits
-        )
+        for split in HUB_ROWS[same_rows(task)].splits
     ]
 
 
-def prompt_files():
-    """The file of the prompts that should be refused, if the study has any."""
+def users_rows(tasks):
+    """Files of the rows of tasks that are in a folder of the user's, by task and split."""
+    rows = STUDY.benchmarks.rows
+    if rows is None or STUDY.datasets[rows].folder is None:
+        return {}
+    return {
+        f"{task}/{split}": Path(task_folder(task), f"{split}.jsonl")
+        for task in tasks
+        for split in splits_of(task, STUDY.benchmarks.tasks[task].num_fewshot)
+    }
+
+
+def rows_contents(tasks):
+    """Digest of the contents of those rows."""
+    return content_digest(users_rows(tasks))
+
+
+def prompt_tables():
+    """The table of the prompts that should be refused, if the study has any."""
     refusals = STUDY.benchmarks.refusals
-    return [table_file(refusals.table)] if refusals else []
+    return [refusals.table] if refusals else []
 
 
 def sandbox_hope(wildcards):
@@ -226,7 +270,6 @@ def along_options():
     }
     return [
         f"--along={json.dumps(told)}",
-        f"--along-code={code_digest(Path(LIBRARY, 'forgetting', 'benchmarks', 'along.py'))}",
         "--along-rows",
         *(f"{task}={task_folder(task)}" for task in ALONG),
     ]
@@ -240,15 +283,21 @@ def model_folder():
     return f"resources/models/{model}/{STUDY.base.revision}"
 
 
-def model_files():
+def model_inputs():
     """What the base's record depends on: the files of a local model, or the downloaded folder."""
     folder = model_folder()
     if not is_local(STUDY.base.model):
         return folder
-    files = [
-        path for form in ("*.safetensors", "*.json") for path in Path(folder).glob(form)
-    ]
-    return sorted(map(str, files))
+    return [ancient(str(path)) for path in model_files(Path(folder))]
+
+
+def model_contents():
+    """Digest of the contents of a local model's files."""
+    folder = Path(model_folder())
+    local = is_local(STUDY.base.model)
+    return content_digest(
+        {str(p.relative_to(folder)): p for p in (model_files(folder) if local else [])}
+    )
 
 
 def chosen_inputs(wildcards):
@@ -256,7 +305,7 @@ def chosen_inputs(wildcards):
     method = Path(wildcards.model).parent
     return {
         "selection": f"{RESULTS}/selection/{method}.json",
-        "checkpoints": ancient(f"{RESULTS}/selected/{method}"),
+        "checkpoints": ancient(f"{RESULTS}/selected/{method}/index.json"),
     }
 
 
@@ -264,6 +313,6 @@ def chosen_options(wildcards, input):
     """The options that name a tuned model."""
     return [
         f"--selection={input.selection}",
-        f"--checkpoints={input.checkpoints}",
+        f"--checkpoints={RESULTS}/selected/{Path(wildcards.model).parent}",
         f"--seed={Path(wildcards.model).name.removeprefix('seed')}",
     ]

@@ -18,6 +18,7 @@ rule cool_down:
     output:
         scored=f"{RESULTS}/branches/{{method}}/seed{{seed}}/{{budget}}/items.parquet",
         runs=f"{RESULTS}/branches/{{method}}/seed{{seed}}/{{budget}}/runs.json",
+        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}/seed{{seed}}/{{budget}}.json",
     log:
         f"{LOGS}/cool_down/{{method}}-seed{{seed}}-{{budget}}.log",
     conda:
@@ -27,9 +28,9 @@ rule cool_down:
         **SEVERAL_NODES,
         **sizes("cool_down", COSTS),
     params:
-        code=code("cool_down"),
-        # What trains is one code for trunks and branches.
-        trains=code("finetune"),
+        version=version("train", "evaluate"),
+        contents=lambda wildcards: table_contents(general_tables(wildcards)),
+        tunings=whole_tunings,
         spec=cohort_spec,
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
@@ -41,7 +42,7 @@ rule cool_down:
 
         python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
-            --code {params.trains} \
+            --versions {params.version:q} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \
@@ -51,5 +52,6 @@ rule cool_down:
             --budget {params.budget} \
             --state {params.state:q} \
             --items {output.scored:q} \
-            --runs {output.runs:q}
+            --runs {output.runs:q} \
+            --checkpoints {output.checkpoints:q}
         """

@@ -21,7 +21,7 @@ rule generate_world:
     conda:
         "../../envs/environment.yaml"
     params:
-        code=code("generate_world"),
+        version=version("prepare"),
         seed=lambda wildcards: STUDY.datasets[wildcards.dataset].seed,
         folder=lambda wildcards, output: str(Path(output.tables[0]).parent),
     shell:
@@ -58,7 +58,7 @@ rule download_table:
 rule prepare_data:
     """Check every table and write what training, pretraining and measuring read."""
     input:
-        list(tables().values()),
+        table_inputs(tables()),
     output:
         tables=f"{RESULTS}/data/tables.json",
         train=f"{RESULTS}/data/train.jsonl",
@@ -71,7 +71,8 @@ rule prepare_data:
     conda:
         "../../envs/environment.yaml"
     params:
-        code=code("prepare_data"),
+        version=version("prepare"),
+        contents=lambda wildcards: table_contents(tables()),
         tables=lambda wildcards: json.dumps(tables()),
         folder=subpath(output.record, parent=True),
         spec=lambda wildcards: as_json(

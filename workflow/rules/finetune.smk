@@ -28,6 +28,8 @@ rule finetune:
             else []
         ),
         runs=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
+        # In the state: where that is deleted, what needs a checkpoint trains the runs again.
+        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}/seed{{seed}}.json",
     log:
         f"{LOGS}/finetune/{{method}}-seed{{seed}}.log",
     conda:
@@ -37,7 +39,12 @@ rule finetune:
         **SEVERAL_NODES,
         **sizes("finetune", COSTS),
     params:
-        code=code("finetune"),
+        version=version("train", "evaluate", *(["benchmark"] if ALONG else [])),
+        contents=lambda wildcards: [
+            table_contents(general_tables(wildcards)),
+            rows_contents(ALONG),
+        ],
+        tunings=whole_tunings,
         spec=cohort_spec,
         targets=target_options,
         data=subpath(input.train, parent=True),
@@ -49,7 +56,7 @@ rule finetune:
 
         python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
-            --code {params.code} \
+            --versions {params.version:q} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \
@@ -58,7 +65,8 @@ rule finetune:
             {params.along:q} --benchmarks {output.benchmarks:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
-            --runs {output.runs:q}
+            --runs {output.runs:q} \
+            --checkpoints {output.checkpoints:q}
         """
 
 
@@ -68,6 +76,7 @@ use rule finetune as finetune_together with:
         scored=f"{RESULTS}/cohorts/{{method}}/items.parquet",
         benchmarks=f"{RESULTS}/cohorts/{{method}}/benchmarks.parquet" if ALONG else [],
         runs=f"{RESULTS}/cohorts/{{method}}/runs.json",
+        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}.json",
     log:
         f"{LOGS}/finetune/{{method}}.log",
     wildcard_constraints:

@@ -67,7 +67,7 @@ rule collect:
     conda:
         "../../envs/environment.yaml"
     params:
-        code=code("collect"),
+        version=version("tables"),
         # A study may be longer than an argument of a program, 128 KiB: it is resolved once more.
         asked=lambda wildcards: json.dumps(config),
         digest=content_key(STUDY.model_dump(mode="json")),
@@ -101,7 +101,7 @@ rule report:
     conda:
         "../../envs/environment.yaml"
     params:
-        code=code("report"),
+        version=version("report"),
         # Templates, style sheet and script of the page.
         assets=sha256_of_all(sorted(Path(LIBRARY, "report").iterdir()))[1],
         tables=subpath(input.study, parent=True),

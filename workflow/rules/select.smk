@@ -1,7 +1,8 @@
 """Selection: of each method's hyper-parameters, and of each seed's checkpoint.
 
-Outputs: results/STUDY/selection/METHOD.json and the checkpoints, results/STUDY/selected/METHOD/;
-on demand results/STUDY/wise_ft/METHOD/seedN/items.parquet, of the checkpoints with scaled updates.
+Outputs: results/STUDY/selection/METHOD.json and the checkpoints, in results/STUDY/selected/METHOD/,
+of which only index.json is declared: Snakemake deletes outputs before their replacement is made; on
+demand results/STUDY/wise_ft/METHOD/seedN/items.parquet, of the checkpoints with scaled updates.
 """
 
 
@@ -10,16 +11,21 @@ rule select_checkpoint:
     input:
         base_items=rules.score_base.output.scored,
         runs=lambda wildcards: finished("runs.json", [wildcards.method]),
+        # The digests of what is selected tell whether it is another.
+        stored=lambda wildcards: [
+            ancient(path) for path in checkpoint_records([wildcards.method])
+        ],
     output:
         selection=f"{RESULTS}/selection/{{method}}.json",
-        checkpoints=directory(f"{RESULTS}/selected/{{method}}"),
+        index=f"{RESULTS}/selected/{{method}}/index.json",
     log:
         f"{LOGS}/select_checkpoint/{{method}}.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
     params:
-        code=code("select_checkpoint"),
+        version=version("select"),
+        folder=lambda wildcards: f"{RESULTS}/selected/{wildcards.method}",
         spec=lambda wildcards: as_json(
             sections("selection", "seeds"),
             tuning=TUNINGS[wildcards.method].model_dump(mode="json"),
@@ -34,7 +40,9 @@ rule select_checkpoint:
             --base-items {input.base_items:q} \
             --runs {input.runs:q} \
             --selection {output.selection:q} \
-            --checkpoints {output.checkpoints:q}
+            --stored {input.stored:q} \
+            --checkpoints {params.folder:q} \
+            --index {output.index:q}
         """
 
 
@@ -55,7 +63,7 @@ rule interpolate:
     resources:
         **sizes("interpolate", COSTS),
     params:
-        code=code("interpolate"),
+        version=version("evaluate"),
         chosen=chosen_options,
         targets=target_options,
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),

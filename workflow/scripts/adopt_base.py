@@ -7,10 +7,11 @@ from pathlib import Path
 
 from forgetting.encoding.chat import chat_literal, ending
 from forgetting.inputs import model_identity
+from forgetting.models.base import model_parameters
 from forgetting.models.loading import check_stops, load_tokenizer, quieten_libraries
 from forgetting.records import tells_input_errors, write_json
 from forgetting.sections.prompt import Prompt
-from forgetting.settings.architecture import count_parameters, read_architecture
+from forgetting.settings.architecture import read_architecture
 
 
 @tells_input_errors
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder in Hugging Face form")
     parser.add_argument("--origin", required=True, help="how the study names the model")
+    parser.add_argument("--downloaded", action="store_true", help="the workflow downloaded it")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     parser.add_argument("--prompt", help="JSON: the study's prompt, if it is a chat template's")
     options = parser.parse_args(argv)
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         "origin": options.origin,
         "identity": identity,
         "files": files,
-        "parameters": count_parameters(options.model),
+        "parameters": model_parameters(options.model),
+        "downloaded": options.downloaded,
     }
     write_json(options.output, record)
     print(f"{options.origin}: {record['parameters']:,} parameters")

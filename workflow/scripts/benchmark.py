@@ -32,7 +32,9 @@ from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
 from forgetting.data.table_files import Row, place
+from forgetting.digests import folder_damage
 from forgetting.machine import describe_machine
+from forgetting.models.base import read_base
 from forgetting.models.loading import (
     Model,
     autocast,
@@ -45,10 +47,12 @@ from forgetting.models.merged import merged
 from forgetting.models.swapping import Swapping
 from forgetting.records import (
     content_key,
-    read_json,
+    read_table,
+    remove_folder,
     replacing_folder,
     sha256,
     tells_input_errors,
+    warn_of,
     write_atomically,
     write_json,
     write_table,
@@ -84,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
-    parser.add_argument("--code", required=True, help="digest of the code that scores")
+    parser.add_argument("--versions", required=True, help="version of the stage")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument(
         "--rows", action="append", default=[], help="TASK=FOLDER, its folder of SPLIT.jsonl"
@@ -101,15 +105,18 @@ def main(argv: list[str] | None = None) -> None:
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
     rows = {task: Path(folder) for task, folder in (named.split("=", 1) for named in options.rows)}
-    scorer = Scorer(spec, read_json(options.base), rows, options.prompts, options.code)
+    scorer = Scorer(spec, read_base(options.base), rows, options.prompts, options.versions)
     for chosen in chosen_models(options.selection, options.checkpoints, options.models):
         finished: Path = options.state / scorer.key(chosen)
+        if finished.exists() and (wrong := folder_damage(finished)):
+            warn_of(*wrong, "the model is scored again")
+            remove_folder(finished)
         if not finished.exists():
             with replacing_folder(finished) as folder:
                 write_results(folder, *scorer.score(chosen))
         for file in FILES:  # new files, since Snakemake goes by their age
             write_atomically(options.output / chosen.name / file, (finished / file).read_bytes())
-        scores = pd.read_parquet(finished / "scores.parquet")
+        scores = read_table(finished / "scores.parquet")
         for row in scores[scores["main"].astype(bool)].to_dict("records"):
             chance = "" if pd.isna(row["chance"]) else f", chance {row['chance']:g}"
             print(f"{chosen.run}, {row['task']}: {row['value']:.3f}{chance}", flush=True)
@@ -124,7 +131,7 @@ class Scorer:
         base: Mapping[str, Any],
         rows: Mapping[str, Path],
         prompts: Path | None,
-        code: str,
+        versions: str,
     ) -> None:
         self.spec, self.base, self.prompts = spec, base, prompts
         self.rows = rows
@@ -134,14 +141,14 @@ class Scorer:
         }
         self.device = pick_device()
         self.precision = pick_precision(spec.precision, self.device)
-        self.models = Swapping(Path(base["path"]), self.device)
+        self.models = Swapping(Path(base["path"]), self.device, base["parameters"])
         self.depends = {
             "spec": spec.model_dump(mode="json"),
             "base": {key: base.get(key) for key in ("path", "origin", "identity")},
             "rows": self.digests,
             "prompts": sha256(prompts) if prompts else None,
             "precision": str(self.precision),
-            "code": code,
+            "versions": versions,
         }
 
     def key(self, chosen: Chosen) -> str:

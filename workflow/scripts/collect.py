@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import pandas as pd
 
 from forgetting.costs.calibrate import by_method
 from forgetting.costs.joint import cohort_names, joint_cohorts
+from forgetting.machine import code_revision
 from forgetting.records import (
     InputError,
     content_key,
     read_json,
+    read_table,
     tells_input_errors,
     write_atomically,
     write_json,
@@ -40,6 +41,7 @@ from forgetting.sections.measurement import TEXT_PROBE
 from forgetting.settings.load import load_study
 from forgetting.settings.plan import budget_name, scored_models, selected_models, tunings
 from forgetting.settings.study import Study
+from forgetting.versions import VERSIONS, stage_versions
 
 STUDIES = Path(__file__).parents[2] / "config" / "studies"
 
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if study.selection.wise_ft:
         folder = options.results / "wise_ft"
         scaled = [folder / model / "items.parquet" for model in selected_models(study)]
-        tables["wise_ft"] = pd.concat(map(pd.read_parquet, scaled))
+        tables["wise_ft"] = pd.concat(map(read_table, scaled))
 
     write_atomically(options.results / "study.json", study.model_dump_json(indent=2) + "\n")
     for title, table in tables.items():
@@ -115,7 +117,7 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
     methods, budgets = tunings(study), study.training.budgets
 
     def read_items(table: str, folders: list[Path]) -> list[pd.DataFrame]:
-        frames = [pd.read_parquet(folder / f"{table}.parquet") for folder in folders]
+        frames = [read_table(folder / f"{table}.parquet") for folder in folders]
         return in_order(frames, methods, study.seeds)
 
     cohorts = list(dict.fromkeys(cohort_names(study, joint_cohorts(study)).values()))
@@ -127,18 +129,20 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
     ]
     files = [results / "selection" / f"{tuning.name}.json" for tuning in methods]
     selection = pd.DataFrame([row for file in files for row in read_json(file)])
-    selection = selection.drop(columns=["files", "ends"], errors="ignore")
+    selection = selection.drop(
+        columns=["files", "checkpoint", "checkpoints", "ends"], errors="ignore"
+    )
     return Found(
         base=read_json(results / "base" / "base.json"),
         data_notes=read_json(results / "data" / "data.json")["notes"],
         records=read_records(branches or trained),
         trunks=read_records(trained) if branches else [],
         selection=selection.astype({"step": "Int64", "epoch": "float", "value": "float"}),
-        base_items=pd.read_parquet(results / "base" / "items.parquet"),
+        base_items=read_table(results / "base" / "items.parquet"),
         items=read_items("items", branches or trained),
         models=[results / "benchmarks" / model for model in models],
         along=[
-            pd.read_parquet(results / "base" / "benchmarks.parquet"),
+            read_table(results / "base" / "benchmarks.parquet"),
             *read_items("benchmarks", trained),
         ]
         if study.benchmarks.along
@@ -197,6 +201,11 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
     executed = [read_json(folder / "outcomes.json") for folder in wrote]
     return {
         "code_revision": code_revision(),
+        # Results that another commit made are kept while the versions of their stages are equal.
+        "code_revision_of_runs": ", ".join(
+            sorted({record["machine"].get("code_revision", "unknown") for record in records})
+        ),
+        "stage_versions": stage_versions(*VERSIONS),
         "packages": {
             name: ", ".join(sorted({record["machine"]["packages"][name] for record in records}))
             for name in records[0]["machine"]["packages"]
@@ -223,22 +232,6 @@ def provenance(results: Path, found: Found, models: list[str]) -> dict[str, Any]
             ),
         },
     }
-
-
-def code_revision() -> str:
-    """The commit of this workflow, marked where files were changed since; `unknown` without git."""
-    folder = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip()
 
 
 if __name__ == "__main__":

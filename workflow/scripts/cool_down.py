@@ -13,7 +13,7 @@ from pathlib import Path
 from forgetting.models.loading import quieten_libraries
 from forgetting.records import read_json, tells_input_errors, write_json, write_table
 from forgetting.training.branches import train_branches
-from forgetting.training.cohort import cohort_items
+from forgetting.training.cohort import cohort_items, write_checkpoints
 from forgetting.training.job import Teller, add_options, read_job
 from forgetting.training.team import Team
 
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         if team.first:
             write_table(options.items, cohort_items(records)[0])
             write_json(options.runs, records)
+            write_checkpoints(options.checkpoints, records)
     team.leave()
 
 

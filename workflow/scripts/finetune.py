@@ -12,7 +12,7 @@ import argparse
 from forgetting.models.loading import quieten_libraries
 from forgetting.records import tells_input_errors, write_json, write_table
 from forgetting.training.branches import train_trunks
-from forgetting.training.cohort import cohort_items, train_cohort
+from forgetting.training.cohort import cohort_items, train_cohort, write_checkpoints
 from forgetting.training.job import Teller, add_options, read_job
 from forgetting.training.team import Team
 
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             if options.benchmarks:
                 write_table(options.benchmarks, benchmarks)
             write_json(options.runs, records)
+            write_checkpoints(options.checkpoints, records)
     team.leave()
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from forgetting.benchmarks.chosen import chosen_models
+from forgetting.data.rows import read_prepared
+from forgetting.models.base import read_base
 from forgetting.models.loading import (
     autocast,
     load_base,
@@ -16,7 +19,7 @@ from forgetting.models.loading import (
     quieten_libraries,
 )
 from forgetting.models.tuned import load_checkpoint
-from forgetting.records import read_json, read_jsonl, tells_input_errors, write_table
+from forgetting.records import tells_input_errors, write_table
 from forgetting.scoring.drift import load_targets, with_text
 from forgetting.scoring.probes import measure
 from forgetting.sections.fields import Strict
@@ -50,28 +53,30 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
-    chosen = next(row for row in read_json(options.selection) if row["seed"] == options.seed)
-    if chosen["step"] is None:
+    seed = f"seed{options.seed}"
+    (chosen,) = chosen_models(options.selection, options.checkpoints, [seed])
+    if chosen.checkpoint is None:
         write_table(options.output, pd.DataFrame())
-        print(f"nothing to scale: {chosen['reason']}")
+        print(f"nothing to scale: {chosen.reason}")
         return
     device = pick_device()
-    folder = Path(read_json(options.base)["path"])
-    probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
-    tokenizer, base = load_tokenizer(folder), load_base(folder, device)
-    tuned = load_checkpoint(folder, options.checkpoints / f"seed{options.seed}", device)
+    base = read_base(options.base)
+    folder, count = Path(base["path"]), base["parameters"]
+    probes = {name: read_prepared(options.probes / f"{name}.jsonl") for name in spec.probes}
+    tokenizer, model = load_tokenizer(folder), load_base(folder, device, count)
+    tuned = load_checkpoint(folder, chosen.checkpoint, device, count)
     targets = load_targets(options.targets) if options.targets else None
     tables = []
-    for share, model in scaled_models(base, tuned, spec.shares):
+    for share, scaled in scaled_models(model, tuned, spec.shares):
         with autocast(device, pick_precision(spec.precision, device)):
-            items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
-            items = with_text(items, model, targets)
-        about = {"run": chosen["run"], "step": chosen["step"], "share": share}
+            items = measure(scaled, tokenizer, probes, spec.prompt, spec.measurement)
+            items = with_text(items, scaled, targets)
+        about = {"run": chosen.run, "step": chosen.step, "share": share}
         tables.append(items.assign(**about)[[*about, *items.columns]])
         for name in probes:
             group = items[items["probe"] == name]
             recall = group["rougeL_recall"].mean()
-            print(f"{chosen['run']}, {share:g} of the update, {name}: ROUGE-L recall {recall:.3f}")
+            print(f"{chosen.run}, {share:g} of the update, {name}: ROUGE-L recall {recall:.3f}")
     write_table(options.output, pd.concat(tables, ignore_index=True))
 
 

@@ -17,7 +17,13 @@ from forgetting.data.rows import (
     prepare_rows,
 )
 from forgetting.data.table_files import Row, place
-from forgetting.records import read_json, sha256, tells_input_errors, write_json, write_jsonl
+from forgetting.records import (
+    read_foreign_json,
+    sha256,
+    tells_input_errors,
+    write_json,
+    write_jsonl,
+)
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
 from forgetting.sections.measurement import Probe
@@ -107,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(argv)
     spec = Spec.model_validate_json(options.spec)
-    files = {table: Path(path) for table, path in read_json(options.tables).items()}
+    files = {table: Path(path) for table, path in read_foreign_json(options.tables).items()}
     tables = Tables(spec, files)
     notes: list[str] = []
     probes = {name: tables.probe(name, notes) for name in spec.probes}

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from forgetting.data.rows import read_prepared
 from forgetting.inputs import model_identity
+from forgetting.models.base import PRETRAINED
 from forgetting.models.loading import pick_device, pick_precision, quieten_libraries
 from forgetting.models.pretrain import pretrain
-from forgetting.records import read_jsonl, tells_input_errors, write_json
+from forgetting.records import tells_input_errors, write_json
 from forgetting.sections.base import SmallModel
 
 
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     quieten_libraries()
     spec = SmallModel.model_validate_json(options.spec)
     folder = options.folder
-    documents = [row["text"] for row in read_jsonl(options.documents)]
+    documents = [row["text"] for row in read_prepared(options.documents)]
     bfloat16 = pick_precision(options.precision, pick_device()) == torch.bfloat16
     done = pretrain(
         documents, spec, folder, options.seed, lambda p: print(p, flush=True), bfloat16=bfloat16
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     files, identity = model_identity(folder)
     record = {
         "path": str(folder),
-        "origin": "trained from scratch for this study",
+        "origin": PRETRAINED,
         "identity": identity,
         "files": files,
         "parameters": done.parameters,

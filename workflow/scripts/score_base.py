@@ -6,10 +6,11 @@ import argparse
 import math
 from pathlib import Path
 
-from forgetting.benchmarks import asking
+from forgetting.benchmarks.along import add_along_options, read_along
 from forgetting.data.origins import Origins
-from forgetting.data.rows import joined_text
+from forgetting.data.rows import joined_text, read_prepared
 from forgetting.encoding.encode import encode_pair
+from forgetting.models.base import read_base
 from forgetting.models.loading import (
     autocast,
     load_base,
@@ -18,7 +19,7 @@ from forgetting.models.loading import (
     pick_precision,
     quieten_libraries,
 )
-from forgetting.records import InputError, read_json, read_jsonl, tells_input_errors, write_table
+from forgetting.records import InputError, tells_input_errors, write_table
 from forgetting.scoring.drift import base_targets, cut_blocks, save_targets, with_text
 from forgetting.scoring.probes import check_room, measure
 from forgetting.scoring.references import check_references
@@ -54,14 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="table of the general text")
     parser.add_argument("--targets", type=Path, help="output: the base's predictions on the text")
     parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
-    asking.add_options(parser)
+    add_along_options(parser)
     options = parser.parse_args(argv)
     quieten_libraries()
     spec = Spec.model_validate_json(options.spec)
     device = pick_device()
-    folder = Path(read_json(options.base)["path"])
-    probes = {name: read_jsonl(options.probes / f"{name}.jsonl") for name in spec.probes}
-    model, tokenizer = load_base(folder, device), load_tokenizer(folder)
+    base = read_base(options.base)
+    folder = Path(base["path"])
+    probes = {name: read_prepared(options.probes / f"{name}.jsonl") for name in spec.probes}
+    model, tokenizer = load_base(folder, device, base["parameters"]), load_tokenizer(folder)
     where = Origins(options.probes.parent)
     check_room(model, tokenizer, probes, spec.prompt, spec.measurement, where)
     # One of the targets is the end of the sequence, which nobody has to generate.
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if spec.must_reach and spec.metric.startswith("rouge"):
         check_references(lengths[spec.watched], spec.watched, spec.measurement.max_new_tokens)
-    targets, text, along = None, spec.general_text, asking.read_along(options, tokenizer)
+    targets, text, along = None, spec.general_text, read_along(options, tokenizer)
     with autocast(device, pick_precision(spec.precision, device)):
         items = measure(model, tokenizer, probes, spec.prompt, spec.measurement)
         items["reference_tokens"] = [length for name in probes for length in lengths[name]]

@@ -4,11 +4,14 @@ Second and third paper draw benchmarks, and the answers that change hands on the
 of a training (Biderman et al. 2024, arXiv 2405.09673, figure 2; Kalajdzievski 2024, arXiv
 2401.05605, figure 4). What the evaluation asks here is what the benchmark job asks of a checkpoint,
 in the same words; batches differ, and with them the last digits of log-likelihoods. So the base is
-asked here too (`forgetting.benchmarks.asking`), and what changed is told against that.
+asked here too, and what changed is told against that: the same items in the same order and the same
+batches, in the same precision, since in bfloat16 the batch that an item is read in has a say in its
+last digits. A model that has learned nothing so has no churn.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -32,6 +35,27 @@ class AlongSpec(Strict):
 
     tasks: dict[str, Task]
     batch_size: int
+
+
+def add_along_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every program that asks these benchmarks."""
+    parser.add_argument("--along", help="JSON: the benchmarks of every evaluation")
+    parser.add_argument("--along-rows", nargs="*", default=[], help="TASK=FOLDER of SPLIT.jsonl")
+    parser.add_argument(
+        "--benchmarks", type=Path, nargs="?", help="output: items of benchmarks (parquet)"
+    )
+
+
+def read_along(options: argparse.Namespace, tokenizer: Any) -> Along | None:
+    """Return what asks a model, if the options name any benchmarks."""
+    if not options.along:
+        return None
+    rows = (pair.split("=", 1) for pair in options.along_rows)
+    return Along(
+        AlongSpec.model_validate_json(options.along),
+        {task: Path(folder) for task, folder in rows},
+        tokenizer,
+    )
 
 
 class Along:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forgetting.digests import visible_files
 from forgetting.models.tuned import ADAPTER
-from forgetting.records import read_json, sha256_of_all
+from forgetting.records import damaged, read_json, removal, sha256_of_all
+from forgetting.training.checkpoints import checkpoint_damage
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,34 @@ def chosen_models(selection: Path | None, folder: Path | None, names: list[str])
         who = {"run": row["run"], "step": row["step"]}
         reason = row["reason"] if row["step"] is None else ""
         about = who | identify(checkpoint)
+        if checkpoint is not None:
+            _check(checkpoint, about["files"], row)
         found.append(Chosen(name, **who, reason=reason, checkpoint=checkpoint, about=about))
     return found
+
+
+def _check(checkpoint: Path, found: dict[str, str], row: dict[str, Any]) -> None:
+    """Refuse a selected checkpoint whose files are not those that were selected."""
+    selected: dict[str, str] = row["files"]
+    differing = sorted(
+        name for name in {*found, *selected} if found.get(name) != selected.get(name)
+    )
+    if not differing:
+        return
+    path = checkpoint / differing[0]
+    wrong = "differs from what was selected (sha256)" if path.exists() else "is missing"
+    # The files may be links of those of the run: what damaged the ones damaged the others.
+    origin, again = Path(row["checkpoint"]), [checkpoint.parent]
+    if checkpoint_damage(origin):
+        again += [origin.parent, Path(row["checkpoints"])]
+    raise damaged(path, wrong, removal(*again))
 
 
 def identify(checkpoint: Path | None) -> dict[str, Any]:
     """Which weights were measured: folder and content of the checkpoint; none of the base."""
     if checkpoint is None:
         return {"checkpoint": None}
-    files, identity = sha256_of_all(filter(Path.is_file, sorted(checkpoint.iterdir())))
+    files, identity = sha256_of_all(visible_files(checkpoint))
     adapter = (checkpoint / ADAPTER).exists()
     return {
         "checkpoint": str(checkpoint),

@@ -22,4 +22,7 @@ def was_run(outcomes: Path) -> bool:
         return False
     with outcomes.open(encoding="utf-8") as file:
         head = "".join(takewhile(lambda line: '"outcomes": [' not in line, file))
-    return json.loads(head.rstrip().rstrip(",") + "}")["sandbox"] is not None
+    try:
+        return json.loads(head.rstrip().rstrip(",") + "}")["sandbox"] is not None
+    except (ValueError, KeyError, TypeError):
+        return False  # damaged: whoever reads the outcomes tells of it

@@ -19,6 +19,8 @@ from forgetting.benchmarks.tasks import TaskSpec
 SCORE_COLUMNS = ("task", "metric", "main", "value", "stderr", "n", "chance")
 ITEM_COLUMNS = ("task", "item", "metric", "value")
 RESPONSE_COLUMNS = ("task", "item", "prompt_hash", "response", "target", "choice")
+UNLIKELY = -1e6
+"""Log-likelihood of a choice that a blind guesser does not take; its probability is 0."""
 
 
 @dataclass
@@ -93,15 +95,28 @@ def _pass_rate(spec: TaskSpec) -> PassRate:
 
 
 def _chance(spec: TaskSpec, task: Any, samples: Sequence[Mapping[str, Any]]) -> float:
-    """Score of blind guessing: what is known, or for accuracy the mean of 1 / choices."""
-    level = spec.chance_level
-    accuracy = main_metric(spec.name, spec.metric).partition(",")[0] in ("acc", "acc_norm")
+    """Return the score of blind guessing: what is known, or for accuracies what the task gives.
+
+    A guesser puts all probability on one choice, drawn at random; the task scores each choice. For
+    plain accuracy the mean is 1 / choices; for TruthfulQA's mc2 it is the share of true answers.
+    """
+    level, metric = spec.chance_level, main_metric(spec.name, spec.metric).partition(",")[0]
+    accuracy = metric in ("acc", "acc_norm")
     if not math.isnan(level) or task.OUTPUT_TYPE != "multiple_choice" or not accuracy:
         return level
-    # The metric of mutual information asks for every choice twice.
-    twice = 2 if "acc_mutual_info" in task._metric_fn_list else 1
-    shares = [twice / len(sample["resps"]) for sample in samples]
-    return math.fsum(shares) / len(shares)
+    # The metric of mutual information also scores every choice without its question.
+    without_question = "acc_mutual_info" in task._metric_fn_list
+    means = []
+    for sample in samples:
+        choices = len(sample["resps"]) // (2 if without_question else 1)
+        rest = [(0.0, False)] * (len(sample["resps"]) - choices)
+        guesses = [
+            [(0.0 if choice == guess else UNLIKELY, False) for choice in range(choices)] + rest
+            for guess in range(choices)
+        ]
+        scored = [task.process_results(sample["doc"], guess)[metric] for guess in guesses]
+        means.append(math.fsum(scored) / choices)
+    return math.fsum(means) / len(means)
 
 
 def _score_rows(spec: TaskSpec, result: Mapping[str, Any], chance: float) -> list[dict[str, Any]]:

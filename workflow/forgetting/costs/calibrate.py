@@ -14,7 +14,7 @@ from forgetting.costs.cost import Costs
 from forgetting.costs.durations import cohort_seconds
 from forgetting.costs.hardware import GPUS
 from forgetting.costs.site import Site
-from forgetting.records import read_json
+from forgetting.records import read_json, removal
 from forgetting.settings.study import Study
 
 
@@ -38,7 +38,8 @@ class Compared:
 
 def finished_runs(results: Path) -> list[dict[str, Any]]:
     """The records of a study's runs, as soon as each is done; not those of budgets' branches."""
-    return [read_json(path) for path in sorted(results.glob("state/*/seed*/*/*/run.json"))]
+    paths = sorted(results.glob("state/*/seed*/*/*/run.json"))
+    return [read_json(path, removal(path.parent)) for path in paths]
 
 
 def compare(costs: Costs, records: Iterable[Mapping[str, Any]]) -> list[Compared]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.costs.known_models import KNOWN, LLAMA_7B
-from forgetting.records import read_json
+from forgetting.records import read_foreign_json
 from forgetting.sections.base import Base, SmallModel
 from forgetting.settings.architecture import Architecture, read_shapes
 from forgetting.settings.load import is_local
@@ -174,7 +174,7 @@ def small_shape(spec: SmallModel) -> Shape:
 
 def folder_shape(folder: Path) -> Shape:
     """A model in a folder; its weights are counted by the headers of their files."""
-    shape = config_shape(read_json(folder / "config.json"))
+    shape = config_shape(read_foreign_json(folder / "config.json"))
     shapes = read_shapes(folder)
     layers = Architecture(shapes, True, shape.blocks, shape.layers.context)
     if not layers.adapted("all-linear"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forgetting.data.table_files import PLAIN, Row, found, is_text, read_rows, text_of
-from forgetting.records import InputError, read_numbered
+from forgetting.records import InputError, check_file, read_jsonl, read_numbered
 from forgetting.sections.columns import Columns
 from forgetting.sections.prompt import Prompt
 
@@ -55,7 +55,14 @@ class Rows:
 
 def prepared_lines(path: Path) -> Rows:
     """Rows that were checked when they were written."""
+    check_file(path)
     return Rows(lambda: (row for _, row in read_numbered(path)))
+
+
+def read_prepared(path: Path) -> list[Row]:
+    """Return all rows of a file that `prepare_data` wrote."""
+    check_file(path)
+    return read_jsonl(path)
 
 
 def prepare_rows(

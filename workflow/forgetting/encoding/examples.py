@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.data.table_files import Row, Where
+from forgetting.digests import damage
 from forgetting.encoding.chat import end_token
 from forgetting.encoding.encode import (
     Example,
@@ -25,7 +26,7 @@ from forgetting.encoding.encode import (
 from forgetting.encoding.packing import pack
 from forgetting.encoding.store import Stored, in_parts, write_examples
 from forgetting.models.loading import Model
-from forgetting.records import InputError
+from forgetting.records import InputError, remove_file, warn_of
 from forgetting.scoring.forward import context_length
 from forgetting.scoring.shared import can_share
 from forgetting.sections.prompt import Prompt
@@ -55,6 +56,9 @@ def tokenize(
     Raises:
         InputError: a question leaves no room for its answer.
     """
+    if path.exists() and (wrong := damage(path)):
+        warn_of(path, wrong, "it is tokenized again")
+        remove_file(path)
     if not path.exists():
         with _threads():
             examples = encode_rows(rows, tokenizer, prompt, training, blocks=blocks, where=where)
@@ -62,7 +66,7 @@ def tokenize(
         table = path.stem.rsplit("-", 1)[0]
         for other in path.parent.glob(f"{table}-*.arrow"):
             if other != path and other.stem.rsplit("-", 1)[0] == table:
-                other.unlink(missing_ok=True)
+                remove_file(other)
     return Stored(path)
 
 

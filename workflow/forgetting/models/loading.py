@@ -87,11 +87,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
+def load_base(folder: Path, device: torch.device, parameters: int | None = None) -> PreTrainedModel:
     """A causal language model in Hugging Face form, with float32 weights, in evaluation mode.
 
     Only safetensors are read and no code of the model's author is run. A weight that the files
     lack, or have in another shape, would be drawn at random, anew at every loading.
+
+    Args:
+        parameters: how many the model has; another number is refused.
 
     Raises:
         InputError: names the folder and what is wrong there.
@@ -113,6 +116,12 @@ def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
             f"{folder}: its safetensors lack the weight `{lacking[0]}`{more}, or have another "
             "shape than config.json asks for; take a complete model, with the config.json that "
             "belongs to it"
+        )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if parameters is not None and count != parameters:
+        raise InputError(
+            f"{folder}: {count:,} parameters were loaded, and {parameters:,} are recorded; take "
+            "out of the folder what does not belong to the model, such as an adapter"
         )
     loaded: PreTrainedModel = model.to(device).eval()
     stops = declared_stops(folder)

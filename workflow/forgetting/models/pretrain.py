@@ -224,7 +224,6 @@ def pretrain(
     )
     with writing(out_dir):
         model.to("cpu").save_pretrained(partial)
-    shutil.rmtree(out_dir, ignore_errors=True)
     settle(partial, out_dir)
     return Pretrained(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -23,8 +23,9 @@ class Swapping:
         bases_read: how often the base was read from the disk.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, parameters: int | None = None) -> None:
         self.folder, self.device, self.bases_read = folder, device, 0
+        self._parameters = parameters
         self._base: PreTrainedModel | None = None
 
     @contextmanager
@@ -38,7 +39,7 @@ class Swapping:
             yield load_base(checkpoint, self.device)
             return
         if self._base is None:
-            self._base = load_base(self.folder, self.device)
+            self._base = load_base(self.folder, self.device, self._parameters)
             self.bases_read += 1
         if checkpoint is None:
             yield self._base

@@ -72,11 +72,13 @@ def restore_checkpoint(model: Model, folder: Path) -> None:
         raise InputError(f"{folder}: not a checkpoint of this model ({unknown[0]})")
 
 
-def load_checkpoint(base: Path, checkpoint: Path, device: torch.device) -> Model:
+def load_checkpoint(
+    base: Path, checkpoint: Path, device: torch.device, parameters: int | None = None
+) -> Model:
     """A tuned model from disk, for measuring: the base with an adapter, or the full weights."""
     if not (checkpoint / ADAPTER).exists():
         return load_base(checkpoint, device)
-    return put_adapter_on(load_base(base, device), checkpoint)
+    return put_adapter_on(load_base(base, device, parameters), checkpoint)
 
 
 def put_adapter_on(base: PreTrainedModel, checkpoint: Path) -> PeftModel:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,11 @@ def write_report(tables: Tables, page: Path, folder: Path) -> None:
     }
     for name, spec in specs.items():
         svg = static_svg(spec, _kinds(tables))
-        write_atomically(folder / f"{name}.svg", svg)
-        write_atomically(folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
-    write_atomically(page, render(tables, specs))
+        write_atomically(folder / f"{name}.svg", svg, recorded=False)
+        write_atomically(
+            folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2), recorded=False
+        )
+    write_atomically(page, render(tables, specs), recorded=False)
 
 
 def spec_of(chart: alt.ConcatChart) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
     environment.filters.update(FILTERS)
     kinds = _kinds(tables)
     scripts = [
-        _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)),
+        _vega(),
         _asset("page.js"),
     ]
     said, qualified = answer(tables)
@@ -173,6 +176,12 @@ def _data_url(frame: pd.DataFrame) -> str:
 
 def _inline(script: str) -> Markup:
     return Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+@cache
+def _vega() -> Markup:
+    """Vega, Vega-Lite and Vega-Embed as one script, the same on every page."""
+    return _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE))
 
 
 def _asset(name: str) -> Markup:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.records import InputError, read_json
+from forgetting.records import InputError, read_json, read_table
 from forgetting.report.durations import by_duration
 
 ROUGE = "rougeL_recall"
@@ -85,7 +85,7 @@ def read_tables(folder: Path) -> Tables:
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; it is one of the study's tables")
-    frame = pd.read_parquet(path)
+    frame = read_table(path)
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise InputError(f"{path}: column `{missing[0]}` is missing; expected {', '.join(columns)}")

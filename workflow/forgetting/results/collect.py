@@ -13,7 +13,7 @@ import pandas as pd
 
 from forgetting.benchmarks.pass_rates import FAILING, PASSING, program_items, score_programs
 from forgetting.benchmarks.programs import read_programs, read_rates
-from forgetting.records import read_json
+from forgetting.records import damaged, read_json, read_table, removal
 from forgetting.results.churn import of_shares
 from forgetting.results.statistics import mean_interval, share_interval
 from forgetting.results.trajectory import aggregate
@@ -134,8 +134,8 @@ def benchmark_tables(
         who: dict[str, Any] = {**labels.get(place["run"] or "", {}), **place}
         name = who["run"] or folder.parent.name
         notes += [f"{name}: {note}" for note in record["notes"]]
-        score = pd.read_parquet(folder / "scores.parquet")
-        item = pd.read_parquet(folder / "items.parquet")
+        score = read_table(folder / "scores.parquet")
+        item = read_table(folder / "items.parquet")
         programs = read_json(folder / "programs.json")
         if programs["items"]:
             more, note = _program_tables(folder, programs)
@@ -162,9 +162,7 @@ def _place(record: Mapping[str, Any]) -> dict[str, Any]:
 def responses_table(models: Sequence[Path]) -> pd.DataFrame:
     """Run, step, task, item and response of every benchmark of every model."""
     tables = [
-        pd.read_parquet(folder / "responses.parquet").assign(
-            **_place(read_json(folder / "record.json"))
-        )
+        read_table(folder / "responses.parquet").assign(**_place(read_json(folder / "record.json")))
         for folder in models
     ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
@@ -197,6 +195,10 @@ def _program_tables(
         )
     programs, rates = read_programs(described), read_rates(described)
     outcomes = [Outcome(**values) for values in executed["outcomes"]]
+    if len(outcomes) != len(programs):
+        path = folder / "outcomes.json"
+        wrong = f"has {len(outcomes)} outcomes of {len(programs)} programs"
+        raise damaged(path, wrong, removal(path))
     unsafe = executed["sandbox"].startswith("none")
     note = f"{tasks} was executed without a sandbox: {executed['why']}" if unsafe else ""
     tables = score_programs(programs, outcomes, rates), program_items(programs, outcomes, rates)

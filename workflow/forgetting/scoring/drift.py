@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.models.loading import Model
 from forgetting.models.tuned import save_tensors
-from forgetting.records import InputError
+from forgetting.records import InputError, check_file, replacing
 from forgetting.sections.measurement import TEXT_PROBE
 
 
@@ -165,11 +165,13 @@ def save_targets(targets: BaseTargets, path: Path) -> None:
     if targets.bias is not None:
         tensors["bias"] = targets.bias
     tensors["batch_size"] = torch.tensor(targets.batch_size)
-    save_tensors(tensors, path)
+    with replacing(path) as temporary:
+        save_tensors(tensors, temporary)
 
 
 def load_targets(path: Path) -> BaseTargets:
     """Read what `save_targets` wrote."""
+    check_file(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return BaseTargets(

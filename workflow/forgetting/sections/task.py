@@ -30,8 +30,8 @@ class Task(Strict):
     )
     chance: Share | None = Field(
         None,
-        description="Score of blind guessing. By default it is known for the five usual tasks, and "
-        "one over the number of choices for the accuracy of others.",
+        description="Score of blind guessing. By default it is known for the five usual tasks; for "
+        "the accuracy of others it is the task's mean score of one choice drawn at random.",
     )
     revision: str | None = Field(
         None,

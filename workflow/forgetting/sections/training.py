@@ -88,7 +88,13 @@ class Training(Strict):
     optimizer: Literal["adamw", "lionw", "adafactor"] = Field(
         "adamw",
         description="adamw; lionw: Lion with a weight decay that the rate does not multiply; "
-        "adafactor: factored second moments, steps relative to the weights.",
+        "adafactor: factored second moments, transformers' implementation with a given learning "
+        "rate.",
+    )
+    scale_parameter: bool = Field(
+        False,
+        description="adafactor only: multiply the step of each matrix by the root mean square of "
+        "its weights, at least 1e-3. LoRA's B starts at 0 and hardly moves then.",
     )
     betas: tuple[Decay, Decay] | None = Field(
         None,
@@ -181,6 +187,8 @@ class Training(Strict):
             raise ValueError(f"{self.schedule} has no `cooldown`; inverse_sqrt and trapezoid do")
         if self.betas and self.optimizer == "adafactor":
             raise ValueError("adafactor has no `betas`")
+        if self.scale_parameter and self.optimizer != "adafactor":
+            raise ValueError(f"{self.optimizer} has no `scale_parameter`; adafactor does")
         return self
 
     @model_validator(mode="before")

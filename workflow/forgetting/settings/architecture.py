@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from forgetting.records import InputError, read_json
+from forgetting.records import InputError, read_foreign_json
 from forgetting.sections.base import SmallModel
 from forgetting.settings.agreement import check_agreement
 
@@ -120,6 +120,11 @@ def read_architecture(folder: Path) -> Architecture:
         InputError: names the file, and what is expected.
     """
     config = _read_config(folder)
+    if (adapter := folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{adapter}: an adapter beside a whole model, on which transformers would put it; take "
+            "its files out, or merge it into the base and give the merged model"
+        )
     shapes = read_shapes(folder)
     if not any(True for name in TOKENIZERS for _ in folder.glob(name)):
         raise InputError(
@@ -152,7 +157,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: no config.json there, so it is no model")
     try:
-        config = read_json(path)
+        config = read_foreign_json(path)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
@@ -171,7 +176,7 @@ def has_chat_template(folder: Path) -> bool:
     if any(True for _ in folder.glob("chat_template*")):
         return True
     try:
-        return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
+        return bool(read_foreign_json(folder / "tokenizer_config.json").get("chat_template"))
     except (OSError, ValueError, RecursionError, AttributeError):
         return False
 
@@ -210,15 +215,25 @@ def _shards(folder: Path) -> list[Path]:
             f"formats{f' ({others[0]})' if others else ''} are not read"
         )
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_foreign_json(index)["weight_map"].values()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index}: not the index of a model: expected `weight_map`") from None
+    if outside := [name for name in names if _leaves(folder, name)]:
+        raise InputError(
+            f"{index}: {outside[0]} is not in the model's folder; expected names of files in it"
+        )
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise InputError(
             f"{index}: {absent[0]} is not in the folder, and {len(absent) - 1} more are not; copy "
             "all files of the model"
         )
     return [folder / name for name in names]
+
+
+def _leaves(folder: Path, name: str) -> bool:
+    """Return whether a name in an index leads out of the folder; a link in it may lead anywhere."""
+    path = Path(name)
+    return path.is_absolute() or ".." in path.parts or folder == folder / path
 
 
 def _header(path: Path) -> dict[str, dict[str, Any]]:

@@ -27,8 +27,8 @@ def load_study(config: Mapping[str, Any], studies: Path) -> tuple[str, Study]:
 
     Args:
         config: what config.yaml and `--config` say: `study` (a name in `studies`, or the path of a
-            YAML file), `scale` (`full` or `tiny`), `model` (in place of the study's base) and
-            `NAME_dir` (folder of the dataset NAME).
+            YAML file), `scale` (`full` or `tiny`), `model` (in place of the study's base),
+            `NAME_dir` (folder of the dataset NAME) and `rerun_on_code_change`.
         studies: folder of the study files.
 
     Raises:
@@ -107,9 +107,13 @@ def _override(study: Study, config: Mapping[str, Any], path: Path) -> Study:
             datasets[name] = Dataset(folder=str(value), columns=columns)
         elif key == "model":
             base = _named_model(str(value))
+        elif key == "rerun_on_code_change":
+            if not isinstance(value, bool):
+                raise InputError(f"--config {key}={value}: expected true or false")
         elif key not in ("study", "scale"):
             raise InputError(
-                f"--config {key}: unknown; expected study, scale, model or DATASET_dir "
+                f"--config {key}: unknown; expected study, scale, model, rerun_on_code_change or "
+                "DATASET_dir "
                 f"({', '.join(f'{name}_dir' for name in [*datasets, BENCHMARKS])})"
             )
     return study.model_copy(update={"datasets": datasets, "base": base, "benchmarks": benchmarks})

@@ -15,11 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetting.records import link_or_copy, read_json, settle
+from forgetting.digests import damage
+from forgetting.records import (
+    link_or_copy,
+    link_recorded,
+    read_json,
+    remove_folder,
+    settle,
+    warn_of,
+)
 from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
 from forgetting.settings.plan import budget_name, run_name
-from forgetting.training.checkpoints import STARTS
+from forgetting.training.checkpoints import STARTS, checkpoint_damage
 from forgetting.training.cohort import Tell, train_cohort
 from forgetting.training.materials import CohortSpec, Materials
 from forgetting.training.places import Place
@@ -132,15 +140,21 @@ def _go_on_from(trunk: Path, folder: Path, latest: float) -> None:
     step, origin = max(stored, default=(0, trunk))
     if step <= max((reached for reached, _ in _complete(folder)), default=0):
         return
+    if wrong := checkpoint_damage(origin):
+        warn_of(*wrong, "nothing goes on from this checkpoint")
+        return
+    points = read_json(origin / "progress.json")["points"]
+    items = [f"items-{int(point[0]):07d}.parquet" for point in points]
+    if wrong := next(((trunk / i, told) for i in items if (told := damage(trunk / i))), None):
+        warn_of(*wrong, "nothing goes on from its checkpoints")
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    for point in read_json(origin / "progress.json")["points"]:
-        items = f"items-{int(point[0]):07d}.parquet"
-        if not (folder / items).exists():
-            link_or_copy(trunk / items, folder / items)
+    for name in items:
+        if not (folder / name).exists():
+            link_recorded(trunk / name, folder / name)
     final = folder / origin.name
     partial = folder / f".{origin.name}"
-    for leftover in (partial, final):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(origin, partial, copy_function=link_or_copy)
     settle(partial, final)
 
@@ -163,6 +177,4 @@ def _forget_trunk(
             needed.add(max((step for step in stored if step <= start), default=0))
     unused = [path for step, path in stored.items() if step not in needed]
     for checkpoint in [*unused, *folder.glob("step-*")]:
-        # First of all its record, so that what is half removed is not taken for complete.
-        (checkpoint / "progress.json").unlink(missing_ok=True)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove_folder(checkpoint)

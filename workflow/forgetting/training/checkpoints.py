@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from forgetting.digests import damage, folder_damage, is_record
 from forgetting.models.adalora import restore_training, training_state
 from forgetting.models.loading import Model
 from forgetting.models.tuned import restore_checkpoint, save_checkpoint, save_tensors
-from forgetting.records import read_json, replacing_folder, write_json
+from forgetting.records import (
+    read_json,
+    remove_file,
+    remove_folder,
+    replacing_folder,
+    warn_of,
+    write_json,
+)
 from forgetting.select import recorded_points, steps_to_keep
 from forgetting.training.parallel import is_sharded
 from forgetting.training.shards import (
@@ -96,6 +105,40 @@ def _write_whole(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -
         save_tensors(state_of_method, folder / METHOD)
 
 
+def checkpoint_damage(checkpoint: Path) -> tuple[Path, str] | None:
+    """Return what is wrong with the weights of a checkpoint, and with what a run goes on from."""
+    if not (checkpoint / "progress.json").exists():
+        return checkpoint / "progress.json", "is missing"
+    return folder_damage(checkpoint, optional=(OPTIMIZER, METHOD))
+
+
+def restart_damaged(folders: Sequence[Path]) -> None:
+    """Empty the folders of unfinished runs that train together, if one of them is damaged.
+
+    A run whose newest checkpoint has lost the optimizer's state cannot go on either.
+    """
+    if wrong := next(filter(None, map(_run_damage, folders)), None):
+        warn_of(*wrong, "the run starts afresh")
+        for folder in folders:
+            remove_folder(folder)
+            folder.mkdir(parents=True)
+
+
+def _run_damage(folder: Path) -> tuple[Path, str] | None:
+    """Return the first damaged file of an unfinished run, and what is wrong with it."""
+    for checkpoint in sorted([*folder.glob("step-*"), *folder.glob(f"{STARTS}/step-*")]):
+        if wrong := checkpoint_damage(checkpoint):
+            return wrong
+    files = {path for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+    newest = max(folder.glob("step-*/progress.json"), default=None)
+    if newest is not None:
+        if not can_go_on(newest.parent):
+            return newest.parent / OPTIMIZER, "is missing"
+        points = read_json(newest)["points"]
+        files |= {folder / f"items-{int(step):07d}.parquet" for step, *_ in points}
+    return next(((path, told) for path in sorted(files) if (told := damage(path))), None)
+
+
 def resume(
     model: Model, optimizer: torch.optim.Optimizer, folder: Path, team: Team = ALONE
 ) -> Progress:
@@ -104,7 +147,10 @@ def resume(
     What a killed process left half written is removed.
     """
     for leftover in folder.glob(".*") if team.first else ():
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif not is_record(leftover):
+            leftover.unlink()
     newest = team.agree(max(folder.glob("step-*/progress.json"), default=None))
     if newest is None:
         return Progress()
@@ -144,8 +190,8 @@ def forget_training(folder: Path) -> None:
     """Of a finished run, remove what it would go on from; the weights stay, in one piece."""
     for name in (OPTIMIZER, METHOD):
         for path in folder.glob(f"step-*/{name}"):
-            path.unlink()
-    (folder / NO_ROOM).unlink(missing_ok=True)
+            remove_file(path)
+    remove_file(folder / NO_ROOM)
     for checkpoint in folder.glob("step-*"):
         join_shards(checkpoint)
 
@@ -162,11 +208,11 @@ def prune(
     kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
     for checkpoint in folder.glob("step-*") if team.first else ():
         if checkpoint.name not in kept:
-            shutil.rmtree(checkpoint)
+            remove_folder(checkpoint)
         elif checkpoint.name != max(kept):
             # First the optimizer's, by which `can_go_on` tells.
-            (checkpoint / OPTIMIZER).unlink(missing_ok=True)
-            (checkpoint / METHOD).unlink(missing_ok=True)
+            remove_file(checkpoint / OPTIMIZER)
+            remove_file(checkpoint / METHOD)
 
 
 def can_go_on(checkpoint: Path) -> bool:

@@ -8,7 +8,6 @@ run again trains only what is not there yet: one learning rate more costs one ru
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,11 +27,19 @@ from forgetting.machine import describe_machine
 from forgetting.memory import peak_memory_gib
 from forgetting.models.loading import Model, autocast, load_base, recompute_activations
 from forgetting.models.merged import merged
-from forgetting.records import InputError, read_json, write_json
+from forgetting.records import (
+    InputError,
+    read_json,
+    read_table,
+    removal,
+    remove_file,
+    remove_folder,
+    write_json,
+)
 from forgetting.scoring.drift import with_text
 from forgetting.scoring.probes import measure
 from forgetting.scoring.scores import metric_value
-from forgetting.training.checkpoints import Progress, forget_training
+from forgetting.training.checkpoints import Progress, forget_training, restart_damaged
 from forgetting.training.fused import trained_weights
 from forgetting.training.fusible import shared_passes
 from forgetting.training.materials import CohortSpec, Data, Materials, tokenized
@@ -81,6 +88,9 @@ def train_cohort(
     # Of finished runs too, so that a cohort that was killed goes on with the same groups.
     for part in ([places[number] for number in numbers] for numbers in parts):
         untrained = {place.folder: place for place in part if place in missing}
+        if team.first:
+            restart_damaged(list(untrained))
+        team.wait()
         for folders in groups(list(untrained)):
             group = [untrained[folder] for folder in folders]
             assert data
@@ -91,9 +101,12 @@ def train_cohort(
         for place in part if team.first else ():
             # Only now: without it, a run killed before its record was written cannot go on.
             forget_training(place.folder)
-            (place.folder / END).unlink(missing_ok=True)
+            remove_file(place.folder / END)
         team.wait()
-    return [read_json(place.record) | {"folder": str(place.folder)} for place in places]
+    return [
+        read_json(place.record, removal(place.folder)) | {"folder": str(place.folder)}
+        for place in places
+    ]
 
 
 def _forget_unfinished(folder: Path) -> None:
@@ -103,7 +116,7 @@ def _forget_unfinished(folder: Path) -> None:
     """
     for other in folder.parent.glob("*") if folder.parent.exists() else []:
         if other != folder and not (other / "run.json").exists():
-            shutil.rmtree(other)
+            remove_folder(other)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -209,7 +222,7 @@ def _base_and_guard(
 
     def load() -> PreTrainedModel:
         # From disk for every run: training and rounding change the weights that were loaded.
-        model = load_base(materials.base, materials.device)
+        model = load_base(materials.base, materials.device, materials.parameters)
         check_model(model, data.train, spec.training)
         if spec.training.activation_checkpointing:
             recompute_activations(model)
@@ -250,12 +263,22 @@ def cohort_items(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd
     tables = []
     for record in records:
         for step, epoch, _ in record["points"]:
-            table = pd.read_parquet(Path(record["folder"]) / f"items-{int(step):07d}.parquet")
+            folder = Path(record["folder"])
+            table = read_table(folder / f"items-{int(step):07d}.parquet", removal(folder))
             table.insert(0, "run", record["run"])
             table.insert(1, "step", int(step))
             table.insert(2, "epoch", epoch)
             tables.append(table)
     return apart(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame())
+
+
+def write_checkpoints(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write where the checkpoints of each run are.
+
+    The file is an output of the job, and is beside the runs: who deletes the state deletes it too,
+    and Snakemake repeats the job before anything that needs a checkpoint.
+    """
+    write_json(path, {record["run"]: record["folder"] for record in records})
 
 
 def device_name(device: torch.device) -> str:

@@ -8,13 +8,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from forgetting.benchmarks import asking
+from forgetting.benchmarks.along import add_along_options, read_along
 from forgetting.data.origins import Origins
-from forgetting.data.rows import general_rows, prepared_lines
+from forgetting.data.rows import general_rows, prepared_lines, read_prepared
+from forgetting.models.base import read_base
 from forgetting.models.loading import load_tokenizer, pick_device, pick_precision
-from forgetting.records import read_json, read_jsonl, sha256
+from forgetting.records import read_table, sha256
 from forgetting.scoring.drift import load_targets
 from forgetting.scoring.scores import metric_value
 from forgetting.training.checkpoints import Progress
@@ -35,7 +34,7 @@ class Job:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every job that trains."""
     parser.add_argument("--spec", required=True, help="JSON: the study, and methods with seeds")
-    parser.add_argument("--code", required=True, help="digest of the code that trains")
+    parser.add_argument("--versions", required=True, help="versions of the stages that it runs")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
@@ -43,10 +42,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
     )
     parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
-    asking.add_options(parser)
+    add_along_options(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
+    parser.add_argument(
+        "--checkpoints", type=Path, required=True, help="output: folders of the runs (JSON)"
+    )
 
 
 def read_job(options: argparse.Namespace, team: Team) -> Job:
@@ -56,21 +58,22 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
     specs = [CohortSpec.model_validate(told | member) for member in members]
     # But for method and seed all are alike.
     spec = specs[0]
-    base = read_json(options.base)
+    base = read_base(options.base)
     device = pick_device()
     precision = pick_precision(spec.precision, device)
     probe_files = {name: options.data / "probes" / f"{name}.jsonl" for name in spec.knowledge}
     named = spec.tuning.mitigation.tables if spec.tuning.mitigation else []
     general = dict(zip(named, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    along = asking.read_along(options, tokenizer)
+    along = read_along(options, tokenizer)
     materials = Materials(
         base=Path(base["path"]),
+        parameters=base["parameters"],
         tokenizer=tokenizer,
         train=prepared_lines(options.data / "train.jsonl"),
-        probes={name: read_jsonl(path) for name, path in probe_files.items()},
+        probes={name: read_prepared(path) for name, path in probe_files.items()},
         base_value=metric_value(
-            pd.read_parquet(options.base_items), spec.selection.probe, spec.selection.metric
+            read_table(options.base_items), spec.selection.probe, spec.selection.metric
         ),
         device=device,
         precision=precision,
@@ -86,11 +89,11 @@ def read_job(options: argparse.Namespace, team: Team) -> Job:
         "base": base["identity"],
         "train": sha256(options.data / "train.jsonl"),
         "precision": str(precision),
-        "code": options.code,
+        "versions": options.versions,
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
         **({"text": sha256(options.targets)} if options.targets else {}),
-        **({"benchmarks": f"{along.digest} {options.along_code}"} if along else {}),
+        **({"benchmarks": along.digest} if along else {}),
     }
     return Job(specs, materials, inputs)
 

@@ -59,6 +59,8 @@ class Materials:
     along: Callable[[Model], pd.DataFrame] | None = None
     """Asks a model the benchmarks of every evaluation, if there are any."""
     team: Team = ALONE
+    parameters: int | None = None
+    """How many the base has, by its record."""
     where: Where = str
     """For messages: the file and the line of a row."""
 
@@ -78,7 +80,7 @@ def tokenized(
 
     def read(table: str, rows: Iterable[Row], digest: str | None, blocks: bool) -> Stored:
         decided = {"digest": digest, "prompt": spec.prompt.model_dump(), "blocks": blocks}
-        decided |= {name: inputs.get(name) for name in ("base", "code")}
+        decided |= {name: inputs.get(name) for name in ("base", "versions")}
         decided |= {name: getattr(spec.training, name) for name in ("max_length", "packing")}
         if table in spec.columns:
             decided["columns"] = spec.columns[table].model_dump()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Adafactor
 
 from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
@@ -25,8 +26,9 @@ def make_optimizer(
     Hayou et al. 2024, arXiv 2402.12354); `ratios` gives other weights multiples of their own. Each
     group has its multiple under `ratio`.
 
-    Adafactor is torch's own (Shazeer & Stern 2018, arXiv 1804.04235), whose whole state is tensors,
-    so that it is saved and restored exactly; its step is relative to the size of the weights.
+    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) is transformers', with a given learning rate
+    as in `TrainingArguments(optim="adafactor")`. torch's own always multiplies the step by
+    max(1e-3, RMS(weight)), which is 1e-3 for LoRA's B: B starts at 0 and hardly moves.
 
     Norms and biases are not decayed, as in transformers' Trainer and thus in TOFU's script, unless
     the study says `decay_vectors`, as in LLM Foundry's.
@@ -44,7 +46,14 @@ def make_optimizer(
         for (ratio, own), weights in members.items()
     ]
     if training.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, weight_decay=decay)
+        adafactor: torch.optim.Optimizer = Adafactor(
+            groups,
+            lr=rate,
+            weight_decay=decay,
+            scale_parameter=training.scale_parameter,
+            relative_step=False,
+        )
+        return adafactor
     if training.optimizer == "lionw":
         return LionW(groups, rate, training.decay_rates, decay)
     return torch.optim.AdamW(groups, betas=training.decay_rates, weight_decay=decay)

@@ -37,7 +37,7 @@ class Place:
 
 
 def run_key(spec: CohortSpec, setting: Setting, inputs: Mapping[str, str]) -> str:
-    """Digest of all that a run depends on: its settings, its inputs' digests, the code."""
+    """Digest of all that a run depends on: its settings, its inputs, the versions."""
     described = spec.model_dump(exclude={"tuning": {"settings", "fixed", "label"}})
     # How much memory a pass takes changes no number; alone or fused, a run comes to the same.
     for key in ("activation_checkpointing", "fused"):

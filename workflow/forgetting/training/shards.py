@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from forgetting.models.loading import Model
 from forgetting.models.tuned import WEIGHTS, save_tensors
-from forgetting.records import InputError, write_json
+from forgetting.records import InputError, replacing, write_json
 from forgetting.training.team import Team
 
 SHARDS = "shards"
@@ -38,9 +38,10 @@ FILE_BYTES = 5 * 10**9
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All of the optimizer's state, by number of the parameter and name: `3.exp_avg`."""
     return {
-        f"{index}.{name}": tensor.detach()
+        # Adafactor counts its steps in a plain int.
+        f"{index}.{name}": torch.as_tensor(value).detach()
         for index, state in optimizer.state_dict()["state"].items()
-        for name, tensor in state.items()
+        for name, value in state.items()
     }
 
 
@@ -143,9 +144,8 @@ def join_shards(checkpoint: Path) -> None:
             for name in held
         }
         load(tensors, storage_reader=reader, no_dist=True)
-        partial = checkpoint / f".{file}"
-        save_tensors(tensors, partial)
-        partial.rename(checkpoint / file)
+        with replacing(checkpoint / file) as temporary:
+            save_tensors(tensors, temporary)
         index |= dict.fromkeys(held, file)
     if len(files) > 1:
         about = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}

@@ -9,12 +9,11 @@ the group it had.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgetting.records import read_json, write_json
+from forgetting.records import read_json, remove_file, remove_folder, write_json
 from forgetting.training.checkpoints import Progress, can_go_on
 
 END = "end.json"
@@ -93,8 +92,8 @@ def rewind(folders: Sequence[Path]) -> int:
         return max(standing.ended or 0 for standing in standings)
     for folder, standing in zip(folders, standings, strict=True):
         if standing.ended is not None and standing.ended > step:
-            (folder / END).unlink()
+            remove_file(folder / END)
         for newer in sorted(folder.glob("step-*"), reverse=True):
             if int(newer.name.removeprefix("step-")) > step:
-                shutil.rmtree(newer)
+                remove_folder(newer)
     return int(step)

@@ -1,0 +1,104 @@
+"""Recorded digests: how a reader knows that a file is still what was written.
+
+The digest of FILE is in `.FILE.sha256` beside it, in the format of `sha256sum`, so that
+`sha256sum --check .FILE.sha256` checks it as well. `records.replacing` writes both. While a file is
+being replaced, its record has two lines, of the old and of the new content: a process that is
+killed at any moment leaves a file that fits its record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SUFFIX = ".sha256"
+
+COPIES = "FORGETTING_STORAGE_COPIES"
+"""Environment variable, set where a storage plugin of Snakemake gives jobs copies of their inputs:
+it copies no hidden files, so a file without a recorded digest is accepted there."""
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> tuple[dict[str, str], str]:
+    """Return the digests of files by name, in the order given, and one digest of them all."""
+    several = list(paths)
+    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter
+        files = dict(
+            zip((path.name for path in several), threads.map(sha256, several), strict=True)
+        )
+    return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def record_of(path: Path) -> Path:
+    """Return where the digest of a file is recorded."""
+    return path.with_name(f".{path.name}{SUFFIX}")
+
+
+def recorded(path: Path) -> list[str]:
+    """Return the digests that are recorded for a file; none where there is no record."""
+    try:
+        lines = record_of(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [line.partition(" ")[0] for line in lines]
+
+
+def is_record(path: Path) -> bool:
+    """Return whether a file records the digest of another."""
+    return path.name.startswith(".") and path.name.endswith(SUFFIX)
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted, except those that are, or lie in, hidden ones."""
+    return sorted(path for path in _below(folder) if not path.name.startswith("."))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names)
+
+
+def damage(path: Path, *, required: bool = True) -> str | None:
+    """Return what is wrong with a file, as the predicate of a sentence; None if it is intact.
+
+    Args:
+        required: is a file without a recorded digest wrong? Files of users have none.
+    """
+    if not path.is_file():
+        return "is missing"
+    record = record_of(path)
+    if not record.exists():
+        if not required or os.environ.get(COPIES):
+            return None
+        return f"has no recorded sha256 ({record.name}; copies must have hidden files as well)"
+    if sha256(path) not in recorded(path):
+        return f"differs from what was written (its sha256 is not that in {record.name})"
+    return None
+
+
+def folder_damage(folder: Path, optional: Iterable[str] = ()) -> tuple[Path, str] | None:
+    """Return the first damaged file below a folder that was written whole, and what is wrong.
+
+    Args:
+        optional: names of files that may be missing.
+    """
+    named = {
+        path.with_name(path.name[1 : -len(SUFFIX)]) for path in _below(folder) if is_record(path)
+    }
+    names = set(optional)
+    for path in sorted(named | set(visible_files(folder))):
+        if path.name in names and not path.exists():
+            continue
+        if wrong := damage(path):
+            return path, wrong
+    return None
