@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forgetting.records import InputError, read_json
+from forgetting.records import InputError, read_foreign_json
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model that can be measured: plain, or with an adapter."""
@@ -138,7 +138,7 @@ def declared_stops(folder: Path) -> list[int]:
     found: set[int] = set()
     for path in (folder / "generation_config.json", folder / "config.json"):
         try:
-            whole = read_json(path) if path.is_file() else {}
+            whole = read_foreign_json(path) if path.is_file() else {}
             for section in (whole, whole.get("text_config") or {}):
                 found.update(eos_tokens(section.get("eos_token_id")))
         except (ValueError, TypeError, RecursionError, AttributeError):

@@ -15,7 +15,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
-from forgetting.records import InputError, read_json
+from forgetting.records import InputError, read_foreign_json
 from forgetting.sections.prompt import RESERVED, Prompt
 from forgetting.settings.source import At, dotted
 
@@ -58,7 +58,7 @@ def read_chat_template(folder: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: the chat template cannot be read ({error})") from None
     try:
-        found = read_json(folder / "tokenizer_config.json").get("chat_template")
+        found = read_foreign_json(folder / "tokenizer_config.json").get("chat_template")
         return default_template(found)
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return None
