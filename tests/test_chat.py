@@ -188,7 +188,9 @@ def test_the_study_decides_on_thinking(
     "template",
     [
         TURNS.replace("assistant\n' }}", "assistant\n<think>\n' }}"),
-        TURNS.replace("+ m.content", "+ ('<think></think>' if m.role == 'assistant') + m.content"),
+        TURNS.replace(
+            "+ m.content", "+ ('<think></think>' if m.role == 'assistant' else '') + m.content"
+        ),
     ],
 )
 def test_thinking_that_nothing_turns_off_is_refused(template: str) -> None:
@@ -202,10 +204,10 @@ def test_thinking_that_nothing_turns_off_is_refused(template: str) -> None:
 
 
 def test_templates_see_one_day_and_the_arguments_of_the_study() -> None:
-    dated = "{{ strftime_now('%d %b %Y') }}, {{ date_string }}{% if loud %}!{% endif %}\n" + TURNS
+    dated = "{{ strftime_now('%d %b %Y') }}, {{ date_string }}{% if loud %}!{% endif %}" + TURNS
     for arguments, head in (
-        ({}, "26 Jul 2024, 26 Jul 2024\n"),
-        ({"date_string": "1 May 2026", "loud": True}, "26 Jul 2024, 1 May 2026!\n"),
+        ({}, "26 Jul 2024, 26 Jul 2024<"),
+        ({"date_string": "1 May 2026", "loud": True}, "26 Jul 2024, 1 May 2026!<"),
     ):
         prompt = Prompt(chat=True, template_arguments=arguments)
         assert literal(_tokenizer(dated), prompt).question.startswith(head)

@@ -38,7 +38,8 @@ class Prompt(Strict):
     chat: bool = Field(
         False,
         description="Take the chat template of the base's tokenizer in place of `question` and "
-        "`answer`. What it puts behind an answer is on the answer's side, up to one EOS token.",
+        "`answer`. What it puts behind an answer, up to its first special token, is on the "
+        "answer's side: trained models learn to end there, and all models' answers are cut there.",
     )
     system: str | None = Field(
         None, description="System message before the question; only with `chat`."
