@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import huggingface_hub.constants
 import pandas as pd
 import pytest
 from huggingface_hub.utils import disable_progress_bars
 
+from forgetting.data.hub import HubRows
 from forgetting.records import read_jsonl
-from scripts import download_model, download_table
+from scripts import download_benchmark, download_model, download_table
 
 REVISION = "0123456789" * 4
 LARGE = 4096
@@ -274,10 +277,11 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
+    """The files, without the records of their digests."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".")
     }
 
 
@@ -387,3 +391,37 @@ def test_a_model_without_safetensors_is_told(
     with pytest.raises(SystemExit):
         fetch_model()
     assert "has neither model.safetensors nor" in capsys.readouterr().err
+
+
+def test_rows_of_a_benchmark_with_a_flipped_bit_are_refused_and_fetched_again(
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`datasets` keeps files in the cache of the hub's library; a damaged one does not stay."""
+    content = b'{"question": "Who?", "answer": "Ann."}\n' * 200
+    (hub.folder / "test.jsonl").write_bytes(content)
+
+    def load(dataset: str, config: str, **options: Any) -> list[Any]:
+        """As `datasets` loads a file of JSON lines."""
+        where = {"repo_type": "dataset", "revision": options["revision"]}
+        path = huggingface_hub.HfApi().hf_hub_download(dataset, "test.jsonl", **where)
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    origin = HubRows("someone/data", "main", REVISION, ("test",))
+    monkeypatch.setitem(download_benchmark.HUB_ROWS, "gsm8k", origin)
+    output = tmp_path / "out" / "gsm8k"
+    options = ["--task=gsm8k", f"--revision={REVISION}", f"--output={output}"]
+    monkeypatch.setattr(
+        download_benchmark, "benchmark", lambda _: SimpleNamespace(dataset=("someone/data", "main"))
+    )
+    hub.replaced["test.jsonl"] = content.replace(b"Ann", b"Bob", 1)
+    with pytest.raises(SystemExit):
+        download_benchmark.main(options)
+    assert "test.jsonl was downloaded with another content" in capsys.readouterr().err
+    assert _nothing_left(tmp_path)
+    hub.replaced.clear()
+    download_benchmark.main(options)
+    assert len(read_jsonl(output / "test.jsonl")) == 200

@@ -173,14 +173,45 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def fetch_rows(origin: HubRows, split: str) -> list[dict[str, Any]]:
-    """All rows of one split, in the published columns."""
+    """Return all rows of one split, in the published columns.
+
+    Raises:
+        InputError: the hub does not give them, or gives another content than it publishes.
+    """
     import datasets
 
-    with _refusals(origin.dataset, origin.revision):
-        rows = datasets.load_dataset(
-            origin.dataset, origin.config, split=split, revision=origin.revision
-        )
-    return [dict(row) for row in rows]
+    # Tables that were made of a damaged file are not found again.
+    with _refusals(origin.dataset, origin.revision), tempfile.TemporaryDirectory() as tables:
+        try:
+            rows = datasets.load_dataset(
+                origin.dataset,
+                origin.config,
+                split=split,
+                revision=origin.revision,
+                cache_dir=tables,
+            )
+            return [dict(row) for row in rows]
+        finally:
+            _verify_cache(origin.dataset, origin.revision)
+
+
+def _verify_cache(dataset: str, revision: str) -> None:
+    """Verify what the hub's library keeps of a dataset, and remove a damaged file from there."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=dataset, repo_type="dataset")
+    folder = Path(constants.HF_HUB_CACHE, name, "snapshots", revision)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    published = _published(dataset, revision, "dataset") if files else {}
+    for path in files:
+        if entry := published.get(path.relative_to(folder).as_posix()):
+            try:
+                _verify(path, entry, dataset, revision)
+            except InputError:
+                path.resolve().unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                raise
 
 
 def fetch_model(model: str, revision: str, folder: Path) -> None:
