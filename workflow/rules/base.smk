@@ -83,7 +83,7 @@ else:
             contents=lambda wildcards: model_contents(),
             folder=model_folder(),
             origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
-            prompt=as_json(STUDY.prompt) if STUDY.prompt.chat else "",
+            prompt=lambda wildcards: as_json(STUDY.prompt) if STUDY.prompt.chat else "",
             downloaded=[] if is_local(STUDY.base.model) else "--downloaded",
         shell:
             r"""
