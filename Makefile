@@ -13,7 +13,7 @@ PYTHON ?= $(shell mine='$(CURDIR)/.venv/bin:'; PATH="$${PATH//"$$mine"/}"; \
 	for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
 		&& command -v $$name && break; done)
-MARKERS ?= not slow and not slurm and not gpu
+MARKERS ?= not slow and not long and not slurm and not gpu
 # Processes that run tests side by side, of one thread each. Tests of SLURM share one cluster, which
 # some of them break: they run one after another.
 WORKERS ?= $(if $(findstring not slurm,$(MARKERS)),2,0)
@@ -23,7 +23,13 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/workflow
 
-OPTIONS := $(strip $(if $(STUDY),study=$(STUDY)) $(CONFIG))
+# Sets `options`, a list of the shell's, to what follows --config. Make hands STUDY and CONFIG over in
+# the environment, so that no shell runs what is in them; words of CONFIG may stand in quotes.
+export STUDY CONFIG GPUS DEVICE
+OPTIONS = options=(); [ -z "$$STUDY" ] || options+=("study=$$STUDY"); \
+	words=$$([ -z "$$CONFIG" ] || xargs -n 1 printf '%s\n' <<< "$$CONFIG"); \
+	while IFS= read -r word; do [ -z "$$word" ] || options+=("$$word"); done <<< "$$words"
+GIVEN = $${options[@]+"$${options[@]}"}
 
 .PHONY: help
 help: ## list the targets
@@ -44,23 +50,24 @@ $(READY): envs/requirements.txt
 
 .PHONY: report
 report: $(READY) ## train, measure and render the study; STUDY=... and CONFIG="key=value ..." choose
-	snakemake reports/tradeoff.html $(if $(OPTIONS),--config $(OPTIONS))
-	@echo "$(CURDIR)/reports/tradeoff.html"
+	@$(OPTIONS); snakemake reports/tradeoff.html $${options[@]+--config "$${options[@]}"}
+	@echo "$$PWD/reports/tradeoff.html"
 
 .PHONY: plan
 plan: $(READY) ## forecast jobs, GPU-hours, time, memory, disk: STUDY=... GPUS=32 DEVICE=H100
-	@python -m forgetting.costs.forecast $(if $(GPUS),--gpus $(GPUS)) $(if $(DEVICE),--device $(DEVICE)) $(OPTIONS)
+	@$(OPTIONS); python -m forgetting.costs.forecast $(if $(GPUS),--gpus "$$GPUS") \
+		$(if $(DEVICE),--device "$$DEVICE") -- $(GIVEN)
 
 .PHONY: queue
 queue: $(READY) ## jobs of a study that are finished, running, pending, to come: STUDY=...
-	@python -m forgetting.costs.standing $(OPTIONS)
+	@$(OPTIONS); python -m forgetting.costs.standing -- $(GIVEN)
 
 .PHONY: dry-runs
 dry-runs: $(READY) ## plan every study under both profiles, offline
 	@printf '%s\n' config/studies/*.yaml | xargs -P 2 -n 1 $(SHELL) $(.SHELLFLAGS) \
 		'for profile in default slurm; do \
 			options=$$([ $$profile = default ] || echo --profile $$profile); \
-			plan=$$(snakemake --dry-run $$options --config study=$$0 2>&1) \
+			plan=$$(snakemake --dry-run $$options --config "study=$$0" 2>&1) \
 				|| { echo "$$plan"; echo "no plan: $$0, profile $$profile" >&2; exit 1; }; \
 			echo "planned: $$0, profile $$profile: $$(grep -m 1 "^total" <<< "$$plan" | tr -s " ") jobs"; \
 		done'
@@ -69,7 +76,7 @@ dry-runs: $(READY) ## plan every study under both profiles, offline
 # made once, and one that has no tests left takes half of those that another still has. With loadfile
 # or loadscope a long file that comes late keeps one worker busy while the other waits.
 .PHONY: test
-test: $(READY) ## the tests; MARKERS="slow" runs the long ones, TESTS=... some
+test: $(READY) ## the fast tests; MARKERS="(slow or long) and not slurm": the others; TESTS=... some
 	pytest -m "$(MARKERS)" -n $(WORKERS) --dist worksteal $(TESTS)
 
 .PHONY: bench-train

@@ -20,10 +20,14 @@ include: "workflow/rules/cohorts.smk"
 
 
 onstart:
-    # A snakemake that was killed may have left jobs that would write what this one writes.
+    # Nobody else may write what this one writes: no other snakemake, no job of one that was killed.
     try:
-        for message in end_leftovers(Path.cwd(), Path("logs/slurm")):
+        occupy(Path(RESULTS), ORIGIN)
+        for message in end_leftovers(Path.cwd(), Path("logs/slurm"), Path(RESULTS)):
             logger.warning(message)
+        check_jobs(Path(RESULTS))
+        planned = [str(path) for path in workflow.persistence.all_outputfiles()]
+        occupy_downloads(path for path in planned if path.startswith("resources/"))
     except InputError as error:
         raise WorkflowError(str(error)) from None
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from forgetting.digests import sha256_of_all, visible_files
 from forgetting.inputs import model_identity
 from forgetting.models.base import model_parameters
 from forgetting.records import write_json
@@ -36,6 +37,11 @@ def record_base(path: Path, folder: Path, identity: str = "b") -> None:
             "parameters": model_parameters(folder),
         },
     )
+
+
+def digests_in(checkpoint: Path) -> dict[str, str]:
+    """What a selection records of a checkpoint's files."""
+    return sha256_of_all(visible_files(checkpoint))[0] if checkpoint.exists() else {}
 
 
 def materials_of(

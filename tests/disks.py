@@ -29,3 +29,11 @@ def small_disk(folder: Path, size: int = 4) -> Iterator[Callable[[int], None]]:
         yield resize
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def read_only_disk(folder: Path) -> Iterator[None]:
+    """Mount a file system on a folder to which nobody can write, not even root."""
+    with small_disk(folder, size=64):
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        yield

@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 
+BEFORE_AND_AFTER = pytest.mark.parametrize(
+    "after", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["before", "after"]
+)
+"""Where a test calls `kill_at`. What is there after a call is what is there before the next one,
+so that `make test` kills before calls alone."""
+
 
 class Killed(BaseException):
     """What stands for the end of the process: nothing in the library may catch it."""

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,10 +46,41 @@ def undone() -> Iterator[None]:
 
 def planned(workdir: Path, study: str | Path, profile: str = "default", **config: Any) -> list[Job]:
     """Every job of a study in an empty folder, without running anything."""
+    return list(_executed(workdir, study, profile, "dryrun", True, config).jobs)
+
+
+def due(workdir: Path, study: str | Path, **config: Any) -> dict[str, int]:
+    """Return how many jobs of each rule would run in a folder, as its profile has it."""
+    dag = _executed(workdir, study, "default", "dryrun", False, config)
+    jobs = dag.needrun_jobs(exclude_finished=False)
+    return dict(Counter(job.rule.name for job in jobs if job.rule.name != "all"))
+
+
+def pretend_finished(workdir: Path, study: str | Path, **config: Any) -> None:
+    """Create every output of a study, empty, with the records that Snakemake keeps of its jobs."""
+    for job in planned(workdir, study, **config):
+        for path in job.output:
+            made = workdir / path
+            (made if path.is_directory else made.parent).mkdir(parents=True, exist_ok=True)
+            if not path.is_directory:
+                made.touch()
+    _executed(workdir, study, "default", "touch", True, config)
+
+
+def _executed(
+    workdir: Path,
+    study: str | Path,
+    profile: str,
+    executor: str,
+    force: bool,
+    config: dict[str, Any],
+) -> Any:
+    """The graph of a study's jobs after an executor that runs no program was given it."""
     if not (workdir / "config").exists():
         (workdir / "config").symlink_to(ROOT / "config")
-    resources, storage, executor = _profile_settings(profile)
-    with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:
+    arguments, resources, storage, kind = _profile_settings(profile)
+    output = OutputSettings(dryrun=executor == "dryrun", quiet={Quietness.ALL})
+    with SnakemakeApi(output) as api:
         workflow = api.workflow(
             snakefile=ROOT / "Snakefile",
             workdir=workdir,
@@ -56,9 +88,10 @@ def planned(workdir: Path, study: str | Path, profile: str = "default", **config
             resource_settings=resources,
             storage_settings=storage,
         )
-        dag = workflow.dag(DAGSettings(forceall=True))
-        dag.execute_workflow(executor=executor, pseudo_executor="dryrun")
-        return list(workflow._workflow.dag.jobs)
+        triggers = arguments.rerun_triggers
+        dag = workflow.dag(DAGSettings(forceall=force, rerun_triggers=triggers))
+        dag.execute_workflow(executor=kind, pseudo_executor=executor)
+        return workflow._workflow.dag
 
 
 def told_options(*options: str) -> Any:
@@ -73,7 +106,7 @@ def told_options(*options: str) -> Any:
         sys.argv = argv
 
 
-def _profile_settings(profile: str) -> tuple[ResourceSettings, StorageSettings, str]:
+def _profile_settings(profile: str) -> tuple[Any, ResourceSettings, StorageSettings, str]:
     options = ["--dry-run"] if profile == "default" else ["--profile", profile, "--dry-run"]
     arguments = told_options(*options)
     settings = ResourceSettings(
@@ -88,7 +121,7 @@ def _profile_settings(profile: str) -> tuple[ResourceSettings, StorageSettings, 
         default_storage_provider=arguments.default_storage_provider,
         default_storage_prefix=arguments.default_storage_prefix,
     )
-    return settings, storage, arguments.executor or "local"
+    return arguments, settings, storage, arguments.executor or "local"
 
 
 def local_rules() -> list[str]:

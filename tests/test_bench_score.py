@@ -10,7 +10,7 @@ import pytest
 import score as program
 from scorers import TASKS
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.real_data]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.real_data, pytest.mark.long]
 
 
 def test_every_comparison_is_recorded_and_its_contenders_agree(

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from cohorts import record_base
+from cohorts import digests_in, record_base
 from forgetting.models.tuned import save_checkpoint
 from forgetting.records import read_json, write_json, write_jsonl
 from forgetting.results.churn import churn_table
@@ -40,6 +40,7 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
     save_checkpoint(adapter, tmp_path / "checkpoints" / "seed0")
     record_base(tmp_path / "base.json", base_folder, "abc")
     chosen = {"method": "lora-r2", "seed": 0, "run": "lora-r2/seed0/lr1-wd0", "step": 7}
+    chosen["files"] = digests_in(tmp_path / "checkpoints" / "seed0")
     write_json(tmp_path / "selection.json", [chosen])
     spec = {"benchmarks": {"tasks": TASKS}, "precision": "float32", "asking": None}
     tuned = [f"--selection={tmp_path / 'selection.json'}", "--models", "seed0"]

@@ -33,7 +33,7 @@ from forgetting.training.cohort import cohort_items, train_cohort
 from forgetting.training.gradients import StepLoss
 from forgetting.training.materials import CohortSpec, Materials
 from forgetting.training.places import run_key
-from killing import Killed, kill_at
+from killing import BEFORE_AND_AFTER, Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,15 +325,15 @@ def _ends_whatever_kills_it(
     moments: Sequence[tuple[Any, str, int]],
     begin: Callable[[], None],
     end: Callable[[], None],
+    after: bool,
 ) -> None:
     for owner, name, call in moments:
-        for after in (False, True):
-            begin()
-            with monkeypatch.context() as patch:
-                kill_at(patch, owner, name, call, after)
-                with pytest.raises(Killed):
-                    end()
-            end()
+        begin()
+        with monkeypatch.context() as patch:
+            kill_at(patch, owner, name, call, after)
+            with pytest.raises(Killed):
+                end()
+        end()
 
 
 # Of the six checkpoints, the first, third and sixth are those that branches start from.
@@ -350,9 +350,15 @@ TRUNK_MOMENTS = [
 ]
 
 
+@BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_killed_trunk_stores_the_same_starts(
-    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    lab: Lab,
+    spec: CohortSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    after: bool,
 ) -> None:
     """In a step, an evaluation, or while a start is written: the same bytes in every start."""
     if kind == "full":
@@ -373,7 +379,7 @@ def test_a_killed_trunk_stores_the_same_starts(
             ours = Path(trunk["folder"]) / file.relative_to(expected["folder"])
             assert ours.read_bytes() == file.read_bytes()
 
-    _ends_whatever_kills_it(monkeypatch, TRUNK_MOMENTS, begin, end)
+    _ends_whatever_kills_it(monkeypatch, TRUNK_MOMENTS, begin, end, after)
 
 
 def test_a_killed_trunk_goes_on_from_a_start(
@@ -410,9 +416,15 @@ BRANCH_MOMENTS = [
 ]
 
 
+@BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_killed_branch_ends_like_one_that_was_not(
-    lab: Lab, spec: CohortSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    lab: Lab,
+    spec: CohortSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    after: bool,
 ) -> None:
     """While the trunk's state is taken over, in the cooldown, at its end, and as starts go."""
     if kind == "full":
@@ -430,7 +442,7 @@ def test_a_killed_branch_ends_like_one_that_was_not(
         _assert_same(branch, expected)
         assert lab.starts() == ["step-0000001", "step-0000005"]
 
-    _ends_whatever_kills_it(monkeypatch, BRANCH_MOMENTS, begin, end)
+    _ends_whatever_kills_it(monkeypatch, BRANCH_MOMENTS, begin, end, after)
 
 
 def test_a_half_removed_start_is_not_taken_over(

@@ -398,12 +398,12 @@ def model(base_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_file_that_is_new_in_the_folder_of_the_base_is_named(model: Path) -> None:
     read_base(model.parent / "base.json")
-    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "merges.txt").write_text("a b")
     (model / "README.md").write_text("not read by anybody")
-    with pytest.raises(InputError, match=r"chat_template\.jinja .*was recorded") as told:
+    with pytest.raises(InputError, match=r"merges\.txt .*was recorded") as told:
         read_base(model.parent / "base.json")
     assert "put the recorded file back, or run `rm -rf " in str(told.value)
-    (model / "chat_template.jinja").unlink()
+    (model / "merges.txt").unlink()
     read_base(model.parent / "base.json")
 
 

@@ -352,11 +352,6 @@ def test_a_study_without_any_finished_training_still_renders() -> None:
         assert static_svg(_spec(name, tables), ["lora"] * 4 + ["full"]).startswith("<svg")
 
 
-def test_equal_tables_give_equal_figures() -> None:
-    for name in FIGURES:
-        assert _spec(name, _tables()) == _usual(name)
-
-
 def test_grid_encloses_its_values_in_round_ticks() -> None:
     assert grid([pd.Series([0.31, 0.62])]) == [0.3, 0.4, 0.5, 0.6, 0.7]
     assert grid([pd.Series([0.12, 0.97])], 0.9) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]

@@ -45,7 +45,7 @@ from forgetting.training.recipe import Recipe
 from forgetting.training.schedule import Schedule
 from forgetting.training.together import Standing, groups
 from forgetting.training.train import train, train_together
-from killing import Killed, kill_at
+from killing import BEFORE_AND_AFTER, Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -349,9 +349,10 @@ def _assert_same_bits(
             )
 
 
+@BEFORE_AND_AFTER
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_group_ends_like_one_that_was_not(
-    mixed: Gym, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixed: Gym, moment: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At any moment, also between the checkpoints of two runs, the same bits at the end.
 
@@ -360,14 +361,13 @@ def test_a_killed_group_ends_like_one_that_was_not(
     reference = mixed.at(tmp_path / "reference")
     expected = reference.together()
     owner, name, calls = MOMENTS[moment]
-    for after in (False, True):
-        for call in calls:
-            shutil.rmtree(mixed.folder, ignore_errors=True)
-            with monkeypatch.context() as patch:
-                kill_at(patch, owner, name, call, after)
-                with pytest.raises(Killed):
-                    mixed.together()
-            _assert_same_bits(mixed, mixed.together(), reference, expected)
+    for call in calls:
+        shutil.rmtree(mixed.folder, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            kill_at(patch, owner, name, call, after)
+            with pytest.raises(Killed):
+                mixed.together()
+        _assert_same_bits(mixed, mixed.together(), reference, expected)
 
 
 def test_a_group_killed_again_and_again_still_ends(

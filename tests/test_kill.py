@@ -295,7 +295,7 @@ def test_what_is_asked_along_is_the_same_after_kills(program: Program) -> None:
     _kill_again_and_again(program, kinds, reference, time.monotonic() - started)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_twenty_kills_change_no_bit(program: Program, kind: str) -> None:
     """At any time, and within the writing of whatever is written."""

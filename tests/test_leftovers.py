@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from forgetting.leftovers import end_leftovers
+from forgetting.occupancy import OWNER
+from forgetting.queue import SUBMITTED
 from forgetting.records import InputError
 
 RUN = "77f8388a-2830-4ec5-8d0f-610fb311e0e6"
@@ -21,15 +26,14 @@ SCANCEL = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that one snakemake has locked, and in which jobs were submitted."""
+    """A folder in which jobs were submitted, nobody has written down for which study."""
     for name, text in (("squeue", SQUEUE), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text.format(tmp_path), encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     at = tmp_path / "work"
     (at / "logs" / "slurm").mkdir(parents=True)
-    (at / ".snakemake" / "locks").mkdir(parents=True)
-    (at / ".snakemake" / "locks" / "0.output.lock").touch()
+    (at / "results" / "mini").mkdir(parents=True)
     lines = [
         f"11|RUNNING|{RUN}|rule_finetune_wildcards_full_0|{at}",
         f"12|PENDING|lab_{RUN}|rule_score_base|{at}",
@@ -41,7 +45,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _end(folder: Path, patience: float = 60.0) -> str:
-    return " ".join(end_leftovers(folder, folder / "logs" / "slurm", patience))
+    results = folder / "results" / "mini"
+    return " ".join(end_leftovers(folder, folder / "logs" / "slurm", results, patience))
+
+
+@contextmanager
+def _running(results: Path) -> Iterator[None]:
+    """A study that another snakemake runs."""
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / OWNER).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def test_only_jobs_of_snakemake_in_this_folder_are_ended(folder: Path) -> None:
@@ -54,12 +68,26 @@ def test_only_jobs_of_snakemake_in_this_folder_are_ended(folder: Path) -> None:
 
 
 def test_jobs_are_left_to_another_snakemake_that_may_wait_for_them(folder: Path) -> None:
-    (folder / ".snakemake" / "locks" / "1.output.lock").touch()
-    assert _end(folder).startswith("left alone")
-    (folder / ".snakemake" / "locks" / "0.output.lock").unlink()
-    (folder / ".snakemake" / "locks" / "1.output.lock").unlink()  # snakemake --nolock
-    assert _end(folder).startswith("left alone")
+    with _running(folder / "results" / "tofu"):
+        assert _end(folder).startswith("left alone")
     assert not (folder.parent / "cancelled").exists()
+    assert _end(folder).startswith("cancelled")
+
+
+def test_each_study_ends_its_own_jobs(folder: Path) -> None:
+    """Those that were submitted for it, also while another runs; never those of another."""
+    other = folder / "results" / "tofu"
+    other.mkdir()
+    (folder / "results" / "mini" / SUBMITTED).write_text("10\n11\n")
+    (other / SUBMITTED).write_text("12\n")
+    with _running(other):
+        told = _end(folder)
+    assert told.startswith("cancelled, since")
+    assert (folder.parent / "cancelled").read_text(encoding="utf-8") == "11\n"
+    assert _end(folder) == ""
+    (other / SUBMITTED).unlink()
+    with _running(other):
+        assert "left alone, as another snakemake may wait for them: SLURM jobs 12" in _end(folder)
 
 
 def test_where_nothing_was_submitted_slurm_is_not_asked(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cohorts import record_base
+from cohorts import digests_in, record_base
 from forgetting.encoding.encode import Example, encode_pair, encode_text
 from forgetting.models.adapters import attach
 from forgetting.models.attention import quick_attention
@@ -589,6 +589,7 @@ def test_the_program_measures_every_share_of_what_was_selected(gym: Gym, rows: R
     write_jsonl(gym.work / "probes" / "old.jsonl", rows[:2])
     record_base(gym.work / "base.json", gym.folder)
     chosen = {"seed": 1, "run": "full/seed1/lr1-wd0", "step": 7, "reason": ""}
+    chosen["files"] = digests_in(gym.work / "selected" / "seed1")
     spec = {"prompt": {}, "measurement": settings.model_dump(), "precision": "float32"}
     spec |= {"probes": ["old"], "shares": [0.0, 0.5, 1.0]}
     found = []

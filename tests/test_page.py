@@ -45,11 +45,7 @@ def _tables(**options: Any) -> Tables:
     return Tables(**synthetic.tables(**options))
 
 
-def _html(tables: Tables) -> str:
-    return render(tables, {name: spec_of(figure(tables)) for name, figure in FIGURES.items()})
-
-
-def _without_figures(tables: Tables) -> str:
+def _words(tables: Tables) -> str:
     """The page but for its drawings, which take most of the time."""
     return render(tables, {})
 
@@ -75,6 +71,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--tables", str(tables), "--output", str(folder / "tradeoff.html")]
     report.main([*arguments, "--figures", str(folder / "figures")])
     return folder
+
+
+@pytest.fixture(scope="module")
+def evil_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a study that tries to break out of it."""
+    folder = tmp_path_factory.mktemp("evil")
+    write_report(Tables(**_evil()), folder / "page.html", folder / "figures")
+    return folder / "page.html"
 
 
 def test_figures_are_written_as_svg_and_png(written: Path) -> None:
@@ -125,12 +129,13 @@ def test_vega_is_inlined_once(written: Path) -> None:
 
 def test_equal_tables_give_an_equal_page(written: Path) -> None:
     tables = read_tables(written / "tables")
-    assert _html(tables) == (written / "tradeoff.html").read_text()
+    specs = {name: spec_of(figure(tables)) for name, figure in FIGURES.items()}
+    assert render(tables, specs) == (written / "tradeoff.html").read_text()
 
 
-def test_text_from_outside_is_escaped() -> None:
+def test_text_from_outside_is_escaped(evil_page: Path) -> None:
     """Nothing that a model, a file or a configuration wrote becomes an element."""
-    elements = Elements(_html(Tables(**_evil())))
+    elements = Elements(evil_page.read_text())
     assert len([tag for tag, _ in elements.tags if tag == "script"]) == 3
     assert not [tag for tag, _ in elements.tags if tag == "img"]
     assert not [name for _, a in elements.tags for name in a if name.startswith("on")]
@@ -220,7 +225,7 @@ def test_the_answer_claims_nothing_where_nothing_was_selected() -> None:
 def test_a_fallback_checkpoint_is_marked() -> None:
     made = synthetic.tables()
     made["selection"].loc[0, "status"] = "last"
-    html = _without_figures(Tables(**made))
+    html = _words(Tables(**made))
     assert "reaches 0.9; rank 2 never reaches it: there the last checkpoint stands in." in html
     assert "<small>last</small>" in html
 
@@ -371,7 +376,7 @@ def test_notes_provenance_and_every_run_are_on_the_page(written: Path) -> None:
 
 def test_the_definitions_tell_how_many_examples_each_prompt_had() -> None:
     """The number of the loaded task, where the study left it to the task."""
-    html = _without_figures(_tables(ranks=(2,), epochs=3, tasks=("gsm8k", "humaneval")))
+    html = _words(_tables(ranks=(2,), epochs=3, tasks=("gsm8k", "humaneval")))
     cells = re.findall(r'<th scope="row">(gsm8k|humaneval)</th><td>.*?</td><td>(.*?)</td>', html)
     assert cells == [("gsm8k", "5"), ("humaneval", "0")]
 
@@ -535,9 +540,8 @@ def test_runs_can_be_sorted_and_filtered(written: Path, page: browser.Page) -> N
 
 
 @needs_browser
-def test_hostile_text_does_nothing_in_a_browser(tmp_path: Path, page: browser.Page) -> None:
-    write_report(Tables(**_evil()), tmp_path / "page.html", tmp_path / "figures")
-    page.open((tmp_path / "page.html").as_uri(), 390, 844)
+def test_hostile_text_does_nothing_in_a_browser(evil_page: Path, page: browser.Page) -> None:
+    page.open(evil_page.as_uri(), 390, 844)
     assert page.run("window.evil === undefined")
     assert page.run("document.querySelectorAll('img').length") == 0
     assert page.run("document.title") == EVIL
@@ -549,13 +553,13 @@ def test_what_a_study_does_not_measure_has_no_figure() -> None:
     """A caption about dots under an empty frame would make readers look for what went wrong."""
     made = synthetic.tables(tasks=())
     made["study"]["study"]["general_text"] = None
-    html = _without_figures(Tables(**made))
+    html = _words(Tables(**made))
     assert 'data-figure="truth_ratio"' in html
     assert "<b>Figure 3.</b>" in html
     assert 'data-figure="distance"' not in html
     assert 'data-figure="benchmarks"' not in html
     assert 'data-figure="course"' not in html
-    html = _without_figures(Tables(**synthetic.tables(tasks=())))
+    html = _words(Tables(**synthetic.tables(tasks=())))
     assert "<b>Figure 4.</b>" in html
     assert 'data-figure="distance"' in html
 
@@ -563,7 +567,7 @@ def test_what_a_study_does_not_measure_has_no_figure() -> None:
 def test_emphasis_of_a_description_is_shown_and_all_else_escaped() -> None:
     made = synthetic.tables()
     made["study"]["study"]["description"] = "As in *Low <b> ranks*, 2 * 3"
-    assert "As in <em>Low &lt;b&gt; ranks</em>, 2 * 3</p>" in _without_figures(Tables(**made))
+    assert "As in <em>Low &lt;b&gt; ranks</em>, 2 * 3</p>" in _words(Tables(**made))
 
 
 def test_methods_that_learnt_nothing_are_not_ranked() -> None:
@@ -611,14 +615,12 @@ def test_a_tooltip_stays_on_a_phone_s_screen(written: Path, page: browser.Page) 
 
 def test_refusals_are_defined_where_they_are_measured() -> None:
     """There is no chance level of refusing, and none is made up."""
-    html = _without_figures(_tables(ranks=(2,), epochs=3, tasks=("gsm8k", "refusals")))
+    html = _words(_tables(ranks=(2,), epochs=3, tasks=("gsm8k", "refusals")))
     assert "begins as a refusal does" in html
     row = html.split('<tr><th scope="row">refusals</th>')[1].split("</tr>")[0]
     assert "<td>refused</td>" in row
     assert row.rstrip().endswith("<td></td>")
-    assert "begins as a refusal does" not in _without_figures(
-        _tables(ranks=(2,), epochs=3, tasks=("gsm8k",))
-    )
+    assert "begins as a refusal does" not in _words(_tables(ranks=(2,), epochs=3, tasks=("gsm8k",)))
 
 
 def test_answers_that_were_drawn_have_pass_rates_and_diversity_on_the_page() -> None:
@@ -633,7 +635,7 @@ def test_answers_that_were_drawn_have_pass_rates_and_diversity_on_the_page() -> 
     ]
     made["benchmarks"] = pd.concat([scores, *extra], ignore_index=True)
     made["study"]["study"]["benchmarks"]["tasks"]["humaneval"] = {"samples": 50}
-    html = _without_figures(Tables(**made))
+    html = _words(Tables(**made))
     section = html.split("humaneval: 50 answers drawn to each item")[1].split("</section>")[0]
     assert [part.split("<")[0] for part in section.split('<th scope="col">')[1:]] == [
         "Model",
@@ -644,6 +646,4 @@ def test_answers_that_were_drawn_have_pass_rates_and_diversity_on_the_page() -> 
     ]
     base = section.split('<th scope="row">base</th>')[1].split("</tr>")[0]
     assert "0.75" in base and "3.25" in base and "41.5" in base
-    assert "drawn to each item" not in _without_figures(
-        _tables(ranks=(2,), epochs=3, tasks=("humaneval",))
-    )
+    assert "drawn to each item" not in _words(_tables(ranks=(2,), epochs=3, tasks=("humaneval",)))

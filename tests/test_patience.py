@@ -81,3 +81,17 @@ def test_a_controller_that_stays_away_is_not_waited_for_for_ever(path: str, tmp_
     assert _submit(path).returncode == 3
     told = (tmp_path / "told").read_text(encoding="utf-8").splitlines()
     assert told == ["slept 5"] * 199 + ["sbatch --parsable --wrap=a job"]
+
+
+def test_what_is_submitted_is_written_down(path: str, tmp_path: Path) -> None:
+    """The number, without the cluster's name; what is printed stays as it is."""
+    submitted = tmp_path / "slurm-jobs.txt"
+    environment = os.environ | {"PATH": path, "FORGETTING_SUBMITTED": str(submitted)}
+    for answer, status in (("17", 0), ("18;lab", 0), ("", 1)):
+        script = f'#!/bin/sh\n[ "$1" = "a job" ] && printf "%s" "{answer}"\nexit {status}\n'
+        (tmp_path / "sbatch").write_text(script)
+        done = subprocess.run(
+            ["sbatch", "a job"], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout.strip()) == (status, answer)
+    assert submitted.read_text().split() == ["17", "18"]

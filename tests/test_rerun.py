@@ -1,4 +1,4 @@
-"""What is done again when something beside the data changes: a sandbox, a template."""
+"""What runs again when something beside the data changes: a sandbox, a template, the code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 from forgetting.benchmarks.programs import Program, describe
 from forgetting.records import read_json, write_json
 from forgetting.sandbox import search_sandbox
+from own_files import write_files
+from planning import pretend_finished, undone
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = "results/mini/benchmarks/base/outcomes.json"
@@ -74,15 +76,15 @@ def test_programs_that_no_sandbox_ran_are_run_when_there_is_one(run: Run, tmp_pa
 
 
 def test_a_changed_template_renders_the_page_again(run: Run, tmp_path: Path) -> None:
-    """Of code only the meaning counts; of a template every character may be on the page."""
-    planned = run("-n", "reports/tradeoff.html")
+    """Every character of a template may be on the page."""
+    planned = run("-n", "reports/mini.html")
     block = re.search(r"rule report:\n    input: (.*)\n    output: (.*)\n", planned)
     assert block
     for path in ", ".join(block.groups()).split(", "):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         # The figures are a folder.
         (tmp_path / path).touch() if Path(path).suffix else (tmp_path / path).mkdir()
-    report = ("reports/tradeoff.html", "--allowed-rules", "report")
+    report = ("reports/mini.html", "--allowed-rules", "report")
     run("--touch", "--force", *report)
     for name in ("page.html.j2", "page.css"):
         template = tmp_path / "workflow" / "report" / name
@@ -91,3 +93,54 @@ def test_a_changed_template_renders_the_page_again(run: Run, tmp_path: Path) -> 
         assert "Params have changed" in run("-n", *report)
         template.write_text(text, encoding="utf-8")
     assert NOTHING in run("-n", *report)
+
+
+RENAMED = ("forgetting/training/optimize.py", "make_optimizer", "create_optimizer")
+"""A function, which another module imports."""
+
+
+@pytest.fixture
+def finished(run: Run, tmp_path: Path, base_folder: Path) -> Run:
+    """run(option, ...) -> what snakemake says where a study seems to be finished."""
+    write_files(tmp_path, base_folder)
+    with undone():
+        pretend_finished(tmp_path, "study.yaml")
+    assert NOTHING in run("-n", "--config", "study=study.yaml")
+    return lambda *options: run("-n", "--config", "study=study.yaml", *options)
+
+
+def test_renaming_and_formatting_rerun_nothing(finished: Run, tmp_path: Path) -> None:
+    """Of the library, of the programs and of the rules."""
+    library = tmp_path / "workflow"
+    file, old, new = RENAMED
+    renamed = [path for path in library.rglob("*.py") if old in path.read_text(encoding="utf-8")]
+    assert library / file in renamed and len(renamed) > 1
+    for path in renamed:
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    for path in [*library.glob("scripts/*.py"), *library.glob("forgetting/*/*.py")]:
+        path.write_text(path.read_text(encoding="utf-8") + "\n\n# A comment.\n", encoding="utf-8")
+    rules = library / "rules" / "finetune.smk"
+    text = rules.read_text(encoding="utf-8")
+    assert "            --state {params.state:q} \\\n" in text
+    rules.write_text(text.replace("            --state", "                --state"), "utf-8")
+    assert NOTHING in finished()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("training", "Positive | None = Field(1.0,", "Positive | None = Field(0.5,"),
+        ("method", "NotNegative = Field(0.0,", "NotNegative = Field(0.1,"),
+        ("mitigation", '] = Field(\n        "all",', '] = Field(\n        "replay",'),
+    ],
+)
+def test_a_changed_default_reruns_what_reads_it(
+    finished: Run, tmp_path: Path, file: str, old: str, new: str
+) -> None:
+    """Though the study does not name it: of the training, of a setting and of a mitigation."""
+    path = tmp_path / "workflow" / "forgetting" / "sections" / f"{file}.py"
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    planned = finished()
+    assert "finetune" in planned and "prepare_data" not in planned

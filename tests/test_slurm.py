@@ -60,7 +60,6 @@ def test_a_killed_snakemake_is_started_again(begun: Folder, local: Path) -> None
         number, step = in_training(begun)
         _killed(snakemake)
     assert begun.queued() == [number]
-    begun.run("--unlock")
     told = begun.run(TARGET)
     assert "cancelled, since the snakemake that waited for them was killed" in told
     assert job(number).state == "CANCELLED"
@@ -68,6 +67,7 @@ def test_a_killed_snakemake_is_started_again(begun: Folder, local: Path) -> None
     assert_same(begun, local, step)
 
 
+@pytest.mark.slow
 def test_ctrl_c_cancels_what_was_submitted(begun: Folder, local: Path) -> None:
     """And the same command goes on from the newest checkpoint."""
     with begun.running(TARGET) as snakemake:

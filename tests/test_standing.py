@@ -12,7 +12,7 @@ import pytest
 from clusters import write_sweep
 from forgetting.costs.jobs import Planned
 from forgetting.costs.standing import HEAD, standing
-from forgetting.queue import Queued, queued
+from forgetting.queue import SUBMITTED, Queued, queued
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "77f8388a-2830-4ec5-8d0f-610fb311e0e6"
@@ -74,8 +74,14 @@ def test_the_command_shows_a_study_that_has_not_begun_and_one_that_waits(
     purposes = ("pretrain_base", "finetune_wildcards_lora-r1_0")
     lines = [f"{n}|PENDING|{RUN}|rule_{name}|{at}" for n, name in enumerate(purposes)]
     squeue.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    found = queued(at)
+    found = queued(at, at / "results" / study.stem)
     assert found and [job.rule for job in found] == ["pretrain_base", "finetune"]
     (cohorts,) = (line.split() for line in shown() if line.startswith("finetune"))
     assert cohorts == ["finetune", "34", "0", "0", "1", "33"]
     assert not (at / "results").exists()
+
+    another = at / "results" / "another"
+    another.mkdir(parents=True)
+    (another / SUBMITTED).write_text("1\n", encoding="utf-8")  # the job of the cohort
+    (cohorts,) = (line.split() for line in shown() if line.startswith("finetune"))
+    assert cohorts == ["finetune", "34", "0", "0", "0", "34"]

@@ -206,7 +206,7 @@ MISTAKES = {
         "rank: [2, 8]",
         "rank: [2, 8]\n    suffix: a/b",
         "methods.0.suffix",
-        "should match pattern",
+        "expected a name of at most 100 letters",
     ),
     "bad alpha": (
         "rank: [2, 8]",
@@ -287,7 +287,7 @@ MISTAKES = {
     ),
     "seed of more than 32 bits": ("[0, 1]", "[0, 2147483648]", "seeds.1", "32 bits"),
     "seed of a world": ("micro-world}", "micro-world, seed: 1e99}", "datasets.world.seed", "1e99"),
-    "name of a probe": ("  old:", "  o/d:", "probes.o/d", "should match pattern"),
+    "name of a probe": ("  old:", "  o/d:", "probes.o/d", "expected a name of at"),
     "old that is trained on": (
         "table: facts/old",
         "table: facts/new",
@@ -851,6 +851,85 @@ def test_every_study_of_the_repository_is_valid(path: Path, scale: str) -> None:
     assert tunings(study)
     # As the job that collects the results reads it.
     assert Study.model_validate_json(study.model_dump_json()) == study
+
+
+NO_NAMES = {
+    "boolean": ("  old:", "  no:", "`no` is a boolean to YAML, and keys are text; write 'no', in"),
+    "number": ("  old:", "  12:", "`12` is a number to YAML, and keys are text; write '12', in"),
+    "date": ("  old:", "  2024-01-01:", "`2024-01-01` is a date to YAML"),
+    "boolean as a value": ("probe: new", "probe: no", "no text to YAML; write it in quotes"),
+    "too long": ("  old:", f"  {'a' * 101}:", "expected a name of at most 100 letters"),
+    "same but for case": (
+        "  old:",
+        "  NEW:",
+        "`new` and `NEW` differ only in upper and lower case",
+    ),
+    "path of a table": ("table: facts/old", "table: facts/../old", "expected DATASET/TABLE"),
+    "dataset's folder": ("table: facts/old", "table: ../old", "expected DATASET/TABLE"),
+    "control character": ("table: facts/old", 'table: "facts/old\\n"', "expected DATASET/TABLE"),
+    "option": ("table: facts/old", "table: facts/-old", "expected DATASET/TABLE"),
+    "half a character": ("A small study", '"\\ud800"', "holds half a character"),
+    "command on the hub": (
+        "{generate: micro-world}",
+        f'{{hub: "a/$(touch pwned)", revision: {"a" * 40}}}',
+        "expected OWNER/NAME, as on huggingface.co",
+    ),
+    "parent on the hub": (
+        "{generate: micro-world}",
+        f"{{hub: a/b..c, revision: {'a' * 40}}}",
+        "at most 96 characters without `..`",
+    ),
+    "no owner": (
+        "{generate: micro-world}",
+        f"{{hub: squad, revision: {'a' * 40}}}",
+        "expected OWNER/NAME, as on huggingface.co",
+    ),
+    "revision": (
+        "{generate: micro-world}",
+        "{hub: a/b, revision: main}",
+        "expected a commit, 40 hexadecimal digits",
+    ),
+    "long method": (
+        "rank: [2, 8]",
+        f"rank: [2, 8]\n    suffix: {'a' * 95}",
+        f"lora-r2-{'a' * 95}, has 103 characters",
+    ),
+    "task": (
+        "selection:",
+        "benchmarks: {rows: world, tasks: {'a;b': {}}}\nselection:",
+        "expected a task's name",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NAMES)
+def test_what_cannot_be_part_of_a_file_name_is_refused(write: Any, kind: str) -> None:
+    """Or would be another name to YAML, to a shell or to a file system that ignores case."""
+    old, new, told = NO_NAMES[kind]
+    path = write((old, new))
+    message = _told(path)
+    assert message.startswith(f"{path}, line ")
+    assert told in message
+
+
+def test_methods_that_differ_only_by_case_are_refused(write: Any) -> None:
+    entry = "  - {{method: lora, rank: 4, suffix: {}, learning_rate: 0.1}}\n"
+    path = write(
+        ("  - method: full\n", f"{entry.format('a')}{entry.format('A')}  - method: full\n")
+    )
+    assert "lora-r4-A and lora-r4-a differ only in upper and lower case" in _told(path)
+
+
+@pytest.mark.parametrize("model", ["a/x;touch pwned;", "gpt2", "a/../b", "$(touch pwned)"])
+def test_a_model_is_a_folder_or_has_a_name_on_the_hub(write: Any, model: str) -> None:
+    text = write().read_text()
+    start, end = text.index("  pretrain:"), text.index("train: facts/new")
+    path = write()
+    named = f"  model: {model!r}\n  revision: {'a' * 40}\n"
+    path.write_text(text[:start] + named + text[end:])
+    assert "base.model: there is no such folder; expected OWNER/NAME" in _told(path)
+    with pytest.raises(InputError, match=r"--config model=.*: there is no such folder"):
+        load_study({"study": str(write()), "model": f"{model}@{'a' * 40}"}, path.parent)
 
 
 def test_a_study_elsewhere_cannot_take_the_results_of_a_namesake(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from cohorts import record_base
+from cohorts import digests_in, record_base
 from forgetting.benchmarks import harness
 from forgetting.benchmarks.one_reading import OneReadingLM
 from forgetting.models.adapters import attach
@@ -113,7 +113,13 @@ def method(base_folder: Path, tmp_path: Path, tuning: Tuning) -> list[str]:
     for seed, kind in enumerate((tuning, tuning, whole)):
         _tuned(base_folder, tmp_path / "checkpoints" / f"seed{seed}", kind, seed)
     choice = [
-        {"seed": seed, "run": f"m/seed{seed}/lr1", "step": 7 if seed < 3 else None, "reason": "so"}
+        {
+            "seed": seed,
+            "run": f"m/seed{seed}/lr1",
+            "step": 7 if seed < 3 else None,
+            "reason": "so",
+            "files": digests_in(tmp_path / "checkpoints" / f"seed{seed}"),
+        }
         for seed in range(4)
     ]
     write_json(tmp_path / "selection.json", choice)

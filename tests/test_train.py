@@ -40,7 +40,7 @@ from forgetting.training.parts import Means, train_parts
 from forgetting.training.recipe import Recipe, batch_indices
 from forgetting.training.schedule import Schedule, learning_rate
 from forgetting.training.train import train
-from killing import Killed, kill_at
+from killing import BEFORE_AND_AFTER, Killed, kill_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -333,24 +333,29 @@ MOMENTS = {
 }
 
 
+@BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_ends_like_one_that_was_not(
-    bench: Bench, moment: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench,
+    moment: str,
+    kind: str,
+    after: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At any moment, before or after a file is written: the same bits at the end."""
     if kind == "full":
         bench.tuning, bench.values = FULL, NEVER_REACHES
     reference = _uninterrupted(bench, tmp_path / "reference")
     owner, name, calls = MOMENTS[moment]
-    for after in (False, True):
-        for call in calls:
-            shutil.rmtree(bench.folder, ignore_errors=True)
-            with monkeypatch.context() as patch:
-                kill_at(patch, owner, name, call, after)
-                with pytest.raises(Killed):
-                    bench.start()
-            _same_end(bench, bench.start(), reference, tmp_path / "reference")
+    for call in calls:
+        shutil.rmtree(bench.folder, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            kill_at(patch, owner, name, call, after)
+            with pytest.raises(Killed):
+                bench.start()
+        _same_end(bench, bench.start(), reference, tmp_path / "reference")
 
 
 def test_a_run_killed_after_every_evaluation_still_ends(

@@ -47,6 +47,7 @@ JOBS = {
         "execute_programs": 6,
         "collect": 1,
         "report": 1,
+        "publish": 1,
         "all": 1,
     },
     "tofu-scratch": {
@@ -58,6 +59,7 @@ JOBS = {
         "select_checkpoint": 4,
         "collect": 1,
         "report": 1,
+        "publish": 1,
         "all": 1,
     },
     "own-data": {
@@ -72,6 +74,7 @@ JOBS = {
         "benchmark_base": 1,
         "collect": 1,
         "report": 1,
+        "publish": 1,
         "all": 1,
     },
 }
@@ -90,6 +93,7 @@ JOBS["tofu-phi-1.5"] = JOBS["tofu-llama-2-7b"] = {
     "execute_programs": 16,
     "collect": 1,
     "report": 1,
+    "publish": 1,
     "all": 1,
 }
 # Three ranks and full with eight budgets, the ends of which are benchmarked; four tables and four
@@ -108,6 +112,7 @@ JOBS["biderman-math-cpt"] = {
     "benchmark_base": 1,
     "collect": 1,
     "report": 1,
+    "publish": 1,
     "all": 1,
 }
 JOBS["biderman-math-ift"] = JOBS["biderman-math-cpt"] | {"cool_down": 20}  # five budgets

@@ -28,13 +28,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_all(paths: Iterable[Path]) -> tuple[dict[str, str], str]:
-    """Return the digests of files by name, in the order given, and one digest of them all."""
+def sha256_of_each(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the digests of several files, which threads read side by side."""
     several = list(paths)
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter
-        files = dict(
-            zip((path.name for path in several), threads.map(sha256, several), strict=True)
-        )
+        return dict(zip(several, threads.map(sha256, several), strict=True))
+
+
+def sha256_of_all(paths: Iterable[Path]) -> tuple[dict[str, str], str]:
+    """Return the digests of files by name, in the order given, and one digest of them all."""
+    files = {path.name: digest for path, digest in sha256_of_each(paths).items()}
     return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 

@@ -10,22 +10,25 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from forgetting.queue import ask, queued
+from forgetting.occupancy import others_occupied
+from forgetting.queue import Queued, ask, queued, submitted
 from forgetting.records import InputError
 
 PATIENCE = 120.0
 """Seconds in which a cancelled job is gone: SLURM kills after KillWait, by default 30."""
 
 
-def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[str]:
-    """Cancel the jobs that another snakemake has left in this folder; what is to be told of it.
+def end_leftovers(folder: Path, logs: Path, results: Path, patience: float = PATIENCE) -> list[str]:
+    """Cancel the jobs that a killed snakemake has left for this study; return what to tell of it.
 
-    Called by a snakemake that holds the folder's lock. Where others hold it too, for other targets,
-    the jobs may be theirs, and are left alone.
+    Called by a snakemake that holds the folder of the study's results. Jobs that were submitted for
+    other studies are left alone; so are those of which nobody knows for which, while another study
+    is run here.
 
     Args:
         folder: where snakemake runs, and its jobs.
         logs: where SLURM writes their logs; without it there never was such a job.
+        results: folder of the study's results.
         patience: seconds to wait until they have ended.
 
     Raises:
@@ -33,34 +36,40 @@ def end_leftovers(folder: Path, logs: Path, patience: float = PATIENCE) -> list[
     """
     if not logs.is_dir():
         return []
-    found = queued(folder)
+    found = queued(folder, results)
     if found is None:
         return ["squeue does not answer: jobs of a killed snakemake may still run here"]
+    ours = submitted(results)
+    notes = []
+    if others_occupied(results):
+        unknown = [job for job in found if job.number not in ours]
+        found = [job for job in found if job.number in ours]
+        if unknown:
+            told = _named(unknown)
+            notes = [f"left alone, as another snakemake may wait for them: SLURM jobs {told}"]
     if not found:
-        return []
-    told = ", ".join(f"{job.number} ({job.purpose})" for job in found)
-    if locks(folder) != 1:
-        return [f"left alone, as another snakemake may wait for them: SLURM jobs {told}"]
+        return notes
     numbers = [job.number for job in found]
     ask("scancel", *numbers)
     deadline = time.monotonic() + patience
-    while left := _left(folder, numbers):
+    while left := _left(folder, results, numbers):
         if time.monotonic() > deadline:
             raise InputError(
                 "jobs of a killed snakemake were cancelled, but are not known to have ended: SLURM "
                 f"jobs {', '.join(left)}; start again when squeue no longer shows them"
             )
         time.sleep(1.0)
-    return [f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"]
+    told = _named(found)
+    cancelled = f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"
+    return [*notes, cancelled]
 
 
-def _left(folder: Path, numbers: list[str]) -> list[str]:
+def _named(jobs: list[Queued]) -> str:
+    return ", ".join(f"{job.number} ({job.purpose})" for job in jobs)
+
+
+def _left(folder: Path, results: Path, numbers: list[str]) -> list[str]:
     """Those of the jobs that are still in the queue; all, if the controller does not answer."""
-    found = queued(folder)
+    found = queued(folder, results)
     known = {job.number for job in found or []}
     return [number for number in numbers if found is None or number in known]
-
-
-def locks(folder: Path) -> int:
-    """How many snakemakes hold files of a folder, the one that asks among them."""
-    return len([*(folder / ".snakemake" / "locks").glob("*.output.lock")])

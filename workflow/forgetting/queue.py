@@ -8,6 +8,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+SUBMITTED = "slurm-jobs.txt"
+"""In a folder of results: numbers of the jobs that were submitted for it; bin/sbatch writes it."""
+
 RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 """How the name of a job of SLURM's plugin ends; all jobs of one snakemake have the same name."""
 
@@ -34,8 +37,26 @@ class Queued:
         return self.state in PENDING
 
 
-def queued(folder: Path) -> list[Queued] | None:
-    """This user's jobs of SLURM's plugin in a folder; None if the controller does not answer."""
+def submitted(results: Path) -> set[str]:
+    """Return the numbers of all jobs that were submitted for a study, also of those that ended."""
+    try:
+        return set((results / SUBMITTED).read_text(encoding="utf-8").split())
+    except OSError:
+        return set()
+
+
+def queued(folder: Path, results: Path) -> list[Queued] | None:
+    """Return this user's jobs of SLURM's plugin in a folder, but those of other studies.
+
+    Args:
+        folder: where snakemake runs.
+        results: folder of the study's results.
+
+    Returns:
+        None if the controller does not answer.
+    """
+    siblings = [other for other in results.parent.glob("*") if other.name != results.name]
+    theirs = {number for other in siblings for number in submitted(other)} - submitted(results)
     answer = ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%T|%j|%k|%Z")
     if answer is None:
         return None
@@ -44,7 +65,7 @@ def queued(folder: Path) -> list[Queued] | None:
         for number, state, name, purpose, at in (
             line.split("|", 4) for line in answer.splitlines() if line.count("|") >= 4
         )
-        if RUN_ID.search(name) and Path(at).resolve() == folder.resolve()
+        if RUN_ID.search(name) and Path(at).resolve() == folder.resolve() and number not in theirs
     ]
 
 

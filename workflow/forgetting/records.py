@@ -9,12 +9,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PARTIAL = ".partial"
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+MAKE_ROOM = "make room there"
+ALLOW = "let this user write there, or take another folder"
+DISK_ERRORS = {
+    errno.ENOSPC: MAKE_ROOM,
+    errno.EDQUOT: MAKE_ROOM,
+    errno.EFBIG: MAKE_ROOM,
+    errno.EROFS: ALLOW,
+    errno.EACCES: ALLOW,
+    errno.EPERM: ALLOW,
+}
+"""What helps against an error of a disk or a folder, by its number."""
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust end their messages: safetensors, tokenizers."""
 NO_MEMORY = {
     "out of memory",  # CUDA, also through others
     "failed to cuda calloc",  # NCCL
@@ -51,18 +64,23 @@ class InputError(Exception):
 
 
 def tells_input_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Make a program's `main` end with one clear line and status 1 on an `InputError`, and where
-    memory has run out.
+    """Make a program's `main` end with one clear line and status 1 on an `InputError`, where memory
+    has run out, and on a disk that is full or a folder that must not be written to.
     """
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
+        _show_that_a_job_runs()
         try:
             main(argv)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
+            if (fault := disk_fault(error)) is not None:
+                where = getattr(error, "filename", None) or "a file"
+                print(f"error: {where}: {fault}", file=sys.stderr)
+                raise SystemExit(1) from None
             if not is_out_of_memory(error):
                 raise
             what = (str(error) or type(error).__name__).splitlines()[0]
@@ -77,6 +95,17 @@ def tells_input_errors(main: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _show_that_a_job_runs() -> None:
+    """Lock the file that the next snakemake looks at, until this process ends.
+
+    Of a snakemake that is killed, programs may run on; see `forgetting.occupancy`.
+    """
+    if path := os.environ.get("FORGETTING_JOBS_LOCK"):
+        # Where there is no such folder or no lock, nothing can be shown.
+        with suppress(OSError):
+            fcntl.flock(os.open(path, os.O_RDONLY | os.O_CREAT, 0o666), fcntl.LOCK_SH)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Does the error say that something found no room, on a GPU or on a CPU?"""
     # torch has a class for it on a GPU, which is not imported here for its name.
@@ -86,16 +115,26 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY)
 
 
+def disk_fault(error: Exception) -> str | None:
+    """Return the reason and the remedy if a disk is full or a folder must not be written to."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (told := OS_ERROR.search(str(error))):
+        number = int(told[1])
+    if number not in DISK_ERRORS:
+        return None
+    return f"{os.strerror(number)}; {DISK_ERRORS[number]}"
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell of a disk that is full or read-only in one sentence, whoever writes in the block."""
+    """Turn the error of a disk or folder into one sentence, whoever writes in the block."""
     try:
         yield
-    except SafetensorError as error:
-        raise InputError(f"{path}: not written: {error}; make room there") from None
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise InputError(f"{path}: not written: {error.strerror}; make room there") from None
+    except Exception as error:
+        if (fault := disk_fault(error)) is not None:
+            raise InputError(f"{path}: not written: {fault}") from None
+        if isinstance(error, SafetensorError):
+            raise InputError(f"{path}: not written: {error}; {MAKE_ROOM}") from None
         raise
 
 
@@ -110,8 +149,9 @@ def replacing(path: Path, *, recorded: bool = True) -> Iterator[Path]:
     Args:
         recorded: record the digest (`forgetting.digests`), which readers check.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     temporary = Path(name)
     try:
         _lock(handle)
@@ -179,10 +219,9 @@ def settle(partial: Path, final: Path) -> None:
 
     A folder that has the name already is removed only when the new one is in its place.
     """
-    for path in digests.visible_files(partial):
-        if not digests.record_of(path).exists():
-            record = digests.record_of(path)
-            record.write_text(f"{sha256(path)}  {path.name}\n")
+    new = [p for p in digests.visible_files(partial) if not digests.record_of(p).exists()]
+    for path, digest in digests.sha256_of_each(new).items():
+        digests.record_of(path).write_text(f"{digest}  {path.name}\n")
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     old = _aside(final)

@@ -40,8 +40,8 @@ if STUDY.base.pretrain:
             python "$SCRIPTS"/pretrain_base.py \
                 --spec {params.spec:q} \
                 --documents {input.documents:q} \
-                --seed {params.seed} \
-                --precision {params.precision} \
+                --seed {params.seed:q} \
+                --precision {params.precision:q} \
                 --folder {params.folder:q} \
                 --output {output:q}
             """
@@ -62,15 +62,15 @@ else:
             exec &> >(tee {log:q})
 
             HF_HUB_OFFLINE=0 python "$SCRIPTS"/download_model.py \
-                --model {wildcards.owner}/{wildcards.repository} \
-                --revision {wildcards.revision} \
+                --model {wildcards.owner:q}/{wildcards.repository:q} \
+                --revision {wildcards.revision:q} \
                 --output {output:q}
             """
 
     rule adopt_base:
         """Check a model that was trained elsewhere and record what it is."""
         input:
-            model_inputs(),
+            lambda wildcards: model_inputs(),
         output:
             BASE,
         log:
@@ -81,8 +81,10 @@ else:
         params:
             version=version("pretrain"),
             contents=lambda wildcards: model_contents(),
-            folder=model_folder(),
-            origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
+            folder=lambda wildcards: model_folder(),
+            origin=lambda wildcards: " at ".join(
+                filter(None, [STUDY.base.model, STUDY.base.revision])
+            ),
             prompt=lambda wildcards: as_json(STUDY.prompt) if STUDY.prompt.chat else "",
             downloaded=[] if is_local(STUDY.base.model) else "--downloaded",
         shell:
@@ -90,9 +92,9 @@ else:
             exec &> >(tee {log:q})
 
             python "$SCRIPTS"/adopt_base.py \
-                --model {params.folder:q} \
-                --origin {params.origin:q} {params.downloaded} \
-                --prompt {params.prompt:q} \
+                --model={params.folder:q} \
+                --origin={params.origin:q} {params.downloaded:q} \
+                --prompt={params.prompt:q} \
                 --output {output:q}
             """
 
@@ -102,7 +104,7 @@ rule score_base:
     input:
         base=BASE,
         probes=rules.prepare_data.output.probes,
-        text=table_inputs(text_tables()),
+        text=lambda wildcards: table_inputs(text_tables()),
         rows=lambda wildcards: rows_inputs(ALONG),
     output:
         scored=f"{RESULTS}/base/items.parquet",
@@ -130,7 +132,7 @@ rule score_base:
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,
-        along=along_options(),
+        along=lambda wildcards: along_options(),
     shell:
         r"""
         exec &> >(tee {log:q})

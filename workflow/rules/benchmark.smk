@@ -23,8 +23,8 @@ rule download_benchmark:
         exec &> >(tee {log:q})
 
         HF_HUB_OFFLINE=0 python "$SCRIPTS"/download_benchmark.py \
-            --task {wildcards.task} \
-            --revision {wildcards.revision} \
+            --task {wildcards.task:q} \
+            --revision {wildcards.revision:q} \
             --output {output:q}
         """
 
@@ -34,7 +34,7 @@ rule benchmark:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=table_inputs(prompt_tables()),
+        prompts=lambda wildcards: table_inputs(prompt_tables()),
         selection=f"{RESULTS}/selection/{{method}}.json",
         # The digests in the selection tell whether they are others.
         checkpoints=ancient(f"{RESULTS}/selected/{{method}}/index.json"),
@@ -58,7 +58,7 @@ rule benchmark:
             table_contents(prompt_tables()),
         ],
         spec=lambda wildcards: benchmark_spec(),
-        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
+        rows=row_options,
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=lambda wildcards, input: [
             f"--selection={input.selection}",
@@ -87,7 +87,7 @@ use rule benchmark as benchmark_base with:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=table_inputs(prompt_tables()),
+        prompts=lambda wildcards: table_inputs(prompt_tables()),
     output:
         results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
     log:
@@ -102,7 +102,7 @@ use rule benchmark as benchmark_base with:
             table_contents(prompt_tables()),
         ],
         spec=lambda wildcards: benchmark_spec(),
-        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
+        rows=row_options,
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=[],
         state=f"{RESULTS}/state/benchmarks",
@@ -134,7 +134,7 @@ rule execute_programs:
 
         python "$SCRIPTS"/execute_programs.py \
             --programs {input:q} \
-            --sandbox {params.sandbox} \
-            --workers {threads} \
+            --sandbox {params.sandbox:q} \
+            --workers {threads:q} \
             --output {output:q}
         """

@@ -25,6 +25,11 @@ def general_files(wildcards):
     return table_inputs(general_tables(wildcards))
 
 
+def general_options(wildcards):
+    """Return the options that name them."""
+    return [f"--general={path}" for path in general_files(wildcards)]
+
+
 def cohort_spec(wildcards):
     """All that a cohort is told of the study, with each of its methods and seeds."""
     told = sections("prompt", "training", "measurement", "selection", "precision")

@@ -43,6 +43,15 @@ from forgetting.data.table_files import find_table
 from forgetting.digests import COPIES
 from forgetting.inputs import content_digest, model_files
 from forgetting.leftovers import end_leftovers
+from forgetting.occupancy import (
+    JOBS,
+    check_jobs,
+    check_owner,
+    occupy,
+    occupy_downloads,
+    study_origin,
+)
+from forgetting.queue import SUBMITTED
 from forgetting.records import InputError, content_key, sha256_of_all
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.settings.check import check_inputs
@@ -64,6 +73,8 @@ STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"
 try:
     NAME, STUDY = load_study(config, STUDIES)
+    ORIGIN = study_origin(study_source(config, STUDIES).path, STUDIES)
+    check_owner(Path("results", NAME), ORIGIN)
     check_inputs(STUDY, study_source(config, STUDIES).at)
     COSTS = Costs(STUDY, read_site(SITE))
     check_spans(COSTS)
@@ -74,6 +85,10 @@ except InputError as error:
 
 RESULTS = f"results/{NAME}"
 LOGS = f"logs/{NAME}"
+os.environ.update(
+    FORGETTING_JOBS_LOCK=str(Path(RESULTS, JOBS).absolute()),
+    FORGETTING_SUBMITTED=str(Path(RESULTS, SUBMITTED).absolute()),
+)
 TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
 BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
 TASKS = list(STUDY.benchmarks.tasks)
@@ -216,6 +231,11 @@ def users_rows(tasks):
 def rows_contents(tasks):
     """Digest of the contents of those rows."""
     return content_digest(users_rows(tasks))
+
+
+def row_options(wildcards):
+    """Return the options that name the folder of each benchmark's rows."""
+    return [f"--rows={task}={task_folder(task)}" for task in TASKS]
 
 
 def prompt_tables():

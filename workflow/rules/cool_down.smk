@@ -32,6 +32,7 @@ rule cool_down:
         contents=lambda wildcards: table_contents(general_tables(wildcards)),
         tunings=whole_tunings,
         spec=cohort_spec,
+        general=general_options,
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
         data=subpath(input.train, parent=True),
@@ -40,16 +41,15 @@ rule cool_down:
         r"""
         exec &> >(tee {log:q})
 
-        python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/cool_down.py \
+        python -m forgetting.training.launch {resources.gpu:q} {resources.nodes:q} "$SCRIPTS"/cool_down.py \
             --spec {params.spec:q} \
             --versions {params.version:q} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \
-            --general {input.general:q} \
-            {params.targets:q} \
+            {params.general:q} {params.targets:q} \
             --trunks {input.trunks:q} \
-            --budget {params.budget} \
+            --budget {params.budget:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
             --runs {output.runs:q} \

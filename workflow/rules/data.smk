@@ -29,7 +29,7 @@ rule generate_world:
         exec &> >(tee {log:q})
 
         python "$SCRIPTS"/generate_world.py \
-            --seed {params.seed} \
+            --seed {params.seed:q} \
             --output {params.folder:q}
         """
 
@@ -48,9 +48,9 @@ rule download_table:
         exec &> >(tee {log:q})
 
         HF_HUB_OFFLINE=0 python "$SCRIPTS"/download_table.py \
-            --dataset {wildcards.owner}/{wildcards.repository} \
-            --revision {wildcards.revision} \
-            --table {wildcards.table} \
+            --dataset {wildcards.owner:q}/{wildcards.repository:q} \
+            --revision {wildcards.revision:q} \
+            --table {wildcards.table:q} \
             --output {output:q}
         """
 
@@ -58,7 +58,7 @@ rule download_table:
 rule prepare_data:
     """Check every table and write what training, pretraining and measuring read."""
     input:
-        table_inputs(tables()),
+        lambda wildcards: table_inputs(tables()),
     output:
         tables=f"{RESULTS}/data/tables.json",
         train=f"{RESULTS}/data/train.jsonl",
@@ -85,7 +85,7 @@ rule prepare_data:
         r"""
         exec &> >(tee {log:q})
 
-        echo {params.tables:q} >{output.tables:q}
+        printf '%s\n' {params.tables:q} >{output.tables:q}
         python "$SCRIPTS"/prepare_data.py \
             --spec {params.spec:q} \
             --tables {output.tables:q} \

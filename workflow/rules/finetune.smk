@@ -46,22 +46,22 @@ rule finetune:
         ],
         tunings=whole_tunings,
         spec=cohort_spec,
+        general=general_options,
         targets=target_options,
         data=subpath(input.train, parent=True),
         state=f"{RESULTS}/state",
-        along=along_options(),
+        along=lambda wildcards: along_options(),
     shell:
         r"""
         exec &> >(tee {log:q})
 
-        python -m forgetting.training.launch {resources.gpu} {resources.nodes} "$SCRIPTS"/finetune.py \
+        python -m forgetting.training.launch {resources.gpu:q} {resources.nodes:q} "$SCRIPTS"/finetune.py \
             --spec {params.spec:q} \
             --versions {params.version:q} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \
-            --general {input.general:q} \
-            {params.targets:q} \
+            {params.general:q} {params.targets:q} \
             {params.along:q} --benchmarks {output.benchmarks:q} \
             --state {params.state:q} \
             --items {output.scored:q} \

@@ -1,6 +1,7 @@
 """The report: all results in tidy tables, then the page and its figures.
 
-Outputs: results/STUDY/tables/, reports/tradeoff.html, reports/figures/.
+Outputs: results/STUDY/tables/, reports/STUDY.html, reports/STUDY-figures/, and reports/tradeoff.html,
+the page of the study that was run last.
 """
 
 TABLES = [
@@ -69,7 +70,8 @@ rule collect:
     params:
         version=version("tables"),
         # A study may be longer than an argument of a program, 128 KiB: it is resolved once more.
-        asked=lambda wildcards: json.dumps(config),
+        # Where it lies is no reason to run again, so the parameter is made from the output.
+        asked=lambda wildcards, output: json.dumps(config),
         digest=content_key(STUDY.model_dump(mode="json")),
         results=subpath(output.resolved, parent=True),
         folder=subpath(output.study, parent=True),
@@ -79,7 +81,7 @@ rule collect:
 
         python "$SCRIPTS"/collect.py \
             --asked {params.asked:q} \
-            --digest {params.digest} \
+            --digest {params.digest:q} \
             --results {params.results:q} \
             --output {params.folder:q}
         """
@@ -91,10 +93,9 @@ rule report:
         tables=rules.collect.output.tables,
         study=rules.collect.output.study,
     output:
-        page="reports/tradeoff.html",
-        # As a whole, for they are not the same of every study: of a file that another study has
-        # not made, Snakemake knows nothing, and takes the page that is there for new.
-        figures=directory("reports/figures"),
+        page=f"reports/{NAME}.html",
+        # As a whole, for they are not the same of every study.
+        figures=directory(f"reports/{NAME}-figures"),
     log:
         f"{LOGS}/report.log",
     localrule: True
@@ -113,4 +114,28 @@ rule report:
             --tables {params.tables:q} \
             --output {output.page:q} \
             --figures {output.figures:q}
+        """
+
+
+rule publish:
+    """Copy the study's page to where the page of the study that was run last is."""
+    input:
+        rules.report.output.page,
+    output:
+        "reports/tradeoff.html",
+    log:
+        f"{LOGS}/publish.log",
+    localrule: True
+    conda:
+        "../../envs/environment.yaml"
+    params:
+        # Another study's page may be as old as this one's.
+        study=NAME,
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        # Whole or not at all: another study may be published at the same time.
+        cp {input:q} {output:q}.{params.study:q}
+        mv {output:q}.{params.study:q} {output:q}
         """

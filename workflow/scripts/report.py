@@ -1,7 +1,7 @@
 """Render a study's tables as one offline HTML page and four figures.
 
     python workflow/scripts/report.py --tables results/mini/tables \\
-        --output reports/tradeoff.html --figures reports/figures
+        --output reports/mini.html --figures reports/mini-figures
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from typing import Any
 from forgetting.benchmarks.code_eval_stand_in import without_code_eval
 from forgetting.benchmarks.definitions import example_split, read_definition
 from forgetting.benchmarks.known import BENCHMARKS, splits_of
-from forgetting.records import InputError, read_numbered
+from forgetting.digests import damage
+from forgetting.records import InputError, damaged, read_numbered, removal
 from forgetting.sections.task import Task
 
 HARNESS_SEED = 1234  # the harness's default for drawing examples
@@ -164,6 +166,9 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     Raises:
         InputError: names the file, the line and the column.
     """
+    downloaded = re.fullmatch(r"[0-9a-f]{40}", path.parent.name) is not None  # by its revision
+    if downloaded and (wrong := damage(path, required=False)):
+        raise damaged(path, wrong, removal(path.parent), "the rows are downloaded again")
     found = list(read_numbered(path))
     if not found:
         raise InputError(f"{path}: has no rows")

@@ -15,10 +15,11 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from forgetting.costs.cost import SUBMITTED
-from forgetting.costs.forecast import table
+from forgetting.costs.forecast import ROOT, table
 from forgetting.costs.jobs import Planned, standing_jobs
 from forgetting.queue import Queued, queued
 from forgetting.records import tells_input_errors
+from forgetting.settings.load import load_study
 
 HEAD = ["rule", "jobs", "finished", "running", "pending", "to come"]
 
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("config", nargs="*", help="as after --config: study=NAME scale=tiny ...")
     options = parser.parse_args(argv)
     config = dict(pair.partition("=")[::2] for pair in options.config)
-    queue = queued(Path.cwd())
+    name, _ = load_study(config, ROOT / "config" / "studies")
+    queue = queued(Path.cwd(), Path("results", name))
     jobs = standing_jobs(config)
     order = TopologicalSorter({number: job.after for number, job in jobs.items()}).static_order()
     ordered = [jobs[number] for number in order]

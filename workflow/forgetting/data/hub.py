@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from forgetting.inputs import is_model_file
 from forgetting.records import (
-    DISK_ERRORS,
     InputError,
+    disk_fault,
     read_foreign_json,
     replacing,
     replacing_folder,
@@ -278,15 +278,16 @@ def _refusals(name: str, revision: str) -> Iterator[None]:
     """Turn what the hub's libraries raise into one line with its remedy.
 
     Raises:
-        InputError: in place of any exception but those of the disk.
+        InputError: in place of any exception.
     """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise
+        if (fault := disk_fault(error)) is not None:
+            where = getattr(error, "filename", None) or name
+            raise InputError(f"{where}: not written: {fault}") from None
         raise InputError(f"{name} at {revision}: {_reason(name, error)}") from None
 
 

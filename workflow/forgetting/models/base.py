@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from forgetting.digests import sha256_of_each
 from forgetting.inputs import model_files
-from forgetting.records import InputError, damaged, read_json, removal, sha256
+from forgetting.records import InputError, damaged, read_json, removal
 
 PRETRAINED = "trained from scratch for this study"
 """Origin of a base that a job of this study has trained."""
@@ -47,11 +47,9 @@ def _difference(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, str] |
         return folder / missing[0], "is missing"
     if new := sorted(present - set(recorded)):
         return folder / new[0], "was not there when the base was recorded"
-    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter
-        found = threads.map(lambda name: (name, sha256(folder / name)), recorded)
-        for name, digest in found:
-            if digest != recorded[name]:
-                return folder / name, "differs from what was recorded of the base (sha256)"
+    for path, digest in sha256_of_each(folder / name for name in recorded).items():
+        if digest != recorded[path.relative_to(folder).as_posix()]:
+            return path, "differs from what was recorded of the base (sha256)"
     return None
 
 

@@ -8,7 +8,6 @@ show it.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from transformers import (
 
 from forgetting.encoding.packing import IGNORED, collate, pack
 from forgetting.models.attention import quick_attention
-from forgetting.records import settle, writing
+from forgetting.records import replacing_folder
 from forgetting.sections.base import SmallModel
 
 END = "<|end|>"
@@ -199,32 +198,28 @@ def pretrain(
     if not documents:
         raise ValueError("there are no documents to train on")
     started = time.monotonic()
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tokenizer = train_tokenizer(documents, spec.vocabulary, partial)
-    ids = [
-        [*tokens, tokenizer.eos_token_id][: spec.block]
-        for tokens in tokenizer(list(documents))["input_ids"]
-    ]
-    model = _new_model(spec, tokenizer, seed)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    generator = torch.Generator().manual_seed(seed)
-    blocks = _schedule_blocks([len(tokens) for tokens in ids], spec, generator)
-    size = max(1, spec.batch_tokens // spec.block)
-    batches = [blocks[start : start + size] for start in range(0, len(blocks), size)]
-    tokens, loss = _fit(
-        model,
-        [[[ids[d] for d in block] for block in batch] for batch in batches],
-        spec,
-        tokenizer.pad_token_id,
-        on_progress,
-        bfloat16,
-    )
-    with writing(out_dir):
+    with replacing_folder(out_dir) as partial:
+        tokenizer = train_tokenizer(documents, spec.vocabulary, partial)
+        ids = [
+            [*tokens, tokenizer.eos_token_id][: spec.block]
+            for tokens in tokenizer(list(documents))["input_ids"]
+        ]
+        model = _new_model(spec, tokenizer, seed)
+        if torch.cuda.is_available():
+            model.to("cuda")
+        generator = torch.Generator().manual_seed(seed)
+        blocks = _schedule_blocks([len(tokens) for tokens in ids], spec, generator)
+        size = max(1, spec.batch_tokens // spec.block)
+        batches = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        tokens, loss = _fit(
+            model,
+            [[[ids[d] for d in block] for block in batch] for batch in batches],
+            spec,
+            tokenizer.pad_token_id,
+            on_progress,
+            bfloat16,
+        )
         model.to("cpu").save_pretrained(partial)
-    settle(partial, out_dir)
     return Pretrained(
         parameters=sum(p.numel() for p in model.parameters()),
         steps=len(batches),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from forgetting.sections.fields import Count, NotNegative, Positive, Share, Strict, Table
+from forgetting.sections.fields import Commit, Count, NotNegative, Positive, Share, Strict, Table
 
 
 class SmallModel(Strict):
@@ -55,9 +55,7 @@ class Base(Strict):
     model: str | None = Field(
         None, description="A folder in Hugging Face form, or OWNER/NAME on the hub."
     )
-    revision: str | None = Field(
-        None, pattern=r"^[0-9a-f]{40}$", description="Commit of the hub model."
-    )
+    revision: Commit | None = Field(None, description="Commit of the hub model.")
     pretrain: Pretraining | None = Field(None, description="Train the base here instead.")
 
     @model_validator(mode="after")

@@ -6,11 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from forgetting.sections.fields import Count, Name, Strict
+from forgetting.sections.fields import Count, DistinctNames, Name, Strict, TaskName
 from forgetting.sections.refusals import Refusals
 from forgetting.sections.task import Task
-
-TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 
 
 class Benchmarks(Strict):
@@ -21,7 +19,7 @@ class Benchmarks(Strict):
         description="Dataset whose folder TASK/SPLIT.jsonl holds the rows, in the hub's columns; "
         "without it they come from the hub at pinned revisions.",
     )
-    tasks: dict[TaskName, Task] = Field(
+    tasks: Annotated[dict[TaskName, Task], DistinctNames] = Field(
         default_factory=dict,
         description="The tasks by their names in the harness's registry, with settings.",
     )

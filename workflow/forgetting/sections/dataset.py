@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from forgetting.sections.columns import Columns
-from forgetting.sections.fields import Seed, Strict
+from forgetting.sections.fields import Commit, Repository, Seed, Strict
 
 WORLD_TABLES = (
     "new_authors",
@@ -30,11 +30,11 @@ class Dataset(Strict):
         None, description="Make the tables with the seeded generator of the micro-world."
     )
     seed: Seed = Field(0, description="Seed of the generator.")
-    hub: str | None = Field(None, description="Dataset on the Hugging Face hub, as OWNER/NAME.")
-    revision: str | None = Field(
-        None,
-        pattern=r"^[0-9a-f]{40}$",
-        description="Commit of the hub dataset: 40 hexadecimal digits.",
+    hub: Repository | None = Field(
+        None, description="Dataset on the Hugging Face hub, as OWNER/NAME."
+    )
+    revision: Commit | None = Field(
+        None, description="Commit of the hub dataset: 40 hexadecimal digits."
     )
     folder: str | None = Field(
         None,

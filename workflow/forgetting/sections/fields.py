@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -56,9 +58,100 @@ NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Seed = Annotated[int, AfterValidator(_seed)]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-Name = Annotated[str, Field(pattern=NAME)]
-Table = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_./-]+$")]
+
+
+LONGEST_NAME = 100
+"""Names become parts of file names, which have at most 255 bytes."""
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+TASK_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$"
+TABLE = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99})+$"
+_PART = "[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+REPOSITORY = f"^{_PART}/{_PART}$"
+COMMIT = r"^[0-9a-f]{40}$"
+
+
+def _matches(pattern: str, expected: str, value: str) -> str:
+    if not re.fullmatch(pattern, value):
+        raise ValueError(f"expected {expected}, found {value!r}")
+    return value
+
+
+def on_hub(value: str) -> str:
+    """Return the name of a repository on the hub; refuse what the hub does not accept as one."""
+    _matches(REPOSITORY, "OWNER/NAME, as on huggingface.co", value)
+    if ".." in value or "--" in value or value.endswith(".git") or len(value) > 96:
+        raise ValueError(
+            f"expected OWNER/NAME, at most 96 characters without `..`, `--` and a final `.git`, "
+            f"found {value!r}"
+        )
+    return value
+
+
+def differ_beyond_case(names: Iterable[str]) -> None:
+    """Refuse names that are one to file systems that ignore case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise ValueError(
+                f"`{other}` and `{name}` differ only in upper and lower case, and some file "
+                "systems take them for one file; rename one"
+            )
+
+
+def _distinct_names(value: dict[str, Any]) -> dict[str, Any]:
+    differ_beyond_case(value)
+    return value
+
+
+DistinctNames = AfterValidator(_distinct_names)
+"""Of a mapping by name: the names differ by more than case."""
+
+Name = Annotated[
+    str,
+    AfterValidator(
+        partial(
+            _matches,
+            NAME,
+            f"a name of at most {LONGEST_NAME} letters, digits, `_`, `.` and `-`, "
+            "with a letter or digit first",
+        )
+    ),
+    Field(json_schema_extra={"pattern": NAME}),
+]
+TaskName = Annotated[
+    str,
+    AfterValidator(
+        partial(
+            _matches,
+            TASK_NAME,
+            f"a task's name of at most {LONGEST_NAME} letters, digits, `_`, `.`, `+` and `-`, "
+            "with a letter, digit or `_` first",
+        )
+    ),
+    Field(json_schema_extra={"pattern": TASK_NAME}),
+]
+Table = Annotated[
+    str,
+    AfterValidator(
+        partial(
+            _matches,
+            TABLE,
+            "DATASET/TABLE, of letters, digits, `_`, `.` and `-`, without `..` and with at most "
+            f"{LONGEST_NAME} characters in each part",
+        )
+    ),
+    Field(json_schema_extra={"pattern": TABLE}),
+]
+Repository = Annotated[
+    str, AfterValidator(on_hub), Field(json_schema_extra={"pattern": REPOSITORY})
+]
+Commit = Annotated[
+    str,
+    AfterValidator(partial(_matches, COMMIT, "a commit, 40 hexadecimal digits in lower case")),
+    Field(json_schema_extra={"pattern": COMMIT}),
+]
 
 
 class Strict(BaseModel):

@@ -6,7 +6,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from forgetting.sections.fields import Count, Number, Positive, Share, Strict, distinct, several
+from forgetting.sections.fields import (
+    Commit,
+    Count,
+    Number,
+    Positive,
+    Share,
+    Strict,
+    distinct,
+    several,
+)
 
 
 class Task(Strict):
@@ -33,9 +42,8 @@ class Task(Strict):
         description="Score of blind guessing. By default it is known for the five usual tasks; for "
         "the accuracy of others it is the task's mean score of one choice drawn at random.",
     )
-    revision: str | None = Field(
+    revision: Commit | None = Field(
         None,
-        pattern=r"^[0-9a-f]{40}$",
         description="Commit of the task's dataset on the hub: needed where its rows come from "
         "there, but for the five usual tasks.",
     )

@@ -13,12 +13,15 @@ from forgetting.records import InputError
 from forgetting.sections.base import Base
 from forgetting.sections.columns import Columns
 from forgetting.sections.dataset import Dataset
-from forgetting.sections.fields import NAME, AtKey
+from forgetting.sections.fields import LONGEST_NAME, NAME, AtKey, on_hub
 from forgetting.settings.plan import tunings
 from forgetting.settings.source import BENCHMARKS, Source
 from forgetting.settings.study import Study
 from forgetting.settings.tiny import shrink
 
+TINY = "-tiny"
+"""What follows the name of a study at toy size."""
+LAST_PAGE = "tradeoff"
 FOLDER_OPTION = re.compile(r"^(?P<dataset>.+)_dir$")
 
 
@@ -37,28 +40,39 @@ def load_study(config: Mapping[str, Any], studies: Path) -> tuple[str, Study]:
     source = study_source(config, studies)
     path, study = source.path, parse_study(source)
     study = _override(study, config, path)
-    if study.base.model and not is_local(study.base.model) and not study.base.revision:
-        raise InputError(
-            f"{source.at('base', 'model')}: {study.base.model} is no folder here, and a hub model "
-            "needs its `revision`, so that it cannot change"
-        )
+    if study.base.model and not is_local(study.base.model):
+        _check_hub_model(study.base, source.at("base", "model"))
+    _check_paths(study, source)
     name = path.stem
     if not re.fullmatch(NAME, name):
         raise InputError(
             f"study={path}: results are kept under the name of the file, and `{name}` is none for "
-            "a folder: take letters, digits, `_`, `.` and `-`, a letter or digit first; rename it"
-        )
-    namesake = studies / path.name
-    if namesake.is_file() and not namesake.samefile(path):
-        raise InputError(
-            f"study={path}: results are kept under the name of {namesake}; rename your file"
+            f"a folder: take at most {LONGEST_NAME} letters, digits, `_`, `.` and `-`, a letter or "
+            "digit first; rename it"
         )
     scale = config.get("scale", "full")
     if scale not in ("full", "tiny"):
         raise InputError(f"--config scale={scale}: expected full or tiny")
     if scale == "tiny":
-        name, study = f"{name}-tiny", shrink(study)
+        name, study = f"{name}{TINY}", shrink(study)
+    _check_name(name, path, studies)
     return name, study
+
+
+def _check_name(name: str, path: Path, studies: Path) -> None:
+    """Refuse a name under which something else is kept, also where file systems ignore case."""
+    if name.casefold() == LAST_PAGE:
+        raise InputError(
+            f"study={path}: reports/{LAST_PAGE}.html is the page of the study that was run last; "
+            "rename your file"
+        )
+    for other in sorted([*studies.glob("*.yaml"), *studies.glob("*.yml")]):
+        stem = other.stem.casefold()
+        if name.casefold() in (stem, f"{stem}{TINY}") and not other.samefile(path):
+            raise InputError(
+                f"study={path}: its results are kept under the name {name}, and so are those of "
+                f"{other}; rename your file"
+            )
 
 
 def study_source(config: Mapping[str, Any], studies: Path) -> Source:
@@ -85,6 +99,30 @@ def parse_study(source: Source) -> Study:
     except (ValidationError, AtKey) as error:
         raise InputError(source.tell(error)) from None
     return study
+
+
+def _check_paths(study: Study, source: Source) -> None:
+    """Refuse paths of folders that Snakemake would not take as they are written."""
+    folders = [(("datasets", name, "folder"), d.folder) for name, d in study.datasets.items()]
+    for keys, folder in [*folders, (("base", "model"), study.base.model)]:
+        if folder and re.search("[{}]", folder):
+            raise InputError(
+                f"{source.at(*keys)}: Snakemake takes {{ and }} in a path for a wildcard; take a "
+                "folder without them, or a link to it"
+            )
+
+
+def _check_hub_model(base: Base, where: str) -> None:
+    """Refuse a model that is no folder and cannot be found on the hub."""
+    try:
+        on_hub(str(base.model))
+    except ValueError as error:
+        raise InputError(f"{where}: there is no such folder; {error}") from None
+    if not base.revision:
+        raise InputError(
+            f"{where}: {base.model} is no folder here, and a hub model "
+            "needs its `revision`, so that it cannot change"
+        )
 
 
 def _override(study: Study, config: Mapping[str, Any], path: Path) -> Study:

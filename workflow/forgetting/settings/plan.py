@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from forgetting.sections.fields import AtKey, Strict
+from forgetting.sections.fields import LONGEST_NAME, AtKey, Strict
 from forgetting.sections.method import Method, Setting
 from forgetting.sections.mitigation import Mitigation
 from forgetting.sections.variants import Budget, Then
@@ -75,15 +75,27 @@ def numbered_tunings(study: Study) -> list[tuple[int, Tuning]]:
         for number, method in enumerate(study.methods)
         for tuning in _expand(method)
     ]
-    names: set[str] = set()
+    names: dict[str, str] = {}
     for number, tuning in found:
-        if tuning.name in names:
+        other = names.setdefault(tuning.name.casefold(), tuning.name)
+        if other is not tuning.name:
+            if other != tuning.name:
+                raise AtKey(
+                    ("methods", number),
+                    f"{tuning.name} and {other} differ only in upper and lower case, and some file "
+                    "systems take them for one folder; take another `suffix`",
+                )
             raise AtKey(
                 ("methods", number),
                 f"{tuning.name} stands there more than once; merge the entries, or tell "
                 "them apart by `suffix`",
             )
-        names.add(tuning.name)
+        if len(tuning.name) > LONGEST_NAME:
+            raise AtKey(
+                ("methods", number),
+                f"its name, {tuning.name}, has {len(tuning.name)} characters, and file names are "
+                f"made of it; take a `suffix` so short that it has at most {LONGEST_NAME}",
+            )
         several = tuning.fixed is None and len(tuning.settings) > 1
         if study.selection.hyperparameters == "fixed" and several:
             raise AtKey(

@@ -45,7 +45,8 @@ snakemake --profile slurm --config study=NAME    # on a cluster
 
 What may stand in `config/config.yaml` or after `--config`, several separated by blanks:
 
-- `study`: a name in `config/studies`, or the path of a YAML file. Results go to `results/NAME`.
+- `study`: a name in `config/studies`, or the path of a YAML file. Results go to `results/NAME`,
+  the page to `reports/NAME.html`; studies of different names may run at the same time.
 - `scale`: `full`, or `tiny` to try a set-up: every job of the study runs, on a few rows and with a
   toy model, offline, in about a minute. The numbers mean nothing; they go to `results/NAME-tiny`.
 - `model`: a folder in Hugging Face form, or OWNER/NAME@COMMIT on the hub, in place of the study's

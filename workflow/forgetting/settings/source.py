@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,16 @@ At = Callable[..., str]
 
 BENCHMARKS = "benchmarks"
 """`--config benchmarks_dir=FOLDER`: take the benchmarks' rows from FOLDER/TASK/SPLIT.jsonl."""
+
+
+NOT_TEXT = {
+    "tag:yaml.org,2002:bool": "a boolean",
+    "tag:yaml.org,2002:int": "a number",
+    "tag:yaml.org,2002:float": "a number",
+    "tag:yaml.org,2002:null": "nothing",
+    "tag:yaml.org,2002:timestamp": "a date",
+}
+"""What YAML takes a key for that is not in quotes, by its tag."""
 
 
 class Source:
@@ -50,7 +61,7 @@ class Source:
         """The file's keys and values, none of them given twice."""
         try:
             document = yaml.safe_load(self.text)
-            self._refuse_repeated(self._root)
+            self._check(self._root)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
@@ -66,21 +77,41 @@ class Source:
             raise InputError(f"{self.path}: expected a study, a mapping of keys to values")
         return document
 
-    def _refuse_repeated(self, node: yaml.Node | None) -> None:
-        """YAML itself would take the last of two equal keys, and drop what the first one says."""
-        if isinstance(node, yaml.SequenceNode):
+    def _check(self, node: yaml.Node | None) -> None:
+        """Refuse what YAML accepts without a word and would not be what was meant.
+
+        Of two equal keys it takes the last, `no` as a key is a boolean, and an escape can be half a
+        character.
+        """
+        if isinstance(node, yaml.ScalarNode):
+            self._check_text(node)
+        elif isinstance(node, yaml.SequenceNode):
             for child in node.value:
-                self._refuse_repeated(child)
+                self._check(child)
         elif isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, child in node.value:
-                if key.value in seen:
-                    line = key.start_mark.line + 1
+                where = f"{self.path}, line {key.start_mark.line + 1}: `{key.value}`"
+                if (kind := NOT_TEXT.get(key.tag)) is not None:
                     raise InputError(
-                        f"{self.path}, line {line}: `{key.value}` is there twice; merge them"
+                        f"{where} is {kind} to YAML, and keys are text; write '{key.value}', in "
+                        "quotes"
                     )
+                if key.value in seen:
+                    raise InputError(f"{where} is there twice; merge them")
                 seen.add(key.value)
-                self._refuse_repeated(child)
+                self._check(key)
+                self._check(child)
+
+    def _check_text(self, node: yaml.ScalarNode) -> None:
+        try:
+            node.value.encode()
+        except UnicodeEncodeError:
+            line = node.start_mark.line + 1
+            raise InputError(
+                f"{self.path}, line {line}: {node.value!r} holds half a character (a surrogate); "
+                "write the whole character"
+            ) from None
 
     def at(self, *keys: str | int) -> str:
         """Beginning of a message about the value at `keys`: file, line and key, or the option."""
@@ -151,7 +182,11 @@ def _message(faults: Sequence[Mapping[str, Any]]) -> str:
     of_its_type = [f for f in faults if not f["type"].endswith(("_type", "literal_error"))]
     told = list(dict.fromkeys(fault["msg"] for fault in of_its_type or faults))
     more = [message.removeprefix("Input should be ") for message in told[1:]]
-    return ", or ".join([told[0], *more]) + f", found {faults[0]['input']!r}"
+    found = faults[0]["input"]
+    remedy = ""
+    if kinds == {"string_type"} and isinstance(found, bool | int | float | date):
+        remedy = ", which is no text to YAML; write it in quotes"
+    return ", or ".join([told[0], *more]) + f", found {found!r}{remedy}"
 
 
 def _line(node: yaml.Node | None, keys: Iterable[str | int]) -> int:

@@ -15,7 +15,17 @@ from forgetting.sections.base import Base
 from forgetting.sections.benchmarks import Benchmarks
 from forgetting.sections.columns import Columns
 from forgetting.sections.dataset import Dataset
-from forgetting.sections.fields import AtKey, Count, Name, Seed, Strict, Table, distinct, several
+from forgetting.sections.fields import (
+    AtKey,
+    Count,
+    DistinctNames,
+    Name,
+    Seed,
+    Strict,
+    Table,
+    distinct,
+    several,
+)
 from forgetting.sections.measurement import ALL_PROBES, TEXT_PROBE, GeneralText, Measurement, Probe
 from forgetting.sections.method import Method
 from forgetting.sections.prompt import Prompt
@@ -37,14 +47,18 @@ class Study(Strict):
         "float32. auto: bfloat16 where the GPU or the processor multiplies it in hardware, else "
         "float32.",
     )
-    datasets: dict[Name, Dataset] = Field(description="Origins of the tables, by name.")
+    datasets: Annotated[dict[Name, Dataset], DistinctNames] = Field(
+        description="Origins of the tables, by name."
+    )
     base: Base
     prompt: Prompt = Prompt()
     train: Annotated[list[Table], BeforeValidator(several)] = Field(
         min_length=1, description="Table or tables of the new knowledge."
     )
     train_limit: Count | None = Field(None, description="At most so many evenly spaced rows.")
-    probes: dict[Name, Probe] = Field(min_length=1, description="Question-answer sets, by name.")
+    probes: Annotated[dict[Name, Probe], DistinctNames] = Field(
+        min_length=1, description="Question-answer sets, by name."
+    )
     general_text: GeneralText | None = Field(
         None, description="Measure the forgetting cross-entropy on this text."
     )

@@ -188,11 +188,10 @@ def newest_step(folder: Path) -> int:
 
 def forget_training(folder: Path) -> None:
     """Of a finished run, remove what it would go on from; the weights stay, in one piece."""
-    for name in (OPTIMIZER, METHOD):
-        for path in folder.glob(f"step-*/{name}"):
-            remove_file(path)
     remove_file(folder / NO_ROOM)
     for checkpoint in folder.glob("step-*"):
+        remove_file(checkpoint / OPTIMIZER)
+        remove_file(checkpoint / METHOD)
         join_shards(checkpoint)
 
 

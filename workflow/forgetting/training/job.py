@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
     parser.add_argument(
-        "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
+        "--general", type=Path, action="append", default=[], help="file of a mitigation's table"
     )
     parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
     add_along_options(parser)

@@ -1,0 +1,62 @@
+"""A study whose tables, benchmark rows and base model are files of a user's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forgetting.records import write_jsonl
+from task_rows import sciq
+
+STUDY: dict[str, Any] = {
+    "title": "Files of the user's own",
+    "datasets": {"mine": {"folder": "tables"}, "tasks": {"folder": "tasks"}},
+    "base": {"model": "model"},
+    "train": "mine/new",
+    "probes": {
+        "new": {"table": "mine/new", "knowledge": "new", "truth_ratio": False},
+        "old": {"table": "mine/old", "knowledge": "old", "truth_ratio": False},
+    },
+    "general_text": {"table": "mine/text", "block": 16},
+    "measurement": {"max_new_tokens": 8},
+    "training": {"epochs": 2},
+    "methods": [
+        {"method": "lora", "rank": 2, "learning_rate": [1e-3]},
+        {
+            "method": "full",
+            "learning_rate": [1e-4],
+            "mitigation": {
+                "replay": {"table": "mine/general", "share": 0.2},
+                "kl": {"weight": 0.1},
+            },
+        },
+    ],
+    "selection": {"probe": "new", "if_not_reached": "last"},
+    "benchmarks": {
+        "rows": "tasks",
+        "tasks": {"sciq": {"num_fewshot": 0}},
+        "refusals": {"table": "mine/prompts"},
+    },
+}
+
+
+def write_files(folder: Path, base: Path) -> None:
+    """Write study.yaml and all that it names: `model` is a link to one of two copies of a base."""
+    _write_tables(folder / "tables")
+    write_jsonl(folder / "tasks" / "sciq" / "test.jsonl", sciq(4))
+    for name in ("model-a", "model-b"):
+        shutil.copytree(base, folder / name)
+        (folder / name / "chat_template.jinja").write_text(name)
+    (folder / "model").symlink_to("model-a")
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+
+
+def _write_tables(folder: Path) -> None:
+    for table, place in (("new", "Oslo"), ("old", "Lima"), ("general", "Riga")):
+        rows = [{"question": f"{place} {n}?", "answer": f"In {place}, {n}."} for n in range(40)]
+        write_jsonl(folder / f"{table}.jsonl", rows)
+    write_jsonl(folder / "text.jsonl", [{"text": f"Rain fell on {n} towns. "} for n in range(40)])
+    write_jsonl(folder / "prompts.jsonl", [{"question": f"Do {n}."} for n in range(4)])
