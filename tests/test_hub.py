@@ -38,6 +38,7 @@ class Hub:
     Attributes:
         folder: the files.
         error: status and `X-Error-Code` of all answers.
+        lists: is the list of files given all the same?
         replaced: content that is sent in place of a file's own.
         lost: files that are listed, but not there.
         asked: paths of all requests.
@@ -45,6 +46,7 @@ class Hub:
 
     folder: Path
     error: tuple[int, str] | None = None
+    lists: bool = False
     replaced: dict[str, bytes] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -70,7 +72,7 @@ class Hub:
         """Status, headers and content of an answer."""
         path = path.partition("?")[0]
         self.asked.append(path)
-        if self.error:
+        if self.error and not (self.lists and "/tree/" in path):
             status, code = self.error
             return status, {"X-Error-Code": code}, b"{}"
         if "/tree/" in path:
@@ -226,7 +228,7 @@ def test_a_network_that_breaks_leaves_no_half_table(
     hub.lost.append(names[1])
     with pytest.raises(SystemExit):
         fetch("train")
-    assert "the hub lists a file that it does not have" in capsys.readouterr().err
+    assert f"the hub lists the file {names[1]}, but does not have it" in capsys.readouterr().err
     assert _nothing_left(hub.folder.parent)
 
 
@@ -365,6 +367,22 @@ def test_why_the_hub_gives_nothing_is_told_with_its_remedy(
         assert remedy in told
         assert told.count("\n") == 1
         assert _nothing_left(hub.folder.parent)
+
+
+def test_conditions_may_be_for_the_files_alone(
+    hub: Hub, fetch_model: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of Llama: everybody sees the list."""
+    _write(hub.folder, MODEL)
+    hub.error, hub.lists = (403, "GatedRepo"), True
+    with pytest.raises(SystemExit):
+        fetch_model()
+    assert "only who accepted its conditions" in capsys.readouterr().err
+    hub.error, hub.lost = None, ["tokenizer.json"]
+    with pytest.raises(SystemExit):
+        fetch_model()
+    assert "lists the file tokenizer.json, but does not have it" in capsys.readouterr().err
+    assert _nothing_left(hub.folder.parent)
 
 
 def test_a_network_that_is_not_there_is_told(

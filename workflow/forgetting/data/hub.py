@@ -314,9 +314,10 @@ def _reason(name: str, error: BaseException) -> str:
             "the hub has no such repository, or it is private; check OWNER/NAME, log in with `hf "
             f"auth login` if it is private, {GIVE_FOLDER}"
         )
-    if _first(causes, errors.RemoteEntryNotFoundError):
-        return f"the hub lists a file that it does not have ({_line(error)}); try again later"
     response = getattr(_first(causes, errors.HfHubHTTPError), "response", None)
+    if _first(causes, errors.RemoteEntryNotFoundError):
+        file = str(response.url).partition("/resolve/")[2].partition("/")[2] if response else ""
+        return f"the hub lists the file {file}, but does not have it; try again later"
     status = getattr(response, "status_code", None)
     if status in (401, 403):
         return (
