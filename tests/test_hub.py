@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -393,6 +394,8 @@ def test_a_network_that_is_not_there_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _point(monkeypatch, "http://127.0.0.1:9")
+    # The hub's library tries again after 1, 2, 4, 8 and 8 s.
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     for run in (fetch_model, lambda: fetch("full")):
         with pytest.raises(SystemExit):
             run()
