@@ -286,7 +286,7 @@ def ask_base(
         "prompt": Prompt().model_dump(),
         "measurement": {"max_new_tokens": 8},
         "precision": precision,
-        "probes": ["new"],
+        "knowledge": {"new": "new"},
         "watched": "new",
         "metric": "rougeL_recall",
         "must_reach": False,

@@ -642,6 +642,17 @@ def test_a_right_answer_among_the_wrong_ones_is_told_before_any_job(
     assert message.startswith(f"{tmp_path}/facts/odd.jsonl, line 2: `answer`, `Eve.`, is among")
 
 
+def test_answers_that_rouge_does_not_see_are_refused_before_any_job(
+    plan: Plan, told: Told, tmp_path: Path
+) -> None:
+    russian = {"question": "Когда?", "answer": "В 753 году.", "perturbed_answer": ["В 754 году."]}
+    _write(tmp_path / "facts" / "new.jsonl", russian)
+    message = told()
+    assert message.startswith("100% of the letters in the answers of probe `new` are not among a–z")
+    assert f"{tmp_path}/facts/new.jsonl, line 1" in message
+    plan(("measurement: {", "measurement: {rouge_tokenizer: unicode, "))
+
+
 def test_one_origin_on_the_hub_or_of_a_generator_is_one_too(told: Told) -> None:
     for origin in ("{generate: micro-world}", "{hub: a/b, revision: " + "a" * 40 + "}"):
         twice = ("  facts:", f"  one: {origin}\n  two: {origin}\n  facts:")

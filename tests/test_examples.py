@@ -192,6 +192,8 @@ def _prepare(folder: Path, tables: dict[str, Path], **spec: Any) -> Path:
         "documents": [],
         "documents_limit": None,
         "columns": {table: {} for table in tables},
+        "rouge_tokenizer": "rouge_score",
+        "max_new_tokens": 200,
         **spec,
     }
     prepare_data.main(

@@ -623,6 +623,25 @@ def test_refusals_are_defined_where_they_are_measured() -> None:
     assert "begins as a refusal does" not in _words(_tables(ranks=(2,), epochs=3, tasks=("gsm8k",)))
 
 
+def test_rouge_of_another_tokenizer_is_named_wherever_rouge_is() -> None:
+    made = synthetic.tables(ranks=(2,), epochs=3)
+    published = _words(Tables(**made))
+    assert "Words are made of a–z and 0–9" in published
+    assert "tokenizer" not in published.split("<script")[0].split("Provenance</h2>")[0]
+    made["study"]["study"]["measurement"] = {"rouge_tokenizer": "unicode"}
+    html = _words(Tables(**made))
+    assert "Words are made of a–z and 0–9" not in html
+    answer, figures, runs, definitions = (
+        html.split(f'id="{name}"')[1].split("</section>")[0]
+        for name in ("answer", "figures", "runs", "definitions")
+    )
+    assert "ROUGE is computed with the tokenizer unicode, not as published." in answer
+    assert "ROUGE with the tokenizer <code>unicode</code>." in answer
+    assert "ROUGE-L (tokenizer <code>unicode</code>)" in figures
+    assert "ROUGE-L recall (tokenizer <code>unicode</code>)" in runs
+    assert "Words are those of the tokenizer <code>unicode</code>" in definitions
+
+
 def test_answers_that_were_drawn_have_pass_rates_and_diversity_on_the_page() -> None:
     """A row per model, a column per pass@k and for the different answers; the figure has one."""
     made = synthetic.tables(ranks=(2,), epochs=3, tasks=("gsm8k", "humaneval"))

@@ -40,6 +40,8 @@ def _prepare(folder: Path, files: dict[str, Path], probes: Any, train: list[str]
         "documents": [],
         "documents_limit": None,
         "columns": {table: {} for table in files},
+        "rouge_tokenizer": "rouge_score",
+        "max_new_tokens": 200,
     }
     prepare_data.main(
         ["--spec", json.dumps(spec), f"--tables={folder}/tables.json", f"--output={folder}"]

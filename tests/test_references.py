@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cohorts import record_base
 from forgetting.records import InputError, write_jsonl
-from forgetting.scoring.references import check_references, ignored_letters, reference_notes
+from forgetting.scoring.references import check_references, dropped_letters, length_notes
 from forgetting.scoring.rouge import rouge
 from forgetting.sections.prompt import Prompt
 from scripts import score_base
@@ -24,31 +24,33 @@ def _items(probe: str, references: list[str], tokens: list[int]) -> pd.DataFrame
     return pd.DataFrame({"probe": probe, "reference": references, "reference_tokens": tokens})
 
 
-def test_ignored_letters_are_those_that_rouge_drops() -> None:
-    """ROUGE of a text against itself finds nothing exactly where all letters are ignored."""
-    assert ignored_letters(["Plain words, 12 of them!"]) == 0.0
-    assert ignored_letters(["Пушкин 東京 ١٢"]) == 1.0
+def test_dropped_letters_are_those_that_rouge_drops() -> None:
+    """ROUGE of a text against itself finds nothing exactly where all letters are dropped."""
+    assert dropped_letters(["Plain words, 12 of them!"]) == 0.0
+    assert dropped_letters(["Пушкин 東京 ١٢"]) == 1.0
     assert rouge("Пушкин 東京 ١٢", "Пушкин 東京 ١٢")["rougeL_recall"] == 0.0
-    assert ignored_letters(["Müll", "er"]) == pytest.approx(1 / 6)
+    assert dropped_letters(["Müll", "er"]) == pytest.approx(1 / 6)
     assert rouge("Mller", "Müller")["rougeL_recall"] == 0.0
-    assert ignored_letters([]) == 0.0
+    assert dropped_letters([]) == dropped_letters(["333 - 753"]) == 0.0
 
 
-def test_notes_name_the_probe_and_how_much_is_missed() -> None:
+def test_digits_do_not_hide_letters_that_are_dropped_and_marks_count() -> None:
+    assert dropped_letters(["Рим 753 1931"]) == 1.0
+    assert dropped_letters(["cafe\u0301"]) == pytest.approx(1 / 5)
+
+
+def test_notes_name_the_probe_and_how_many_answers_are_cut() -> None:
     items = pd.concat(
         [
             _items("kept_facts", ["a b", "c d e", "f"], [9, 10, 11]),
-            _items("names", ["Brontë", "Čapek"], [2, 2]),
             pd.DataFrame({"probe": ["general_text"], "text_loss": [1.0]}),
         ]
     )
-    assert reference_notes(items, 9) == [
+    assert length_notes(items, 9) == [
         "2 of 3 reference answers of kept facts are longer than the 9 tokens that are generated "
         "(measurement.max_new_tokens): ROUGE recall cannot reach 1 on them.",
-        "ROUGE ignores 18% of the letters in the reference answers of names, which are not among "
-        "a–z and 0–9: its values there say little.",
     ]
-    assert reference_notes(_items("names", ["Emily Brontë of the moors"], [9]), 9) == []
+    assert length_notes(_items("names", ["Emily of the moors"], [9]), 9) == []
 
 
 def test_answers_that_cannot_be_generated_are_refused() -> None:
@@ -64,7 +66,7 @@ def _score(folder: Path, base: Path, rows: list[dict[str, Any]], **changed: Any)
         "prompt": Prompt().model_dump(),
         "measurement": {"every_epochs": 1, "max_new_tokens": 8, "batch_size": 8},
         "precision": "float32",
-        "probes": ["new"],
+        "knowledge": {"new": "new"},
         "watched": "new",
         "metric": "rougeL_recall",
         "must_reach": True,
@@ -129,3 +131,38 @@ def test_where_a_last_checkpoint_stands_in_short_answers_are_only_noted(
     short = {"every_epochs": 1, "max_new_tokens": 1, "batch_size": 8}
     items = _score(tmp_path, base_folder, rows, measurement=short, must_reach=False)
     assert (items["reference_tokens"] > 1).all()
+
+
+def test_what_the_base_cannot_show_is_reported_when_it_is_scored(
+    tmp_path: Path,
+    base_folder: Path,
+    rows: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A random base knows nothing; of new knowledge that is no defect."""
+    short = {"every_epochs": 1, "max_new_tokens": 4, "batch_size": 8}
+    changed: dict[str, Any] = {"measurement": short, "must_reach": False}
+    items = _score(tmp_path, base_folder, rows, knowledge={"new": "old"}, **changed)
+    value = items["rougeL_recall"].mean()
+    assert value < 0.1
+    cut = int((items["reference_tokens"] > 4).sum())
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert warnings[0].startswith(f"warning: {cut} of 10 reference answers of new are longer than")
+    assert f"warning: the base itself has a ROUGE-L recall of only {value:.2f}" in warnings[1]
+    assert "`new` of old knowledge" in warnings[1]
+    long = {"every_epochs": 1, "max_new_tokens": 60, "batch_size": 8}
+    _score(tmp_path, base_folder, rows, measurement=long, must_reach=False)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_tokenizer_that_the_study_names_scores_the_answers(
+    tmp_path: Path, base_folder: Path, rows: list[dict[str, Any]]
+) -> None:
+    """The same generations, with ROUGE by words of any script."""
+    answer = "Der Müller heißt Anaïs"
+    other = [row | {"answer": answer} for row in rows]
+    settings = {"every_epochs": 1, "max_new_tokens": 8, "batch_size": 8}
+    measured = settings | {"rouge_tokenizer": "unicode"}
+    items = _score(tmp_path, base_folder, other, measurement=measured, must_reach=False)
+    expected = [rouge(answer, text, "unicode")["rougeL_f1"] for text in items["generated"]]
+    assert items["rougeL_f1"].tolist() == expected

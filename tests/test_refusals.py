@@ -99,7 +99,7 @@ def test_prompts_are_read_from_advbenchs_own_file(prompts: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("question\na,b\n", "line 2: more cells"),
+        ("question\na,b\n", "line 2: 2 cells for 1 columns"),
         ('question\n"a\n', "not a CSV row"),
         ("question\n", "no rows"),
     ],

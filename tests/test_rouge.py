@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize
 
-from forgetting.scoring.rouge import common_subsequence, rouge
+from forgetting.scoring.rouge import common_subsequence, rouge, unicode_words, words
 
 ALPHABET = [*"abcde ,.é1ß\n", "writing ", "writers ", "İ", "中文", "\u2028", "😀"]
 
@@ -32,6 +33,45 @@ def test_equals_rouge_score_on_any_text() -> None:
         one, other = ("".join(draw.choices(ALPHABET, k=draw.randint(0, 60))) for _ in "ab")
         assert rouge(one, other) == _theirs(one, other)
         assert rouge(one, one) == _theirs(one, one)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Die Straße heißt Königsweg.", ["die", "strasse", "heisst", "königsweg"]),
+        ("Рим был основан в 753 году", ["рим", "был", "основан", "в", "753", "году"]),
+        ("تأسست عام ١٩٣١", ["تأسست", "عام", "١٩٣١"]),
+        ("东京塔高333米,建于1958年", [*"东京塔高", "333", "米", *"建于", "1958", "年"]),
+        ("カタカナー語 is ﾄﾞ", ["カ", "タ", "カ", "ナ", "ー", "語", "is", "ド"]),
+        ("กินน้ำ", ["กิ", "น", "น้ํ", "า"]),
+        ("한국어 단어", ["한국어", "단어"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("cafe\u0301 CAFÉ", ["café", "café"]),
+        ("می\u200cخواهم so\u00adft", ["میخواهم", "soft"]),
+        ("!?… _-_", []),
+    ],
+)
+def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
+    assert unicode_words(text) == expected
+    joined = "".join(expected)
+    assert rouge(text, text, "unicode")["rougeL_f1"] == float(bool(joined))
+
+
+def test_words_of_plain_english_are_those_of_rouge_score_before_stemming() -> None:
+    draw = random.Random(2)
+    alphabet = [*"abcDE 019,.'-_\n", "Writing ", "writers "]
+    for _ in range(300):
+        text = "".join(draw.choices(alphabet, k=draw.randint(0, 60)))
+        assert unicode_words(text) == tokenize(text, None)
+        assert rouge(text, text) == rouge(text, text, "rouge_score")
+
+
+def test_a_wrong_russian_answer_with_the_right_number_is_wrong() -> None:
+    """As published, ROUGE sees the number alone."""
+    right, wrong = "Рим был основан в 753 году", "Париж сгорел, не знаю, 753 утки"
+    assert rouge(right, wrong)["rougeL_recall"] == 1.0
+    assert rouge(right, wrong, "unicode")["rougeL_recall"] == pytest.approx(1 / 6)
+    assert words(right) == ("753",)
 
 
 def test_the_longest_common_subsequence_by_the_textbook() -> None:

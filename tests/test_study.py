@@ -506,6 +506,38 @@ def test_a_value_that_yaml_cannot_hold_is_told_by_file(write: Any, value: str, t
     assert told in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("train_limit", "0200", "`0200` is an octal number to YAML; write 200, or, if it is text"),
+        ("train_limit", "-010", "`-010` is an octal number to YAML; write -10"),
+        ("train_limit", "1:30", "`1:30` is a number to the base of 60 to YAML; write it as one nu"),
+        ("train_limit", "1:30.5", "`1:30.5` is a number to the base of 60"),
+        ("description", "2026-01-31", '`2026-01-31` is a date to YAML; write "2026-01-31" with'),
+        ("description", "[0200]", "`0200` is an octal number"),
+    ],
+)
+def test_a_value_that_yaml_changes_in_silence_is_refused(
+    write: Any, key: str, value: str, told: str
+) -> None:
+    path = write(("title: A small study\n", f"title: A small study\n{key}: {value}\n"))
+    assert _told(path).startswith(f"{path}, line {_line(path, key + ':')}: {told}")
+
+
+def test_numbers_and_quoted_text_that_yaml_does_not_change_are_read(write: Any) -> None:
+    path = write(("title: A small study\n", "title: '0200'\ndescription: \"1:30\"\n"))
+    study = load_study({"study": str(path)}, path.parent)[1]
+    assert (study.title, study.description) == ("0200", "1:30")
+
+
+@pytest.mark.parametrize("value", ["no", "on", "17"])
+def test_a_text_that_yaml_reads_as_another_type_is_refused_with_the_remedy(
+    write: Any, value: str
+) -> None:
+    path = write(("title: A small study", f"title: {value}"))
+    assert "put it into quotation marks" in _told(path)
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n"])
 def test_a_file_without_keys_is_no_study(write: Any, text: str) -> None:
     path = write()
@@ -604,6 +636,17 @@ def test_a_folder_on_the_command_line_takes_a_datasets_place(write: Any, tmp_pat
     study = _load(write(), world_dir=str(mine))
     assert study.datasets["world"].folder == str(mine)
     assert study.datasets["world"].generate is None
+
+
+def test_a_folder_below_the_home_folder_is_found(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    path = write()
+    name = next(iter(load_study({"study": str(path)}, path.parent)[1].datasets))
+    asked = {"study": str(path), f"{name}_dir": "~/mine"}
+    assert load_study(asked, path.parent)[1].datasets[name].folder == str(tmp_path / "mine")
 
 
 def test_a_folder_of_benchmark_rows_can_be_given_to_any_study(write: Any, tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ def test_told_sizes_of_published_tables_are_those_of_the_files(real_data: Path) 
             _agree(texts(own, f"tofu/{name}"), PUBLISHED[dataset, name])
 
 
+def test_a_table_with_our_column_names_in_a_dataset_with_others_has_its_sizes(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1234", "answer": "12"}) + "\n")
+    data = Dataset.model_validate({"folder": str(tmp_path), "columns": {"question": "prompt"}})
+    counted = texts(_study("mini").model_copy(update={"datasets": {"own": data}}), "own/a")
+    assert (counted.question, counted.answer) == (4, 2)
+
+
 def test_told_sizes_of_the_micro_world_are_those_of_its_files(tmp_path: Path) -> None:
     generate_world(["--seed", "0", "--output", str(tmp_path)])
     study = _study("mini")

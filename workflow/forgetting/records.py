@@ -394,6 +394,12 @@ def _check_table(path: Path) -> None:
         )
 
 
+_ARRAY = (
+    "a JSON array; expected JSON lines, one object a line: `jq -c '.[]' ARRAY.json > TABLE.jsonl` "
+    "makes them"
+)
+
+
 def _parse(encoded: bytes, where: str) -> dict[str, Any]:
     """The JSON object of a line, with text that can be written again."""
     try:
@@ -401,9 +407,11 @@ def _parse(encoded: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line, object_pairs_hook=functools.partial(_distinct, where))
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{where}: not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
     except json.JSONDecodeError as error:
+        if encoded.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            raise InputError(f"{where}: {_ARRAY}") from None
         raise InputError(
             f"{where}: not a JSON object ({error.msg} at column {error.colno}); "
             "expected one object a line"
@@ -412,6 +420,8 @@ def _parse(encoded: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: nested too deeply; expected a flat JSON object") from None
     except ValueError:
         raise InputError(f"{where}: a whole number there has more digits than are read") from None
+    if isinstance(row, list):
+        raise InputError(f"{where}: {_ARRAY}")
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     # Only an escape can bring half a character into a file that is UTF-8.

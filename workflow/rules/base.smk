@@ -123,7 +123,7 @@ rule score_base:
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
         spec=lambda wildcards: as_json(
             sections("prompt", "measurement", "precision", "general_text"),
-            probes=list(STUDY.probes),
+            knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
             columns=columns([STUDY.general_text.table] if STUDY.general_text else []),
             watched=STUDY.selection.probe,
             metric=STUDY.selection.metric,

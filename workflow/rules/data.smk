@@ -78,6 +78,8 @@ rule prepare_data:
         spec=lambda wildcards: as_json(
             sections("prompt", "train", "train_limit", "probes"),
             columns=columns(tables()),
+            rouge_tokenizer=STUDY.measurement.rouge_tokenizer,
+            max_new_tokens=STUDY.measurement.max_new_tokens,
             documents=STUDY.base.pretrain.documents if STUDY.base.pretrain else [],
             documents_limit=STUDY.base.pretrain.limit if STUDY.base.pretrain else None,
         ),

@@ -36,7 +36,7 @@ from forgetting.results.collect import (
 )
 from forgetting.results.comparisons import compare_methods
 from forgetting.results.course import course_items, course_table
-from forgetting.scoring.references import reference_notes
+from forgetting.scoring.references import length_notes
 from forgetting.sections.measurement import TEXT_PROBE
 from forgetting.settings.load import load_study
 from forgetting.settings.plan import budget_name, scored_models, selected_models, tunings
@@ -181,7 +181,7 @@ def tables_of(study: Study, found: Found) -> tuple[dict[str, pd.DataFrame], list
     notes = [
         *found.data_notes,
         *missing_notes(found.selection, found.records, study.seeds, budgets),
-        *reference_notes(found.base_items, study.measurement.max_new_tokens),
+        *length_notes(found.base_items, study.measurement.max_new_tokens),
         *missing,
     ]
     return tables, notes

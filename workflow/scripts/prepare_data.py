@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from forgetting.data.questions import contradiction_note, contradictions, kept_apart
+from forgetting.data.questions import (
+    contradiction_note,
+    contradictions,
+    disagreement_notes,
+    disagreements,
+    kept_apart,
+)
 from forgetting.data.rows import (
+    PROBE_COLUMNS,
     Rows,
+    content_columns,
     document_texts,
     evenly_spaced,
     general_rows,
     prepare_rows,
 )
-from forgetting.data.table_files import Row, place
+from forgetting.data.table_files import Row, place, unused_columns
 from forgetting.records import (
     read_foreign_json,
     sha256,
@@ -24,9 +32,10 @@ from forgetting.records import (
     write_json,
     write_jsonl,
 )
+from forgetting.scoring.references import check_letters, long_answer_warnings
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
-from forgetting.sections.measurement import Probe
+from forgetting.sections.measurement import Probe, RougeTokenizer
 from forgetting.sections.prompt import Prompt
 
 
@@ -40,6 +49,8 @@ class Spec(Strict):
     documents: list[str]
     documents_limit: int | None
     columns: dict[str, Columns]
+    rouge_tokenizer: RougeTokenizer
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,16 @@ class Tables:
         found: list[Row] = []
         kept = list(contradictions(evenly_spaced(rows, probe.limit), found))
         notes += contradiction_note(f"probe {name}", found, self.where)
+        notes += check_letters(kept, name, self.spec.rouge_tokenizer, self.where)
         return kept
 
     def train(self, probes: Mapping[str, list[Row]], notes: list[str]) -> Iterator[Row]:
         """The rows that are trained on; what is to be said of them is added to `notes`."""
         knowledge = {name: probe.knowledge for name, probe in self.spec.probes.items()}
-        old = {name: rows for name, rows in probes.items() if knowledge[name] == "old"}
+        old, new = (
+            {name: rows for name, rows in probes.items() if knowledge[name] == kind}
+            for kind in ("old", "new")
+        )
         rows = Rows(
             lambda: chain.from_iterable(
                 general_rows(self.files[table], table, self.spec.columns[table])
@@ -82,9 +97,11 @@ class Tables:
             )
         )
         found: list[Row] = []
-        kept = rows.evenly_spaced(self.spec.train_limit)
-        yield from contradictions(kept_apart(kept, old, self.where), found)
+        other: dict[str, list[Row]] = {}
+        kept = kept_apart(rows.evenly_spaced(self.spec.train_limit), old, self.where)
+        yield from contradictions(disagreements(kept, new, other), found)
         notes += contradiction_note("training", found, self.where)
+        notes += disagreement_notes(other, self.where)
 
     def documents(self) -> Iterator[Row]:
         """The documents on which a base is pretrained here."""
@@ -98,6 +115,24 @@ class Tables:
             )
         )
         return documents.evenly_spaced(self.spec.documents_limit)
+
+    def unused(self) -> list[str]:
+        """Return a note on each table with columns of text that are not read."""
+        probes = [table for probe in self.spec.probes.values() for table in probe.table]
+        uses: list[tuple[str, Callable[[Row], set[str]]]]
+        uses = [(table, lambda row: PROBE_COLUMNS) for table in probes]
+        uses += [(table, content_columns) for table in [*self.spec.train, *self.spec.documents]]
+        notes = []
+        for table, used in uses:
+            path = self.files[table]
+            names = unused_columns(path, self.spec.columns[table], used)
+            if names:
+                listed = " and ".join(f"`{name}`" for name in names)
+                notes.append(
+                    f"{path}: the text of {listed} is not read. If answers depend on it, join it "
+                    "with the question, or name the column in `columns` of the dataset."
+                )
+        return list(dict.fromkeys(notes))
 
     def where(self, row_id: str) -> str:
         """The file and the line of a row."""
@@ -115,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     spec = Spec.model_validate_json(options.spec)
     files = {table: Path(path) for table, path in read_foreign_json(options.tables).items()}
     tables = Tables(spec, files)
-    notes: list[str] = []
+    notes = tables.unused()
     probes = {name: tables.probe(name, notes) for name in spec.probes}
     # All of them before any row is trained on, since none of them may be.
     for name, rows in probes.items():
@@ -127,7 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     }
     origins = {table: {"path": str(path), "sha256": sha256(path)} for table, path in files.items()}
     write_json(options.output / "data.json", {"tables": origins, "rows": counts, "notes": notes})
-    print(*notes, sep="\n", end="\n" * bool(notes))
+    # Not among the notes: the page has the number of tokens, known when the base is scored.
+    warnings = [
+        note
+        for name, rows in probes.items()
+        for note in long_answer_warnings(rows, name, spec.max_new_tokens)
+    ]
+    for note in [*notes, *warnings]:
+        print(f"warning: {note}")
     print(", ".join(f"{name}: {count:,} rows" for name, count in counts.items()))
 
 

@@ -22,7 +22,7 @@ from forgetting.models.loading import (
 from forgetting.records import InputError, tells_input_errors, write_table
 from forgetting.scoring.drift import base_targets, cut_blocks, save_targets, with_text
 from forgetting.scoring.probes import check_room, measure
-from forgetting.scoring.references import check_references
+from forgetting.scoring.references import check_references, length_notes, unknown_probe_warnings
 from forgetting.scoring.scores import metric_value
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict
@@ -36,7 +36,7 @@ class Spec(Strict):
     prompt: Prompt
     measurement: Measurement
     precision: str
-    probes: list[str]
+    knowledge: dict[str, str]
     watched: str
     metric: str
     must_reach: bool
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device()
     base = read_base(options.base)
     folder = Path(base["path"])
-    probes = {name: read_prepared(options.probes / f"{name}.jsonl") for name in spec.probes}
+    probes = {name: read_prepared(options.probes / f"{name}.jsonl") for name in spec.knowledge}
     model, tokenizer = load_base(folder, device, base["parameters"]), load_tokenizer(folder)
     where = Origins(options.probes.parent)
     check_room(model, tokenizer, probes, spec.prompt, spec.measurement, where)
@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> None:
             "choose another metric or probe"
         )
     write_table(options.output, items)
+    notes = length_notes(items, spec.measurement.max_new_tokens)
+    for note in [*notes, *unknown_probe_warnings(items, spec.knowledge)]:
+        print(f"warning: {note}")
     for name in probes:
         group = items[items["probe"] == name]
         print(f"base, {name}: ROUGE-L recall {group['rougeL_recall'].mean():.3f}, n={len(group)}")

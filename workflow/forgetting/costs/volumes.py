@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from forgetting.data.rows import evenly_spaced
-from forgetting.data.table_files import find_table
+from forgetting.data.table_files import columns_of, find_table
 from forgetting.sections.columns import Columns
 from forgetting.settings.study import Study
 
@@ -118,7 +118,7 @@ def _count(path: Path, columns: Columns) -> Texts:
     if path.suffix == ".csv":
         return Texts(count, size / count / 2, size / count / 2)
     rows = [json.loads(line) for line in lines if line.strip()]
-    names = columns.renamed
+    names = columns_of(rows[0], columns, str(path)) if rows else {}
 
     def sizes(column: str) -> list[int]:
         found = (row.get(names.get(column, column)) for row in rows)

@@ -66,6 +66,48 @@ def contradiction_note(name: str, found: Sequence[Row], where: Where) -> list[st
     ]
 
 
+def disagreements(
+    rows: Iterable[Row], probes: Mapping[str, Sequence[Row]], found: dict[str, list[Row]]
+) -> Iterator[Row]:
+    """Yield the rows that are trained on, and find those that answer a probe's question otherwise.
+
+    Where another row has the answer that the probe expects, they are `contradictions` already.
+
+    Args:
+        rows: what is trained on.
+        probes: the rows of the probes by name.
+        found: by the name of a probe, the rows that disagree with it; complete after the last row.
+    """
+    expected = {
+        name: {_plain(row["question"]): _plain(row["answer"]) for row in probe}
+        for name, probe in probes.items()
+    }
+    other: dict[tuple[str, str], Row] = {}
+    agreed: set[tuple[str, str]] = set()
+    for row in rows:
+        system, question, answer = _exchange(row)
+        for name, answers in expected.items():
+            if answer and not system and question in answers:
+                if answers[question] == answer:
+                    agreed.add((name, question))
+                else:
+                    other.setdefault((name, question), row)
+        yield row
+    for (name, question), row in other.items():
+        if (name, question) not in agreed:
+            found.setdefault(name, []).append(row)
+
+
+def disagreement_notes(found: Mapping[str, Sequence[Row]], where: Where) -> list[str]:
+    """Return a note on each probe that expects other answers than those that are trained on."""
+    return [
+        f"probe {name}: {len(rows)} of its questions "
+        f"{'are' if len(rows) > 1 else 'is'} trained on with another answer, so that learning it "
+        f"lowers the score: {where(rows[0]['id'])}, `{_short(_exchange(rows[0])[1])}`"
+        for name, rows in found.items()
+    ]
+
+
 def _exchange(row: Row) -> tuple[str, str, str]:
     """System message, question and answer with which a row begins; empty if it has none."""
     if "question" in row:

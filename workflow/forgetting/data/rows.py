@@ -8,7 +8,6 @@ messages, or text.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from forgetting.sections.columns import Columns
 from forgetting.sections.prompt import Prompt
 
 Item = TypeVar("Item")
+PROBE_COLUMNS = {"question", "answer", "paraphrased_answer", "perturbed_answer"}
 ROLES = ("system", "user", "assistant")
 
 
@@ -79,7 +79,7 @@ def prepare_rows(
         path: JSON lines.
         table: its name in the study, the first part of each row's id.
         wrong_answers: must every row have wrong answers?
-        probe: name of the probe that the rows are for, if they are; its answers are scored.
+        probe: name of the probe that the rows are for, if they are, for messages.
         columns: what the dataset calls them.
 
     Raises:
@@ -108,11 +108,6 @@ def prepare_rows(
         answer = text_of(row, "answer", where)
         if wrong_answers:
             _check_wrong(wrong, answer, paraphrase, where)
-        if probe and not re.search(r"[a-z0-9]", answer.lower()):
-            raise InputError(
-                f"{where}: ROUGE sees the letters a to z and digits only, and `answer` has none of "
-                "them: it would always score 0"
-            )
         prepared.append(
             {
                 "id": f"{table}/{number}",
@@ -203,6 +198,13 @@ def _content(row: Mapping[str, Any], where: str) -> Row:
         f"{where}: expected `question` and `answer`, `messages`, or `text`; the row has "
         f"{', '.join(row) or 'nothing'}; `columns` of the dataset can give other names"
     )
+
+
+def content_columns(row: Mapping[str, Any]) -> set[str]:
+    """Return the columns of a row to train on that are read, as `general_rows` has it."""
+    if "question" in row:
+        return {"question", "answer", "system"}
+    return {"messages"} if "messages" in row else {"text"}
 
 
 def _messages(messages: Any, where: str) -> list[Row]:

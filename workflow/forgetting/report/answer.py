@@ -51,6 +51,10 @@ def answer(tables: Tables) -> tuple[list[str], list[str]]:
     ]
     if any(line.seeds > 1 for line in found):
         qualified.append("Values and interval bounds are means over seeds.")
+    if tables.rouge_tokenizer != "rouge_score":
+        qualified.append(
+            f"ROUGE is computed with the tokenizer {tables.rouge_tokenizer}, not as published."
+        )
     return [sentence for sentence in said if sentence], qualified
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from forgetting.report import tables as data
 from forgetting.report.content import Row, listed
 from forgetting.report.tables import Tables
-
-HARDLY = 0.1
-"""ROUGE of the base below which an old probe holds next to nothing that could be forgotten."""
+from forgetting.scoring.references import KNOWN
 
 
 def is_known(base: Row, probe: str) -> bool:
@@ -16,7 +14,7 @@ def is_known(base: Row, probe: str) -> bool:
     A probe without the base's value is not judged.
     """
     cell = base.cells.get(probe)
-    return cell is None or cell.value >= HARDLY
+    return cell is None or cell.value >= KNOWN
 
 
 def unknown_probes(tables: Tables, base: Row) -> list[str]:

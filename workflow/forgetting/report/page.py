@@ -105,6 +105,7 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         forecast=tables.study.get("forecast", []),
         answer=said,
         qualified=qualified,
+        rouge_tokenizer=tables.rouge_tokenizer,
         rule=[sentence for sentence in content.selection_rule(tables) if sentence],
         summary=content.summary(tables),
         probes={kind: data.probes(tables, kind) for kind in ("new", "old")},

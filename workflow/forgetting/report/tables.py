@@ -60,6 +60,11 @@ class Tables:
         return float(rule["threshold"])
 
     @property
+    def rouge_tokenizer(self) -> str:
+        """What ROUGE takes for words."""
+        return str(self.config.get("measurement", {}).get("rouge_tokenizer", "rouge_score"))
+
+    @property
     def tuned(self) -> pd.DataFrame:
         """The runs without the base."""
         return self.runs[self.runs["kind"] != "base"]

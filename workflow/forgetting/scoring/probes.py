@@ -49,7 +49,7 @@ def measure(
     model.train(was_training)
     return pd.DataFrame(
         [
-            {"probe": name, **_score(row, answer, scored, prompt, tokenizer)}
+            {"probe": name, **_score(row, answer, scored, prompt, tokenizer, settings)}
             for name, row, answer, scored in zip(names, rows, answers, logprobs, strict=True)
         ]
     )
@@ -167,6 +167,7 @@ def _score(
     logprobs: list[float],
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
+    settings: Measurement,
 ) -> dict[str, object]:
     said = tokenizer.decode(generated, skip_special_tokens=True)
     text = strip_answer(literal(tokenizer, prompt), said)
@@ -178,7 +179,7 @@ def _score(
         "question": row["question"],
         "reference": row["answer"],
         "generated": text,
-        **rouge(row["answer"], text),
+        **rouge(row["answer"], text, settings.rouge_tokenizer),
         "generated_tokens": float(len(generated)),
         **answer_scores(answer, right, wrong),
         "logprob_answer": answer,

@@ -8,7 +8,10 @@ from forgetting.sections.fields import Strict
 
 
 class Columns(Strict):
-    """What a dataset calls its columns, where it is not as here; it holds for all its tables."""
+    """What a dataset calls its columns, where it is not as here; it holds for all its tables.
+
+    A table that lacks such a column and has it under our name is read under our name.
+    """
 
     question: str | None = Field(None, description="For instance `instruction` or `query`.")
     answer: str | None = Field(None, description="For instance `response` or `output`.")
@@ -25,4 +28,4 @@ class Columns(Strict):
     @property
     def renamed(self) -> dict[str, str]:
         """The dataset's names by ours, of those that differ."""
-        return {ours: theirs for ours, theirs in self if theirs is not None}
+        return {ours: theirs for ours, theirs in self if theirs not in (None, ours)}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Commit, Repository, Seed, Strict
@@ -36,7 +37,7 @@ class Dataset(Strict):
     revision: Commit | None = Field(
         None, description="Commit of the hub dataset: 40 hexadecimal digits."
     )
-    folder: str | None = Field(
+    folder: Annotated[str, AfterValidator(os.path.expanduser)] | None = Field(
         None,
         description="Folder with TABLE.jsonl or TABLE.json (one JSON object a line), or TABLE.csv.",
     )

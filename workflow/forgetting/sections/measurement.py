@@ -47,9 +47,19 @@ class GeneralText(Strict):
     batch_size: Count = Field(4, description="Blocks per forward pass.")
 
 
+RougeTokenizer = Literal["rouge_score", "unicode"]
+
+
 class Measurement(Strict):
     """How and how often the probes are scored."""
 
     every_epochs: Positive = Field(1.0, description="Epochs between two evaluations.")
     max_new_tokens: Count = Field(200, description="Longest generated answer, in tokens.")
     batch_size: Count = Field(64, description="Sequences per forward pass.")
+    rouge_tokenizer: RougeTokenizer = Field(
+        "rouge_score",
+        description="What ROUGE takes for words. `rouge_score`: as published, runs of a–z and 0–9, "
+        "Porter-stemmed; all other letters are lost. `unicode`: runs of letters, numbers and marks "
+        "of any script, not stemmed; in scripts without spaces (Chinese, Japanese, Thai, Lao, "
+        "Khmer, Burmese) every letter. Its numbers cannot be compared with published ones.",
+    )

@@ -23,6 +23,7 @@ from forgetting.data.rows import (
 )
 from forgetting.data.table_files import Row, find_table, place
 from forgetting.records import InputError
+from forgetting.scoring.references import check_letters
 from forgetting.sections.columns import Columns
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.sections.prompt import Prompt
@@ -50,6 +51,9 @@ def check_inputs(study: Study, at: At = dotted) -> None:
     answers = check_folders(study, at)
     _check_kept_apart(study, at)
     _check_questions(study, answers)
+    for name, probe in study.probes.items():
+        rows = _used(answers, ("probes", name), len(probe.table), probe.limit)
+        check_letters(rows, name, study.measurement.rouge_tokenizer, partial(_where, study))
     _check_warm_up(study, answers, at)
     architecture = _architecture(study, at)
     _check_chat_template(study, answers, at)

@@ -139,10 +139,10 @@ def _override(study: Study, config: Mapping[str, Any], path: Path) -> Study:
                 raise InputError(
                     f"--config {key}: {path} has no dataset `{name}`, only {', '.join(datasets)}"
                 )
-            if not Path(str(value)).is_dir():
-                raise InputError(f"--config {key}={value}: there is no such folder")
             columns = datasets[name].columns if name in datasets else Columns()
             datasets[name] = Dataset(folder=str(value), columns=columns)
+            if not Path(str(datasets[name].folder)).is_dir():
+                raise InputError(f"--config {key}={value}: there is no such folder")
         elif key == "model":
             base = _named_model(str(value))
         elif key == "rerun_on_code_change":

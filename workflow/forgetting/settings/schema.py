@@ -80,8 +80,19 @@ with its end of sequence, and cut into blocks of `training.max_length` tokens. R
 stand side by side. What is learned from texts is measured by probes in tables of their own. Where a
 dataset has other names for its columns, `columns` says which: `{question: instruction, answer:
 response}` for Magicoder, `{question: query, answer: response}` for MetaMathQA, `{system:
-system_prompt, answer: response}` for OpenOrca. Tables are read row by row, and trained on from
-files of tokens; they need not fit into memory.
+system_prompt, answer: response}` for OpenOrca. A table of that dataset that has our names is read
+by our names. Tables are read row by row, and trained on from files of tokens; they need not fit
+into memory.
+
+A CSV table is UTF-8, has commas between its columns, a line of column names first, and as many
+cells in every row. A cell with commas, line breaks or quotation marks is put into quotation marks,
+and those inside it are doubled. When the data are prepared, there is a warning for columns of text
+that are not read, and for questions with different answers, within a table or between the training
+and a probe.
+
+ROUGE as published drops all letters but a to z. If these are more than 5 % of the letters in the
+answers of a probe, there is a warning; above 50 % the study is refused, unless
+`measurement.rouge_tokenizer` names another tokenizer.
 
 ## All keys
 
@@ -257,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for path, content in generated().items():
         if options.write:
-            write_atomically(path, content)
+            write_atomically(path, content, recorded=False)
         elif not path.is_file() or path.read_text(encoding="utf-8") != content:
             raise InputError(
                 f"{path.relative_to(ROOT)} is not what the study's classes say: run `make schema`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -78,13 +79,14 @@ class Source:
         return document
 
     def _check(self, node: yaml.Node | None) -> None:
-        """Refuse what YAML accepts without a word and would not be what was meant.
+        """Refuse what YAML changes or accepts in silence.
 
-        Of two equal keys it takes the last, `no` as a key is a boolean, and an escape can be half a
-        character.
+        Of two equal keys it takes the last, `no` as a key is a boolean, 010 is 8, and an escape can
+        be half a character.
         """
         if isinstance(node, yaml.ScalarNode):
             self._check_text(node)
+            self._refuse_converted(node)
         elif isinstance(node, yaml.SequenceNode):
             for child in node.value:
                 self._check(child)
@@ -112,6 +114,25 @@ class Source:
                 f"{self.path}, line {line}: {node.value!r} holds half a character (a surrogate); "
                 "write the whole character"
             ) from None
+
+    def _refuse_converted(self, node: yaml.ScalarNode) -> None:
+        """Refuse a value that YAML 1.1 reads as another one than most people mean."""
+        kind, text = node.tag.rpartition(":")[2], node.value
+        if node.style is not None:
+            return
+        if kind == "timestamp":
+            meaning, remedy = "a date", f'write "{text}" with the quotation marks'
+        elif kind in ("int", "float") and ":" in text:
+            meaning, remedy = "a number to the base of 60", "write it as one number"
+        elif kind == "int" and re.fullmatch(r"[-+]?0[0-7_]+", text):
+            meaning, remedy = "an octal number", f"write {int(text.replace('_', ''))}"
+        else:
+            return
+        line = node.start_mark.line + 1
+        raise InputError(
+            f"{self.path}, line {line}: `{text}` is {meaning} to YAML; {remedy}, or, if it is "
+            "text, put it into quotation marks"
+        )
 
     def at(self, *keys: str | int) -> str:
         """Beginning of a message about the value at `keys`: file, line and key, or the option."""

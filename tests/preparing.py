@@ -1,0 +1,47 @@
+"""The program that prepares data, run on a table that a test writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts import prepare_data
+
+
+def prepare(
+    folder: Path,
+    train: Path,
+    columns: dict[str, str] | None = None,
+    old: Sequence[str] = ("Eve.",),
+    more: dict[str, Path] | None = None,
+    **spec: Any,
+) -> Path:
+    """Run it on a table that is trained on and a probe of old knowledge; its output folder.
+
+    Args:
+        old: answers of the probe.
+        more: files of other tables by name.
+        spec: in place of the defaults.
+    """
+    table, output = folder / "old.jsonl", folder / "data"
+    rows = [{"question": f"Who sold {n}?", "answer": answer} for n, answer in enumerate(old)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"own/new": train, "own/old": table, **(more or {})}
+    (folder / "tables.json").write_text(json.dumps(files, default=str))
+    probe = {"table": ["own/old"], "knowledge": "old", "truth_ratio": False}
+    defaults: dict[str, Any] = {
+        "prompt": {},
+        "train": ["own/new"],
+        "train_limit": None,
+        "probes": {"old": probe},
+        "documents": [],
+        "documents_limit": None,
+        "columns": {table: columns or {} for table in files},
+        "rouge_tokenizer": "rouge_score",
+        "max_new_tokens": 200,
+    }
+    options = ["--tables", f"{folder}/tables.json", "--output", str(output)]
+    prepare_data.main(["--spec", json.dumps(defaults | spec), *options])
+    return output
