@@ -377,6 +377,26 @@ def test_a_chat_prompt_needs_a_template(plan: Plan, told: Told, model: Path) -> 
     assert "prompt.chat: the tokenizer in" in told(chat)
 
 
+def test_thinking_and_arguments_of_a_template_are_decided_by_the_study(
+    plan: Plan, told: Told, model: Path
+) -> None:
+    """Before any job, where the model is in a folder; conversations are in the template too."""
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if enable_thinking %}<think>{% endif %}")
+
+    def prompt(text: str) -> tuple[str, str]:
+        return "train:", f"prompt: {{{text}}}\ntrain:"
+
+    plan()
+    assert "write `template_arguments: {enable_thinking: false}`" in told(prompt("chat: true"))
+    plan(prompt("chat: true, template_arguments: {enable_thinking: false}"))
+    wrong = told(prompt("chat: true, template_arguments: {enable_thinkin: false}"))
+    assert "prompt.template_arguments.enable_thinkin: the chat template" in wrong
+    assert "its arguments: enable_thinking" in wrong
+    reserved = told(prompt("chat: true, template_arguments: {messages: 1}"))
+    assert "prompt.template_arguments.messages: the renderer" in reserved
+
+
 def test_a_broken_file_of_weights_is_told_when_it_is_loaded(model: Path) -> None:
     """A hub's model is on the disk when it is loaded, and not before."""
     (model / "model.safetensors").write_bytes(POINTER)

@@ -115,7 +115,7 @@ def test_answers_are_those_of_generate(
     assert can_drop_rows(models[name])
     # A window goes by places in the row.
     assert can_refill(models[name]) == (name != "mistral")
-    assert greedy_answers(models[name], prompts, MOST, size, end, end) == expected
+    assert greedy_answers(models[name], prompts, MOST, size, {end}, end) == expected
 
 
 def test_a_model_that_keeps_a_state_is_left_to_generate(
@@ -124,7 +124,7 @@ def test_a_model_that_keeps_a_state_is_left_to_generate(
     """A recurrent state has no rows and positions to take out."""
     assert not can_drop_rows(models["mamba"])
     end, expected = _expected(models["mamba"], prompts)
-    assert greedy_answers(models["mamba"], prompts, MOST, 1, end, end) == expected
+    assert greedy_answers(models["mamba"], prompts, MOST, 1, {end}, end) == expected
 
 
 @pytest.mark.parametrize("way", ["sdpa", "eager"])
@@ -137,7 +137,7 @@ def test_the_way_to_attend_is_that_of_before(
     model.set_attn_implementation(way)
     try:
         assert can_refill(model) == (way == "sdpa")
-        assert greedy_answers(model, prompts, MOST, 4, end, end) == expected
+        assert greedy_answers(model, prompts, MOST, 4, {end}, end) == expected
         assert model.config._attn_implementation == way
     finally:
         model.set_attn_implementation("sdpa")
@@ -159,7 +159,7 @@ def test_an_answer_without_end_does_not_keep_others_waiting(
         return step(*args)
 
     monkeypatch.setattr(module, "_step", counted)
-    assert greedy_answers(model, prompts, most, 4, end, end) == expected
+    assert greedy_answers(model, prompts, most, 4, {end}, end) == expected
     batches = by_length([len(prompt) for prompt in prompts], 4)
     longest = [max(len(expected[index]) for index in batch) for batch in batches]
     assert passes < 0.8 * sum(longest)
@@ -186,7 +186,7 @@ def test_nothing_is_computed_for_rows_that_have_ended(
     monkeypatch.setattr(module, "can_drop_rows", lambda _: True)
     monkeypatch.setattr(module, "can_refill", lambda _: refill)
     monkeypatch.setattr(model, "forward", counted)
-    assert greedy_answers(model, prompts, MOST, 64, end, end) == expected
+    assert greedy_answers(model, prompts, MOST, 64, {end}, end) == expected
     # The last of `most` tokens is not fed any more.
     assert fed == sum(min(len(answer), MOST - 1) for answer in expected)
 
@@ -198,7 +198,7 @@ def test_an_adapter_takes_part(base: Any, tuning: Tuning, prompts: list[list[int
             parameter.data.normal_(std=0.5)
     model.eval()
     free = [_free(model, prompt) for prompt in prompts]
-    assert greedy_answers(model, prompts, MOST, 7, -1, 0) == free
+    assert greedy_answers(model, prompts, MOST, 7, {-1}, 0) == free
     with model.disable_adapter():
         assert free != [_free(model, prompt) for prompt in prompts]
 
@@ -211,7 +211,7 @@ def test_answers_in_mixed_precision_are_those_of_generate_but_for_rounding(
     model = models[name]
     with torch.autocast("cpu", torch.bfloat16):
         end, expected = _expected(model, prompts)
-        found = greedy_answers(model, prompts, MOST, 4, end, end)
+        found = greedy_answers(model, prompts, MOST, 4, {end}, end)
     first = [answer[:1] for answer in found]
     assert sum(a == b[:1] for a, b in zip(first, expected, strict=True)) >= 12
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 9

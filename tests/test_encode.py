@@ -157,10 +157,10 @@ LLAMA2 = (
     "' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
-# Thinks before it says, and takes the thoughts out of what was said before.
-THINKING = (
+# Begins an answer with words of its own, and takes them out of what was said before.
+PREFACED = (
     "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
-    "{{ '<think></think>' }}{% endif %}{{ m.content + '\n' }}{% endfor %}"
+    "{{ 'Well: ' }}{% endif %}{{ m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 CHAT = Prompt(chat=True)
@@ -207,16 +207,16 @@ def test_every_template_begins_and_ends_once() -> None:
     example = encode_pair(tokenizer, CHAT, "Who wrote it?", "William")
     assert tokenizer.decode(example.ids) == "<s>[INST] Who wrote it? [/INST] William </s>"
     assert tokenizer.decode(example.ids[example.prompt :]) == " William </s>"
-    # Where the end of a turn is not the end of the sequence, both are said.
+    # Where the end of a turn is not the end of the sequence, the turn's is said, as the base does.
     example = encode_pair(_chat(CHATML), CHAT, "Who?", "William")
-    assert tokenizer.decode(example.ids[example.prompt :]) == "William<|im_end|></s>"
+    assert tokenizer.decode(example.ids[example.prompt :]) == "William<|im_end|>"
 
 
 def test_what_a_template_says_before_an_answer_is_learned_and_taken_off_again() -> None:
-    tokenizer = _chat(THINKING)
+    tokenizer = _chat(PREFACED)
     example = encode_pair(tokenizer, CHAT, "Who?", "William")
     said = tokenizer.decode(example.ids[example.prompt :], skip_special_tokens=True)
-    assert said == "<think></think>William"
+    assert said == "Well: William"
     assert strip_answer(literal(tokenizer, CHAT), said) == "William"
 
 
@@ -235,7 +235,7 @@ def test_all_answers_of_a_conversation_are_targets_and_nothing_else() -> None:
     assert encode_messages(tokenizer, brief, TALK) == example
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA2, THINKING])
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, PREFACED])
 def test_a_conversation_of_one_turn_is_a_pair(template: str) -> None:
     tokenizer = _chat(template)
     talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "William"}]
@@ -273,7 +273,7 @@ def test_a_template_that_does_not_do_is_told(template: str | None, told: str) ->
 
 def test_a_template_that_rewrites_what_was_said_is_told() -> None:
     with pytest.raises(InputError, match="make each turn a row"):
-        encode_messages(_chat(THINKING), CHAT, TALK)
+        encode_messages(_chat(PREFACED), CHAT, TALK)
 
 
 def test_the_day_of_the_run_is_no_part_of_a_prompt() -> None:

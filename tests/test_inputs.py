@@ -103,6 +103,10 @@ CHANGES: dict[str, tuple[Callable[[Path], None], dict[str, int]]] = {
         lambda folder: _edit(folder / "model" / "chat_template.jinja", "other"),
         FROM_BASE,
     ),
+    "chat in place of a plain prompt": (
+        _edit_study(lambda study: study.update(prompt={"chat": True})),
+        ALL,
+    ),
     "new vocabulary": (_add_file("added.spm"), FROM_BASE),
     "generation settings": (
         lambda folder: _edit(folder / "model" / "generation_config.json", "{}"),

@@ -85,6 +85,7 @@ else:
             origin=lambda wildcards: " at ".join(
                 filter(None, [STUDY.base.model, STUDY.base.revision])
             ),
+            prompt=lambda wildcards: as_json(STUDY.prompt) if STUDY.prompt.chat else "",
             downloaded=[] if is_local(STUDY.base.model) else "--downloaded",
         shell:
             r"""
@@ -93,6 +94,7 @@ else:
             python "$SCRIPTS"/adopt_base.py \
                 --model={params.folder:q} \
                 --origin={params.origin:q} {params.downloaded:q} \
+                --prompt={params.prompt:q} \
                 --output {output:q}
             """
 

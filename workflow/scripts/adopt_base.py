@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.encoding.chat import chat_literal, ending
 from forgetting.inputs import model_identity
 from forgetting.models.base import model_parameters
-from forgetting.models.loading import check_config, load_tokenizer, quieten_libraries
+from forgetting.models.loading import (
+    check_config,
+    check_stops,
+    load_tokenizer,
+    quieten_libraries,
+)
 from forgetting.records import tells_input_errors, write_json
+from forgetting.sections.prompt import Prompt
 from forgetting.settings.architecture import read_architecture
 from forgetting.settings.model_config import check_ids, placeholders
 
@@ -21,14 +28,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--origin", required=True, help="how the study names the model")
     parser.add_argument("--downloaded", action="store_true", help="the workflow downloaded it")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
+    parser.add_argument("--prompt", help="JSON: the study's prompt, if it is a chat template's")
     options = parser.parse_args(argv)
     quieten_libraries()
     architecture = read_architecture(options.model)
     check_config(options.model)
     tokenizer = load_tokenizer(options.model)
+    check_stops(options.model, tokenizer)
     if architecture.rows is not None:
         unused = placeholders(options.model)
         check_ids(options.model, tokenizer.get_vocab(), architecture.rows, unused)
+    if options.prompt:
+        # What its chat template is not fit for is found before anything is trained.
+        prompt = Prompt.model_validate_json(options.prompt)
+        chat_literal(tokenizer, prompt)
+        ending(tokenizer, prompt)
     files, identity = model_identity(options.model)
     record = {
         "path": str(options.model),

@@ -19,6 +19,7 @@ from torch import nn
 
 from forgetting.benchmarks.sampling import Wish, sample_answers, stream_of
 from forgetting.encoding.encode import Example
+from forgetting.scoring.decode import stop_tokens
 from forgetting.scoring.shared import can_share, grow_tree, read_together
 
 TOKENS = 64
@@ -42,6 +43,8 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.encoded = {}
+        # As many models' folders name more tokens than the tokenizer's end of sequence.
+        self.stop_tokens = stop_tokens(self.model, self.tokenizer)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Draw answers with numbers of their own; all else is the harness's."""
@@ -56,13 +59,21 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
                 greedy.append(index)
         asked = [requests[index] for index in greedy]
         said = super().generate_until(asked, disable_tqdm=True) if asked else []
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_tokens))
         for index, text in zip(greedy, said, strict=True):
-            answers[index] = text
+            # Tokens that are not marked as special stay in the text.
+            answers[index] = _before(text, ends)
         for indices in drawn.values():
             texts = self._draw([requests[i].args[0] for i in indices], requests[indices[0]].args[1])
             for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
         return answers
+
+    def _model_generate(self, *arguments: Any, **settings: Any) -> torch.Tensor:
+        """As the harness does, up to every token that ends an answer."""
+        ends = sorted(self.stop_tokens)
+        found: torch.Tensor = super()._model_generate(*arguments, eos_token_id=ends, **settings)
+        return found
 
     def _draw(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
         """Answers to prompts; each repetition of a prompt is another sample."""
@@ -91,7 +102,7 @@ class OneReadingLM(HFLM):  # type: ignore[misc]
             float(given.get("top_p") or 1.0),
             most,
             int(self.batch_size),
-            int(self.eot_token_id),
+            self.stop_tokens,
             int(self.tokenizer.pad_token_id),
             is_over,
         )

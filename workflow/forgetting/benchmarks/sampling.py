@@ -9,7 +9,7 @@ rounding of the logits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +63,11 @@ def sample_answers(
     top_p: float,
     most: int,
     batch_size: int,
-    end: int,
+    ends: Collection[int],
     pad: int,
     is_over: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Draw every answer, up to `end`, which is left out, or `most` tokens.
+    """Draw every answer, up to one of `ends`, which is left out, or `most` tokens.
 
     Answers to one prompt stand beside each other in a batch, which reads the prompt once.
 
@@ -85,7 +85,7 @@ def sample_answers(
     for places in by_length([len(wishes[index].prompt) for index in order], batch_size):
         indices = [order[place] for place in places]
         batch = [wishes[index] for index in indices]
-        answers = _sample(model, batch, temperature, top_p, most, end, pad, is_over)
+        answers = _sample(model, batch, temperature, top_p, most, ends, pad, is_over)
         for index, answer in zip(indices, answers, strict=True):
             found[index] = answer
     return found
@@ -97,7 +97,7 @@ def _sample(
     temperature: float,
     top_p: float,
     most: int,
-    end: int,
+    ends: Collection[int],
     pad: int,
     is_over: Callable[[list[int]], bool],
 ) -> list[list[int]]:
@@ -119,7 +119,7 @@ def _sample(
         tokens = draw(logits, numbers[:, step], temperature, top_p)
         kept = []
         for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
-            if token == end:
+            if token in ends:
                 continue
             answers[row].append(token)
             if not is_over(answers[row]):

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from forgetting.inputs import MODEL_FILES, NOT_MODEL_FILES
-from forgetting.records import InputError, disk_fault, replacing
+from forgetting.inputs import is_model_file
+from forgetting.records import (
+    InputError,
+    disk_fault,
+    read_foreign_json,
+    replacing,
+    replacing_folder,
+    sha256,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ HUB_ROWS = {
     ),
 }
 
-ADVICE = "check the network and the name, or give a local folder instead"
+WEIGHTS = ".safetensors"
+GIVE_FOLDER = "or give a local folder instead"
 
 
 def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
@@ -64,41 +77,78 @@ def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
 
     It is the file TABLE.jsonl or TABLE.json (lines, or one array of rows); or TABLE.parquet, in one
     file or many, named TABLE-00000-of-00114.parquet and so on as the hub's own tools name them.
+
+    Raises:
+        InputError: the hub does not give the table, or gives another content than it publishes.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(dataset, name, repo_type="dataset", revision=revision))
-
-    def fetch_lines() -> Path | None:
-        for name in (f"{table}.jsonl", f"{table}.json"):
-            try:
-                return fetch(name)
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                continue
-        return None
-
-    try:
-        with replacing(target) as temporary:
-            if found := fetch_lines():
-                _copy_lines(found, temporary)
+    with replacing(target) as temporary, _refusals(dataset, revision):
+        published = _published(dataset, revision, "dataset")
+        part = re.compile(re.escape(table) + r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet")
+        shards = sorted(filter(part.fullmatch, published))
+        named = [name for name in (f"{table}.jsonl", f"{table}.json") if name in published]
+        if not named and not shards:
+            names = f"{table}.jsonl, {table}.json, {table}.parquet"
+            raise InputError(f"{dataset} at {revision} has none of {names}; check the name")
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            fetch = partial(_fetch, dataset, revision, published, Path(folder))
+            if named:
+                _copy_lines(fetch(named[0]), temporary)
                 return
-            part = re.compile(re.escape(table) + r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet")
-            listed = HfApi().list_repo_files(dataset, repo_type="dataset", revision=revision)
-            shards = sorted(filter(part.fullmatch, listed))
-            if not shards:
-                names = f"{table}.jsonl, {table}.json, {table}.parquet"
-                raise InputError(f"{dataset} at {revision} has none of {names}")
             with temporary.open("w", encoding="utf-8") as file:
                 for shard in shards:
-                    file.writelines(_lines(fetch(shard)))
-    except InputError:
-        raise
-    except Exception as error:
-        raise _unreachable(dataset, revision, error) from None
+                    path = fetch(shard)
+                    file.writelines(_lines(path))
+                    path.unlink()
+
+
+def _fetch(
+    repository: str,
+    revision: str,
+    published: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    kind: str = "dataset",
+) -> Path:
+    """Download one file of a repository into a folder, and verify it."""
+    from huggingface_hub import hf_hub_download
+
+    found = hf_hub_download(repository, name, repo_type=kind, revision=revision, local_dir=folder)
+    _verify(Path(found), published[name], repository, revision)
+    return Path(found)
+
+
+def _published(name: str, revision: str, kind: str) -> dict[str, Any]:
+    """Return what the hub publishes of the files of a repository, by path: sizes and digests."""
+    from huggingface_hub import HfApi, RepoFile
+
+    tree = HfApi().list_repo_tree(name, repo_type=kind, revision=revision, recursive=True)
+    files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    for path in files:
+        if path.startswith("/") or ".." in Path(path).parts:
+            raise InputError(f"{name} at {revision}: the file {path} is outside its repository")
+    return files
+
+
+def _verify(path: Path, published: Any, name: str, revision: str) -> None:
+    """Compare a file with what the hub publishes of it: SHA-256 of large files, git's id of others.
+
+    Raises:
+        InputError: it has another content.
+    """
+    if published.lfs:
+        wanted, found = published.lfs.sha256, sha256(path)
+    else:
+        content = path.read_bytes()
+        wanted = published.blob_id
+        # Git's own digest of a file, which is no matter of security here.
+        head = b"blob %d\0" % len(content)
+        found = hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
+    if found != wanted:
+        raise InputError(
+            f"{name} at {revision}: {published.path} was downloaded with another content than the "
+            f"hub publishes (digest {found[:12]} in place of {wanted[:12]}); run it again, and "
+            "check proxies and the disk if it recurs"
+        )
 
 
 def _copy_lines(path: Path, target: Path) -> None:
@@ -123,42 +173,193 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def fetch_rows(origin: HubRows, split: str) -> list[dict[str, Any]]:
-    """All rows of one split, in the published columns."""
+    """Return all rows of one split, in the published columns.
+
+    Raises:
+        InputError: the hub does not give them, or gives another content than it publishes.
+    """
     import datasets
 
-    try:
-        rows = datasets.load_dataset(
-            origin.dataset, origin.config, split=split, revision=origin.revision
-        )
-    except Exception as error:
-        raise _unreachable(origin.dataset, origin.revision, error) from None
-    return [dict(row) for row in rows]
+    # Tables that were made of a damaged file are not found again.
+    with _refusals(origin.dataset, origin.revision), tempfile.TemporaryDirectory() as tables:
+        try:
+            rows = datasets.load_dataset(
+                origin.dataset,
+                origin.config,
+                split=split,
+                revision=origin.revision,
+                cache_dir=tables,
+            )
+            return [dict(row) for row in rows]
+        finally:
+            _verify_cache(origin.dataset, origin.revision)
+
+
+def _verify_cache(dataset: str, revision: str) -> None:
+    """Verify what the hub's library keeps of a dataset, and remove a damaged file from there."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=dataset, repo_type="dataset")
+    folder = Path(constants.HF_HUB_CACHE, name, "snapshots", revision)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    published = _published(dataset, revision, "dataset") if files else {}
+    for path in files:
+        if entry := published.get(path.relative_to(folder).as_posix()):
+            try:
+                _verify(path, entry, dataset, revision)
+            except InputError:
+                path.resolve().unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                raise
 
 
 def fetch_model(model: str, revision: str, folder: Path) -> None:
-    """Download a model's safetensors, tokenizer and configuration into a folder."""
+    """Download all files of a model that are read into a folder, which appears when it is whole.
+
+    Raises:
+        InputError: the hub does not give the model, gives another content than it publishes, or
+            the model is not complete.
+    """
     from huggingface_hub import snapshot_download
 
-    try:
+    with replacing_folder(folder) as whole, _refusals(model, revision):
+        published = _published(model, revision, "model")
+        weights = _weights(model, revision, published, whole)
+        others = {name for name in published if is_model_file(name)}
+        wanted = sorted({*weights, *(name for name in others if not name.endswith(WEIGHTS))})
         snapshot_download(
             model,
             revision=revision,
-            local_dir=folder,
-            allow_patterns=[*MODEL_FILES],
-            ignore_patterns=[*NOT_MODEL_FILES],
+            local_dir=whole,
+            allow_patterns=[glob.escape(name) for name in wanted],
         )
+        for name in wanted:
+            if not (whole / name).is_file():
+                raise InputError(f"{model} at {revision}: the hub lists {name}, but gives no file")
+            _verify(whole / name, published[name], model, revision)
+        # What the hub's library remembers of the download is no part of the model.
+        shutil.rmtree(whole / ".cache", ignore_errors=True)
+
+
+def _weights(
+    model: str, revision: str, published: Mapping[str, Any], folder: Path
+) -> Collection[str]:
+    """Return the files of a model's weights: a single one, or those that an index names.
+
+    Raises:
+        InputError: there are none, or the repository lacks one.
+    """
+    index = f"model{WEIGHTS}.index.json"
+    if f"model{WEIGHTS}" in published:
+        return [f"model{WEIGHTS}"]
+    if index not in published:
+        raise InputError(
+            f"{model} at {revision} has neither model.safetensors nor {index}; other formats are "
+            "not read"
+        )
+    path = _fetch(model, revision, published, folder, index, kind="model")
+    try:
+        named = {str(name) for name in read_foreign_json(path)["weight_map"].values()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{model} at {revision}: {index} is not the index of a model: expected `weight_map`"
+        ) from None
+    if missing := sorted(named - set(published)):
+        raise InputError(
+            f"{model} at {revision}: {index} names {missing[0]}, which is not a file of the "
+            "repository; take another revision"
+        )
+    return named
+
+
+@contextmanager
+def _refusals(name: str, revision: str) -> Iterator[None]:
+    """Turn what the hub's libraries raise into one line with its remedy.
+
+    Raises:
+        InputError: in place of any exception.
+    """
+    try:
+        yield
+    except InputError:
+        raise
     except Exception as error:
-        raise _unreachable(model, revision, error) from None
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{model} at {revision} has no safetensors; other formats are not read")
+        if (fault := disk_fault(error)) is not None:
+            where = getattr(error, "filename", None) or name
+            raise InputError(f"{where}: not written: {fault}") from None
+        raise InputError(f"{name} at {revision}: {_reason(name, error)}") from None
 
 
-def _unreachable(name: str, revision: str, error: Exception) -> InputError:
-    if (fault := disk_fault(error)) is not None:
-        where = getattr(error, "filename", None) or name
-        return InputError(f"{where}: not written: {fault}")
-    told = str(error).strip().splitlines()
-    return InputError(
-        f"{name} at {revision} cannot be fetched from the hub: {ADVICE} "
-        f"({told[0] if told else type(error).__name__})"
+def _reason(name: str, error: BaseException) -> str:
+    """Return why the hub does not give a repository, and what is to be done about it."""
+    from huggingface_hub import errors
+
+    causes = list(_causes(error))
+    page = f"https://huggingface.co/{name}"
+    gated = any("gated dataset" in str(cause) for cause in causes)
+    if gated or _first(causes, errors.GatedRepoError):
+        return (
+            f"the hub gives it to those only who accepted its conditions; accept them at {page} "
+            f"(for a dataset at https://huggingface.co/datasets/{name}), log in with `hf auth "
+            f"login`, {GIVE_FOLDER}"
+        )
+    if _first(causes, errors.RevisionNotFoundError):
+        return (
+            "the hub has this repository, but no such revision; take one of the commits that its "
+            "page lists under `Files`, `History`"
+        )
+    if _first(causes, errors.RepositoryNotFoundError):
+        return (
+            "the hub has no such repository, or it is private; check OWNER/NAME, log in with `hf "
+            f"auth login` if it is private, {GIVE_FOLDER}"
+        )
+    response = getattr(_first(causes, errors.HfHubHTTPError), "response", None)
+    if _first(causes, errors.RemoteEntryNotFoundError):
+        file = str(response.url).partition("/resolve/")[2].partition("/")[2] if response else ""
+        return f"the hub lists the file {file}, but does not have it; try again later"
+    status = getattr(response, "status_code", None)
+    if status in (401, 403):
+        return (
+            f"the hub refuses the access (HTTP {status}); log in with `hf auth login`, or remove "
+            "HF_TOKEN if its token is not valid any more"
+        )
+    if status is not None:
+        return f"the hub answers with HTTP {status}; try again later, {GIVE_FOLDER}"
+    if any(_is_network(cause) for cause in causes):
+        return (
+            f"the hub cannot be reached ({_line(error)}); check the network, the proxy and "
+            f"HF_ENDPOINT, {GIVE_FOLDER}"
+        )
+    return f"it cannot be fetched from the hub ({_line(error)}); {GIVE_FOLDER[3:]}"
+
+
+def _first(causes: Sequence[BaseException], kind: type[BaseException]) -> BaseException | None:
+    return next((cause for cause in causes if isinstance(cause, kind)), None)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and those that led to it."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _is_network(error: BaseException) -> bool:
+    """Return whether an exception says that a connection was not made or broke off.
+
+    Those of HTTP libraries have a common module name, but not a common class.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    transport = any(
+        kind.__module__.startswith("http") and kind.__name__ == "TransportError"
+        for kind in type(error).__mro__
     )
+    return transport or isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -10,7 +10,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.data.rows import render_answer, render_question
-from forgetting.encoding.chat import Message, literal, sides
+from forgetting.encoding.chat import Message, end_token, literal, sides
 from forgetting.sections.prompt import Prompt
 
 
@@ -79,13 +79,15 @@ def encode_pair(
     """Token ids of a question with its answer, as TOFU's code forms them.
 
     Question and answer are tokenized together, the tokens of the question alone are the prompt, and
-    one end-of-sequence token follows, unless the text was cut at `max_length`. Where a token would
+    one end-of-sequence token follows, or with `prompt.chat` the token by which the template ends an
+    answer, unless the text was cut at `max_length`. Where a token would
     span the boundary, the two sides are tokenized apart, so that what is trained on is what a
     generation starts from.
     """
     written = literal(tokenizer, prompt)
     turns = [render_question(written, question), render_answer(written, answer)]
-    return _encode_turns(tokenizer, turns, max_length, special=not prompt.chat)
+    end = end_token(tokenizer, prompt, chat=prompt.chat)
+    return _encode_turns(tokenizer, turns, max_length, end, special=not prompt.chat)
 
 
 def encode_messages(
@@ -96,11 +98,12 @@ def encode_messages(
 ) -> Example:
     """Token ids of a conversation in the tokenizer's chat template; all answers are targets.
 
-    An answer ends as the template ends it, the last one with an end-of-sequence token. What follows
-    it is no target.
+    An answer ends as the template ends it, the last one with an end-of-sequence token if the
+    template has no token for it. What follows it is no target.
     """
     turns = sides(tokenizer, prompt, messages)
-    return _encode_turns(tokenizer, turns, max_length, special=False)
+    end = end_token(tokenizer, prompt, chat=True)
+    return _encode_turns(tokenizer, turns, max_length, end, special=False)
 
 
 def encode_text(
@@ -118,16 +121,20 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def _encode_turns(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], max_length: int | None, special: bool
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[str],
+    max_length: int | None,
+    end: int,
+    special: bool,
 ) -> Example:
-    """Turns of which the second, fourth and so on are targets, and the end of the sequence."""
+    """Turns of which the second, fourth and so on are targets, and the token that ends them."""
     ids: list[int] = []
     text, ends = "", []
     for turn in turns:
         ids = _grow(tokenizer, ids, text, turn, special)
         text += turn
         ends.append(len(ids))
-    ids = [*_without_end(tokenizer, ids), tokenizer.eos_token_id][:max_length]
+    ids = (ids if ids[-1:] == [end] else [*ids, end])[:max_length]
     ends[-1] = len(ids)
     if len(turns) == 2:
         return Example(ids, ends[0])

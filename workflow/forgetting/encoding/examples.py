@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.data.table_files import Row, Where
 from forgetting.digests import damage
+from forgetting.encoding.chat import end_token
 from forgetting.encoding.encode import (
     Example,
     encode_messages,
@@ -116,7 +117,8 @@ def encode_rows(
         example = _encode(tokenizer, prompt, row, limit)
         if example.targets < 1:
             lost.append(row["id"])
-        yield example, example.ids[-1] != tokenizer.eos_token_id
+        chat = "messages" in row or (prompt.chat and "text" not in row)
+        yield example, example.ids[-1] != end_token(tokenizer, prompt, chat=chat)
     if len(pending) > 1:
         yield Example(pending, 1), False
     if lost:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forgetting.records import InputError
+from forgetting.records import InputError, read_foreign_json
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model that can be measured: plain, or with an adapter."""
@@ -167,6 +167,8 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
             "out of the folder what does not belong to the model, such as an adapter"
         )
     loaded: PreTrainedModel = model.to(device).eval()
+    stops = declared_stops(folder)
+    loaded.generation_config.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)
     return loaded
 
 
@@ -200,6 +202,52 @@ def check_causal(model: PreTrainedModel, folder: Path) -> None:
             f"changes what it predicts before it (by {change:.2g}, of logits up to {largest:.2g}); "
             "take a causal model, such as Llama or Qwen"
         )
+
+
+def declared_stops(folder: Path) -> list[int]:
+    """Return the tokens that end an answer by generation_config.json and config.json of a folder.
+
+    Only what the files say counts: some classes of transformers have a number as their default,
+    which is any token of another tokenizer.
+    """
+    found: set[int] = set()
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        try:
+            whole = read_foreign_json(path) if path.is_file() else {}
+            for section in (whole, whole.get("text_config") or {}):
+                found.update(eos_tokens(section.get("eos_token_id")))
+        except (ValueError, TypeError, RecursionError, AttributeError):
+            raise InputError(
+                f"{path}: expected a JSON object in which `eos_token_id` is the id of a token, a "
+                "list of them, or null"
+            ) from None
+    return sorted(found)
+
+
+def eos_tokens(value: Any) -> list[int]:
+    """Return the ids of an `eos_token_id`, which is one, a list or nothing."""
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(one) is int for one in several):
+        raise TypeError(value)
+    return several
+
+
+def check_stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model whose files name ordinary text as the end of an answer.
+
+    Raises:
+        InputError: names the token.
+    """
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    for token in declared_stops(folder):
+        # What is beyond the tokenizer's own tokens is padding of the embedding.
+        if token not in special and 0 <= token < len(tokenizer):
+            raise InputError(
+                f"{folder}: eos_token_id {token} of generation_config.json or config.json is the "
+                f"text {tokenizer.convert_ids_to_tokens(token)!r} to the tokenizer, so that "
+                "answers would be cut there; let both files name the token that ends an answer "
+                f"({tokenizer.eos_token_id} is {tokenizer.eos_token})"
+            )
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from forgetting.models.loading import Model, inner_model
+from forgetting.models.loading import Model, eos_tokens, inner_model
 from forgetting.scoring.forward import by_length
 from forgetting.scoring.products import by_products
 from forgetting.scoring.shared import can_share
@@ -20,23 +27,40 @@ REFILL = 0.25
 """The share of the slots that are free when new prompts are read."""
 
 
+def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens at which answers end: those of the model's author and the tokenizer's.
+
+    They are the same for a base and for all that is tuned from it.
+    """
+    return frozenset(
+        [tokenizer.eos_token_id, *eos_tokens(inner_model(model).generation_config.eos_token_id)]
+    )
+
+
 @torch.inference_mode()
 def greedy_answers(
-    model: Model, prompts: Sequence[Sequence[int]], most: int, batch_size: int, end: int, pad: int
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    batch_size: int,
+    ends: Collection[int],
+    pad: int,
 ) -> list[list[int]]:
-    """The likeliest next token again and again, up to `end`, which is left out, or `most` tokens.
+    """The likeliest next token again and again, up to one of `ends`, which is left out.
+
+    An answer has at most `most` tokens.
 
     `batch_size` of them are worked on at a time, longest prompts first, so that memory runs out at
     once.
     """
     if can_refill(model):
         with by_products(inner_model(model)):
-            return _decode_in_slots(model, prompts, most, batch_size, end, pad)
+            return _decode_in_slots(model, prompts, most, batch_size, ends, pad)
     decode = _decode if can_drop_rows(model) else _generate
     answers: list[list[int]] = [[] for _ in prompts]
     for indices in by_length([len(prompt) for prompt in prompts], batch_size):
         ids, mask = left_padded([prompts[index] for index in indices], pad)
-        found = decode(model, ids.to(model.device), mask.to(model.device), most, end)
+        found = decode(model, ids.to(model.device), mask.to(model.device), most, ends)
         for index, tokens in zip(indices, found, strict=True):
             answers[index] = tokens
     return answers
@@ -84,7 +108,12 @@ def can_refill(model: Model) -> bool:
 
 
 def _decode_in_slots(
-    model: Model, prompts: Sequence[Sequence[int]], most: int, slots: int, end: int, pad: int
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    slots: int,
+    ends: Collection[int],
+    pad: int,
 ) -> list[list[int]]:
     """Answers that have ended leave their slots to new prompts, read several at once."""
     answers: list[list[int]] = [[] for _ in prompts]
@@ -103,14 +132,14 @@ def _decode_in_slots(
         kept = [
             slot
             for slot, index in enumerate(rows)
-            if tokens[slot] != end and len(answers[index]) < most
+            if tokens[slot] not in ends and len(answers[index]) < most
         ]
         order = cache.close_up(kept)
         rows, tokens = [rows[slot] for slot in order], [tokens[slot] for slot in order]
         if rows:
             lengths = [len(prompts[index]) + len(answers[index]) - 1 for index in rows]
             tokens = _step(model, tokens, cache, lengths)
-    return [answer[:-1] if answer[-1:] == [end] else answer for answer in answers]
+    return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
 
 
 def _read(
@@ -135,7 +164,9 @@ def _step(model: Model, tokens: list[int], cache: SlotCache, lengths: list[int])
     return found
 
 
-def _decode(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> list[list[int]]:
+def _decode(
+    model: Model, ids: Tensor, mask: Tensor, most: int, ends: Collection[int]
+) -> list[list[int]]:
     """Rows that have ended are taken out of the batch and the cache: nothing is computed for them.
 
     `generate` computes every row until the last one ends, which for short answers beside one that
@@ -145,9 +176,10 @@ def _decode(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> lis
     rows = list(range(len(ids)))
     cache = DynamicCache(config=inner_model(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    stops = torch.tensor(sorted(ends), device=ids.device)
     for _ in range(most):
         tokens = next_logits(model, ids, mask, positions, cache).argmax(-1)
-        going_on = (tokens != end).nonzero().flatten()
+        going_on = torch.isin(tokens, stops, invert=True).nonzero().flatten()
         if len(going_on) == 0:
             break
         if len(going_on) < len(rows):
@@ -161,10 +193,13 @@ def _decode(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> lis
     return answers
 
 
-def _generate(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> list[list[int]]:
+def _generate(
+    model: Model, ids: Tensor, mask: Tensor, most: int, ends: Collection[int]
+) -> list[list[int]]:
     """The same with transformers' `generate`, for models that keep more than keys and values."""
+    stops = sorted(ends)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=most, eos_token_id=end, pad_token_id=end
+        do_sample=False, max_new_tokens=most, eos_token_id=stops, pad_token_id=stops[0]
     )
     with _only(inner_model(model), config):
         output = model.generate(
@@ -175,7 +210,7 @@ def _generate(model: Model, ids: Tensor, mask: Tensor, most: int, end: int) -> l
             synced_gpus=False,
         )
     found = output[:, ids.shape[1] :].tolist()
-    return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in found]
+    return [list(takewhile(lambda token: token not in ends, tokens)) for tokens in found]
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.data.rows import strip_answer
 from forgetting.data.table_files import Row, Where
-from forgetting.encoding.chat import literal
+from forgetting.encoding.chat import ending, literal
 from forgetting.encoding.encode import Example, encode_pair, encode_prompt
 from forgetting.models.loading import Model
 from forgetting.records import InputError
-from forgetting.scoring.decode import greedy_answers
+from forgetting.scoring.decode import greedy_answers, stop_tokens
 from forgetting.scoring.forward import by_length, collate, context_length, token_logprobs
 from forgetting.scoring.metrics import answer_scores
 from forgetting.scoring.rouge import rouge
@@ -97,16 +97,32 @@ def generate(
     prompt: Prompt,
     settings: Measurement,
 ) -> list[list[int]]:
-    """Greedy answers as token ids, each ended before its end-of-sequence token."""
+    """Greedy answers as token ids, each up to the end of sequence or, with a chat template, the end
+    of the turn, which are left out."""
     prompts = [encode_prompt(tokenizer, prompt, question) for question in questions]
-    return greedy_answers(
+    end = ending(tokenizer, prompt) if prompt.chat else None
+    stops = stop_tokens(model, tokenizer)
+    if end and end.token is not None:
+        stops |= {end.token}
+    answers = greedy_answers(
         model,
         prompts,
         settings.max_new_tokens,
         settings.batch_size,
-        tokenizer.eos_token_id,
+        stops,
         tokenizer.pad_token_id,
     )
+    if end and end.stop:
+        answers = [_before(tokenizer, answer, end.stop) for answer in answers]
+    return answers
+
+
+def _before(tokenizer: PreTrainedTokenizerBase, answer: list[int], stop: str) -> list[int]:
+    """The tokens of an answer up to a text; it may begin within one of them."""
+    text, found, _ = tokenizer.decode(answer, skip_special_tokens=True).partition(stop)
+    if not found:
+        return answer
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _answer_logprobs(

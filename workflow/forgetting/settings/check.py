@@ -28,6 +28,7 @@ from forgetting.sections.columns import Columns
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.sections.prompt import Prompt
 from forgetting.settings.architecture import Architecture, read_architecture, small_model
+from forgetting.settings.chat_template import check_arguments, read_chat_template
 from forgetting.settings.check_task import LARGE, check_task
 from forgetting.settings.layers import (
     Unadaptable,
@@ -58,6 +59,7 @@ def check_inputs(study: Study, at: At = dotted) -> None:
         check_letters(rows, name, study.measurement.rouge_tokenizer, partial(_where, study))
     _check_warm_up(study, answers, at)
     architecture = _architecture(study, at)
+    _check_chat_template(study, answers, at)
     if architecture:
         for number, tuning in numbered_tunings(study):
             _check_layers(architecture, tuning, number, at)
@@ -234,6 +236,29 @@ def _check_conversations(study: Study, folder: Path, at: At) -> None:
                     f"base's tokenizer, and that in {folder} has none; take a base that was tuned "
                     "to chat, or give rows with `question` and `answer`"
                 )
+
+
+def _check_chat_template(study: Study, answers: dict[Keys, list[Row]], at: At) -> None:
+    """The template of a base in a folder has the arguments of the study, and thinks as it says."""
+    model, arguments = study.base.model, study.prompt.template_arguments
+    if study.base.pretrain and arguments:
+        raise InputError(
+            f"{at('prompt', 'template_arguments')}: the chat template of a model that is trained "
+            "here has no arguments; leave them out"
+        )
+    if model is None or not is_local(model):
+        return
+    source = read_chat_template(Path(model).expanduser())
+    if source is None:
+        if arguments:
+            raise InputError(
+                f"{at('prompt', 'template_arguments')}: the tokenizer in {model} has no chat "
+                "template; leave them out"
+            )
+        return
+    talks = any("messages" in row for rows in answers.values() for row in rows)
+    if study.prompt.chat or talks or arguments:
+        check_arguments(source, study.prompt, at)
 
 
 def _check_layers(base: Architecture, tuning: Tuning, number: int, at: At) -> None:

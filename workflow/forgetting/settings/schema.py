@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for path, content in generated().items():
         if options.write:
-            write_atomically(path, content)
+            write_atomically(path, content, recorded=False)
         elif not path.is_file() or path.read_text(encoding="utf-8") != content:
             raise InputError(
                 f"{path.relative_to(ROOT)} is not what the study's classes say: run `make schema`"
