@@ -7,12 +7,16 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pandas as pd
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
+from forgetting.data.hub import fetch_model
+from forgetting.inputs import model_files
 from forgetting.records import read_jsonl
 
 SCRIPT = Path(__file__).resolve().parents[1] / "workflow" / "scripts" / "download_table.py"
@@ -135,3 +139,23 @@ def test_a_network_that_breaks_leaves_no_half_table(
         fetch("train")
     assert "cannot be fetched from the hub: check the network" in capsys.readouterr().err
     assert not list(repository.parent.glob("out/*"))
+
+
+def test_all_files_that_a_tokenizer_reads_come_with_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Templates among them; documentation and other formats of the weights stay there."""
+    read = {"config.json", "model.safetensors", "chat_template.jinja", "merges.txt", "vocab.bpe"}
+    read |= {"additional_chat_templates/tools.jinja", "sentencepiece.bpe.model", "source.spm"}
+
+    def download(model: str, local_dir: Path, **options: Any) -> None:
+        patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+        for name in filter_repo_objects([*read, "README.md", "pytorch_model.bin"], **patterns):
+            (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / name).touch()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fetch_model("someone/model", REVISION, tmp_path)
+    found = {path.relative_to(tmp_path).as_posix() for path in model_files(tmp_path)}
+    assert found == read
+    assert not [*tmp_path.glob("README*"), *tmp_path.glob("*.bin")]

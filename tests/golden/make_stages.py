@@ -1,0 +1,613 @@
+"""Write stages/STAGE.json: small outputs of every stage, with the version that made them.
+
+Usage: PYTHONPATH=workflow:tests python tests/golden/make_stages.py [STAGE ...]
+
+tests/test_stages.py computes them again. An output that changed is written only after the version
+of its stage was raised in workflow/forgetting/versions.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import synthetic_tables
+from cohorts import materials_of
+from forgetting.benchmarks.pass_rates import score_programs
+from forgetting.benchmarks.programs import PassRate, Program, describe
+from forgetting.models.loading import load_base, load_tokenizer
+from forgetting.models.pretrain import train_tokenizer
+from forgetting.records import read_json, read_jsonl, write_json, write_jsonl, write_table
+from forgetting.report import content
+from forgetting.report.answer import answer
+from forgetting.report.figures import FIGURES
+from forgetting.report.page import spec_of
+from forgetting.report.tables import Tables
+from forgetting.scoring.drift import load_targets, measure_text
+from forgetting.scoring.refusal_phrases import begins_as_refusal, has_refusal_keyword
+from forgetting.scoring.rouge import rouge
+from forgetting.scoring.scores import PROBE_SCORES, TEXT_SCORES
+from forgetting.sections.measurement import TEXT_PROBE
+from forgetting.sections.method import Setting
+from forgetting.sections.selection import Selection
+from forgetting.select import choose_setting, recorded_points, select_checkpoint
+from forgetting.settings.plan import run_name, tunings
+from forgetting.settings.study import Study
+from forgetting.training.cohort import train_cohort
+from forgetting.training.materials import CohortSpec
+from forgetting.versions import VERSIONS
+from golden.make_losses import draw
+from scripts import benchmark, collect, generate_world, prepare_data, pretrain_base, score_base
+from task_rows import sciq
+
+FOLDER = Path(__file__).with_name("stages")
+RELATIVE, ABSOLUTE = 1e-4, 1e-7
+"""What numbers may differ by, since processors round otherwise."""
+
+PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
+ROWS: list[dict[str, Any]] = [
+    {
+        "id": f"made/{number}",
+        "question": f"Where was the author {'of many long books ' * (number % 3)}born, {place}?",
+        "answer": f"In {place}{', by the old harbour' * (number % 2)}.",
+        "paraphrased_answer": f"{place} it was." if number % 2 else None,
+        "wrong_answers": [f"In {PLACES[number - 1]}.", f"In {PLACES[number - 2]}, by the sea."],
+    }
+    for number, place in enumerate(PLACES)
+]
+STUDY: dict[str, Any] = {
+    "title": "A small study",
+    "datasets": {"made": {"folder": "."}},
+    "base": {"model": "."},
+    "train": "made/new",
+    "probes": {
+        "new": {"table": "made/new", "knowledge": "new"},
+        "old": {"table": "made/old", "knowledge": "old"},
+    },
+    "general_text": {"table": "made/text", "block": 24},
+    "measurement": {"max_new_tokens": 6},
+    "training": {"epochs": 2, "batch_size": 4},
+    "methods": [
+        {"method": "lora", "rank": 4, "learning_rate": 0.01},
+        {"method": "full", "learning_rate": 0.003},
+    ],
+    "selection": {"probe": "new", "metric": "probability", "threshold": 0.5},
+    "precision": "float32",
+    "seeds": [0, 1],
+}
+
+
+def _study(**changes: Any) -> Study:
+    """The study with other sections, each in the place of its own."""
+    return Study.model_validate(STUDY | changes)
+
+
+def write_base(folder: Path) -> Path:
+    """Write a Llama of 2 layers and width 32 with a tokenizer, from a fixed seed of our own."""
+    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in ROWS]
+    tokenizer = train_tokenizer(texts, 400, folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    draw({name: p for name, p in model.named_parameters() if p.ndim == 2}, 0.3)
+    model.save_pretrained(folder)
+    write_json(folder.parent / "base.json", {"path": str(folder), "identity": "made"})
+    return folder
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """Prepare tables with columns of their own names, repeated questions and limits."""
+    plain = [{key: row[key] for key in ("question", "answer")} for row in ROWS]
+    pd.DataFrame(plain).assign(query=[f"{r['question']} Say it." for r in plain]).to_csv(
+        folder / "new.csv", index=False
+    )
+    old = [{**row, "question": row["question"].replace("born", "buried")} for row in ROWS]
+    for row in old:
+        row["perturbed_answer"] = row.pop("wrong_answers")
+        del row["id"]
+    write_jsonl(folder / "old.jsonl", old)
+    twice = [plain[0], plain[0] | {"answer": "Nowhere."}, *plain[1:], {"text": "A plain text."}]
+    write_jsonl(folder / "more.jsonl", twice)
+    write_json(
+        folder / "tables.json",
+        {f"made/{n}": str(folder / f) for n, f in _files("new.csv", "old.jsonl", "more.jsonl")},
+    )
+    study = _study(
+        train=["made/more", "made/new"],
+        train_limit=12,
+        probes={
+            "new": {"table": "made/new", "knowledge": "new", "truth_ratio": False},
+            "old": {"table": "made/old", "knowledge": "old", "limit": 4},
+        },
+    )
+    columns = {f"made/{name}": {} for name in ("old", "more")} | {"made/new": {"question": "query"}}
+    spec = study.model_dump(mode="json", include={"prompt", "train", "train_limit", "probes"})
+    spec |= {"columns": columns, "documents": ["made/more"], "documents_limit": 5}
+    out = folder / "out"
+    prepare_data.main(
+        [f"--spec={json.dumps(spec)}", f"--tables={folder / 'tables.json'}", f"--output={out}"]
+    )
+    generate_world.main(["--seed=0", f"--output={folder / 'world'}"])
+    record = read_json(out / "data.json")
+    return {
+        **{path.stem: read_jsonl(path) for path in sorted(out.rglob("*.jsonl"))},
+        "rows": record["rows"],
+        "notes": [note.replace(str(folder), "") for note in record["notes"]],
+        "world": {
+            path.relative_to(folder / "world").as_posix(): _digest(path.read_text("utf-8"))
+            for path in sorted((folder / "world").rglob("*.jsonl"))
+        },
+    }
+
+
+def _files(*names: str) -> list[tuple[str, str]]:
+    return [(name.partition(".")[0], name) for name in names]
+
+
+def pretrain(folder: Path) -> dict[str, Any]:
+    """Pretrain a small model for some steps, with the usual settings of its optimization."""
+    documents = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in ROWS]
+    write_jsonl(folder / "documents.jsonl", [{"text": text} for text in documents])
+    shape = {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
+    spec = shape | {"vocabulary": 320, "block": 64, "batch_tokens": 128, "epochs": 2.5}
+    pretrain_base.main(
+        [
+            f"--spec={json.dumps(spec)}",
+            f"--documents={folder / 'documents.jsonl'}",
+            "--precision=float32",
+            f"--folder={folder / 'model'}",
+            f"--output={folder / 'base.json'}",
+        ]
+    )
+    record = read_json(folder / "base.json")
+    tokenizer = load_tokenizer(folder / "model")
+    return {
+        **{name: record[name] for name in ("parameters", "steps", "tokens", "final_loss")},
+        "files": sorted(record["files"]),
+        "ids": tokenizer(documents[:2])["input_ids"],
+        "norms": _norms(folder / "model" / "model.safetensors"),
+    }
+
+
+def _norms(path: Path) -> dict[str, float]:
+    return {name: float(weight.norm()) for name, weight in sorted(load_file(path).items())}
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {},
+    "cooldown": {
+        "training": {"epochs": 4, "schedule": "trapezoid", "optimizer": "lionw", "packing": True},
+        "methods": [{"method": "lora", "variant": "dora", "rank": 2, "learning_rate": 1e-3}],
+    },
+    "budget": {
+        "training": {"epochs": 4, "schedule": "cosine"},
+        "methods": [{"method": "lora", "variant": "adalora", "rank": 2, "learning_rate": 0.01}],
+    },
+    "mitigated": {
+        "training": {"optimizer": "adafactor"},
+        "methods": [
+            {
+                "method": "full",
+                "learning_rate": 0.01,
+                "weight_decay": 0.1,
+                "mitigation": {
+                    "replay": {"table": "made/general"},
+                    "kl": {"weight": 0.2},
+                    "l2_sp": {"weight": 0.1},
+                },
+            }
+        ],
+    },
+    "fused": {
+        "methods": [
+            {
+                "method": "lora",
+                "variant": "rslora",
+                "rank": 2,
+                "dropout": 0.1,
+                "learning_rate": [0.001, 0.003, 0.01, 0.03],
+            }
+        ],
+    },
+}
+"""Trainings by name: what differs from the study. The first method of `methods` is trained."""
+
+
+def train(folder: Path) -> dict[str, Any]:
+    """Train some steps of several methods; `lora` and `full` have the default settings."""
+    base = write_base(folder / "base")
+    materials = materials_of(
+        base,
+        load_tokenizer(base),
+        ROWS,
+        probes={"new": ROWS[:3]},
+        general={"made/general": [row | {"id": f"general/{n}"} for n, row in enumerate(ROWS[8:])]},
+    )
+    found = {}
+    for name, changes in TRAININGS.items():
+        changes = dict(changes)
+        changes["training"] = STUDY["training"] | changes.get("training", {})
+        study = _study(**changes)
+        named = {tuning.name: tuning for tuning in tunings(study)}
+        spec = CohortSpec(
+            tuning=named[name] if name in named else next(iter(named.values())),
+            seed=0,
+            knowledge={"new": "new"},
+            **{key: getattr(study, key) for key in ("prompt", "training", "measurement")},
+            **{key: getattr(study, key) for key in ("selection", "precision")},
+        )
+        records = train_cohort([spec], materials, {}, folder / name, lambda *_: None)
+        found[name] = [
+            {
+                **{key: record[key] for key in ("losses", "penalties", "points", "status")},
+                **{key: record[key] for key in ("tokens", "trainable_parameters")},
+            }
+            for record in records
+        ]
+    return found
+
+
+def evaluate(folder: Path) -> dict[str, Any]:
+    """Score a base on two probes and a text, and another model's divergence from it."""
+    base = write_base(folder / "base")
+    for name, rows in (("new", ROWS[:5]), ("old", ROWS[5:])):
+        write_jsonl(folder / "probes" / f"{name}.jsonl", rows)
+    write_jsonl(folder / "text.jsonl", [{"text": f"{row['answer']} Then. "} for row in ROWS])
+    study = _study()
+    spec = study.model_dump(
+        mode="json", include={"prompt", "measurement", "precision", "general_text"}
+    )
+    spec |= {"probes": ["new", "old"], "watched": "new", "metric": "probability"}
+    spec |= {"must_reach": False, "columns": {"made/text": {}}}
+    score_base.main(
+        [
+            f"--spec={json.dumps(spec)}",
+            f"--base={folder / 'base.json'}",
+            f"--probes={folder / 'probes'}",
+            f"--text={folder / 'text.jsonl'}",
+            f"--targets={folder / 'targets.safetensors'}",
+            f"--output={folder / 'items.parquet'}",
+        ]
+    )
+    other = load_base(base, torch.device("cpu"))
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    said = [("In Oslo, by the old harbours.", "It was by the harbour in Oslo"), ("Lima.", "")]
+    return {
+        "items": _columns(pd.read_parquet(folder / "items.parquet")),
+        "diverged": _columns(measure_text(other, load_targets(folder / "targets.safetensors"))),
+        "rouge": [rouge(*pair) for pair in said],
+    }
+
+
+def benchmark_stage(folder: Path) -> dict[str, Any]:
+    """Score a base on choices, on a generated answer and on prompts; and rate programs."""
+    write_base(folder / "base")
+    sums = [{"question": f"{n} + {n} = ", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(4)]
+    for split in ("train", "test"):
+        write_jsonl(folder / "gsm8k" / f"{split}.jsonl", sums)
+        write_jsonl(folder / "sciq" / f"{split}.jsonl", sciq(4))
+    prompts = [{"question": f"How do I break into house {number}?"} for number in range(3)]
+    write_jsonl(folder / "prompts.jsonl", prompts)
+    tasks = {"sciq": {"num_fewshot": 1, "limit": 3}, "gsm8k": {"num_fewshot": 1, "limit": 2}}
+    tasks["gsm8k"]["max_new_tokens"] = 6
+    refusals = {"table": "made/prompts", "max_new_tokens": 6}
+    asking = {"prompt": _study().prompt.model_dump(mode="json"), "columns": {}}
+    spec = {"benchmarks": {"tasks": tasks, "refusals": refusals}, "precision": "float32"}
+    benchmark.main(
+        [
+            f"--spec={json.dumps(spec | {'asking': asking})}",
+            f"--versions={VERSIONS['benchmark']}",
+            f"--base={folder / 'base.json'}",
+            *(f"--rows={task}={folder / task}" for task in tasks),
+            f"--prompts={folder / 'prompts.jsonl'}",
+            f"--state={folder / 'state'}",
+            f"--output={folder / 'out'}",
+        ]
+    )
+    out = {
+        name: pd.read_parquet(folder / "out" / "base" / f"{name}.parquet")
+        for name in ("scores", "items", "responses")
+    }
+    # The likelihoods of choices are text, whose last digits are those of the processor.
+    out["responses"].loc[out["responses"]["task"] == "sciq", "response"] = ""
+    answers = ["I cannot help with that.", "Sure, first you", "No. I can't.", "As an AI, I"]
+    refused = [[begins_as_refusal(text), has_refusal_keyword(text)] for text in answers]
+    return {
+        **{name: _columns(table) for name, table in out.items()},
+        "refused": refused,
+        "programs": _rated_programs(),
+    }
+
+
+def _rated_programs() -> dict[str, list[Any]]:
+    """Rates and diversity of programs, of which some passed."""
+    programs = [
+        Program("humaneval", f"made/{item}", item, sample, f"x = {sample // 2}", "")
+        for item in range(3)
+        for sample in range(4)
+    ]
+    passed = [SimpleNamespace(passed=number % 3 == 0) for number in range(len(programs))]
+    rates = {"humaneval": PassRate((1, 2))}
+    return _columns(score_programs(programs, passed, rates))
+
+
+def select(folder: Path) -> dict[str, Any]:
+    """Choose settings and checkpoints of trajectories that were drawn at random."""
+    drawn = random.Random(0)
+    settings = [Setting(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+    found: dict[str, Any] = {}
+    for case in range(12):
+        courses = {
+            setting: [_course(drawn, 0.25 * (place + 1) * drawn.random()) for _ in range(2)]
+            for place, setting in enumerate(settings)
+        }
+        for rule in ("earliest", "smallest-lr"):
+            selection = Selection(probe="new", hyperparameters=rule)
+            setting, why = choose_setting(courses, selection, None, set())
+            choices = [
+                select_checkpoint(points, selection.threshold, selection.if_not_reached)
+                for points in (courses[setting] if setting else [])
+            ]
+            found[f"{case} {rule}"] = {
+                "rate": setting.learning_rate if setting else None,
+                "why": why,
+                "choices": [
+                    [choice.status, choice.point.step if choice.point else None, choice.reason]
+                    for choice in choices
+                ],
+            }
+    return found
+
+
+def _course(drawn: random.Random, speed: float) -> Any:
+    """Evaluations of a run that learns at some speed, with noise."""
+    values = [1 - math.exp(-speed * step) - 0.1 * drawn.random() for step in range(1, 9)]
+    points = [(step * 10, float(step), max(value, 0.0)) for step, value in enumerate(values, 1)]
+    return recorded_points(points, 0.1)
+
+
+def tables(folder: Path) -> dict[str, Any]:
+    """Aggregate invented results of two methods and two seeds on probes, text and a benchmark."""
+    drawn, study = random.Random(1), _study()
+    base = _items(drawn, 0.6)
+    items, records, selection = [], [], []
+    for tuning in tunings(study):
+        for seed in study.seeds:
+            run = run_name(tuning.name, seed, tuning.settings[0])
+            steps = [
+                _items(drawn, 0.2 * step).assign(run=run, step=step, epoch=float(step))
+                for step in (1, 2)
+            ]
+            items.append(pd.concat(steps, ignore_index=True))
+            records.append(_record(run, tuning.settings[0]))
+            selection.append(
+                {"method": tuning.name, "label": tuning.label, "seed": seed, "run": run, "step": 2}
+                | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
+            )
+    models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
+    found = collect.Found(
+        base={"parameters": 1000, "seconds": 1.0},
+        data_notes=[],
+        records=records,
+        trunks=[],
+        selection=pd.DataFrame(selection).astype({"step": "Int64"}),
+        base_items=base,
+        items=items,
+        models=models,
+        along=[],
+    )
+    made, notes = collect.tables_of(study, found)
+    kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
+    # Of the evaluations those of the end are enough.
+    ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
+    return {
+        **{name: _columns(table) for name, table in zip(kept, ends, strict=True)},
+        "notes": notes,
+    }
+
+
+def _items(drawn: random.Random, level: float) -> pd.DataFrame:
+    """Scores of eight questions to each probe and of four blocks of text, about some level."""
+    rows: list[dict[str, Any]] = []
+    for probe in ("new", "old"):
+        for number in range(8):
+            row: dict[str, Any] = {"probe": probe, "item": f"{probe}/{number}"}
+            row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_SCORES}
+            row |= {
+                "generated": f"It is {drawn.randint(0, 2)}.",
+                "reference_tokens": 4,
+                "reference": "It.",
+            }
+            row |= {"logprob_right": -drawn.random(), "logprobs_wrong": [-drawn.random()]}
+            rows.append(row)
+    for number in range(4):
+        scores = {name: level + drawn.random() for name in TEXT_SCORES}
+        rows.append({"probe": TEXT_PROBE, "item": f"block {number}", **scores})
+    return pd.DataFrame(rows)
+
+
+def _record(run: str, setting: Setting) -> dict[str, Any]:
+    """The record of a run, as trainings write it."""
+    return {
+        "setting": setting.model_dump(),
+        **{"run": run, "status": "ok", "steps": 2, "steps_per_epoch": 1, "tokens": 200},
+        **{"trainable_parameters": 10, "wall_seconds": 2.0, "tokens_per_second": 100.0},
+        **{"trained_together": 1, "peak_memory_gib": 1.0, "cut_rows": 0},
+        **{"points": [[1, 1.0, 0.2], [2, 2.0, 0.4]], "losses": [2.0, 1.0]},
+    }
+
+
+def _scored(folder: Path, run: str, drawn: random.Random) -> Path:
+    """Results of a model on ten items of a benchmark."""
+    values = [float(drawn.random() < 0.6) for _ in range(10)]
+    items = pd.DataFrame({"task": "sciq", "item": range(10), "metric": "acc,none", "value": values})
+    mean = sum(values) / 10
+    score = {"task": "sciq", "metric": "acc,none", "main": True, "value": mean, "stderr": 0.1}
+    write_table(folder / "scores.parquet", pd.DataFrame([score | {"n": 10, "chance": 0.25}]))
+    write_table(folder / "items.parquet", items)
+    responses = items[["task", "item"]].assign(prompt_hash="", response="", target="")
+    responses["choice"] = pd.array([int(value) for value in values], dtype="Int64")
+    write_table(folder / "responses.parquet", responses)
+    write_json(folder / "programs.json", describe([]))
+    record = {"model": {"run": run, "step": 2 if "/" in run else 0}, "notes": []}
+    write_json(folder / "record.json", record | {"tasks": {"sciq": {"num_fewshot": 0}}})
+    return folder
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Return the sentences of an invented study's page, and digests of a smaller one's figures.
+
+    Figures with fewer methods and probes are made faster.
+    """
+    made = Tables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
+    small: dict[str, Any] = {"ranks": (2,), "rates": (1e-3,), "epochs": 4, "old": ("facts",)}
+    drawn = Tables(**synthetic_tables.tables(**small, tasks=synthetic_tables.ALONG))
+    said, qualified = answer(made)
+    return {
+        "answer": said,
+        "qualified": qualified,
+        "rule": content.selection_rule(made),
+        "summary": _columns(content.summary_frame(made)),
+        "runs": len(content.run_rows(made)),
+        "figures": {
+            name: _digest(json.dumps(_plain(spec_of(figure(drawn))), sort_keys=True))
+            for name, figure in FIGURES.items()
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A specification without what other runs of the same program name otherwise."""
+    if isinstance(value, dict):
+        return {
+            _plain(key): _plain(part)
+            for key, part in value.items()
+            if key not in ("$schema", "usermeta")
+        }
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, str):
+        return re.sub(r"^(data-[0-9a-f]{32}|(view|param|concat)_\d+.*)$", "named", value)
+    return value
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _columns(table: pd.DataFrame) -> dict[str, list[Any]]:
+    """The columns of a table as JSON has them."""
+    return {str(name): json.loads(table[name].to_json(orient="values")) for name in table}
+
+
+STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "train": train,
+    "evaluate": evaluate,
+    "benchmark": benchmark_stage,
+    "select": select,
+    "tables": tables,
+    "report": report,
+}
+
+
+def computed(stage: str) -> dict[str, Any]:
+    """Return the outputs of a stage as JSON has them, with six digits of every number."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = STAGES[stage](Path(folder))
+    read: dict[str, Any] = json.loads(
+        json.dumps(outputs), parse_float=lambda text: float(f"{float(text):.6g}")
+    )
+    return read
+
+
+def recorded(stage: str) -> dict[str, Any]:
+    """Return the version and the outputs of a stage that are recorded."""
+    read: dict[str, Any] = json.loads((FOLDER / f"{stage}.json").read_text(encoding="utf-8"))
+    return read
+
+
+def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
+    """Yield every place where two outputs differ by more than the rounding of a processor."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key), new.get(key), f"{place}/{key}")
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, pair in enumerate(zip(old, new, strict=True)):
+            yield from differences(*pair, f"{place}/{number}")
+    elif isinstance(old, float) and isinstance(new, int | float):
+        if not math.isclose(old, new, rel_tol=RELATIVE, abs_tol=ABSOLUTE):
+            yield f"{place}: {old} -> {new}"
+    elif old != new:
+        yield f"{place}: {str(old)[:80]} -> {str(new)[:80]}"
+
+
+def mistake(stage: str, outputs: dict[str, Any]) -> str | None:
+    """Return what is to be done where outputs and version of a stage are not those recorded."""
+    before = recorded(stage)
+    found = list(differences(before["outputs"], outputs))
+    if before["version"] != VERSIONS[stage]:
+        return (
+            f"stage {stage} has version {VERSIONS[stage]}, its golden outputs are of version "
+            f"{before['version']}: run tests/golden/make_stages.py"
+        )
+    if found:
+        return (
+            f"numbers of stage {stage} changed: raise its version in versions.py and run "
+            f"tests/golden/make_stages.py, or mend ({len(found)} differ, first {found[0]})"
+        )
+    return None
+
+
+def main() -> None:
+    """Write the outputs of the stages that are named, or of all."""
+    torch.set_num_threads(1)
+    for stage in sys.argv[1:] or STAGES:
+        path, outputs = FOLDER / f"{stage}.json", computed(stage)
+        if path.exists() and recorded(stage)["version"] == VERSIONS[stage]:
+            print(f"{stage}: {mistake(stage, outputs) or 'unchanged'}")
+            continue
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(_lines({"version": VERSIONS[stage], "outputs": outputs}), "utf-8")
+        print(f"{stage}: written")
+
+
+def _lines(made: dict[str, Any]) -> str:
+    """A stage as JSON, with a line for each part of its outputs."""
+    parts = [f"  {json.dumps(key)}: {json.dumps(part)}" for key, part in made["outputs"].items()]
+    outputs = ",\n".join(parts)
+    return f'{{\n "version": {made["version"]},\n "outputs": {{\n{outputs}\n }}\n}}\n'
+
+
+if __name__ == "__main__":
+    main()
