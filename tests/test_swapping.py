@@ -140,11 +140,11 @@ def method(base_folder: Path, tmp_path: Path, tuning: Tuning) -> list[str]:
     ]
 
 
-def _score(method: Sequence[str], folder: Path, *names: str, code: str = "0") -> None:
+def _score(method: Sequence[str], folder: Path, *names: str, versions: str = "0") -> None:
     benchmark.main(
         [
             *method,
-            f"--versions={code}",
+            f"--versions={versions}",
             f"--state={folder / 'state'}",
             f"--output={folder / 'results'}",
             "--models",
@@ -245,5 +245,5 @@ def test_a_job_that_was_killed_goes_on_with_the_model_that_it_was_at(
     weights.write_bytes(other.read_bytes())
     _score(method, tmp_path, *names)
     assert scored == [*names, "seed1"]
-    _score(method, tmp_path, *names, code="1")
+    _score(method, tmp_path, *names, versions="1")
     assert scored == [*names, "seed1", *names]

@@ -1,8 +1,4 @@
-"""The scores of the items table, and what a question adds to the mean of each.
-
-Apart from their reporting: training looks at these numbers, and is not to be repeated because an
-interval is computed in another way.
-"""
+"""The scores of the items table, and what a question adds to the mean of each."""
 
 from __future__ import annotations
 

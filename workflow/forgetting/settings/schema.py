@@ -55,6 +55,9 @@ What may stand in `config/config.yaml` or after `--config`, several separated by
   its dataset `NAME`, one JSON object a line. Nothing of that dataset is downloaded then.
 - `benchmarks_dir`: a folder with the rows of the benchmarks as `TASK/SPLIT.jsonl`, in the columns
   of the hub's datasets.
+- `rerun_on_code_change`: `true` reruns all jobs when a file of the library changes, for people who
+  edit it. By default jobs run again when the version of their stage is raised
+  (`workflow/forgetting/versions.py`), or their files or settings change.
 
 ## Writing a study
 
