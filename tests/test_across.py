@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,23 @@ RATES = (Setting(learning_rate=0.01), Setting(learning_rate=0.003, weight_decay=
 INPUTS = {"versions": "c"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
+def _two_runs_are_enough() -> Iterator[None]:
+    """Fuse as few as two runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusing, "FEWEST", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
 def materials(
-    base_folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
 ) -> Materials:
     """Eight rows to learn, of other lengths, so that another order is padded otherwise."""
-    monkeypatch.setattr(fusing, "FEWEST", 2)
     return materials_of(base_folder, tokenizer, rows, base_value=0.001)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def specs(tuning: Tuning) -> list[CohortSpec]:
     """Three methods of other ranks and scales, one of them LoRA+, and two seeds of each."""
     methods = [
@@ -78,6 +82,23 @@ def _apart(specs: Sequence[CohortSpec], materials: Materials, state: Path) -> li
     return found
 
 
+@pytest.fixture(scope="module")
+def together(
+    specs: list[CohortSpec], materials: Materials, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """The twelve runs in one pass, for tests that change none of their files."""
+    state = tmp_path_factory.mktemp("together")
+    return train_cohort(specs, materials, INPUTS, state, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def apart(
+    specs: list[CohortSpec], materials: Materials, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """Each of the twelve runs in a pass of its own."""
+    return _apart(specs, materials, tmp_path_factory.mktemp("apart"))
+
+
 def _files(records: Sequence[dict[str, Any]], pattern: str) -> dict[str, Path]:
     return {
         f"{record['run']}/{path.relative_to(record['folder'])}": path
@@ -87,11 +108,10 @@ def _files(records: Sequence[dict[str, Any]], pattern: str) -> dict[str, Path]:
 
 
 def test_runs_of_other_ranks_and_seeds_are_the_runs_alone(
-    specs: list[CohortSpec], materials: Materials, tmp_path: Path
+    together: list[dict[str, Any]], apart: list[dict[str, Any]]
 ) -> None:
     """Twelve runs in a pass: the losses, tokens, items and adapters of each as if it were alone."""
-    ours = train_cohort(specs, materials, INPUTS, tmp_path / "across", lambda *_: None)
-    theirs = _apart(specs, materials, tmp_path / "apart")
+    ours, theirs = together, apart
     assert [record["trained_together"] for record in ours] == [12] * 12
     same = ("run", "key", "setting", "status", "steps", "tokens", "trainable_parameters")
     for one, other in zip(ours, theirs, strict=True):
@@ -134,14 +154,13 @@ def test_runs_of_other_seeds_stand_side_by_side(
 
 
 def test_a_checkpoint_tells_its_own_rank_and_scale(
-    specs: list[CohortSpec], materials: Materials, tmp_path: Path
+    together: list[dict[str, Any]], materials: Materials
 ) -> None:
     """Whatever run sat in the model before: plain peft computes what was measured in training."""
-    records = train_cohort(specs, materials, INPUTS, tmp_path, lambda *_: None)
     ids = torch.tensor(
         [materials.tokenizer("Where was the author of many long books born?")["input_ids"]]
     )
-    for record, rank, scale in zip(records[::4], (4, 2, 8), (2.0, 3.0 / 2**0.5, 2.0), strict=True):
+    for record, rank, scale in zip(together[::4], (4, 2, 8), (2.0, 3.0 / 2**0.5, 2.0), strict=True):
         checkpoint = Path(record["folder"]) / f"step-{record['steps']:07d}"
         assert json.loads((checkpoint / "adapter_config.json").read_text())["r"] == rank
         base = AutoModelForCausalLM.from_pretrained(materials.base, dtype=torch.float32)
@@ -156,20 +175,20 @@ def test_a_checkpoint_tells_its_own_rank_and_scale(
 def test_a_killed_mixed_cohort_ends_with_the_same_bits(
     specs: list[CohortSpec],
     materials: Materials,
+    together: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     call: int,
 ) -> None:
     """Killed while checkpoints are written, and started again."""
-    whole = train_cohort(specs, materials, INPUTS, tmp_path / "whole", lambda *_: None)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         kill_at(patched, train_module, "write_checkpoint", call, after=False)
         train_cohort(specs, materials, INPUTS, tmp_path / "killed", lambda *_: None)
     ended = train_cohort(specs, materials, INPUTS, tmp_path / "killed", lambda *_: None)
-    for one, other in zip(ended, whole, strict=True):
+    for one, other in zip(ended, together, strict=True):
         assert one["losses"] == other["losses"]
     ours = _files(ended, "step-*/adapter_model.safetensors")
-    theirs = _files(whole, "step-*/adapter_model.safetensors")
+    theirs = _files(together, "step-*/adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert ours[name].read_bytes() == theirs[name].read_bytes()
@@ -289,7 +308,11 @@ def test_out_of_memory_halves_the_pass_of_unlike_runs(
 
 
 def test_what_finds_no_room_in_a_pass_is_trained_alone(
-    specs: list[CohortSpec], materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    specs: list[CohortSpec],
+    materials: Materials,
+    apart: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The runs of rank 8 are too large for it; those of 4 and 2 are trained together."""
     monkeypatch.setattr(fusing, "FEWEST", 8)
@@ -299,7 +322,7 @@ def test_what_finds_no_room_in_a_pass_is_trained_alone(
     monkeypatch.setattr(fusing, "CPU_BYTES", 7 * 16 * rank_4)  # those of the others take 6
     ours = train_cohort(specs, materials, INPUTS, tmp_path / "across", lambda *_: None)
     assert [record["trained_together"] for record in ours] == [8] * 8 + [1] * 4
-    for one, other in zip(ours, _apart(specs, materials, tmp_path / "apart"), strict=True):
+    for one, other in zip(ours, apart, strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
 
 
@@ -307,12 +330,12 @@ def test_what_finds_no_room_in_a_pass_is_trained_alone(
 def test_runs_that_were_half_trained_go_on_as_the_study_says_now(
     specs: list[CohortSpec],
     materials: Materials,
+    apart: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     call: int,
 ) -> None:
     """Begun each in its own job, killed, gone on across, killed, and ended one by one."""
-    whole = _apart(specs, materials, tmp_path / "whole")
     by_seed = [[spec for spec in specs if spec.seed == seed] for seed in (0, 7)]
     with monkeypatch.context() as patched, pytest.raises(Killed):
         kill_at(patched, train_module, "write_checkpoint", 3, after=True)
@@ -321,7 +344,7 @@ def test_runs_that_were_half_trained_go_on_as_the_study_says_now(
         kill_at(patched, train_module, "write_checkpoint", call, after=True)
         train_cohort(specs, materials, INPUTS, tmp_path / "state", lambda *_: None)
     ended = _apart(specs, materials, tmp_path / "state")
-    for one, other in zip(ended, whole, strict=True):
+    for one, other in zip(ended, apart, strict=True):
         assert one["run"] == other["run"]
         assert one["status"] == "ok"
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)

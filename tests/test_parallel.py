@@ -573,6 +573,7 @@ def launched(
     return start
 
 
+@pytest.mark.slow
 def test_killing_one_process_ends_all_and_the_next_start_goes_on(
     launched: Callable[..., subprocess.CompletedProcess[str]],
     specs: dict[str, CohortSpec],
@@ -623,6 +624,7 @@ def _two_nodes(tmp_path: Path) -> dict[str, str]:
     return {"PATH": path, "SLURM_JOB_ID": "7"}
 
 
+@pytest.mark.slow
 def test_two_nodes_train_like_two_processes_of_one(
     launched: Callable[..., subprocess.CompletedProcess[str]],
     specs: dict[str, CohortSpec],
@@ -686,10 +688,8 @@ def test_a_mistake_is_told_once() -> None:
 NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
-@pytest.mark.parametrize(
-    ("kind", "nodes"),
-    [("full", "1"), ("full", "2"), pytest.param("lora", "1", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "nodes"), [("full", "1"), ("full", "2"), ("lora", "1")])
 def test_memory_that_runs_out_in_one_process_halves_the_passes_of_all(
     launched: Callable[..., subprocess.CompletedProcess[str]],
     specs: dict[str, CohortSpec],
