@@ -64,7 +64,7 @@ dry-runs: $(READY) ## plan every study under both profiles, offline
 	@for study in config/studies/*.yaml; do \
 		for profile in default slurm; do \
 			options=$$([ $$profile = default ] || echo --profile $$profile); \
-			told=$$(snakemake --dry-run $$options --config "study=$$study" 2>&1) \
+			told=$$(snakemake --dry-run $$options --config study=$$study 2>&1) \
 				|| { echo "$$told"; echo "no plan: $$study, profile $$profile" >&2; exit 1; }; \
 			echo "planned: $$study, profile $$profile: $$(grep -m 1 '^total' <<< "$$told" | tr -s ' ') jobs"; \
 		done; \

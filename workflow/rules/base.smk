@@ -70,7 +70,7 @@ else:
     rule adopt_base:
         """Check a model that was trained elsewhere and record what it is."""
         input:
-            lambda wildcards: model_files(),
+            model_files(),
         output:
             BASE,
         log:
@@ -80,10 +80,8 @@ else:
             "../../envs/environment.yaml"
         params:
             code=code("adopt_base"),
-            folder=lambda wildcards: model_folder(),
-            origin=lambda wildcards: " at ".join(
-                filter(None, [STUDY.base.model, STUDY.base.revision])
-            ),
+            folder=model_folder(),
+            origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
         shell:
             r"""
             exec &> >(tee {log:q})
@@ -100,7 +98,7 @@ rule score_base:
     input:
         base=BASE,
         probes=rules.prepare_data.output.probes,
-        text=lambda wildcards: text_files(),
+        text=text_files(),
         rows=lambda wildcards: rows_inputs(ALONG),
     output:
         scored=f"{RESULTS}/base/items.parquet",
@@ -127,7 +125,7 @@ rule score_base:
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,
-        along=lambda wildcards: along_options(),
+        along=along_options(),
     shell:
         r"""
         exec &> >(tee {log:q})

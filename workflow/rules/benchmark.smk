@@ -34,7 +34,7 @@ rule benchmark:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=lambda wildcards: prompt_files(),
+        prompts=prompt_files(),
         selection=f"{RESULTS}/selection/{{method}}.json",
         # The digests in the selection tell whether they are others.
         checkpoints=ancient(f"{RESULTS}/selected/{{method}}"),
@@ -54,7 +54,7 @@ rule benchmark:
     params:
         code=code("benchmark"),
         spec=lambda wildcards: benchmark_spec(),
-        rows=row_options,
+        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=lambda wildcards, input: [
             f"--selection={input.selection}",
@@ -83,7 +83,7 @@ use rule benchmark as benchmark_base with:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=lambda wildcards: prompt_files(),
+        prompts=prompt_files(),
     output:
         results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
     log:
@@ -94,7 +94,7 @@ use rule benchmark as benchmark_base with:
     params:
         code=code("benchmark"),
         spec=lambda wildcards: benchmark_spec(),
-        rows=row_options,
+        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=[],
         state=f"{RESULTS}/state/benchmarks",

@@ -189,11 +189,6 @@ def rows_inputs(tasks):
     ]
 
 
-def row_options(wildcards):
-    """Return the options that name the folder of each benchmark's rows."""
-    return [f"--rows={task}={task_folder(task)}" for task in TASKS]
-
-
 def prompt_files():
     """The file of the prompts that should be refused, if the study has any."""
     refusals = STUDY.benchmarks.refusals
