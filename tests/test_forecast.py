@@ -210,7 +210,7 @@ def test_the_plan_is_printed_without_a_gpu_or_a_download(tmp_path: Path) -> None
     assert (numbers["gpus"], numbers["device"]) == (32, "H100")
     assert sum(numbers["shares"].values()) == pytest.approx(1.0)
     first = done.stdout.splitlines()[0]
-    assert first.startswith(f"tofu-phi-1.5: 60 jobs, {numbers['gpu_hours']:.1f} GPU-hours; ")
+    assert first.startswith(f"tofu-phi-1.5: 61 jobs, {numbers['gpu_hours']:.1f} GPU-hours; ")
     for word in ("finetune lora-r512", "benchmark", "GPU-hours by stage: ", "download 2.9 GB"):
         assert word in done.stdout
     assert not list(tmp_path.glob("re*"))

@@ -45,7 +45,6 @@ HOSTILE = {
 LISTS = ("input", "output", "params", "wildcards", "resources", "log")
 # Takes the place of every program: writes down what it was given, and does nothing.
 STUB = '#!/bin/bash\nprintf "%s\\0" "$@" >> "$ARGUMENTS"\n'
-PROGRAMS = ("python", "cp", "mv")
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +102,8 @@ def test_hostile_values_reach_the_programs_of_every_rule_whole(
     tools, work, out = (tmp_path / name for name in ("tools", "work", "out"))
     for folder in (tools, work, out):
         folder.mkdir()
-    for program in PROGRAMS:
-        (tools / program).write_text(STUB)
-        (tools / program).chmod(0o755)
+    (tools / "python").write_text(STUB)
+    (tools / "python").chmod(0o755)
     for name, rule in rules.items():
         if not rule.shellcmd:
             continue

@@ -897,10 +897,14 @@ def test_every_study_of_the_repository_is_valid(path: Path, scale: str) -> None:
 
 
 NO_NAMES = {
-    "boolean": ("  old:", "  no:", "`no` is a boolean to YAML, and keys are text; write 'no', in"),
+    "boolean": (
+        "  old:",
+        "  no:",
+        "`no` is a boolean to YAML, and keys are text; write 'no', in quot",
+    ),
     "number": ("  old:", "  12:", "`12` is a number to YAML, and keys are text; write '12', in"),
     "date": ("  old:", "  2024-01-01:", "`2024-01-01` is a date to YAML"),
-    "boolean as a value": ("probe: new", "probe: no", "no text to YAML; write it in quotes"),
+    "boolean as a value": ("probe: new", "probe: no", "put it into quotation marks"),
     "too long": ("  old:", f"  {'a' * 101}:", "expected a name of at most 100 letters"),
     "same but for case": (
         "  old:",

@@ -70,7 +70,7 @@ else:
     rule adopt_base:
         """Check a model that was trained elsewhere and record what it is."""
         input:
-            lambda wildcards: model_inputs(),
+            model_inputs(),
         output:
             BASE,
         log:
@@ -81,10 +81,8 @@ else:
         params:
             version=version("pretrain"),
             contents=lambda wildcards: model_contents(),
-            folder=lambda wildcards: model_folder(),
-            origin=lambda wildcards: " at ".join(
-                filter(None, [STUDY.base.model, STUDY.base.revision])
-            ),
+            folder=model_folder(),
+            origin=" at ".join(filter(None, [STUDY.base.model, STUDY.base.revision])),
             prompt=lambda wildcards: as_json(STUDY.prompt) if STUDY.prompt.chat else "",
             downloaded=[] if is_local(STUDY.base.model) else "--downloaded",
         shell:
@@ -104,7 +102,7 @@ rule score_base:
     input:
         base=BASE,
         probes=rules.prepare_data.output.probes,
-        text=lambda wildcards: table_inputs(text_tables()),
+        text=table_inputs(text_tables()),
         rows=lambda wildcards: rows_inputs(ALONG),
     output:
         scored=f"{RESULTS}/base/items.parquet",
@@ -132,7 +130,7 @@ rule score_base:
         ),
         text=lambda wildcards, input: [f"--text={path}" for path in input.text],
         targets=target_options,
-        along=lambda wildcards: along_options(),
+        along=along_options(),
     shell:
         r"""
         exec &> >(tee {log:q})

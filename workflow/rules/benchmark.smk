@@ -34,7 +34,7 @@ rule benchmark:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=lambda wildcards: table_inputs(prompt_tables()),
+        prompts=table_inputs(prompt_tables()),
         selection=f"{RESULTS}/selection/{{method}}.json",
         # The digests in the selection tell whether they are others.
         checkpoints=ancient(f"{RESULTS}/selected/{{method}}/index.json"),
@@ -58,7 +58,7 @@ rule benchmark:
             table_contents(prompt_tables()),
         ],
         spec=lambda wildcards: benchmark_spec(),
-        rows=row_options,
+        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=lambda wildcards, input: [
             f"--selection={input.selection}",
@@ -87,7 +87,7 @@ use rule benchmark as benchmark_base with:
     input:
         base=BASE,
         rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=lambda wildcards: table_inputs(prompt_tables()),
+        prompts=table_inputs(prompt_tables()),
     output:
         results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
     log:
@@ -102,7 +102,7 @@ use rule benchmark as benchmark_base with:
             table_contents(prompt_tables()),
         ],
         spec=lambda wildcards: benchmark_spec(),
-        rows=row_options,
+        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
         prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
         chosen=[],
         state=f"{RESULTS}/state/benchmarks",

@@ -233,11 +233,6 @@ def rows_contents(tasks):
     return content_digest(users_rows(tasks))
 
 
-def row_options(wildcards):
-    """Return the options that name the folder of each benchmark's rows."""
-    return [f"--rows={task}={task_folder(task)}" for task in TASKS]
-
-
 def prompt_tables():
     """The table of the prompts that should be refused, if the study has any."""
     refusals = STUDY.benchmarks.refusals

@@ -58,7 +58,7 @@ rule download_table:
 rule prepare_data:
     """Check every table and write what training, pretraining and measuring read."""
     input:
-        lambda wildcards: table_inputs(tables()),
+        table_inputs(tables()),
     output:
         tables=f"{RESULTS}/data/tables.json",
         train=f"{RESULTS}/data/train.jsonl",

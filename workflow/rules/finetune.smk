@@ -50,7 +50,7 @@ rule finetune:
         targets=target_options,
         data=subpath(input.train, parent=True),
         state=f"{RESULTS}/state",
-        along=lambda wildcards: along_options(),
+        along=along_options(),
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -128,14 +128,11 @@ rule publish:
     localrule: True
     conda:
         "../../envs/environment.yaml"
-    params:
-        # Another study's page may be as old as this one's.
-        study=NAME,
     shell:
         r"""
         exec &> >(tee {log:q})
 
-        # Whole or not at all: another study may be published at the same time.
-        cp {input:q} {output:q}.{params.study:q}
-        mv {output:q}.{params.study:q} {output:q}
+        python "$SCRIPTS"/publish.py \
+            --page {input:q} \
+            --output {output:q}
         """

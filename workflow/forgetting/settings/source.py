@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import date
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -62,7 +61,7 @@ class Source:
         """The file's keys and values, none of them given twice."""
         try:
             document = yaml.safe_load(self.text)
-            self._check(self._root)
+            self._check_nodes(self._root)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
@@ -78,7 +77,7 @@ class Source:
             raise InputError(f"{self.path}: expected a study, a mapping of keys to values")
         return document
 
-    def _check(self, node: yaml.Node | None) -> None:
+    def _check_nodes(self, node: yaml.Node | None) -> None:
         """Refuse what YAML changes or accepts in silence.
 
         Of two equal keys it takes the last, `no` as a key is a boolean, 010 is 8, and an escape can
@@ -89,21 +88,21 @@ class Source:
             self._refuse_converted(node)
         elif isinstance(node, yaml.SequenceNode):
             for child in node.value:
-                self._check(child)
+                self._check_nodes(child)
         elif isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, child in node.value:
                 where = f"{self.path}, line {key.start_mark.line + 1}: `{key.value}`"
                 if (kind := NOT_TEXT.get(key.tag)) is not None:
                     raise InputError(
-                        f"{where} is {kind} to YAML, and keys are text; write '{key.value}', in "
-                        "quotes"
+                        f"{where} is {kind} to YAML, and keys are text; write '{key.value}', "
+                        "in quotation marks"
                     )
                 if key.value in seen:
                     raise InputError(f"{where} is there twice; merge them")
                 seen.add(key.value)
-                self._check(key)
-                self._check(child)
+                self._check_nodes(key)
+                self._check_nodes(child)
 
     def _check_text(self, node: yaml.ScalarNode) -> None:
         try:
@@ -204,9 +203,8 @@ def _message(faults: Sequence[Mapping[str, Any]]) -> str:
     told = list(dict.fromkeys(fault["msg"] for fault in of_its_type or faults))
     more = [message.removeprefix("Input should be ") for message in told[1:]]
     found = faults[0]["input"]
-    remedy = ""
-    if kinds == {"string_type"} and isinstance(found, bool | int | float | date):
-        remedy = ", which is no text to YAML; write it in quotes"
+    quotes = "; put it into quotation marks" if isinstance(found, bool | int | float) else ""
+    remedy = quotes if kinds == {"string_type"} else ""
     return ", or ".join([told[0], *more]) + f", found {found!r}{remedy}"
 
 
