@@ -88,7 +88,7 @@ def study(finished: Study, tmp_path: Path) -> Study:
 
 
 DAMAGED: list[tuple[Callable[[Path], None], str, str]] = [
-    (flip, "tables/trajectory.parquet", "../../reports/tradeoff.html"),
+    (flip, "tables/trajectory.parquet", "reports/*.html"),
     (truncate, "cohorts/full/seed0/items.parquet", "tables/study.json"),
     (truncate, "benchmarks/base/outcomes.json", "tables/study.json"),
     (flip, "selection/full.json", "tables/study.json"),
@@ -106,7 +106,7 @@ def test_what_messages_say_heals_the_study(study: Study) -> None:
     for damaging, name, again in DAMAGED:
         path = study.at / RESULTS / name
         damaging(path)
-        for output in (study.at / RESULTS).glob(again):
+        for output in [*study.at.glob(again), *(study.at / RESULTS).glob(again)]:
             output.unlink()
         done = study.start()
         assert done.returncode == 1, name
@@ -151,8 +151,8 @@ def test_without_its_state_a_study_is_widened_by_a_seed(without_state: Study) ->
     assert set(tables["selection"]["seed"]) == {0, 1}
     first = tables["items"].merge(expected["items"][["run"]].drop_duplicates(), on="run")
     pd.testing.assert_frame_equal(
-        first.sort_values(["run", "step", "probe", "id"], ignore_index=True),
-        expected["items"].sort_values(["run", "step", "probe", "id"], ignore_index=True),
+        first.sort_values(["run", "step", "probe", "item"], ignore_index=True),
+        expected["items"].sort_values(["run", "step", "probe", "item"], ignore_index=True),
     )
     assert _weights(without_state) > weights
 
