@@ -22,6 +22,8 @@ from test_damage import flip, truncate
 pytestmark = pytest.mark.slow
 
 RESULTS = Path("results/damaged")
+STUDY_FILE = Path("damaged.yaml")
+"""In the working folder: by another path, a copy of the study would be another study."""
 TIMES = ["seconds", "tokens_per_second", "peak_memory_gib"]
 TABLES = ("runs", "trajectory", "items", "selection", "benchmarks", "benchmark_responses")
 SMALL = STUDY | {
@@ -52,7 +54,9 @@ class Study(Folder):
 
     def configure(self, **changes: object) -> None:
         """Change sections of the study."""
-        self.study.write_text(yaml.safe_dump(SMALL | changes, sort_keys=False), encoding="utf-8")
+        (self.at / self.study).write_text(
+            yaml.safe_dump(SMALL | changes, sort_keys=False), encoding="utf-8"
+        )
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables, but for what tells how long something took."""
@@ -73,7 +77,7 @@ def _same(found: dict[str, pd.DataFrame], expected: dict[str, pd.DataFrame]) -> 
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """The study, run once."""
     at = tmp_path_factory.mktemp("study")
-    study = Study(at, at / "damaged.yaml")
+    study = Study(at, STUDY_FILE)
     study.configure()
     done = study.start()
     assert done.returncode == 0, done.stdout[-6000:]
@@ -84,43 +88,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def study(finished: Study, tmp_path: Path) -> Study:
     """A copy that a test may spoil; links of the same file stay such."""
     subprocess.run(["cp", "-a", finished.at, tmp_path / "study"], check=True)
-    return Study(tmp_path / "study", tmp_path / "study" / "damaged.yaml")
-
-
-DAMAGED: list[tuple[Callable[[Path], None], str, str]] = [
-    (flip, "tables/trajectory.parquet", "../../reports/tradeoff.html"),
-    (truncate, "cohorts/full/seed0/items.parquet", "tables/study.json"),
-    (truncate, "benchmarks/base/outcomes.json", "tables/study.json"),
-    (flip, "selection/full.json", "tables/study.json"),
-    (flip, "selected/lora-r2/seed0/adapter_model.safetensors", "benchmarks/lora-r2/seed0/*"),
-    (Path.unlink, "selected/full/seed0/config.json", "benchmarks/full/seed0/*"),
-    (truncate, "data/train.jsonl", "cohorts/full/seed0/runs.json"),
-    (flip, "base/model/model.safetensors", "base/items.parquet"),
-]
-"""What is damaged, how, and the outputs that are then made again."""
-
-
-def test_what_messages_say_heals_the_study(study: Study) -> None:
-    """Each damage is named once; its command, and the same command again, end in equal tables."""
-    expected = study.tables()
-    for damaging, name, again in DAMAGED:
-        path = study.at / RESULTS / name
-        damaging(path)
-        for output in (study.at / RESULTS).glob(again):
-            output.unlink()
-        done = study.start()
-        assert done.returncode == 1, name
-        lines = {line for line in done.stdout.splitlines() if line.startswith("error: ")}
-        assert len(lines) == 1, done.stdout[-3000:]
-        assert str(RESULTS / name) in min(lines)
-        assert "Traceback" not in done.stdout
-        command = re.search(r"`([^`]+)`", min(lines))
-        assert command
-        subprocess.run(command[1], shell=True, check=True, cwd=study.at)
-        done = study.start()
-        assert done.returncode == 0, done.stdout[-6000:]
-        _same(study.tables(), expected)
-        assert damage(path) is None
+    return Study(tmp_path / "study", STUDY_FILE)
 
 
 # --- the state is deleted -----------------------------------------------------------------------
@@ -151,8 +119,8 @@ def test_without_its_state_a_study_is_widened_by_a_seed(without_state: Study) ->
     assert set(tables["selection"]["seed"]) == {0, 1}
     first = tables["items"].merge(expected["items"][["run"]].drop_duplicates(), on="run")
     pd.testing.assert_frame_equal(
-        first.sort_values(["run", "step", "probe", "id"], ignore_index=True),
-        expected["items"].sort_values(["run", "step", "probe", "id"], ignore_index=True),
+        first.sort_values(["run", "step", "probe", "item"], ignore_index=True),
+        expected["items"].sort_values(["run", "step", "probe", "item"], ignore_index=True),
     )
     assert _weights(without_state) > weights
 
@@ -193,6 +161,44 @@ def test_weights_stay_where_only_a_part_of_the_state_is_there(study: Study) -> N
     subprocess.run(command[1], shell=True, check=True, cwd=study.at)
     assert study.start(str(RESULTS / "selection/full.json")).returncode == 0
     assert _weights(study) == weights
+
+
+# --- files are damaged ---------------------------------------------------------------------------
+
+
+DAMAGED: list[tuple[Callable[[Path], None], str, str]] = [
+    (flip, "tables/trajectory.parquet", "reports/*.html"),
+    (truncate, "benchmarks/base/outcomes.json", "tables/study.json"),
+    (flip, "selection/full.json", "tables/study.json"),
+    (flip, "selected/lora-r2/seed0/adapter_model.safetensors", "benchmarks/lora-r2/seed0/*"),
+    (Path.unlink, "selected/full/seed0/config.json", "benchmarks/full/seed0/*"),
+    (truncate, "data/train.jsonl", "cohorts/full/seed0/runs.json"),
+    (flip, "base/model/model.safetensors", "base/items.parquet"),
+]
+"""What is damaged, how, and the outputs that are then made again."""
+
+
+def test_what_messages_say_heals_the_study(study: Study) -> None:
+    """Each damage is named once; its command, and the same command again, end in equal tables."""
+    expected = study.tables()
+    for damaging, name, again in DAMAGED:
+        path = study.at / RESULTS / name
+        damaging(path)
+        for output in [*study.at.glob(again), *(study.at / RESULTS).glob(again)]:
+            output.unlink()
+        done = study.start()
+        assert done.returncode == 1, name
+        lines = {line for line in done.stdout.splitlines() if line.startswith("error: ")}
+        assert len(lines) == 1, done.stdout[-3000:]
+        assert str(RESULTS / name) in min(lines)
+        assert "Traceback" not in done.stdout
+        command = re.search(r"`([^`]+)`", min(lines))
+        assert command
+        subprocess.run(command[1], shell=True, check=True, cwd=study.at)
+        done = study.start()
+        assert done.returncode == 0, done.stdout[-6000:]
+        _same(study.tables(), expected)
+        assert damage(path) is None
 
 
 # --- killed -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.data.origins import Origins
 from forgetting.data.rows import Rows, general_rows, prepared_lines
+from forgetting.digests import visible_files
 from forgetting.encoding import examples as module
 from forgetting.encoding import store
 from forgetting.encoding.encode import Example, encode_messages, encode_pair, encode_text
@@ -126,7 +127,7 @@ def test_a_file_of_tokens_is_written_once_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def files() -> list[str]:
-        return sorted(path.name for path in tmp_path.iterdir())
+        return sorted(path.name for path in visible_files(tmp_path))
 
     def read(name: str, length: int = 500) -> Stored:
         training = Training(max_length=length)
@@ -294,7 +295,7 @@ def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
     assert done["tokens"] == pytest.approx(3 * (joined + talk), abs=3 * len(TEXTS))
     assert done["losses"][-1] < done["losses"][0]
     assert done["cut_rows"] == 1
-    (tokens,) = (tmp_path / "state" / "tokens").iterdir()
+    (tokens,) = visible_files(tmp_path / "state" / "tokens")
     assert tokens.name.startswith("train-")
 
 

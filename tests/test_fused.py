@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from cohorts import examples_in, materials_of, spec_of
 from forgetting.encoding.encode import Example, encode_pair
 from forgetting.models.adapters import attach
 from forgetting.models.loading import Model, load_base
+from forgetting.records import write_json
 from forgetting.scoring.forward import target_logits
 from forgetting.scoring.probes import measure
 from forgetting.scoring.scores import metric_value
@@ -149,8 +149,8 @@ def _assert_close(together: Gym, alone: Gym, rel: float = 1e-4, atol: float = 2e
     for number in range(len(together.settings)):
         ours, theirs = (gym.folder / str(number) for gym in (together, alone))
         # What tells how a run of a group ended is needed by the others of the group alone.
-        names = {path.name for path in ours.iterdir()} - {"end.json"}
-        assert names == {path.name for path in theirs.iterdir()}
+        names = {path.name for path in ours.glob("[!.]*")} - {"end.json"}
+        assert names == {path.name for path in theirs.glob("[!.]*")}
         for path in theirs.glob("items-*"):
             pd.testing.assert_frame_equal(
                 pd.read_parquet(ours / path.name), pd.read_parquet(path), rtol=rel
@@ -396,11 +396,11 @@ def _stand(folder: Path, *steps: int, points: int = 2, ended: int | None = None)
     for step in steps:
         checkpoint = folder / f"step-{step:07d}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "progress.json").write_text(json.dumps({"points": [[]] * points}))
+        write_json(checkpoint / "progress.json", {"points": [[]] * points})
         (checkpoint / "optimizer.safetensors").touch()
     folder.mkdir(exist_ok=True)
     if ended is not None:
-        (folder / "end.json").write_text(json.dumps({"step": ended, "progress": {}}))
+        write_json(folder / "end.json", {"step": ended, "progress": {}})
     return folder
 
 

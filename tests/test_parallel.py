@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cohorts import examples_in, record_base, told
 from forgetting.benchmarks.along import Along, AlongSpec
+from forgetting.digests import visible_files
 from forgetting.encoding.encode import Example
 from forgetting.models.loading import load_base
 from forgetting.models.tuned import load_checkpoint
@@ -427,8 +428,8 @@ def test_a_sharded_run_ends_as_models_that_transformers_reads(
 ) -> None:
     """One file, as one process writes it; no parts, no training state."""
     one, two = (Path(reference("full", size)["folder"]) / "step-0000006" for size in (1, 2))
-    assert sorted(file.name for file in two.iterdir()) == sorted(
-        file.name for file in one.iterdir()
+    assert sorted(file.name for file in visible_files(two)) == sorted(
+        file.name for file in visible_files(one)
     )
     assert json.loads((two / "config.json").read_text()) == json.loads(
         (one / "config.json").read_text()
@@ -461,7 +462,7 @@ def test_parts_that_were_half_removed_make_no_model(
     before = (checkpoint / "model.safetensors").read_bytes()
     forget_training(checkpoint.parent)
     assert (checkpoint / "model.safetensors").read_bytes() == before
-    assert {path.name for path in checkpoint.iterdir()} == {
+    assert {path.name for path in visible_files(checkpoint)} == {
         "config.json",
         "generation_config.json",
         "model.safetensors",

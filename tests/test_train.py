@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
 from cohorts import examples_in
+from forgetting.digests import visible_files
 from forgetting.encoding.encode import Example, encode_pair
 from forgetting.models.adapters import attach, round_frozen
 from forgetting.models.loading import Model, load_base
@@ -384,7 +385,7 @@ def test_only_the_newest_checkpoint_has_moments(bench: Bench) -> None:
         bench.start(stop)
     assert bench.kept() == ["step-0000006", "step-0000009"]
     picked, newest = (
-        {path.name for path in (bench.folder / name).iterdir()} for name in bench.kept()
+        {path.name for path in visible_files(bench.folder / name)} for name in bench.kept()
     )
     assert newest - picked == {"optimizer.safetensors"}
     load_checkpoint(bench.base, bench.folder / "step-0000006", torch.device("cpu"))
@@ -567,7 +568,7 @@ def test_only_safetensors_and_json_are_written(bench: Bench) -> None:
     """Nothing that runs code when it is read; a record of progress beside every checkpoint."""
     bench.start()
     for checkpoint in bench.folder.glob("step-*"):
-        assert {path.suffix for path in checkpoint.iterdir()} <= {".safetensors", ".json"}
+        assert {path.suffix for path in visible_files(checkpoint)} <= {".safetensors", ".json"}
         assert json.loads((checkpoint / "progress.json").read_text())["status"] == "running"
 
 
