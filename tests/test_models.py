@@ -88,6 +88,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_moe": USUAL | EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1},
     "gpt2": GPT2,
     "gpt_neox": USUAL,
+    "gpt_oss": USUAL | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 16},
     "llama": USUAL,
     "minimax": USUAL | {"num_local_experts": 4, "head_dim": 8},
     "mixtral": USUAL | {"num_local_experts": 4},
@@ -486,6 +487,10 @@ def test_variants_that_cannot_adapt_experts_are_refused_by_the_plan(
     ("method", "expected"),
     [
         ("rank: 2, target_modules: [fc1]", "target_modules: no text reaches the layers fc1"),
+        (
+            "method: hybrid, rank: 2, then: {layers: [vision_tower], learning_rate: 0.1}",
+            "then.layers: no text reaches the modules whose names end in vision_tower",
+        ),
         ("rank: 20", "rank 20 is larger than the smallest adapted matrix, which has rank 16"),
     ],
 )

@@ -57,8 +57,9 @@ class Method(Strict):
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     ) = Field(
         "all-linear",
-        description="Adapted linear layers: all but the LM head, those of the attention or of the "
-        "MLP, or names.",
+        description="Adapted linear layers of the language model: all but the LM head, those of "
+        "the attention or of the MLP, or names. Experts and their routers are among them; variants "
+        "lora and rslora without dropout can adapt those.",
     )
     lora_plus_ratio: Positive | None = Field(
         None,

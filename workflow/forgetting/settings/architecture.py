@@ -74,16 +74,17 @@ class Architecture:
         """Shape of every weight, by the name of its module."""
         return {layer.name: layer.shape for layer in self.layers}
 
-    def has_module(self, pattern: str) -> bool:
-        """Is there a module with weights whose name ends in a pattern?"""
-        found = {
-            ".".join(parts[:depth])
-            for parts in (layer.name.split(".") for layer in self.layers)
-            for depth in range(1, len(parts) + 1)
-        }
-        # Files of a model without its head leave the model's own name out.
-        whole = {f"{prefix}{name}" for name in found for prefix in ("", "model.", "transformer.")}
-        return any(fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}") for n in whole)
+    def within(self, pattern: str) -> list[Layer]:
+        """Return the weights in modules whose names end in a pattern."""
+        return [layer for layer in self.layers if _is_within(layer.name, pattern)]
+
+
+def _is_within(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    modules = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    # Files of a model without its head leave the model's own name out.
+    whole = [f"{prefix}{module}" for module in modules for prefix in ("", "model.", "transformer.")]
+    return any(fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}") for n in whole)
 
 
 def _is_embedding(name: str) -> bool:
@@ -196,7 +197,9 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in _shards(folder):
         for name, entry in _header(path).items():
-            if name.endswith(".weight") or ".experts." in name:
+            # Experts that are put together are tensors of their module, not weights of their own.
+            experts = ".experts." in name and len(entry["shape"]) == 3
+            if name.endswith(".weight") or experts:
                 shapes[name.removesuffix(".weight")] = tuple(entry["shape"])
     return shapes
 

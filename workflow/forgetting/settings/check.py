@@ -283,8 +283,14 @@ def _check_layers(base: Architecture, tuning: Tuning, number: int, at: At) -> No
             raise InputError(f"{place}: the model has no {wanted} blocks, but {base.blocks}")
         return
     for pattern in tuning.then.layers:
-        if base.complete and not base.has_module(pattern):
+        found = base.within(pattern)
+        if base.complete and not found:
             raise InputError(f"{place}: the model has no module whose name ends in {pattern}")
+        if found and not any(layer.reads_text for layer in found):
+            raise InputError(
+                f"{place}: no text reaches the modules whose names end in {pattern}; name modules "
+                "of the language model"
+            )
 
 
 def _check_lengths(

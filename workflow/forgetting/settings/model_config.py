@@ -37,8 +37,8 @@ WHOLE = re.compile(
     r"(hidden|vocab|intermediate|embedding|moe_intermediate)_size|(max|n)_position(_embedding)?s"
     r"|num_\w+|n_(embd|head|inner|layer)|d_(model|ff|kv)|ffn_dim|head_dim|sliding_window"
 )
-NUMBER = re.compile(r"\w*(_eps|_epsilon|dropout|_pdrop)|rope_theta|initializer_range")
-BOOLEAN = re.compile(r"tie_word_embeddings|is_decoder|is_encoder_decoder|use_cache|\w+_bias")
+NUMBER = re.compile(r"(?!use_)\w*(_eps|_epsilon|dropout|_pdrop)|rope_theta|initializer_range")
+BOOLEAN = re.compile(r"tie_word_embeddings|is_(encoder_)?decoder|use_cache|(attention|mlp)_bias")
 """Keys whose values have one type wherever they occur."""
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
