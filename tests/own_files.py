@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from forgetting.records import write_jsonl
 from task_rows import sciq
 
 STUDY: dict[str, Any] = {
@@ -46,7 +47,7 @@ STUDY: dict[str, Any] = {
 def write_files(folder: Path, base: Path) -> None:
     """Write study.yaml and all that it names: `model` is a link to one of two copies of a base."""
     _write_tables(folder / "tables")
-    write_jsonl(folder / "tasks" / "sciq" / "test.jsonl", sciq(4))
+    _write_lines(folder / "tasks" / "sciq" / "test.jsonl", sciq(4))
     for name in ("model-a", "model-b"):
         shutil.copytree(base, folder / name)
         (folder / name / "chat_template.jinja").write_text(name)
@@ -57,6 +58,12 @@ def write_files(folder: Path, base: Path) -> None:
 def _write_tables(folder: Path) -> None:
     for table, place in (("new", "Oslo"), ("old", "Lima"), ("general", "Riga")):
         rows = [{"question": f"{place} {n}?", "answer": f"In {place}, {n}."} for n in range(40)]
-        write_jsonl(folder / f"{table}.jsonl", rows)
-    write_jsonl(folder / "text.jsonl", [{"text": f"Rain fell on {n} towns. "} for n in range(40)])
-    write_jsonl(folder / "prompts.jsonl", [{"question": f"Do {n}."} for n in range(4)])
+        _write_lines(folder / f"{table}.jsonl", rows)
+    _write_lines(folder / "text.jsonl", [{"text": f"Rain fell on {n} towns. "} for n in range(40)])
+    _write_lines(folder / "prompts.jsonl", [{"question": f"Do {n}."} for n in range(4)])
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines as a user has them, without a record of their digest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,7 +18,7 @@ from forgetting.inputs import content_digest, is_model_file, model_files, model_
 from own_files import write_files
 from planning import due, pretend_finished, undone
 
-LAST = {"collect": 1, "report": 1}
+LAST = {"collect": 1, "report": 1, "publish": 1}
 BENCHMARKS = {"benchmark": 2, "benchmark_base": 1}
 CHOICE = {"select_checkpoint": 2, **BENCHMARKS, **LAST}
 ALL = {"prepare_data": 1, "adopt_base": 1, "score_base": 1, "finetune": 2} | CHOICE
