@@ -51,7 +51,7 @@ def _config(model: PreTrainedModel, tuning: Tuning) -> LoraConfig:
         layers = layers_to_adapt(model_layers(model), tuning)
     except Unadaptable as error:
         raise InputError(f"methods: {tuning.name}: {error.key}: {error}") from None
-    shared = {
+    shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "lora_alpha": tuning.alpha,
         "lora_dropout": tuning.dropout,

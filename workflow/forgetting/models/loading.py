@@ -43,11 +43,13 @@ def language_model(model: PreTrainedModel) -> nn.Module:
 
     In a multimodal type it is the module that holds the input embedding.
     """
+    whole: nn.Module = model
     if text_config(model) is model.config:
-        return model
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    return model.get_submodule(name.rpartition(".")[0])
+        return whole
+    embedding, modules = model.get_input_embeddings(), dict(model.named_modules())
+    name = next(name for name, module in modules.items() if module is embedding)
+    part: nn.Module = modules[name.rpartition(".")[0]]
+    return part
 
 
 def freeze_unread(model: PreTrainedModel) -> None:
