@@ -44,6 +44,7 @@ def test_every_contender_finishes_and_is_recorded(name: str, tmp_path: Path) -> 
     assert [row[4].strip() for row in rows[::2]] == ["1", "1"]
 
 
+@pytest.mark.slow
 def test_a_cohort_is_measured_both_ways(tmp_path: Path) -> None:
     record = tmp_path / "RECORD.md"
     program.main(

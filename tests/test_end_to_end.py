@@ -75,6 +75,8 @@ TABLES = [
 ]
 MEASURED_TIMES = ["seconds", "tokens_per_second", "peak_memory_gib"]
 
+pytestmark = pytest.mark.slow
+
 
 def _command(*options: str, study: str = f"{NAME}.yaml", scale: str = "full") -> list[str]:
     return [
@@ -189,7 +191,6 @@ def _forget(folder: Path, *methods: str) -> None:
     (folder / "reports" / "mini.html").unlink()
 
 
-@pytest.mark.slow
 def test_ranks_that_are_trained_in_one_job_end_in_the_same_tables(
     finished: Path, another: Path
 ) -> None:
@@ -231,7 +232,6 @@ def _kill_program(folder: Path, program: str, when: Callable[[], bool], **config
         return snakemake.wait(timeout=300)
 
 
-@pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_with_the_same_numbers(finished: Path, another: Path) -> None:
     """`kill -9` in the middle of a run, then the same command: every number of every table."""
     _forget(another, "lora-r2")
@@ -253,7 +253,6 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_numbers(finished: Path, ano
         pd.testing.assert_frame_equal(table, expected[name], check_exact=True, obj=name)
 
 
-@pytest.mark.slow
 def test_another_learning_rate_trains_one_run(another: Path) -> None:
     """The other runs of the cohort, and all other cohorts, stay as they are."""
     methods = yaml.safe_load(STUDY)["methods"]
@@ -273,7 +272,6 @@ def test_another_learning_rate_trains_one_run(another: Path) -> None:
     assert len(json.loads((another / target).read_text(encoding="utf-8"))) == 3
 
 
-@pytest.mark.slow
 def test_a_study_with_budgets_tells_what_every_duration_does(tmp_path: Path) -> None:
     """Trunks, branches, choice, benchmarks of every end and the page; and once more after a kill.
 

@@ -36,7 +36,7 @@ from forgetting.training.mitigate import Safeguards, build_safeguards
 from forgetting.training.parts import Means, choose_layers, switch_step, train_parts
 from forgetting.training.recipe import Recipe, batch_indices
 from forgetting.training.schedule import Schedule, learning_rate
-from killing import Killed, kill_at
+from killing import BEFORE_AND_AFTER, Killed, kill_at
 from test_train import (
     TRAINING,
     Bench,
@@ -366,22 +366,26 @@ MOMENTS = {
 }
 
 
+@BEFORE_AND_AFTER
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("every", [1, 2])
 def test_adalora_ends_the_same_wherever_it_was_killed(
-    bench: Bench, moment: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench,
+    moment: str,
+    every: int,
+    after: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Averages, masks and what was pruned come back, so that the ranks fall as they would have."""
     bench.tuning = _tuning("adalora", embeddings="trained", budget={"every": every})
     reference = _uninterrupted(bench, tmp_path / "reference")
     owner, name, call = MOMENTS[moment]
-    for after in (False, True):
-        shutil.rmtree(bench.folder, ignore_errors=True)
-        with monkeypatch.context() as patch:
-            kill_at(patch, owner, name, call, after)
-            with pytest.raises(Killed):
-                bench.start()
-        _same_end(bench, bench.start(), reference, tmp_path / "reference")
+    with monkeypatch.context() as patch:
+        kill_at(patch, owner, name, call, after)
+        with pytest.raises(Killed):
+            bench.start()
+    _same_end(bench, bench.start(), reference, tmp_path / "reference")
 
 
 def test_a_budget_has_whole_steps_and_room_to_fall(bench: Bench) -> None:

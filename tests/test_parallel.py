@@ -759,6 +759,7 @@ def test_an_example_that_fits_no_memory_of_one_process_is_told_in_one_line(
     assert not list(tmp_path.rglob("no-room.json"))
 
 
+@pytest.mark.slow
 def test_another_failure_than_of_memory_is_not_repeated(
     launched: Callable[..., subprocess.CompletedProcess[str]], specs: dict[str, CohortSpec]
 ) -> None:

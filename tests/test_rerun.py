@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = "results/mini/benchmarks/base/outcomes.json"
 NOTHING = "Nothing to be done"
 Run = Callable[..., str]
+# Each starts snakemake half a dozen times.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
