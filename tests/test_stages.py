@@ -20,7 +20,7 @@ from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
 from forgetting.versions import VERSIONS
-from golden import make_stages
+from golden import invented_results, make_stages
 from golden.make_stages import STAGES, computed, differences, mistake, recorded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +94,7 @@ def test_a_change_of_numbers_is_seen(name: str, monkeypatch: pytest.MonkeyPatch)
     if stage == "train":
         monkeypatch.setattr(make_stages, "TRAININGS", {part: make_stages.TRAININGS[part]})
     if stage == "report":
-        monkeypatch.setattr(make_stages, "FIGURES", {})
+        monkeypatch.setattr(invented_results, "FIGURES", {})
     monkeypatch.setattr(where, attribute, change(getattr(where, attribute)))
     outputs = computed(stage)
     told = str(mistake(stage, outputs))

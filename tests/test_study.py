@@ -661,8 +661,13 @@ def test_a_folder_of_benchmark_rows_can_be_given_to_any_study(write: Any, tmp_pa
     [
         ("wrld_dir", ".", "has no dataset `wrld`, only facts, world"),
         ("world_dir", "/nowhere/at/all", "there is no such folder"),
-        ("thresold", 0.8, "unknown; expected study, scale, model or DATASET_dir"),
+        (
+            "thresold",
+            0.8,
+            "unknown; expected study, scale, model, rerun_on_code_change or DATASET_dir",
+        ),
         ("scale", "small", "expected full or tiny"),
+        ("rerun_on_code_change", "yes", "expected true or false"),
     ],
 )
 def test_a_wrong_option_is_told_by_its_key(write: Any, key: str, value: Any, told: str) -> None:

@@ -8,11 +8,8 @@ of its stage was raised in workflow/forgetting/versions.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import random
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,33 +22,30 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import synthetic_tables
 from cohorts import materials_of
 from forgetting.benchmarks.pass_rates import score_programs
-from forgetting.benchmarks.programs import PassRate, Program, describe
+from forgetting.benchmarks.programs import PassRate, Program
 from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.models.pretrain import train_tokenizer
-from forgetting.records import read_json, read_jsonl, write_json, write_jsonl, write_table
-from forgetting.report import content
-from forgetting.report.answer import answer
-from forgetting.report.figures import FIGURES
-from forgetting.report.page import spec_of
-from forgetting.report.tables import Tables
+from forgetting.records import read_json, read_jsonl, write_json, write_jsonl
 from forgetting.scoring.drift import load_targets, measure_text
 from forgetting.scoring.refusal_phrases import begins_as_refusal, has_refusal_keyword
 from forgetting.scoring.rouge import rouge
-from forgetting.scoring.scores import PROBE_SCORES, TEXT_SCORES
-from forgetting.sections.measurement import TEXT_PROBE
-from forgetting.sections.method import Setting
-from forgetting.sections.selection import Selection
-from forgetting.select import choose_setting, recorded_points, select_checkpoint
-from forgetting.settings.plan import run_name, tunings
-from forgetting.settings.study import Study
+from forgetting.settings.plan import tunings
 from forgetting.training.cohort import train_cohort
 from forgetting.training.materials import CohortSpec
 from forgetting.versions import VERSIONS
+from golden.invented_results import (
+    STUDY,
+    columns_of,
+    make_study,
+    report,
+    select,
+    tables,
+    text_digest,
+)
 from golden.make_losses import draw
-from scripts import benchmark, collect, generate_world, prepare_data, pretrain_base, score_base
+from scripts import benchmark, generate_world, prepare_data, pretrain_base, score_base
 from task_rows import sciq
 
 FOLDER = Path(__file__).with_name("stages")
@@ -69,31 +63,6 @@ ROWS: list[dict[str, Any]] = [
     }
     for number, place in enumerate(PLACES)
 ]
-STUDY: dict[str, Any] = {
-    "title": "A small study",
-    "datasets": {"made": {"folder": "."}},
-    "base": {"model": "."},
-    "train": "made/new",
-    "probes": {
-        "new": {"table": "made/new", "knowledge": "new"},
-        "old": {"table": "made/old", "knowledge": "old"},
-    },
-    "general_text": {"table": "made/text", "block": 24},
-    "measurement": {"max_new_tokens": 6},
-    "training": {"epochs": 2, "batch_size": 4},
-    "methods": [
-        {"method": "lora", "rank": 4, "learning_rate": 0.01},
-        {"method": "full", "learning_rate": 0.003},
-    ],
-    "selection": {"probe": "new", "metric": "probability", "threshold": 0.5},
-    "precision": "float32",
-    "seeds": [0, 1],
-}
-
-
-def _study(**changes: Any) -> Study:
-    """The study with other sections, each in the place of its own."""
-    return Study.model_validate(STUDY | changes)
 
 
 def write_base(folder: Path) -> Path:
@@ -137,7 +106,7 @@ def prepare(folder: Path) -> dict[str, Any]:
         folder / "tables.json",
         {f"made/{n}": str(folder / f) for n, f in _files("new.csv", "old.jsonl", "more.jsonl")},
     )
-    study = _study(
+    study = make_study(
         train=["made/more", "made/new"],
         train_limit=12,
         probes={
@@ -159,7 +128,7 @@ def prepare(folder: Path) -> dict[str, Any]:
         "rows": record["rows"],
         "notes": [note.replace(str(folder), "") for note in record["notes"]],
         "world": {
-            path.relative_to(folder / "world").as_posix(): _digest(path.read_text("utf-8"))
+            path.relative_to(folder / "world").as_posix(): text_digest(path.read_text("utf-8"))
             for path in sorted((folder / "world").rglob("*.jsonl"))
         },
     }
@@ -253,7 +222,7 @@ def train(folder: Path) -> dict[str, Any]:
     for name, changes in TRAININGS.items():
         changes = dict(changes)
         changes["training"] = STUDY["training"] | changes.get("training", {})
-        study = _study(**changes)
+        study = make_study(**changes)
         named = {tuning.name: tuning for tuning in tunings(study)}
         spec = CohortSpec(
             tuning=named[name] if name in named else next(iter(named.values())),
@@ -279,7 +248,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
     for name, rows in (("new", ROWS[:5]), ("old", ROWS[5:])):
         write_jsonl(folder / "probes" / f"{name}.jsonl", rows)
     write_jsonl(folder / "text.jsonl", [{"text": f"{row['answer']} Then. "} for row in ROWS])
-    study = _study()
+    study = make_study()
     spec = study.model_dump(
         mode="json", include={"prompt", "measurement", "precision", "general_text"}
     )
@@ -300,8 +269,8 @@ def evaluate(folder: Path) -> dict[str, Any]:
         other.model.norm.weight.mul_(1.5)
     said = [("In Oslo, by the old harbours.", "It was by the harbour in Oslo"), ("Lima.", "")]
     return {
-        "items": _columns(pd.read_parquet(folder / "items.parquet")),
-        "diverged": _columns(measure_text(other, load_targets(folder / "targets.safetensors"))),
+        "items": columns_of(pd.read_parquet(folder / "items.parquet")),
+        "diverged": columns_of(measure_text(other, load_targets(folder / "targets.safetensors"))),
         "rouge": [rouge(*pair) for pair in said],
     }
 
@@ -318,7 +287,7 @@ def benchmark_stage(folder: Path) -> dict[str, Any]:
     tasks = {"sciq": {"num_fewshot": 1, "limit": 3}, "gsm8k": {"num_fewshot": 1, "limit": 2}}
     tasks["gsm8k"]["max_new_tokens"] = 6
     refusals = {"table": "made/prompts", "max_new_tokens": 6}
-    asking = {"prompt": _study().prompt.model_dump(mode="json"), "columns": {}}
+    asking = {"prompt": make_study().prompt.model_dump(mode="json"), "columns": {}}
     spec = {"benchmarks": {"tasks": tasks, "refusals": refusals}, "precision": "float32"}
     benchmark.main(
         [
@@ -340,7 +309,7 @@ def benchmark_stage(folder: Path) -> dict[str, Any]:
     answers = ["I cannot help with that.", "Sure, first you", "No. I can't.", "As an AI, I"]
     refused = [[begins_as_refusal(text), has_refusal_keyword(text)] for text in answers]
     return {
-        **{name: _columns(table) for name, table in out.items()},
+        **{name: columns_of(table) for name, table in out.items()},
         "refused": refused,
         "programs": _rated_programs(),
     }
@@ -355,178 +324,7 @@ def _rated_programs() -> dict[str, list[Any]]:
     ]
     passed = [SimpleNamespace(passed=number % 3 == 0) for number in range(len(programs))]
     rates = {"humaneval": PassRate((1, 2))}
-    return _columns(score_programs(programs, passed, rates))
-
-
-def select(folder: Path) -> dict[str, Any]:
-    """Choose settings and checkpoints of trajectories that were drawn at random."""
-    drawn = random.Random(0)
-    settings = [Setting(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
-    found: dict[str, Any] = {}
-    for case in range(12):
-        courses = {
-            setting: [_course(drawn, 0.25 * (place + 1) * drawn.random()) for _ in range(2)]
-            for place, setting in enumerate(settings)
-        }
-        for rule in ("earliest", "smallest-lr"):
-            selection = Selection(probe="new", hyperparameters=rule)
-            setting, why = choose_setting(courses, selection, None, set())
-            choices = [
-                select_checkpoint(points, selection.threshold, selection.if_not_reached)
-                for points in (courses[setting] if setting else [])
-            ]
-            found[f"{case} {rule}"] = {
-                "rate": setting.learning_rate if setting else None,
-                "why": why,
-                "choices": [
-                    [choice.status, choice.point.step if choice.point else None, choice.reason]
-                    for choice in choices
-                ],
-            }
-    return found
-
-
-def _course(drawn: random.Random, speed: float) -> Any:
-    """Evaluations of a run that learns at some speed, with noise."""
-    values = [1 - math.exp(-speed * step) - 0.1 * drawn.random() for step in range(1, 9)]
-    points = [(step * 10, float(step), max(value, 0.0)) for step, value in enumerate(values, 1)]
-    return recorded_points(points, 0.1)
-
-
-def tables(folder: Path) -> dict[str, Any]:
-    """Aggregate invented results of two methods and two seeds on probes, text and a benchmark."""
-    drawn, study = random.Random(1), _study()
-    base = _items(drawn, 0.6)
-    items, records, selection = [], [], []
-    for tuning in tunings(study):
-        for seed in study.seeds:
-            run = run_name(tuning.name, seed, tuning.settings[0])
-            steps = [
-                _items(drawn, 0.2 * step).assign(run=run, step=step, epoch=float(step))
-                for step in (1, 2)
-            ]
-            items.append(pd.concat(steps, ignore_index=True))
-            records.append(_record(run, tuning.settings[0]))
-            selection.append(
-                {"method": tuning.name, "label": tuning.label, "seed": seed, "run": run, "step": 2}
-                | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
-            )
-    models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
-    found = collect.Found(
-        base={"parameters": 1000, "seconds": 1.0},
-        data_notes=[],
-        records=records,
-        trunks=[],
-        selection=pd.DataFrame(selection).astype({"step": "Int64"}),
-        base_items=base,
-        items=items,
-        models=models,
-        along=[],
-    )
-    made, notes = collect.tables_of(study, found)
-    kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
-    # Of the evaluations those of the end are enough.
-    ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
-    return {
-        **{name: _columns(table) for name, table in zip(kept, ends, strict=True)},
-        "notes": notes,
-    }
-
-
-def _items(drawn: random.Random, level: float) -> pd.DataFrame:
-    """Scores of eight questions to each probe and of four blocks of text, about some level."""
-    rows: list[dict[str, Any]] = []
-    for probe in ("new", "old"):
-        for number in range(8):
-            row: dict[str, Any] = {"probe": probe, "item": f"{probe}/{number}"}
-            row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_SCORES}
-            row |= {
-                "generated": f"It is {drawn.randint(0, 2)}.",
-                "reference_tokens": 4,
-                "reference": "It.",
-            }
-            row |= {"logprob_right": -drawn.random(), "logprobs_wrong": [-drawn.random()]}
-            rows.append(row)
-    for number in range(4):
-        scores = {name: level + drawn.random() for name in TEXT_SCORES}
-        rows.append({"probe": TEXT_PROBE, "item": f"block {number}", **scores})
-    return pd.DataFrame(rows)
-
-
-def _record(run: str, setting: Setting) -> dict[str, Any]:
-    """The record of a run, as trainings write it."""
-    return {
-        "setting": setting.model_dump(),
-        **{"run": run, "status": "ok", "steps": 2, "steps_per_epoch": 1, "tokens": 200},
-        **{"trainable_parameters": 10, "wall_seconds": 2.0, "tokens_per_second": 100.0},
-        **{"trained_together": 1, "peak_memory_gib": 1.0, "cut_rows": 0},
-        **{"points": [[1, 1.0, 0.2], [2, 2.0, 0.4]], "losses": [2.0, 1.0]},
-    }
-
-
-def _scored(folder: Path, run: str, drawn: random.Random) -> Path:
-    """Results of a model on ten items of a benchmark."""
-    values = [float(drawn.random() < 0.6) for _ in range(10)]
-    items = pd.DataFrame({"task": "sciq", "item": range(10), "metric": "acc,none", "value": values})
-    mean = sum(values) / 10
-    score = {"task": "sciq", "metric": "acc,none", "main": True, "value": mean, "stderr": 0.1}
-    write_table(folder / "scores.parquet", pd.DataFrame([score | {"n": 10, "chance": 0.25}]))
-    write_table(folder / "items.parquet", items)
-    responses = items[["task", "item"]].assign(prompt_hash="", response="", target="")
-    responses["choice"] = pd.array([int(value) for value in values], dtype="Int64")
-    write_table(folder / "responses.parquet", responses)
-    write_json(folder / "programs.json", describe([]))
-    record = {"model": {"run": run, "step": 2 if "/" in run else 0}, "notes": []}
-    write_json(folder / "record.json", record | {"tasks": {"sciq": {"num_fewshot": 0}}})
-    return folder
-
-
-def report(folder: Path) -> dict[str, Any]:
-    """Return the sentences of an invented study's page, and digests of a smaller one's figures.
-
-    Figures with fewer methods and probes are made faster.
-    """
-    made = Tables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
-    small: dict[str, Any] = {"ranks": (2,), "rates": (1e-3,), "epochs": 4, "old": ("facts",)}
-    drawn = Tables(**synthetic_tables.tables(**small, tasks=synthetic_tables.ALONG))
-    said, qualified = answer(made)
-    return {
-        "answer": said,
-        "qualified": qualified,
-        "rule": content.selection_rule(made),
-        "summary": _columns(content.summary_frame(made)),
-        "runs": len(content.run_rows(made)),
-        "figures": {
-            name: _digest(json.dumps(_plain(spec_of(figure(drawn))), sort_keys=True))
-            for name, figure in FIGURES.items()
-        },
-    }
-
-
-def _plain(value: Any) -> Any:
-    """A specification without what other runs of the same program name otherwise."""
-    if isinstance(value, dict):
-        return {
-            _plain(key): _plain(part)
-            for key, part in value.items()
-            if key not in ("$schema", "usermeta")
-        }
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, str):
-        return re.sub(r"^(data-[0-9a-f]{32}|(view|param|concat)_\d+.*)$", "named", value)
-    return value
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _columns(table: pd.DataFrame) -> dict[str, list[Any]]:
-    """The columns of a table as JSON has them."""
-    return {str(name): json.loads(table[name].to_json(orient="values")) for name in table}
+    return columns_of(score_programs(programs, passed, rates))
 
 
 STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {

@@ -1,0 +1,227 @@
+"""The later stages on invented results: selection, tables and page, with their golden outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import synthetic_tables
+from forgetting.benchmarks.programs import describe
+from forgetting.records import write_json, write_table
+from forgetting.report import content
+from forgetting.report.answer import answer
+from forgetting.report.figures import FIGURES
+from forgetting.report.page import spec_of
+from forgetting.report.tables import Tables
+from forgetting.scoring.scores import PROBE_SCORES, TEXT_SCORES
+from forgetting.sections.measurement import TEXT_PROBE
+from forgetting.sections.method import Setting
+from forgetting.sections.selection import Selection
+from forgetting.select import choose_setting, recorded_points, select_checkpoint
+from forgetting.settings.plan import run_name, tunings
+from forgetting.settings.study import Study
+from scripts import collect
+
+STUDY: dict[str, Any] = {
+    "title": "A small study",
+    "datasets": {"made": {"folder": "."}},
+    "base": {"model": "."},
+    "train": "made/new",
+    "probes": {
+        "new": {"table": "made/new", "knowledge": "new"},
+        "old": {"table": "made/old", "knowledge": "old"},
+    },
+    "general_text": {"table": "made/text", "block": 24},
+    "measurement": {"max_new_tokens": 6},
+    "training": {"epochs": 2, "batch_size": 4},
+    "methods": [
+        {"method": "lora", "rank": 4, "learning_rate": 0.01},
+        {"method": "full", "learning_rate": 0.003},
+    ],
+    "selection": {"probe": "new", "metric": "probability", "threshold": 0.5},
+    "precision": "float32",
+    "seeds": [0, 1],
+}
+
+
+def make_study(**changes: Any) -> Study:
+    """The study with other sections, each in the place of its own."""
+    return Study.model_validate(STUDY | changes)
+
+
+def select(folder: Path) -> dict[str, Any]:
+    """Choose settings and checkpoints of trajectories that were drawn at random."""
+    drawn = random.Random(0)
+    settings = [Setting(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+    found: dict[str, Any] = {}
+    for case in range(12):
+        courses = {
+            setting: [_course(drawn, 0.25 * (place + 1) * drawn.random()) for _ in range(2)]
+            for place, setting in enumerate(settings)
+        }
+        for rule in ("earliest", "smallest-lr"):
+            selection = Selection(probe="new", hyperparameters=rule)
+            setting, why = choose_setting(courses, selection, None, set())
+            choices = [
+                select_checkpoint(points, selection.threshold, selection.if_not_reached)
+                for points in (courses[setting] if setting else [])
+            ]
+            found[f"{case} {rule}"] = {
+                "rate": setting.learning_rate if setting else None,
+                "why": why,
+                "choices": [
+                    [choice.status, choice.point.step if choice.point else None, choice.reason]
+                    for choice in choices
+                ],
+            }
+    return found
+
+
+def _course(drawn: random.Random, speed: float) -> Any:
+    """Evaluations of a run that learns at some speed, with noise."""
+    values = [1 - math.exp(-speed * step) - 0.1 * drawn.random() for step in range(1, 9)]
+    points = [(step * 10, float(step), max(value, 0.0)) for step, value in enumerate(values, 1)]
+    return recorded_points(points, 0.1)
+
+
+def tables(folder: Path) -> dict[str, Any]:
+    """Aggregate invented results of two methods and two seeds on probes, text and a benchmark."""
+    drawn, study = random.Random(1), make_study()
+    base = _items(drawn, 0.6)
+    items, records, selection = [], [], []
+    for tuning in tunings(study):
+        for seed in study.seeds:
+            run = run_name(tuning.name, seed, tuning.settings[0])
+            steps = [
+                _items(drawn, 0.2 * step).assign(run=run, step=step, epoch=float(step))
+                for step in (1, 2)
+            ]
+            items.append(pd.concat(steps, ignore_index=True))
+            records.append(_record(run, tuning.settings[0]))
+            selection.append(
+                {"method": tuning.name, "label": tuning.label, "seed": seed, "run": run, "step": 2}
+                | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
+            )
+    models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
+    found = collect.Found(
+        base={"parameters": 1000, "seconds": 1.0},
+        data_notes=[],
+        records=records,
+        trunks=[],
+        selection=pd.DataFrame(selection).astype({"step": "Int64"}),
+        base_items=base,
+        items=items,
+        models=models,
+        along=[],
+    )
+    made, notes = collect.tables_of(study, found)
+    kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
+    # Of the evaluations those of the end are enough.
+    ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
+    return {
+        **{name: columns_of(table) for name, table in zip(kept, ends, strict=True)},
+        "notes": notes,
+    }
+
+
+def _items(drawn: random.Random, level: float) -> pd.DataFrame:
+    """Scores of eight questions to each probe and of four blocks of text, about some level."""
+    rows: list[dict[str, Any]] = []
+    for probe in ("new", "old"):
+        for number in range(8):
+            row: dict[str, Any] = {"probe": probe, "item": f"{probe}/{number}"}
+            row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_SCORES}
+            row |= {
+                "generated": f"It is {drawn.randint(0, 2)}.",
+                "reference_tokens": 4,
+                "reference": "It.",
+            }
+            row |= {"logprob_right": -drawn.random(), "logprobs_wrong": [-drawn.random()]}
+            rows.append(row)
+    for number in range(4):
+        scores = {name: level + drawn.random() for name in TEXT_SCORES}
+        rows.append({"probe": TEXT_PROBE, "item": f"block {number}", **scores})
+    return pd.DataFrame(rows)
+
+
+def _record(run: str, setting: Setting) -> dict[str, Any]:
+    """The record of a run, as trainings write it."""
+    return {
+        "setting": setting.model_dump(),
+        **{"run": run, "status": "ok", "steps": 2, "steps_per_epoch": 1, "tokens": 200},
+        **{"trainable_parameters": 10, "wall_seconds": 2.0, "tokens_per_second": 100.0},
+        **{"trained_together": 1, "peak_memory_gib": 1.0, "cut_rows": 0},
+        **{"points": [[1, 1.0, 0.2], [2, 2.0, 0.4]], "losses": [2.0, 1.0]},
+    }
+
+
+def _scored(folder: Path, run: str, drawn: random.Random) -> Path:
+    """Results of a model on ten items of a benchmark."""
+    values = [float(drawn.random() < 0.6) for _ in range(10)]
+    items = pd.DataFrame({"task": "sciq", "item": range(10), "metric": "acc,none", "value": values})
+    mean = sum(values) / 10
+    score = {"task": "sciq", "metric": "acc,none", "main": True, "value": mean, "stderr": 0.1}
+    write_table(folder / "scores.parquet", pd.DataFrame([score | {"n": 10, "chance": 0.25}]))
+    write_table(folder / "items.parquet", items)
+    responses = items[["task", "item"]].assign(prompt_hash="", response="", target="")
+    responses["choice"] = pd.array([int(value) for value in values], dtype="Int64")
+    write_table(folder / "responses.parquet", responses)
+    write_json(folder / "programs.json", describe([]))
+    record = {"model": {"run": run, "step": 2 if "/" in run else 0}, "notes": []}
+    write_json(folder / "record.json", record | {"tasks": {"sciq": {"num_fewshot": 0}}})
+    return folder
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Return the sentences of an invented study's page, and digests of a smaller one's figures.
+
+    Figures with fewer methods and probes are made faster.
+    """
+    made = Tables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
+    small: dict[str, Any] = {"ranks": (2,), "rates": (1e-3,), "epochs": 4, "old": ("facts",)}
+    drawn = Tables(**synthetic_tables.tables(**small, tasks=synthetic_tables.ALONG))
+    said, qualified = answer(made)
+    return {
+        "answer": said,
+        "qualified": qualified,
+        "rule": content.selection_rule(made),
+        "summary": columns_of(content.summary_frame(made)),
+        "runs": len(content.run_rows(made)),
+        "figures": {
+            name: text_digest(json.dumps(_plain(spec_of(figure(drawn))), sort_keys=True))
+            for name, figure in FIGURES.items()
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A specification without what other runs of the same program name otherwise."""
+    if isinstance(value, dict):
+        return {
+            _plain(key): _plain(part)
+            for key, part in value.items()
+            if key not in ("$schema", "usermeta")
+        }
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, str):
+        return re.sub(r"^(data-[0-9a-f]{32}|(view|param|concat)_\d+.*)$", "named", value)
+    return value
+
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def columns_of(table: pd.DataFrame) -> dict[str, list[Any]]:
+    """The columns of a table as JSON has them."""
+    return {str(name): json.loads(table[name].to_json(orient="values")) for name in table}
