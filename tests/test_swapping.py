@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from cohorts import digests_in, record_base
 from forgetting.benchmarks import harness
 from forgetting.benchmarks.one_reading import OneReadingLM
+from forgetting.digests import visible_files
 from forgetting.models.adapters import attach
 from forgetting.models.loading import load_base
 from forgetting.models.merged import merged
@@ -154,9 +155,7 @@ def _score(method: Sequence[str], folder: Path, *names: str, versions: str = "0"
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in visible_files(folder)}
 
 
 def test_models_of_one_process_have_the_scores_of_a_process_each(
@@ -243,6 +242,9 @@ def test_a_job_that_was_killed_goes_on_with_the_model_that_it_was_at(
     weights = tmp_path / "checkpoints" / "seed1" / "adapter_model.safetensors"
     other = tmp_path / "checkpoints" / "seed0" / "adapter_model.safetensors"
     weights.write_bytes(other.read_bytes())
+    choice = read_json(tmp_path / "selection.json")
+    choice[1]["files"] = digests_in(weights.parent)
+    write_json(tmp_path / "selection.json", choice)
     _score(method, tmp_path, *names)
     assert scored == [*names, "seed1"]
     _score(method, tmp_path, *names, versions="1")
