@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.adalora.layer import SVDLinear
@@ -51,7 +53,7 @@ def _config(model: PreTrainedModel, tuning: Tuning) -> LoraConfig:
         layers = layers_to_adapt(model_layers(model), tuning)
     except Unadaptable as error:
         raise InputError(f"methods: {tuning.name}: {error.key}: {error}") from None
-    shared = {
+    shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "lora_alpha": tuning.alpha,
         "lora_dropout": tuning.dropout,

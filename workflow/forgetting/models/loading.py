@@ -43,11 +43,12 @@ def language_model(model: PreTrainedModel) -> nn.Module:
 
     In a multimodal type it is the module that holds the input embedding.
     """
+    whole: nn.Module = model
     if text_config(model) is model.config:
-        return model
+        return whole
     embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    return model.get_submodule(name.rpartition(".")[0])
+    name = next(name for name, module in whole.named_modules() if module is embedding)
+    return whole.get_submodule(name.rpartition(".")[0])
 
 
 def freeze_unread(model: PreTrainedModel) -> None:
