@@ -46,10 +46,9 @@ def language_model(model: PreTrainedModel) -> nn.Module:
     whole: nn.Module = model
     if text_config(model) is model.config:
         return whole
-    embedding, modules = model.get_input_embeddings(), dict(model.named_modules())
-    name = next(name for name, module in modules.items() if module is embedding)
-    part: nn.Module = modules[name.rpartition(".")[0]]
-    return part
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in whole.named_modules() if module is embedding)
+    return whole.get_submodule(name.rpartition(".")[0])
 
 
 def freeze_unread(model: PreTrainedModel) -> None:
