@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi, RepoFile
 from safetensors import SafetensorError
 
 from disks import read_only_disk, small_disk
@@ -164,7 +165,9 @@ def test_a_download_to_a_full_disk_does_not_blame_the_network(
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cache/blobs/1")
 
+    files = [RepoFile(path="model.safetensors", size=1, oid="0")]
+    monkeypatch.setattr(HfApi, "list_repo_tree", lambda *_, **__: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     told = "cache/blobs/1: not written: No space left on device; make room there"
     with pytest.raises(InputError, match=f"^{told}$"):
-        fetch_model("owner/name", "0" * 40, tmp_path)
+        fetch_model("owner/name", "0" * 40, tmp_path / "model")

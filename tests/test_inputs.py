@@ -137,7 +137,7 @@ STAGES = {
     "benchmark": BENCHMARKS | LAST,
     "select": {"select_checkpoint": 2, "benchmark": 2} | LAST,
     "tables": LAST,
-    "report": {"report": 1},
+    "report": {"report": 1, "publish": 1},
 }
 
 

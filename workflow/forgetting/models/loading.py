@@ -241,7 +241,7 @@ def check_stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     for token in declared_stops(folder):
-        # What is beyond the tokenizer's own tokens is padding of the embedding.
+        # Beyond the tokenizer's tokens the embedding has rows that no text has.
         if token not in special and 0 <= token < len(tokenizer):
             raise InputError(
                 f"{folder}: eos_token_id {token} of generation_config.json or config.json is the "
