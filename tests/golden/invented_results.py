@@ -116,6 +116,7 @@ def tables(folder: Path) -> dict[str, Any]:
         records=records,
         trunks=[],
         selection=pd.DataFrame(selection).astype({"step": "Int64"}),
+        base_scored={},
         base_items=base,
         items=items,
         models=models,

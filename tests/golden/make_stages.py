@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cohorts import materials_of
+from cohorts import materials_of, record_base
 from forgetting.benchmarks.pass_rates import score_programs
 from forgetting.benchmarks.programs import PassRate, Program
 from forgetting.models.loading import load_base, load_tokenizer
@@ -85,7 +85,7 @@ def write_base(folder: Path) -> Path:
     model = LlamaForCausalLM(config)
     draw({name: p for name, p in model.named_parameters() if p.ndim == 2}, 0.3)
     model.save_pretrained(folder)
-    write_json(folder.parent / "base.json", {"path": str(folder), "identity": "made"})
+    record_base(folder.parent / "base.json", folder, "made")
     return folder
 
 
@@ -117,6 +117,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     columns = {f"made/{name}": {} for name in ("old", "more")} | {"made/new": {"question": "query"}}
     spec = study.model_dump(mode="json", include={"prompt", "train", "train_limit", "probes"})
     spec |= {"columns": columns, "documents": ["made/more"], "documents_limit": 5}
+    spec |= {"rouge_tokenizer": "rouge_score", "max_new_tokens": 8}
     out = folder / "out"
     prepare_data.main(
         [f"--spec={json.dumps(spec)}", f"--tables={folder / 'tables.json'}", f"--output={out}"]
@@ -252,7 +253,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
     spec = study.model_dump(
         mode="json", include={"prompt", "measurement", "precision", "general_text"}
     )
-    spec |= {"probes": ["new", "old"], "watched": "new", "metric": "probability"}
+    spec |= {"knowledge": {"new": "new", "old": "old"}, "watched": "new", "metric": "probability"}
     spec |= {"must_reach": False, "columns": {"made/text": {}}}
     score_base.main(
         [
