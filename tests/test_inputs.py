@@ -149,6 +149,27 @@ def test_a_raised_version_reruns_the_stage_and_what_depends_on_it(
     assert _due(folder) == STAGES[stage]
 
 
+LOST = {
+    "results/study/tables/runs.parquet": LAST,
+    "results/study/cohorts/lora-r2/seed0/runs.json": (
+        {"finetune": 1, "select_checkpoint": 1, "benchmark": 1} | LAST
+    ),
+    "results/study/benchmarks/base/scores.parquet": {"benchmark_base": 1} | LAST,
+    "reports/study.html": {"report": 1, "publish": 1},
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_failed_job_lost_is_made_again(folder: Path, name: str) -> None:
+    """Though the page that was made from it is there; on the first run nothing is lost."""
+    assert (folder / name).is_file()
+    (folder / name).unlink()
+    log = folder / "logs" / "study" / "publish.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    assert _due(folder) == LOST[name]
+
+
 def test_the_digest_of_the_code_counts_where_the_user_asks_for_it(folder: Path) -> None:
     assert _due(folder, rerun_on_code_change=False) == {}
     assert _due(folder, rerun_on_code_change=True) == ALL

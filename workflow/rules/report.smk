@@ -21,19 +21,23 @@ if ALONG:
     TABLES += ["benchmark_course", "benchmark_course_items"]
 
 
-rule collect:
-    """Gather what all jobs found in the tables that anyone can ask with pandas."""
-    input:
-        base=BASE,
-        base_items=rules.score_base.output.scored,
-        data=rules.prepare_data.output.record,
-        # Long lists come from functions: of others Snakemake hashes the whole for every member.
-        cohorts=lambda wildcards: [
+def job_results(wildcards):
+    """Return the results of all jobs that the tables gather.
+
+    Long lists come from functions: of others Snakemake hashes the whole for every member.
+    """
+    files = [*FILES, *(["outcomes.json"] if PROGRAMS else [])]
+    scaled = SELECTED if STUDY.selection.wise_ft else []
+    return {
+        "base": BASE,
+        "base_items": rules.score_base.output.scored,
+        "data": rules.prepare_data.output.record,
+        "cohorts": [
             path
             for file in ["items.parquet", "runs.json"]
             for path in finished(file, TUNINGS)
         ],
-        along=lambda wildcards: (
+        "along": (
             [
                 rules.score_base.output.benchmarks,
                 *trained("benchmarks.parquet", TUNINGS),
@@ -41,22 +45,37 @@ rule collect:
             if ALONG
             else []
         ),
-        trunks=lambda wildcards: trained("runs.json", TUNINGS) if BUDGETS else [],
-        selection=expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
-        scaled=lambda wildcards: (
-            expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=SELECTED)
-            if STUDY.selection.wise_ft
-            else []
+        "trunks": trained("runs.json", TUNINGS) if BUDGETS else [],
+        "selection": expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
+        "scaled": expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=scaled),
+        "benchmarks": expand(
+            f"{RESULTS}/benchmarks/{{model}}/{{file}}",
+            model=MODELS if BENCHMARKED else [],
+            file=files,
         ),
-        benchmarks=lambda wildcards: (
-            expand(
-                f"{RESULTS}/benchmarks/{{model}}/{{file}}",
-                model=MODELS,
-                file=[*FILES, *(["outcomes.json"] if PROGRAMS else [])],
-            )
-            if BENCHMARKED
-            else []
-        ),
+    }
+
+
+def lost_results(wildcards):
+    """Return the results that are missing though the study's page was published.
+
+    A job that fails loses its outputs. Snakemake makes a missing file only if a job that needs it
+    runs, so it would take the earlier page for up to date.
+    """
+    if not Path(LOGS, "publish.log").exists():
+        return []
+    named = job_results(wildcards).values()
+    made = [
+        path for item in named for path in ([item] if isinstance(item, str) else item)
+    ]
+    made += [*rules.collect.output, rules.report.output.page]
+    return [path for path in made if not Path(path).exists()]
+
+
+rule collect:
+    """Gather what all jobs found in the tables that anyone can ask with pandas."""
+    input:
+        unpack(job_results),
     output:
         tables=expand(f"{RESULTS}/tables/{{table}}.parquet", table=TABLES),
         runs=f"{RESULTS}/tables/runs.json",
@@ -120,7 +139,8 @@ rule report:
 rule publish:
     """Copy the study's page to where the page of the study that was run last is."""
     input:
-        rules.report.output.page,
+        page=rules.report.output.page,
+        lost=lost_results,
     output:
         "reports/tradeoff.html",
     log:
@@ -133,6 +153,6 @@ rule publish:
         exec &> >(tee {log:q})
 
         python "$SCRIPTS"/publish.py \
-            --page {input:q} \
+            --page {input.page:q} \
             --output {output:q}
         """
