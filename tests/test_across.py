@@ -212,10 +212,10 @@ def test_one_base_is_in_memory_at_a_time(
     loaded: list[weakref.ref[Any]] = []
     alive = []
 
-    def load(base: Path, device: torch.device) -> Any:
+    def load(base: Path, device: torch.device, parameters: int | None) -> Any:
         gc.collect()
         alive.append(sum(model() is not None for model in loaded))
-        model = load_base(base, device)
+        model = load_base(base, device, parameters)
         loaded.append(weakref.ref(model))
         return model
 

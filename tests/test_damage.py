@@ -130,7 +130,7 @@ class Chain:
         )
         options = {
             "spec": told(spec),
-            "code": "c",
+            "versions": "c",
             "base": "base.json",
             "base-items": "base_items.parquet",
             "data": "data",

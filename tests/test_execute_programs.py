@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import subprocess
@@ -63,7 +62,9 @@ def test_a_killed_job_leaves_nothing_and_gives_the_same_outcomes_again(tmp_path:
     assert not outcomes.exists() or outcomes.read_bytes() == whole
     subprocess.run(command, check=True, capture_output=True)
     assert outcomes.read_bytes() == whole
-    assert {path.name for path in tmp_path.iterdir()} == {"outcomes.json", "programs.json"}
+    left = {path.name for path in tmp_path.iterdir()}
+    files = {"outcomes.json", "programs.json"}
+    assert left == files | {f".{name}.sha256" for name in files}
 
 
 def test_an_item_without_tests_is_refused(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_an_item_without_tests_is_refused(tmp_path: Path) -> None:
     command = _command(tmp_path)
     described = read_json(tmp_path / "programs.json")
     described["items"][1]["tests"] = " \n"
-    (tmp_path / "programs.json").write_text(json.dumps(described))
+    write_json(tmp_path / "programs.json", described)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "item 1 of made has no tests" in done.stderr

@@ -556,6 +556,7 @@ def launched(
             "data": data,
             "state": tmp_path / "state",
             "items": tmp_path / "items.parquet",
+            "checkpoints": tmp_path / "checkpoints.json",
             "runs": tmp_path / "runs.json",
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
