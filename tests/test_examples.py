@@ -307,7 +307,7 @@ def _peak(work: Callable[[], Any]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kind", ["text", "pairs"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_table(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,

@@ -73,7 +73,9 @@ def test_trajectories_draw_rouge_by_epoch_with_a_panel_per_probe() -> None:
         assert len(_rows(spec, rings)) == 5
 
 
-@pytest.mark.parametrize("name", ["trajectories", "old_versus_new"])
+@pytest.mark.parametrize(
+    "name", ["trajectories", pytest.param("old_versus_new", marks=pytest.mark.slow)]
+)
 def test_a_large_sweep_is_drawn_in_part_and_the_page_says_so(name: str) -> None:
     """Altair would refuse more than 5,000 rows, at 114 other runs of 21 evaluations."""
     tables = _tables(rates=tuple(np.geomspace(1e-4, 1e-2, 61)), epochs=21)
@@ -313,7 +315,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"nothing selected", "many"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
+)
 def test_each_figure_survives(case: str) -> None:
     """Every figure renders, whatever is missing, many, or oddly named."""
     small = {"ranks": (2, 128), "rates": (1e-3, 5e-3), "epochs": 5}

@@ -491,6 +491,7 @@ def test_oracle_solves_every_made_up_function(
 
 @pytest.mark.real_data
 @needs_real_data
+@pytest.mark.slow
 def test_oracle_solves_humaneval(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     """All 164 canonical solutions pass; with 41 replaced by nonsense exactly 3/4 do."""
     assert _oracle_score(monkeypatch, model, REAL_DATA, set()).value == 1.0

@@ -318,7 +318,10 @@ def resize(program: Program) -> Iterator[Callable[[int], None]]:
         yield resize
 
 
-@pytest.mark.parametrize(("kind", "shares"), [("lora", [1, 3, 6, 8]), ("full", [1, 3])])
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [("lora", [1, 3, 6, 8]), pytest.param("full", [1, 3], marks=pytest.mark.slow)],
+)
 def test_a_full_disk_is_told_and_once_there_is_room_the_run_goes_on(
     program: Program, resize: Callable[[int], None], kind: str, shares: list[int]
 ) -> None:
