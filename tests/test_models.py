@@ -212,7 +212,7 @@ def test_the_job_that_scores_the_base_probes_it(
     (tmp_path / "new.jsonl").write_text("")
     spec = {
         "prompt": Prompt().model_dump(),
-        **{"measurement": {}, "precision": "float32", "probes": ["new"], "watched": "new"},
+        **{"measurement": {}, "precision": "float32", "knowledge": {"new": "new"}, "watched": "new"},
         **{"metric": "rougeL_recall", "must_reach": False, "general_text": None, "columns": {}},
     }
     options = ["--spec", json.dumps(spec), "--base", str(record), "--probes", str(tmp_path)]
