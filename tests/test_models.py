@@ -12,11 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from byte_models import byte_tokenizer
+from cohorts import record_base
 from forgetting.encoding.encode import Example
 from forgetting.models.adapters import attach, model_layers
 from forgetting.models.loading import check_causal, load_base
 from forgetting.models.merged import merged
-from forgetting.records import InputError
+from forgetting.records import InputError, write_jsonl
 from forgetting.scoring.forward import collate, context_length, target_logits, token_logprobs
 from forgetting.scoring.probes import measure
 from forgetting.scoring.shared import can_share
@@ -208,11 +209,16 @@ def test_the_job_that_scores_the_base_probes_it(
 ) -> None:
     """Before anything is trained, also with a model of the hub."""
     record = tmp_path / "base.json"
-    record.write_text(json.dumps({"path": str(make("bert"))}))
-    (tmp_path / "new.jsonl").write_text("")
+    record_base(record, make("bert"))
+    write_jsonl(tmp_path / "new.jsonl", [])
     spec = {
         "prompt": Prompt().model_dump(),
-        **{"measurement": {}, "precision": "float32", "knowledge": {"new": "new"}, "watched": "new"},
+        **{
+            "measurement": {},
+            "precision": "float32",
+            "knowledge": {"new": "new"},
+            "watched": "new",
+        },
         **{"metric": "rougeL_recall", "must_reach": False, "general_text": None, "columns": {}},
     }
     options = ["--spec", json.dumps(spec), "--base", str(record), "--probes", str(tmp_path)]
