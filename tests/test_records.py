@@ -129,7 +129,7 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (b'{"a": 1}\n{"a": 2\n', "line 2: not a JSON object"),
-        (b'{"a": 1}\n\n\n[1, 2]\n', "line 4: expected a JSON object, found list"),
+        (b'{"a": 1}\n\n\n[1, 2]\n', "line 4: a JSON array; expected JSON lines"),
         (b'{"a": "\xff"}\n', "not UTF-8 text"),
         (b'{"a": ' + b"[" * 10**5 + b"\n", "line 1: nested too deeply"),
         (b'{"a": 1, "n": ' + b"1" * 5000 + b"}\n", "line 1: a whole number there has more digits"),
