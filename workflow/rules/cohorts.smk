@@ -96,3 +96,54 @@ def checkpoint_records(methods):
     """The files that say where the checkpoints of those runs are."""
     names = branches(methods) if BUDGETS else cohorts(methods)
     return [f"{RESULTS}/state/checkpoints/{name}.json" for name in names]
+
+
+def job_results(wildcards):
+    """Return the results of all jobs that the tables gather.
+
+    Long lists come from functions: of others Snakemake hashes the whole for every member.
+    """
+    files = [*FILES, *(["outcomes.json"] if PROGRAMS else [])]
+    scaled = SELECTED if STUDY.selection.wise_ft else []
+    return {
+        "base": BASE,
+        "base_items": rules.score_base.output.scored,
+        "data": rules.prepare_data.output.record,
+        "cohorts": [
+            path
+            for file in ["items.parquet", "runs.json"]
+            for path in finished(file, TUNINGS)
+        ],
+        "along": (
+            [
+                rules.score_base.output.benchmarks,
+                *trained("benchmarks.parquet", TUNINGS),
+            ]
+            if ALONG
+            else []
+        ),
+        "trunks": trained("runs.json", TUNINGS) if BUDGETS else [],
+        "selection": expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
+        "scaled": expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=scaled),
+        "benchmarks": expand(
+            f"{RESULTS}/benchmarks/{{model}}/{{file}}",
+            model=MODELS if BENCHMARKED else [],
+            file=files,
+        ),
+    }
+
+
+def lost_results(wildcards):
+    """Return the results that are missing though the study's page was published.
+
+    A job that fails loses its outputs. Snakemake makes a missing file only if a job that needs it
+    runs, so it would take the earlier page for up to date.
+    """
+    if not Path(LOGS, "publish.log").exists():
+        return []
+    named = job_results(wildcards).values()
+    made = [
+        path for item in named for path in ([item] if isinstance(item, str) else item)
+    ]
+    made += [*rules.collect.output, rules.report.output.page]
+    return [path for path in made if not Path(path).exists()]

@@ -119,7 +119,7 @@ CODE = source_digest(Path(LIBRARY)) if config.get("rerun_on_code_change") else N
 
 
 def version(*stages):
-    """Versions of the stages that a rule runs: raising one reruns the rule."""
+    """Return the versions of the stages that a rule runs. A raised version reruns the rule."""
     return stage_versions(*stages, code=CODE)
 
 

@@ -36,7 +36,7 @@ rule cool_down:
         budget=lambda wildcards: BUDGETS[wildcards.budget],
         targets=target_options,
         data=subpath(input.train, parent=True),
-        state=f"{RESULTS}/state",
+        state=lambda wildcards: f"{RESULTS}/state",
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -49,7 +49,7 @@ rule finetune:
         general=general_options,
         targets=target_options,
         data=subpath(input.train, parent=True),
-        state=f"{RESULTS}/state",
+        state=lambda wildcards: f"{RESULTS}/state",
         along=along_options(),
     shell:
         r"""
