@@ -41,6 +41,7 @@ from forgetting.sections.prompt import Prompt
 from forgetting.sections.selection import Selection
 from forgetting.sections.training import Training
 from forgetting.settings.plan import Tuning
+from forgetting.training.checkpoints import _run_damage
 from forgetting.training.materials import CohortSpec
 from scripts import execute_programs, finetune, select_checkpoint
 from synthetic_tables import tables, write
@@ -253,6 +254,18 @@ def test_a_damaged_file_is_named_and_the_command_of_the_message_heals_it(
     assert refused or (how == "delete" and (declared or file.endswith("run.json")))
     assert results() == expected
     assert not list(Path().rglob("*.partial")) + list(Path().rglob("*.old"))
+
+
+def test_a_checkpoint_that_lost_the_state_of_its_method_is_damaged(tmp_path: Path) -> None:
+    """AdaLoRA's averages; older checkpoints lose them when the optimizer's state goes."""
+    checkpoint = tmp_path / "step-0000004"
+    with replacing_folder(checkpoint) as folder:
+        write_json(folder / "progress.json", {"points": []})
+        (folder / "optimizer.safetensors").write_bytes(b"o")
+        (folder / "method.safetensors").write_bytes(b"m")
+    assert _run_damage(tmp_path) is None
+    (checkpoint / "method.safetensors").unlink()
+    assert _run_damage(tmp_path) == (checkpoint / "method.safetensors", "is missing")
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from byte_models import byte_tokenizer
 from cohorts import record_base
 from forgetting.encoding.encode import Example
-from forgetting.models.adapters import attach, model_layers
+from forgetting.models.adapters import attach, model_layers, round_frozen
 from forgetting.models.loading import check_causal, load_base
 from forgetting.models.merged import merged
 from forgetting.records import InputError, write_jsonl
@@ -561,6 +561,35 @@ def test_only_the_text_of_a_multimodal_model_is_trained(make: Callable[..., Path
         assert trained(model) == set()
     with pytest.raises(InputError, match="no text reaches the modules whose names end in vision"):
         choose_layers(load_base(folder, CPU), ["vision_tower"], "hybrid")
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_experts_are_scaled_as_other_layers(variant: str, make: Callable[..., Path]) -> None:
+    """Two matrices in one tensor have twice the rank, and the same scale."""
+    tuning = Tuning(
+        name="r4", kind="lora", label="", variant=variant, rank=4, alpha=8.0, settings=[]
+    )
+    model = attach(load_base(make("qwen3_moe"), CPU), tuning, 0)
+    scales = {
+        name.rpartition(".")[2]: module.scaling["default"]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    assert len(scales) > 1
+    assert set(scales.values()) == {2.0 if variant == "lora" else 4.0}
+    patterns = model.peft_config["default"].rank_pattern
+    assert set(patterns.values()) == {8}
+
+
+def test_an_adapted_head_does_not_round_the_embedding_that_it_shares(
+    make: Callable[..., Path],
+) -> None:
+    tuning = Tuning(
+        name="r2", kind="lora", label="", rank=2, alpha=4.0, target_modules=["lm_head"], settings=[]
+    )
+    model = attach(load_base(make("llama", tie_word_embeddings=True), CPU), tuning, 0)
+    round_frozen(model, torch.bfloat16)
+    assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
 def test_a_hybrid_does_not_merge_one_of_two_tied_ends(

@@ -476,10 +476,20 @@ def test_a_model_too_large_for_one_file_is_several(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And it may be made of its parts again, when the first attempt was interrupted."""
+    """And it may be made of its parts again, when the first attempt was interrupted.
+
+    A part that is damaged is refused: joined, it would have a digest of its own.
+    """
     train(2, specs["full"], materials, tmp_path, stop_at=4)
     (checkpoint,) = (path.parent for path in tmp_path.rglob("progress.json"))
     again = shutil.copytree(checkpoint, tmp_path / "again")
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged" / "step")
+    part = min((damaged / "shards").glob("*.safetensors"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 64
+    part.write_bytes(content)
+    with pytest.raises(InputError, match=f"{part.name} differs from what was written"):
+        shards.join_shards(damaged)
     shutil.copytree(checkpoint / "shards", tmp_path / "shards")
     shards.join_shards(checkpoint)
     monkeypatch.setattr(shards, "FILE_BYTES", 30_000)

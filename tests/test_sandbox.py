@@ -268,6 +268,26 @@ def test_a_program_cannot_write_its_own_verdict(sandbox: Sandbox, name: str) -> 
 
 
 @needs_sandbox
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert abs(f(3.5) - 0.5) < 1e-6",
+        "assert f(1) - 3 == 0",
+        "import math\nassert math.fabs(f(1) - 3) < 1e-6",
+        "assert 3 - f(1) == 0",
+        "assert abs(f(1)) == 0",
+    ],
+)
+def test_no_object_of_a_program_makes_differences_vanish(sandbox: Sandbox, tests: str) -> None:
+    """HumanEval compares floats so."""
+    zero = "__sub__ = __rsub__ = __abs__ = lambda self, *other: 0.0"
+    assert not sandbox.run_program(f"class A:\n {zero}\ndef f(x): return A()", tests).passed
+    plain = "def f(x): return x % 1.0 if x % 1 else 3"
+    if "3.5" in tests:
+        assert sandbox.run_program(plain, tests).passed
+
+
+@needs_sandbox
 def test_a_program_reaches_nothing_through_what_its_tests_give_it(sandbox: Sandbox) -> None:
     """A function of the tests can be called, and that is all; nor can it replace a module."""
     tests = "import math\nseen = []\nassert f(lambda x: seen.append(x)) == 1 and seen == [7]"

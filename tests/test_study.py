@@ -569,6 +569,14 @@ def test_the_same_method_in_two_entries_is_refused(write: Any) -> None:
     assert f"{place}{message} `suffix`" in _told(path)
 
 
+def test_full_in_two_entries_is_refused(write: Any) -> None:
+    """Though its name has no rank."""
+    path = write(
+        ("  - method: full\n", "  - {method: full, learning_rate: 0.1}\n  - method: full\n")
+    )
+    assert "methods.2: full stands there more than once; merge the entries" in _told(path)
+
+
 ALIKE = {
     "alpha": ("lora, rank: 8, alpha: 16.0", "lora-r8-other", "rank 8, other"),
     "layers": ("lora, rank: 8, target_modules: [q_proj]", "lora-r8-other", "rank 8, other"),

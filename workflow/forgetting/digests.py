@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 SUFFIX = ".sha256"
@@ -84,9 +85,21 @@ def damage(path: Path, *, required: bool = True) -> str | None:
         if not required or os.environ.get(COPIES):
             return None
         return f"has no recorded sha256 ({record.name}; copies must have hidden files as well)"
-    if sha256(path) not in recorded(path):
+    if _sha256_once(path) not in recorded(path):
         return f"differs from what was written (its sha256 is not that in {record.name})"
     return None
+
+
+def _sha256_once(path: Path) -> str:
+    """Return the digest of a file, computed once in a process while the file stays as it is."""
+    found = path.stat()
+    stamp = (found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return _sha256_at(path.absolute(), stamp)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_at(path: Path, stamp: tuple[int, ...]) -> str:
+    return sha256(path)
 
 
 def folder_damage(folder: Path, optional: Iterable[str] = ()) -> tuple[Path, str] | None:

@@ -132,10 +132,22 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if (fault := disk_fault(error)) is not None:
+            if (other := _elsewhere(error, path)) is not None:
+                raise InputError(f"{other}: not read: {fault}") from None
             raise InputError(f"{path}: not written: {fault}") from None
         if isinstance(error, SafetensorError):
             raise InputError(f"{path}: not written: {error}; {MAKE_ROOM}") from None
         raise
+
+
+def _elsewhere(error: Exception, path: Path) -> Path | None:
+    """Return the file that an error names if it is not one that is written for `path`."""
+    name, folder = getattr(error, "filename", None), path.parent.absolute()
+    if not isinstance(name, str):
+        return None
+    named = Path(name).absolute()
+    ours = named.is_relative_to(folder) or folder.is_relative_to(named)
+    return None if ours else Path(name)
 
 
 @contextmanager
@@ -157,6 +169,8 @@ def replacing(path: Path, *, recorded: bool = True) -> Iterator[Path]:
         _lock(handle)
         with writing(path):
             yield temporary
+            if not recorded:
+                digests.record_of(path).unlink(missing_ok=True)  # of an older content
             _flush(temporary)
             temporary.chmod(0o666 & ~_umask())
             with _recording(path, temporary) if recorded else nullcontext():

@@ -137,7 +137,8 @@ def lost_results(wildcards):
     """Return the results that are missing though the study's page was published.
 
     A job that fails loses its outputs. Snakemake makes a missing file only if a job that needs it
-    runs, so it would take the earlier page for up to date.
+    runs, so it would take the earlier page for up to date. The command after the one that makes them
+    again copies the page once more, since these inputs are gone.
     """
     if not Path(LOGS, "publish.log").exists():
         return []

@@ -260,8 +260,9 @@ def benchmark_spec():
         "columns": STUDY.columns(refusals.table).model_dump(),
     }
     whole = sections("benchmarks", "precision")
-    # What is asked in training changes no score of a checkpoint.
-    del whole["benchmarks"]["along"]
+    # Nothing of this changes the score of a checkpoint; of the rows the content counts.
+    for key in ("along", "models", "rows", "sandbox"):
+        del whole["benchmarks"][key]
     return as_json(whole, asking=asking)
 
 

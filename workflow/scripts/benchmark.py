@@ -27,7 +27,7 @@ from forgetting.benchmarks.harness import (
     answer,
     read_questions,
 )
-from forgetting.benchmarks.known import FILES, benchmark, main_metric
+from forgetting.benchmarks.known import FILES, benchmark, main_metric, splits_of
 from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
@@ -136,7 +136,11 @@ class Scorer:
         self.spec, self.base, self.prompts = spec, base, prompts
         self.rows = rows
         self.digests = {
-            task: {str(path): sha256(path) for path in sorted(folder.glob("*.jsonl"))}
+            task: {
+                str(path): sha256(path)
+                for split in splits_of(task, spec.benchmarks.tasks[task].num_fewshot)
+                for path in [folder / f"{split}.jsonl"]
+            }
             for task, folder in rows.items()
         }
         self.device = pick_device()
@@ -144,8 +148,9 @@ class Scorer:
         self.models = Swapping(Path(base["path"]), self.device, base["parameters"])
         self.depends = {
             "spec": spec.model_dump(mode="json"),
-            "base": {key: base.get(key) for key in ("path", "origin", "identity")},
-            "rows": self.digests,
+            "base": {key: base.get(key) for key in ("origin", "identity")},
+            # Where they are does not matter.
+            "rows": {task: [*files.values()] for task, files in self.digests.items()},
             "prompts": sha256(prompts) if prompts else None,
             "precision": str(self.precision),
             "versions": versions,

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, required=True, help="the page of the study")
     parser.add_argument("--output", type=Path, required=True, help="its copy")
     options = parser.parse_args(argv)
-    write_atomically(options.output, options.page.read_bytes())
+    write_atomically(options.output, options.page.read_bytes(), recorded=False)
     print(f"{options.output} is {options.page}")
 
 

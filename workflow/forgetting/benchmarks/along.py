@@ -22,6 +22,7 @@ import pandas as pd
 
 from forgetting.benchmarks.beside import COLUMNS
 from forgetting.benchmarks.harness import Questions, answer, read_questions
+from forgetting.benchmarks.known import splits_of
 from forgetting.benchmarks.results import BenchmarkResult
 from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.models.loading import Model
@@ -75,7 +76,10 @@ class Along:
         In bfloat16, answers between near equals may then differ from the base's for that alone.
         """
         files = {
-            task: {path.name: sha256(path) for path in sorted(folder.glob("*.jsonl"))}
+            task: {
+                split: sha256(folder / f"{split}.jsonl")
+                for split in splits_of(task, self.spec.tasks[task].num_fewshot)
+            }
             for task, folder in self.rows.items()
         }
         asked = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forgetting.models.loading import Model, freeze_unread, language_model
+from forgetting.models.merged import is_tied
 from forgetting.records import InputError
 from forgetting.settings.layers import Kind, Layer, Unadaptable, beside_experts, layers_to_adapt
 from forgetting.settings.plan import Tuning
@@ -76,7 +78,9 @@ def _config(model: PreTrainedModel, tuning: Tuning) -> LoraConfig:
     if any(layer.parameter == TWO_MATRICES for layer in tensors):
         pattern = rf".*\.{TWO_MATRICES}"
         shared["rank_pattern"] = {pattern: 2 * (tuning.rank or 0)}
-        shared["alpha_pattern"] = {pattern: 2 * (tuning.alpha or 0)}
+        # So that the scale stays: alpha / rank, or alpha / sqrt(rank).
+        factor = math.sqrt(2) if tuning.variant == "rslora" else 2
+        shared["alpha_pattern"] = {pattern: factor * (tuning.alpha or 0)}
     return LoraConfig(
         r=tuning.rank,
         init_lora_weights="pissa" if tuning.variant == "pissa" else True,
@@ -167,7 +171,7 @@ def round_frozen(model: Model, precision: torch.dtype) -> None:
         return
     for module in model.modules():
         plain = type(module) is LoraLinear and not any(module.use_dora.values())
-        if plain or type(module) is SVDLinear:
+        if (plain or type(module) is SVDLinear) and not is_tied(model, module):
             module.cast_input_dtype_enabled = False
             base = module.get_base_layer()
             base.weight.data = base.weight.data.to(precision)

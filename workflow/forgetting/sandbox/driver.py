@@ -125,12 +125,27 @@ class Remote:
         return isinstance(value, Remote) and self._peer.ask("isinstance", value, self) is True
 
 
+_COMPUTATIONS = {*_ARITHMETIC.split(), "abs", "invert", "neg", "pos"}
+
+
+def _computed(name: str, result: Any, *others: Any) -> Any:
+    """Return a result of arithmetic, unless the program could choose it.
+
+    The program computes it. If it may make a plain number of an object of its own, it answers 0 to
+    every difference, and `abs(f(x) - y) < 1e-6` holds whatever f returns.
+    """
+    own = bool(others) and all(isinstance(other, Remote) for other in others)
+    if name in _COMPUTATIONS and not isinstance(result, Remote) and not own:
+        raise TypeError(f"{name} of an object of the program gives a plain value")
+    return result
+
+
 def _relayed(name: str) -> Callable[..., Any]:
-    return lambda self, *args: self._peer.ask(name, self, *args)
+    return lambda self, *args: _computed(name, self._peer.ask(name, self, *args), *args)
 
 
 def _reflected(name: str) -> Callable[..., Any]:
-    return lambda self, other: self._peer.ask(name, other, self)
+    return lambda self, other: _computed(name, self._peer.ask(name, other, self), other)
 
 
 def _compared(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a chat template asks of a study, told by its source alone: nothing of it is rendered."""
+"""Read from the source of a chat template which arguments it needs; nothing is rendered."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_chat_template(folder: Path) -> str | None:
         return None
     if path:
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8") or None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: the chat template cannot be read ({error})") from None
     try:

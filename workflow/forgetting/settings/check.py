@@ -38,7 +38,6 @@ from forgetting.settings.layers import (
     selected_layers,
 )
 from forgetting.settings.load import is_local
-from forgetting.settings.model_config import has_chat_template
 from forgetting.settings.plan import Tuning, numbered_tunings
 from forgetting.settings.source import At, Keys, dotted
 from forgetting.settings.study import Study
@@ -202,7 +201,7 @@ def _architecture(study: Study, at: At) -> Architecture | None:
         architecture = read_architecture(folder)
     except InputError as error:
         raise InputError(f"{at('base', 'model')}: {error}") from None
-    if study.prompt.chat and not has_chat_template(folder):
+    if study.prompt.chat and not read_chat_template(folder):
         raise InputError(
             f"{at('prompt', 'chat')}: the tokenizer in {folder} has no chat template; write the "
             "prompt as `question` and `answer`, or take a base that was tuned to chat"
@@ -221,7 +220,7 @@ def _downloaded(folder: Path) -> Architecture | None:
 
 def _check_conversations(study: Study, folder: Path, at: At) -> None:
     """Refuse conversations to train on where the tokenizer has no chat template."""
-    if has_chat_template(folder):
+    if read_chat_template(folder):
         return
     for keys, table in study.tables():
         path = None

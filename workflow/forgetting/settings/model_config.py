@@ -228,19 +228,6 @@ def placeholders(folder: Path) -> set[str]:
     return {token for token in found if isinstance(token, str)}
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Return whether the tokenizer of a folder has a chat template to take by default."""
-    additional = folder / "additional_chat_templates"
-    if (folder / "chat_template.jinja").is_file() or (additional / "default.jinja").is_file():
-        return True
-    if additional.is_dir() and any(additional.glob("*.jinja")):
-        return False  # Those of the folder replace what tokenizer_config.json has.
-    found = _tokenizer_settings(folder).get("chat_template")
-    if isinstance(found, list):
-        return any(isinstance(each, dict) and each.get("name") == "default" for each in found)
-    return "default" in found if isinstance(found, dict) else bool(found)
-
-
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     try:
         found = read_foreign_json(folder / "tokenizer_config.json")

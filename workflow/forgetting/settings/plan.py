@@ -77,14 +77,15 @@ def numbered_tunings(study: Study) -> list[tuple[int, Tuning]]:
     ]
     names: dict[str, str] = {}
     for number, tuning in found:
-        other = names.setdefault(tuning.name.casefold(), tuning.name)
-        if other is not tuning.name:
-            if other != tuning.name:
-                raise AtKey(
-                    ("methods", number),
-                    f"{tuning.name} and {other} differ only in upper and lower case, and some file "
-                    "systems take them for one folder; take another `suffix`",
-                )
+        other = names.get(tuning.name.casefold())
+        names[tuning.name.casefold()] = tuning.name
+        if other is not None and other != tuning.name:
+            raise AtKey(
+                ("methods", number),
+                f"{tuning.name} and {other} differ only in upper and lower case, and some file "
+                "systems take them for one folder; take another `suffix`",
+            )
+        if other is not None:
             raise AtKey(
                 ("methods", number),
                 f"{tuning.name} stands there more than once; merge the entries, or tell "

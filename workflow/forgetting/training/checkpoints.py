@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from forgetting.digests import damage, folder_damage, is_record
+from forgetting.digests import damage, folder_damage, is_record, record_of
 from forgetting.models.adalora import restore_training, training_state
 from forgetting.models.loading import Model
 from forgetting.models.tuned import restore_checkpoint, save_checkpoint, save_tensors
@@ -134,6 +134,10 @@ def _run_damage(folder: Path) -> tuple[Path, str] | None:
     if newest is not None:
         if not can_go_on(newest.parent):
             return newest.parent / OPTIMIZER, "is missing"
+        method, optimizer = newest.parent / METHOD, newest.parent / OPTIMIZER
+        # `prune` removes the optimizer's state first.
+        if optimizer.exists() and record_of(method).exists() and not method.exists():
+            return method, "is missing"
         points = read_json(newest)["points"]
         files |= {folder / f"items-{int(step):07d}.parquet" for step, *_ in points}
     return next(((path, told) for path in sorted(files) if (told := damage(path))), None)

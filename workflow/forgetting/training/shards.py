@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from forgetting.digests import folder_damage
 from forgetting.models.loading import Model
 from forgetting.models.tuned import WEIGHTS, save_tensors
-from forgetting.records import InputError, replacing, write_json
+from forgetting.records import InputError, damaged, removal, replacing, write_json
 from forgetting.training.team import Team
 
 SHARDS = "shards"
@@ -122,6 +123,8 @@ def join_shards(checkpoint: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
     if not (checkpoint / SHARDS).exists():
         return
+    if wrong := folder_damage(checkpoint / SHARDS):
+        raise damaged(*wrong, removal(checkpoint.parent), "the run is trained again")
     reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
     stored = {
         name: tensor
