@@ -1,6 +1,6 @@
-"""Recorded digests: how a reader knows that a file is still what was written.
+"""Recorded digests, by which a reader checks that a file is what was written.
 
-The digest of FILE is in `.FILE.sha256` beside it, in the format of `sha256sum`, so that
+The digest of FILE is in `.FILE.sha256` in the same folder, in the format of `sha256sum`, so that
 `sha256sum --check .FILE.sha256` checks it as well. `records.replacing` writes both. While a file is
 being replaced, its record has two lines, of the old and of the new content: a process that is
 killed at any moment leaves a file that fits its record.

@@ -19,11 +19,10 @@ PATIENCE = 120.0
 
 
 def end_leftovers(folder: Path, logs: Path, results: Path, patience: float = PATIENCE) -> list[str]:
-    """Cancel the jobs that a killed snakemake has left for this study; return what to tell of it.
+    """Cancel the jobs that a killed snakemake has left for this study, and return messages on them.
 
-    Called by a snakemake that holds the folder of the study's results. Jobs that were submitted for
-    other studies are left alone; so are those of which nobody knows for which, while another study
-    is run here.
+    The caller holds the folder of the study's results. Jobs that were submitted for other studies are
+    left alone, and so are jobs of an unknown study while another study runs in this folder.
 
     Args:
         folder: where snakemake runs, and its jobs.

@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def describe_computation(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """Return what numbers depend on beside their inputs: device, threads, precision, machine."""
+    """Return what numbers depend on besides inputs: device, threads, precision and machine."""
     return {
         "device": device_name(device),
         "precision": str(precision).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""Whose a folder of results is: one study's, and one snakemake's at a time.
+"""Ownership of a folder of results: one study has it, and one snakemake writes there at a time.
 
 Snakemake locks files, not studies: two studies that read one download or write one page lock each
 other out, the end of a run removes the locks of all others in the folder, and a killed run leaves
@@ -27,7 +27,7 @@ _HELD: list[int] = []
 
 
 def study_origin(path: Path, studies: Path) -> str:
-    """Return what tells a study file from others: its path, or its name where it is in `studies`.
+    """Return the identity of a study file: its path, or its name if it is in `studies`.
 
     The name is the same in another checkout, from which the same results may be continued.
     """

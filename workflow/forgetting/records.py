@@ -259,7 +259,7 @@ def remove_file(path: Path) -> None:
 
 
 def warn_of(path: Path, wrong: str, then: str) -> None:
-    """Tell of damaged state that costs no more than time, in one line."""
+    """Print one line about damaged state that is computed again."""
     print(f"warning: {path} {wrong}; {then}", file=sys.stderr, flush=True)
 
 

@@ -1,8 +1,9 @@
 """Selection: of each method's hyper-parameters, and of each seed's checkpoint.
 
-Outputs: results/STUDY/selection/METHOD.json and the checkpoints, in results/STUDY/selected/METHOD/,
-of which only index.json is declared: Snakemake deletes outputs before their replacement is made; on
-demand results/STUDY/wise_ft/METHOD/seedN/items.parquet, of the checkpoints with scaled updates.
+Outputs: results/STUDY/selection/METHOD.json and results/STUDY/selected/METHOD/index.json. The
+checkpoints in that folder are not declared, since Snakemake deletes outputs before their replacement
+is made. On demand: results/STUDY/wise_ft/METHOD/seedN/items.parquet, the scores of the checkpoints with
+scaled updates.
 """
 
 

@@ -30,7 +30,7 @@ TODAY = datetime(2024, 7, 26, tzinfo=UTC)
 of the run would make each day another study."""
 
 LONGEST = 2**20
-"""Characters that a template may write for one conversation, beside 16 for each of its own."""
+"""Characters that a template may add to a conversation, besides 16 for each character of it."""
 
 QUESTION, ANSWER, NEXT = "{question}", "{answer}", "{next question}"
 
@@ -52,7 +52,7 @@ class Ending:
 
     @property
     def stop(self) -> str:
-        """The text at which an answer ends, beside the token; empty if there is none."""
+        """Return the text at which an answer ends, in addition to the token; empty if there is none."""
         if self.token is not None and not self.text.strip():
             return ""
         return self.text.rstrip(" \t")

@@ -20,7 +20,7 @@ from forgetting.settings.layers import Kind, Layer, Unadaptable, beside_experts,
 from forgetting.settings.plan import Tuning
 
 TWO_MATRICES = "gate_up_proj"
-"""Experts' tensor that holds two matrices, of which each gets an adapter of the method's rank."""
+"""Experts' tensor that holds two matrices. Each gets an adapter of the method's rank."""
 
 
 def attach(model: PreTrainedModel, tuning: Tuning, seed: int) -> Model:

@@ -48,7 +48,7 @@ def adapter_layers(model: Model) -> list[Any]:
 
 
 def adapted_weight(layer: Any) -> torch.Tensor:
-    """Return the weight that an adapter stands beside: a matrix, or a tensor of experts."""
+    """Return the weight that an adapter updates: a matrix, or a tensor of experts."""
     weight: torch.Tensor = (
         layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
     )

@@ -49,7 +49,7 @@ def _is_letter(char: str) -> bool:
 def check_letters(
     rows: Sequence[Row], probe: str, tokenizer: RougeTokenizer, where: Where
 ) -> list[str]:
-    """Return a note on each table of a probe of whose answers ROUGE drops a part of the letters.
+    """Return a note on each table of a probe if ROUGE drops part of the letters of its answers.
 
     Args:
         rows: those of the probe that are scored, table by table.

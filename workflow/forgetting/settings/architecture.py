@@ -56,7 +56,7 @@ class Architecture:
     Attributes:
         layers: every weight.
         complete: has the loaded model these modules, and no others?
-        has_leaves: does the last part of the names tell the layers of the loaded model?
+        has_leaves: whether the last part of the names identifies the layers of the loaded model.
         blocks: number of transformer blocks, if it is known.
         context: longest sequence that the model reads, in tokens, if there is a limit.
         rows: rows of the input embedding, if they are known.
