@@ -21,8 +21,8 @@ PATIENCE = 120.0
 def end_leftovers(folder: Path, logs: Path, results: Path, patience: float = PATIENCE) -> list[str]:
     """Cancel the jobs that a killed snakemake has left for this study, and return messages on them.
 
-    The caller holds the folder of the study's results. Jobs that were submitted for other studies are
-    left alone, and so are jobs of an unknown study while another study runs in this folder.
+    The caller holds the folder of the study's results. Jobs that were submitted for other studies
+    are left alone, and so are jobs of an unknown study while another study runs in this folder.
 
     Args:
         folder: where snakemake runs, and its jobs.

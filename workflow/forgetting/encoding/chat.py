@@ -52,7 +52,7 @@ class Ending:
 
     @property
     def stop(self) -> str:
-        """Return the text at which an answer ends, in addition to the token; empty if there is none."""
+        """Return the text at which an answer ends besides the token; empty if there is none."""
         if self.token is not None and not self.text.strip():
             return ""
         return self.text.rstrip(" \t")

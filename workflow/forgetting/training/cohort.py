@@ -272,7 +272,7 @@ def cohort_items(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd
 def write_checkpoints(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write where the checkpoints of each run are.
 
-    The file is an output of the job in the folder of the state. Whoever deletes the state deletes it
-    too, and Snakemake repeats the job before anything that needs a checkpoint.
+    The file is an output of the job in the folder of the state. Whoever deletes the state deletes
+    it too, and Snakemake repeats the job before anything that needs a checkpoint.
     """
     write_json(path, {record["run"]: record["folder"] for record in records})
