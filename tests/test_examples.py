@@ -252,6 +252,7 @@ def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
     rows: list[dict[str, Any]],
     tmp_path: Path,
     packing: bool,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Continued pretraining: from a table of texts to a trained cohort, with its provenance."""
     tables = {
@@ -295,6 +296,9 @@ def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
     assert done["tokens"] == pytest.approx(3 * (joined + talk), abs=3 * len(TEXTS))
     assert done["losses"][-1] < done["losses"][0]
     assert done["cut_rows"] == 1
+    assert (
+        "warning: 1 training answers are longer than training.max_length" in capsys.readouterr().out
+    )
     (tokens,) = visible_files(tmp_path / "state" / "tokens")
     assert tokens.name.startswith("train-")
 

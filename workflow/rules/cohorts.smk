@@ -134,17 +134,17 @@ def job_results(wildcards):
 
 
 def lost_results(wildcards):
-    """Return the results that are missing though the study's page was published.
+    """Return the results that are missing though the study's page or tables are there.
 
     A job that fails loses its outputs. Snakemake makes a missing file only if a job that needs it
     runs, so it would take the earlier page for up to date. The command after the one that makes them
     again copies the page once more, since these inputs are gone.
     """
-    if not Path(LOGS, "publish.log").exists():
+    last = [*rules.collect.output, rules.report.output.page]
+    if not any(Path(path).exists() for path in last):
         return []
     named = job_results(wildcards).values()
     made = [
         path for item in named for path in ([item] if isinstance(item, str) else item)
     ]
-    made += [*rules.collect.output, rules.report.output.page]
-    return [path for path in made if not Path(path).exists()]
+    return [path for path in [*made, *last] if not Path(path).exists()]

@@ -202,7 +202,9 @@ def render(
         # Of any type: templates call methods of Python's own types.
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
-            f"prompt.chat: the base's chat template refuses the messages {roles}: {error}"
+            "prompt.chat: the chat template of the base's tokenizer (chat_template.jinja or "
+            f"tokenizer_config.json) refuses the messages {roles}: {error}; mend it, or write the "
+            "prompt as `question` and `answer`"
         ) from None
     return "".join(parts)
 

@@ -118,7 +118,9 @@ def arguments_of(source: str) -> frozenset[str]:
             names = meta.find_undeclared_variables(tree)
     except TemplateSyntaxError as error:
         raise InputError(
-            f"the chat template of the base's tokenizer is not valid: line {error.lineno}: {error}"
+            "the chat template of the base's tokenizer (chat_template.jinja or "
+            f"tokenizer_config.json) is not valid: line {error.lineno}: {error}; mend it, or write "
+            "the prompt as `question` and `answer`"
         ) from None
     except (Endless, MemoryError, RecursionError) as error:
         raise endless(error) from None

@@ -80,6 +80,13 @@ def train_cohort(
             _forget_unfinished(place.folder)
         with team.first_alone():
             data = tokenized(spec, materials, inputs, state / "tokens")
+        if data.train.cut and team.first:
+            print(
+                f"warning: {data.train.cut} training answers are longer than training.max_length "
+                f"({spec.training.max_length} tokens) and are cut, without an end of sequence; "
+                "make it larger",
+                flush=True,
+            )
         examples = len(arrange(data.train, spec.training))
         if (mistake := warmup_mistake(examples, spec.training)) and not branches:
             raise InputError(f"training.{mistake[0]}: {mistake[1]}")
