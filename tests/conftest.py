@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ def _no_wait_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _usual_end_of_processes() -> None:
+    """Let SIGTERM end this process and those that it forks.
+
+    Snakemake, which some tests run in this process, leaves a handler there. Processes of a pool, such
+    as that of lm-eval's bootstrap, inherit it, and a pool that ends would wait for them forever.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
