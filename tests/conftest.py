@@ -43,8 +43,8 @@ def _no_wait_for_the_disk() -> Iterator[None]:
 def _usual_end_of_processes() -> None:
     """Let SIGTERM end this process and those that it forks.
 
-    Snakemake, which some tests run in this process, leaves a handler there. Processes of a pool, such
-    as that of lm-eval's bootstrap, inherit it, and a pool that ends would wait for them forever.
+    Snakemake, which some tests run in this process, leaves a handler there. Processes of a pool,
+    such as that of lm-eval's bootstrap, inherit it, and a pool that ends waits for them forever.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
