@@ -149,7 +149,7 @@ def test_a_study_ends_in_tables_and_a_page_and_is_then_done(finished: Path) -> N
     page = (finished / "reports" / "tradeoff.html").read_text(encoding="utf-8")
     assert len(page) > 100_000
     assert "<html" in page[:200]
-    assert list((finished / "reports" / "mini-figures").glob("*.svg"))
+    assert list((finished / "reports" / f"{NAME}-figures").glob("*.svg"))
 
     tables = _tables(finished)
     assert len(tables["runs"]) == 7  # the base, and 3 methods of 2 learning rates
@@ -188,7 +188,7 @@ def _forget(folder: Path, *methods: str) -> None:
             shutil.rmtree(folder / RESULTS / part / method)
         (folder / RESULTS / "selection" / f"{method}.json").unlink()
     shutil.rmtree(folder / RESULTS / "tables")
-    (folder / "reports" / "mini.html").unlink()
+    (folder / "reports" / f"{NAME}.html").unlink()
 
 
 def test_ranks_that_are_trained_in_one_job_end_in_the_same_tables(
