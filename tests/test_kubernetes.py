@@ -229,7 +229,7 @@ def _run(checkout: Path, pods: Path, *targets: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_runs_to_its_page_through_pods(checkout: Path, tmp_path: Path) -> None:
     """Sources, variables, copies and what lies beside them all reach the pods, and the numbers are
     those of one machine."""
