@@ -14,6 +14,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from forgetting.digests import sha256_of_each
 from forgetting.records import InputError, content_key, read_foreign_json, sha256, write_atomically
 
 MODEL_FILES = (
@@ -69,7 +70,8 @@ def model_files(folder: Path) -> list[Path]:
 
 def model_identity(folder: Path) -> tuple[dict[str, str], str]:
     """Return the digest of every file of a model, by name, and one of them all."""
-    files = {path.relative_to(folder).as_posix(): sha256(path) for path in model_files(folder)}
+    digests = sha256_of_each(model_files(folder))
+    files = {path.relative_to(folder).as_posix(): digest for path, digest in digests.items()}
     return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
