@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from forgetting.digests import is_record
+from forgetting.occupancy import OWNER
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = """\
@@ -199,6 +200,7 @@ def test_ranks_that_are_trained_in_one_job_end_in_the_same_tables(
     study, results = _write(another, "ranks", training={"fused": "across"}), Path("results/ranks")
     # What was found out before names the folder of the base, which stays where it is.
     shutil.copytree(another / RESULTS, another / results, symlinks=True)
+    (another / results / OWNER).unlink()
     told = _run(another, study=study)
     assert "rule finetune_together:" in told
     records = json.loads((another / results / "cohorts/together-1/runs.json").read_text())
