@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from forgetting.benchmarks.pass_rates import FAILING, PASSING
-from forgetting.report import tables as data
-from forgetting.report.tables import Tables
+from forgetting.report.tables import Tables, human, labels
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ def _task(tables: Tables, task: str, scores: pd.DataFrame) -> Sampled:
     count = settings.get("samples")
     means = scores.groupby(["label", "name"])[["value", "low", "high"]].mean()
     lines = []
-    for label in ["base", *data.labels(tables)]:
+    for label in ["base", *labels(tables)]:
         cells: list[tuple[float, float, float] | None] = []
         for name in [*rates, PASSING, FAILING]:
             found = means.loc[label, name].tolist() if (label, name) in means.index else None
             cells.append(tuple(found) if found else None)
         if any(cells):
             lines.append((label, cells))
-    return Sampled(data.human(task), f"{count} answers" if count else "answers", rates, lines)
+    return Sampled(human(task), f"{count} answers" if count else "answers", rates, lines)
