@@ -61,12 +61,12 @@ def _cells(tables: Tables, metric: str) -> dict[str, dict[str, Cell]]:
     """By method (and `base`) and probe, where it was measured."""
     names = data.probes(tables, "new") + data.probes(tables, "old")
     paired = ("change_low", "change_high")
-    frames = {name: data.at_selected(tables, metric, name, paired) for name in names}
+    by_probe = {name: data.at_selected(tables, metric, name, paired) for name in names}
     bases = {name: data.base_row(tables, metric, name) for name in names}
     base = {name: _cell(rows, None) for name, rows in bases.items() if len(rows)}
     found = {"base": base}
     for method in data.methods(tables)["method"]:
-        mine = {name: rows[rows["method"] == method] for name, rows in frames.items()}
+        mine = {name: rows[rows["method"] == method] for name, rows in by_probe.items()}
         found[str(method)] = {
             name: _cell(rows, base.get(name)) for name, rows in mine.items() if len(rows)
         }

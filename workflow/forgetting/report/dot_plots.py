@@ -17,9 +17,9 @@ _NONE_SELECTED = "no checkpoint selected"
 
 def truth_ratio(tables: Tables, width: int = 300) -> alt.ConcatChart:
     """Truth ratio on each probe of old knowledge by rank; a menu switches its definition."""
-    frames = {name: data.truth_ratios(tables, name) for name in data.probes(tables, "old")}
-    frames = {name: rows for name, rows in frames.items() if len(rows)}
-    if not frames:
+    by_probe = {name: data.truth_ratios(tables, name) for name in data.probes(tables, "old")}
+    by_probe = {name: rows for name, rows in by_probe.items() if len(rows)}
+    if not by_probe:
         return parts.message("No truth ratio of old knowledge was measured.")
     choice = alt.param(
         "definition",
@@ -36,7 +36,7 @@ def truth_ratio(tables: Tables, width: int = 300) -> alt.ConcatChart:
             tip,
             chosen="definition",
         ).properties(width=width)
-        for name, rows in frames.items()
+        for name, rows in by_probe.items()
     ]
     told = "Truth ratio on old knowledge of the base and of each method's selected checkpoint."
     return parts.combine(panels, [parts.focus(), choice], told, narrowest=170)
