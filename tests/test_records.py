@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from forgetting import records
-from forgetting.digests import is_record
+from forgetting.digests import is_record, sha256
 from forgetting.records import (
     InputError,
     content_key,
@@ -23,7 +23,6 @@ from forgetting.records import (
     read_json,
     read_jsonl,
     replacing,
-    sha256,
     tells_input_errors,
     write_atomically,
     write_json,

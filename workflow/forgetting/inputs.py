@@ -14,8 +14,8 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from forgetting.digests import sha256_of_each
-from forgetting.records import InputError, content_key, read_foreign_json, sha256, write_atomically
+from forgetting.digests import sha256, sha256_of_each
+from forgetting.records import InputError, content_key, read_foreign_json, write_atomically
 
 MODEL_FILES = (
     *("*.json", "*.safetensors"),

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from forgetting import digests
-from forgetting.digests import sha256 as sha256
-from forgetting.digests import sha256_of_all as sha256_of_all
+from forgetting.digests import sha256
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -52,7 +52,8 @@ from forgetting.occupancy import (
     study_origin,
 )
 from forgetting.queue import SUBMITTED
-from forgetting.records import InputError, content_key, sha256_of_all
+from forgetting.digests import sha256_of_all
+from forgetting.records import (InputError, content_key)
 from forgetting.sections.dataset import WORLD_TABLES
 from forgetting.settings.check import check_inputs
 from forgetting.settings.load import is_local, load_study, study_source

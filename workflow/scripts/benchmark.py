@@ -32,7 +32,7 @@ from forgetting.benchmarks.programs import describe
 from forgetting.benchmarks.tasks import HARNESS_SEED
 from forgetting.data.rows import evenly_spaced, prompt_rows
 from forgetting.data.table_files import Row, place
-from forgetting.digests import folder_damage
+from forgetting.digests import folder_damage, sha256
 from forgetting.machine import describe_computation
 from forgetting.models.base import read_base
 from forgetting.models.loading import (
@@ -50,7 +50,6 @@ from forgetting.records import (
     read_table,
     remove_folder,
     replacing_folder,
-    sha256,
     tells_input_errors,
     warn_of,
     write_atomically,

@@ -25,13 +25,8 @@ from forgetting.data.rows import (
     prepare_rows,
 )
 from forgetting.data.table_files import Row, place, unused_columns
-from forgetting.records import (
-    read_foreign_json,
-    sha256,
-    tells_input_errors,
-    write_json,
-    write_jsonl,
-)
+from forgetting.digests import sha256
+from forgetting.records import read_foreign_json, tells_input_errors, write_json, write_jsonl
 from forgetting.scoring.references import check_letters, long_answer_warnings
 from forgetting.sections.columns import Columns
 from forgetting.sections.fields import Strict

@@ -25,8 +25,9 @@ from forgetting.benchmarks.harness import Questions, answer, read_questions
 from forgetting.benchmarks.known import splits_of
 from forgetting.benchmarks.results import BenchmarkResult
 from forgetting.benchmarks.tasks import TaskSpec
+from forgetting.digests import sha256
 from forgetting.models.loading import Model
-from forgetting.records import InputError, content_key, sha256
+from forgetting.records import InputError, content_key
 from forgetting.sections.fields import Strict
 from forgetting.sections.task import Task
 

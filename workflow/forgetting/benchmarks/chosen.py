@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetting.digests import visible_files
+from forgetting.digests import sha256_of_all, visible_files
 from forgetting.models.tuned import ADAPTER
-from forgetting.records import damaged, read_json, removal, sha256_of_all
+from forgetting.records import damaged, read_json, removal
 from forgetting.training.checkpoints import checkpoint_damage
 
 

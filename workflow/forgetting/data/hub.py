@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from forgetting.digests import sha256
 from forgetting.inputs import is_model_file
 from forgetting.records import (
     InputError,
@@ -24,7 +25,6 @@ from forgetting.records import (
     read_foreign_json,
     replacing,
     replacing_folder,
-    sha256,
 )
 
 

@@ -205,6 +205,7 @@ def check_model(model: Model, examples: Sequence[Example], training: Training) -
 
 
 def _sizes(examples: Sequence[Example]) -> list[int]:
+    """Return the number of tokens of every example."""
     if isinstance(examples, Stored):
         return list(examples.sizes.tolist())
     return [len(example.ids) for example in examples]

@@ -11,9 +11,10 @@ from pathlib import Path
 from forgetting.benchmarks.along import add_along_options, read_along
 from forgetting.data.origins import Origins
 from forgetting.data.rows import general_rows, prepared_lines, read_prepared
+from forgetting.digests import sha256
 from forgetting.models.base import read_base
 from forgetting.models.loading import load_tokenizer, pick_device, pick_precision
-from forgetting.records import read_table, sha256
+from forgetting.records import read_table
 from forgetting.scoring.drift import load_targets
 from forgetting.scoring.scores import metric_value
 from forgetting.training.checkpoints import Progress
