@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from forgetting.digests import is_record
-from forgetting.occupancy import OWNER
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = """\
@@ -190,29 +189,6 @@ def _forget(folder: Path, *methods: str) -> None:
         (folder / RESULTS / "selection" / f"{method}.json").unlink()
     shutil.rmtree(folder / RESULTS / "tables")
     (folder / "reports" / f"{NAME}.html").unlink()
-
-
-def test_ranks_that_are_trained_in_one_job_end_in_the_same_tables(
-    finished: Path, another: Path
-) -> None:
-    """`training.fused: across`: one job for two ranks, and no other result."""
-    _forget(another, "lora-r2", "lora-r8")
-    study, results = _write(another, "ranks", training={"fused": "across"}), Path("results/ranks")
-    # What was found out before names the folder of the base, which stays where it is.
-    shutil.copytree(another / RESULTS, another / results, symlinks=True)
-    (another / results / OWNER).unlink()
-    told = _run(another, study=study)
-    assert "rule finetune_together:" in told
-    records = json.loads((another / results / "cohorts/together-1/runs.json").read_text())
-    assert len(records) == 4
-    found, expected = _tables(another, results), _tables(finished)
-    together = found["runs"].pop("trained_together")
-    assert set(together[found["runs"]["kind"] == "lora"]) == {4}
-    assert set(expected["runs"].pop("trained_together").dropna()) == {1}
-    pd.testing.assert_frame_equal(found["runs"], expected["runs"])
-    # Where the processor multiplies in bfloat16, sums in another order show.
-    pd.testing.assert_frame_equal(found["trajectory"], expected["trajectory"], rtol=0.05, atol=0.05)
-    assert "Nothing to be done" in _run(another, "--dry-run", study=study)
 
 
 def _kill_program(folder: Path, program: str, when: Callable[[], bool], **config: str) -> int:

@@ -1053,3 +1053,11 @@ def test_tiny_scale_draws_few_samples_and_leaves_out_what_only_the_hub_has(write
     humaneval = tiny.tasks["humaneval"]
     assert (humaneval.samples, humaneval.k, humaneval.temperature) == (4, [1, 4], 0.8)
     assert (humaneval.limit, tiny.tasks["arc_easy"].limit) == (4, 4)
+
+
+def test_sharing_passes_among_methods_is_refused_with_what_is_allowed(write: Any) -> None:
+    path = write(("selection:", "training: {fused: across}\nselection:"))
+    message = _told(path)
+    assert "fused" in message
+    assert "auto" in message
+    assert "never" in message

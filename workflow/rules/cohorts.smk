@@ -1,22 +1,11 @@
-"""Cohorts: which methods and seeds a job trains, what it is told, and where its results lie."""
+"""Cohorts: what the job of a method and seed is given, and where its results lie."""
 
 from forgetting.training.fusing import allows_fusing
-
-# Methods and seeds that one job trains, and the cohort that each of all is in.
-TOGETHER = COSTS.joint
-COHORTS = COSTS.names
-
-
-def members(wildcards):
-    """The methods and seeds that a job trains; their mitigation is one."""
-    if wildcards.method in TOGETHER:
-        return TOGETHER[wildcards.method]
-    return [(TUNINGS[wildcards.method], int(wildcards.seed))]
 
 
 def general_tables(wildcards):
     """The tables that the mitigation reads, in its order."""
-    mitigation = members(wildcards)[0][0].mitigation
+    mitigation = TUNINGS[wildcards.method].mitigation
     return mitigation.tables if mitigation else []
 
 
@@ -31,10 +20,11 @@ def general_options(wildcards):
 
 
 def cohort_spec(wildcards):
-    """All that a cohort is told of the study, with each of its methods and seeds."""
+    """Return what the job needs of the study, with its method and seed."""
+    tuning = TUNINGS[wildcards.method]
     told = sections("prompt", "training", "measurement", "selection", "precision")
-    # Which runs are one job is decided here; another choice reruns only those whom it regards.
-    fused = all(allows_fusing(t, STUDY.training) for t, _ in members(wildcards))
+    # A changed `training.fused` reruns only the methods that it affects.
+    fused = allows_fusing(tuning, STUDY.training)
     told["training"]["fused"] = "auto" if fused else "never"
     return as_json(
         told,
@@ -42,20 +32,16 @@ def cohort_spec(wildcards):
         columns=columns(general_tables(wildcards)),
         members=[
             {
-                # There may be many, and a shell takes 128 KiB in one argument.
                 "tuning": tuning.model_dump(mode="json", exclude_defaults=True),
-                "seed": seed,
+                "seed": int(wildcards.seed),
             }
-            for tuning, seed in members(wildcards)
         ],
     )
 
 
 def whole_tunings(wildcards):
-    """Digest of the methods with their defaults, which the specification leaves out."""
-    return content_key(
-        [tuning.model_dump(mode="json") for tuning, _ in members(wildcards)]
-    )
+    """Digest of the method with its defaults, which the specification leaves out."""
+    return content_key([TUNINGS[wildcards.method].model_dump(mode="json")])
 
 
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
@@ -66,8 +52,7 @@ SEVERAL_NODES = (
 
 def cohorts(methods):
     """The names of every cohort that some methods are in."""
-    names = [COHORTS[method, seed] for method in methods for seed in STUDY.seeds]
-    return list(dict.fromkeys(names))
+    return [f"{method}/seed{seed}" for method in methods for seed in STUDY.seeds]
 
 
 def branches(methods):

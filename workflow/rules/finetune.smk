@@ -1,9 +1,8 @@
 """Fine-tuning: one job per method and seed trains and measures all its learning rates and decays.
 
-Where the study gives a method several processes, they train each of its runs together. With
-`training.fused: across`, one job trains several methods and seeds.
+Where the study gives a method several processes, they train each of its runs together.
 
-Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}, or cohorts/together-N/, and
+Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}, and
 benchmarks.parquet where the study asks benchmarks at every evaluation. Runs and checkpoints lie in
 results/STUDY/state, which is no output: Snakemake deletes the outputs of a job that it retries, and
 a job that was killed goes on from there.
@@ -68,19 +67,3 @@ rule finetune:
             --runs {output.runs:q} \
             --checkpoints {output.checkpoints:q}
         """
-
-
-use rule finetune as finetune_together with:
-    # Several methods and seeds, named `together-1`, whose runs share forward and backward passes.
-    output:
-        scored=f"{RESULTS}/cohorts/{{method}}/items.parquet",
-        benchmarks=f"{RESULTS}/cohorts/{{method}}/benchmarks.parquet" if ALONG else [],
-        runs=f"{RESULTS}/cohorts/{{method}}/runs.json",
-        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}.json",
-    log:
-        f"{LOGS}/finetune/{{method}}.log",
-    wildcard_constraints:
-        method=r"together-\d+",
-    threads: threads("finetune_together", COSTS)
-    resources:
-        **sizes("finetune_together", COSTS),

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from forgetting.costs.calibrate import by_method
-from forgetting.costs.joint import cohort_names, joint_cohorts
 from forgetting.machine import code_revision
 from forgetting.records import (
     InputError,
@@ -122,7 +121,7 @@ def read_found(study: Study, results: Path, models: list[str]) -> Found:
         frames = [read_table(folder / f"{table}.parquet") for folder in folders]
         return in_order(frames, methods, study.seeds)
 
-    cohorts = list(dict.fromkeys(cohort_names(study, joint_cohorts(study)).values()))
+    cohorts = [f"{tuning.name}/seed{seed}" for tuning in methods for seed in study.seeds]
     trained = [results / "cohorts" / cohort for cohort in cohorts]
     branches = [
         results / "branches" / cohort / budget_name(budget)

@@ -47,15 +47,15 @@ def compare(costs: Costs, records: Iterable[Mapping[str, Any]]) -> list[Compared
     found = []
     for record in records:
         method, seed = str(record["run"]).split("/")[:2]
-        cohort = costs.names.get((method, int(seed.removeprefix("seed"))))
-        name = cohort if cohort in costs.joint else method
+        planned = int(seed.removeprefix("seed")) in costs.study.seeds
         if (
-            cohort
+            planned
+            and method in costs.tunings
             and record["status"] == "ok"
             and record["steps"]
-            and _is_as_planned(costs, name, record)
+            and _is_as_planned(costs, method, record)
         ):
-            found.append(_compare(costs, name, record))
+            found.append(_compare(costs, method, record))
     return found
 
 

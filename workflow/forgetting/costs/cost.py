@@ -28,14 +28,13 @@ from forgetting.costs.footprint import (
     training_bytes,
 )
 from forgetting.costs.hardware import DOWNLOAD, STORAGE
-from forgetting.costs.joint import cohort_names, joint_cohorts
 from forgetting.costs.site import Site
 from forgetting.costs.volumes import document_tokens, train_bytes
 from forgetting.settings.plan import Tuning, budget_name, tunings
 from forgetting.settings.study import Study
 from forgetting.training.schedule import branch_start
 
-TRAINING = ("finetune", "finetune_together", "cool_down")
+TRAINING = ("finetune", "cool_down")
 SCORING = ("interpolate", "benchmark", "benchmark_base")
 ON_DEVICES = ("pretrain_base", "score_base", *TRAINING, *SCORING)
 """Rules whose jobs have a GPU for each process, where there are any."""
@@ -94,21 +93,14 @@ class Costs:
 
     Attributes:
         tunings: methods by name.
-        joint: methods and seeds that are trained in one job, by the cohort's name.
-        names: the cohort of every method and seed.
-        cohorts: of every job that trains, by its method or the name of its cohort, the method of
-            each member; of a method alone, that of one seed.
+        cohorts: the methods of the jobs that train, by the method's name: one for each seed.
     """
 
     def __init__(self, study: Study, site: Site) -> None:
         self.study, self.site = study, site
         self.case = Case(study, site.device, site.cores)
         self.tunings = {tuning.name: tuning for tuning in tunings(study)}
-        self.joint = joint_cohorts(study)
-        self.names = cohort_names(study, self.joint)
-        alone = {method for (method, _), name in self.names.items() if name not in self.joint}
-        self.cohorts = {name: [t] for name, t in self.tunings.items() if name in alone}
-        self.cohorts |= {name: [t for t, _ in members] for name, members in self.joint.items()}
+        self.cohorts = {name: [tuning] for name, tuning in self.tunings.items()}
         self.budgets = {budget_name(budget): budget for budget in study.training.budgets}
         self.of_job = lru_cache(maxsize=None)(self._of_job)
         self.team = lru_cache(maxsize=None)(self._team)
@@ -214,7 +206,7 @@ class Costs:
         return cohort_seconds(case, cohort, team, whole.steps - begin, len(due))
 
     def _team(self, name: str) -> Team:
-        """The processes of a method or cohort: what the study says, else the fewest that do.
+        """The processes of a method: what the study says, else the fewest that do.
 
         So many that memory does not run out, and that the longest of its jobs ends in the longest
         time of the site with a half to spare; 1, 2, 4, ... on one machine, then whole machines.
@@ -222,8 +214,7 @@ class Costs:
         tuning, machines = self.cohorts[name][0], self.site.machines
         if tuning.processes:
             return Team(tuning.processes, tuning.nodes or 1)
-        # What is trained together shares one device.
-        if not self.case.device.is_gpu or tuning.kind == "hybrid" or name in self.joint:
+        if not self.case.device.is_gpu or tuning.kind == "hybrid":
             return Team()
         if tuning.kind == "full" and self.study.training.optimizer == "adafactor":
             return Team()

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from forgetting.costs.case import Team
 from forgetting.costs.cost import ON_DEVICES, TRAINING, Cost, Costs
 from forgetting.costs.site import Site
 from forgetting.records import InputError
@@ -100,22 +99,14 @@ def check_spans(costs: Costs) -> None:
 
 
 def misfits(costs: Costs) -> list[str]:
-    """What to say of jobs that find no room on the site's GPUs, or gain nothing by being one."""
-    case, lines = costs.case, []
-    device = case.device
+    """What to say of jobs that need more memory than the site's GPUs have."""
+    device, lines = costs.case.device, []
     for name in costs.cohorts if device.is_gpu else ():
         used = costs.of("finetune", {"method": name}).device_bytes
         if used > device.usable:
             lines.append(
                 f"{name}: needs {used / 1e9:.0f} GB on each GPU and {device.name} has "
                 f"{device.usable / 1e9:.0f} GB for it: other GPUs, or a smaller rank or batch"
-            )
-    for name, members in costs.joint.items():
-        if all(len(part) == 1 for part in case.passes(costs.cohorts[name], Team())):
-            lines.append(
-                f"training.fused: across: no runs of {name} share a pass on a {device.name}, for "
-                f"their number of tokens or their size, so its job trains {len(members)} methods "
-                "and seeds one after the other; auto gives each a job of its own"
             )
     return lines
 

@@ -107,17 +107,14 @@ class Training(Strict):
         "transformers' Trainer does not.",
     )
     gradient_clip: Positive | None = Field(1.0, description="Largest L2 norm of the gradient.")
-    fused: Literal["auto", "across", "never"] = Field(
+    fused: Literal["auto", "never"] = Field(
         "auto",
         description="auto: train the runs of one method and seed in shared forward and backward "
         "passes where that is faster: where there are at least four runs and a step of one has at "
         "most 1024 tokens (8192 on a GPU), replayed rows apart; as many to a pass as memory holds, "
-        "at most `micro_batch_size`. across: also runs of other ranks and seeds, in one job, as "
-        "many as share a pass: less computing, on fewer machines at once, since their evaluations "
-        "come one after the other; not of pissa, and with dropout of one seed. Of lora, rslora and "
-        "pissa, with or without replay; other methods and mitigations, runs of several processes "
-        "and those with `budgets` are trained one after the other. The numbers are the same up to "
-        "rounding.",
+        "at most `micro_batch_size`. Of lora, rslora and pissa, with or without replay; other "
+        "methods and mitigations, runs of several processes and those with `budgets` are trained "
+        "one after the other. The numbers are the same up to rounding.",
     )
 
     @property

@@ -147,7 +147,7 @@ def _train_group(
     divided evenly among its runs, so that the sum over runs is what was spent.
     """
     started = time.monotonic()
-    # All runs of a group are alike in it but for their method's adapter, and for their seed.
+    # The runs of a group have one method and seed.
     spec, folder = group[0].spec, group[0].folder
     examples = arrange(data.train, spec.training)
     load, guard = _base_and_guard(spec, materials, data)
@@ -168,7 +168,8 @@ def _train_group(
         progress, model = train_parts(*plans[0], means, folder)
         ended, trained = [progress], [trained_weights(model)]
     else:
-        model, recipes, starts = prepare_together(plans, means)
+        recipes = [recipe for _, recipe in plans]
+        model, recipes, starts = prepare_together(spec.tuning, recipes, means)
         kept = list(zip(recipes, [place.folder for place in group], strict=True))
         ended = train_together(model, examples, kept, value, evaluate, tell_of, starts)
         trained = [dict(start.weights) for start in starts]

@@ -87,27 +87,12 @@ def prepare(tuning: Tuning, recipe: Recipe, means: Means) -> tuple[Model, Recipe
 
 
 def prepare_together(
-    plans: Sequence[tuple[Tuning, Recipe]], means: Means
+    tuning: Tuning, recipes: Sequence[Recipe], means: Means
 ) -> tuple[Model, list[Recipe], list[Own]]:
-    """A base that several runs with adapters share, their recipes, and how each begins.
-
-    Of every method and seed a model is made as for a run alone, so that it begins with the same
-    numbers; all but the last of them leave no more than their adapter, before the next is loaded.
-    """
-    alike = {(tuning.name, recipe.seed): (tuning, recipe) for tuning, recipe in plans}
-    *others, last = alike
-    prepared = {name: _start(*alike[name], means)[1:] for name in others}
-    model, own, whole = _start(*alike[last], means)
-    prepared[last] = own, whole
-    found = [(*prepared[tuning.name, recipe.seed], recipe.setting) for tuning, recipe in plans]
-    recipes = [replace(kept, setting=setting) for _, kept, setting in found]
-    return model, recipes, [start for start, _, _ in found]
-
-
-def _start(tuning: Tuning, recipe: Recipe, means: Means) -> tuple[Model, Own, Recipe]:
-    """A model made trainable, what is a run's own in it, and its recipe."""
-    model, whole = prepare(tuning, recipe, means)
-    return model, Own.of(model), whole
+    """Return the model that runs of a method and seed share, their recipes and first weights."""
+    model, whole = prepare(tuning, recipes[0], means)
+    start = Own.of(model)
+    return model, [replace(whole, setting=each.setting) for each in recipes], [start] * len(recipes)
 
 
 def switch_step(then: Then, schedule: Schedule) -> int:
