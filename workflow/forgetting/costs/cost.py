@@ -200,8 +200,8 @@ class Costs:
             evaluations, stored = len(plan.evaluations), len(plan.starts)
             stages = cohort_seconds(case, cohort, team, plan.steps, evaluations, stored)
             return stages | {"tokens": tokenize_seconds(case, team)}
-        whole, duration = case.branch(self.budgets[budget]), self.budgets[budget]
-        begin = branch_start(training, duration, whole.steps_per_epoch)
+        whole, epochs = case.branch(self.budgets[budget]), self.budgets[budget]
+        begin = branch_start(training, epochs, whole.steps_per_epoch)
         due = [step for step in whole.evaluations if step > begin]
         return cohort_seconds(case, cohort, team, whole.steps - begin, len(due))
 
