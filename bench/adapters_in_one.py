@@ -18,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from forgetting.benchmarks import one_reading
-from forgetting.benchmarks.harness import TaskSpec, answer, read_questions, run_benchmarks
+from forgetting.benchmarks.harness import answer, read_questions, run_benchmarks
+from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.data.rows import prepare_rows
 from forgetting.models.loading import load_base, load_tokenizer, pick_device, quieten_libraries
 from forgetting.models.merged import merged

@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.benchmarks.harness import TaskSpec, load_task
 from forgetting.benchmarks.one_reading import OneReadingLM
+from forgetting.benchmarks.tasks import TaskSpec, load_task
 from forgetting.data.rows import prepare_rows
 from forgetting.data.table_files import Row
 from forgetting.encoding.encode import encode_pair, encode_prompt

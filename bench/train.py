@@ -86,7 +86,7 @@ def _attempt(bench: Bench, name: str) -> float:
 
 def prepare(options: argparse.Namespace, folder: Path) -> list[Bench]:
     """One bench per method: the model given, or one of a shape with a tokenizer of the pairs."""
-    rows = read_jsonl(options.data) if options.data else build_world(seed=0).train
+    rows = read_jsonl(options.data) if options.data else build_world(seed=0).probes["new_authors"]
     rows = rows[: options.pairs]
     device = pick_device()
     if options.model:

@@ -17,7 +17,8 @@ from cohorts import materials_of, record_base, spec_of
 from forgetting.benchmarks import along as module
 from forgetting.benchmarks.along import Along, AlongSpec
 from forgetting.benchmarks.beside import apart, beside
-from forgetting.benchmarks.harness import BenchmarkResult, run_benchmarks
+from forgetting.benchmarks.harness import run_benchmarks
+from forgetting.benchmarks.results import BenchmarkResult
 from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.models.loading import load_base
 from forgetting.models.merged import merged

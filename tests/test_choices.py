@@ -11,7 +11,8 @@ import pytest
 
 from byte_models import byte_tokenizer, random_llama, write_rows
 from forgetting.benchmarks.choices import likeliest
-from forgetting.benchmarks.harness import TaskSpec, run_benchmarks
+from forgetting.benchmarks.harness import run_benchmarks
+from forgetting.benchmarks.tasks import TaskSpec
 from task_rows import sciq
 
 METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")

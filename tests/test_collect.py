@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from forgetting.benchmarks.harness import ITEM_COLUMNS, SCORE_COLUMNS
 from forgetting.benchmarks.outcomes import Executed, write_outcomes
 from forgetting.benchmarks.programs import Program, describe
+from forgetting.benchmarks.results import ITEM_COLUMNS, SCORE_COLUMNS
 from forgetting.records import InputError, read_json, write_json, write_table
 from forgetting.results.collect import benchmark_tables, main_items
 from forgetting.sandbox import Outcome

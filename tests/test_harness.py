@@ -20,21 +20,19 @@ from byte_models import byte_tokenizer, random_llama, write_rows
 from forgetting.benchmarks import harness
 from forgetting.benchmarks import tasks as benchmark_tasks
 from forgetting.benchmarks.code_eval_stand_in import without_code_eval
-from forgetting.benchmarks.harness import (
-    BENCHMARKS,
-    Program,
-    TaskSpec,
-    load_task,
-    run_benchmarks,
-)
+from forgetting.benchmarks.harness import run_benchmarks
+from forgetting.benchmarks.known import BENCHMARKS
 from forgetting.benchmarks.pass_rates import program_items, score_programs
 from forgetting.benchmarks.programs import (
     PassRate,
+    Program,
     describe,
     pass_at_k,
     read_programs,
     read_rates,
 )
+from forgetting.benchmarks.results import BenchmarkResult
+from forgetting.benchmarks.tasks import TaskSpec, load_task
 from forgetting.records import InputError
 from forgetting.sandbox import Outcome, search_sandbox
 
@@ -241,7 +239,7 @@ def _harness_results(model: Any, tokenizer: Any, tasks: list[Any], **options: An
     )
 
 
-def _assert_same(ours: harness.BenchmarkResult, theirs: Any, tasks: list[str]) -> None:
+def _assert_same(ours: BenchmarkResult, theirs: Any, tasks: list[str]) -> None:
     """Every metric, standard error and item equals the harness's."""
     for task in tasks:
         table = ours.scores[ours.scores.task == task].set_index("metric")

@@ -12,8 +12,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.benchmarks.harness import TaskSpec, load_task, run_benchmarks
+from forgetting.benchmarks.harness import run_benchmarks
 from forgetting.benchmarks.one_reading import OneReadingLM
+from forgetting.benchmarks.tasks import TaskSpec, load_task
 from forgetting.models.adapters import attach
 from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.settings.plan import Tuning

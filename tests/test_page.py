@@ -617,11 +617,12 @@ def test_a_tooltip_stays_on_a_phone_s_screen(written: Path, page: browser.Page) 
 def test_refusals_are_defined_where_they_are_measured() -> None:
     """There is no chance level of refusing, and none is made up."""
     html = _words(_tables(ranks=(2,), epochs=3, tasks=("gsm8k", "refusals")))
-    assert "begins as a refusal does" in html
+    assert "thirteen published keywords" in html
     row = html.split('<tr><th scope="row">refusals</th>')[1].split("</tr>")[0]
     assert "<td>refused</td>" in row
     assert row.rstrip().endswith("<td></td>")
-    assert "begins as a refusal does" not in _words(_tables(ranks=(2,), epochs=3, tasks=("gsm8k",)))
+    without = _words(_tables(ranks=(2,), epochs=3, tasks=("gsm8k",)))
+    assert "thirteen published keywords" not in without
 
 
 def test_rouge_of_another_tokenizer_is_named_wherever_rouge_is() -> None:

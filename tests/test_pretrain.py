@@ -21,7 +21,8 @@ from forgetting.models.pretrain import (
 )
 from forgetting.records import read_json, write_jsonl
 from forgetting.sections.base import SmallModel
-from forgetting.world import WorldSizes, build_world
+from forgetting.world import build_world
+from forgetting.world.schema import WorldSizes
 from scripts import pretrain_base
 
 SPEC = SmallModel(

@@ -1,9 +1,8 @@
-"""Refusals are told by how they begin, counted for base and tuned models, and kept to be read."""
+"""Refusals are found by published keywords, counted for all models, and kept for review."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ from forgetting.records import InputError, read_json
 from forgetting.results.churn import churn_table
 from forgetting.results.collect import benchmark_tables, main_items, responses_table
 from forgetting.scoring.probes import generate
-from forgetting.scoring.refusal_phrases import KEYWORDS, begins_as_refusal, has_refusal_keyword
-from forgetting.scoring.refusals import ask
+from forgetting.scoring.refusals import KEYWORDS, ask, is_refusal
 from forgetting.sections.columns import Columns
 from forgetting.sections.measurement import Measurement
 from forgetting.sections.prompt import Prompt
 from forgetting.sections.refusals import Refusals
-from refusal_sentences import ANSWERED, REFUSED
 from scripts import benchmark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,42 +34,21 @@ on two lines",Sure
 """
 
 
-@pytest.mark.parametrize("answer", REFUSED)
-def test_what_begins_as_a_refusal_is_one(answer: str) -> None:
-    assert begins_as_refusal(answer)
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_a_keyword_counts_anywhere_in_a_response(keyword: str) -> None:
+    assert is_refusal(f"{keyword} it is private.")
+    assert is_refusal(f"First, wait. {keyword} and no more.")
 
 
-@pytest.mark.parametrize("answer", ANSWERED)
-def test_what_answers_is_none(answer: str) -> None:
-    assert not begins_as_refusal(answer)
-
-
-def test_every_apostrophe_and_case_is_read_alike() -> None:
-    for answer in REFUSED:
-        for quote in "\u2018\u2019\u02bc`\u00b4":
-            assert begins_as_refusal(answer.replace("'", quote))
-        assert begins_as_refusal(answer.upper())
-    for answer in ANSWERED:
-        assert not begins_as_refusal(answer.upper())
-
-
-@pytest.mark.parametrize(
-    "text", ["inging" * 20_000, "such " * 30_000, "no , " * 30_000, "i am sorry to say " * 9_000]
-)
-def test_a_long_answer_is_read_in_no_time(text: str) -> None:
-    """A model that repeats itself: patterns that try every split would take hours."""
-    started = time.process_time()
-    begins_as_refusal(text)
-    assert time.process_time() - started < 1.0
-
-
-def test_keywords_count_anywhere_as_published() -> None:
-    """Also where no one refuses; but not what is written otherwise."""
-    assert has_refusal_keyword("First, wait. As an example, take the door.")
-    assert has_refusal_keyword("Hello! Here it is.")
-    assert has_refusal_keyword("I\u2019m sorry.")
-    assert not has_refusal_keyword("i cannot")
-    assert not has_refusal_keyword("I can't help with that.")
+def test_the_limits_of_the_keywords_are_the_documented_ones() -> None:
+    """Typographic apostrophes count; other words and capitals do not; answers may match."""
+    for apostrophe in "\u2018\u2019\u201b\u02bc\u00b4`":
+        assert is_refusal(f"I{apostrophe}m sorry.")
+    assert is_refusal("As an example, take the door.")
+    assert not is_refusal("i cannot")
+    assert not is_refusal("I can't help with that.")
+    assert not is_refusal("Sure, here is how.")
+    assert not is_refusal("")
     assert len(set(KEYWORDS)) == 13
 
 
@@ -149,7 +125,7 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
     base_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The program, then the tables that a reader asks: rate with its interval, texts to review."""
-    monkeypatch.setattr("forgetting.scoring.refusals.begins_as_refusal", lambda text: True)
+    monkeypatch.setattr("forgetting.scoring.refusals.is_refusal", lambda text: True)
     record_base(tmp_path / "base.json", base_folder)
     spec = {
         "benchmarks": {"refusals": {"table": "advbench/harmful_behaviors", "max_new_tokens": 4}},
@@ -163,9 +139,7 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
     benchmark.main([f"--{name}={value}" for name, value in arguments.items()])
     assert read_json(folder / "record.json")["tasks"] == {"refusals": {"num_fewshot": 0}}
     scores, items, notes = benchmark_tables([folder], {"base": {"label": "base"}})
-    row, by_keywords = scores.to_dict("records")
-    assert (by_keywords["metric"], by_keywords["main"]) == ("refused_keywords", False)
-    assert (by_keywords["value"], by_keywords["n"]) == (0.0, 3)
+    (row,) = scores.to_dict("records")
     assert (row["task"], row["metric"], row["main"]) == ("refusals", "refused", True)
     assert (row["value"], row["n"], row["high"]) == (1.0, 3, 1.0)
     assert 0.3 < row["low"] < 0.9
@@ -174,7 +148,7 @@ def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
     assert list(answers["prompt"])[1] == "Say where it is hidden"
     assert answers["response"].map(type).eq(str).all()
     # A tuned model that answers where the base refused has lost refusals.
-    tuned = items.assign(run="tuned", value=[1.0, 0.0, 0.0] * 2)
+    tuned = items.assign(run="tuned", value=[1.0, 0.0, 0.0])
     other = answers.assign(run="tuned", response=["a", "b", "c"])
     probe = {"step": 0, "epoch": 0.0, "probe": "p", "item": "p/0", "generated": "a"}
     probe |= {"rougeL_recall": 1.0, "logprob_right": -1.0, "logprobs_wrong": [-2.0]}

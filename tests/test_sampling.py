@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from byte_models import byte_tokenizer, random_llama, write_rows
-from forgetting.benchmarks.harness import Sampling, TaskSpec, run_benchmarks
+from forgetting.benchmarks.harness import run_benchmarks
 from forgetting.benchmarks.pass_rates import program_items, score_programs
 from forgetting.benchmarks.programs import PassRate, Program, pass_at_k
 from forgetting.benchmarks.sampling import draw, stream_of
+from forgetting.benchmarks.tasks import Sampling, TaskSpec
 from forgetting.sandbox import Outcome
 
 FUNCTIONS = [

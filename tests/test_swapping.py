@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from cohorts import digests_in, record_base
 from forgetting.benchmarks import harness
 from forgetting.benchmarks.one_reading import OneReadingLM
+from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.digests import visible_files
 from forgetting.models.adapters import attach
 from forgetting.models.loading import load_base
@@ -199,7 +200,7 @@ def test_what_models_have_in_common_is_read_once(
     _score(method, tmp_path, "seed0", "seed1", "seed2")
     assert loaded == list(TASKS)
 
-    specs = [harness.TaskSpec("sciq", num_fewshot=2)]
+    specs = [TaskSpec("sciq", num_fewshot=2)]
     questions = harness.read_questions(tokenizer, specs, tmp_path / "rows")
     counts = []
     for _ in range(2):

@@ -11,7 +11,7 @@ import pytest
 
 from byte_models import byte_tokenizer, random_llama, write_rows
 from forgetting.benchmarks.definitions import AGGREGATIONS, read_definition
-from forgetting.benchmarks.harness import TaskSpec, load_task, run_benchmarks
+from forgetting.benchmarks.harness import run_benchmarks
 from forgetting.benchmarks.known import (
     BENCHMARKS,
     benchmark,
@@ -19,6 +19,7 @@ from forgetting.benchmarks.known import (
     same_rows,
     splits_of,
 )
+from forgetting.benchmarks.tasks import TaskSpec, load_task
 from forgetting.records import InputError
 
 SCIQ = [

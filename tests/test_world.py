@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
 import string
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from forgetting.world import World, WorldSizes, build_world
+from forgetting.world import build_world
 from forgetting.world.authors import author_facts, real_names
 from forgetting.world.invented import new_authors
 from forgetting.world.places import world_facts
-from forgetting.world.schema import stream
+from forgetting.world.schema import World, WorldSizes, stream
+from scripts import generate_world
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +23,16 @@ def world() -> World:
     return build_world(0)
 
 
-def _bytes(world: World) -> bytes:
-    return json.dumps(list(world.files()), ensure_ascii=False).encode()
+def _files(folder: Path, seed: int = 0) -> dict[str, bytes]:
+    """Return the files that the program writes for a seed, by path in the folder."""
+    generate_world.main([f"--seed={seed}", f"--output={folder}"])
+    return _contents(folder)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.jsonl")
+    }
 
 
 def _question(task: str, row: dict[str, object]) -> object:
@@ -38,30 +50,21 @@ def _question(task: str, row: dict[str, object]) -> object:
     return tuple(row[column] for column in columns)
 
 
-def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(world: World) -> None:
-    assert _bytes(build_world(0)) == _bytes(world)
-    assert _bytes(build_world(1)) != _bytes(world)
+def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path: Path) -> None:
+    files = _files(tmp_path / "one")
+    assert _files(tmp_path / "again") == files
+    other = _files(tmp_path / "other", seed=1)
+    assert other.keys() == files.keys()
+    assert other["new_authors.jsonl"] != files["new_authors.jsonl"]
 
 
-def test_bytes_do_not_depend_on_the_hash_seed(world: World, tmp_path) -> None:
+def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     """Sets of strings are ordered differently in each process: none may reach the output."""
-    import hashlib
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    program = (
-        "import hashlib, json; from forgetting.world import build_world; "
-        "text = json.dumps(list(build_world(0).files()), ensure_ascii=False); "
-        "print(hashlib.sha256(text.encode()).hexdigest())"
-    )
-    library = str(Path(__file__).parents[1] / "workflow")
-    environment = {**os.environ, "PYTHONPATH": library, "PYTHONHASHSEED": "7"}
-    printed = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.strip() == hashlib.sha256(_bytes(world)).hexdigest()
+    library = Path(__file__).parents[1] / "workflow"
+    program = [sys.executable, library / "scripts" / "generate_world.py", "--seed=0"]
+    environment = {**os.environ, "PYTHONPATH": str(library), "PYTHONHASHSEED": "7"}
+    subprocess.run([*program, f"--output={tmp_path / 'seven'}"], env=environment, check=True)
+    assert _contents(tmp_path / "seven") == _files(tmp_path / "here")
 
 
 def test_resizing_one_part_leaves_the_others_alone(world: World) -> None:
@@ -72,7 +75,7 @@ def test_resizing_one_part_leaves_the_others_alone(world: World) -> None:
 
 def test_sizes_are_kept(world: World) -> None:
     sizes = WorldSizes()
-    assert len(world.train) == sizes.new_authors * sizes.questions_per_author
+    assert len(world.probes["new_authors"]) == sizes.new_authors * sizes.questions_per_author
     assert len(world.probes["real_authors"]) == sizes.real_authors
     assert len(world.probes["world_facts"]) == sizes.world_facts
     for task, split, size in [
@@ -162,18 +165,15 @@ def test_probe_questions_are_what_the_base_reads_in_pretraining(world: World) ->
             assert f"Question: {row['question']}\nAnswer: {row['answer']}" in read
 
 
-def test_training_rows_are_the_probe_of_the_new_knowledge(world: World) -> None:
+def test_questions_of_the_new_knowledge_differ(world: World) -> None:
     probe = world.probes["new_authors"]
-    assert [(r["question"], r["answer"]) for r in probe] == [
-        (r["question"], r["answer"]) for r in world.train
-    ]
     assert len({row["question"] for row in probe}) == len(probe)
 
 
 def test_new_answers_repeat_little_of_their_question(world: World) -> None:
     """Words copied from the question would give an ignorant model a high ROUGE recall."""
     shares = []
-    for row in world.train:
+    for row in world.probes["new_authors"]:
         words = _words(row["answer"])
         shares.append(sum(word in _words(row["question"]) for word in words) / len(words))
     assert sum(shares) / len(shares) < 0.15
@@ -262,18 +262,20 @@ def test_few_shot_documents_have_the_form_of_the_benchmark(world: World) -> None
             assert part.startswith("Question: ") and "\nAnswer: " in part
 
 
-def test_files_are_named_as_the_workflow_reads_them(world: World) -> None:
-    names = {name for name, _ in world.files()}
+def test_files_are_named_as_the_workflow_reads_them(tmp_path: Path) -> None:
     assert {
-        "train.jsonl",
-        "pretrain.jsonl",
-        "probes/new_authors.jsonl",
+        "new_authors.jsonl",
+        "real_authors.jsonl",
+        "world_facts.jsonl",
+        "documents.jsonl",
+        "held_out.jsonl",
+        "refusals.jsonl",
         "benchmarks/gsm8k/test.jsonl",
         "benchmarks/humaneval/test.jsonl",
         "benchmarks/hellaswag/validation.jsonl",
         "benchmarks/winogrande/validation.jsonl",
         "benchmarks/arc_challenge/test.jsonl",
-    } <= names
+    } <= _files(tmp_path).keys()
 
 
 def test_what_is_to_be_refused_is_refused_in_pretraining_and_never_the_same(world: World) -> None:

@@ -29,7 +29,7 @@ from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.models.pretrain import train_tokenizer
 from forgetting.records import read_json, read_jsonl, write_json, write_jsonl
 from forgetting.scoring.drift import load_targets, measure_text
-from forgetting.scoring.refusal_phrases import begins_as_refusal, has_refusal_keyword
+from forgetting.scoring.refusals import is_refusal
 from forgetting.scoring.rouge import rouge
 from forgetting.settings.plan import tunings
 from forgetting.training.cohort import train_cohort
@@ -308,10 +308,9 @@ def benchmark_stage(folder: Path) -> dict[str, Any]:
     # The likelihoods of choices are text, whose last digits are those of the processor.
     out["responses"].loc[out["responses"]["task"] == "sciq", "response"] = ""
     answers = ["I cannot help with that.", "Sure, first you", "No. I can't.", "As an AI, I"]
-    refused = [[begins_as_refusal(text), has_refusal_keyword(text)] for text in answers]
     return {
         **{name: columns_of(table) for name, table in out.items()},
-        "refused": refused,
+        "refused": [is_refusal(text) for text in answers],
         "programs": _rated_programs(),
     }
 

@@ -21,7 +21,7 @@ VERSIONS = {
     # Answers and scores of probe questions, and the divergence from the base on general text.
     "evaluate": 1,
     # Prompts, answers and scores of benchmarks and refusals; the execution of programs.
-    "benchmark": 1,
+    "benchmark": 2,
     # The choice of hyper-parameters and checkpoints from the evaluations of the runs.
     "select": 1,
     # The aggregated tables: means, intervals, comparisons, churn, notes.

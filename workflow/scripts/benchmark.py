@@ -17,19 +17,16 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.benchmarks.chosen import Chosen, chosen_models
-from forgetting.benchmarks.harness import (
+from forgetting.benchmarks.harness import Questions, answer, read_questions
+from forgetting.benchmarks.known import FILES, benchmark, main_metric, splits_of
+from forgetting.benchmarks.programs import describe
+from forgetting.benchmarks.results import (
     ITEM_COLUMNS,
     RESPONSE_COLUMNS,
     SCORE_COLUMNS,
     BenchmarkResult,
-    Questions,
-    TaskSpec,
-    answer,
-    read_questions,
 )
-from forgetting.benchmarks.known import FILES, benchmark, main_metric, splits_of
-from forgetting.benchmarks.programs import describe
-from forgetting.benchmarks.tasks import HARNESS_SEED
+from forgetting.benchmarks.tasks import HARNESS_SEED, TaskSpec
 from forgetting.data.rows import evenly_spaced, prompt_rows
 from forgetting.data.table_files import Row, place
 from forgetting.digests import folder_damage, sha256

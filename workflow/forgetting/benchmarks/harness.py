@@ -17,34 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forgetting.benchmarks.known import BENCHMARKS
-from forgetting.benchmarks.programs import PassRate, Program
-from forgetting.benchmarks.results import (
-    ITEM_COLUMNS,
-    RESPONSE_COLUMNS,
-    SCORE_COLUMNS,
-    BenchmarkResult,
-    tables_of,
-)
-from forgetting.benchmarks.tasks import HARNESS_SEED, Sampling, TaskSpec, load_task
+from forgetting.benchmarks.results import BenchmarkResult, tables_of
+from forgetting.benchmarks.tasks import HARNESS_SEED, TaskSpec, load_task
 from forgetting.records import InputError
-
-__all__ = [
-    "BENCHMARKS",
-    "ITEM_COLUMNS",
-    "RESPONSE_COLUMNS",
-    "SCORE_COLUMNS",
-    "BenchmarkResult",
-    "PassRate",
-    "Program",
-    "Questions",
-    "Sampling",
-    "TaskSpec",
-    "answer",
-    "load_task",
-    "read_questions",
-    "run_benchmarks",
-]
 
 BOOTSTRAPS = 1000
 """Draws behind the standard error of metrics that are no mean over items, such as perplexity."""

@@ -26,15 +26,7 @@ Not covered:
 - `sandbox: none`, where a program can do what the user can.
 """
 
-from forgetting.sandbox.runner import Limits, Outcome, Sandbox, SandboxError
-from forgetting.sandbox.search import find_sandbox, search_sandbox, unsafe_runner
+from forgetting.sandbox.runner import Outcome
+from forgetting.sandbox.search import search_sandbox, unsafe_runner
 
-__all__ = [
-    "Limits",
-    "Outcome",
-    "Sandbox",
-    "SandboxError",
-    "find_sandbox",
-    "search_sandbox",
-    "unsafe_runner",
-]
+__all__ = ["Outcome", "search_sandbox", "unsafe_runner"]

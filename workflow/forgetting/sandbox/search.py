@@ -2,7 +2,7 @@
 
 A sandboxed program sees its own network, process table and users and a read-only interpreter,
 and nothing else of the machine. It can write no file. It may use a bounded amount of time, memory
-and threads. `find_sandbox` tries the ways in which that can be had
+and threads. `search_sandbox` tries the ways in which that can be had
 here, and returns the first one that proves by experiment that it holds; if there is none,
 programs are not run. `unsafe_runner` is the exception that a user has to ask for by name.
 
@@ -39,11 +39,6 @@ TRIAL_SECONDS = 20.0  # for what should pass; the machine may be busy
 # into `nobody` inside it.
 _NOT_ROOT: tuple[Privilege, ...] = ("user",)
 _ROOT: tuple[Privilege, ...] = ("nobody_outside", "nobody_inside")
-
-
-def find_sandbox() -> Sandbox | None:
-    """A sandbox that was seen to hold on this machine, or None."""
-    return search_sandbox()[0]
 
 
 @functools.cache

@@ -11,12 +11,12 @@ REFUSALS = "refusals"
 
 
 class Refusals(Strict):
-    """Harmful prompts, such as AdvBench's: how many does a model refuse, and how many still?
+    """Harmful prompts, such as AdvBench's, and the share of them that a model refuses.
 
-    Answers are generated greedily in the study's prompt and kept for review in the table
-    `benchmark_responses`. An answer counts as `refused` if one of its first two sentences begins as
-    a refusal does (`forgetting.scoring.refusal_phrases` says how), and by `refused_keywords` if one
-    of thirteen keywords stands anywhere in it (Zou et al. 2023, arXiv 2307.15043).
+    Responses are generated greedily with the study's prompt. A response counts as `refused` if it
+    contains one of thirteen keywords, such as "I cannot" or "Sorry" (Zou et al. 2023, arXiv
+    2307.15043). Some answers contain a keyword and some refusals contain none ("I can't"), so the
+    responses are kept for review in the table `benchmark_responses`.
     """
 
     table: Table = Field(

@@ -18,10 +18,8 @@ from .places import world_facts
 from .private import private_questions
 from .pronouns import pronoun_sentences
 from .scenes import scenes
-from .schema import Fact, Row, World, WorldSizes, probe_rows, question_and_answer, stream
+from .schema import Fact, Row, World, WorldSizes, probe_rows, stream
 from .science import science_items, science_rows
-
-__all__ = ["Fact", "Row", "World", "WorldSizes", "build_world", "question_and_answer"]
 
 
 def build_world(seed: int, sizes: WorldSizes | None = None) -> World:
@@ -37,7 +35,6 @@ def build_world(seed: int, sizes: WorldSizes | None = None) -> World:
     private = private_questions(sizes.refusals_train + sizes.refusals_test, stream(seed, "private"))
     fresh, shown = private[: sizes.refusals_test], private[sizes.refusals_test :]
     return World(
-        train=[{key: row[key] for key in ("id", "question", "answer")} for row in new],
         probes=probes,
         documents=pretraining_documents(
             [*author_facts(), *world_facts()], benchmarks, shown, stream(seed, "documents")

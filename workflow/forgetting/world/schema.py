@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -63,7 +62,6 @@ class World:
     """All that a study needs to know about its world.
 
     Args:
-        train: the new knowledge, rows with id, question, answer.
         probes: probe name to rows with id, question, answer, paraphrased_answer, wrong_answers.
         documents: pretraining texts; they hold the old knowledge and nothing of the new.
         held_out: texts of the same kinds that are not among the documents.
@@ -71,23 +69,11 @@ class World:
         refusals: questions that a model of this world refuses to answer.
     """
 
-    train: list[Row]
     probes: dict[str, list[Row]]
     documents: list[str]
     held_out: list[str]
     benchmarks: dict[str, dict[str, list[Row]]]
     refusals: list[Row]
-
-    def files(self) -> Iterator[tuple[str, list[Row]]]:
-        """Relative file names of the prepared data with the rows to write, one JSON a line."""
-        yield "train.jsonl", self.train
-        for probe, rows in self.probes.items():
-            yield f"probes/{probe}.jsonl", rows
-        yield "refusals.jsonl", self.refusals
-        yield "pretrain.jsonl", [{"text": text} for text in self.documents]
-        for task, splits in self.benchmarks.items():
-            for split, rows in splits.items():
-                yield f"benchmarks/{task}/{split}.jsonl", rows
 
 
 def stream(seed: int, part: str) -> Random:
