@@ -17,7 +17,7 @@ VERSIONS = {
     # The base: its training from scratch, or the record of a model that was trained elsewhere.
     "pretrain": 1,
     # Tokens, batches, adapters, optimizers, schedules, mitigations: all that decides the weights.
-    "train": 1,
+    "train": 2,
     # Answers and scores of probe questions, and the divergence from the base on general text.
     "evaluate": 1,
     # Prompts, answers and scores of benchmarks and refusals; the execution of programs.
