@@ -11,7 +11,7 @@ from transformers import get_inverse_sqrt_schedule
 
 from forgetting.sections.method import Setting
 from forgetting.sections.training import Training
-from forgetting.training.optimize import LionW, make_optimizer
+from forgetting.training.optimize import LionW, make_optimizer, uses_fused_kernel
 from forgetting.training.schedule import Schedule, cooldown_start, learning_rate
 
 HUNDRED = Schedule(steps=100, steps_per_epoch=10, warmup=10, evaluations=frozenset({100}))
@@ -250,6 +250,25 @@ def test_adafactor_moves_a_zero_matrix_unless_steps_are_scaled(scaled: bool, mov
         weight.grad = torch.full((8, 4), -0.3)
         made.step()
     assert torch.allclose(weight, torch.full((8, 4), moved), rtol=1e-2)
+
+
+def test_adamw_updates_weights_in_the_fused_kernel_where_there_is_one() -> None:
+    """The kernel computes what torch's plain loop does; other devices and optimizers have none."""
+    torch.manual_seed(0)
+    start, setting = torch.randn(8, 4), Setting(learning_rate=0.05, weight_decay=0.1)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    made = make_optimizer({"w": ours}, Training(), setting)
+    plain = torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1, fused=False)
+    assert made.defaults["fused"]
+    for _ in range(20):
+        ours.grad = torch.randn(8, 4)
+        theirs.grad = ours.grad.clone()
+        made.step()
+        plain.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    elsewhere = {"w": torch.nn.Parameter(start.to("meta"))}
+    assert not make_optimizer(elsewhere, Training(), setting).defaults["fused"]
+    assert not uses_fused_kernel(Training(optimizer="lionw"), [ours])
 
 
 def test_usual_moments_belong_to_the_optimizer() -> None:

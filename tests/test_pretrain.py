@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from forgetting.encoding.packing import IGNORED, collate, pack
-from forgetting.models.pretrain import (
-    Progress,
-    _loss,
-    _new_model,
-    learning_rate_at,
-    pretrain,
-    train_tokenizer,
-)
-from forgetting.records import read_json, write_jsonl
+from forgetting.encoding.packing import pack
+from forgetting.models import pretrain as pretraining
+from forgetting.models.pretrain import pretrain, train_tokenizer
+from forgetting.records import InputError, read_json, write_jsonl
 from forgetting.sections.base import SmallModel
+from forgetting.training import checkpoints
+from forgetting.training import train as trainer
+from forgetting.training.checkpoints import Progress
+from forgetting.training.schedule import Schedule
 from forgetting.world import build_world
 from forgetting.world.schema import WorldSizes
+from killing import Killed, kill_at
 from scripts import pretrain_base
 
 SPEC = SmallModel(
@@ -55,7 +53,7 @@ def documents() -> list[str]:
 @pytest.fixture(scope="module")
 def base(documents, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pretrained") / "base"
-    pretrain(documents, SPEC, out, seed=3)
+    pretrain(documents, SPEC, out, out.parent / "state", seed=3)
     return out
 
 
@@ -64,7 +62,7 @@ def _digest(folder: Path) -> dict[str, str]:
 
 
 def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
-    pretrain(documents, SPEC, tmp_path / "again", seed=3)
+    pretrain(documents, SPEC, tmp_path / "again", tmp_path / "state", seed=3)
     assert _digest(tmp_path / "again") == _digest(base)
 
 
@@ -76,6 +74,7 @@ def test_the_record_names_device_precision_and_threads(documents, tmp_path) -> N
         "documents": tmp_path / "documents.jsonl",
         "precision": "float32",
         "folder": tmp_path / "model",
+        "state": tmp_path / "state",
         "output": tmp_path / "base.json",
     }
     pretrain_base.main([f"--{key}={value}" for key, value in arguments.items()])
@@ -87,13 +86,13 @@ def test_the_record_names_device_precision_and_threads(documents, tmp_path) -> N
 def test_the_global_random_state_neither_matters_nor_changes(documents, base, tmp_path) -> None:
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    pretrain(documents, SPEC, tmp_path / "again", seed=3)
+    pretrain(documents, SPEC, tmp_path / "again", tmp_path / "state", seed=3)
     assert torch.equal(before, torch.get_rng_state())
     assert _digest(tmp_path / "again") == _digest(base)
 
 
 def test_another_seed_gives_another_model(documents, base, tmp_path) -> None:
-    pretrain(documents, SPEC, tmp_path / "other", seed=4)
+    pretrain(documents, SPEC, tmp_path / "other", tmp_path / "state", seed=4)
     name = "model.safetensors"
     assert _digest(tmp_path / "other")[name] != _digest(base)[name]
 
@@ -114,33 +113,98 @@ def test_no_partial_folder_is_left(base) -> None:
 
 def test_a_failure_leaves_the_old_folder(documents, base, tmp_path, monkeypatch) -> None:
     out = tmp_path / "base"
-    pretrain(documents, SPEC, out, seed=3)
+    pretrain(documents, SPEC, out, tmp_path / "state", seed=3)
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain(documents, SPEC, out, seed=4, on_progress=fail)
+        pretrain(documents, SPEC, out, tmp_path / "state", seed=4, tell=fail)
     assert _digest(out) == _digest(base)
 
 
 def test_no_documents_is_an_error_that_says_so(tmp_path) -> None:
     with pytest.raises(ValueError, match="no documents"):
-        pretrain([], SPEC, tmp_path / "base", seed=0)
+        pretrain([], SPEC, tmp_path / "base", tmp_path / "state", seed=0)
 
 
-def test_progress_is_told_with_the_time_left(documents, tmp_path) -> None:
-    told: list[Progress] = []
-    done = pretrain(documents, SPEC, tmp_path / "base", seed=0, on_progress=told.append)
-    assert told[-1].step == told[-1].total == done.steps
-    assert told[-1].seconds_left == 0
-    assert "s left" in str(told[-1]) and "loss" in str(told[-1])
+def test_progress_is_told_after_every_step(documents, tmp_path) -> None:
+    told: list[tuple[int, int, float]] = []
+
+    def tell(progress: Progress, schedule: Schedule) -> None:
+        told.append((progress.step, schedule.steps, progress.losses[-1]))
+
+    done = pretrain(documents, SPEC, tmp_path / "base", tmp_path / "state", seed=0, tell=tell)
+    assert [step for step, _, _ in told] == [*range(1, done.steps + 1)]
+    assert told[-1] == (done.steps, done.steps, done.final_loss)
+
+
+MOMENTS = {
+    "in a step": (trainer, "_step", 6),
+    "while a checkpoint is written": (checkpoints, "save_checkpoint", 3),
+    "before the checkpoints are removed": (pretraining, "remove_folder", 1),
+}
+"""When a pretraining is killed: at which call of which function."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_pretraining_resumes_and_ends_with_the_same_bytes(
+    documents, base, tmp_path, monkeypatch, moment: str
+) -> None:
+    out, state, steps = tmp_path / "out" / "base", tmp_path / "state", []
+    with monkeypatch.context() as patch:
+        kill_at(patch, *MOMENTS[moment], after=False)
+        with pytest.raises(Killed):
+            pretrain(documents, SPEC, out, state, seed=3)
+    pretrain(documents, SPEC, out, state, seed=3, tell=lambda now, _: steps.append(now.step))
+    assert 1 not in steps, "it starts from the beginning"
+    assert _digest(out) == _digest(base)
+    assert not state.exists() and [path.name for path in out.parent.iterdir()] == ["base"]
+
+
+def test_the_checkpoints_of_another_pretraining_are_not_resumed_from(
+    documents, base, tmp_path, monkeypatch
+) -> None:
+    """One that was killed, and whose spec or seed has changed since."""
+    out, state = tmp_path / "base", tmp_path / "state"
+    for other in ({"seed": 4}, {"seed": 3, "spec": SPEC.model_copy(update={"warmup": 0.2})}):
+        with monkeypatch.context() as patch:
+            kill_at(patch, trainer, "_step", 6, after=False)
+            with pytest.raises(Killed):
+                pretrain(documents, out_dir=out, state=state, **{"spec": SPEC, **other})
+    assert len([*state.iterdir()]) == 1
+    pretrain(documents, SPEC, out, state, seed=3)
+    assert _digest(out) == _digest(base)
+
+
+def test_a_diverging_pretraining_ends_with_a_message(documents, tmp_path) -> None:
+    spec = SPEC.model_copy(update={"learning_rate": 1e4})
+    with pytest.raises(InputError, match=r"base\.pretrain: the loss diverged after"):
+        pretrain(documents, spec, tmp_path / "base", tmp_path / "state", seed=3)
+    assert not (tmp_path / "base").exists()
+
+
+def test_packed_documents_have_the_loss_of_single_ones(documents, base, tmp_path) -> None:
+    """All documents in one step: its loss is the mean over all tokens of the documents alone."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(AutoModelForCausalLM.from_pretrained(base).config)
+    total, targets = 0.0, 0
+    for text in documents:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id][: SPEC.block]])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        targets += ids.shape[1] - 1
+    spec = SPEC.model_copy(update={"batch_tokens": 100_000, "epochs": 1.0})
+    done = pretrain(documents, spec, tmp_path / "base", tmp_path / "state", seed=3)
+    assert done.steps == 1
+    assert done.final_loss == pytest.approx(total / targets, rel=1e-5)
 
 
 def test_training_lowers_the_loss(documents, tmp_path) -> None:
     spec = SPEC.model_copy(update={"epochs": 9.0})
-    short = pretrain(documents, SPEC, tmp_path / "short", seed=0)
-    long = pretrain(documents, spec, tmp_path / "long", seed=0)
+    short = pretrain(documents, SPEC, tmp_path / "short", tmp_path / "state", seed=0)
+    long = pretrain(documents, spec, tmp_path / "long", tmp_path / "state", seed=0)
     assert long.final_loss < short.final_loss - 0.5
     assert long.tokens == pytest.approx(6 * short.tokens, rel=0.05)
 
@@ -187,44 +251,6 @@ def test_blocks_hold_every_document_once_and_never_overflow() -> None:
     assert sorted(d for block in blocks for d in block) == sorted(order)
     assert all(sum(lengths[d] for d in block) <= 10 for block in blocks)
     assert len(blocks) <= 1.15 * sum(lengths) / 10
-
-
-def test_packed_documents_have_the_loss_and_gradient_of_single_ones(documents, base) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = _new_model(SPEC, tokenizer, seed=0)
-    ids = [tokenizer(text)["input_ids"][:30] for text in documents[:6]]
-    packed = _loss(model, collate([ids[:2], ids[2:4], ids[4:]], 64, 1), bfloat16=False)
-    packed.backward()
-    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    targets = sum(len(tokens) - 1 for tokens in ids)
-    total = 0.0
-    for tokens in ids:
-        inputs = torch.tensor([tokens])
-        logits = model(input_ids=inputs).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, inputs[0, 1:], reduction="sum") / targets
-        loss.backward()
-        total += loss.item()
-    assert packed.item() == pytest.approx(total, rel=1e-5)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradient[name], rtol=1e-3, atol=1e-5)
-
-
-def test_padding_and_last_tokens_are_not_trained_on() -> None:
-    batch = collate([[[5, 6, 7], [8, 9]]], 8, 1)
-    skipped = IGNORED
-    assert batch["labels"].tolist() == [[6, 7, skipped, 9, skipped, skipped, skipped, skipped]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 0]]
-    assert not batch["attention_mask"][0, 0, 3, 2]
-
-
-def test_the_rate_rises_to_its_peak_and_falls() -> None:
-    rates = [learning_rate_at(step, 100, 0.1) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == pytest.approx(1.0)
-    assert rates.index(max(rates)) in (9, 10)
-    assert all(later <= sooner for sooner, later in itertools.pairwise(rates[10:]))
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
 def test_unknown_keys_are_refused() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -87,6 +89,18 @@ def test_the_longest_common_subsequence_by_the_textbook() -> None:
                     table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
                 )
         assert common_subsequence(one, other) == table[-1][-1]
+
+
+def test_the_stemmer_comes_without_the_rest_of_nltk_which_stays_importable() -> None:
+    """Importing all of nltk takes more than a second in every program that scores."""
+    program = (
+        "import sys; from forgetting.scoring.rouge import words; "
+        "assert words('The writers were writing') == ('the', 'writer', 'were', 'write'); "
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'nltk']; "
+        "import nltk; assert nltk.stem.PorterStemmer().stem('relational') == 'relat'; "
+        "assert nltk.word_tokenize"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.real_data

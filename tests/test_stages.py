@@ -49,8 +49,8 @@ CHANGES: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
         lambda _: property(lambda self: {}),
     ),
     "schedule of the pretraining": (
-        *("pretrain", pretrain, "learning_rate_at"),
-        lambda old: lambda *now: 0.9 * old(*now),
+        *("pretrain", pretrain, "pretraining"),
+        lambda old: lambda spec: old(spec).model_copy(update={"floor": 0.2}),
     ),
     "embeddings that full fine-tuning trains": (
         *("train full", Tuning, "trains_embeddings"),

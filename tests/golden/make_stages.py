@@ -151,6 +151,7 @@ def pretrain(folder: Path) -> dict[str, Any]:
             f"--documents={folder / 'documents.jsonl'}",
             "--precision=float32",
             f"--folder={folder / 'model'}",
+            f"--state={folder / 'state'}",
             f"--output={folder / 'base.json'}",
         ]
     )

@@ -15,9 +15,9 @@ VERSIONS = {
     # The generated micro-world; checks, choice and rendering of training rows, probes, documents.
     "prepare": 1,
     # The base: its training from scratch, or the record of a model that was trained elsewhere.
-    "pretrain": 1,
+    "pretrain": 2,
     # Tokens, batches, adapters, optimizers, schedules, mitigations: all that decides the weights.
-    "train": 1,
+    "train": 2,
     # Answers and scores of probe questions, and the divergence from the base on general text.
     "evaluate": 1,
     # Prompts, answers and scores of benchmarks and refusals; the execution of programs.

@@ -30,6 +30,7 @@ if STUDY.base.pretrain:
             precision=STUDY.precision,
             # Named in the record, so that it must lie where all jobs find it.
             folder=f"{RESULTS}/base/model",
+            state=f"{RESULTS}/state/pretrain",
             spec=lambda wildcards: json.dumps(
                 STUDY.base.pretrain.model_dump(exclude={"documents", "limit"})
             ),
@@ -43,6 +44,7 @@ if STUDY.base.pretrain:
                 --seed {params.seed:q} \
                 --precision {params.precision:q} \
                 --folder {params.folder:q} \
+                --state {params.state:q} \
                 --output {output:q}
             """
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from forgetting.data.rows import read_prepared
 from forgetting.inputs import model_identity
@@ -15,6 +14,8 @@ from forgetting.models.loading import pick_device, pick_precision, quieten_libra
 from forgetting.models.pretrain import pretrain
 from forgetting.records import tells_input_errors, write_json
 from forgetting.sections.base import SmallModel
+from forgetting.training.job import Teller
+from forgetting.training.team import ALONE
 
 
 @tells_input_errors
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="auto", help="arithmetic, as the study has it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="of the model")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     quieten_libraries()
@@ -34,10 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     documents = [row["text"] for row in read_prepared(options.documents)]
     device = pick_device()
     precision = pick_precision(options.precision, device)
-    bfloat16 = precision == torch.bfloat16
-    done = pretrain(
-        documents, spec, folder, options.seed, lambda p: print(p, flush=True), bfloat16=bfloat16
-    )
+    tell = partial(Teller(ALONE), "pretraining")
+    done = pretrain(documents, spec, folder, options.state, options.seed, tell, precision)
     files, identity = model_identity(folder)
     record = {
         "path": str(folder),

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-IGNORED = -100
 # A document is tried in the newest blocks only: older ones are nearly full.
 OPEN_BLOCKS = 64
 
@@ -33,35 +32,6 @@ def pack(lengths: Sequence[int], block: int, order: Sequence[int]) -> list[list[
         blocks[place].append(document)
         room[place] -= lengths[document]
     return blocks
-
-
-def collate(
-    documents: Sequence[Sequence[Sequence[int]]], block: int, padding: int
-) -> dict[str, torch.Tensor]:
-    """A batch from the token ids of the documents of each block.
-
-    Returns:
-        `input_ids`, `position_ids` and `labels` of shape (blocks, block), and the
-        `attention_mask` of `keep_apart`. Labels are shifted already: label t is token t + 1.
-    """
-    shape = (len(documents), block)
-    ids = torch.full(shape, padding)
-    labels = torch.full(shape, IGNORED)
-    for row, block_documents in enumerate(documents):
-        start = 0
-        for tokens in block_documents:
-            end = start + len(tokens)
-            ids[row, start:end] = torch.tensor(tokens)
-            labels[row, start : end - 1] = torch.tensor(tokens[1:])
-            start = end
-    sizes = [[len(tokens) for tokens in block_documents] for block_documents in documents]
-    positions, mask = keep_apart(sizes, block)
-    return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "labels": labels,
-        "attention_mask": mask,
-    }
 
 
 def keep_apart(

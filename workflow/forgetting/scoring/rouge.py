@@ -8,22 +8,47 @@ letters there is a second tokenizer, `unicode`.
 
 from __future__ import annotations
 
+import importlib
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 
-from nltk.stem.porter import PorterStemmer
 from rouge_score.tokenize import tokenize
 
 from forgetting.sections.measurement import RougeTokenizer
+
+
+def _import_porter() -> ModuleType:
+    """Import nltk's module of Porter's stemmer without the rest of nltk.
+
+    The packages above it import all of nltk, which takes more than a second in every program that
+    scores. They stand in empty while the module is imported, and are removed afterwards, so that
+    whoever imports nltk later gets it whole.
+    """
+    name = "nltk.stem.porter"
+    if "nltk" in sys.modules:
+        return importlib.import_module(name)
+    try:
+        for package in ("nltk", "nltk.stem"):
+            spec = find_spec(package)
+            if spec is None:
+                raise ModuleNotFoundError(f"no package {package}", name=package)
+            sys.modules[package] = module_from_spec(spec)
+        return importlib.import_module(name)
+    finally:
+        for loaded in [key for key in sys.modules if key.split(".")[0] == "nltk"]:
+            del sys.modules[loaded]
 
 
 class _Stemmer:
     """Porter's stemmer, which is most of the time of ROUGE, with a memory."""
 
     def __init__(self) -> None:
-        self.stem = lru_cache(maxsize=2**16)(PorterStemmer().stem)
+        self.stem = lru_cache(maxsize=2**16)(_import_porter().PorterStemmer().stem)
 
 
 _STEMMER = _Stemmer()

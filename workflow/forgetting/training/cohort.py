@@ -43,6 +43,7 @@ from forgetting.training.fused import trained_weights
 from forgetting.training.fusible import shared_passes
 from forgetting.training.materials import CohortSpec, Data, Materials, tokenized
 from forgetting.training.mitigate import Safeguards, build_safeguards
+from forgetting.training.optimize import uses_fused_kernel
 from forgetting.training.parallel import gathered, is_sharded, measure_together, shard
 from forgetting.training.parts import Means, prepare_together, train_parts
 from forgetting.training.places import Place
@@ -180,6 +181,7 @@ def _train_group(
         "processes": materials.team.size,
         **describe_computation(materials.device, materials.precision),
         "cut_rows": data.train.cut,
+        "fused_optimizer": uses_fused_kernel(spec.training, trained[0].values()),
     }
     return [_record(*run) | shared for run in zip(group, ended, trained, strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,8 @@ class Teller:
         self.told = now
         rate = progress.tokens / max(progress.seconds, 1e-9)
         left = (schedule.steps - progress.step) * progress.seconds / max(progress.step, 1)
-        score = f", score {progress.points[-1][2]:.3f}" if evaluation else ""
+        measured = evaluation and math.isfinite(progress.points[-1][2])
+        score = f", score {progress.points[-1][2]:.3f}" if measured else ""
         print(
             f"{run}: step {progress.step}/{schedule.steps}, loss {progress.losses[-1]:.3f}{score}, "
             f"{rate:,.0f} tokens/s, {left:.0f} s of training left",

@@ -56,7 +56,20 @@ def make_optimizer(
         return adafactor
     if training.optimizer == "lionw":
         return LionW(groups, rate, training.decay_rates, decay)
-    return torch.optim.AdamW(groups, betas=training.decay_rates, weight_decay=decay)
+    fused = uses_fused_kernel(training, parameters.values())
+    return torch.optim.AdamW(groups, betas=training.decay_rates, weight_decay=decay, fused=fused)
+
+
+def uses_fused_kernel(training: Training, parameters: Iterable[Tensor]) -> bool:
+    """Return whether the study's optimizer updates these weights in torch's fused kernel.
+
+    Only AdamW has one, on a CPU and with CUDA. On one thread of a CPU a step takes half of the time
+    of torch's default for all weights of a small model, and a quarter for adapters. The results
+    differ by rounding.
+    """
+    return training.optimizer == "adamw" and all(
+        parameter.device.type in ("cpu", "cuda") for parameter in parameters
+    )
 
 
 def _is_norm_or_bias(name: str, parameter: torch.nn.Parameter) -> bool:
