@@ -55,12 +55,12 @@ report: $(READY) ## train, measure and render the study; STUDY=... and CONFIG="k
 
 .PHONY: plan
 plan: $(READY) ## forecast jobs, GPU-hours, time, memory, disk: STUDY=... GPUS=32 DEVICE=H100
-	@$(OPTIONS); python -m forgetting.costs.forecast $(if $(GPUS),--gpus "$$GPUS") \
+	@$(OPTIONS); python -m forgetting.pipeline.resources.forecast_cli $(if $(GPUS),--gpus "$$GPUS") \
 		$(if $(DEVICE),--device "$$DEVICE") -- $(GIVEN)
 
 .PHONY: queue
 queue: $(READY) ## jobs of a study that are finished, running, pending, to come: STUDY=...
-	@$(OPTIONS); python -m forgetting.costs.standing -- $(GIVEN)
+	@$(OPTIONS); python -m forgetting.pipeline.status -- $(GIVEN)
 
 .PHONY: dry-runs
 dry-runs: $(READY) ## plan every study under both profiles, offline
@@ -111,11 +111,11 @@ lint: $(READY) ## style, types, workflow, generated files
 	mypy
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
-	python -m forgetting.settings.schema --check
+	python -m forgetting.config.schema --check
 
 .PHONY: schema
-schema: $(READY) ## write workflow/schemas/study.schema.json and config/README.md
-	python -m forgetting.settings.schema --write
+schema: $(READY) ## write config/schema.json and config/README.md
+	python -m forgetting.config.schema --write
 
 .PHONY: clean
 clean: ## remove the environment and the tools' caches; results stay

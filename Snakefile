@@ -22,12 +22,14 @@ include: "workflow/rules/cohorts.smk"
 onstart:
     # Nobody else may write what this one writes: no other snakemake, no job of one that was killed.
     try:
-        occupy(Path(RESULTS), ORIGIN)
-        for message in end_leftovers(Path.cwd(), Path("logs/slurm"), Path(RESULTS)):
+        lock_results(Path(RESULTS), ORIGIN)
+        for message in cancel_orphaned_jobs(
+            Path.cwd(), Path("logs/slurm"), Path(RESULTS)
+        ):
             logger.warning(message)
-        check_jobs(Path(RESULTS))
+        check_no_running_jobs(Path(RESULTS))
         planned = [str(path) for path in workflow.persistence.all_outputfiles()]
-        occupy_downloads(path for path in planned if path.startswith("resources/"))
+        lock_downloads(path for path in planned if path.startswith("resources/"))
     except InputError as error:
         raise WorkflowError(str(error)) from None
 
@@ -41,7 +43,7 @@ rule all:
 include: "workflow/rules/data.smk"
 include: "workflow/rules/base.smk"
 include: "workflow/rules/finetune.smk"
-include: "workflow/rules/cool_down.smk"
+include: "workflow/rules/train_cooldown.smk"
 include: "workflow/rules/select.smk"
 include: "workflow/rules/benchmark.smk"
 include: "workflow/rules/report.smk"

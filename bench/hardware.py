@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-from contenders import Bench, clock
-from forgetting.models.loading import has_fast_bfloat16, pick_device
+from baselines import Bench, clock
+from forgetting.models.loading import get_device, has_fast_bfloat16
 
 
 def flops_per_token(bench: Bench) -> float:
@@ -38,7 +38,7 @@ def flops_per_token(bench: Bench) -> float:
 
 def matmul_rate(precision: torch.dtype, size: int = 2048, seconds: float = 2.0) -> float:
     """FLOP/s of square matrix products on this machine, the best of several."""
-    device = pick_device()
+    device = get_device()
     size = 4 * size if device.type == "cuda" else size
     left, right = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
     best, begun = 0.0, time.monotonic()
@@ -73,7 +73,7 @@ def peak_gib() -> float:
 
 def machine() -> str:
     """What the figures were taken on."""
-    device = pick_device()
+    device = get_device()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     bfloat16 = "with" if has_fast_bfloat16(device) else "without"

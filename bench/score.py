@@ -27,11 +27,11 @@ import peft
 import torch
 import transformers
 
-from adapters_in_one import eight_adapters
-from forgetting.models.loading import quieten_libraries
-from forgetting.scoring.rouge import rouge, words
+from adapter_swap import eight_adapters
+from forgetting.evaluation.rouge import rouge_l, tokenize_ascii
+from forgetting.models.loading import silence_libraries
 from hardware import machine, versions
-from scorers import (
+from scoring_baselines import (
     TOFU_LENGTH,
     Bench,
     choices_by_harness,
@@ -125,9 +125,9 @@ def rouge_row(bench: Bench, rounds: int) -> dict[str, object]:
     ]
 
     def ours() -> None:
-        words.cache_clear()
+        tokenize_ascii.cache_clear()
         for reference, generated in pairs:
-            rouge(reference, generated)
+            rouge_l(reference, generated)
 
     others = {"rouge_score": partial(rouge_score, pairs)}
     return compare("ROUGE of 4,000 answers (at most 2 s)", 1.0, ours, others, rounds)
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapters", type=int, default=8, help="0: leave this comparison out")
     parser.add_argument("--record", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
-    quieten_libraries()
+    silence_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

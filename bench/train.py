@@ -2,7 +2,7 @@
 
     make bench-train BENCH="--data path/to/full.jsonl --rounds 3"
     make bench-train BENCH="--shape phi-1.5 --methods 8 64 512 full"       # on a GPU
-    make bench-train BENCH="--contenders lora-forgetting --methods 8"      # cohorts alone
+    make bench-train BENCH="--contenders lora-forgetting --methods 8"      # run groups alone
 
 One process, one contender after the other, in rounds, so that whatever else the machine does meets
 all of them; contenders.py says what they share. Prints a table and, with --record, appends it to a
@@ -25,23 +25,24 @@ import peft
 import torch
 import transformers
 
-from cohort import compare
-from contenders import CONTENDERS, OURS, TOFU_LENGTH, Bench, timed_by
-from forgetting.encoding.encode import encode_pair
+from baselines import CONTENDERS, OURS, TOFU_LENGTH, Bench, timed_by
+from forgetting.config.data import PromptConfig
+from forgetting.config.expand import Method
+from forgetting.data.microworld import build_world
+from forgetting.data.tokenize import encode_pair
+from forgetting.errors import InputError, is_out_of_memory
+from forgetting.io import read_jsonl
 from forgetting.models.loading import (
+    get_device,
     load_base,
     load_tokenizer,
-    pick_device,
-    pick_precision,
-    quieten_libraries,
+    resolve_precision,
+    silence_libraries,
 )
-from forgetting.models.pretrain import train_tokenizer
-from forgetting.records import InputError, is_out_of_memory, read_jsonl
-from forgetting.sections.prompt import Prompt
-from forgetting.settings.plan import Tuning
-from forgetting.world import build_world
+from forgetting.training.pretrain import train_tokenizer
 from hardware import flops_per_token, machine, matmul_rate, peak_gib, reset_peak, versions
-from shapes import SHAPES, random_model
+from models import SHAPES, random_model
+from run_group import compare
 
 
 def measure(bench: Bench, names: Sequence[str], rounds: int, peak: float) -> pd.DataFrame:
@@ -88,7 +89,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> list[Bench]:
     """One bench per method: the model given, or one of a shape with a tokenizer of the pairs."""
     rows = read_jsonl(options.data) if options.data else build_world(seed=0).probes["new_authors"]
     rows = rows[: options.pairs]
-    device = pick_device()
+    device = get_device()
     if options.model:
         tokenizer = load_tokenizer(options.model)
     else:
@@ -103,27 +104,27 @@ def prepare(options: argparse.Namespace, folder: Path) -> list[Bench]:
         return random_model(options.shape, tokenizer, device)
 
     examples = [
-        encode_pair(tokenizer, Prompt(), row["question"], row["answer"], TOFU_LENGTH)
+        encode_pair(tokenizer, PromptConfig(), row["question"], row["answer"], TOFU_LENGTH)
         for row in rows
     ]
-    precision = pick_precision("auto", device)
+    precision = resolve_precision("auto", device)
     return [
         Bench(load, tokenizer, examples, options.batch_size, _tuning(method), precision)
         for method in options.methods
     ]
 
 
-def _tuning(method: str) -> Tuning:
+def _tuning(method: str) -> Method:
     if method == "full":
-        return Tuning(name="full", kind="full", label="full", settings=[])
+        return Method(name="full", kind="full", label="full", hyperparameters=[])
     rank = int(method)
-    return Tuning(
+    return Method(
         name=f"lora-r{rank}",
         kind="lora",
         label=f"rank {rank}",
         rank=rank,
         alpha=2.0 * rank,
-        settings=[],
+        hyperparameters=[],
     )
 
 
@@ -145,7 +146,7 @@ def describe(options: argparse.Namespace, bench: Bench) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run every contender in every round, then the cohorts, and print medians."""
+    """Run every contender in every round, then the run groups, and print medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,14 +164,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="pairs per step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--cohort", type=int, default=8, help="runs of the cohort that is fused; 0 for none"
+        "--run group", type=int, default=8, help="runs of the run group that is fused; 0 for none"
     )
     parser.add_argument(
-        "--cohort-batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32], metavar="PAIRS"
+        "--run group-batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32], metavar="PAIRS"
     )
     parser.add_argument("--record", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
-    quieten_libraries()
+    silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
         benches = prepare(options, Path(folder))
         peak = matmul_rate(benches[0].precision)
@@ -178,14 +179,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = [measure(bench, names, options.rounds, peak) for bench in benches]
         adapted = [bench for bench in benches if bench.tuning.kind == "lora"]
         sweeps = [[bench] for bench in adapted] + ([adapted] if len(adapted) > 1 else [])
-        cohorts = [
-            compare(sweep, options.cohort, options.cohort_batch_sizes, options.rounds)
+        run_groups = [
+            compare(sweep, options.run_group, options.run_group_batch_sizes, options.rounds)
             for sweep in sweeps
-            if options.cohort >= 2 * len(sweep)
+            if options.run_group >= 2 * len(sweep)
         ]
     table = pd.concat(tables).to_markdown(index=False)
-    if cohorts:
-        table += "\n\n" + pd.concat(cohorts).to_markdown(index=False)
+    if run_groups:
+        table += "\n\n" + pd.concat(run_groups).to_markdown(index=False)
     rate = f"Matrix products: {peak / 1e9:,.0f} GFLOP/s.\n\n"
     text = describe(options, benches[0]) + rate + table + "\n"
     print("\n" + text)

@@ -19,13 +19,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from clusters import RESULTS, Folder, answers, write_study
-from faults import target, without
+from forgetting.config.data import PromptConfig
+from forgetting.config.expand import Method
+from forgetting.config.methods import Hyperparameters
 from forgetting.models.loading import load_base, load_tokenizer
-from forgetting.models.pretrain import train_tokenizer
-from forgetting.sections.method import Setting
-from forgetting.sections.prompt import Prompt
-from forgetting.settings.plan import Tuning
+from forgetting.training.pretrain import train_tokenizer
+from support.faults import target, without
+from support.slurm import RESULTS, Folder, answers, write_study
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
@@ -85,9 +85,9 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def prompt() -> Prompt:
+def prompt() -> PromptConfig:
     """The default template, TOFU's for Phi."""
-    return Prompt()
+    return PromptConfig()
 
 
 @pytest.fixture(scope="session")
@@ -129,16 +129,16 @@ def base(base_folder: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def tuning() -> Tuning:
+def tuning() -> Method:
     """Adapters of rank 4 with dropout, so that a resumed run must restore randomness too."""
-    return Tuning(
+    return Method(
         name="lora-r4",
         kind="lora",
         label="rank 4",
         rank=4,
         alpha=8.0,
         dropout=0.1,
-        settings=[Setting(learning_rate=0.01)],
+        hyperparameters=[Hyperparameters(learning_rate=0.01)],
     )
 
 
@@ -186,7 +186,7 @@ def local(cluster: Path | None, study: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def begun(local: Path, study: Path, tmp_path: Path) -> Folder:
-    """The same study, all done but for one cohort."""
+    """The same study, all done but for one run group."""
     return without("lora-r4", local, tmp_path / "begun", study)
 
 

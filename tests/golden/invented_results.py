@@ -12,22 +12,22 @@ from typing import Any
 
 import pandas as pd
 
-import synthetic_tables
 from forgetting.benchmarks.programs import describe
-from forgetting.records import write_json, write_table
-from forgetting.report import content
-from forgetting.report.answer import answer
-from forgetting.report.figures import FIGURES
-from forgetting.report.page import spec_of
-from forgetting.report.tables import Tables
-from forgetting.scoring.scores import PROBE_SCORES, TEXT_SCORES
-from forgetting.sections.measurement import TEXT_PROBE
-from forgetting.sections.method import Setting
-from forgetting.sections.selection import Selection
-from forgetting.select import choose_setting, recorded_points, select_checkpoint
-from forgetting.settings.plan import run_name, tunings
-from forgetting.settings.study import Study
-from scripts import collect
+from forgetting.config.evaluation import TEXT_PROBE
+from forgetting.config.expand import expand_methods, run_name
+from forgetting.config.methods import Hyperparameters
+from forgetting.config.selection import SelectionConfig
+from forgetting.config.study import StudyConfig
+from forgetting.evaluation.metrics import PROBE_SCORES, TEXT_SCORES
+from forgetting.io import write_json, write_table
+from forgetting.report import summary
+from forgetting.report.charts import FIGURES
+from forgetting.report.frames import ReportTables
+from forgetting.report.narrative import narrative
+from forgetting.report.page import chart_spec
+from forgetting.selection import choose_hyperparameters, recorded_evaluations, select_checkpoint
+from scripts import make_tables
+from support import result_tables as synthetic_tables
 
 STUDY: dict[str, Any] = {
     "title": "A small study",
@@ -39,7 +39,7 @@ STUDY: dict[str, Any] = {
         "old": {"table": "made/old", "knowledge": "old"},
     },
     "general_text": {"table": "made/text", "block": 24},
-    "measurement": {"max_new_tokens": 6},
+    "evaluation": {"max_new_tokens": 6},
     "training": {"epochs": 2, "batch_size": 4},
     "methods": [
         {"method": "lora", "rank": 4, "learning_rate": 0.01},
@@ -51,15 +51,15 @@ STUDY: dict[str, Any] = {
 }
 
 
-def make_study(**changes: Any) -> Study:
+def make_study(**changes: Any) -> StudyConfig:
     """The study with other sections, each in the place of its own."""
-    return Study.model_validate(STUDY | changes)
+    return StudyConfig.model_validate(STUDY | changes)
 
 
 def select(folder: Path) -> dict[str, Any]:
     """Choose settings and checkpoints of trajectories that were drawn at random."""
     drawn = random.Random(0)
-    settings = [Setting(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+    settings = [Hyperparameters(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
     found: dict[str, Any] = {}
     for case in range(12):
         courses = {
@@ -67,8 +67,8 @@ def select(folder: Path) -> dict[str, Any]:
             for place, setting in enumerate(settings)
         }
         for rule in ("earliest", "smallest-lr"):
-            selection = Selection(probe="new", hyperparameters=rule)
-            setting, why = choose_setting(courses, selection, None, set())
+            selection = SelectionConfig(probe="new", hyperparameters=rule)
+            setting, why = choose_hyperparameters(courses, selection, None, set())
             choices = [
                 select_checkpoint(points, selection.threshold, selection.if_not_reached)
                 for points in (courses[setting] if setting else [])
@@ -88,7 +88,7 @@ def _course(drawn: random.Random, speed: float) -> Any:
     """Evaluations of a run that learns at some speed, with noise."""
     values = [1 - math.exp(-speed * step) - 0.1 * drawn.random() for step in range(1, 9)]
     points = [(step * 10, float(step), max(value, 0.0)) for step, value in enumerate(values, 1)]
-    return recorded_points(points, 0.1)
+    return recorded_evaluations(points, 0.1)
 
 
 def tables(folder: Path) -> dict[str, Any]:
@@ -96,21 +96,21 @@ def tables(folder: Path) -> dict[str, Any]:
     drawn, study = random.Random(1), make_study()
     base = _items(drawn, 0.6)
     items, records, selection = [], [], []
-    for tuning in tunings(study):
+    for tuning in expand_methods(study):
         for seed in study.seeds:
-            run = run_name(tuning.name, seed, tuning.settings[0])
+            run = run_name(tuning.name, seed, tuning.hyperparameters[0])
             steps = [
                 _items(drawn, 0.2 * step).assign(run=run, step=step, epoch=float(step))
                 for step in (1, 2)
             ]
             items.append(pd.concat(steps, ignore_index=True))
-            records.append(_record(run, tuning.settings[0]))
+            records.append(_record(run, tuning.hyperparameters[0]))
             selection.append(
                 {"method": tuning.name, "label": tuning.label, "seed": seed, "run": run, "step": 2}
                 | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
             )
     models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
-    found = collect.Found(
+    found = make_tables.Found(
         base={"parameters": 1000, "seconds": 1.0},
         data_notes=[],
         records=records,
@@ -122,7 +122,7 @@ def tables(folder: Path) -> dict[str, Any]:
         models=models,
         along=[],
     )
-    made, notes = collect.tables_of(study, found)
+    made, notes = make_tables.tables_of(study, found)
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
     # Of the evaluations those of the end are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
@@ -152,14 +152,14 @@ def _items(drawn: random.Random, level: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _record(run: str, setting: Setting) -> dict[str, Any]:
+def _record(run: str, setting: Hyperparameters) -> dict[str, Any]:
     """The record of a run, as trainings write it."""
     return {
-        "setting": setting.model_dump(),
+        "hyperparameters": setting.model_dump(),
         **{"run": run, "status": "ok", "steps": 2, "steps_per_epoch": 1, "tokens": 200},
         **{"trainable_parameters": 10, "wall_seconds": 2.0, "tokens_per_second": 100.0},
         **{"trained_together": 1, "peak_memory_gib": 1.0, "cut_rows": 0},
-        **{"points": [[1, 1.0, 0.2], [2, 2.0, 0.4]], "losses": [2.0, 1.0]},
+        **{"evaluations": [[1, 1.0, 0.2], [2, 2.0, 0.4]], "losses": [2.0, 1.0]},
     }
 
 
@@ -185,18 +185,18 @@ def report(folder: Path) -> dict[str, Any]:
 
     Figures with fewer methods and probes are made faster.
     """
-    made = Tables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
+    made = ReportTables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
     small: dict[str, Any] = {"ranks": (2,), "rates": (1e-3,), "epochs": 4, "old": ("facts",)}
-    drawn = Tables(**synthetic_tables.tables(**small, tasks=synthetic_tables.ALONG))
-    said, qualified = answer(made)
+    drawn = ReportTables(**synthetic_tables.tables(**small, tasks=synthetic_tables.ALONG))
+    said, qualified = narrative(made)
     return {
         "answer": said,
         "qualified": qualified,
-        "rule": content.selection_rule(made),
-        "summary": columns_of(content.summary_frame(made)),
-        "runs": len(content.run_rows(made)),
+        "rule": summary.selection_rule(made),
+        "summary": columns_of(summary.summary_frame(made)),
+        "runs": len(summary.run_rows(made)),
         "figures": {
-            name: text_digest(json.dumps(_plain(spec_of(figure(drawn))), sort_keys=True))
+            name: text_digest(json.dumps(_plain(chart_spec(figure(drawn))), sort_keys=True))
             for name, figure in FIGURES.items()
         },
     }

@@ -11,7 +11,7 @@ peft. The settings are those under which their definitions are ours:
 - loss: the mean over the target tokens of the whole step (`loss_type: nll`, and the number of items
   in the batch that the Trainer hands over), not the mean of the means of micro-batches;
 - weight decay: the Trainer leaves biases and norms out, as we do; in `full-decay-vectors` it is
-  handed AdamW over all weights, which is our `training.decay_vectors`;
+  handed AdamW over all weights, which is our `training.decay_norms_and_biases`;
 - rows in the order of the file, no truncation, no dropout.
 """
 
@@ -44,8 +44,8 @@ class Case:
     decay: float = 0.1
     accumulate: int = 1
     library: str = "trl"
-    lora_plus_ratio: float | None = None
-    decay_vectors: bool = False
+    loraplus_lr_ratio: float | None = None
+    decay_norms_and_biases: bool = False
     optimizer: str = "adamw"
     scale_parameter: bool = False
 
@@ -53,13 +53,13 @@ class Case:
 CASES = {
     "lora": Case("lora"),
     "lora-accumulated": Case("lora", accumulate=4),
-    "lora-plus": Case("lora", rate=2e-3, lora_plus_ratio=8.0),
+    "lora-plus": Case("lora", rate=2e-3, loraplus_lr_ratio=8.0),
     "rslora": Case("rslora"),
     "dora": Case("dora"),
     "pissa": Case("pissa", rate=5e-3),
     "full": Case(rate=2e-3, decay=0.0),
     "full-decay": Case(rate=2e-3, decay=1.0, library="transformers"),
-    "full-decay-vectors": Case(rate=2e-3, decay_vectors=True),
+    "full-decay-vectors": Case(rate=2e-3, decay_norms_and_biases=True),
     "full-accumulated": Case(rate=2e-3, decay=0.0, accumulate=2),
     "full-transformers": Case(rate=2e-3, decay=0.0, accumulate=2, library="transformers"),
     "lora-adafactor": Case("lora", optimizer="adafactor"),
@@ -149,14 +149,14 @@ def _adapter(case: Case) -> Any:
 
 
 def _optimizer(case: Case, model: Any) -> torch.optim.Optimizer | None:
-    if case.lora_plus_ratio:
+    if case.loraplus_lr_ratio:
         from peft.optimizers import create_loraplus_optimizer
 
         return create_loraplus_optimizer(
             model,
             torch.optim.AdamW,
             lr=case.rate,
-            loraplus_lr_ratio=case.lora_plus_ratio,
+            loraplus_lr_ratio=case.loraplus_lr_ratio,
             weight_decay=case.decay,
             loraplus_weight_decay=case.decay,
         )
@@ -166,7 +166,7 @@ def _optimizer(case: Case, model: Any) -> torch.optim.Optimizer | None:
         return Adafactor(
             model.parameters(), lr=case.rate, scale_parameter=True, relative_step=False
         )
-    if case.decay_vectors:
+    if case.decay_norms_and_biases:
         return torch.optim.AdamW(model.parameters(), lr=case.rate, weight_decay=case.decay)
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from planning import GOLDEN, STUDIES, golden_lines, planned, undone
+from support.snakemake import GOLDEN, STUDIES, golden_lines, planned, undone
 
 
 def main() -> None:

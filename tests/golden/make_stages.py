@@ -22,18 +22,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cohorts import materials_of, record_base
-from forgetting.benchmarks.pass_rates import score_programs
 from forgetting.benchmarks.programs import PassRate, Program
+from forgetting.benchmarks.scores import score_programs
+from forgetting.config.expand import expand_methods
+from forgetting.evaluation.divergence import divergence_items, load_base_predictions
+from forgetting.evaluation.refusals import is_refusal
+from forgetting.evaluation.rouge import rouge_l
+from forgetting.io import read_json, read_jsonl, write_json, write_jsonl
 from forgetting.models.loading import load_base, load_tokenizer
-from forgetting.models.pretrain import train_tokenizer
-from forgetting.records import read_json, read_jsonl, write_json, write_jsonl
-from forgetting.scoring.drift import load_targets, measure_text
-from forgetting.scoring.refusals import is_refusal
-from forgetting.scoring.rouge import rouge
-from forgetting.settings.plan import tunings
-from forgetting.training.cohort import train_cohort
-from forgetting.training.materials import CohortSpec
+from forgetting.training.pretrain import train_tokenizer
+from forgetting.training.run_group import RunGroupConfig, train_run_group
 from forgetting.versions import VERSIONS
 from golden.invented_results import (
     STUDY,
@@ -45,8 +43,9 @@ from golden.invented_results import (
     text_digest,
 )
 from golden.make_losses import draw
-from scripts import benchmark, generate_world, prepare_data, pretrain_base, score_base
-from task_rows import sciq
+from scripts import benchmark, evaluate_base, generate_microworld, prepare_data, pretrain_base
+from support.benchmark_rows import sciq
+from support.run_groups import materials_of, record_base
 
 FOLDER = Path(__file__).with_name("stages")
 RELATIVE, ABSOLUTE = 1e-4, 1e-7
@@ -122,7 +121,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     prepare_data.main(
         [f"--spec={json.dumps(spec)}", f"--tables={folder / 'tables.json'}", f"--output={out}"]
     )
-    generate_world.main(["--seed=0", f"--output={folder / 'world'}"])
+    generate_microworld.main(["--seed=0", f"--output={folder / 'world'}"])
     record = read_json(out / "data.json")
     return {
         **{path.stem: read_jsonl(path) for path in sorted(out.rglob("*.jsonl"))},
@@ -143,8 +142,8 @@ def pretrain(folder: Path) -> dict[str, Any]:
     """Pretrain a small model for some steps, with the usual settings of its optimization."""
     documents = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in ROWS]
     write_jsonl(folder / "documents.jsonl", [{"text": text} for text in documents])
-    shape = {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
-    spec = shape | {"vocabulary": 320, "block": 64, "batch_tokens": 128, "epochs": 2.5}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2}
+    spec = shape | {"vocab_size": 320, "block_size": 64, "batch_tokens": 128, "epochs": 2.5}
     pretrain_base.main(
         [
             f"--spec={json.dumps(spec)}",
@@ -172,11 +171,11 @@ def _norms(path: Path) -> dict[str, float]:
 TRAININGS: dict[str, dict[str, Any]] = {
     "lora": {},
     "full": {},
-    "cooldown": {
-        "training": {"epochs": 4, "schedule": "trapezoid", "optimizer": "lionw", "packing": True},
+    "decay_ratio": {
+        "training": {"epochs": 4, "schedule": "wsd", "optimizer": "lionw", "packing": True},
         "methods": [{"method": "lora", "variant": "dora", "rank": 2, "learning_rate": 1e-3}],
     },
-    "budget": {
+    "duration": {
         "training": {"epochs": 4, "schedule": "cosine"},
         "methods": [{"method": "lora", "variant": "adalora", "rank": 2, "learning_rate": 0.01}],
     },
@@ -213,7 +212,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 def train(folder: Path) -> dict[str, Any]:
     """Train some steps of several methods; `lora` and `full` have the default settings."""
     base = write_base(folder / "base")
-    materials = materials_of(
+    context = materials_of(
         base,
         load_tokenizer(base),
         ROWS,
@@ -225,18 +224,18 @@ def train(folder: Path) -> dict[str, Any]:
         changes = dict(changes)
         changes["training"] = STUDY["training"] | changes.get("training", {})
         study = make_study(**changes)
-        named = {tuning.name: tuning for tuning in tunings(study)}
-        spec = CohortSpec(
-            tuning=named[name] if name in named else next(iter(named.values())),
+        named = {tuning.name: tuning for tuning in expand_methods(study)}
+        spec = RunGroupConfig(
+            method=named[name] if name in named else next(iter(named.values())),
             seed=0,
             knowledge={"new": "new"},
-            **{key: getattr(study, key) for key in ("prompt", "training", "measurement")},
+            **{key: getattr(study, key) for key in ("prompt", "training", "evaluation")},
             **{key: getattr(study, key) for key in ("selection", "precision")},
         )
-        records = train_cohort([spec], materials, {}, folder / name, lambda *_: None)
+        records = train_run_group([spec], context, {}, folder / name, lambda *_: None)
         found[name] = [
             {
-                **{key: record[key] for key in ("losses", "penalties", "points", "status")},
+                **{key: record[key] for key in ("losses", "penalties", "evaluations", "status")},
                 **{key: record[key] for key in ("tokens", "trainable_parameters")},
             }
             for record in records
@@ -252,11 +251,11 @@ def evaluate(folder: Path) -> dict[str, Any]:
     write_jsonl(folder / "text.jsonl", [{"text": f"{row['answer']} Then. "} for row in ROWS])
     study = make_study()
     spec = study.model_dump(
-        mode="json", include={"prompt", "measurement", "precision", "general_text"}
+        mode="json", include={"prompt", "evaluation", "precision", "general_text"}
     )
     spec |= {"knowledge": {"new": "new", "old": "old"}, "watched": "new", "metric": "probability"}
     spec |= {"must_reach": False, "columns": {"made/text": {}}}
-    score_base.main(
+    evaluate_base.main(
         [
             f"--spec={json.dumps(spec)}",
             f"--base={folder / 'base.json'}",
@@ -272,8 +271,10 @@ def evaluate(folder: Path) -> dict[str, Any]:
     said = [("In Oslo, by the old harbours.", "It was by the harbour in Oslo"), ("Lima.", "")]
     return {
         "items": columns_of(pd.read_parquet(folder / "items.parquet")),
-        "diverged": columns_of(measure_text(other, load_targets(folder / "targets.safetensors"))),
-        "rouge": [rouge(*pair) for pair in said],
+        "diverged": columns_of(
+            divergence_items(other, load_base_predictions(folder / "targets.safetensors"))
+        ),
+        "rouge": [rouge_l(*pair) for pair in said],
     }
 
 

@@ -2,6 +2,6 @@
 
 The modules read in the order in which data flows, each importing only what stands before it:
 
-    study -> world, data -> models, pretrain -> forward -> probes -> select -> train -> cohort
+    study -> world, data -> models, pretrain -> forward -> probes -> select -> train -> run group
     -> benchmarks, sandbox -> collect -> report
 """

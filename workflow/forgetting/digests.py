@@ -18,7 +18,7 @@ from pathlib import Path
 
 SUFFIX = ".sha256"
 
-COPIES = "FORGETTING_STORAGE_COPIES"
+COPIES_VARIABLE = "FORGETTING_STORAGE_COPIES"
 """Environment variable, set where a storage plugin of Snakemake gives jobs copies of their inputs:
 it copies no hidden files, so a file without a recorded digest is accepted there."""
 
@@ -42,15 +42,15 @@ def sha256_of_all(paths: Iterable[Path]) -> tuple[dict[str, str], str]:
     return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def record_of(path: Path) -> Path:
+def record_path(path: Path) -> Path:
     """Return where the digest of a file is recorded."""
     return path.with_name(f".{path.name}{SUFFIX}")
 
 
-def recorded(path: Path) -> list[str]:
+def recorded_digest(path: Path) -> list[str]:
     """Return the digests that are recorded for a file; none where there is no record."""
     try:
-        lines = record_of(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = record_path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     return [line.partition(" ")[0] for line in lines]
@@ -72,7 +72,7 @@ def _below(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names)
 
 
-def damage(path: Path, *, required: bool = True) -> str | None:
+def file_damage(path: Path, *, required: bool = True) -> str | None:
     """Return what is wrong with a file, as the predicate of a sentence; None if it is intact.
 
     Args:
@@ -80,12 +80,12 @@ def damage(path: Path, *, required: bool = True) -> str | None:
     """
     if not path.is_file():
         return "is missing"
-    record = record_of(path)
+    record = record_path(path)
     if not record.exists():
-        if not required or os.environ.get(COPIES):
+        if not required or os.environ.get(COPIES_VARIABLE):
             return None
         return f"has no recorded sha256 ({record.name}; copies must have hidden files as well)"
-    if _sha256_once(path) not in recorded(path):
+    if _sha256_once(path) not in recorded_digest(path):
         return f"differs from what was written (its sha256 is not that in {record.name})"
     return None
 
@@ -115,6 +115,6 @@ def folder_damage(folder: Path, optional: Iterable[str] = ()) -> tuple[Path, str
     for path in sorted(named | set(visible_files(folder))):
         if path.name in names and not path.exists():
             continue
-        if wrong := damage(path):
+        if wrong := file_damage(path):
             return path, wrong
     return None

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from forgetting.digests import sha256, sha256_of_each
-from forgetting.records import InputError, content_key, read_foreign_json, write_atomically
+from forgetting.errors import InputError
+from forgetting.io import content_key, read_foreign_json, write_atomically
 
 MODEL_FILES = (
     *("*.json", "*.safetensors"),
@@ -32,7 +33,7 @@ NOT_MODEL_FILES = (
 )
 """Files that those patterns match though nobody reads them: documentation, logs of a training."""
 
-CACHE = Path(".snakemake", "content_digests.json")
+DIGEST_CACHE = Path(".snakemake", "content_digests.json")
 """Digests that are known, in the folder in which Snakemake runs."""
 
 SETTLED_SECONDS = 2.0
@@ -75,7 +76,7 @@ def model_identity(folder: Path) -> tuple[dict[str, str], str]:
     return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def content_digest(files: Mapping[str, Path], cache: Path = CACHE) -> str:
+def content_digest(files: Mapping[str, Path], cache: Path = DIGEST_CACHE) -> str:
     """Return one digest of the names and contents of files.
 
     A file is read only if its size, times, inode or the target of its link differ from those at
@@ -85,7 +86,7 @@ def content_digest(files: Mapping[str, Path], cache: Path = CACHE) -> str:
     known = _read_cache(cache)
     digests, new = {}, {}
     for name, path in files.items():
-        target, stamp = str(path.resolve()), _stamp(path)
+        target, stamp = str(path.resolve()), _file_stamp(path)
         entry = known.get(target)
         if isinstance(entry, list) and entry[:-1] == stamp and isinstance(entry[-1], str):
             digests[name] = entry[-1]
@@ -93,7 +94,7 @@ def content_digest(files: Mapping[str, Path], cache: Path = CACHE) -> str:
         started = time.time_ns()
         digests[name] = sha256(path)
         changed = stamp[-1]
-        if started - changed > SETTLED_SECONDS * 1e9 and _stamp(path) == stamp:
+        if started - changed > SETTLED_SECONDS * 1e9 and _file_stamp(path) == stamp:
             new[target] = [*stamp, digests[name]]
     if new:
         with suppress(OSError, InputError):
@@ -101,7 +102,7 @@ def content_digest(files: Mapping[str, Path], cache: Path = CACHE) -> str:
     return content_key(digests)
 
 
-def _stamp(path: Path) -> list[int]:
+def _file_stamp(path: Path) -> list[int]:
     found = path.stat()
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 

@@ -23,7 +23,7 @@ if STUDY.base.pretrain:
             "../../envs/environment.yaml"
         threads: 8
         resources:
-            **sizes("pretrain_base", COSTS),
+            **snakemake_resources("pretrain_base", COSTS),
         params:
             version=version("pretrain"),
             seed=STUDY.seeds[0],
@@ -69,14 +69,14 @@ else:
                 --output {output:q}
             """
 
-    rule adopt_base:
+    rule register_base:
         """Check a model that was trained elsewhere and record what it is."""
         input:
             model_inputs(),
         output:
             BASE,
         log:
-            f"{LOGS}/adopt_base.log",
+            f"{LOGS}/register_base.log",
         localrule: True
         conda:
             "../../envs/environment.yaml"
@@ -91,7 +91,7 @@ else:
             r"""
             exec &> >(tee {log:q})
 
-            python "$SCRIPTS"/adopt_base.py \
+            python "$SCRIPTS"/register_base.py \
                 --model={params.folder:q} \
                 --origin={params.origin:q} {params.downloaded:q} \
                 --prompt={params.prompt:q} \
@@ -99,7 +99,7 @@ else:
             """
 
 
-rule score_base:
+rule evaluate_base:
     """Score the base on every probe, and ask it the benchmarks that trainings ask as they go."""
     input:
         base=BASE,
@@ -111,18 +111,18 @@ rule score_base:
         targets=TARGETS,
         benchmarks=f"{RESULTS}/base/benchmarks.parquet" if ALONG else [],
     log:
-        f"{LOGS}/score_base.log",
+        f"{LOGS}/evaluate_base.log",
     conda:
         "../../envs/environment.yaml"
-    threads: threads("score_base", COSTS)
+    threads: threads("evaluate_base", COSTS)
     resources:
-        **sizes("score_base", COSTS),
+        **snakemake_resources("evaluate_base", COSTS),
     params:
         version=version("evaluate", *(["benchmark"] if ALONG else [])),
         contents=lambda wildcards: [table_contents(text_tables()), rows_contents(ALONG)],
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
         spec=lambda wildcards: as_json(
-            sections("prompt", "measurement", "precision", "general_text"),
+            sections("prompt", "evaluation", "precision", "general_text"),
             knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
             columns=columns([STUDY.general_text.table] if STUDY.general_text else []),
             watched=STUDY.selection.probe,
@@ -137,7 +137,7 @@ rule score_base:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/score_base.py \
+        python "$SCRIPTS"/evaluate_base.py \
             --spec {params.spec:q} \
             --base {input.base:q} \
             --probes {params.folder:q} \

@@ -4,8 +4,8 @@ A job scores the models of a method one after the other. Those that are finished
 results/STUDY/state/benchmarks, which is no output: a retry goes on with the next.
 
 Outputs: results/STUDY/benchmarks/MODEL/{scores,items,responses}.parquet, programs.json, record.json
-(model, tasks, rows) and outcomes.json, where MODEL is `base` or METHOD/seedN; METHOD/seedN-budgetD
-where the ends of all budgets are scored.
+(model, tasks, rows) and outcomes.json, where MODEL is `base` or METHOD/seedN; METHOD/seedN-durationD
+where the ends of all durations are scored.
 """
 
 
@@ -42,7 +42,7 @@ rule benchmark:
         results=expand(
             f"{RESULTS}/benchmarks/{{{{method}}}}/{{name}}/{{file}}",
             name=SCORED,
-            file=FILES,
+            file=SCORE_FILES,
         ),
     log:
         f"{LOGS}/benchmark/{{method}}.log",
@@ -50,7 +50,7 @@ rule benchmark:
         "../../envs/environment.yaml"
     threads: threads("benchmark", COSTS)
     resources:
-        **sizes("benchmark", COSTS),
+        **snakemake_resources("benchmark", COSTS),
     params:
         version=version("benchmark"),
         contents=lambda wildcards: [
@@ -89,12 +89,12 @@ use rule benchmark as benchmark_base with:
         rows=lambda wildcards: rows_inputs(TASKS),
         prompts=table_inputs(prompt_tables()),
     output:
-        results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=FILES),
+        results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=SCORE_FILES),
     log:
         f"{LOGS}/benchmark/base.log",
     threads: threads("benchmark_base", COSTS)
     resources:
-        **sizes("benchmark_base", COSTS),
+        **snakemake_resources("benchmark_base", COSTS),
     params:
         version=version("benchmark"),
         contents=lambda wildcards: [
@@ -109,20 +109,20 @@ use rule benchmark as benchmark_base with:
         folder=lambda wildcards, output: str(Path(output.results[0]).parents[1]),
 
 
-rule execute_programs:
+rule run_programs:
     """Run the programs that a model wrote for HumanEval, in a sandbox, apart from the model."""
     input:
         f"{RESULTS}/benchmarks/{{model}}/programs.json",
     output:
         f"{RESULTS}/benchmarks/{{model}}/outcomes.json",
     log:
-        f"{LOGS}/execute_programs/{{model}}.log",
+        f"{LOGS}/run_programs/{{model}}.log",
     conda:
         "../../envs/environment.yaml"
     # One core starts some 19 programs a second; the models' jobs run beside each other.
     threads: COSTS.program_cores
     resources:
-        **sizes("execute_programs", COSTS),
+        **snakemake_resources("run_programs", COSTS),
     params:
         version=version("benchmark"),
         sandbox=STUDY.benchmarks.sandbox,
@@ -132,7 +132,7 @@ rule execute_programs:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/execute_programs.py \
+        python "$SCRIPTS"/run_programs.py \
             --programs {input:q} \
             --sandbox {params.sandbox:q} \
             --workers {threads:q} \

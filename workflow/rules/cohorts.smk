@@ -1,6 +1,6 @@
 """Cohorts: what the job of a method and seed is given, and where its results lie."""
 
-from forgetting.training.fusing import allows_fusing
+from forgetting.study.run_groups import may_batch
 
 
 def general_tables(wildcards):
@@ -19,20 +19,20 @@ def general_options(wildcards):
     return [f"--general={path}" for path in general_files(wildcards)]
 
 
-def cohort_spec(wildcards):
+def run_group_spec(wildcards):
     """Return what the job needs of the study, with its method and seed."""
     tuning = TUNINGS[wildcards.method]
-    told = sections("prompt", "training", "measurement", "selection", "precision")
-    # A changed `training.fused` reruns only the methods that it affects.
-    fused = allows_fusing(tuning, STUDY.training)
-    told["training"]["fused"] = "auto" if fused else "never"
+    told = sections("prompt", "training", "evaluation", "selection", "precision")
+    # A changed `training.batched_lora` reruns only the methods that it affects.
+    fused = may_batch(tuning, STUDY.training)
+    told["training"]["batched_lora"] = "auto" if fused else "never"
     return as_json(
         told,
         knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
         columns=columns(general_tables(wildcards)),
         members=[
             {
-                "tuning": tuning.model_dump(mode="json", exclude_defaults=True),
+                "method": tuning.model_dump(mode="json", exclude_defaults=True),
                 "seed": int(wildcards.seed),
             }
         ],
@@ -46,40 +46,42 @@ def whole_tunings(wildcards):
 
 # The plugin puts `srun` before a job, for one machine, unless the job has this resource.
 SEVERAL_NODES = (
-    {"mpi": False} if any(COSTS.team(name).nodes > 1 for name in COSTS.cohorts) else {}
+    {"mpi": False}
+    if any(COSTS.team(name).nodes > 1 for name in COSTS.run_groups)
+    else {}
 )
 
 
-def cohorts(methods):
-    """The names of every cohort that some methods are in."""
+def run_groups(methods):
+    """The names of every run_group that some methods are in."""
     return [f"{method}/seed{seed}" for method in methods for seed in STUDY.seeds]
 
 
 def branches(methods):
     """The names of every job that trains branches of some methods."""
     return [
-        f"{method}/seed{seed}/{budget}"
+        f"{method}/seed{seed}/{duration}"
         for method in methods
         for seed in STUDY.seeds
-        for budget in BUDGETS
+        for duration in DURATIONS
     ]
 
 
 def trained(file, methods):
-    """A file of every cohort that some methods are in."""
-    return [f"{RESULTS}/cohorts/{name}/{file}" for name in cohorts(methods)]
+    """A file of every run_group that some methods are in."""
+    return [f"{RESULTS}/runs/{name}/{file}" for name in run_groups(methods)]
 
 
 def finished(file, methods):
-    """A file of every job whose runs are results: of cohorts, or of their budgets' branches."""
-    if not BUDGETS:
+    """A file of every job whose runs are results: of run_groups, or of their durations' branches."""
+    if not DURATIONS:
         return trained(file, methods)
     return [f"{RESULTS}/branches/{name}/{file}" for name in branches(methods)]
 
 
 def checkpoint_records(methods):
     """The files that say where the checkpoints of those runs are."""
-    names = branches(methods) if BUDGETS else cohorts(methods)
+    names = branches(methods) if DURATIONS else run_groups(methods)
     return [f"{RESULTS}/state/checkpoints/{name}.json" for name in names]
 
 
@@ -88,26 +90,26 @@ def job_results(wildcards):
 
     Long lists come from functions: of others Snakemake hashes the whole for every member.
     """
-    files = [*FILES, *(["outcomes.json"] if PROGRAMS else [])]
+    files = [*SCORE_FILES, *(["outcomes.json"] if PROGRAMS else [])]
     scaled = SELECTED if STUDY.selection.wise_ft else []
     return {
         "base": BASE,
-        "base_items": rules.score_base.output.scored,
+        "base_items": rules.evaluate_base.output.scored,
         "data": rules.prepare_data.output.record,
-        "cohorts": [
+        "run_groups": [
             path
             for file in ["items.parquet", "runs.json"]
             for path in finished(file, TUNINGS)
         ],
-        "along": (
+        "during_training": (
             [
-                rules.score_base.output.benchmarks,
+                rules.evaluate_base.output.benchmarks,
                 *trained("benchmarks.parquet", TUNINGS),
             ]
             if ALONG
             else []
         ),
-        "trunks": trained("runs.json", TUNINGS) if BUDGETS else [],
+        "trunks": trained("runs.json", TUNINGS) if DURATIONS else [],
         "selection": expand(f"{RESULTS}/selection/{{method}}.json", method=TUNINGS),
         "scaled": expand(f"{RESULTS}/wise_ft/{{model}}/items.parquet", model=scaled),
         "benchmarks": expand(
@@ -125,7 +127,7 @@ def lost_results(wildcards):
     runs, so it would take the earlier page for up to date. The command after the one that makes them
     again copies the page once more, since these inputs are gone.
     """
-    last = [*rules.collect.output, rules.report.output.page]
+    last = [*rules.make_tables.output, rules.report.output.page]
     if not any(Path(path).exists() for path in last):
         return []
     named = job_results(wildcards).values()

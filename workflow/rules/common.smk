@@ -33,42 +33,54 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A job that SLURM starts again would begin its log anew, and what befell it would be lost.
 os.environ.setdefault("SBATCH_OPEN_MODE", "append")
 
-from forgetting.benchmarks.known import FILES, benchmark, same_rows, splits_of
-from forgetting.benchmarks.outcomes import has_bubblewrap, was_run
-from forgetting.costs.cost import Costs
-from forgetting.costs.site import read_site
-from forgetting.costs.sizing import check_spans, misfits, sizes, threads
-from forgetting.data.hub import HUB_ROWS
+from forgetting.benchmarks.registry import (
+    SCORE_FILES,
+    benchmark,
+    task_with_same_dataset,
+    required_splits,
+)
+from forgetting.benchmarks.programs import has_bubblewrap, programs_were_run
+from forgetting.pipeline.resources.job_costs import JobCosts
+from forgetting.pipeline.resources.hardware import read_site
+from forgetting.pipeline.resources.requests import (
+    check_single_node,
+    capacity_warnings,
+    snakemake_resources,
+    threads,
+)
+from forgetting.data.hub import HUB_DATASETS
 from forgetting.data.table_files import find_table
-from forgetting.digests import COPIES
+from forgetting.digests import COPIES_VARIABLE
 from forgetting.inputs import content_digest, model_files
-from forgetting.leftovers import end_leftovers
-from forgetting.occupancy import (
-    JOBS,
-    check_jobs,
+from forgetting.pipeline.slurm import cancel_orphaned_jobs
+from forgetting.locks import (
+    JOBS_LOCK,
+    check_no_running_jobs,
     check_owner,
-    occupy,
-    occupy_downloads,
+    lock_results,
+    lock_downloads,
     study_origin,
 )
-from forgetting.queue import SUBMITTED
+from forgetting.pipeline.slurm import SUBMITTED_FILE
 from forgetting.digests import sha256_of_all
-from forgetting.records import (InputError, content_key)
-from forgetting.sections.dataset import WORLD_TABLES
-from forgetting.settings.check import check_inputs
-from forgetting.settings.load import is_local, load_study, study_source
-from forgetting.settings.plan import (
-    budget_name,
+from forgetting.errors import InputError
+from forgetting.io import content_key
+from forgetting.config.data import MICROWORLD_TABLES
+from forgetting.study.preflight import check_inputs
+from forgetting.config.base_model import is_local
+from forgetting.study.load import load_study, study_source
+from forgetting.config.expand import (
+    duration_name,
     scored_models,
-    scored_names,
+    scored_model_names,
     selected_models,
-    tunings,
+    expand_methods,
 )
 from forgetting.versions import source_digest, stage_versions
 
 if getattr(workflow.storage_settings, "default_storage_provider", None):
     # Jobs then get copies of their inputs, without the hidden files that record digests.
-    os.environ[COPIES] = "1"
+    os.environ[COPIES_VARIABLE] = "1"
 
 STUDIES = Path(workflow.basedir) / "config" / "studies"
 SITE = Path(workflow.basedir) / "profiles" / "slurm" / "partitions.yaml"
@@ -76,10 +88,10 @@ try:
     NAME, STUDY = load_study(config, STUDIES)
     ORIGIN = study_origin(study_source(config, STUDIES).path, STUDIES)
     check_owner(Path("results", NAME), ORIGIN)
-    check_inputs(STUDY, study_source(config, STUDIES).at)
-    COSTS = Costs(STUDY, read_site(SITE))
-    check_spans(COSTS)
-    for note in misfits(COSTS) if workflow.is_main_process else ():
+    check_inputs(STUDY, study_source(config, STUDIES).locate)
+    COSTS = JobCosts(STUDY, read_site(SITE))
+    check_single_node(COSTS)
+    for note in capacity_warnings(COSTS) if workflow.is_main_process else ():
         logger.warning(note)
 except InputError as error:
     raise WorkflowError(str(error)) from None
@@ -87,27 +99,27 @@ except InputError as error:
 RESULTS = f"results/{NAME}"
 LOGS = f"logs/{NAME}"
 os.environ.update(
-    FORGETTING_JOBS_LOCK=str(Path(RESULTS, JOBS).absolute()),
-    FORGETTING_SUBMITTED=str(Path(RESULTS, SUBMITTED).absolute()),
+    FORGETTING_JOBS_LOCK=str(Path(RESULTS, JOBS_LOCK).absolute()),
+    FORGETTING_SUBMITTED=str(Path(RESULTS, SUBMITTED_FILE).absolute()),
 )
-TUNINGS = {tuning.name: tuning for tuning in tunings(STUDY)}
-BUDGETS = {budget_name(budget): budget for budget in STUDY.training.budgets}
+TUNINGS = {tuning.name: tuning for tuning in expand_methods(STUDY)}
+DURATIONS = {duration_name(duration): duration for duration in STUDY.training.durations}
 TASKS = list(STUDY.benchmarks.tasks)
 SELECTED = selected_models(STUDY)
 # Is anything scored beside the probes?
 BENCHMARKED = bool(TASKS or STUDY.benchmarks.refusals)
 # Does a benchmark have models write programs, which are then run?
-PROGRAMS = any(benchmark(task).programs for task in TASKS)
+PROGRAMS = any(benchmark(task).generates_code for task in TASKS)
 # The models of each method that are scored, and all that are.
-SCORED = scored_names(STUDY)
+SCORED = scored_model_names(STUDY)
 MODELS = scored_models(STUDY)
 
 
 wildcard_constraints:
-    budget=r"budget[^/]+",
+    duration=r"duration[^/]+",
     dataset=r"[^/]+",
     method=r"[^/]+",
-    model=r"base|[^/]+/seed-?\d+(-budget[^/]+)?",
+    model=r"base|[^/]+/seed-?\d+(-duration[^/]+)?",
     owner=r"[^/]+",
     repository=r"[^/]+",
     revision=r"[0-9a-f]{40}",
@@ -195,37 +207,37 @@ def target_options(wildcards):
 
 def task_folder(task):
     """The folder of SPLIT.jsonl from which a benchmark takes its rows."""
-    if STUDY.benchmarks.rows is None:
-        pinned = STUDY.benchmarks.tasks[task].revision or HUB_ROWS[task].revision
+    if STUDY.benchmarks.dataset is None:
+        pinned = STUDY.benchmarks.tasks[task].revision or HUB_DATASETS[task].revision
         return f"resources/benchmarks/{task}/{pinned}"
-    origin = STUDY.datasets[STUDY.benchmarks.rows]
+    origin = STUDY.datasets[STUDY.benchmarks.dataset]
     if origin.folder:
         return str(Path(origin.folder, task))
-    return f"{RESULTS}/world/{STUDY.benchmarks.rows}/benchmarks/{same_rows(task)}"
+    return f"{RESULTS}/world/{STUDY.benchmarks.dataset}/benchmarks/{task_with_same_dataset(task)}"
 
 
 def rows_inputs(tasks):
     """What the rows of tasks depend on: files, or folders that are downloaded."""
-    if STUDY.benchmarks.rows is None:
+    if STUDY.benchmarks.dataset is None:
         return [task_folder(task) for task in tasks]
     if users := users_rows(tasks):
         return [ancient(str(path)) for path in users.values()]
     return [
         f"{task_folder(task)}/{split}.jsonl"
         for task in tasks
-        for split in HUB_ROWS[same_rows(task)].splits
+        for split in HUB_DATASETS[task_with_same_dataset(task)].splits
     ]
 
 
 def users_rows(tasks):
     """Files of the rows of tasks that are in a folder of the user's, by task and split."""
-    rows = STUDY.benchmarks.rows
+    rows = STUDY.benchmarks.dataset
     if rows is None or STUDY.datasets[rows].folder is None:
         return {}
     return {
         f"{task}/{split}": Path(task_folder(task), f"{split}.jsonl")
         for task in tasks
-        for split in splits_of(task, STUDY.benchmarks.tasks[task].num_fewshot)
+        for split in required_splits(task, STUDY.benchmarks.tasks[task].num_fewshot)
     }
 
 
@@ -249,7 +261,7 @@ def sandbox_hope(wildcards):
     if not PROGRAMS or STUDY.benchmarks.sandbox == "none":
         return "no sandbox is needed"
     outcomes = Path(RESULTS, "benchmarks", wildcards.model, "outcomes.json")
-    here = has_bubblewrap() or was_run(outcomes)
+    here = has_bubblewrap() or programs_were_run(outcomes)
     return "there may be a sandbox" if here else "there is no sandbox"
 
 
@@ -262,12 +274,12 @@ def benchmark_spec():
     }
     whole = sections("benchmarks", "precision")
     # Nothing of this changes the score of a checkpoint; of the rows the content counts.
-    for key in ("along", "models", "rows", "sandbox"):
+    for key in ("during_training", "models", "dataset", "sandbox"):
         del whole["benchmarks"][key]
     return as_json(whole, asking=asking)
 
 
-ALONG = STUDY.benchmarks.along
+ALONG = STUDY.benchmarks.during_training
 
 
 def along_options():
@@ -286,8 +298,8 @@ def along_options():
         for task, count in ALONG.items()
     }
     return [
-        f"--along={json.dumps(told)}",
-        "--along-rows",
+        f"--during-training={json.dumps(told)}",
+        "--during-training-rows",
         *(f"{task}={task_folder(task)}" for task in ALONG),
     ]
 

@@ -4,19 +4,19 @@ Outputs: results/STUDY/data/{train,documents}.jsonl, probes/NAME.jsonl, data.jso
 """
 
 
-rule generate_world:
+rule generate_microworld:
     """Make the micro-world: true facts, invented authors, small benchmarks."""
     output:
         tables=expand(
-            f"{RESULTS}/world/{{{{dataset}}}}/{{table}}.jsonl", table=WORLD_TABLES
+            f"{RESULTS}/world/{{{{dataset}}}}/{{table}}.jsonl", table=MICROWORLD_TABLES
         ),
         rows=[
             f"{RESULTS}/world/{{dataset}}/benchmarks/{task}/{split}.jsonl"
-            for task, rows in HUB_ROWS.items()
+            for task, rows in HUB_DATASETS.items()
             for split in rows.splits
         ],
     log:
-        f"{LOGS}/generate_world/{{dataset}}.log",
+        f"{LOGS}/generate_microworld/{{dataset}}.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
@@ -28,7 +28,7 @@ rule generate_world:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/generate_world.py \
+        python "$SCRIPTS"/generate_microworld.py \
             --seed {params.seed:q} \
             --output {params.folder:q}
         """
@@ -78,8 +78,8 @@ rule prepare_data:
         spec=lambda wildcards: as_json(
             sections("prompt", "train", "train_limit", "probes"),
             columns=columns(tables()),
-            rouge_tokenizer=STUDY.measurement.rouge_tokenizer,
-            max_new_tokens=STUDY.measurement.max_new_tokens,
+            rouge_tokenizer=STUDY.evaluation.rouge_tokenizer,
+            max_new_tokens=STUDY.evaluation.max_new_tokens,
             documents=STUDY.base.pretrain.documents if STUDY.base.pretrain else [],
             documents_limit=STUDY.base.pretrain.limit if STUDY.base.pretrain else None,
         ),

@@ -2,7 +2,7 @@
 
 Where the study gives a method several processes, they train each of its runs together.
 
-Outputs: results/STUDY/cohorts/METHOD/seedN/{items.parquet,runs.json}, and
+Outputs: results/STUDY/runs/METHOD/seedN/{items.parquet,runs.json}, and
 benchmarks.parquet where the study asks benchmarks at every evaluation. Runs and checkpoints lie in
 results/STUDY/state, which is no output: Snakemake deletes the outputs of a job that it retries, and
 a job that was killed goes on from there.
@@ -13,20 +13,20 @@ rule finetune:
     """Train every learning rate and weight decay of one method and seed, measuring as it learns."""
     input:
         base=BASE,
-        base_items=rules.score_base.output.scored,
+        base_items=rules.evaluate_base.output.scored,
         train=rules.prepare_data.output.train,
         probes=rules.prepare_data.output.probes,
         general=general_files,
         targets=TARGETS,
         rows=lambda wildcards: rows_inputs(ALONG),
     output:
-        scored=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/items.parquet",
+        scored=f"{RESULTS}/runs/{{method}}/seed{{seed}}/items.parquet",
         benchmarks=(
-            f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/benchmarks.parquet"
+            f"{RESULTS}/runs/{{method}}/seed{{seed}}/benchmarks.parquet"
             if ALONG
             else []
         ),
-        runs=f"{RESULTS}/cohorts/{{method}}/seed{{seed}}/runs.json",
+        runs=f"{RESULTS}/runs/{{method}}/seed{{seed}}/runs.json",
         # In the state: where that is deleted, what needs a checkpoint trains the runs again.
         checkpoints=f"{RESULTS}/state/checkpoints/{{method}}/seed{{seed}}.json",
     log:
@@ -36,7 +36,7 @@ rule finetune:
     threads: threads("finetune", COSTS)
     resources:
         **SEVERAL_NODES,
-        **sizes("finetune", COSTS),
+        **snakemake_resources("finetune", COSTS),
     params:
         version=version("train", "evaluate", *(["benchmark"] if ALONG else [])),
         contents=lambda wildcards: [
@@ -44,7 +44,7 @@ rule finetune:
             rows_contents(ALONG),
         ],
         tunings=whole_tunings,
-        spec=cohort_spec,
+        spec=run_group_spec,
         general=general_options,
         targets=target_options,
         data=subpath(input.train, parent=True),

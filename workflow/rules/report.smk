@@ -21,7 +21,7 @@ if ALONG:
     TABLES += ["benchmark_course", "benchmark_course_items"]
 
 
-rule collect:
+rule make_tables:
     """Gather what all jobs found in the tables that anyone can ask with pandas."""
     input:
         unpack(job_results),
@@ -31,7 +31,7 @@ rule collect:
         study=f"{RESULTS}/tables/study.json",
         resolved=f"{RESULTS}/study.json",
     log:
-        f"{LOGS}/collect.log",
+        f"{LOGS}/make_tables.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
@@ -47,7 +47,7 @@ rule collect:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/collect.py \
+        python "$SCRIPTS"/make_tables.py \
             --asked {params.asked:q} \
             --digest {params.digest:q} \
             --results {params.results:q} \
@@ -58,8 +58,8 @@ rule collect:
 rule report:
     """Render the study as one page that opens offline, and its figures as SVG and PNG."""
     input:
-        tables=rules.collect.output.tables,
-        study=rules.collect.output.study,
+        tables=rules.make_tables.output.tables,
+        study=rules.make_tables.output.study,
     output:
         page=f"reports/{NAME}.html",
         # As a whole, for they are not the same of every study.
@@ -72,7 +72,9 @@ rule report:
     params:
         version=version("report"),
         # Templates, style sheet and script of the page.
-        assets=sha256_of_all(sorted(Path(LIBRARY, "report").iterdir()))[1],
+        assets=sha256_of_all(
+            sorted(Path(LIBRARY, "forgetting", "report", "templates").iterdir())
+        )[1],
         tables=subpath(input.study, parent=True),
     shell:
         r"""

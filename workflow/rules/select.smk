@@ -10,7 +10,7 @@ scaled updates.
 rule select_checkpoint:
     """Apply the study's rules to the trajectories of one method."""
     input:
-        base_items=rules.score_base.output.scored,
+        base_items=rules.evaluate_base.output.scored,
         runs=lambda wildcards: finished("runs.json", [wildcards.method]),
         # The digests of what is selected tell whether it is another.
         stored=lambda wildcards: [
@@ -29,8 +29,8 @@ rule select_checkpoint:
         folder=lambda wildcards: f"{RESULTS}/selected/{wildcards.method}",
         spec=lambda wildcards: as_json(
             sections("selection", "seeds"),
-            tuning=TUNINGS[wildcards.method].model_dump(mode="json"),
-            budgets=STUDY.training.budgets,
+            method=TUNINGS[wildcards.method].model_dump(mode="json"),
+            durations=STUDY.training.durations,
         ),
     shell:
         r"""
@@ -47,7 +47,7 @@ rule select_checkpoint:
         """
 
 
-rule interpolate:
+rule evaluate_wise_ft:
     """Measure a selected checkpoint with shares of its update, from the base to the whole."""
     input:
         unpack(chosen_inputs),
@@ -57,19 +57,19 @@ rule interpolate:
     output:
         f"{RESULTS}/wise_ft/{{model}}/items.parquet",
     log:
-        f"{LOGS}/interpolate/{{model}}.log",
+        f"{LOGS}/evaluate_wise_ft/{{model}}.log",
     conda:
         "../../envs/environment.yaml"
-    threads: threads("interpolate", COSTS)
+    threads: threads("evaluate_wise_ft", COSTS)
     resources:
-        **sizes("interpolate", COSTS),
+        **snakemake_resources("evaluate_wise_ft", COSTS),
     params:
         version=version("evaluate"),
         chosen=chosen_options,
         targets=target_options,
         folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
         spec=lambda wildcards: as_json(
-            sections("prompt", "measurement", "precision"),
+            sections("prompt", "evaluation", "precision"),
             probes=list(STUDY.probes),
             shares=STUDY.selection.wise_ft,
         ),
@@ -77,7 +77,7 @@ rule interpolate:
         r"""
         exec &> >(tee {log:q})
 
-        python "$SCRIPTS"/interpolate.py \
+        python "$SCRIPTS"/evaluate_wise_ft.py \
             --spec {params.spec:q} \
             --base {input.base:q} \
             --probes {params.folder:q} \

@@ -16,67 +16,64 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from forgetting.benchmarks.chosen import Chosen, chosen_models
-from forgetting.benchmarks.harness import Questions, answer, read_questions
-from forgetting.benchmarks.known import FILES, benchmark, main_metric, splits_of
+from forgetting.benchmarks.evaluate import LoadedTasks, evaluate_tasks, load_tasks
 from forgetting.benchmarks.programs import describe
-from forgetting.benchmarks.results import (
+from forgetting.benchmarks.registry import SCORE_FILES, benchmark, main_metric, required_splits
+from forgetting.benchmarks.scores import (
     ITEM_COLUMNS,
     RESPONSE_COLUMNS,
     SCORE_COLUMNS,
     BenchmarkResult,
 )
+from forgetting.benchmarks.scoring_job import ModelRef, models_to_score
 from forgetting.benchmarks.tasks import HARNESS_SEED, TaskSpec
-from forgetting.data.rows import evenly_spaced, prompt_rows
-from forgetting.data.table_files import Row, place
+from forgetting.config.data import ColumnsConfig, PromptConfig
+from forgetting.config.evaluation import REFUSALS_TASK, BenchmarksConfig
+from forgetting.config.types import ConfigModel
+from forgetting.data.table_files import Row, source_line
+from forgetting.data.tables import evenly_spaced, read_prompts
 from forgetting.digests import folder_damage, sha256
-from forgetting.machine import describe_computation
-from forgetting.models.base import read_base
-from forgetting.models.loading import (
-    Model,
-    autocast,
-    load_tokenizer,
-    pick_device,
-    pick_precision,
-    quieten_libraries,
-)
-from forgetting.models.merged import merged
-from forgetting.models.swapping import Swapping
-from forgetting.records import (
+from forgetting.errors import reports_input_errors
+from forgetting.evaluation import refusals
+from forgetting.io import (
+    atomic_folder,
     content_key,
     read_table,
     remove_folder,
-    replacing_folder,
-    tells_input_errors,
-    warn_of,
+    warn_if_damaged,
     write_atomically,
     write_json,
     write_table,
 )
-from forgetting.scoring import refusals
-from forgetting.sections.benchmarks import Benchmarks
-from forgetting.sections.columns import Columns
-from forgetting.sections.fields import Strict
-from forgetting.sections.prompt import Prompt
-from forgetting.sections.refusals import REFUSALS
+from forgetting.models.loading import (
+    Model,
+    autocast,
+    get_device,
+    load_tokenizer,
+    read_base,
+    resolve_precision,
+    silence_libraries,
+)
+from forgetting.models.tuned import AdapterSwapper, merged_adapter
+from forgetting.system import describe_computation
 
 
-class Asking(Strict):
+class Asking(ConfigModel):
     """How prompts are asked that a model should refuse."""
 
-    prompt: Prompt
-    columns: Columns
+    prompt: PromptConfig
+    columns: ColumnsConfig
 
 
-class Spec(Strict):
+class Spec(ConfigModel):
     """What the study says of the benchmarks."""
 
-    benchmarks: Benchmarks
+    benchmarks: BenchmarksConfig
     precision: str
     asking: Asking | None
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write scores, items and responses (parquet), programs that are still to be run, a record.
 
@@ -93,24 +90,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
     parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
     parser.add_argument(
-        "--models", nargs="*", default=[], help="of the method: seed0, or seed0-budget0.5"
+        "--models", nargs="*", default=[], help="of the method: seed0, or seed0-duration0.5"
     )
     parser.add_argument("--state", type=Path, required=True, help="folder of finished models")
     parser.add_argument("--output", type=Path, required=True, help="folder of the models' folders")
     options = parser.parse_args(argv)
-    quieten_libraries()
+    silence_libraries()
     spec = Spec.model_validate_json(options.spec)
     rows = {task: Path(folder) for task, folder in (named.split("=", 1) for named in options.rows)}
     scorer = Scorer(spec, read_base(options.base), rows, options.prompts, options.versions)
-    for chosen in chosen_models(options.selection, options.checkpoints, options.models):
+    for chosen in models_to_score(options.selection, options.checkpoints, options.models):
         finished: Path = options.state / scorer.key(chosen)
         if finished.exists() and (wrong := folder_damage(finished)):
-            warn_of(*wrong, "the model is scored again")
+            warn_if_damaged(*wrong, "the model is scored again")
             remove_folder(finished)
         if not finished.exists():
-            with replacing_folder(finished) as folder:
+            with atomic_folder(finished) as folder:
                 write_results(folder, *scorer.score(chosen))
-        for file in FILES:  # new files, since Snakemake goes by their age
+        for file in SCORE_FILES:  # new files, since Snakemake goes by their age
             write_atomically(options.output / chosen.name / file, (finished / file).read_bytes())
         scores = read_table(finished / "scores.parquet")
         for row in scores[scores["main"].astype(bool)].to_dict("records"):
@@ -134,14 +131,14 @@ class Scorer:
         self.digests = {
             task: {
                 str(path): sha256(path)
-                for split in splits_of(task, spec.benchmarks.tasks[task].num_fewshot)
+                for split in required_splits(task, spec.benchmarks.tasks[task].num_fewshot)
                 for path in [folder / f"{split}.jsonl"]
             }
             for task, folder in rows.items()
         }
-        self.device = pick_device()
-        self.precision = pick_precision(spec.precision, self.device)
-        self.models = Swapping(Path(base["path"]), self.device, base["parameters"])
+        self.device = get_device()
+        self.precision = resolve_precision(spec.precision, self.device)
+        self.models = AdapterSwapper(Path(base["path"]), self.device, base["parameters"])
         self.depends = {
             "spec": spec.model_dump(mode="json"),
             "base": {key: base.get(key) for key in ("origin", "identity")},
@@ -152,11 +149,11 @@ class Scorer:
             "versions": versions,
         }
 
-    def key(self, chosen: Chosen) -> str:
+    def key(self, chosen: ModelRef) -> str:
         """Of all that the results of a model depend on."""
-        return content_key({**self.depends, "model": chosen.about, "reason": chosen.reason})
+        return content_key({**self.depends, "model": chosen.origin, "reason": chosen.reason})
 
-    def score(self, chosen: Chosen) -> tuple[BenchmarkResult, dict[str, Any]]:
+    def score(self, chosen: ModelRef) -> tuple[BenchmarkResult, dict[str, Any]]:
         """What is found of a model, and the record of it."""
         result = nothing()
         if chosen.step is None:
@@ -165,14 +162,14 @@ class Scorer:
             with (
                 self.models.load(chosen.checkpoint) as model,
                 autocast(self.device, self.precision),
-                merged(model, self.precision),
+                merged_adapter(model, self.precision),
             ):
                 if self.spec.benchmarks.tasks:
-                    result = answer(model, self.questions)
+                    result = evaluate_tasks(model, self.questions)
                 if self.spec.asking:
                     self.add_refusals(result, model)
         record = {
-            "model": chosen.about,
+            "model": chosen.origin,
             "base": self.depends["base"],
             "tasks": about_tasks(self.spec, self.digests, result),
             "notes": result.notes,
@@ -184,19 +181,19 @@ class Scorer:
         """Ask the prompts too, and add what comes of it to the tables of the benchmarks."""
         asking, settings = self.spec.asking, self.spec.benchmarks.refusals
         assert asking and settings and self.prompts
-        answers = refusals.ask(
+        answers = refusals.generate_responses(
             model,
             self.tokenizer,
             self.prompt_rows,
             asking.prompt,
             settings,
             self.spec.benchmarks.batch_size,
-            partial(place, self.prompts),
+            partial(source_line, self.prompts),
         )
-        result.scores = _joined(result.scores, pd.DataFrame(refusals.scores(answers)))
-        result.items = _joined(result.items, refusals.items(answers))
+        result.scores = _joined(result.scores, pd.DataFrame(refusals.refusal_scores(answers)))
+        result.items = _joined(result.items, refusals.refusal_items(answers))
         result.responses = _joined(result.responses, answers[[*RESPONSE_COLUMNS, "prompt"]])
-        result.examples[REFUSALS] = 0
+        result.examples[REFUSALS_TASK] = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -204,18 +201,18 @@ class Scorer:
         return load_tokenizer(Path(self.base["path"]))
 
     @cached_property
-    def questions(self) -> Questions:
+    def questions(self) -> LoadedTasks:
         """The tasks with their rows, prompts and tokens."""
         benchmarks = self.spec.benchmarks
         specs = [TaskSpec.of(*named) for named in benchmarks.tasks.items()]
-        return read_questions(self.tokenizer, specs, self.rows, benchmarks.batch_size)
+        return load_tasks(self.tokenizer, specs, self.rows, benchmarks.batch_size)
 
     @cached_property
     def prompt_rows(self) -> Sequence[Row]:
         """The prompts that should be refused."""
         asking, settings = self.spec.asking, self.spec.benchmarks.refusals
         assert asking and settings and self.prompts
-        found = list(prompt_rows(self.prompts, settings.table, asking.columns))
+        found = list(read_prompts(self.prompts, settings.table, asking.columns))
         return evenly_spaced(found, settings.limit)
 
 
@@ -235,7 +232,7 @@ def about_tasks(
     told: dict[str, dict[str, Any]] = {}
     for name, shots in result.examples.items():
         told[name] = {"num_fewshot": shots}
-        if name == REFUSALS:
+        if name == REFUSALS_TASK:
             continue
         task = spec.benchmarks.tasks[name]
         told[name] |= {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.benchmarks.known import benchmark, splits_of
-from forgetting.data.hub import HUB_ROWS, HubRows, fetch_rows
-from forgetting.records import tells_input_errors, write_jsonl
+from forgetting.benchmarks.registry import benchmark, required_splits
+from forgetting.data.hub import HUB_DATASETS, HubDataset, fetch_rows
+from forgetting.errors import reports_input_errors
+from forgetting.io import write_jsonl
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """One file per split that the task uses."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -19,10 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of SPLIT.jsonl")
     options = parser.parse_args(argv)
     dataset, config = benchmark(options.task).dataset
-    known = HUB_ROWS.get(options.task)
+    known = HUB_DATASETS.get(options.task)
     # Examples are counted as one, so that the split that they are drawn from is fetched too.
-    splits = known.splits if known else tuple(splits_of(options.task, num_fewshot=1))
-    origin = HubRows(dataset, known.config if known else config, options.revision, splits)
+    splits = known.splits if known else tuple(required_splits(options.task, num_fewshot=1))
+    origin = HubDataset(dataset, known.config if known else config, options.revision, splits)
     for split in origin.splits:
         rows = fetch_rows(origin, split)
         write_jsonl(options.output / f"{split}.jsonl", rows)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from forgetting.data.hub import fetch_table
-from forgetting.records import tells_input_errors
+from forgetting.errors import reports_input_errors
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """TABLE.jsonl, TABLE.json or the parquet files of TABLE, as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)

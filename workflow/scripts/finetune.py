@@ -1,4 +1,4 @@
-"""Train one cohort: all learning rates and weight decays of a method and seed, or of several.
+"""Train one run group: all learning rates and weight decays of a method and seed, or of several.
 
 Started alone, or several times by `python -m forgetting.training.launch`, to train each run
 together. Finished runs and checkpoints are kept in a folder that is no output of the rule, so that
@@ -9,34 +9,37 @@ from __future__ import annotations
 
 import argparse
 
-from forgetting.models.loading import quieten_libraries
-from forgetting.records import tells_input_errors, write_json, write_table
+from forgetting.errors import reports_input_errors
+from forgetting.io import write_json, write_table
+from forgetting.models.loading import silence_libraries
 from forgetting.training.branches import train_trunks
-from forgetting.training.cohort import cohort_items, train_cohort, write_checkpoints
-from forgetting.training.job import Teller, add_options, read_job
-from forgetting.training.team import Team
+from forgetting.training.distributed import ProcessGroup
+from forgetting.training.run_group import run_group_items, train_run_group, write_checkpoint_index
+from forgetting.training.training_job import ProgressLogger, add_training_options, read_training_job
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the items of all evaluations and the records of all runs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add_options(parser)
+    add_training_options(parser)
     options = parser.parse_args(argv)
-    quieten_libraries()
-    team = Team.join()
-    with team.one_voice():
-        job = read_job(options, team)
-        train = train_trunks if job.specs[0].training.budgets else train_cohort
-        records = train(job.specs, job.materials, job.inputs, options.state, Teller(team))
-        if team.first:
-            items, benchmarks = cohort_items(records)
+    silence_libraries()
+    process_group = ProcessGroup.init()
+    with process_group.report_once():
+        job = read_training_job(options, process_group)
+        train = train_trunks if job.configs[0].training.durations else train_run_group
+        records = train(
+            job.configs, job.context, job.inputs, options.state, ProgressLogger(process_group)
+        )
+        if process_group.is_main:
+            items, benchmarks = run_group_items(records)
             write_table(options.items, items)
             if options.benchmarks:
                 write_table(options.benchmarks, benchmarks)
             write_json(options.runs, records)
-            write_checkpoints(options.checkpoints, records)
-    team.leave()
+            write_checkpoint_index(options.checkpoints, records)
+    process_group.destroy()
 
 
 if __name__ == "__main__":

@@ -8,42 +8,42 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from forgetting.data.questions import (
-    contradiction_note,
-    contradictions,
-    disagreement_notes,
-    disagreements,
-    kept_apart,
+from forgetting.config.data import ColumnsConfig, PromptConfig
+from forgetting.config.evaluation import ProbeConfig, RougeTokenizer
+from forgetting.config.types import ConfigModel
+from forgetting.data.checks import (
+    conflict_note,
+    conflicting_answer_notes,
+    conflicting_answers,
+    reject_leaked_questions,
+    track_conflicting_answers,
 )
-from forgetting.data.rows import (
+from forgetting.data.table_files import Row, source_line, unused_columns
+from forgetting.data.tables import (
     PROBE_COLUMNS,
-    Rows,
+    LazyRows,
     content_columns,
     document_texts,
     evenly_spaced,
-    general_rows,
-    prepare_rows,
+    read_probe_rows,
+    read_training_rows,
 )
-from forgetting.data.table_files import Row, place, unused_columns
 from forgetting.digests import sha256
-from forgetting.records import read_foreign_json, tells_input_errors, write_json, write_jsonl
-from forgetting.scoring.references import check_letters, long_answer_warnings
-from forgetting.sections.columns import Columns
-from forgetting.sections.fields import Strict
-from forgetting.sections.measurement import Probe, RougeTokenizer
-from forgetting.sections.prompt import Prompt
+from forgetting.errors import reports_input_errors
+from forgetting.evaluation.rouge import check_letters, long_answer_warnings
+from forgetting.io import read_foreign_json, write_json, write_jsonl
 
 
-class Spec(Strict):
+class Spec(ConfigModel):
     """What the study says of its data."""
 
-    prompt: Prompt
+    prompt: PromptConfig
     train: list[str]
     train_limit: int | None
-    probes: dict[str, Probe]
+    probes: dict[str, ProbeConfig]
     documents: list[str]
     documents_limit: int | None
-    columns: dict[str, Columns]
+    columns: dict[str, ColumnsConfig]
     rouge_tokenizer: RougeTokenizer
     max_new_tokens: int
 
@@ -64,7 +64,7 @@ class Tables:
         rows = [
             row | without
             for table in probe.table
-            for row in prepare_rows(
+            for row in read_probe_rows(
                 self.files[table],
                 table,
                 wrong_answers=probe.truth_ratio,
@@ -73,8 +73,8 @@ class Tables:
             )
         ]
         found: list[Row] = []
-        kept = list(contradictions(evenly_spaced(rows, probe.limit), found))
-        notes += contradiction_note(f"probe {name}", found, self.where)
+        kept = list(track_conflicting_answers(evenly_spaced(rows, probe.limit), found))
+        notes += conflict_note(f"probe {name}", found, self.where)
         notes += check_letters(kept, name, self.spec.rouge_tokenizer, self.where)
         return kept
 
@@ -85,22 +85,22 @@ class Tables:
             {name: rows for name, rows in probes.items() if knowledge[name] == kind}
             for kind in ("old", "new")
         )
-        rows = Rows(
+        rows = LazyRows(
             lambda: chain.from_iterable(
-                general_rows(self.files[table], table, self.spec.columns[table])
+                read_training_rows(self.files[table], table, self.spec.columns[table])
                 for table in self.spec.train
             )
         )
         found: list[Row] = []
         other: dict[str, list[Row]] = {}
-        kept = kept_apart(rows.evenly_spaced(self.spec.train_limit), old, self.where)
-        yield from contradictions(disagreements(kept, new, other), found)
-        notes += contradiction_note("training", found, self.where)
-        notes += disagreement_notes(other, self.where)
+        kept = reject_leaked_questions(rows.evenly_spaced(self.spec.train_limit), old, self.where)
+        yield from track_conflicting_answers(conflicting_answers(kept, new, other), found)
+        notes += conflict_note("training", found, self.where)
+        notes += conflicting_answer_notes(other, self.where)
 
     def documents(self) -> Iterator[Row]:
         """The documents on which a base is pretrained here."""
-        documents = Rows(
+        documents = LazyRows(
             lambda: (
                 {"text": text}
                 for table in self.spec.documents
@@ -131,10 +131,10 @@ class Tables:
 
     def where(self, row_id: str) -> str:
         """The file and the line of a row."""
-        return place(self.files[row_id.rpartition("/")[0]], row_id)
+        return source_line(self.files[row_id.rpartition("/")[0]], row_id)
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write train.jsonl, probes/NAME.jsonl, documents.jsonl and data.json."""
     parser = argparse.ArgumentParser(description=__doc__)

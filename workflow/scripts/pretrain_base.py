@@ -6,19 +6,19 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from forgetting.data.rows import read_prepared
+from forgetting.config.base_model import SmallModelConfig
+from forgetting.data.tables import read_prepared
+from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
-from forgetting.machine import describe_computation
-from forgetting.models.base import PRETRAINED
-from forgetting.models.loading import pick_device, pick_precision, quieten_libraries
-from forgetting.models.pretrain import pretrain
-from forgetting.records import tells_input_errors, write_json
-from forgetting.sections.base import SmallModel
-from forgetting.training.job import Teller
-from forgetting.training.team import ALONE
+from forgetting.io import write_json
+from forgetting.models.loading import PRETRAINED, get_device, resolve_precision, silence_libraries
+from forgetting.system import describe_computation
+from forgetting.training.distributed import SINGLE_PROCESS
+from forgetting.training.pretrain import pretrain
+from forgetting.training.training_job import ProgressLogger
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the model's folder, then the record that names it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -30,13 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
-    quieten_libraries()
-    spec = SmallModel.model_validate_json(options.spec)
+    silence_libraries()
+    spec = SmallModelConfig.model_validate_json(options.spec)
     folder = options.folder
     documents = [row["text"] for row in read_prepared(options.documents)]
-    device = pick_device()
-    precision = pick_precision(options.precision, device)
-    tell = partial(Teller(ALONE), "pretraining")
+    device = get_device()
+    precision = resolve_precision(options.precision, device)
+    tell = partial(ProgressLogger(SINGLE_PROCESS), "pretraining")
     done = pretrain(documents, spec, folder, options.state, options.seed, tell, precision)
     files, identity = model_identity(folder)
     record = {

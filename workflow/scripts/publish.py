@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.records import tells_input_errors, write_atomically
+from forgetting.errors import reports_input_errors
+from forgetting.io import write_atomically
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Replace the page that is there."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.records import tells_input_errors
+from forgetting.errors import reports_input_errors
+from forgetting.report.frames import read_tables
 from forgetting.report.page import write_report
-from forgetting.report.tables import read_tables
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, render, and say what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)

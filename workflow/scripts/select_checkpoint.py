@@ -9,33 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forgetting.config.expand import Method, duration_name, run_name
+from forgetting.config.selection import SelectionConfig
+from forgetting.config.types import ConfigModel
 from forgetting.digests import sha256_of_all, visible_files
-from forgetting.records import (
-    InputError,
+from forgetting.errors import InputError, reports_input_errors
+from forgetting.evaluation.metrics import mean_score
+from forgetting.io import (
+    atomic_folder,
     damaged,
     link_recorded,
     read_json,
     read_table,
-    removal,
-    replacing_folder,
-    tells_input_errors,
+    removal_command,
     write_json,
 )
-from forgetting.scoring.scores import metric_value
-from forgetting.sections.fields import Strict
-from forgetting.sections.selection import Selection
-from forgetting.select import Choice, Course, choose_setting, course_of, select_checkpoint
-from forgetting.settings.plan import Tuning, budget_name, run_name
-from forgetting.training.checkpoints import METHOD, OPTIMIZER, checkpoint_damage
+from forgetting.models.tuned import METHOD_FILE, OPTIMIZER_FILE, checkpoint_damage
+from forgetting.selection import (
+    CheckpointChoice,
+    Trajectory,
+    choose_hyperparameters,
+    select_checkpoint,
+    trajectory_of,
+)
 
 
-class Spec(Strict):
+class Spec(ConfigModel):
     """What the study says of the choice."""
 
-    tuning: Tuning
-    selection: Selection
+    method: Method
+    selection: SelectionConfig
     seeds: list[int]
-    budgets: list[float]
+    durations: list[float]
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Stored:
     named_in: Path
 
 
-@tells_input_errors
+@reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the selection (JSON) and a folder with the checkpoint of each seed that has one."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     spec = Spec.model_validate_json(options.spec)
     rule = spec.selection
-    base = metric_value(read_table(options.base_items), rule.probe, rule.metric)
+    base = mean_score(read_table(options.base_items), rule.probe, rule.metric)
     if not math.isfinite(base):
         raise InputError(
             f"selection.metric: {rule.metric} of the base on {rule.probe} is no finite number; "
@@ -80,31 +85,31 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     courses = {
-        (setting, seed): course_of(
+        (setting, seed): trajectory_of(
             [
-                records[run_name(spec.tuning.name, seed, setting, budget)]
-                for budget in spec.budgets or (None,)
+                records[run_name(spec.method.name, seed, setting, duration)]
+                for duration in spec.durations or (None,)
             ],
             base,
         )
-        for setting in spec.tuning.settings
+        for setting in spec.method.hyperparameters
         for seed in spec.seeds
     }
-    setting, why = choose_setting(
+    setting, why = choose_hyperparameters(
         {
-            setting: [courses[setting, seed].points for seed in spec.seeds]
-            for setting in spec.tuning.settings
+            setting: [courses[setting, seed].evaluations for seed in spec.seeds]
+            for setting in spec.method.hyperparameters
         },
         rule,
-        spec.tuning.fixed,
+        spec.method.selected_hyperparameters,
         {setting for (setting, _), course in courses.items() if course.diverged},
     )
     rows = []
-    with replacing_folder(options.checkpoints) as folder:
+    with atomic_folder(options.checkpoints) as folder:
         for seed in spec.seeds:
             course = courses[setting, seed] if setting else None
             row = _select(spec, course, why, seed, stored, folder)
-            if spec.budgets:
+            if spec.durations:
                 row["ends"] = _put_ends_aside(course, records, stored, folder / f"seed{seed}")
             rows.append(row)
     write_json(options.index, rows)
@@ -117,21 +122,21 @@ def main(argv: list[str] | None = None) -> None:
 
 def _select(
     spec: Spec,
-    course: Course | None,
+    course: Trajectory | None,
     why: str,
     seed: int,
     stored: Mapping[str, Stored],
     folder: Path,
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": spec.tuning.name, "label": spec.tuning.label, "seed": seed}
+    row: dict[str, Any] = {"method": spec.method.name, "label": spec.method.label, "seed": seed}
     if course is None:
-        return row | _told(None, Choice("not_reached", None, why), {})
+        return row | _told(None, CheckpointChoice("not_reached", None, why), {})
     choice = select_checkpoint(
-        course.points,
+        course.evaluations,
         spec.selection.threshold,
         spec.selection.if_not_reached,
         diverged=course.diverged,
-        deadline=spec.selection.within_epochs,
+        deadline=spec.selection.deadline_epochs,
     )
     run = course.run_at(choice.point)
     put: dict[str, Any] = {}
@@ -141,16 +146,16 @@ def _select(
 
 
 def _put_ends_aside(
-    course: Course | None,
+    course: Trajectory | None,
     records: Mapping[str, Mapping[str, Any]],
     stored: Mapping[str, Stored],
     beside: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Put the end of every budget that has one into a folder of its own: `seed0-budget0.5`."""
+    """Put the end of every duration that has one into a folder of its own: `seed0-duration0.5`."""
     ends = {}
     for step, run in course.runs.items() if course else ():
         if step > 0:
-            name = budget_name(records[run]["budget"])
+            name = duration_name(records[run]["duration"])
             put = _put_aside(stored[run], step, Path(f"{beside}-{name}"))
             ends[name] = {"run": run, "step": step, **put}
     return ends
@@ -163,17 +168,17 @@ def _put_aside(stored: Stored, step: int, target: Path) -> dict[str, Any]:
     """
     origin = stored.folder / f"step-{step:07d}"
     if wrong := checkpoint_damage(origin):
-        remedy = removal(stored.folder, stored.named_in)
+        remedy = removal_command(stored.folder, stored.named_in)
         raise damaged(*wrong, remedy, "the run is trained again")
     target.mkdir()
     for file in visible_files(origin):
-        if file.name not in (OPTIMIZER, METHOD, "progress.json"):
+        if file.name not in (OPTIMIZER_FILE, METHOD_FILE, "progress.json"):
             link_recorded(file, target / file.name)
     files, _ = sha256_of_all(visible_files(target))
     return {"checkpoint": str(origin), "checkpoints": str(stored.named_in), "files": files}
 
 
-def _told(run: str | None, choice: Choice, put: Mapping[str, Any]) -> dict[str, Any]:
+def _told(run: str | None, choice: CheckpointChoice, put: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "run": run,
         "step": choice.point.step if choice.point else None,

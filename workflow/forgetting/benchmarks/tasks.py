@@ -3,6 +3,8 @@
 Only the origin of the rows is changed. A task that is not solved from examples also gives up
 the splits that the harness would load and process for examples that nobody draws: no prompt
 and no score depends on them.
+
+Load the harness's tasks with programs although nothing here runs them through `evaluate`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import contextlib
 import functools
 import math
 import re
+import sys
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,18 +22,61 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetting.benchmarks.code_eval_stand_in import without_code_eval
-from forgetting.benchmarks.definitions import example_split, read_definition
-from forgetting.benchmarks.known import BENCHMARKS, splits_of
-from forgetting.digests import damage
-from forgetting.records import InputError, damaged, read_numbered, removal
-from forgetting.sections.task import Task
+from forgetting.benchmarks.registry import BENCHMARKS, required_splits
+from forgetting.benchmarks.task_definitions import example_split, read_task_definition
+from forgetting.config.evaluation import TaskConfig
+from forgetting.digests import file_damage
+from forgetting.errors import InputError
+from forgetting.io import damaged, read_jsonl_numbered, removal_command
+
+
+@contextlib.contextmanager
+def without_code_eval(needed: bool) -> Iterator[None]:
+    """Have `evaluate` replaced during the block, if that is `needed`.
+
+    The helper modules of tasks with programs fetch the hub's `code_eval` metric when they are
+    imported, and try it at once. That needs a connection, takes seconds, and would run programs
+    outside any sandbox. A stand-in takes its place for the import; a program that reached it
+    would be an error of ours, so it refuses to judge. Afterwards the stand-in and the modules
+    that saw it are forgotten, so that nothing else in this process meets them.
+    """
+    if not needed:
+        yield
+        return
+    before, known = sys.modules.get("evaluate"), set(sys.modules)
+    stand_in = types.ModuleType("evaluate")
+    stand_in.load = lambda *_, **__: _CodeEvalStub()  # type: ignore[attr-defined]
+    sys.modules["evaluate"] = stand_in
+    try:
+        yield
+    finally:
+        for module in set(sys.modules) - known:
+            if module.startswith("lm_eval.tasks."):
+                del sys.modules[module]
+        if before is None:
+            sys.modules.pop("evaluate", None)
+        else:
+            sys.modules["evaluate"] = before
+
+
+class _CodeEvalStub:
+    """Answers the self-test at import with nothing, and anything after it with an error."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    def compute(self, **_: object) -> tuple[dict[str, float], dict[str, object]]:
+        self._asked += 1
+        if self._asked > 1:
+            raise RuntimeError("programs are run in a sandbox, never inside the harness")
+        return {"pass@1": 0.0}, {}
+
 
 HARNESS_SEED = 1234  # the harness's default for drawing examples
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How several answers to an item are drawn."""
 
     samples: int
@@ -53,16 +100,18 @@ class TaskSpec:
     chance: float | None = None
     revision: str | None = None
     metric: str | None = None
-    sampling: Sampling | None = None
+    sampling: SamplingConfig | None = None
     draws: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, name: str, task: Task) -> TaskSpec:
+    def of(cls, name: str, task: TaskConfig) -> TaskSpec:
         """A task as a study's section says it."""
         sampling = None
         if task.samples is not None:
             given = {"temperature": task.temperature, "top_p": task.top_p}
-            sampling = Sampling(task.samples, **{k: v for k, v in given.items() if v is not None})
+            sampling = SamplingConfig(
+                task.samples, **{k: v for k, v in given.items() if v is not None}
+            )
         return cls(
             name,
             num_fewshot=task.num_fewshot,
@@ -98,7 +147,7 @@ def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNES
     config = _configured(spec)
     if rows is not None:
         columns = BENCHMARKS[spec.name].columns if spec.name in BENCHMARKS else ()
-        source = _row_source(rows, splits_of(spec.name, config["num_fewshot"]), columns)
+        source = _local_rows(rows, required_splits(spec.name, config["num_fewshot"]), columns)
         config |= {"custom_dataset": source, "dataset_kwargs": None}
     else:
         _go_offline_if_unreachable()
@@ -119,10 +168,10 @@ def _configured(spec: TaskSpec) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        definition = read_definition(spec.name)
+        definition = read_task_definition(spec.name)
     except InputError as error:
         raise InputError(f"benchmarks, task {spec.name!r}: {error}") from None
-    with without_code_eval(definition.writes_programs), _import_errors(spec.name):
+    with without_code_eval(definition.generates_code), _import_errors(spec.name):
         config: dict[str, Any] = load_yaml(definition.path)
     own = config.get("num_fewshot")
     if own == 0 and spec.num_fewshot:
@@ -145,7 +194,7 @@ def _configured(spec: TaskSpec) -> dict[str, Any]:
     return config
 
 
-def _row_source(
+def _local_rows(
     folder: Path, splits: list[str], columns: tuple[str, ...]
 ) -> Callable[..., dict[str, Any]]:
     """A function that the harness calls instead of downloading; nothing is cached on disk."""
@@ -167,9 +216,9 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
         InputError: names the file, the line and the column.
     """
     downloaded = re.fullmatch(r"[0-9a-f]{40}", path.parent.name) is not None  # by its revision
-    if downloaded and (wrong := damage(path, required=False)):
-        raise damaged(path, wrong, removal(path.parent), "the rows are downloaded again")
-    found = list(read_numbered(path))
+    if downloaded and (wrong := file_damage(path, required=False)):
+        raise damaged(path, wrong, removal_command(path.parent), "the rows are downloaded again")
+    found = list(read_jsonl_numbered(path))
     if not found:
         raise InputError(f"{path}: has no rows")
     for line, row in found:

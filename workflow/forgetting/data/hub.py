@@ -18,18 +18,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from forgetting.digests import sha256
+from forgetting.errors import InputError, disk_fault
 from forgetting.inputs import is_model_file
-from forgetting.records import (
-    InputError,
-    disk_fault,
-    read_foreign_json,
-    replacing,
-    replacing_folder,
-)
+from forgetting.io import atomic_folder, atomic_write, read_foreign_json
 
 
 @dataclass(frozen=True)
-class HubRows:
+class HubDataset:
     """Where a benchmark's rows are published."""
 
     dataset: str
@@ -38,29 +33,29 @@ class HubRows:
     splits: tuple[str, ...]
 
 
-HUB_ROWS = {
-    "gsm8k": HubRows(
+HUB_DATASETS = {
+    "gsm8k": HubDataset(
         "openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866", ("train", "test")
     ),
-    "humaneval": HubRows(
+    "humaneval": HubDataset(
         "openai/openai_humaneval",
         "openai_humaneval",
         "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
         ("test",),
     ),
-    "hellaswag": HubRows(
+    "hellaswag": HubDataset(
         "Rowan/hellaswag",
         "default",
         "218ec52e09a7e7462a5400043bb9a69a41d06b76",
         ("train", "validation"),
     ),
-    "winogrande": HubRows(
+    "winogrande": HubDataset(
         "allenai/winogrande",
         "winogrande_xl",
         "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
         ("train", "validation"),
     ),
-    "arc_challenge": HubRows(
+    "arc_challenge": HubDataset(
         "allenai/ai2_arc",
         "ARC-Challenge",
         "210d026faf9955653af8916fad021475a3f00453",
@@ -68,8 +63,8 @@ HUB_ROWS = {
     ),
 }
 
-WEIGHTS = ".safetensors"
-GIVE_FOLDER = "or give a local folder instead"
+WEIGHT_FILES = ".safetensors"
+USE_LOCAL_FOLDER = "or give a local folder instead"
 
 
 def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
@@ -81,7 +76,7 @@ def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
     Raises:
         InputError: the hub does not give the table, or gives another content than it publishes.
     """
-    with replacing(target) as temporary, _refusals(dataset, revision):
+    with atomic_write(target) as temporary, _hub_error_messages(dataset, revision):
         published = _published(dataset, revision, "dataset")
         part = re.compile(re.escape(table) + r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet")
         shards = sorted(filter(part.fullmatch, published))
@@ -172,7 +167,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-def fetch_rows(origin: HubRows, split: str) -> list[dict[str, Any]]:
+def fetch_rows(origin: HubDataset, split: str) -> list[dict[str, Any]]:
     """Return all rows of one split, in the published columns.
 
     Raises:
@@ -181,7 +176,10 @@ def fetch_rows(origin: HubRows, split: str) -> list[dict[str, Any]]:
     import datasets
 
     # Tables that were made of a damaged file are not found again.
-    with _refusals(origin.dataset, origin.revision), tempfile.TemporaryDirectory() as tables:
+    with (
+        _hub_error_messages(origin.dataset, origin.revision),
+        tempfile.TemporaryDirectory() as tables,
+    ):
         try:
             rows = datasets.load_dataset(
                 origin.dataset,
@@ -223,11 +221,11 @@ def fetch_model(model: str, revision: str, folder: Path) -> None:
     """
     from huggingface_hub import snapshot_download
 
-    with replacing_folder(folder) as whole, _refusals(model, revision):
+    with atomic_folder(folder) as whole, _hub_error_messages(model, revision):
         published = _published(model, revision, "model")
-        weights = _weights(model, revision, published, whole)
+        weights = _weight_files(model, revision, published, whole)
         others = {name for name in published if is_model_file(name)}
-        wanted = sorted({*weights, *(name for name in others if not name.endswith(WEIGHTS))})
+        wanted = sorted({*weights, *(name for name in others if not name.endswith(WEIGHT_FILES))})
         snapshot_download(
             model,
             revision=revision,
@@ -242,7 +240,7 @@ def fetch_model(model: str, revision: str, folder: Path) -> None:
         shutil.rmtree(whole / ".cache", ignore_errors=True)
 
 
-def _weights(
+def _weight_files(
     model: str, revision: str, published: Mapping[str, Any], folder: Path
 ) -> Collection[str]:
     """Return the files of a model's weights: a single one, or those that an index names.
@@ -250,9 +248,9 @@ def _weights(
     Raises:
         InputError: there are none, or the repository lacks one.
     """
-    index = f"model{WEIGHTS}.index.json"
-    if f"model{WEIGHTS}" in published:
-        return [f"model{WEIGHTS}"]
+    index = f"model{WEIGHT_FILES}.index.json"
+    if f"model{WEIGHT_FILES}" in published:
+        return [f"model{WEIGHT_FILES}"]
     if index not in published:
         raise InputError(
             f"{model} at {revision} has neither model.safetensors nor {index}; other formats are "
@@ -274,7 +272,7 @@ def _weights(
 
 
 @contextmanager
-def _refusals(name: str, revision: str) -> Iterator[None]:
+def _hub_error_messages(name: str, revision: str) -> Iterator[None]:
     """Turn what the hub's libraries raise into one line with its remedy.
 
     Raises:
@@ -298,24 +296,24 @@ def _reason(name: str, error: BaseException) -> str:
     causes = list(_causes(error))
     page = f"https://huggingface.co/{name}"
     gated = any("gated dataset" in str(cause) for cause in causes)
-    if gated or _first(causes, errors.GatedRepoError):
+    if gated or _first_sentence(causes, errors.GatedRepoError):
         return (
             f"the hub gives it to those only who accepted its conditions; accept them at {page} "
             f"(for a dataset at https://huggingface.co/datasets/{name}), log in with `hf auth "
-            f"login`, {GIVE_FOLDER}"
+            f"login`, {USE_LOCAL_FOLDER}"
         )
-    if _first(causes, errors.RevisionNotFoundError):
+    if _first_sentence(causes, errors.RevisionNotFoundError):
         return (
             "the hub has this repository, but no such revision; take one of the commits that its "
             "page lists under `Files`, `History`"
         )
-    if _first(causes, errors.RepositoryNotFoundError):
+    if _first_sentence(causes, errors.RepositoryNotFoundError):
         return (
             "the hub has no such repository, or it is private; check OWNER/NAME, log in with `hf "
-            f"auth login` if it is private, {GIVE_FOLDER}"
+            f"auth login` if it is private, {USE_LOCAL_FOLDER}"
         )
-    response = getattr(_first(causes, errors.HfHubHTTPError), "response", None)
-    if _first(causes, errors.RemoteEntryNotFoundError):
+    response = getattr(_first_sentence(causes, errors.HfHubHTTPError), "response", None)
+    if _first_sentence(causes, errors.RemoteEntryNotFoundError):
         file = str(response.url).partition("/resolve/")[2].partition("/")[2] if response else ""
         return f"the hub lists the file {file}, but does not have it; try again later"
     status = getattr(response, "status_code", None)
@@ -325,16 +323,18 @@ def _reason(name: str, error: BaseException) -> str:
             "HF_TOKEN if its token is not valid any more"
         )
     if status is not None:
-        return f"the hub answers with HTTP {status}; try again later, {GIVE_FOLDER}"
+        return f"the hub answers with HTTP {status}; try again later, {USE_LOCAL_FOLDER}"
     if any(_is_network(cause) for cause in causes):
         return (
-            f"the hub cannot be reached ({_line(error)}); check the network, the proxy and "
-            f"HF_ENDPOINT, {GIVE_FOLDER}"
+            f"the hub cannot be reached ({_error_line(error)}); check the network, the proxy and "
+            f"HF_ENDPOINT, {USE_LOCAL_FOLDER}"
         )
-    return f"it cannot be fetched from the hub ({_line(error)}); {GIVE_FOLDER[3:]}"
+    return f"it cannot be fetched from the hub ({_error_line(error)}); {USE_LOCAL_FOLDER[3:]}"
 
 
-def _first(causes: Sequence[BaseException], kind: type[BaseException]) -> BaseException | None:
+def _first_sentence(
+    causes: Sequence[BaseException], kind: type[BaseException]
+) -> BaseException | None:
     return next((cause for cause in causes if isinstance(cause, kind)), None)
 
 
@@ -360,6 +360,6 @@ def _is_network(error: BaseException) -> bool:
     return transport or isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))
 
 
-def _line(error: BaseException) -> str:
+def _error_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

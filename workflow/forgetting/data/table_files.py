@@ -11,20 +11,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from forgetting.records import InputError, read_numbered
-from forgetting.sections.columns import Columns
+from forgetting.config.data import ColumnsConfig
+from forgetting.errors import InputError
+from forgetting.io import read_jsonl_numbered
 
 Row = dict[str, Any]
-Where = Callable[[str], str]
+Locate = Callable[[str], str]
 """Gives the file and the line of a row by its id."""
 
-PLAIN = Columns()
+_PLAIN_TYPES = ColumnsConfig()
 
 SAMPLED, TEXT_SHARE = 1000, 0.1
 """A column has text if this share of that many first rows has some. Most rows of Alpaca have no
 `input`."""
 
-HARMLESS = re.compile(
+_IGNORED_COLUMNS = re.compile(
     "id|idx|index|uid|uuid|hash|source|origin|dataset|config|split|subset|category|topic|subject|"
     "task|type|kind|tags?|label|language|lang|url|license|date|author|user|model|meta|metadata|"
     "notes?|comment|difficulty|level|paraphrased_(answer|question)|perturbed_answer|"
@@ -33,7 +34,7 @@ HARMLESS = re.compile(
 )
 """Columns that are not expected to be trained on: identifiers, sources, kinds, other wordings."""
 
-LONGEST_CELL = 2**24
+MAX_CELL_CHARACTERS = 2**24
 """Characters of the longest cell of a CSV table: an open quotation mark reads no further."""
 
 
@@ -46,7 +47,7 @@ def find_table(folder: Path, table: str) -> Path:
     raise InputError(f"{folder}: there is no {table}.jsonl (nor .json, nor .csv) in this folder")
 
 
-def read_rows(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, Row]]:
     """Yield every row under our column names, with its file and line."""
     where = ""
     for where, row, names in _named_rows(path, columns):
@@ -56,11 +57,11 @@ def read_rows(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
         raise InputError(f"{path}: no rows; expected {expected}")
 
 
-def _named_rows(path: Path, columns: Columns) -> Iterator[tuple[str, Row, dict[str, str]]]:
+def _named_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, Row, dict[str, str]]]:
     """Yield file and line, the row as it is, and the table's names of the renamed columns."""
     is_csv = path.suffix == ".csv"
     names: dict[str, str] | None = None
-    for line, row in _read_csv(path) if is_csv else read_numbered(path):
+    for line, row in _read_csv(path) if is_csv else read_jsonl_numbered(path):
         where = f"{path}, line {line}"
         names = columns_of(row, columns, where) if names is None else names
         _refuse_mixed_names(row, names, columns, where)
@@ -73,7 +74,7 @@ def _renamed(row: Row, names: dict[str, str]) -> Row:
     return kept | {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
 
 
-def columns_of(row: Row, columns: Columns, where: str) -> dict[str, str]:
+def columns_of(row: Row, columns: ColumnsConfig, where: str) -> dict[str, str]:
     """Return the name of each renamed column in a table whose first row is given.
 
     `columns` holds for all tables of a dataset. A table that lacks a name from there and has our
@@ -98,7 +99,9 @@ def columns_of(row: Row, columns: Columns, where: str) -> dict[str, str]:
     return {ours: ours if ours in ours_only else theirs for ours, theirs in columns.renamed.items()}
 
 
-def _refuse_mixed_names(row: Row, names: dict[str, str], columns: Columns, where: str) -> None:
+def _refuse_mixed_names(
+    row: Row, names: dict[str, str], columns: ColumnsConfig, where: str
+) -> None:
     """Refuse a row that has the dataset's name of a column that the first row has under ours."""
     for ours, theirs in columns.renamed.items():
         if names[ours] == ours and theirs in row:
@@ -108,7 +111,9 @@ def _refuse_mixed_names(row: Row, names: dict[str, str], columns: Columns, where
             )
 
 
-def unused_columns(path: Path, columns: Columns, used: Callable[[Row], set[str]]) -> list[str]:
+def unused_columns(
+    path: Path, columns: ColumnsConfig, used: Callable[[Row], set[str]]
+) -> list[str]:
     """Return the columns of a table that hold text and are not read, without well-known ones.
 
     Args:
@@ -122,7 +127,7 @@ def unused_columns(path: Path, columns: Columns, used: Callable[[Row], set[str]]
         found.update(
             name
             for name, value in row.items()
-            if name not in read and not HARMLESS.fullmatch(name) and _holds_text(value)
+            if name not in read and not _IGNORED_COLUMNS.fullmatch(name) and _holds_text(value)
         )
         total += 1
     return [name for name, count in found.items() if count >= TEXT_SHARE * total]
@@ -137,7 +142,7 @@ def _holds_text(value: object) -> bool:
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a table with a line of column names, and the line where each begins."""
-    csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
     names: list[str] = []
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(_text_lines(file, path), strict=True)
@@ -207,10 +212,10 @@ def _csv_row(names: list[str], cells: list[str], where: str) -> Row:
     return {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
 
-def place(path: Path, row_id: str) -> str:
+def source_line(path: Path, row_id: str) -> str:
     """The file and the line of a row that was read, by its id."""
     number = int(row_id.rpartition("/")[2])
-    return next(islice(read_rows(path, PLAIN), number, None))[0]
+    return next(islice(read_rows(path, _PLAIN_TYPES), number, None))[0]
 
 
 def is_text(value: object) -> bool:
@@ -225,11 +230,13 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
         raise InputError(f"{where}: expected a non-empty string `{column}`; the row has {names}")
     text: str = row[column]
     if not is_text(text):
-        raise InputError(f"{where}: expected a non-empty string `{column}`, found {found(text)}")
+        raise InputError(
+            f"{where}: expected a non-empty string `{column}`, found {list_names(text)}"
+        )
     return text
 
 
-def found(value: object) -> str:
+def list_names(value: object) -> str:
     """A value in the words of JSON, which users wrote, in short."""
     if isinstance(value, str):
         return f"the text `{value[:40]}`" if value.strip() else "a blank one"

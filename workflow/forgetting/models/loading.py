@@ -1,9 +1,13 @@
-"""Load a base model, on the device and in the arithmetic that the machine has."""
+"""Load a base model, on the device and in the arithmetic that the machine has.
+
+The record of the base, and whether the model's folder still is what was recorded.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,20 +25,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forgetting.records import InputError, read_foreign_json
+from forgetting.digests import sha256_of_each
+from forgetting.errors import InputError
+from forgetting.inputs import model_files
+from forgetting.io import damaged, read_foreign_json, read_json, removal_command
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model that can be measured: plain, or with an adapter."""
 
 
-def inner_model(model: Model) -> PreTrainedModel:
+def unwrap_peft(model: Model) -> PreTrainedModel:
     """The model itself, without peft's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def text_config(model: Model) -> PreTrainedConfig:
     """Return the configuration of the language model, which multimodal types have as a section."""
-    config: PreTrainedConfig = inner_model(model).config.get_text_config(decoder=True)
+    config: PreTrainedConfig = unwrap_peft(model).config.get_text_config(decoder=True)
     return config
 
 
@@ -60,12 +67,12 @@ def freeze_unread(model: PreTrainedModel) -> None:
                 parameter.requires_grad_(False)
 
 
-def pick_device() -> torch.device:
+def get_device() -> torch.device:
     """The first GPU where there is one, else the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
+def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
     """The arithmetic of forward and backward passes, decided once per process and recorded.
 
     auto is bfloat16 where the GPU or the processor multiplies it in hardware, float32 elsewhere.
@@ -95,7 +102,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, dtype=precision)
 
 
-def precision_within(device: torch.device) -> torch.dtype:
+def autocast_dtype(device: torch.device) -> torch.dtype:
     """The arithmetic of the `autocast` that this is called in."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
@@ -263,7 +270,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
         raise InputError(f"training.activation_checkpointing: {error}") from None
 
 
-def quieten_libraries() -> None:
+def silence_libraries() -> None:
     """Keep progress bars and advice of the libraries out of the logs."""
     import transformers
 
@@ -274,3 +281,57 @@ def quieten_libraries() -> None:
     # peft looks for AdaLoRA's ranks under names of another form, and finds them later.
     warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+PRETRAINED = "trained from scratch for this study"
+"""Origin of a base that a job of this study has trained."""
+
+
+def read_base(record: Path) -> dict[str, Any]:
+    """Return the record of the base, once every file of the model has the digest recorded there.
+
+    Raises:
+        InputError: a file is damaged, missing or new; it names the command that heals it.
+    """
+    base: dict[str, Any] = read_json(record)
+    folder = Path(base["path"])
+    if wrong := _difference(folder, base["files"]):
+        path, what = wrong
+        if base.get("downloaded"):
+            remedy, then = removal_command(folder, record), "the model is downloaded again"
+        elif base["origin"] == PRETRAINED:
+            remedy, then = removal_command(record), "the base is trained again"
+        else:
+            raise InputError(
+                f"{path} {what}; put the recorded file back, or run `{removal_command(record)}` "
+                "to take the model as it is now, then repeat the command"
+            )
+        raise damaged(path, what, remedy, then)
+    return base
+
+
+def _difference(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, str] | None:
+    """Return the first file of a model that is not as recorded, and what is wrong with it."""
+    present = {path.relative_to(folder).as_posix() for path in model_files(folder)}
+    if missing := sorted(set(recorded) - present):
+        return folder / missing[0], "is missing"
+    if new := sorted(present - set(recorded)):
+        return folder / new[0], "was not there when the base was recorded"
+    for path, digest in sha256_of_each(folder / name for name in recorded).items():
+        if digest != recorded[path.relative_to(folder).as_posix()]:
+            return path, "differs from what was recorded of the base (sha256)"
+    return None
+
+
+def model_parameters(folder: Path) -> int:
+    """Return how many parameters the model of a folder has once it is loaded.
+
+    Its files may have more, such as buffers and the second name of a tied weight, or fewer.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no causal language model can be read ({error})") from None
+    return sum(parameter.numel() for parameter in model.parameters())

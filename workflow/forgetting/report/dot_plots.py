@@ -8,30 +8,31 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from forgetting.report import parts
-from forgetting.report import tables as data
-from forgetting.report.tables import Tables
+from forgetting.report import chart_parts, frames
+from forgetting.report.frames import ReportTables
 
 _NONE_SELECTED = "no checkpoint selected"
 
 
-def truth_ratio(tables: Tables, width: int = 300) -> alt.ConcatChart:
+def truth_ratio(tables: ReportTables, width: int = 300) -> alt.ConcatChart:
     """Truth ratio on each probe of old knowledge by rank; a menu switches its definition."""
-    by_probe = {name: data.truth_ratios(tables, name) for name in data.probes(tables, "old")}
+    by_probe = {
+        name: frames.truth_ratios(tables, name) for name in frames.probes_in_order(tables, "old")
+    }
     by_probe = {name: rows for name, rows in by_probe.items() if len(rows)}
     if not by_probe:
-        return parts.message("No truth ratio of old knowledge was measured.")
+        return chart_parts.empty_chart("No truth ratio of old knowledge was measured.")
     choice = alt.param(
         "definition",
         value="arithmetic",
-        bind=alt.binding_select(options=list(data.TRUTH_RATIOS), name="Mean over wrong answers"),
+        bind=alt.binding_select(options=list(frames.TRUTH_RATIOS), name="Mean over wrong answers"),
     )
-    tip = [alt.Tooltip("definition:N"), *parts.value_tooltip("truth ratio")]
+    tip = [alt.Tooltip("definition:N"), *chart_parts.value_tooltip("truth ratio")]
     panels = [
-        _dots(
+        _dot_layer(
             rows,
-            data.labels(tables),
-            parts.panel_title(data.human(name), "old knowledge"),
+            frames.method_labels(tables),
+            chart_parts.panel_title(frames.humanize(name), "old knowledge"),
             "truth ratio (higher: more retained)",
             tip,
             chosen="definition",
@@ -39,36 +40,42 @@ def truth_ratio(tables: Tables, width: int = 300) -> alt.ConcatChart:
         for name, rows in by_probe.items()
     ]
     told = "Truth ratio on old knowledge of the base and of each method's selected checkpoint."
-    return parts.combine(panels, [parts.focus(), choice], told, narrowest=170)
+    return chart_parts.combine_panels(panels, [chart_parts.focus(), choice], told, narrowest=170)
 
 
-def benchmarks(tables: Tables, width: int = 215) -> alt.ConcatChart:
+def benchmarks(tables: ReportTables, width: int = 215) -> alt.ConcatChart:
     """The main metric of each benchmark, of the base and of the selected checkpoints."""
-    rows = data.scores(tables)
+    rows = frames.available_scores(tables)
     if not len(rows):
-        return parts.message("No benchmark was scored.")
-    tip = [alt.Tooltip("metric:N"), *parts.value_tooltip("score"), parts.number("chance", "chance")]
+        return chart_parts.empty_chart("No benchmark was scored.")
+    tip = [
+        alt.Tooltip("metric:N"),
+        *chart_parts.value_tooltip("score"),
+        chart_parts.number_format("chance", "chance"),
+    ]
     panels = [
-        _dots(
+        _dot_layer(
             group,
-            data.labels(tables),
-            parts.panel_title(data.human(str(task)), harness_metric(group["metric"].iloc[0])),
+            frames.method_labels(tables),
+            chart_parts.panel_title(
+                frames.humanize(str(task)), harness_metric(group["metric"].iloc[0])
+            ),
             None,
             tip,
         ).properties(width=width)
         for task, group in rows.groupby("task", sort=False)
     ]
     told = "Benchmark scores of the base and of the selected checkpoints, with chance levels."
-    return parts.combine(panels, [parts.focus()], told, narrowest=170)
+    return chart_parts.combine_panels(panels, [chart_parts.focus()], told, narrowest=170)
 
 
 def harness_metric(metric: str) -> str:
     """A metric of lm-eval, `name,filter`, as words: `exact match (strict-match)`."""
     name, _, used = metric.partition(",")
-    return data.human(name) + (f" ({used})" if used and used != "none" else "")
+    return frames.humanize(name) + (f" ({used})" if used and used != "none" else "")
 
 
-def _dots(
+def _dot_layer(
     rows: pd.DataFrame,
     labels: list[str],
     title: alt.TitleParams,
@@ -92,14 +99,14 @@ def _dots(
     marks = [
         *_base_band(rows, y, about),
         *_chance(rows),
-        _bars(tuned, y, several, labels).encode(x=alt.X("low:Q").title(axis), x2="high:Q"),
+        _interval_bars(tuned, y, several, labels).encode(x=alt.X("low:Q").title(axis), x2="high:Q"),
         _points(tuned, y, several, labels).encode(x=x, tooltip=about),
     ]
     if chosen:
         marks = [mark.transform_filter(f"datum.{chosen} === {chosen}") for mark in marks]
-    marks.append(_absent(order, rows, y))
+    marks.append(_missing_marks(order, rows, y))
     step = 40 if several else 24
-    return parts.stack(marks).properties(title=title, height=step * len(order))
+    return chart_parts.stack_panels(marks).properties(title=title, height=step * len(order))
 
 
 def _base_band(rows: pd.DataFrame, y: alt.Y, who: Sequence[alt.Tooltip]) -> list[alt.Chart]:
@@ -123,22 +130,22 @@ def _chance(rows: pd.DataFrame) -> list[alt.Chart]:
     return [rule, words.encode(x="chance:Q", y=alt.value(0), text=alt.value("chance"))]
 
 
-def _bars(rows: pd.DataFrame, y: alt.Y, several: bool, labels: list[str]) -> alt.Chart:
+def _interval_bars(rows: pd.DataFrame, y: alt.Y, several: bool, labels: list[str]) -> alt.Chart:
     chart = alt.Chart(rows.dropna(subset=["low", "high"])).mark_rule(strokeWidth=2)
-    return _placed(chart, y, several, labels).encode(opacity=parts.opacity(0.6))
+    return _with_positions(chart, y, several, labels).encode(opacity=chart_parts.opacity(0.6))
 
 
 def _points(rows: pd.DataFrame, y: alt.Y, several: bool, labels: list[str]) -> alt.Chart:
     chart = alt.Chart(rows).mark_point(filled=True, size=75)
-    return _placed(chart, y, several, labels).encode(opacity=parts.opacity(1))
+    return _with_positions(chart, y, several, labels).encode(opacity=chart_parts.opacity(1))
 
 
-def _placed(chart: alt.Chart, y: alt.Y, several: bool, labels: list[str]) -> alt.Chart:
-    chart = chart.encode(y=y, color=parts.colour(labels, legend=False))
+def _with_positions(chart: alt.Chart, y: alt.Y, several: bool, labels: list[str]) -> alt.Chart:
+    chart = chart.encode(y=y, color=chart_parts.colour(labels, legend=False))
     return chart.encode(yOffset=alt.YOffset("seed:N")) if several else chart
 
 
-def _absent(order: list[str], rows: pd.DataFrame, y: alt.Y) -> alt.Chart:
+def _missing_marks(order: list[str], rows: pd.DataFrame, y: alt.Y) -> alt.Chart:
     """Words in the rows of methods that have nothing to show."""
     missing = [label for label in order if label not in set(rows["label"])]
     table = pd.DataFrame({"label": pd.Series(missing, dtype="object")})

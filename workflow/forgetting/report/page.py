@@ -22,30 +22,28 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from forgetting.records import write_atomically
-from forgetting.report import content
-from forgetting.report import tables as data
-from forgetting.report.answer import answer
+from forgetting.io import write_atomically
+from forgetting.report import frames, summary
+from forgetting.report.chart_parts import switching_titles
+from forgetting.report.charts import FIGURES
 from forgetting.report.dot_plots import harness_metric
-from forgetting.report.figures import FIGURES
-from forgetting.report.parts import live_titles
-from forgetting.report.samples import sampled
-from forgetting.report.tables import Tables
+from forgetting.report.frames import ReportTables, sampled_tasks
+from forgetting.report.narrative import narrative
 from forgetting.report.theme import MODES, palette, theme
 
-TEMPLATES = Path(__file__).parents[2] / "report"
+TEMPLATES = Path(__file__).parent / "templates"
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 
 
-def write_report(tables: Tables, page: Path, folder: Path) -> None:
+def write_report(tables: ReportTables, page: Path, folder: Path) -> None:
     """Write the figures (SVG and PNG) and then the page, each file whole or not at all."""
     specs = {
-        name: spec_of(figure(tables))
+        name: chart_spec(figure(tables))
         for name, figure in FIGURES.items()
-        if name != "course" or len(tables.course)
+        if name != "course" or len(tables.benchmark_trajectory)
     }
     for name, spec in specs.items():
-        svg = static_svg(spec, _kinds(tables))
+        svg = static_svg(spec, _method_kinds(tables))
         write_atomically(folder / f"{name}.svg", svg, recorded=False)
         write_atomically(
             folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2), recorded=False
@@ -53,19 +51,21 @@ def write_report(tables: Tables, page: Path, folder: Path) -> None:
     write_atomically(page, render(tables, specs), recorded=False)
 
 
-def spec_of(chart: alt.ConcatChart) -> dict[str, Any]:
+def chart_spec(chart: alt.ConcatChart) -> dict[str, Any]:
     """A chart as Vega-Lite JSON without configuration: the theme is applied where it is drawn."""
     # Altair refuses more than 5,000 rows, since notebooks keep them; a page is made to hold them.
     with alt.data_transformers.disable_max_rows():
         spec: dict[str, Any] = chart.to_dict()
     spec.pop("config", None)
     datasets = spec.pop("datasets", {})
-    spec = live_titles(spec)
-    spec["datasets"] = {name: [_absent(row) for row in rows] for name, rows in datasets.items()}
+    spec = switching_titles(spec)
+    spec["datasets"] = {
+        name: [_missing_figure(row) for row in rows] for name, rows in datasets.items()
+    }
     return spec
 
 
-def _absent(row: dict[str, Any]) -> dict[str, Any]:
+def _missing_figure(row: dict[str, Any]) -> dict[str, Any]:
     """A row without its NaN, which JSON cannot say (text columns keep them through Altair)."""
     return {key: value for key, value in row.items() if value is not None and value == value}
 
@@ -77,7 +77,7 @@ def static_svg(spec: dict[str, Any], kinds: list[str]) -> str:
     return svg
 
 
-def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
+def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
     """The whole page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -87,13 +87,13 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(FILTERS)
-    kinds = _kinds(tables)
+    kinds = _method_kinds(tables)
     scripts = [
         _vega(),
         _asset("page.js"),
     ]
-    said, qualified = answer(tables)
-    numbers = numbered(tables)
+    said, qualified = narrative(tables)
+    numbers = numbered_figures(tables)
     settings = {
         "themes": {mode: theme(kinds, mode) for mode in MODES},
         "figures": {name: spec for name, spec in specs.items() if name in numbers},
@@ -101,22 +101,22 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
     html: str = environment.get_template("page.html.j2").render(
         study=tables.config,
         provenance=tables.study.get("provenance", {}),
-        computed=content.computed_on(tables),
+        computed=summary.computed_on(tables),
         notes=tables.study.get("notes", []),
         forecast=tables.study.get("forecast", []),
         answer=said,
         qualified=qualified,
         rouge_tokenizer=tables.rouge_tokenizer,
-        rule=[sentence for sentence in content.selection_rule(tables) if sentence],
-        summary=content.summary(tables),
-        probes={kind: data.probes(tables, kind) for kind in ("new", "old")},
-        runs=content.run_rows(tables),
+        rule=[sentence for sentence in summary.selection_rule(tables) if sentence],
+        summary=summary.summary(tables),
+        probes={kind: frames.probes_in_order(tables, kind) for kind in ("new", "old")},
+        runs=summary.run_rows(tables),
         tasks=task_rows(tables),
-        samples=sampled(tables),
-        labels=data.labels(tables),
+        samples=sampled_tasks(tables),
+        labels=frames.method_labels(tables),
         numbers=numbers,
         colours=list(zip(*(palette(kinds, mode) for mode in MODES), strict=True)),
-        downloads=downloads(tables),
+        downloads=figure_downloads(tables),
         settings=script_json(settings),
         bundle=scripts[0],
         script=scripts[1],
@@ -126,24 +126,24 @@ def render(tables: Tables, specs: dict[str, dict[str, Any]]) -> str:
     return html
 
 
-def numbered(tables: Tables) -> dict[str, int]:
+def numbered_figures(tables: ReportTables) -> dict[str, int]:
     """The number of each figure on the page, without those of what the study does not measure."""
     asked = tables.config.get("benchmarks", {})
     left_out = {
         "distance": not tables.config.get("general_text"),
         "benchmarks": not (asked.get("tasks") or asked.get("refusals")),
-        "course": not asked.get("along"),
+        "course": not asked.get("during_training"),
     }
     shown = [name for name in FIGURES if not left_out.get(name)]
     return {name: number for number, name in enumerate(shown, start=1)}
 
 
-def task_rows(tables: Tables) -> list[dict[str, Any]]:
+def task_rows(tables: ReportTables) -> list[dict[str, Any]]:
     """What is known of each scored benchmark: metric, examples in the prompt, items, chance."""
-    rows = data.scores(tables).drop_duplicates("task")
+    rows = frames.available_scores(tables).drop_duplicates("task")
     return [
         {
-            "task": data.human(str(row["task"])),
+            "task": frames.humanize(str(row["task"])),
             "metric": harness_metric(str(row["metric"])),
             "fewshot": row["num_fewshot"],
             "n": row["n"],
@@ -153,14 +153,14 @@ def task_rows(tables: Tables) -> list[dict[str, Any]]:
     ]
 
 
-def downloads(tables: Tables) -> list[dict[str, str]]:
+def figure_downloads(tables: ReportTables) -> list[dict[str, str]]:
     """The tables that the page carries as CSV, as data URLs."""
     frames = {
-        "summary": content.summary_frame(tables),
+        "summary": summary.summary_frame(tables),
         "selection": tables.selection,
         "runs": tables.runs,
         "benchmarks": tables.benchmarks,
-        "benchmark_course": tables.course,
+        "benchmark_course": tables.benchmark_trajectory,
     }
     return [{"name": name, "url": _data_url(frame)} for name, frame in frames.items() if len(frame)]
 
@@ -176,14 +176,14 @@ def _data_url(frame: pd.DataFrame) -> str:
     return f"data:text/csv;charset=utf-8;base64,{encoded}"
 
 
-def _inline(script: str) -> Markup:
+def _inline_asset(script: str) -> Markup:
     return Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
 
 
 @cache
 def _vega() -> Markup:
     """Vega, Vega-Lite and Vega-Embed as one script, the same on every page."""
-    return _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE))
+    return _inline_asset(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE))
 
 
 def _asset(name: str) -> Markup:
@@ -199,8 +199,8 @@ def _policy(scripts: list[Markup]) -> str:
     )
 
 
-def _kinds(tables: Tables) -> list[str]:
-    return [str(kind) for kind in data.methods(tables)["kind"]]
+def _method_kinds(tables: ReportTables) -> list[str]:
+    return [str(kind) for kind in frames.methods_in_order(tables)["kind"]]
 
 
 def _signed(value: float) -> str:
@@ -217,7 +217,7 @@ def _count(value: Any) -> str:
     return "" if value is None else f"{int(value):,}".replace(",", "\u202f")
 
 
-def _emphasised(text: str) -> Markup:
+def _emphasized(text: str) -> Markup:
     """Text with *words* between asterisks as emphasis, and all else escaped."""
     return Markup(re.sub(r"\*([^*]+)\*", r"<em>\1</em>", str(escape(text))))
 
@@ -234,8 +234,8 @@ FILTERS = {
     "signed": _signed,
     "yaml": _yaml,
     "count": _count,
-    "human": data.human,
-    "emphasised": _emphasised,
+    "human": frames.humanize,
+    "emphasised": _emphasized,
     "figures": _figures,
     "short": _short,
 }

@@ -16,7 +16,7 @@ _RAMPS = {
 _FULL = {"light": "#c8500a", "dark": "#ff9a57"}
 _BASE = {"light": "#6b7280", "dark": "#9aa4b2"}
 _INK = {"light": "#1f2530", "dark": "#e6e9ef"}
-_QUIET = {"light": "#5b6472", "dark": "#a3acba"}
+_MUTED = {"light": "#5b6472", "dark": "#a3acba"}
 _GRID = {"light": "#e7eaee", "dark": "#2b313c"}
 MODES = ("light", "dark")
 
@@ -29,19 +29,19 @@ def palette(kinds: list[str], mode: str) -> list[str]:
         mode: `light` or `dark`.
     """
     adapters = [place for place, kind in enumerate(kinds) if kind != "full"]
-    ramp = dict(zip(adapters, _along(_RAMPS[mode], len(adapters)), strict=True))
+    ramp = dict(zip(adapters, _ramp_colour(_RAMPS[mode], len(adapters)), strict=True))
     return [ramp.get(place, _FULL[mode]) for place in range(len(kinds))] + [_BASE[mode]]
 
 
-def _along(stops: list[str], count: int) -> list[str]:
+def _ramp_colour(stops: list[str], count: int) -> list[str]:
     """`count` colours, evenly spaced along a ramp of stops."""
     if count == 1:
         return [stops[1]]
     places = [place * (len(stops) - 1) / (count - 1) for place in range(count)]
-    return [_between(stops, place) for place in places]
+    return [_mix(stops, place) for place in places]
 
 
-def _between(stops: list[str], place: float) -> str:
+def _mix(stops: list[str], place: float) -> str:
     first = min(int(place), len(stops) - 2)
     share = place - first
     mixed = (
@@ -54,7 +54,7 @@ def _between(stops: list[str], place: float) -> str:
 
 def theme(kinds: list[str], mode: str) -> dict[str, Any]:
     """Vega-Lite configuration; the method colours are its category range."""
-    ink, quiet, grid = _INK[mode], _QUIET[mode], _GRID[mode]
+    ink, quiet, grid = _INK[mode], _MUTED[mode], _GRID[mode]
     return {
         "background": "transparent" if mode == "dark" else "white",
         "font": FONT,

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forgetting.results.statistics import share_interval
+from forgetting.analysis.intervals import wilson_interval
 
-SHARES = ("agreement", "gained", "lost")
+BOUNDED = ("agreement", "gained", "lost")
 COLUMNS = (
     *("run", "step", "epoch", "probe", "answer", "asked", "n", "value", "base_value"),
-    *(f"{share}{end}" for share in SHARES for end in ("", "_low", "_high")),
+    *(f"{share}{end}" for share in BOUNDED for end in ("", "_low", "_high")),
 )
 
 
@@ -41,7 +41,7 @@ def churn_table(
     Kinds of answer: `generated`, scored by ROUGE-L recall (on benchmarks by the main metric), and
     the same only if the text is; `choice`, the likeliest per token of the right answer and the
     wrong ones, scored 1 if right. Of a benchmark's choices it is the one that the reported metric
-    takes (`forgetting.benchmarks.choices`): of `acc_norm` the likeliest per character.
+    takes (`forgetting.benchmarks.scores`): of `acc_norm` the likeliest per character.
 
     Args:
         items: the items of all runs, the base among them as run `base`.
@@ -49,9 +49,13 @@ def churn_table(
         benchmark_items: run, step, task, item, value of their main metric.
         course: what benchmarks were asked at every evaluation (`course.course_items`).
     """
-    parts = [_generated(items), _chosen(items), _benchmarks(responses, benchmark_items, items)]
+    parts = [
+        _generated_answers(items),
+        _choice_answers(items),
+        _benchmarks(responses, benchmark_items, items),
+    ]
     if course is not None:
-        asked = _responded(of_shares(course).rename(columns={"task": "probe"}))
+        asked = _response_rows(bounded_metrics(course).rename(columns={"task": "probe"}))
         parts.append(asked.assign(asked="training"))
     answered = pd.concat([part for part in parts if len(part)])
     is_base = answered["run"] == "base"
@@ -60,11 +64,11 @@ def churn_table(
     paired = answered[~is_base].merge(base, on=key, suffixes=("", "_base"))
     place = ["run", "step", "epoch", "probe", "answer", "asked"]
     groups = paired.groupby(place, sort=False, dropna=False)
-    rows = [dict(zip(COLUMNS, (*where, *_shares(group)), strict=True)) for where, group in groups]
+    rows = [dict(zip(COLUMNS, (*where, *_bounded(group)), strict=True)) for where, group in groups]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def of_shares(items: pd.DataFrame) -> pd.DataFrame:
+def bounded_metrics(items: pd.DataFrame) -> pd.DataFrame:
     """The items of benchmarks and metrics all of whose values are shares of right answers.
 
     Others, such as perplexities and BLEU of 0 to 100, are neither gained nor lost.
@@ -73,12 +77,12 @@ def of_shares(items: pd.DataFrame) -> pd.DataFrame:
     return items[~others.groupby([items["task"], items["metric"]]).transform("any")]
 
 
-def _shares(group: pd.DataFrame) -> list[float]:
-    change = (group["score"] - group["score_base"]).to_numpy(dtype=float)
-    found: list[float] = [len(group), group["score"].mean(), group["score_base"].mean()]
+def _bounded(group: pd.DataFrame) -> list[float]:
+    change = (group["score"] - group["evaluate_base"]).to_numpy(dtype=float)
+    found: list[float] = [len(group), group["score"].mean(), group["evaluate_base"].mean()]
     agreement = (group["said"] == group["said_base"]).to_numpy(dtype=float)
     for values in (agreement, change.clip(min=0.0), (-change).clip(min=0.0)):
-        found += [float(values.mean()), *share_interval(values)]
+        found += [float(values.mean()), *wilson_interval(values)]
     return found
 
 
@@ -87,13 +91,13 @@ def _answers(rows: pd.DataFrame, kind: str, said: Sequence[Any], score: Any) -> 
     return kept.assign(answer=kind, asked="training", said=said, score=score)
 
 
-def _generated(items: pd.DataFrame) -> pd.DataFrame:
+def _generated_answers(items: pd.DataFrame) -> pd.DataFrame:
     rows = items.dropna(subset=["rougeL_recall"])
     said = rows["generated"].str.split().str.join(" ")
     return _answers(rows, "generated", said, rows["rougeL_recall"])
 
 
-def _chosen(items: pd.DataFrame) -> pd.DataFrame:
+def _choice_answers(items: pd.DataFrame) -> pd.DataFrame:
     """Answer 0 is the right one."""
     asked = [
         isinstance(wrong, list | np.ndarray) and len(wrong) > 0 for wrong in items["logprobs_wrong"]
@@ -117,10 +121,10 @@ def _benchmarks(
     rows = responses.merge(items[[*key, "value"]], on=key).rename(columns={"task": "probe"})
     epochs = evaluated[["run", "step", "epoch"]].drop_duplicates(["run", "step"])
     rows = rows.merge(epochs.astype({"step": rows["step"].dtype}), on=["run", "step"], how="left")
-    return _responded(rows).assign(asked="job")
+    return _response_rows(rows).assign(asked="job")
 
 
-def _responded(rows: pd.DataFrame) -> pd.DataFrame:
+def _response_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """What benchmarks were answered: the number of a choice, or what was written."""
     was_choice = rows["choice"].notna()
     texts = rows["response"].str.split().str.join(" ")

@@ -1,4 +1,12 @@
-"""The state of a run on disk: complete checkpoints, from which it goes on."""
+"""The state of a run on disk: complete checkpoints, from which it goes on.
+
+Where runs that are trained together stand on disk, and from which step they go on.
+
+The last bits of a fused step depend on which runs are in it. So that a group that was killed ends
+with the same bits, it goes on from the newest evaluation of which all its runs have a record: all
+write theirs before any removes an older one, and a run that has ended tells at which evaluation of
+the group it had.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +20,45 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from forgetting.digests import damage, folder_damage, is_record, record_of
-from forgetting.models.adalora import restore_training, training_state
-from forgetting.models.loading import Model
-from forgetting.models.tuned import restore_checkpoint, save_checkpoint, save_tensors
-from forgetting.records import (
+from forgetting.digests import file_damage, is_record, record_path
+from forgetting.io import (
+    atomic_folder,
     read_json,
     remove_file,
     remove_folder,
-    replacing_folder,
-    warn_of,
+    warn_if_damaged,
     write_json,
 )
-from forgetting.select import recorded_points, steps_to_keep
-from forgetting.training.parallel import is_sharded
-from forgetting.training.shards import (
-    SHARDS,
-    join_shards,
-    load_shards,
+from forgetting.models.adapters import adalora_training_state, load_adalora_training_state
+from forgetting.models.loading import Model
+from forgetting.models.tuned import (
+    METHOD_FILE,
+    OPTIMIZER_FILE,
+    checkpoint_damage,
+    restore_weights,
+    save_tensors,
+    save_weights,
+)
+from forgetting.selection import recorded_evaluations, steps_to_keep
+from forgetting.training.distributed import SINGLE_PROCESS, ProcessGroup, is_sharded
+from forgetting.training.sharded_checkpoints import (
+    SHARD_FOLDER,
+    consolidate_shards,
+    load_sharded,
     optimizer_tensors,
     restore_optimizer,
-    save_shards,
+    save_sharded,
 )
-from forgetting.training.team import ALONE, Team
 
-OPTIMIZER = "optimizer.safetensors"
-METHOD = "method.safetensors"
-"""What a run goes on from beside its weights: its optimizer's state, and the method's own."""
-
-STARTS = "starts"
+BRANCH_CHECKPOINTS = "starts"
 """Beside a trunk's own checkpoints: those at the steps at which its branches leave it."""
 
-NO_ROOM = "no-room.json"
+OOM_FILE = "no-room.json"
 """Beside a run's checkpoints: with how many rows memory ran out in one of several processes."""
 
 
 @dataclass
-class Progress:
+class TrainState:
     """What a run has done so far; saved beside every checkpoint."""
 
     step: int = 0
@@ -57,12 +67,12 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """Of every step, per target token: penalties stand apart, so that methods can be compared."""
     penalties: list[float] = field(default_factory=list)
-    points: list[list[float]] = field(default_factory=list)
+    evaluations: list[list[float]] = field(default_factory=list)
     status: str = "running"
     micro_batch_size: int | None = None
     """Rows of a forward pass, once memory has run out with as many as the study allows."""
 
-    def halve(self, rows: int, *, told: bool = True) -> None:
+    def halve_micro_batch(self, rows: int, *, told: bool = True) -> None:
         """Go on with half of so many rows in a forward pass, with which memory ran out."""
         self.micro_batch_size = rows // 2
         if told:
@@ -73,52 +83,45 @@ class Progress:
             )
 
 
-def write_checkpoint(
+def save_checkpoint(
     model: Model,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainState,
     folder: Path,
-    team: Team = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Write a complete checkpoint beside, then give it its name.
 
     The first process writes it; of a sharded model, every process its part.
     """
     final = folder / f"step-{progress.step:07d}"
-    with replacing_folder(final) if team.first else nullcontext(final) as place:
-        partial = team.agree(place)
+    with atomic_folder(final) if process_group.is_main else nullcontext(final) as place:
+        partial = process_group.broadcast(place)
         if is_sharded(model):
-            save_shards(model, optimizer, partial, team)
-        elif team.first:
-            _write_whole(model, optimizer, partial)
-        if team.first:
+            save_sharded(model, optimizer, partial, process_group)
+        elif process_group.is_main:
+            _write_checkpoint(model, optimizer, partial)
+        if process_group.is_main:
             write_json(partial / "progress.json", vars(progress))
-    team.wait()
+    process_group.barrier()
 
 
-def _write_whole(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    save_checkpoint(model, folder)
+def _write_checkpoint(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    save_weights(model, folder)
     state = optimizer_tensors(optimizer)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_tensors(tensors, folder / OPTIMIZER)
-    if state_of_method := training_state(model):
-        save_tensors(state_of_method, folder / METHOD)
+    save_tensors(tensors, folder / OPTIMIZER_FILE)
+    if state_of_method := adalora_training_state(model):
+        save_tensors(state_of_method, folder / METHOD_FILE)
 
 
-def checkpoint_damage(checkpoint: Path) -> tuple[Path, str] | None:
-    """Return what is wrong with the weights of a checkpoint, and with what a run goes on from."""
-    if not (checkpoint / "progress.json").exists():
-        return checkpoint / "progress.json", "is missing"
-    return folder_damage(checkpoint, optional=(OPTIMIZER, METHOD))
-
-
-def restart_damaged(folders: Sequence[Path]) -> None:
+def discard_damaged(folders: Sequence[Path]) -> None:
     """Empty the folders of unfinished runs that train together, if one of them is damaged.
 
     A run whose newest checkpoint has lost the optimizer's state cannot go on either.
     """
     if wrong := next(filter(None, map(_run_damage, folders)), None):
-        warn_of(*wrong, "the run starts afresh")
+        warn_if_damaged(*wrong, "the run starts afresh")
         for folder in folders:
             remove_folder(folder)
             folder.mkdir(parents=True)
@@ -126,62 +129,73 @@ def restart_damaged(folders: Sequence[Path]) -> None:
 
 def _run_damage(folder: Path) -> tuple[Path, str] | None:
     """Return the first damaged file of an unfinished run, and what is wrong with it."""
-    for checkpoint in sorted([*folder.glob("step-*"), *folder.glob(f"{STARTS}/step-*")]):
+    for checkpoint in sorted(
+        [*folder.glob("step-*"), *folder.glob(f"{BRANCH_CHECKPOINTS}/step-*")]
+    ):
         if wrong := checkpoint_damage(checkpoint):
             return wrong
     files = {path for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
     newest = max(folder.glob("step-*/progress.json"), default=None)
     if newest is not None:
-        if not can_go_on(newest.parent):
-            return newest.parent / OPTIMIZER, "is missing"
-        method, optimizer = newest.parent / METHOD, newest.parent / OPTIMIZER
-        # `prune` removes the optimizer's state first.
-        if optimizer.exists() and record_of(method).exists() and not method.exists():
+        if not is_resumable(newest.parent):
+            return newest.parent / OPTIMIZER_FILE, "is missing"
+        method, optimizer = newest.parent / METHOD_FILE, newest.parent / OPTIMIZER_FILE
+        # `prune_checkpoints` removes the optimizer's state first.
+        if optimizer.exists() and record_path(method).exists() and not method.exists():
             return method, "is missing"
-        points = read_json(newest)["points"]
+        points = read_json(newest)["evaluations"]
         files |= {folder / f"items-{int(step):07d}.parquet" for step, *_ in points}
-    return next(((path, told) for path in sorted(files) if (told := damage(path))), None)
+    return next(((path, told) for path in sorted(files) if (told := file_damage(path))), None)
 
 
-def resume(
-    model: Model, optimizer: torch.optim.Optimizer, folder: Path, team: Team = ALONE
-) -> Progress:
+def load_latest(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> TrainState:
     """Restore the newest complete checkpoint, or start afresh.
 
     What a killed process left half written is removed.
     """
-    for leftover in folder.glob(".*") if team.first else ():
+    for leftover in folder.glob(".*") if process_group.is_main else ():
         if leftover.is_dir():
             shutil.rmtree(leftover)
         elif not is_record(leftover):
             leftover.unlink()
-    newest = team.agree(max(folder.glob("step-*/progress.json"), default=None))
+    newest = process_group.broadcast(max(folder.glob("step-*/progress.json"), default=None))
     if newest is None:
-        return Progress()
+        return TrainState()
     checkpoint = newest.parent
-    if is_sharded(model) or (checkpoint / SHARDS).exists():
-        load_shards(model, optimizer, checkpoint)
-        return Progress(**read_json(newest))
-    if (checkpoint / METHOD).exists():
-        restore_training(model, load_file(checkpoint / METHOD))
+    if is_sharded(model) or (checkpoint / SHARD_FOLDER).exists():
+        load_sharded(model, optimizer, checkpoint)
+        return TrainState(**read_json(newest))
+    if (checkpoint / METHOD_FILE).exists():
+        load_adalora_training_state(model, load_file(checkpoint / METHOD_FILE))
     else:
-        restore_checkpoint(model, checkpoint)
-    restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER))
-    return Progress(**read_json(newest))
+        restore_weights(model, checkpoint)
+    restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER_FILE))
+    return TrainState(**read_json(newest))
 
 
-def note_no_room(folder: Path, rows: int) -> None:
+def record_oom(folder: Path, rows: int) -> None:
     """Keep with how many rows memory ran out, for the processes that are started next."""
-    write_json(folder / NO_ROOM, rows)
+    write_json(folder / OOM_FILE, rows)
 
 
-def heed_no_room(progress: Progress, folder: Path, team: Team = ALONE) -> None:
+def apply_recorded_oom(
+    progress: TrainState, folder: Path, process_group: ProcessGroup = SINGLE_PROCESS
+) -> None:
     """Go on with fewer rows than those with which memory ran out, if it did."""
-    path = folder / NO_ROOM
+    path = folder / OOM_FILE
     # All look: what another machine wrote may show late.
-    noted = [rows for rows in team.gather(read_json(path) if path.exists() else None) if rows]
+    noted = [
+        rows
+        for rows in process_group.all_gather(read_json(path) if path.exists() else None)
+        if rows
+    ]
     if noted and (progress.micro_batch_size or math.inf) > min(noted) // 2:
-        progress.halve(min(noted), told=team.first)
+        progress.halve_micro_batch(min(noted), told=process_group.is_main)
 
 
 def newest_step(folder: Path) -> int:
@@ -190,34 +204,123 @@ def newest_step(folder: Path) -> int:
     return 0 if newest is None else int(read_json(newest)["step"])
 
 
-def forget_training(folder: Path) -> None:
+def drop_training_state(folder: Path) -> None:
     """Of a finished run, remove what it would go on from; the weights stay, in one piece."""
-    remove_file(folder / NO_ROOM)
+    remove_file(folder / OOM_FILE)
     for checkpoint in folder.glob("step-*"):
-        remove_file(checkpoint / OPTIMIZER)
-        remove_file(checkpoint / METHOD)
-        join_shards(checkpoint)
+        remove_file(checkpoint / OPTIMIZER_FILE)
+        remove_file(checkpoint / METHOD_FILE)
+        consolidate_shards(checkpoint)
 
 
-def prune(
-    folder: Path, progress: Progress, base_value: float, threshold: float, team: Team = ALONE
+def prune_checkpoints(
+    folder: Path,
+    progress: TrainState,
+    base_value: float,
+    threshold: float,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Remove the checkpoints that the selection rule can no longer pick.
 
     Of those that it can, only the newest keeps what a run goes on from; a sharded one keeps all,
     since its weights and moments are in the same files.
     """
-    points = recorded_points(progress.points, base_value)
+    points = recorded_evaluations(progress.evaluations, base_value)
     kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
-    for checkpoint in folder.glob("step-*") if team.first else ():
+    for checkpoint in folder.glob("step-*") if process_group.is_main else ():
         if checkpoint.name not in kept:
             remove_folder(checkpoint)
         elif checkpoint.name != max(kept):
-            # First the optimizer's, by which `can_go_on` tells.
-            remove_file(checkpoint / OPTIMIZER)
-            remove_file(checkpoint / METHOD)
+            # First the optimizer's, by which `is_resumable` tells.
+            remove_file(checkpoint / OPTIMIZER_FILE)
+            remove_file(checkpoint / METHOD_FILE)
 
 
-def can_go_on(checkpoint: Path) -> bool:
+def is_resumable(checkpoint: Path) -> bool:
     """Is what a run goes on from there, beside the weights?"""
-    return (checkpoint / OPTIMIZER).exists() or (checkpoint / SHARDS).exists()
+    return (checkpoint / OPTIMIZER_FILE).exists() or (checkpoint / SHARD_FOLDER).exists()
+
+
+FINAL = "end.json"
+
+
+def write_final_state(folder: Path, progress: TrainState, step: int, together: int) -> None:
+    """Record how one of so many runs ended, at the evaluation of its group at `step` or before."""
+    write_json(folder / FINAL, {"step": step, "together": together, "progress": vars(progress)})
+
+
+def read_final_state(folder: Path) -> TrainState | None:
+    """How a run ended, if it did."""
+    path = folder / FINAL
+    return TrainState(**read_json(path)["progress"]) if path.exists() else None
+
+
+def batch_members(folder: Path) -> int:
+    """With how many runs, itself among them, a run that has ended was trained."""
+    path = folder / FINAL
+    return int(read_json(path)["together"]) if path.exists() else 1
+
+
+@dataclass(frozen=True)
+class ResumePoints:
+    """From which steps a run can go on: those of its checkpoints, and all since it ended."""
+
+    checkpoints: frozenset[int]
+    finished: int | None
+
+    @classmethod
+    def of(cls, folder: Path) -> ResumePoints:
+        """What the folder of a run holds; 0 is the start, as long as no checkpoint was removed.
+
+        A checkpoint that is only there to be picked has no moments, and nothing goes on from it.
+        """
+        steps = {_group_step(path): path for path in folder.glob("step-*/progress.json")}
+        end = folder / FINAL
+        started = not steps or len(read_json(steps[max(steps)])["evaluations"]) == 1
+        able = {step for step, path in steps.items() if is_resumable(path.parent)}
+        return cls(
+            frozenset(able | {0} if started else able),
+            int(read_json(end)["step"]) if end.exists() else None,
+        )
+
+    @property
+    def newest(self) -> float:
+        """The last of the steps from which the run can go on."""
+        return max(self.checkpoints) if self.finished is None else math.inf
+
+    def is_reached_by(self, step: float) -> bool:
+        """Can the run go on from this step?"""
+        return step in self.checkpoints or (self.finished is not None and self.finished <= step)
+
+
+def _group_step(progress: Path) -> int:
+    return int(progress.parent.name.removeprefix("step-"))
+
+
+def resume_groups(folders: Sequence[Path]) -> list[list[Path]]:
+    """Runs that can go on from the same step; all of them, unless the sweep was changed."""
+    waiting = {folder: ResumePoints.of(folder) for folder in folders}
+    found = []
+    while waiting:
+        step = min(standing.newest for standing in waiting.values())
+        found.append(
+            [folder for folder, standing in waiting.items() if standing.is_reached_by(step)]
+        )
+        for folder in found[-1]:
+            del waiting[folder]
+    return found
+
+
+def rewind_to_common_step(folders: Sequence[Path]) -> int:
+    """Remove what is newer than the newest step from which all can go on; returns that step."""
+    standings = [ResumePoints.of(folder) for folder in folders]
+    step = min(standing.newest for standing in standings)
+    if step == math.inf:
+        return max(standing.finished or 0 for standing in standings)
+    for folder, standing in zip(folders, standings, strict=True):
+        if standing.finished is not None and standing.finished > step:
+            remove_file(folder / FINAL)
+        for newer in sorted(folder.glob("step-*"), reverse=True):
+            if int(newer.name.removeprefix("step-")) > step:
+                remove_folder(newer)
+    return int(step)

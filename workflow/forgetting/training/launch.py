@@ -25,10 +25,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-MEETING = "FORGETTING_MEETING"
+RENDEZVOUS_SECONDS = "FORGETTING_MEETING"
 """Variable with host and port at which the launchers of all nodes meet."""
 
-AGAIN = "again"
+RESTART_STATUS = "again"
 """What a process writes down there to have all started again."""
 
 
@@ -38,53 +38,57 @@ def main(argv: list[str] | None = None) -> None:
     if processes in ("0", "1"):  # 0 where there is no GPU to ask for
         os.execv(sys.executable, [sys.executable, *program])
     logging.disable()
-    nodes, attempt = int(asked), _here
+    nodes, attempt = int(asked), _this_node
     try:
-        if MEETING in os.environ:
-            raise SystemExit(_here(nodes, processes, program))
+        if RENDEZVOUS_SECONDS in os.environ:
+            raise SystemExit(_this_node(nodes, processes, program))
         if nodes > 1:
             there, cores = _allocation()
             nodes = min(nodes, there)
-            attempt = partial(_on_all, cores // there) if nodes > 1 else _here
+            attempt = partial(_run_on_all_nodes, cores // there) if nodes > 1 else _this_node
         while True:
             host = socket.gethostname() if nodes > 1 else "localhost"
             notes = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            os.environ[MEETING] = f"{host}:{notes.port}"
+            os.environ[RENDEZVOUS_SECONDS] = f"{host}:{notes.port}"
             status = attempt(nodes, processes, program)
-            if not notes.check([AGAIN]):
+            if not notes.check([RESTART_STATUS]):
                 raise SystemExit(status)
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
 
 
-def _notes() -> TCPStore:
+def _notes_folder() -> TCPStore:
     """What the launcher has laid out for all to write in."""
-    host, port = os.environ[MEETING].rsplit(":", 1)
+    host, port = os.environ[RENDEZVOUS_SECONDS].rsplit(":", 1)
     return TCPStore(host, int(port), is_master=False)
 
 
-def end_to_begin_again() -> NoReturn:
+def request_restart() -> NoReturn:
     """End this process, and have the launcher end the others and start all anew."""
     # First the word, so that whatever comes of this end is known for it, on every node.
-    _notes().set(AGAIN, "")
+    _notes_folder().set(RESTART_STATUS, "")
     # Not by the end of the interpreter, where a process group may wait for the others.
     os._exit(1)
 
 
-def _here(nodes: int, processes: str, program: list[str]) -> int | str:
+def _this_node(nodes: int, processes: str, program: list[str]) -> int | str:
     """Run this node's processes; the status, or what there is to tell."""
     here = int(processes) // nodes
     if nodes > 1:
         here = int(os.environ.get("SLURM_GPUS_ON_NODE", here))
     # The processes share the cores; more threads than those would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
-    meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ[MEETING]}"]
+    meeting = [
+        f"--nnodes={nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={os.environ[RENDEZVOUS_SECONDS]}",
+    ]
     meeting += ["--rdzv-id=forgetting", "--rdzv-conf=is_host=0"]
     try:
         run(parse_args([*meeting, f"--nproc-per-node={here}", *program]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        repeated = _notes().check([AGAIN])
-        return 1 if repeated else _killed(error, processes) or 1
+        repeated = _notes_folder().check([RESTART_STATUS])
+        return 1 if repeated else _was_killed(error, processes) or 1
     return 0
 
 
@@ -105,7 +109,7 @@ def _allocation() -> tuple[int, int]:
     return nodes, cores
 
 
-def _on_all(cores: int, nodes: int, processes: str, program: list[str]) -> int:
+def _run_on_all_nodes(cores: int, nodes: int, processes: str, program: list[str]) -> int:
     """Start a launcher on every node, with so many cores of each; the largest status."""
     place = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     place += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1"]
@@ -124,7 +128,7 @@ def _stop(number: int, _: object) -> NoReturn:
     raise SignalException("ended", signal.Signals(number))
 
 
-def _killed(error: ChildFailedError, processes: str) -> str | None:
+def _was_killed(error: ChildFailedError, processes: str) -> str | None:
     """Tell of a process that could tell nothing itself; those that were ended for it come last."""
 
     def order(failure: tuple[int, ProcessFailure]) -> int:

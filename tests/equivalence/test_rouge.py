@@ -1,0 +1,127 @@
+"""ROUGE is rouge_score's, to the last bit, whatever a model writes, and fast."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize
+
+from forgetting.evaluation.rouge import (
+    common_subsequence,
+    rouge_l,
+    tokenize_ascii,
+    tokenize_unicode,
+)
+
+ALPHABET = [*"abcde ,.é1ß\n", "writing ", "writers ", "İ", "中文", "\u2028", "😀"]
+
+
+def _theirs(reference: str, generated: str) -> dict[str, float]:
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    scores = scorer.score(target=reference, prediction=generated)
+    return {
+        "rougeL_recall": scores["rougeL"].recall,
+        "rougeL_f1": scores["rougeL"].fmeasure,
+        "rouge1_recall": scores["rouge1"].recall,
+    }
+
+
+def test_equals_rouge_score_on_any_text() -> None:
+    """Repeated words, foreign letters, nothing at all: the same floats."""
+    draw = random.Random(0)
+    for _ in range(1500):
+        one, other = ("".join(draw.choices(ALPHABET, k=draw.randint(0, 60))) for _ in "ab")
+        assert rouge_l(one, other) == _theirs(one, other)
+        assert rouge_l(one, one) == _theirs(one, one)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Die Straße heißt Königsweg.", ["die", "strasse", "heisst", "königsweg"]),
+        ("Рим был основан в 753 году", ["рим", "был", "основан", "в", "753", "году"]),
+        ("تأسست عام ١٩٣١", ["تأسست", "عام", "١٩٣١"]),
+        ("东京塔高333米,建于1958年", [*"东京塔高", "333", "米", *"建于", "1958", "年"]),
+        ("カタカナー語 is ﾄﾞ", ["カ", "タ", "カ", "ナ", "ー", "語", "is", "ド"]),
+        ("กินน้ำ", ["กิ", "น", "น้ํ", "า"]),
+        ("한국어 단어", ["한국어", "단어"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("cafe\u0301 CAFÉ", ["café", "café"]),
+        ("می\u200cخواهم so\u00adft", ["میخواهم", "soft"]),
+        ("!?… _-_", []),
+    ],
+)
+def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
+    assert tokenize_unicode(text) == expected
+    joined = "".join(expected)
+    assert rouge_l(text, text, "unicode")["rougeL_f1"] == float(bool(joined))
+
+
+def test_words_of_plain_english_are_those_of_rouge_score_before_stemming() -> None:
+    draw = random.Random(2)
+    alphabet = [*"abcDE 019,.'-_\n", "Writing ", "writers "]
+    for _ in range(300):
+        text = "".join(draw.choices(alphabet, k=draw.randint(0, 60)))
+        assert tokenize_unicode(text) == tokenize(text, None)
+        assert rouge_l(text, text) == rouge_l(text, text, "rouge_score")
+
+
+def test_a_wrong_russian_answer_with_the_right_number_is_wrong() -> None:
+    """As published, ROUGE sees the number alone."""
+    right, wrong = "Рим был основан в 753 году", "Париж сгорел, не знаю, 753 утки"
+    assert rouge_l(right, wrong)["rougeL_recall"] == 1.0
+    assert rouge_l(right, wrong, "unicode")["rougeL_recall"] == pytest.approx(1 / 6)
+    assert tokenize_ascii(right) == ("753",)
+
+
+def test_the_longest_common_subsequence_by_the_textbook() -> None:
+    """Against the quadratic table, also beyond 64 words."""
+    draw = random.Random(1)
+    for length in (0, 1, 5, 63, 64, 65, 200):
+        one = [draw.choice("abcd") for _ in range(length)]
+        other = [draw.choice("abcde") for _ in range(draw.randint(0, 150))]
+        table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+        for i, a in enumerate(one):
+            for j, b in enumerate(other):
+                table[i + 1][j + 1] = (
+                    table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+                )
+        assert common_subsequence(one, other) == table[-1][-1]
+
+
+def test_the_stemmer_comes_without_the_rest_of_nltk_which_stays_importable() -> None:
+    """Importing all of nltk takes more than a second in every program that scores."""
+    program = (
+        "import sys; from forgetting.evaluation.rouge import tokenize_ascii; "
+        "assert words('The writers were writing') == ('the', 'writer', 'were', 'write'); "
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'nltk']; "
+        "import nltk; assert nltk.stem.PorterStemmer().stem('relational') == 'relat'; "
+        "assert nltk.word_tokenize"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.real_data
+def test_scores_four_thousand_answers_in_two_seconds(real_data: Path) -> None:
+    """Of one core; no two texts are the same, so that nothing but words is remembered."""
+    rows = [
+        json.loads(line)
+        for name in ("retain", "forget10", "real_authors", "world_facts")
+        for line in (real_data / "tofu_golden_phi" / f"{name}.jsonl").open(encoding="utf-8")
+    ]
+    pairs = [
+        (f"{row['gold']} {number}", f"{row['generated']} {number}")
+        for number in range(5)
+        for row in rows
+    ][:4000]
+    started = time.process_time()
+    for gold, generated in pairs:
+        rouge_l(gold, generated)
+    assert time.process_time() - started < 2.0

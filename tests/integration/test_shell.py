@@ -1,0 +1,211 @@
+"""Values of a study, a table, a model folder or a wildcard never become code of a shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import string
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import snakemake.utils
+from snakemake.iocontainers import Namedlist
+from snakemake.rules import Rule
+
+from forgetting.errors import InputError
+from forgetting.study.load import load_study
+from support.snakemake import ROOT, planned, undone
+
+HOSTILE = {
+    "substitution": "$(touch pwned)",
+    "backticks": "`touch pwned`",
+    "next command": ";touch pwned;",
+    "pipe": "|touch pwned|",
+    "background": "& touch pwned &",
+    "redirection": ">pwned",
+    "double quote": '";touch pwned;"',
+    "single quote": "';touch pwned;'",
+    "newline": "a\ntouch pwned\nb",
+    "carriage return": "a\rtouch pwned",
+    "backslash": "\\';touch pwned;'",
+    "variable": "${IFS}$HOME",
+    "braces": "{touch,pwned}",
+    "Snakemake's braces": "{params} {{wildcards}}",
+    "pattern": "* [a-z]?",
+    "option": "--output=pwned",
+    "home": "~",
+    "comment": "# not seen",
+    "history": "!!",
+}
+LISTS = ("input", "output", "params", "wildcards", "resources", "log")
+# Takes the place of every program: writes down what it was given, and does nothing.
+STUB = '#!/bin/bash\nprintf "%s\\0" "$@" >> "$ARGUMENTS"\n'
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rule]:
+    """Every rule of the workflow by its name; which there are depends on the study's base."""
+    found: dict[str, Rule] = {}
+    with undone():
+        for study in ("mini", "tofu-phi-1.5"):
+            jobs = planned(tmp_path_factory.mktemp(study), study)
+            found |= {rule.name: rule for rule in jobs[0].rule.workflow.rules}
+    return found
+
+
+def _fields(shell: str) -> Iterator[tuple[str, str | None]]:
+    """Everything that Snakemake fills into a shell block: `params.spec` as `params`, `spec`."""
+    for _, field, _, _ in string.Formatter().parse(shell):
+        if field is not None:
+            part, _, name = field.partition(".")
+            yield part, name or None
+
+
+def _filled(rule: Rule, hostile: str, folder: Path) -> tuple[str, list[str]]:
+    """Return the command as Snakemake formats it, and the values that it holds."""
+    given: dict[str, dict[str | None, str]] = {}
+    for number, (part, name) in enumerate(_fields(rule.shellcmd)):
+        # Logs and outputs lie in folders that this workflow names.
+        path = f"{folder}/" if part in ("log", "output") else ""
+        value = f"{path}{hostile}{number}"
+        given.setdefault(part, {}).setdefault(name, value)
+    variables: dict[str, object] = {}
+    for part, values in given.items():
+        if part not in LISTS:
+            variables[part] = values[None]
+        elif None in values:
+            variables[part] = Namedlist([values[None]])
+        else:
+            variables[part] = Namedlist(fromdict=values)
+    command = snakemake.utils.format(rule.shellcmd, **variables)
+    return command, [v for part, values in given.items() if part != "log" for v in values.values()]
+
+
+def test_every_rule_is_a_shell_block_of_a_study_here(rules: dict[str, Rule]) -> None:
+    """What the other tests look at is all that there is."""
+    text = "".join(path.read_text() for path in (ROOT / "workflow" / "rules").glob("*.smk"))
+    written = re.findall(r"^ *(?:use )?rule (?:\w+ as )?(\w+)(?: with)?:$", text, re.MULTILINE)
+    assert set(written) == set(rules) - {"all"}
+    assert all(rule.shellcmd for name, rule in rules.items() if name != "all")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_values_reach_the_programs_of_every_rule_whole(
+    kind: str, rules: dict[str, Rule], tmp_path: Path
+) -> None:
+    """Each is in one argument of the program, as it is, or names the file that is written to."""
+    tools, work, out = (tmp_path / name for name in ("tools", "work", "out"))
+    for folder in (tools, work, out):
+        folder.mkdir()
+    (tools / "python").write_text(STUB)
+    (tools / "python").chmod(0o755)
+    for name, rule in rules.items():
+        if not rule.shellcmd:
+            continue
+        command, values = _filled(rule, HOSTILE[kind], out)
+        arguments = tmp_path / f"{name}.arguments"
+        done = subprocess.run(
+            ["bash", "-c", f"set -euo pipefail; {command}"],
+            cwd=work,
+            env=os.environ
+            | {
+                "PATH": f"{tools}:{os.environ['PATH']}",
+                "ARGUMENTS": str(arguments),
+                "SCRIPTS": "scripts",
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, f"{name}: {done.stderr}\n{command}"
+        assert not list(work.iterdir()), f"{name} ran the value as a command:\n{command}"
+        given = arguments.read_bytes().decode().split("\0")
+        written = {path.read_bytes().decode().removesuffix("\n") for path in _files(out)}
+        for value in values:
+            whole = any(value in argument for argument in given)
+            assert whole or value in written or Path(value).exists(), f"{name}: {value}\n{command}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_values_of_snakemake_are_quoted_in_every_rule(rules: dict[str, Rule]) -> None:
+    """Also those that are numbers today."""
+    for name, rule in rules.items():
+        for _, field, form, _ in string.Formatter().parse(rule.shellcmd or ""):
+            assert field is None or form == "q", f"{name}: {{{field}}} lacks :q"
+
+
+HOSTILE_FOLDER = "-a 'b' \"c\" $(touch pwned) `touch pwned` ;touch pwned; *"
+
+
+def test_users_may_name_their_folders_as_they_like(tmp_path: Path) -> None:
+    """Snakemake plans the study, and the command holds the folder as it is written."""
+    studies = ROOT / "config" / "studies"
+    shutil.copytree(studies / "own-data", tmp_path / HOSTILE_FOLDER)
+    written = (studies / "own-data.yaml").read_text()
+    named = re.sub(r"folder: [^,}\n]+", lambda _: f"folder: {json.dumps(HOSTILE_FOLDER)}", written)
+    assert named != written
+    (tmp_path / "mine.yaml").write_text(named)
+    with undone():
+        os.chdir(tmp_path)
+        jobs = planned(tmp_path, "mine.yaml")
+        (command,) = {job.shellcmd for job in jobs if job.rule.name == "prepare_data"}
+    given = next(word for word in shlex.split(command) if word.startswith("{") and "jsonl" in word)
+    files = [path for path in json.loads(given).values() if "world/" not in path]
+    assert files
+    assert all(str(Path(path).parent) == HOSTILE_FOLDER for path in files)
+
+
+@pytest.mark.parametrize("target", ["report", "plan", "queue"])
+def test_what_make_is_given_is_no_code(target: str, tmp_path: Path) -> None:
+    """STUDY is one word; CONFIG is several, which may be in quotes, and a quote must end."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for program in ("python", "snakemake"):
+        (tools / program).write_text(STUB)
+        (tools / program).chmod(0o755)
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "requirements.txt").touch()
+    (tmp_path / ".venv" / "ready").touch()
+    arguments = tmp_path / "arguments"
+
+    def make(**variables: str) -> int:
+        arguments.unlink(missing_ok=True)
+        given = [f"{name}={value}" for name, value in variables.items()]
+        return subprocess.run(
+            ["make", target, *given],
+            cwd=tmp_path,
+            env=os.environ | {"ARGUMENTS": str(arguments)},
+            capture_output=True,
+            check=False,
+        ).returncode
+
+    for hostile in ("a;touch pwned;", "`touch pwned`", "' \";touch pwned;", "a\ntouch pwned", "*"):
+        assert make(STUDY=hostile, CONFIG="tofu_dir='my data' scale=tiny") == 0
+        given = arguments.read_text().split("\0")[:-1]
+        assert given[-3:] == [f"study={hostile}", "tofu_dir=my data", "scale=tiny"]
+        make(CONFIG=f"x_dir={hostile}")
+        assert not (tmp_path / "pwned").exists()
+    assert make(CONFIG="tofu_dir='my data") != 0
+    assert not arguments.exists()
+    assert make() == 0
+
+
+def test_braces_in_a_folder_are_refused(tmp_path: Path) -> None:
+    """To Snakemake `{seed}` in a path is a wildcard, wherever the path comes from."""
+    folder = tmp_path / "of {seed}"
+    folder.mkdir()
+    studies = ROOT / "config" / "studies"
+    for option in ("own_dir", "model"):
+        with pytest.raises(InputError) as error:
+            load_study({"study": "own-data", option: str(folder)}, studies)
+        assert str(error.value).startswith(f"--config {option}={folder}: Snakemake takes {{ and }}")

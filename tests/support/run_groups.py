@@ -1,0 +1,88 @@
+"""What tests train as a run group: the tiny base on eight rows, two epochs of two steps, "
+"float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgetting.config.data import PromptConfig
+from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.expand import Method
+from forgetting.config.methods import Hyperparameters
+from forgetting.config.selection import SelectionConfig
+from forgetting.config.training import TrainingConfig
+from forgetting.digests import sha256_of_all, visible_files
+from forgetting.inputs import model_identity
+from forgetting.io import write_json
+from forgetting.models.forward import Batch
+from forgetting.models.loading import model_parameters
+from forgetting.training.run_group import RunContext, RunGroupConfig
+
+
+def record_base(path: Path, folder: Path, identity: str = "b") -> None:
+    """Write the record of a base, as the job does that adopts it."""
+    files, _ = model_identity(folder)
+    write_json(
+        path,
+        {
+            "path": str(folder),
+            "origin": "made for a test",
+            "identity": identity,
+            "files": files,
+            "parameters": model_parameters(folder),
+        },
+    )
+
+
+def digests_in(checkpoint: Path) -> dict[str, str]:
+    """What a selection records of a checkpoint's files."""
+    return sha256_of_all(visible_files(checkpoint))[0] if checkpoint.exists() else {}
+
+
+def materials_of(
+    base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **changes: Any
+) -> RunContext:
+    """Eight rows to learn, two of which are asked; what differs is given by name."""
+    usual: dict[str, Any] = {
+        "train": rows[:8],
+        "probes": {"new": rows[:2]},
+        "base_value": 0.1,
+        "device": torch.device("cpu"),
+        "precision": torch.float32,
+    }
+    return RunContext(base=base, tokenizer=tokenizer, **usual | changes)
+
+
+def spec_of(
+    tuning: Method, settings: Sequence[Hyperparameters], fused: str, **changes: Any
+) -> RunGroupConfig:
+    """A run group of these settings; `changes` are those of the method."""
+    return RunGroupConfig(
+        method=tuning.model_copy(update={"hyperparameters": list(settings), **changes}),
+        seed=0,
+        prompt=PromptConfig(),
+        training=TrainingConfig(epochs=2.0, batch_size=4, warmup_epochs=0.0, batched_lora=fused),
+        evaluation=EvaluationConfig(max_new_tokens=4),
+        selection=SelectionConfig(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )
+
+
+def examples_in(batch: Batch) -> int:
+    """How many examples a pass has, in rows of their own or side by side in one."""
+    return int((batch.positions == 0).sum()) if batch.layout else len(batch.ids)
+
+
+def told(*specs: RunGroupConfig) -> str:
+    """What the program is told of a run group: what its methods and seeds have in common, "
+    "and each."""
+    common = specs[0].model_dump(mode="json", exclude={"method", "seed"})
+    members = [spec.model_dump(mode="json", include={"method", "seed"}) for spec in specs]
+    return json.dumps(common | {"members": members})

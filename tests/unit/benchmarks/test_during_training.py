@@ -1,0 +1,439 @@
+"""Benchmarks over the course of a training: its checkpoints' answers, and the same training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from forgetting.benchmarks import during_training as module
+from forgetting.benchmarks.during_training import (
+    TrainingBenchmarks,
+    TrainingBenchmarksConfig,
+    merge_items,
+    split_items,
+)
+from forgetting.benchmarks.evaluate import run_benchmarks
+from forgetting.benchmarks.scores import BenchmarkResult
+from forgetting.benchmarks.tasks import TaskSpec
+from forgetting.config.data import PromptConfig
+from forgetting.config.evaluation import TaskConfig
+from forgetting.config.expand import Method
+from forgetting.config.methods import Hyperparameters
+from forgetting.errors import InputError
+from forgetting.io import write_jsonl
+from forgetting.models.loading import load_base
+from forgetting.models.tuned import load_tuned, merged_adapter
+from forgetting.results.churn import churn_table
+from forgetting.results.trajectories import benchmark_trajectory_items, benchmark_trajectory_table
+from forgetting.training.run_group import run_group_items, train_run_group
+from scripts import evaluate_base
+from support.benchmark_rows import sciq
+from support.run_groups import materials_of, record_base, spec_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+SUMS = [{"question": f"{n} + {n} = ", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(6)]
+SCIQ = sciq(6)
+ROWS = {
+    "sciq": {"train": SCIQ, "validation": SCIQ, "test": SCIQ},
+    "gsm8k": {"train": SUMS, "test": SUMS},
+}
+TASKS = {
+    "sciq": TaskConfig(num_fewshot=1, limit=5),
+    "gsm8k": TaskConfig(num_fewshot=2, limit=3, max_new_tokens=5),
+}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Rows of two tasks, one of choices and one of generated answers."""
+    for task, splits in ROWS.items():
+        for split, rows in splits.items():
+            write_jsonl(tmp_path / "rows" / task / f"{split}.jsonl", rows)
+    return {task: tmp_path / "rows" / task for task in TASKS}
+
+
+@pytest.fixture
+def along(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> TrainingBenchmarks:
+    return TrainingBenchmarks(
+        TrainingBenchmarksConfig(tasks=TASKS, batch_size=4), folders, tokenizer
+    )
+
+
+@pytest.fixture
+def trained(
+    tmp_path: Path,
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tuning: Method,
+) -> Any:
+    """Train four runs of an adapter, asking benchmarks or not, fused or not; their records."""
+
+    def train(
+        folder: str,
+        along: TrainingBenchmarks | None,
+        fused: str = "never",
+        precision: str = "float32",
+        rates: Sequence[float] = (1e-2, 2e-2, 3e-2, 4e-2),
+        **method: Any,
+    ) -> list[dict[str, Any]]:
+        settings = [Hyperparameters(learning_rate=rate) for rate in rates]
+        changes = {"precision": getattr(torch, precision), "training_benchmarks": along}
+        context = materials_of(base_folder, tokenizer, rows, **changes)
+        spec = spec_of(tuning, settings, fused, **method)
+        spec = spec.model_copy(update={"precision": precision})
+        inputs = {"base": "a", "train": "b", "versions": "c"}
+        return train_run_group([spec], context, inputs, tmp_path / folder, lambda *_: None)
+
+    return train
+
+
+def _weights(record: dict[str, Any]) -> dict[str, torch.Tensor]:
+    (file,) = Path(record["folder"], f"step-{record['steps']:07d}").glob("*model.safetensors")
+    return load_file(file)
+
+
+def _answers(result: BenchmarkResult) -> pd.DataFrame:
+    main = result.scores[result.scores["main"].astype(bool)]
+    items = result.items.merge(main[["task", "metric"]])
+    return items.merge(result.responses[["task", "item", "response", "choice"]])
+
+
+def test_asking_does_not_change_what_is_learnt(trained: Any, along: TrainingBenchmarks) -> None:
+    """Bit for bit: weights, losses, the probes' points; dropout's random numbers among them."""
+    asked, silent = trained("asked", along), trained("silent", None)
+    for one, other in zip(asked, silent, strict=True):
+        assert one["losses"] == other["losses"]
+        assert one["evaluations"] == other["evaluations"]
+        ours, theirs = _weights(one), _weights(other)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    items, benchmarks = run_group_items(asked)
+    plain, none = run_group_items(silent)
+    pd.testing.assert_frame_equal(items, plain, check_dtype=False)
+    assert len(benchmarks) == 4 * 2 * 8  # runs, evaluations, items
+    assert none.empty
+
+
+def test_the_answers_are_those_of_the_checkpoint(
+    trained: Any, along: TrainingBenchmarks, folders: dict[str, Path], base_folder: Path
+) -> None:
+    """What a benchmark job finds of it: prompts, choices, generated answers, log-likelihoods."""
+    record = trained("asked", along)[1]
+    _, found = run_group_items([record])
+    found = found[found["step"] == record["steps"]]
+    checkpoint = Path(record["folder"], f"step-{record['steps']:07d}")
+    model = load_tuned(base_folder, checkpoint, CPU)
+    specs = [TaskSpec.of(name, task) for name, task in TASKS.items()]
+    with merged_adapter(model, torch.float32):
+        expected = _answers(run_benchmarks(model, along.tokenizer, specs, folders, 4))
+    columns = ["task", "item", "metric", "value", "response", "choice"]
+    assert set(found[found["task"] == "sciq"]["choice"]) <= {0, 1, 2, 3}
+    assert found[found["task"] == "gsm8k"]["choice"].isna().all()
+    pd.testing.assert_frame_equal(
+        found[columns].sort_values(["task", "item"], ignore_index=True),
+        expected[columns].sort_values(["task", "item"], ignore_index=True),
+    )
+
+
+def test_a_fused_run_group_gives_the_answers_of_its_runs_alone(
+    trained: Any, along: TrainingBenchmarks
+) -> None:
+    _, fused = run_group_items(trained("batched_lora", along, batched_lora="auto"))
+    _, alone = run_group_items(trained("alone", along))
+    key = ["run", "step", "task", "item", "value"]
+    pd.testing.assert_frame_equal(fused[key], alone[key])
+
+
+FULL = {"name": "full", "kind": "full", "label": "full", "rank": None, "alpha": None}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", [{}, FULL], ids=["lora", "full"])
+def test_what_has_learned_nothing_has_no_churn(
+    trained: Any,
+    folders: dict[str, Path],
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    precision: str,
+    method: dict[str, Any],
+) -> None:
+    """The base is asked by the program that scores it, in the batches of the training: at a rate
+    that moves no weight the answers are the same, and the log-likelihoods to the bit."""
+    many = sciq(40)
+    for split in ROWS["sciq"]:
+        write_jsonl(folders["sciq"] / f"{split}.jsonl", many)
+    tasks = {"sciq": TaskConfig(num_fewshot=1, limit=30), "gsm8k": TASKS["gsm8k"]}
+    spec = TrainingBenchmarksConfig(tasks=tasks, batch_size=4)
+    asked = ask_base(tmp_path / "base", base_folder, rows, spec, folders, precision)
+    assert len(asked) == 33
+    one = trained(
+        "still",
+        TrainingBenchmarks(spec, folders, tokenizer),
+        precision=precision,
+        rates=[1e-30],
+        **method,
+    )
+    probes, found = run_group_items(one)
+    items = benchmark_trajectory_items(asked, found)
+    for _, answers in items[items["run"] != "base"].groupby("step"):
+        pd.testing.assert_frame_equal(
+            answers[asked.columns].reset_index(drop=True), asked, check_dtype=False
+        )
+    none = pd.DataFrame()
+    churn = churn_table(probes, none, none, items)
+    assert set(churn["probe"]) == {"sciq", "gsm8k"}
+    assert (churn["agreement"] == 1.0).all()
+    assert (churn["gained"] + churn["lost"] == 0.0).all()
+
+
+CHOICES = ("distractor1", "distractor2", "distractor3", "correct_answer")
+"""In the order in which the task gives them to choose."""
+
+
+def _with_answers(rows: list[dict[str, Any]], right: Sequence[str]) -> list[dict[str, Any]]:
+    """The same questions and choices, of which others are right."""
+    found = []
+    for row, answer in zip(rows, right, strict=True):
+        wrong = [row[name] for name in CHOICES if row[name] != answer]
+        found.append(row | dict(zip(CHOICES, [*wrong, answer], strict=True)))
+    return found
+
+
+def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
+    trained: Any,
+    folders: dict[str, Path],
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Which answers training changes is found out; then the right ones are chosen so that of the
+    changed ones two thirds are lost and a third is gained."""
+    words = [
+        "red",
+        "cold",
+        "loud",
+        "even",
+        "warm",
+        "old",
+        "soft",
+        "dark",
+        "odd",
+        "slow",
+        "deep",
+        "dry",
+    ]
+    asked = [
+        row | {name: f"{words[(n * k) % 12]} {words[(n + 5 * k) % 12]}" for k, name in numbered}
+        for n, row in enumerate(sciq(30))
+        if (numbered := list(enumerate(CHOICES, start=1)))
+    ]
+    spec = TrainingBenchmarksConfig(
+        tasks={"sciq": TaskConfig(num_fewshot=0, metric="acc_norm")}, batch_size=4
+    )
+    tasks = {"sciq": folders["sciq"]}
+
+    def course(name: str, of: list[dict[str, Any]]) -> tuple[pd.DataFrame, Any, Any]:
+        for split in ("test", "validation"):
+            write_jsonl(folders["sciq"] / f"{split}.jsonl", of)
+        base = ask_base(tmp_path / name, base_folder, rows, spec, tasks, "float32")
+        records = trained(name, TrainingBenchmarks(spec, tasks, tokenizer), rates=[0.3])
+        probes, found = run_group_items(records)
+        return benchmark_trajectory_items(base, found), probes, records
+
+    def said(items: pd.DataFrame, step: int) -> list[str]:
+        at = items[items["step"] == step].sort_values("item")
+        return [row[CHOICES[choice]] for row, choice in zip(asked, at["choice"], strict=True)]
+
+    items, *_ = course("before", asked)
+    before, after = said(items, 0), said(items, 4)
+    moved = [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+    gained, lost = moved[::3], [n for n in moved if n not in moved[::3]]
+    assert len(lost) > len(gained) > 0
+    right = [
+        before[n]
+        if n in lost
+        else after[n]
+        if n in gained
+        else next(row[name] for name in CHOICES if row[name] not in (before[n], after[n]))
+        for n, row in enumerate(asked)
+    ]
+    items, probes, records = course("after", _with_answers(asked, right))
+    none = pd.DataFrame()
+    churn = churn_table(probes, none, none, items)
+    (row,) = churn[(churn["probe"] == "sciq") & (churn["step"] == 4)].to_dict("records")
+    assert row["base_value"] == pytest.approx(len(lost) / 30)
+    assert row["value"] == pytest.approx(len(gained) / 30)
+    assert row["lost"] == pytest.approx(len(lost) / 30)
+    assert row["gained"] == pytest.approx(len(gained) / 30)
+    assert row["agreement"] == pytest.approx(1 - len(moved) / 30)
+    scores = pd.DataFrame([{"run": "base", "task": "sciq", "main": True, "chance": 0.25}])
+    table = benchmark_trajectory_table(items, scores, records).set_index("step")
+    fall = table.loc[4, "value"] - table.loc[0, "value"]
+    assert fall == pytest.approx((len(gained) - len(lost)) / 30)
+    assert fall < 0
+
+
+def ask_base(
+    folder: Path,
+    base: Path,
+    rows: list[dict[str, Any]],
+    spec: TrainingBenchmarksConfig,
+    tasks: Mapping[str, Path],
+    precision: str,
+) -> pd.DataFrame:
+    """What the program that scores the base writes of the benchmarks."""
+    write_jsonl(folder / "probes" / "new.jsonl", rows[:2])
+    record_base(folder / "base.json", base)
+    study = {
+        "prompt": PromptConfig().model_dump(),
+        "evaluation": {"max_new_tokens": 8},
+        "precision": precision,
+        "knowledge": {"new": "new"},
+        "watched": "new",
+        "metric": "rougeL_recall",
+        "must_reach": False,
+        "general_text": None,
+        "columns": {},
+    }
+    options = {
+        "spec": json.dumps(study),
+        "base": folder / "base.json",
+        "probes": folder / "probes",
+        "output": folder / "items.parquet",
+        "during_training": spec.model_dump_json(),
+        "benchmarks": folder / "benchmarks.parquet",
+    }
+    named = [f"{task}={path}" for task, path in tasks.items()]
+    evaluate_base.main(
+        [*(f"--{key}={value}" for key, value in options.items()), "--during-training-rows", *named]
+    )
+    return pd.read_parquet(folder / "benchmarks.parquet")
+
+
+def test_a_finished_run_group_asks_nothing_again(
+    trained: Any, along: TrainingBenchmarks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, before = run_group_items(trained("asked", along))
+
+    def refuse(self: TrainingBenchmarks, model: Any) -> pd.DataFrame:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(TrainingBenchmarks, "__call__", refuse)
+    _, after = run_group_items(trained("asked", along))
+    pd.testing.assert_frame_equal(before, after)
+
+
+def test_other_rows_are_told_by_the_digest(
+    along: TrainingBenchmarks, folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """By which runs are asked anew; so are other settings."""
+    fewer = {"sciq": TASKS["sciq"].model_copy(update={"limit": 2})}
+    spec = TrainingBenchmarksConfig(tasks=fewer, batch_size=4)
+    assert TrainingBenchmarks(spec, {"sciq": folders["sciq"]}, tokenizer).digest != along.digest
+    write_jsonl(folders["gsm8k"] / "test.jsonl", SUMS[1:])
+    again = TrainingBenchmarks(along.spec, folders, tokenizer)
+    assert again.digest != along.digest
+
+
+def test_what_changes_no_answer_trains_nothing_again(along: TrainingBenchmarks) -> None:
+    """How an answer is read, and how many are read at once; another metric keeps other items."""
+
+    def digest(batch_size: int, **changed: Any) -> str:
+        tasks = {name: task.model_copy(update=changed) for name, task in TASKS.items()}
+        return TrainingBenchmarks(
+            TrainingBenchmarksConfig(tasks=tasks, batch_size=batch_size), along.rows, None
+        ).digest
+
+    assert digest(1, chance=0.3, revision="0" * 40) == along.digest
+    assert digest(along.spec.batch_size, metric="acc") != along.digest
+
+
+def test_a_metric_that_is_no_mean_over_items_is_refused(
+    along: TrainingBenchmarks, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse(model: Any, questions: Any) -> BenchmarkResult:
+        result = answer(model, questions)
+        result.scores["value"] += 0.25
+        return result
+
+    answer = module.answer
+    monkeypatch.setattr(module, "answer", worse)
+    with pytest.raises(InputError, match=r"benchmarks\.along: the metric of (sciq|gsm8k)"):
+        along(load_base(base_folder, CPU))
+
+
+def test_items_of_probes_and_benchmarks_come_apart_again() -> None:
+    probes = pd.DataFrame({"probe": ["new"], "item": ["a/1"], "value": [0.5]})
+    asked = pd.DataFrame(
+        {"task": ["t"], "item": [3], "metric": ["acc,none"], "value": [1.0], "response": ["[]"]}
+    ).assign(choice=pd.array([2], dtype="Int64"))
+    ours, theirs = split_items(merge_items(probes, asked))
+    pd.testing.assert_frame_equal(ours, probes, check_dtype=False)
+    pd.testing.assert_frame_equal(theirs, asked, check_dtype=False)
+    assert split_items(probes)[1].empty
+
+
+@pytest.fixture
+def course(trained: Any, along: TrainingBenchmarks, base_folder: Path) -> Any:
+    """The course of four runs, the base's scores on all items, and the records."""
+    records = trained("asked", along)
+    model = load_base(base_folder, CPU)
+    whole = [
+        TaskSpec.of(name, task.model_copy(update={"limit": None})) for name, task in TASKS.items()
+    ]
+    result = run_benchmarks(model, along.tokenizer, whole, along.rows, 4)
+    _, found = run_group_items(records)
+    scores = result.scores.assign(run="base", step=0)
+    return benchmark_trajectory_items(along(model), found), scores, records
+
+
+def test_the_course_begins_with_the_base_on_the_same_items(course: Any) -> None:
+    items, scores, records = course
+    table = benchmark_trajectory_table(items, scores, records)
+    base = table[table["run"] == "base"].set_index("task")
+    assert base["n"].to_dict() == {"sciq": 5, "gsm8k": 3}
+    assert base["chance"].to_dict() == {"sciq": 0.25, "gsm8k": 0.0}
+    assert (base["step"] == 0).all()
+    last = table[(table["run"] == records[0]["run"]) & (table["task"] == "sciq")].iloc[-1]
+    own = items[(items["run"] == records[0]["run"]) & (items["task"] == "sciq")]
+    own = own[own["step"] == 4]
+    assert last["value"] == own["value"].mean()
+    assert last["tokens"] == records[0]["tokens"]
+    assert last["low"] <= last["value"] <= last["high"]
+
+
+def test_the_course_of_churn_goes_on_where_a_checkpoint_was_benchmarked(course: Any) -> None:
+    """Of an untouched model nothing is churned; a job's answers, of more items, have their rows."""
+    items, _, records = course
+    base = items[items["run"] == "base"]
+    run = records[0]["run"]
+    untouched = base.assign(run=run, step=2, epoch=1.0)
+    tuned = items[(items["run"] == run) & (items["step"] == 4)]
+    probes, _ = run_group_items(records)
+    more = [part.assign(item=part["item"] + 100) for part in (base, tuned)]
+    scored = pd.concat([base, tuned, *more]).drop(columns="epoch")
+    churn = churn_table(
+        probes, scored.drop(columns="value"), scored, pd.concat([base, untouched, tuned])
+    )
+    still = churn[churn["step"] == 2]
+    assert set(still["probe"]) == set(TASKS)
+    assert (still["agreement"] == 1.0).all()
+    assert (still["gained"] + still["lost"] == 0.0).all()
+    last = churn[churn["step"] == 4].groupby(["asked", "probe"])["n"].sum()
+    assert last["training"].to_dict() == {"sciq": 5, "gsm8k": 3}
+    assert last["job"].to_dict() == {"sciq": 10, "gsm8k": 6}
+    assert set(churn["epoch"]) == {1.0, 2.0}
+    assert not churn.duplicated(["run", "step", "probe", "answer", "asked"]).any()

@@ -1,0 +1,213 @@
+"""Any task of the lm-evaluation-harness, by name: found without the harness, scored as by it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgetting.benchmarks.evaluate import run_benchmarks
+from forgetting.benchmarks.registry import (
+    BENCHMARKS,
+    benchmark,
+    main_metric,
+    required_splits,
+    task_with_same_dataset,
+)
+from forgetting.benchmarks.task_definitions import AGGREGATIONS, read_task_definition
+from forgetting.benchmarks.tasks import TaskSpec, load_task
+from forgetting.errors import InputError
+from support.models import byte_tokenizer, random_llama, write_rows
+
+SCIQ = [
+    {
+        "question": f"What is number {n}?",
+        "support": "Numbers are even or odd.",
+        "correct_answer": "even" if n % 2 == 0 else "odd",
+        "distractor1": "red",
+        "distractor2": "cold",
+        "distractor3": "loud",
+    }
+    for n in range(6)
+]
+LAMBADA = [{"text": f"The {word} saw the {word}"} for word in ("cat", "old man", "tree")]
+TRUTHFUL = [
+    {
+        "question": f"What is number {n}?",
+        "mc1_targets": {"choices": ["even", "odd", "red"], "labels": [1, 0, 0]},
+        "mc2_targets": {
+            "choices": ["even", "2k", "odd", "red", "cold"][: 3 + n],
+            "labels": [1, 1, 0, 0, 0][: 3 + n],
+        },
+    }
+    for n in range(3)
+]
+COINS = [
+    {"question": f"Ann has {n} coins.", "answer": f"{n} coins.\n#### {n}"} for n in range(1, 4)
+]
+ROWS = {
+    "sciq": {"test": SCIQ, "train": SCIQ, "validation": SCIQ},
+    "lambada_openai": {"test": LAMBADA},
+    "gsm8k_cot": {"test": COINS},
+    "truthfulqa_mc1": {"validation": TRUTHFUL},
+    "truthfulqa_mc2": {"validation": TRUTHFUL},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of three tasks of three kinds, in a folder of the user's."""
+    return write_rows(tmp_path_factory.mktemp("rows"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Bytes as tokens."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random model."""
+    return random_llama(context=8192)
+
+
+def test_every_kind_of_task_scores_as_in_the_harness(
+    model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choices, a likelihood and a generated answer: definitions, metrics and values are theirs."""
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    names = list(ROWS)
+    specs = [TaskSpec(name, max_gen_toks=8 if name == "gsm8k_cot" else None) for name in names]
+    ours = run_benchmarks(model, tokenizer, specs, folder, batch_size=4)
+    origins = {benchmark(name).dataset: ROWS[name] for name in names}
+
+    def load(path: str, name: str | None = None, **_: Any) -> Any:
+        splits = origins[path, name].items()
+        return datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s, rows in splits})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tasks = [ConfigurableTask(config=load_yaml(read_task_definition(name).path)) for name in names]
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=tasks,
+        task_manager=TaskManager(include_defaults=False),
+        gen_kwargs={"max_gen_toks": 8},
+        bootstrap_iters=0,
+    )
+    for name in names:
+        table = ours.scores[ours.scores.task == name].set_index("metric")
+        result = theirs["results"][name]
+        assert set(table.index) == {k for k in result if "," in k and "_stderr," not in k}
+        assert set(table.index) <= {*read_task_definition(name).metrics}
+        for key in table.index:
+            assert table.value[key] == pytest.approx(result[key], rel=1e-5)
+        assert table.main.sum() == 1
+    chance = ours.scores.set_index(["task", "metric"]).chance
+    assert chance["sciq", "acc,none"] == 0.25  # four choices
+    assert chance["truthfulqa_mc1", "acc,none"] == pytest.approx(1 / 3)
+    # Two true answers of three, four and five.
+    assert chance["truthfulqa_mc2", "acc,none"] == pytest.approx((2 / 3 + 2 / 4 + 2 / 5) / 3)
+    assert chance.isna()["lambada_openai", "perplexity,none"]
+    assert ours.examples == {**dict.fromkeys(ROWS, 0), "gsm8k_cot": 8}
+
+
+def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:
+    """With or without its filter; what the task has not is told with what it has."""
+    assert main_metric("sciq", None) == "acc,none"
+    assert main_metric("sciq", "acc_norm") == "acc_norm,none"
+    assert main_metric("gsm8k_cot", "exact_match,flexible-extract").endswith("flexible-extract")
+    with pytest.raises(InputError, match="sciq has no metric f1, but acc,none, acc_norm,none"):
+        main_metric("sciq", "f1")
+    for name, known in BENCHMARKS.items():
+        assert main_metric(name, known.main_metric) == known.main_metric
+
+
+def test_what_is_no_mean_is_known_as_the_harness_has_it() -> None:
+    """Of every metric that is registered with it, and of what a definition says otherwise."""
+    from lm_eval.api.metrics import mean, nanmean
+    from lm_eval.api.registry import aggregation_registry, get_metric_aggregation, metric_registry
+
+    known = {name: get_metric_aggregation(name) for name in metric_registry if name != "bypass"}
+    means = {name for name, aggregate in known.items() if aggregate in (mean, nanmean)}
+    assert set(AGGREGATIONS) == set(known) - means
+    assert all(aggregation_registry[AGGREGATIONS[name]] is known[name] for name in AGGREGATIONS)
+    assert not read_task_definition("lambada_openai").is_mean("perplexity,none")
+    assert read_task_definition("lambada_openai").is_mean("acc,none")
+    assert read_task_definition("gsm8k").is_mean("exact_match,strict-match")
+    assert not read_task_definition("wikitext").is_mean("word_perplexity,none")
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_what_is_known_by_heart_is_what_the_definition_says(name: str) -> None:
+    known, read = BENCHMARKS[name], read_task_definition(name)
+    assert str(read.path).endswith(known.definition)
+    assert read.dataset == known.dataset
+    assert (read.split, read.num_fewshot, read.max_gen_toks) == (
+        known.split,
+        known.num_fewshot,
+        known.max_gen_toks,
+    )
+    assert read.generates_code == known.generates_code and known.main_metric in read.metrics
+
+
+def test_unknown_names_are_told_with_near_ones_and_without_the_harness() -> None:
+    """In a fresh process, since others may have imported the harness: what planning does."""
+    program = (
+        "import sys\n"
+        "from forgetting.benchmarks.registry import benchmark\n"
+        "from forgetting.io import InputError\n"
+        "for name in ('helaswag', 'mmlu', 'squadv2', 'arc_easy', 'mmlu_abstract_algebra'):\n"
+        "    try:\n        print(name, benchmark(name).split)\n"
+        "    except InputError as error:\n        print(error)\n"
+        "assert not {'lm_eval', 'torch', 'datasets'} & set(sys.modules)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert "no task helaswag; did you mean hellaswag" in lines[0]
+    assert "a group of them; name its tasks, such as mmlu_" in lines[1]
+    assert "defined by a Python class" in lines[2]
+    assert lines[3:] == ["arc_easy test", "mmlu_abstract_algebra test"]
+
+
+def test_tasks_on_the_same_data_share_rows_and_read_their_own_splits() -> None:
+    """The micro-world's rows serve every task on the data of the five; examples that stand in the
+    definition need no split."""
+    assert (task_with_same_dataset("gsm8k_cot"), task_with_same_dataset("arc_easy")) == (
+        "gsm8k",
+        "arc_challenge",
+    )
+    assert task_with_same_dataset("sciq") is None
+    assert required_splits("gsm8k") == ["test", "train"]
+    assert required_splits("gsm8k_cot") == ["test"]
+    assert required_splits("sciq") == ["test"] and required_splits("sciq", 2) == ["test", "train"]
+
+
+def test_a_definition_that_needs_another_package_says_so(folder: Path) -> None:
+    """Not a traceback: the name of the package."""
+    name = next(
+        name for name in ("ifeval", "minerva_math_algebra", "leaderboard_ifeval") if _needs(name)
+    )
+    with pytest.raises(InputError, match=f"'{name}': its definition needs a Python package"):
+        load_task(name, folder)
+
+
+def _needs(name: str) -> bool:
+    """Does importing the functions of a definition fail for want of a package?"""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        load_yaml(read_task_definition(name).path)
+    except ImportError:
+        return True
+    return False

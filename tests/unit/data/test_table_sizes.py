@@ -1,0 +1,128 @@
+"""What a study reads, in rows and tokens, told before anything is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from forgetting.config.data import DatasetConfig
+from forgetting.config.evaluation import TaskConfig
+from forgetting.config.study import StudyConfig
+from forgetting.data.table_sizes import (
+    MICROWORLD_SIZES,
+    PUBLISHED_SIZES,
+    TOFU,
+    TableSize,
+    bytes_per_token,
+    probe_workload,
+    table_size,
+    training_sequences,
+)
+from forgetting.pipeline.resources.workload import downloaded_bytes, task_workloads
+from forgetting.study.load import load_study
+from scripts.generate_microworld import main as generate_microworld
+
+STUDIES = Path(__file__).resolve().parents[3] / "config" / "studies"
+
+
+def _study(name: str) -> StudyConfig:
+    return load_study({"study": name}, STUDIES)[1]
+
+
+def _agree(counted: TableSize, told: TableSize) -> None:
+    assert (counted.rows, counted.wrongs) == (told.rows, told.wrongs)
+    for name in ("question", "answer", "right", "wrong"):
+        assert getattr(told, name) == pytest.approx(getattr(counted, name), rel=0.1, abs=1)
+
+
+def test_told_sizes_of_published_tables_are_those_of_the_files(real_data: Path) -> None:
+    study = _study("tofu-phi-1.5")
+    own = study.model_copy(
+        update={"datasets": {"tofu": DatasetConfig(folder=str(real_data / "tofu"))}}
+    )
+    for dataset, name in PUBLISHED_SIZES:
+        if dataset == TOFU:
+            _agree(table_size(own, f"tofu/{name}"), PUBLISHED_SIZES[dataset, name])
+
+
+def test_a_table_with_our_column_names_in_a_dataset_with_others_has_its_sizes(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1234", "answer": "12"}) + "\n")
+    data = DatasetConfig.model_validate(
+        {"folder": str(tmp_path), "columns": {"question": "prompt"}}
+    )
+    counted = table_size(_study("mini").model_copy(update={"datasets": {"own": data}}), "own/a")
+    assert (counted.question, counted.answer) == (4, 2)
+
+
+def test_told_sizes_of_the_micro_world_are_those_of_its_files(tmp_path: Path) -> None:
+    generate_microworld(["--seed", "0", "--output", str(tmp_path)])
+    study = _study("mini")
+    here = study.model_copy(update={"datasets": {"world": DatasetConfig(folder=str(tmp_path))}})
+    for name in set(MICROWORLD_SIZES) - {"refusals"}:  # these have no answers
+        counted = table_size(here, f"world/{name}")
+        assert counted.rows == pytest.approx(MICROWORLD_SIZES[name].rows, rel=0.2)
+        for side in ("question", "answer", "right", "wrong"):
+            told, found = getattr(MICROWORLD_SIZES[name], side), getattr(counted, side)
+            assert told == pytest.approx(found, rel=0.15, abs=1), (name, side)
+
+
+def test_tokens_are_about_those_of_a_real_tokenizer(real_data: Path) -> None:
+    """Phi's count of each answer, as TOFU's logs have it: `Answer: ` before it, an end after it."""
+    text = (real_data / "tofu_golden_phi" / "forget10.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    told = [len(row["gold"].encode()) / bytes_per_token(51_200) for row in rows]
+    assert fmean(told) == pytest.approx(fmean(row["num_token_gt"] - 3 for row in rows), rel=0.2)
+    # Llama-2's tokens of WikiText's test split: 338,533 of 1,289,979 characters.
+    assert bytes_per_token(32_000) == pytest.approx(1_289_979 / 338_533, rel=0.2)
+
+
+def test_sequences_and_questions_of_the_paper_studies() -> None:
+    """By hand: 4000 pairs of about 60 tokens; 400 + 100 + 117 questions; 20 B tokens in blocks."""
+    phi = _study("tofu-phi-1.5")
+    trained, asked = training_sequences(phi, 51_200), probe_workload(phi, 51_200)
+    # (70 + 169 bytes of text, 19 of the template) / 4.338 bytes a token + 2.
+    assert trained.count == 4000
+    assert trained.tokens == pytest.approx((70 + 169 + 19) / 4.338 + 2, rel=0.01)
+    assert asked.count == 617
+    assert asked.text == 128 * 512
+    maths = training_sequences(_study("biderman-math-cpt"), 32_000)
+    assert maths.targets == 1.0
+    # The data set's authors tell of 14.7 B tokens.
+    assert maths.count * maths.tokens == pytest.approx(14.7e9, rel=0.15)
+
+
+def test_tables_that_nobody_knows_are_marked_as_a_guess() -> None:
+    study = _study("tofu-phi-1.5")
+    other = DatasetConfig(hub="someone/else", revision="0" * 40)
+    assert not table_size(study.model_copy(update={"datasets": {"d": other}}), "d/rows").known
+    assert table_size(study, "tofu/full").known
+
+
+def test_benchmarks_ask_what_the_study_says() -> None:
+    """Own items, samples and lengths; an unknown task is as long as one with its rows."""
+    study = _study("tofu-phi-1.5")
+    asked = task_workloads(study, 51_200)
+    assert {name: bench.items for name, bench in asked.items()} == {
+        "gsm8k": 1319, "humaneval": 164, "hellaswag": 10_042, "winogrande": 1267,
+        "arc_challenge": 1172,
+    }  # fmt: skip
+    assert asked["gsm8k"].most == 256
+    assert asked["humaneval"].programs
+    assert not asked["hellaswag"].most
+    own = {"arc_easy": TaskConfig(limit=7), "humaneval": TaskConfig(samples=50, max_new_tokens=9)}
+    tasks = study.benchmarks.model_copy(update={"tasks": own})
+    other = task_workloads(study.model_copy(update={"benchmarks": tasks}), 51_200)
+    assert (other["arc_easy"].items, other["humaneval"].most) == (7, 9)
+    assert other["humaneval"].samples == 50
+
+
+def test_downloads_are_the_base_its_tables_and_the_rows_of_benchmarks() -> None:
+    found = downloaded_bytes(_study("tofu-phi-1.5"), 1_418_270_720)
+    assert found["microsoft/phi-1_5"] == 2 * 1_418_270_720
+    assert {"tofu/full", "wikitext/wikitext-103-raw-v1/test", "hellaswag"} < set(found)
+    assert not downloaded_bytes(_study("mini"), 10**6)

@@ -1,0 +1,217 @@
+"""Greedy answers are those of transformers' `generate`, whatever else stands in the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from forgetting.config.expand import Method
+from forgetting.evaluation import generation as module
+from forgetting.evaluation.generation import can_drop_rows, generate_greedy, supports_refill
+from forgetting.models.adapters import attach_adapter
+from forgetting.models.forward import length_batches
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 96,
+}
+MOST = 20
+
+
+def _models() -> dict[str, Any]:
+    torch.manual_seed(1)
+    # A window shorter than a prompt with its answer.
+    mistral = MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8, initializer_range=0.5)
+    gpt2 = GPT2Config(
+        vocab_size=24, n_embd=32, n_layer=2, n_head=2, n_positions=96, initializer_range=0.5
+    )
+    mamba = MambaConfig(
+        vocab_size=24, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.5
+    )
+    made = {
+        "llama": LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.5)),
+        "shared heads": LlamaForCausalLM(
+            LlamaConfig(**SHAPE, num_key_value_heads=1, initializer_range=0.5)
+        ),
+        "neox": GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, initializer_range=0.5)),
+        "phi": PhiForCausalLM(PhiConfig(**SHAPE, initializer_range=0.5)),
+        "mistral": MistralForCausalLM(mistral),
+        "gpt2": GPT2LMHeadModel(gpt2),
+        "mamba": MambaForCausalLM(mamba),
+    }
+    for model in made.values():
+        model.generation_config.eos_token_id = None
+    return {name: model.eval() for name, model in made.items()}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """Random models of several architectures."""
+    return _models()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Thirteen prompts of one to twelve tokens."""
+    generator = torch.Generator().manual_seed(4)
+    return [
+        torch.randint(4, 24, (1 + number % 12,), generator=generator).tolist()
+        for number in range(13)
+    ]
+
+
+def _free(model: Any, prompt: list[int]) -> list[int]:
+    """What `generate` answers to one prompt, without padding and without end."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=MOST, pad_token_id=0)
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+def _expected(model: Any, prompts: list[list[int]]) -> tuple[int, list[list[int]]]:
+    """The token that, as the end, makes answers of the most lengths; and the answers."""
+    free = [_free(model, prompt) for prompt in prompts]
+
+    def ended(end: int) -> list[list[int]]:
+        return [answer[: answer.index(end)] if end in answer else answer for answer in free]
+
+    end = max(range(24), key=lambda token: len({len(answer) for answer in ended(token)}))
+    assert len({len(answer) for answer in ended(end)}) > 2
+    return end, ended(end)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 64])
+@pytest.mark.parametrize("name", ["llama", "shared heads", "neox", "phi", "mistral", "gpt2"])
+def test_answers_are_those_of_generate(
+    models: dict[str, Any], prompts: list[list[int]], name: str, size: int
+) -> None:
+    """Learned and rotary positions, a window, several rows that end early and some never."""
+    end, expected = _expected(models[name], prompts)
+    assert can_drop_rows(models[name])
+    # A window goes by places in the row.
+    assert supports_refill(models[name]) == (name != "mistral")
+    assert generate_greedy(models[name], prompts, MOST, size, {end}, end) == expected
+
+
+def test_a_model_that_keeps_a_state_is_left_to_generate(
+    models: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    """A recurrent state has no rows and positions to take out."""
+    assert not can_drop_rows(models["mamba"])
+    end, expected = _expected(models["mamba"], prompts)
+    assert generate_greedy(models["mamba"], prompts, MOST, 1, {end}, end) == expected
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+def test_the_way_to_attend_is_that_of_before(
+    models: dict[str, Any], prompts: list[list[int]], way: str
+) -> None:
+    """Also a model whose masks are not those of PyTorch's kernel answers, batch by batch."""
+    model = models["phi"]
+    end, expected = _expected(model, prompts)
+    model.set_attn_implementation(way)
+    try:
+        assert supports_refill(model) == (way == "sdpa")
+        assert generate_greedy(model, prompts, MOST, 4, {end}, end) == expected
+        assert model.config._attn_implementation == way
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_an_answer_without_end_does_not_keep_others_waiting(
+    models: dict[str, Any], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer passes than the longest answers of batches, one after the other, would take."""
+    model, most, passes = models["llama"], 12, 0
+    end, longer = _expected(model, prompts)
+    expected = [answer[:most] for answer in longer]
+    assert 1 < sum(len(answer) == most for answer in expected) < len(prompts) / 2
+    step = module._step
+
+    def counted(*args: Any) -> list[int]:
+        nonlocal passes
+        passes += 1
+        return step(*args)
+
+    monkeypatch.setattr(module, "_step", counted)
+    assert generate_greedy(model, prompts, most, 4, {end}, end) == expected
+    batches = length_batches([len(prompt) for prompt in prompts], 4)
+    longest = [max(len(expected[index]) for index in batch) for batch in batches]
+    assert passes < 0.8 * sum(longest)
+
+
+@pytest.mark.parametrize("refill", [True, False])
+def test_nothing_is_computed_for_rows_that_have_ended(
+    models: dict[str, Any],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    refill: bool,
+) -> None:
+    """Each token that is fed belongs to an answer that still goes on."""
+    model, fed = models["llama"], 0
+    forward = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal fed
+        if kwargs["input_ids"].shape[1] == 1 and kwargs["past_key_values"].get_seq_length():
+            fed += len(kwargs["input_ids"])
+        return forward(*args, **kwargs)
+
+    end, expected = _expected(model, prompts)
+    monkeypatch.setattr(module, "can_drop_rows", lambda _: True)
+    monkeypatch.setattr(module, "supports_refill", lambda _: refill)
+    monkeypatch.setattr(model, "forward", counted)
+    assert generate_greedy(model, prompts, MOST, 64, {end}, end) == expected
+    # The last of `most` tokens is not fed any more.
+    assert fed == sum(min(len(answer), MOST - 1) for answer in expected)
+
+
+def test_an_adapter_takes_part(base: Any, tuning: Method, prompts: list[list[int]]) -> None:
+    model = attach_adapter(base, tuning.model_copy(update={"dropout": 0.0}), 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.5)
+    model.eval()
+    free = [_free(model, prompt) for prompt in prompts]
+    assert generate_greedy(model, prompts, MOST, 7, {-1}, 0) == free
+    with model.disable_adapter():
+        assert free != [_free(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["llama", "shared heads", "neox", "phi", "gpt2"])
+def test_answers_in_mixed_precision_are_those_of_generate_but_for_rounding(
+    models: dict[str, Any], prompts: list[list[int]], name: str
+) -> None:
+    """Keys and values of one layer may have two widths there: rotations make keys wider."""
+    model = models[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        end, expected = _expected(model, prompts)
+        found = generate_greedy(model, prompts, MOST, 4, {end}, end)
+    first = [answer[:1] for answer in found]
+    assert sum(a == b[:1] for a, b in zip(first, expected, strict=True)) >= 12
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 9

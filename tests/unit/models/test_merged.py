@@ -1,0 +1,73 @@
+"""Measuring with the adapter added into its matrices: the same numbers, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from forgetting.models.adapters import attach_adapter
+from forgetting.models.loading import Model, load_base
+from forgetting.models.tuned import merged_adapter
+from unit.training.test_methods import VARIANTS, _tuning
+
+IDS = torch.arange(3, 15)[None]
+
+
+def _trained(base_folder: Path, variant: str) -> Model:
+    """An adapter with random weights, as after training."""
+    model = attach_adapter(load_base(base_folder, torch.device("cpu")), _tuning(variant), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merged_adapter_gives_the_same_logits_and_leaves_the_same_bits(
+    base_folder: Path, variant: str
+) -> None:
+    model = _trained(base_folder, variant)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    apart = model(input_ids=IDS).logits
+    with merged_adapter(model, torch.float32):
+        together = model(input_ids=IDS).logits
+    assert apart == pytest.approx(together, abs=2e-5)
+    assert (
+        apart - load_base(base_folder, torch.device("cpu"))(input_ids=IDS).logits
+    ).abs().max() > 0.01
+    assert torch.equal(model(input_ids=IDS).logits, apart)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "adalora"])
+def test_a_merged_zero_adapter_is_the_base_to_the_last_bit(base_folder: Path, variant: str) -> None:
+    base = load_base(base_folder, torch.device("cpu"))
+    logits = base(input_ids=IDS).logits
+    model = attach_adapter(base, _tuning(variant), seed=0).eval()
+    with merged_adapter(model, torch.float32):
+        assert torch.equal(model(input_ids=IDS).logits, logits)
+
+
+def test_a_measurement_that_fails_leaves_the_adapter_apart(base_folder: Path) -> None:
+    model = _trained(base_folder, "lora")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), merged_adapter(model, torch.float32):
+        raise KeyboardInterrupt
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_in_bfloat16_an_adapter_stays_apart(base_folder: Path) -> None:
+    """A small update would be lost in the rounding of the sum."""
+    model = _trained(base_folder, "lora")
+    assert isinstance(model, PeftModel)
+    with merged_adapter(model, torch.bfloat16):
+        assert not any(getattr(module, "merged", False) for module in model.modules())

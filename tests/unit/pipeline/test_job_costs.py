@@ -1,0 +1,426 @@
+"""What jobs cost: bytes as torch counts them, arithmetic, and what follows for SLURM."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from snakemake_executor_plugin_slurm.partitions import PartitionLimits
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig
+
+from forgetting.config.expand import Method, expand_methods
+from forgetting.config.methods import Hyperparameters
+from forgetting.config.study import StudyConfig
+from forgetting.errors import InputError
+from forgetting.models.adapters import attach_adapter, cast_frozen_weights
+from forgetting.models.loading import Model
+from forgetting.models.size import size_from_config
+from forgetting.pipeline.resources.hardware import (
+    GPUS,
+    LIMITS,
+    Device,
+    Site,
+    core_device,
+    find_device,
+    read_site,
+)
+from forgetting.pipeline.resources.job_costs import ON_DEVICES, SUBMITTED, JobCosts
+from forgetting.pipeline.resources.memory import (
+    activation_bytes,
+    checkpoint_bytes,
+    trained_state_bytes,
+    training_bytes,
+)
+from forgetting.pipeline.resources.requests import resource_requests, snakemake_resources
+from forgetting.pipeline.resources.runtime import generation_seconds, step_seconds
+from forgetting.pipeline.resources.workload import ProcessCount, Workload
+from forgetting.study.load import load_study
+from forgetting.training.batched_lora import trained_weights
+from forgetting.training.checkpoints import TrainState, save_checkpoint
+from forgetting.training.optimizer import make_optimizer
+
+STUDIES = Path(__file__).resolve().parents[3] / "config" / "studies"
+NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+CONFIG = LlamaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=320, tie_word_embeddings=False,
+)  # fmt: skip
+FULL = Method(
+    name="full", kind="full", label="full", hyperparameters=[Hyperparameters(learning_rate=1e-3)]
+)
+LORA = Method(
+    name="lora-r8", kind="lora", label="rank 8", rank=8, alpha=8.0,
+    hyperparameters=[Hyperparameters(learning_rate=1e-3)],
+)  # fmt: skip
+
+
+def _study(name: str = "tofu-phi-1.5", **changes: Any) -> StudyConfig:
+    study = load_study({"study": name}, STUDIES)[1]
+    training = study.training.model_copy(update=changes)
+    return study.model_copy(update={"training": training})
+
+
+class _OfConfig(Workload):
+    """A study with a model that torch can build here."""
+
+    config: PretrainedConfig = CONFIG
+
+    @property
+    def shape(self) -> Any:
+        """The size of the model."""
+        return size_from_config(self.config.to_dict())
+
+
+def _case(device: Device, config: PretrainedConfig = CONFIG, **changes: Any) -> Workload:
+    case = _OfConfig(_study(**changes), device)
+    object.__setattr__(case, "config", config)
+    return case
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _stepped(tuning: Method, optimizer: str) -> tuple[Model, torch.optim.Optimizer]:
+    """A model after a step: weights, gradients and the optimizer's state are there."""
+    study = _study(optimizer=optimizer)
+    model = attach_adapter(AutoModelForCausalLM.from_config(CONFIG), tuning, seed=0)
+    stepped = make_optimizer(trained_weights(model), study.training, tuning.hyperparameters[0])
+    model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    stepped.step()
+    return model, stepped
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lionw"])
+def test_weights_gradients_and_moments_are_as_large_as_torch_makes_them(
+    tuning: Method, optimizer: str, tmp_path: Path
+) -> None:
+    """16 bytes a trained weight with AdamW, 12 with Lion; and a checkpoint is as large on disk."""
+    model, stepped = _stepped(tuning, optimizer)
+    weights = list(model.parameters())
+    state = [v for s in stepped.state.values() for v in s.values() if torch.is_tensor(v)]
+    moments = [tensor for tensor in state if tensor.ndim]
+    held = _bytes(weights) + _bytes(w.grad for w in weights if w.grad is not None)
+    case = _case(core_device(1), optimizer=optimizer)
+    told = trained_state_bytes(case, [tuning], ProcessCount())
+    assert told == held + _bytes(moments)
+    save_checkpoint(model, stepped, TrainState(step=1), tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert checkpoint_bytes(case, tuning) == pytest.approx(written, rel=0.1)
+
+
+def test_frozen_matrices_under_an_adapter_are_stored_in_half() -> None:
+    model = attach_adapter(AutoModelForCausalLM.from_config(CONFIG), LORA, seed=0)
+    cast_frozen_weights(model, torch.bfloat16)
+    held = _bytes(model.parameters()) + _bytes(
+        tensor for w in trained_weights(model).values() for tensor in (w, w, w)
+    )
+    assert trained_state_bytes(_case(GPUS["H100"]), [LORA], ProcessCount()) == held
+
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 320}
+MODELS = {
+    "llama": LlamaConfig(intermediate_size=688, num_key_value_heads=8, **WIDE),
+    "grouped": LlamaConfig(intermediate_size=1024, num_key_value_heads=2, **WIDE),
+    "phi": PhiConfig(intermediate_size=1024, **WIDE),
+}
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.05], ids=["full", "lora", "dropout"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_about_what_the_graph_keeps(
+    name: str, dropout: float | None, half: bool
+) -> None:
+    """Never more than is told, and not much less: what a block more keeps, measured by hooks."""
+    config = MODELS[name]
+    tuning = FULL if dropout is None else LORA.model_copy(update={"dropout": dropout})
+    kept = (_kept(config, 3, tuning, half) - _kept(config, 1, tuning, half)) / 2
+    device = GPUS["H100"] if half else core_device(1)
+    told = activation_bytes(_case(device, config), tuning)
+    assert kept <= told <= 1.5 * kept
+
+
+def _kept(config: PretrainedConfig, blocks: int, tuning: Method, half: bool) -> float:
+    """Bytes a token that a forward pass keeps, but for weights and their rounded copies."""
+    config.num_hidden_layers = blocks
+    model = attach_adapter(AutoModelForCausalLM.from_config(config), tuning, seed=0).train()
+    cast_frozen_weights(model, torch.bfloat16 if half else torch.float32)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            held[place] = tensor
+        return tensor
+
+    rows, length = 4, 64
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+    trained = [w for n, w in model.named_parameters() if w.ndim == 2 and ".layers." in n]
+    copies = 2 * sum(w.numel() for w in trained if w.requires_grad) if half else 0
+    return (_bytes(held.values()) - copies) / (rows * length)
+
+
+def test_a_step_takes_its_arithmetic_or_its_launches() -> None:
+    """6 N FLOPs a token at 40 % of the peak if steps are large, else the launches of 24 blocks."""
+    device = GPUS["H100"]
+    large = Workload(_study("biderman-math-cpt"), device)
+    full = large.model_size.training(FULL, 4096.0, 1.0, True) * 192 * 4096 / 32
+    seconds = step_seconds(large, [FULL], ProcessCount(32, 4))
+    assert seconds == pytest.approx(full / (0.4 * 989e12), rel=0.05)
+    small = Workload(_study("tofu-phi-1.5", batch_size=1, micro_batch_size=1), device)
+    update = 44 * small.model_size.parameters / device.bandwidth
+    assert step_seconds(small, [FULL], ProcessCount()) == pytest.approx(24 * 1.7e-3 + update)
+
+
+def test_time_falls_with_processes_and_rises_with_tokens() -> None:
+    case = Workload(_study("biderman-math-cpt"), GPUS["H100"])
+    for tuning in (FULL, LORA):
+        times = [step_seconds(case, [tuning], ProcessCount(n)) for n in (1, 2, 4, 8)]
+        assert times == sorted(times, reverse=True)
+    few, many = (generation_seconds(case, n, 128, 40.0, 100.0) for n in (128, 256))
+    assert many == pytest.approx(2 * few)
+
+
+def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
+    """Four of 80 GB, two of 141 GB, eight of 48 GB; adapters always one."""
+    for device, processes in {"H100": 4, "A100": 4, "H200": 2, "L40S": 8}.items():
+        site = Site.model_validate({"machines": {"device": device}})
+        costs = JobCosts(_study("tofu-llama-2-7b"), site)
+        assert costs.team("full").processes == processes
+        for name, tuning in costs.tunings.items():
+            if tuning.kind == "lora":
+                assert costs.team(name) == ProcessCount()
+            # What rank 512 trains takes 20 GB beside the base.
+            if (device, name) != ("L40S", "lora-r512"):
+                used = training_bytes(costs.case, [tuning], costs.team(name))
+                assert used <= costs.case.device.usable
+
+
+def test_sharded_runs_get_more_gpus_when_they_are_tried_again() -> None:
+    """Memory of a GPU that was too small can be helped in no other way; not what a study fixes."""
+    site, told = Site(), {}
+    for processes in (None, 4):
+        study = _study("tofu-llama-2-7b")
+        methods = [m.model_copy(update={"processes": processes}) for m in study.methods]
+        costs = JobCosts(study.model_copy(update={"methods": methods}), site)
+        cost = costs.of("finetune", {"method": "full"})
+        told[processes] = [
+            resource_requests("finetune", cost, site, attempt) for attempt in (1, 2, 3)
+        ]
+    assert [each["gpu"] for each in told[None]] == [4, 8, 8]
+    assert [each["gpu"] for each in told[4]] == [4, 4, 4]
+    assert [each["cpus_per_task"] for each in told[None]] == [32, 64, 64]
+    assert told[None][1]["mem_mb"] == pytest.approx(3 * told[None][0]["mem_mb"], abs=3)
+
+
+def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
+    site = Site()
+    costs = JobCosts(_study("biderman-math-cpt"), site)
+    for name in costs.tunings:
+        assert costs.team(name).nodes > 1
+        assert costs.of("finetune", {"method": name}).seconds <= 60 * site.longest / 1.5
+    weeks = JobCosts(_study("biderman-math-cpt"), Site(longest=60 * 24 * 60))
+    assert {weeks.team(name).nodes for name in weeks.tunings} == {1}
+
+
+def test_what_a_study_says_of_processes_holds() -> None:
+    study = _study("mini")
+    method = study.methods[-1].model_copy(update={"processes": 6, "nodes": 3})
+    costs = JobCosts(study.model_copy(update={"methods": [method]}), Site())
+    assert costs.team("full") == ProcessCount(6, 3)
+
+
+@pytest.mark.parametrize("study", NAMES)
+def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: str) -> None:
+    """Of memory and time, until the site's limits are reached; at least eight gigabytes."""
+    costs = JobCosts(_study(study), Site())
+    for rule in SUBMITTED:
+        if rule == "pretrain_base" and not costs.study.base.pretrain:
+            continue
+        method = next(iter(costs.tunings))
+        duration = next(iter(costs.durations), "")
+        cost = costs.of(
+            rule, {"method": method, "duration": duration if rule == "train_cooldown" else ""}
+        )
+        told = [resource_requests(rule, cost, costs.site, attempt) for attempt in (1, 2, 3, 9)]
+        for name, limit in {"mem_mb": costs.site.largest, "runtime": costs.site.longest}.items():
+            values = [each[name] for each in told]
+            assert values == sorted(values)
+            assert values[-1] <= limit
+            assert values[1] > values[0] or values[0] == limit
+        assert told[0]["mem_mb"] >= (8000 if rule in ON_DEVICES else 4000)
+        assert set(snakemake_resources(rule, costs)) == set(told[0])
+
+
+def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device: H300 is not known; give one of H100"):
+        find_device("H300", 1)
+    site = tmp_path / "site.yaml"
+    for text, message in {
+        "machines: {device: H300}": "machines.device: H300 is not known",
+        "machines: {gpu: 8}": "machines.gpu: Extra inputs are not permitted",
+        "partitions: {gpu: {max_runtime: soon}}": "max_runtime: soon; give minutes",
+        "partitions: {gpu: {max_mem_mb: -1}}": "max_gpu or max_mem_mb: -1; give a whole number",
+        "machine: {device: A100}": "`machine` is not known",
+        "partitions: {gpu: {max_time: 1d}}": "partitions.gpu: `max_time` is not known; a limit is",
+        "[": "not a file of a site",
+    }.items():
+        site.write_text(text)
+        with pytest.raises(InputError) as told:
+            read_site(site)
+        assert str(told.value).startswith(f"{site}: ")
+        assert message in str(told.value)
+    site.write_text("partitions: {a: {max_runtime: 2d}, b: {max_runtime: 90}}\n")
+    assert read_site(site).longest == 2880
+
+
+def test_the_limits_of_a_partition_are_those_of_slurms_plugin() -> None:
+    names = {field.name for field in dataclasses.fields(PartitionLimits)}
+    assert {"slurm_cluster", "cluster", "clusters"} | names == LIMITS
+
+
+def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:
+    """Eight runs of Phi in one pass; two of `mini` one after the other."""
+    for name, passes in {"tofu-phi-1.5": [[0] * 8], "mini": [[0], [0]]}.items():
+        case = Workload(_study(name), GPUS["H100"])
+        assert case.microbatches([expand_methods(case.study)[0]], ProcessCount()) == passes
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "pairs": {"question": "Who?", "answer": "I.", "perturbed_answer": ["You.", "She."]},
+    "messages": {"messages": [{"role": "user", "content": "Who?"},
+                              {"role": "assistant", "content": "I."}]},
+    "text": {"text": "A short text."},
+}  # fmt: skip
+LORA_METHOD = {"method": "lora", "rank": 2, "learning_rate": 1e-3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "conversations": {"train": "own/messages"},
+    "texts": {"train": "own/text", "training": {"max_length": 16}},
+    "packed": {"training": {"packing": True, "max_length": 32}},
+    "recomputed": {"training": {"activation_checkpointing": True, "optimizer": "adafactor"}},
+    "one row": {"train_limit": 1, "training": {"batch_size": 64}},
+    "durations": {"training": {"schedule": "wsd", "epochs": 8, "durations": [0.5, 8]}},
+    "variants": {
+        "methods": [
+            LORA_METHOD | {"variant": variant} for variant in ("dora", "pissa", "adalora", "rslora")
+        ]
+    },
+    "hybrid": {
+        "methods": [
+            {"method": "hybrid", "rank": 2, "learning_rate": 1e-3,
+             "second_stage": {"layers": layers, "learning_rate": 1e-4, "suffix": name}}
+            for name, layers in {"all": "all", "last": "last 1", "some": ["mlp"]}.items()
+        ]
+    },
+    "mitigations": {
+        "methods": [
+            method | {"mitigation": mitigation}
+            for method in (LORA_METHOD, {"method": "full", "learning_rate": 1e-3})
+            for mitigation in (
+                {"replay": {"table": "own/text", "ratio": 0.2}},
+                {"kl": {"weight": 0.1}},
+                {"ewc": {"weight": 0.1, "table": "own/text"}},
+                {"l2_sp": {"weight": 0.1}},
+            )
+        ]
+    },
+    "shares": {"selection": {"probe": "new", "wise_ft": [0.5]}},
+    "text": {"general_text": {"table": "own/text", "block": 8}},
+    "asked": {"benchmarks": {"refusals": {"table": "own/pairs"},
+                             "tasks": {"humaneval": {"samples": 20}}}},
+}  # fmt: skip
+
+
+def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another partition may be for longer jobs without GPUs, and one job may not have them all."""
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        "partitions:\n"
+        "  gpu: {max_runtime: 1d, max_gpu: 8, max_mem_mb: 400000}\n"
+        "  cpu: {max_runtime: 7d, max_mem_mb: 900000}\n"
+        "machines: {device: A100, count: 4, gpus: 8, cpus: 64, memory_gb: 1000}\n"
+    )
+    monkeypatch.delenv("SNAKEMAKE_SLURM_PARTITIONS", raising=False)
+    site = read_site(path)
+    costs = JobCosts(_study("biderman-math-cpt"), site)
+    for name in costs.tunings:
+        assert costs.team(name).processes <= 8
+        told = resource_requests(
+            "finetune", costs.of("finetune", {"method": name}), site, attempt=3
+        )
+        assert told["runtime"] <= 1440
+        assert told["gpu"] <= 8
+        assert told["mem_mb"] <= 400_000
+    assert site.longest_light == 7 * 1440
+    path.write_text(path.read_text().replace("max_runtime: 1d", "max_runtime: 0"))
+    with pytest.raises(InputError, match="max_runtime: 0"):
+        read_site(path)
+
+
+@pytest.mark.parametrize("device", ["H100", "CPU"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whatever_a_study_asks_for_has_a_size(
+    variant: str, device: str, tmp_path: Path, base_folder: Path
+) -> None:
+    """No study that can be run stops at its sizes: each job costs something, not all there is."""
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    document = {
+        "title": variant,
+        "datasets": {"own": {"folder": str(tmp_path)}},
+        "base": {"model": str(base_folder)},
+        "train": "own/pairs",
+        "probes": {"new": {"table": "own/pairs", "knowledge": "new", "truth_ratio": False}},
+        "methods": [LORA_METHOD, {"method": "full", "learning_rate": 1e-3}],
+        "selection": {"probe": "new"},
+    } | VARIANTS[variant]
+    study = StudyConfig.model_validate(document)
+    costs = JobCosts(study, Site.model_validate({"machines": {"device": device}}))
+    kinds = [("evaluate_base", {}), ("benchmark_base", {}), ("evaluate_wise_ft", {})]
+    kinds += [("run_programs", {"model": "base"}), ("make_tables", {})]
+    for method in costs.tunings:
+        kinds += [(rule, {"method": method}) for rule in ("finetune", "benchmark")]
+        kinds += [
+            ("train_cooldown", {"method": method, "duration": name}) for name in costs.durations
+        ]
+    for rule, wildcards in kinds:
+        cost = costs.of(rule, wildcards)
+        assert cost.stages
+        assert all(0 <= seconds < 1e5 for seconds in cost.stages.values())
+        assert cost.processes == ProcessCount()
+        assert 0 <= cost.device_bytes < costs.case.device.usable
+        for value in resource_requests(rule, cost, costs.site).values():
+            assert math.isfinite(value)
+            assert value >= 0
+
+
+def test_models_of_unusual_configurations_are_a_guess(tmp_path: Path) -> None:
+    """Names of keys that nobody foresaw: the study is planned all the same."""
+    shape = size_from_config({"model_type": "odd", "d_model": 64, "n_heads": 4, "vocab_size": 300})
+    assert not shape.is_exact
+    nested = size_from_config({"model_type": "vision", "text_config": CONFIG.to_dict()})
+    assert nested.is_exact
+    assert nested.blocks == 2
+
+
+def test_a_site_without_gpus_is_asked_for_none() -> None:
+    """One process, on the processor; the launcher takes none for one."""
+    site = Site.model_validate({"machines": {"device": "CPU", "gpus": 2, "cpus": 8}})
+    costs = JobCosts(_study("mini"), site)
+    for rule in ON_DEVICES[:3]:
+        told = resource_requests(rule, costs.of(rule, {"method": "full"}), site)
+        assert (told["gpu"], told["cpus_per_task"]) == (0, 4)

@@ -1,0 +1,273 @@
+"""Results of different studies never share a folder, and different studies run side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from forgetting.errors import InputError
+from forgetting.locks import (
+    JOBS_LOCK,
+    OWNER_FILE,
+    check_no_running_jobs,
+    check_owner,
+    is_locked,
+    lock_downloads,
+    study_origin,
+)
+from forgetting.study.load import load_study
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "workflow"
+STUDY: dict[str, Any] = {
+    "title": "One of two",
+    "datasets": {"world": {"generate": "micro-world", "seed": 0}},
+    "base": {
+        "pretrain": {
+            "documents": ["world/documents"],
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_layers": 1,
+            "num_heads": 2,
+            "vocab_size": 300,
+            "block_size": 320,
+            "batch_tokens": 960,
+            "epochs": 0.1,
+            "limit": 40,
+        }
+    },
+    "train": "world/new_authors",
+    "train_limit": 4,
+    "probes": {
+        "new": {"table": "world/new_authors", "knowledge": "new", "limit": 2},
+        "old": {"table": "world/real_authors", "knowledge": "old", "limit": 2},
+    },
+    "evaluation": {"max_new_tokens": 2},
+    "training": {"epochs": 2, "batch_size": 4, "schedule": "constant", "warmup_epochs": 1},
+    "methods": [{"method": "lora", "rank": 2, "learning_rate": 1e-3}],
+    "selection": {"probe": "new", "threshold": 0.9, "if_not_reached": "last"},
+}
+HOLD = """
+import sys, time
+from pathlib import Path
+from forgetting.locks import occupy
+occupy(Path(sys.argv[1]), sys.argv[2])
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def _write(path: Path, **more: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(STUDY | more, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def _held(folder: Path, study: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a folder of results, as a snakemake does."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), study],
+        env=os.environ | {"PYTHONPATH": str(LIBRARY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_folder_is_held_by_one_snakemake_until_it_ends(tmp_path: Path) -> None:
+    """Also when it is killed: no lock stays behind."""
+    folder = tmp_path / "results" / "own"
+    command = [sys.executable, "-c", HOLD, str(folder), "own"]
+    environment = os.environ | {"PYTHONPATH": str(LIBRARY)}
+    with _held(folder, "own"):
+        assert is_locked(folder)
+        second = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert second.returncode
+        assert f"{folder}: another snakemake runs this study here" in second.stderr
+    assert not is_locked(folder)
+    with _held(folder, "own"):
+        assert is_locked(folder)
+
+
+def test_jobs_that_outlive_their_snakemake_are_noticed(tmp_path: Path) -> None:
+    """A program shows that it runs, and the next snakemake does not start others beside it."""
+    program = (
+        "import sys, time\n"
+        "from forgetting.io import tells_input_errors\n"
+        "@tells_input_errors\n"
+        "def main(argv=None):\n"
+        "    print('runs', flush=True)\n"
+        "    time.sleep(600)\n"
+        "main()\n"
+    )
+    environment = {"PYTHONPATH": str(LIBRARY), "FORGETTING_JOBS_LOCK": str(tmp_path / JOBS_LOCK)}
+    check_no_running_jobs(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        with pytest.raises(InputError, match="jobs of a snakemake that was killed still run"):
+            check_no_running_jobs(tmp_path, patience=0.1)
+        process.kill()
+    check_no_running_jobs(tmp_path)
+
+
+def test_files_of_one_name_do_not_share_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first keeps the folder as long as its file is there, wherever it is named from."""
+    monkeypatch.chdir(tmp_path)
+    first, second = _write(Path("a/own.yaml")), _write(Path("b/own.yml"))
+    folder, studies = Path("results/own"), Path("config/studies")
+    with _held(folder, study_origin(first, studies)):
+        pass
+    check_owner(folder, study_origin(first.resolve(), studies))
+    with pytest.raises(InputError) as error:
+        check_owner(folder, study_origin(second, studies))
+    assert str(error.value) == (
+        "study=b/own.yml: results/own holds the results of a/own.yaml, which has the same name; "
+        "rename one of the two files, or move the folder away"
+    )
+    with pytest.raises(InputError, match=r"holds the results of a/own\.yaml"):
+        check_owner(folder, "own")  # of config/studies
+    first.rename("renamed.yaml")
+    check_owner(folder, study_origin(second, studies))
+
+
+def test_names_that_differ_only_by_case_do_not_share_results(tmp_path: Path) -> None:
+    (tmp_path / "results" / "Own").mkdir(parents=True)
+    check_owner(tmp_path / "results" / "Own", "Own.yaml")
+    with pytest.raises(InputError, match=r"some file systems take that for .*Own"):
+        check_owner(tmp_path / "results" / "own", "own.yaml")
+
+
+def test_results_of_an_older_version_are_continued(tmp_path: Path) -> None:
+    """A folder that names no owner, or in which a crash cut the name."""
+    check_owner(tmp_path, "own.yaml")
+    (tmp_path / OWNER_FILE).write_text('{"stu')
+    check_owner(tmp_path, "own.yaml")
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "other"),
+    [
+        ("own/mini.yml", {}, "mini.yaml"),
+        ("own/mini.yaml", {}, "mini.yaml"),
+        ("own/MINI.yaml", {}, "mini.yaml"),
+        ("own/mini-tiny.yaml", {}, "mini.yaml"),
+        ("studies/mini-tiny.yaml", {}, "mini.yaml"),
+        ("studies/mini.yaml", {"scale": "tiny"}, "mini-tiny.yaml"),
+    ],
+)
+def test_a_name_belongs_to_one_study(
+    file: str, config: dict[str, str], other: str, tmp_path: Path
+) -> None:
+    """What comes with the workflow keeps its names, at both scales."""
+    studies = tmp_path / "studies"
+    _write(studies / other)
+    path = _write(tmp_path / file)
+    with pytest.raises(InputError) as error:
+        load_study({"study": str(path), **config}, studies)
+    assert f"and so are those of {studies / other}; rename your file" in str(error.value)
+
+
+def test_the_page_of_the_last_study_is_no_studys_own(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is the page of the study that was run last; rename"):
+        load_study({"study": str(_write(tmp_path / "Tradeoff.yaml"))}, tmp_path / "studies")
+
+
+def _snakemake(folder: Path, study: str, *options: str) -> subprocess.Popen[str]:
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("SNAKEMAKE")}
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "snakemake", *options),
+            *("--snakefile", str(ROOT / "Snakefile")),
+            *("--configfile", str(ROOT / "config" / "config.yaml"), "--config", f"study={study}"),
+        ],
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _ended(process: subprocess.Popen[str]) -> str:
+    told, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, told[-6000:]
+    return told
+
+
+@pytest.mark.slow
+def test_two_studies_run_side_by_side(tmp_path: Path) -> None:
+    """Each ends in its own page; the last one's is also `tradeoff.html`, whichever was run."""
+    _write(tmp_path / "one.yaml", title="The first")
+    _write(tmp_path / "two.yaml", title="The second")
+    both = [_snakemake(tmp_path, f"{name}.yaml", "--cores", "1") for name in ("one", "two")]
+    while not all(is_locked(tmp_path / "results" / name) for name in ("one", "two")):
+        assert all(process.poll() is None for process in both), [p.communicate() for p in both]
+        time.sleep(0.05)
+    _ended(_snakemake(tmp_path, "one.yaml", "--unlock"))
+    again = _snakemake(tmp_path, "two.yaml", "--cores", "1")
+    told, _ = again.communicate(timeout=600)
+    assert again.returncode
+    assert "results/two: another snakemake runs this study here" in told
+    for process in both:
+        _ended(process)
+
+    reports = tmp_path / "reports"
+    pages = {name: (reports / f"{name}.html").read_text() for name in ("one", "two")}
+    assert "The first" in pages["one"]
+    assert "The second" in pages["two"]
+    assert (reports / "tradeoff.html").read_text() in pages.values()
+    for name in ("one", "two"):
+        assert list((reports / f"{name}-figures").glob("*.svg"))
+        told = _ended(_snakemake(tmp_path, f"{name}.yaml", "--cores", "1"))
+        assert "rule finetune:" not in told
+        assert (reports / "tradeoff.html").read_text() == pages[name]
+    told = _ended(_snakemake(tmp_path, "two.yaml", "--cores", "1", "--dry-run"))
+    assert "Nothing to be done" in told
+    owner = json.loads((tmp_path / "results" / "two" / OWNER_FILE).read_text())
+    assert owner == {"study": "two.yaml"}
+
+
+def test_a_download_is_made_by_one_snakemake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Snakemake removes what is there before it downloads, under those who read it already."""
+    monkeypatch.chdir(tmp_path)
+    model = "resources/models/owner/name/revision"
+    program = HOLD.replace(
+        "occupy(Path(sys.argv[1]), sys.argv[2])", "occupy_downloads(sys.argv[1:])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program.replace("import occupy", "import occupy_downloads"), model],
+        env=os.environ | {"PYTHONPATH": str(LIBRARY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        lock_downloads(["resources/models/owner/other/revision"])
+        with pytest.raises(InputError, match=f"{model}: another snakemake downloads it"):
+            lock_downloads([model])
+        process.kill()
+    lock_downloads([model])

@@ -1,0 +1,781 @@
+"""Mitigations of forgetting: each against its formula, and in training against none at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgetting.config.data import PromptConfig
+from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.expand import Method, expand_methods
+from forgetting.config.methods import Hyperparameters, RankBudgetConfig
+from forgetting.config.mitigations import MitigationConfig
+from forgetting.config.selection import SelectionConfig
+from forgetting.config.study import StudyConfig
+from forgetting.config.training import TrainingConfig
+from forgetting.data.tokenize import Example, encode_pair, encode_text
+from forgetting.errors import InputError
+from forgetting.evaluation.probes import evaluate_probes
+from forgetting.io import write_json, write_jsonl
+from forgetting.models.adapters import attach_adapter
+from forgetting.models.attention import eager_if_faster
+from forgetting.models.forward import collate, target_logits, token_logprobs
+from forgetting.models.loading import Model, load_base
+from forgetting.models.tuned import save_weights, trained_state
+from forgetting.models.wise_ft import interpolated_models, interpolated_weights
+from forgetting.schedule import LrSchedule
+from forgetting.study.preflight import check_folders
+from forgetting.study.smoke import smoke_size
+from forgetting.training import trainer as module
+from forgetting.training.checkpoints import TrainState
+from forgetting.training.mitigations import (
+    Mitigations,
+    adapted_layers,
+    build_mitigations,
+    ewc,
+    fisher_information,
+    kl_penalty,
+    l2_sp,
+    replay_indices,
+    token_kl,
+)
+from forgetting.training.run_config import RunConfig, batch_indices, loss_groups
+from forgetting.training.run_group import RunContext, RunGroupConfig, run_key, train_run_group
+from forgetting.training.train_step import compute_gradients
+from forgetting.training.trainer import train_run
+from scripts import evaluate_wise_ft
+from support.kill import Killed
+from support.run_groups import digests_in, record_base
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Rows = list[dict[str, Any]]
+CPU = torch.device("cpu")
+FULL = Method(name="full", kind="full", label="full", hyperparameters=[])
+LORA = Method(name="lora-r4", kind="lora", label="rank 4", rank=4, alpha=8.0, hyperparameters=[])
+RATES = {"lora": 0.01, "full": 2e-3}
+
+
+@dataclass
+class Gym:
+    """Trains the tiny base on seven rows; the last three stand for what it knew before."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    general: list[Example]
+    work: Path
+
+    def model(self, tuning: Method = LORA) -> Model:
+        """The base as training starts from it."""
+        return attach_adapter(load_base(self.folder, CPU), tuning, 3)
+
+    def recipe(self, tuning: Method = LORA, **changes: Any) -> RunConfig:
+        """Three epochs in batches of four, each of two forward passes."""
+        training = TrainingConfig(epochs=3.0, batch_size=4, micro_batch_size=2, warmup_epochs=0.0)
+        training = training.model_copy(update=changes)
+        return RunConfig(
+            hyperparameters=Hyperparameters(learning_rate=RATES[tuning.kind]),
+            seed=3,
+            training=training,
+            schedule=LrSchedule.plan(7, training, 1.0),
+            threshold=0.9,
+            stop_after_evaluations=None,
+            precision=torch.float32,
+            pad=self.tokenizer.pad_token_id,
+        )
+
+    def run(
+        self,
+        build: Callable[[Model], Mitigations] | None,
+        tuning: Method = LORA,
+        name: str = "run",
+        **changes: Any,
+    ) -> tuple[TrainState, Model]:
+        """A run with safeguards, in a process of its own, as it were."""
+        model = self.model(tuning)
+        recipe = self.recipe(tuning, **changes)
+        if build:
+            recipe = replace(recipe, mitigations=build(model))
+
+        def evaluate(_: Model) -> tuple[pd.DataFrame, float]:
+            return pd.DataFrame({"value": [0.1]}), 0.1
+
+        folder = self.work / name
+        progress = train_run(
+            model, self.examples[:7], recipe, 0.1, evaluate, folder, lambda *_: None
+        )
+        return progress, model.eval()
+
+    def drift(self, model: Model) -> float:
+        """Mean change of the logits on text that is not trained on."""
+        batch = collate(self.examples[7:], self.tokenizer.pad_token_id)
+        with torch.no_grad():
+            base = target_logits(load_base(self.folder, CPU), batch)
+            return float((target_logits(model, batch) - base).abs().mean())
+
+
+@pytest.fixture
+def gym(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    rows: Rows,
+    tmp_path: Path,
+) -> Gym:
+    examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
+    general = [encode_text(tokenizer, f"{row['answer']} {row['question']}") for row in rows[7:]]
+    return Gym(base_folder, tokenizer, examples, general, tmp_path)
+
+
+def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Mitigations]:
+    mitigation = MitigationConfig.model_validate(sections)
+    return lambda model: build_mitigations(model, mitigation, {"world/documents": gym.general}, 3)
+
+
+def _as_variant(variant: str) -> Method:
+    """Full fine-tuning, a variant of the adapter, or adapters beside trained embeddings."""
+    if variant == "full":
+        return FULL
+    if variant == "embeddings":
+        return LORA.model_copy(update={"embeddings": "trained"})
+    budget = RankBudgetConfig() if variant == "adalora" else None
+    initial = 6 if budget else None
+    return LORA.model_copy(update={"variant": variant, "budget": budget, "initial_rank": initial})
+
+
+def _moved(model: Model) -> Model:
+    """Random changes of all that is trained."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _same(first: tuple[TrainState, Model], second: tuple[TrainState, Model]) -> bool:
+    ours, theirs = trained_state(first[1]), trained_state(second[1])
+    same = all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return same and first[0].losses == second[0].losses
+
+
+def _gradients(gym: Gym, build: Callable[[Model], Mitigations], tuning: Method, size: int) -> Any:
+    """Gradients of one step of a run that has moved away from the base."""
+    model = gym.model(tuning)
+    recipe = replace(gym.recipe(tuning, micro_batch_size=size), mitigations=build(model))
+    _moved(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    groups = loss_groups(gym.examples[:7], recipe, 1)
+    compute_gradients(model, recipe, [groups], TrainState(step=1), optimizer)
+    return [parameter.grad for parameter in trained]
+
+
+# --- in training --------------------------------------------------------------------------------
+
+REPLAY = {"table": "world/documents", "ratio": 0.3}
+EWC = {"table": "world/documents", "samples": 2}
+WEIGHTLESS = {
+    "l2_sp": {"l2_sp": {"weight": 0.0}},
+    "kl": {"kl": {"weight": 0.0}},
+    "ewc": {"ewc": EWC | {"weight": 0.0}},
+}
+STRONG = {
+    "l2_sp": {"l2_sp": {"weight": 100.0}},
+    "kl": {"kl": {"weight": 30.0}},
+    "ewc": {"ewc": EWC | {"weight": 1e5}},
+    "kl on replay": {"replay": REPLAY, "kl": {"weight": 30.0, "tokens": "replay"}},
+}
+SPLIT = STRONG | {"replay": {"replay": REPLAY}}
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", WEIGHTLESS.values(), ids=WEIGHTLESS)
+def test_weight_0_is_the_run_without(gym: Gym, tuning: Method, sections: Any) -> None:
+    """Bit for bit."""
+    without = gym.run(None, tuning, "without")
+    assert _same(gym.run(_builder(gym, **sections), tuning), without)
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", STRONG.values(), ids=STRONG)
+def test_a_strong_mitigation_keeps_the_model_near_the_base(
+    gym: Gym, tuning: Method, sections: Any
+) -> None:
+    """On text that is not trained on, outputs move much less far."""
+    _, without = gym.run(None, tuning, "without")
+    _, kept = gym.run(_builder(gym, **sections), tuning)
+    assert 0 < gym.drift(kept) < 0.8 * gym.drift(without)
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
+def test_the_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Method, sections: Any) -> None:
+    whole = _gradients(gym, _builder(gym, **sections), tuning, 32)
+    for size in (1, 3):
+        for ours, theirs in zip(
+            _gradients(gym, _builder(gym, **sections), tuning, size), whole, strict=True
+        ):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- L2-SP --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("embeddings", ["frozen", "trained"])
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_l2_sp_of_adapters_is_that_of_the_merged_matrices(
+    gym: Gym, variant: str, embeddings: str
+) -> None:
+    """tr((B^T B)(A A^T)) is the norm of the product, and so are the gradients."""
+    tuning = LORA.model_copy(update={"variant": variant, "embeddings": embeddings})
+    model = gym.model(tuning)
+    penalty = l2_sp(model, 0.5)
+    assert penalty(model).item() == 0.0
+    _moved(model)
+    before = {n: p.clone() for n, p in load_base(gym.folder, CPU).named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    formed = (
+        0.25
+        * torch.stack(
+            [
+                (layer.lora_B["default"].weight @ layer.lora_A["default"].weight * tuning.scale)
+                .square()
+                .sum()
+                for layer in adapted_layers(model)
+            ]
+        ).sum()
+    )
+    if embeddings == "trained":
+        embedding = model.get_input_embeddings().weight
+        formed = formed + 0.25 * (embedding - before["model.embed_tokens.weight"]).square().sum()
+    ours = torch.autograd.grad(penalty(model), trained)
+    theirs = torch.autograd.grad(formed, trained)
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, theirs, strict=True)
+    )
+    value = float(penalty(model).detach())
+    merged = model.merge_and_unload()
+    distances = [(p - before[n]).square().sum() for n, p in merged.named_parameters()]
+    assert value == pytest.approx(0.25 * float(sum(distances)), rel=1e-4)
+
+
+def test_l2_sp_of_full_fine_tuning_pulls_each_weight_back(gym: Gym) -> None:
+    """Its gradient is weight * (theta - theta0)."""
+    model = gym.model(FULL)
+    penalty = l2_sp(model, 0.5)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert penalty(model).item() == 0.0
+    _moved(model)
+    penalty(model).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, 0.5 * (parameter - start[name]), atol=1e-7)
+
+
+def test_l2_sp_covers_an_adapted_embedding(gym: Gym) -> None:
+    tuning = LORA.model_copy(update={"target_modules": ["embed_tokens"]})
+    model = gym.model(tuning)
+    penalty = l2_sp(model, 1.0)
+    _moved(model)
+    (layer,) = adapted_layers(model)
+    formed = 0.5 * layer.get_delta_weight("default").square().sum()
+    assert penalty(model).item() == pytest.approx(formed.item(), rel=1e-5)
+
+
+# --- KL -----------------------------------------------------------------------------------------
+
+
+def test_kl_by_hand() -> None:
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2, and nothing where masked."""
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    labels = torch.tensor([[0, -100]])
+    base, logits = p.log().expand(1, 2, 3), (q.log() + 7.0).expand(1, 2, 3)
+    found = kl_penalty(base, logits, labels)
+    assert found.flatten().tolist() == pytest.approx([0.25 * math.log(2), 0.0], abs=1e-7)
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(p), torch.distributions.Categorical(q)
+    )
+    assert found[0, 0].item() == pytest.approx(exact.item())
+    logits = logits.clone().requires_grad_()
+    kl_penalty(base, logits, labels).sum().backward()
+    assert torch.allclose(logits.grad[0, 0], q - p, atol=1e-6)
+    assert logits.grad[0, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
+def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
+    """With dropout in the adapter too: the base is asked without it."""
+    tuning = _as_variant(variant)
+    model = gym.model(tuning.model_copy(update={"dropout": 0.5})).train()
+    penalty = token_kl(model, 2.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    value = penalty(model, batch, target_logits(model, batch))
+    assert value.item() == 0.0
+    assert model.training
+    value.backward()
+    gradients = [p.grad.abs().max().item() for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert max(gradients) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
+def test_kl_is_to_the_base_from_disk(gym: Gym, variant: str) -> None:
+    """Whatever became of the model; the sum over its tokens, with the gradient of the formula."""
+    model = gym.model(_as_variant(variant))
+    penalty = token_kl(model, 2.0)
+    _moved(model)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    logits = target_logits(model, batch)
+    value = penalty(model, batch, logits)
+    p = target_logits(load_base(gym.folder, CPU), batch).detach().double().log_softmax(-1)
+    q = target_logits(model, batch).double().log_softmax(-1)
+    formed = 2.0 * (p.exp() * (p - q)).sum(-1)[batch.labels != -100].sum()
+    # In float32 the terms, some positive and some negative, cancel all but a hundredth.
+    assert value.item() == pytest.approx(formed.item(), rel=1e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours, theirs = torch.autograd.grad(value, trained), torch.autograd.grad(formed, trained)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_kl_of_an_adapter_that_does_not_start_as_nothing_is_to_a_copy(gym: Gym) -> None:
+    """Without such an adapter the model would not be the base."""
+    model = _moved(gym.model())
+    penalty = token_kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    assert penalty(model, batch, target_logits(model, batch)).item() == 0.0
+
+
+def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
+    model = gym.model(FULL)
+    penalty = token_kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = penalty(_moved(model), batch, target_logits(model, batch))
+    assert value.dtype == torch.float32
+
+
+def test_kl_of_an_untrained_model_is_nothing_also_in_bfloat16(gym: Gym) -> None:
+    """The frozen copy attends as the model does, so that the two round alike."""
+    model = gym.model(FULL)
+    penalty = token_kl(model, 1.0)
+    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    half = torch.bfloat16
+    with eager_if_faster(model, batch.mask, half) as mask, torch.autocast("cpu", dtype=half):
+        batch = replace(batch, mask=mask)
+        assert penalty(model, batch, target_logits(model, batch)).item() == 0.0
+
+
+# --- EWC ----------------------------------------------------------------------------------------
+
+
+class Unigram(torch.nn.Module):
+    """Predicts the same distribution, softmax(theta), whatever came before."""
+
+    device = CPU
+
+    def __init__(self, probabilities: list[float]) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> Any:
+        shape = (len(input_ids), len(logits_to_keep), len(self.theta))
+        return SimpleNamespace(logits=self.theta.expand(shape))
+
+
+def test_fisher_of_a_model_whose_information_is_known() -> None:
+    """p (1 - p) of a softmax, though the text says one and the same token again and again."""
+    p = [0.6, 0.3, 0.1]
+    model: Any = Unigram(p)
+    rows = [Example(ids=[1] * 9, prompt_length=1)] * 3000
+    (found,) = fisher_information(model, [model.theta], rows, 0)
+    assert found.tolist() == pytest.approx([x * (1 - x) for x in p], abs=0.01)
+    (again,) = fisher_information(model, [model.theta], rows, 0)
+    assert torch.equal(found, again)
+    # Near the base the penalty is KL(base || model), of one changed weight exactly.
+    penalty = ewc(model, 1.0, rows, 0)
+    base = model.theta.detach().clone()
+    with torch.no_grad():
+        model.theta[1] += 0.05
+    exact = kl_penalty(base, model.theta, torch.tensor(0)).item()
+    assert penalty(model).item() == pytest.approx(exact, rel=0.08)
+
+
+@pytest.mark.parametrize("embeddings", ["frozen", "trained"])
+def test_ewc_is_the_weighted_distance(gym: Gym, embeddings: str) -> None:
+    """Of all weights, and of adapters the same as of the matrices merged, with their gradients."""
+    model = gym.model(LORA.model_copy(update={"embeddings": embeddings}))
+    full = gym.model(FULL)
+    names = [
+        name.removesuffix(".base_layer.weight").removeprefix("base_model.model.") + ".weight"
+        for name, _ in model.named_parameters()
+        if name.endswith(".base_layer.weight")
+    ]
+    assert len(names) == 14
+    names += ["model.embed_tokens.weight"] if embeddings == "trained" else []
+    weights = dict(full.named_parameters())
+    information = fisher_information(full, list(weights.values()), gym.general, 3)
+    by_name = dict(zip(weights, information, strict=True))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    penalty, whole = ewc(model, 0.5, gym.general, 3), ewc(full, 0.5, gym.general, 3)
+    assert penalty(model).item() == whole(full).item() == 0.0
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    _moved(model)
+    value = penalty(model)
+    value.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n in trained)
+
+    start = {name: p.detach().clone() for name, p in full.named_parameters()}
+    merged = dict(model.merge_and_unload().named_parameters())
+    terms = [(by_name[n] * (merged[n] - start[n]).square()).sum() for n in names]
+    assert value.item() == pytest.approx(0.25 * torch.stack(terms).sum().item(), rel=1e-4)
+
+    _moved(full)
+    whole(full).backward()
+    for name, parameter in full.named_parameters():
+        expected = 0.5 * by_name[name] * (parameter - start[name])
+        assert torch.allclose(parameter.grad, expected, atol=1e-7), name
+
+
+# --- replay -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.75])
+def test_the_share_of_replay_is_exact_in_the_long_run(share: float) -> None:
+    """Batches of 4, 4 and 2 of ten new examples: whatever does not fit one step comes later."""
+    starts = [epoch * 10 + place for epoch in range(38) for place in (0, 4, 8)]
+    drawn = [
+        replay_indices(7, share, 5, start, start + (4 if start % 10 < 8 else 2)) for start in starts
+    ]
+    total = sum(map(len, drawn))
+    assert total == pytest.approx(380 * share / (1 - share), abs=1)
+    assert max(map(len, drawn)) <= math.ceil(4 * share / (1 - share))
+    stream = [index for part in drawn for index in part]
+    for start in range(0, total - 6, 7):
+        assert sorted(stream[start : start + 7]) == list(range(7))
+
+
+def test_replay_is_a_function_of_seed_and_step_alone() -> None:
+    whole = replay_indices(100, 0.5, 5, 0, 40)
+    assert whole == [i for at in range(0, 40, 4) for i in replay_indices(100, 0.5, 5, at, at + 4)]
+    assert whole != replay_indices(100, 0.5, 6, 0, 40)
+    assert whole != replay_indices(100, 0.5, 5, 100, 140)
+    # A table that is smaller than what one step takes.
+    assert sorted(replay_indices(2, 0.75, 5, 0, 2)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_all_tokens_of_a_text_are_targets(gym: Gym) -> None:
+    example = encode_text(gym.tokenizer, "In Oslo, by the harbour.")
+    assert example.targets == len(example.ids) - 1 > 5
+    assert example.ids[-1] == gym.tokenizer.eos_token_id
+    assert gym.tokenizer.decode(example.ids[:-1]) == "In Oslo, by the harbour."
+    assert encode_text(gym.tokenizer, "In Oslo, by the harbour.", 4).ids == example.ids[:4]
+
+
+def test_the_loss_is_the_mean_over_all_tokens_replayed_ones_among_them(gym: Gym) -> None:
+    """Of the first step, whose weights are those of the base."""
+    half = {"table": "world/documents", "ratio": 0.5}
+    progress, _ = gym.run(_builder(gym, replay=half), FULL)
+    new = [gym.examples[index] for index in batch_indices(7, 4, 3, 0)]
+    old = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 4)]
+    assert len(old) == len(new) == 4
+    batch = collate([*new, *old], gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        logprobs = token_logprobs(load_base(gym.folder, CPU), batch)
+    assert progress.losses[0] == pytest.approx(-logprobs.sum().item() / batch.targets, rel=1e-5)
+    # Six steps of 21 new and as many old examples.
+    drawn = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 21)]
+    seen = [*(gym.examples[:7] * 3), *drawn]
+    assert progress.tokens == sum(len(example.ids) for example in seen)
+
+
+def test_replay_keeps_what_is_replayed(gym: Gym) -> None:
+    """The general text is predicted better than by a run without."""
+    batch = collate(gym.general, gym.tokenizer.pad_token_id)
+    half = {"table": "world/documents", "ratio": 0.5}
+    found = []
+    for name, build in (("without", None), ("with", _builder(gym, replay=half))):
+        _, model = gym.run(build, LORA, name, epochs=8.0)
+        with torch.no_grad():
+            found.append(-token_logprobs(model, batch).sum().item() / batch.targets)
+    assert found[1] < 0.8 * found[0]
+
+
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
+def test_a_killed_run_ends_like_one_that_was_not(
+    gym: Gym, tuning: Method, sections: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: what the mitigation compares with is the base, not what was resumed from."""
+    tuning = tuning.model_copy(update={"dropout": 0.1}) if tuning.kind == "lora" else tuning
+    reference = gym.run(_builder(gym, **sections), tuning, "reference")
+    original, calls = module._train_step, 0
+
+    def deadly(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_train_step", deadly)
+        with pytest.raises(Killed):
+            gym.run(_builder(gym, **sections), tuning)
+    assert _same(gym.run(_builder(gym, **sections), tuning), reference)
+
+
+# --- WiSE-FT ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
+def test_a_share_of_the_update(gym: Gym, variant: str) -> None:
+    """Nothing of it is the base bit for bit, all of it the tuned model, half lies in between."""
+    model = gym.model(_as_variant(variant))
+    _moved(model).eval()
+    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        base = target_logits(load_base(gym.folder, CPU), batch)
+        tuned = target_logits(model, batch)
+        found = {
+            share: target_logits(between, batch)
+            for share, between in interpolated_models(
+                load_base(gym.folder, CPU), model, [1.0, 0.0, 0.5]
+            )
+        }
+    assert torch.equal(found[0.0], base)
+    assert torch.allclose(found[1.0], tuned, atol=1e-3)
+    assert not torch.allclose(found[0.5], base, atol=0.1)
+    assert not torch.allclose(found[0.5], tuned, atol=0.1)
+
+
+def test_a_share_of_an_adapter_is_its_scale(gym: Gym) -> None:
+    """As peft's own scaling of the layers gives it."""
+    model = _moved(gym.model()).eval()
+    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    with torch.no_grad():
+        for layer in adapted_layers(model):
+            layer.scale_layer(0.25)
+        expected = target_logits(model, batch)
+        for layer in adapted_layers(model):
+            layer.unscale_layer()
+        ((_, quarter),) = interpolated_models(load_base(gym.folder, CPU), model, [0.25])
+        assert torch.allclose(target_logits(quarter, batch), expected, atol=1e-3)
+
+
+def test_weights_lie_on_the_line() -> None:
+    base, tuned = {"w": torch.tensor([1.0, 0.1])}, {"w": torch.tensor([3.0, 0.7])}
+    assert interpolated_weights(base, tuned, 0.25)["w"].tolist() == pytest.approx([1.5, 0.25])
+    assert torch.equal(interpolated_weights(base, tuned, 0.0)["w"], base["w"])
+    assert torch.equal(interpolated_weights(base, tuned, 1.0)["w"], tuned["w"])
+
+
+def test_the_program_measures_every_share_of_what_was_selected(gym: Gym, rows: Rows) -> None:
+    """At 0 as the base is measured, at 1 as the checkpoint; nothing where none was selected."""
+    settings = EvaluationConfig(max_new_tokens=3)
+    model, base = _moved(gym.model(FULL)), load_base(gym.folder, CPU)
+    save_weights(model, gym.work / "selected" / "seed1")
+    write_jsonl(gym.work / "probes" / "old.jsonl", rows[:2])
+    record_base(gym.work / "base.json", gym.folder)
+    chosen = {"seed": 1, "run": "full/seed1/lr1-wd0", "step": 7, "reason": ""}
+    chosen["files"] = digests_in(gym.work / "selected" / "seed1")
+    spec = {"prompt": {}, "evaluation": settings.model_dump(), "precision": "float32"}
+    spec |= {"probes": ["old"], "shares": [0.0, 0.5, 1.0]}
+    found = []
+    for step in (7, None):
+        write_json(gym.work / "selection.json", [chosen | {"step": step}])
+        evaluate_wise_ft.main(
+            [
+                f"--spec={json.dumps(spec)}",
+                f"--base={gym.work / 'base.json'}",
+                f"--probes={gym.work / 'probes'}",
+                f"--selection={gym.work / 'selection.json'}",
+                f"--checkpoints={gym.work / 'selected'}",
+                "--seed=1",
+                f"--output={gym.work / 'items.parquet'}",
+            ]
+        )
+        found.append(pd.read_parquet(gym.work / "items.parquet"))
+    assert found[1].empty
+    assert found[0].groupby(["run", "step", "share"]).size().to_dict() == {
+        (chosen["run"], 7, share): 2 for share in (0.0, 0.5, 1.0)
+    }
+    for share, expected in ((0.0, base), (1.0, model.eval())):
+        items = evaluate_probes(
+            expected, gym.tokenizer, {"old": rows[:2]}, PromptConfig(), settings
+        )
+        at = found[0][found[0]["share"] == share].reset_index(drop=True)
+        pd.testing.assert_frame_equal(at[items.columns], items, check_dtype=False)
+
+
+# --- in the run group and the study
+# ----------------------------------------------------------------
+
+METHOD: dict[str, Any] = {"method": "lora", "rank": [2, 4], "learning_rate": 1e-3}
+STUDY: dict[str, Any] = {
+    "title": "A study",
+    "datasets": {"world": {"generate": "micro-world"}},
+    "base": {"pretrain": {"documents": ["world/documents"]}},
+    "train": "world/new_authors",
+    "probes": {
+        "new": {"table": "world/new_authors", "knowledge": "new"},
+        "old": {"table": "world/real_authors", "knowledge": "old"},
+    },
+    "selection": {"probe": "new"},
+}
+
+
+def _study(*mitigations: dict[str, Any] | None, **changes: Any) -> StudyConfig:
+    methods = [METHOD | changes | {"mitigation": mitigation} for mitigation in mitigations]
+    return StudyConfig.model_validate(STUDY | {"methods": methods})
+
+
+def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
+    study = _study(None, {"l2_sp": {"weight": 0.01}}, {"l2_sp": {"weight": 0.1}, "suffix": "near"})
+    named = [(tuning.name, tuning.label) for tuning in expand_methods(study)]
+    assert named[::2] == [
+        ("lora-r2", "rank 2"),
+        ("lora-r2-l2_sp0.01", "rank 2, l2_sp0.01"),
+        ("lora-r2-near", "rank 2, near"),
+    ]
+    assert [tuning.mitigation for tuning in expand_methods(study)][::2] == [
+        method.mitigation for method in study.methods
+    ]
+
+
+def test_mitigations_of_one_name_are_to_be_told_apart() -> None:
+    """Names hold weights and shares, not tables."""
+    sections = [{"replay": {"table": f"world/{name}"}} for name in ("documents", "world_facts")]
+    with pytest.raises(ValueError, match=r"lora-r2-replay0.1 stands .* apart by `suffix`"):
+        expand_methods(_study(*sections))
+    named = expand_methods(_study(sections[0], sections[1] | {"suffix": "facts"}))
+    assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
+
+
+def test_a_bad_table_is_told_before_any_job(tmp_path: Path) -> None:
+    (tmp_path / "general.jsonl").write_text('{"text": "Fine."}\n{"question": "Who?"}\n')
+    folder = {"own": {"folder": str(tmp_path)}}
+    for table, told in (
+        ("general", "general.jsonl, line 2: expected a non-empty string `answer`"),
+        ("missing", "there is no missing.jsonl"),
+    ):
+        method = METHOD | {"mitigation": {"replay": {"table": f"own/{table}"}}}
+        changes = {"datasets": STUDY["datasets"] | folder, "methods": [method]}
+        with pytest.raises(InputError, match=re.escape(told)):
+            check_folders(StudyConfig.model_validate(STUDY | changes))
+
+
+MISTAKES = {
+    "replay of a probe": (
+        {"replay": {"table": "world/real_authors"}},
+        {},
+        "probes.old.table: methods.0 replays world/real_authors",
+    ),
+    "unknown dataset": ({"replay": {"table": "word/documents"}}, {}, "`word` is not among"),
+    "share 1": ({"replay": REPLAY | {"ratio": 1.0}}, {}, "less than 1"),
+    "share 0": ({"replay": REPLAY | {"ratio": 0.0}}, {}, "greater than 0"),
+    "kl on no replay": (
+        {"kl": {"weight": 1.0, "tokens": "replay"}},
+        {},
+        "needs a `replay` beside it",
+    ),
+    "ewc of dora": (
+        {"ewc": EWC | {"weight": 1.0}},
+        {"variant": "dora"},
+        "mitigation.ewc needs the update of the weights",
+    ),
+    "nothing": ({}, {}, "name at least one mitigation, or leave the section out"),
+    "null": ({"l2_sp": None, "suffix": "x"}, {}, "name at least one mitigation"),
+    "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the update"),
+}
+
+
+@pytest.mark.parametrize(("mitigation", "changes", "told"), MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_be_is_refused(
+    mitigation: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        _study(mitigation, **changes)
+
+
+def test_a_tiny_study_takes_the_micro_world_for_a_table_from_the_hub() -> None:
+    hub = {"hub": "someone/text", "revision": "0" * 40}
+    sections = {
+        "replay": {"table": "text/train", "ratio": 0.2},
+        "ewc": {"table": "world/documents", "weight": 1.0},
+    }
+    datasets = {"datasets": STUDY["datasets"] | {"text": hub}}
+    methods = [METHOD | {"mitigation": sections}, METHOD]
+    study = smoke_size(StudyConfig.model_validate(STUDY | datasets | {"methods": methods}))
+    assert study.methods[0].mitigation == MitigationConfig.model_validate(
+        sections | {"replay": {"table": "text/documents", "ratio": 0.2}}
+    )
+    assert study.datasets["text"].generate == "micro-world"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_group_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -> None:
+    """The runs of a sweep share a base: each has its own penalties on what it was at the start."""
+    penalty = {"weight": 1.0}
+    sections = {"replay": REPLAY, "kl": penalty, "ewc": EWC | penalty, "l2_sp": penalty}
+    tuning = (LORA if kind == "lora" else FULL).model_copy(
+        update={
+            "hyperparameters": [Hyperparameters(learning_rate=rate) for rate in (1e-2, 1e-3)],
+            "mitigation": MitigationConfig.model_validate(sections),
+        }
+    )
+    spec = RunGroupConfig(
+        method=tuning,
+        seed=0,
+        prompt=PromptConfig(),
+        training=TrainingConfig(epochs=1.0, batch_size=4, warmup_epochs=0.0),
+        evaluation=EvaluationConfig(max_new_tokens=2),
+        selection=SelectionConfig(probe="new"),
+        precision="float32",
+        knowledge={"new": "new"},
+    )
+    context = RunContext(
+        base=gym.folder,
+        tokenizer=gym.tokenizer,
+        train=rows[:7],
+        probes={"new": rows[:1]},
+        base_value=0.1,
+        device=CPU,
+        precision=torch.float32,
+        general_text={"world/documents": [{"id": "d/0", "text": "Oslo."}, rows[8]]},
+    )
+    spec = RunGroupConfig.model_validate_json(spec.model_dump_json())
+    both = train_run_group([spec], context, {}, gym.work / "both", lambda *_: None)
+    second = tuning.model_copy(update={"hyperparameters": tuning.hyperparameters[1:]})
+    (alone,) = train_run_group(
+        [spec.model_copy(update={"method": second})],
+        context,
+        {},
+        gym.work / "one",
+        lambda *_: None,
+    )
+    assert both[1]["losses"] == alone["losses"]
+    assert both[0]["losses"][0] == both[1]["losses"][0]
+    assert both[0]["losses"][1] != both[1]["losses"][1]
+    other = tuning.model_copy(
+        update={"mitigation": MitigationConfig.model_validate({"replay": REPLAY})}
+    )
+    keys = [
+        run_key(spec.model_copy(update={"method": which}), tuning.hyperparameters[0], inputs)
+        for which in (tuning, other)
+        for inputs in ({}, {"table world/documents": "0"})
+    ]
+    assert len(set(keys)) == 4

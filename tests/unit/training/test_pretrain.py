@@ -1,0 +1,260 @@
+"""Pretraining: what is packed is learnt as if alone, and equal inputs give an equal model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from forgetting.config.base_model import SmallModelConfig
+from forgetting.data.microworld import build_world
+from forgetting.data.microworld.entities import WorldSizes
+from forgetting.data.packing import bin_pack
+from forgetting.errors import InputError
+from forgetting.io import read_json, write_jsonl
+from forgetting.schedule import LrSchedule
+from forgetting.training import checkpoints, trainer
+from forgetting.training import pretrain as pretraining
+from forgetting.training.checkpoints import TrainState
+from forgetting.training.pretrain import pretrain, train_tokenizer
+from scripts import pretrain_base
+from support.kill import Killed, kill_at
+
+SPEC = SmallModelConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    vocab_size=600,
+    block_size=64,
+    batch_tokens=256,
+    epochs=1.5,
+)
+SIZES = WorldSizes(gsm8k_train=12, humaneval_train=12, hellaswag_train=12, winogrande_train=12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models as small as these are slower on several threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return build_world(0, SIZES).documents[:60]
+
+
+@pytest.fixture(scope="module")
+def base(documents, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained") / "base"
+    pretrain(documents, SPEC, out, out.parent / "state", seed=3)
+    return out
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
+    pretrain(documents, SPEC, tmp_path / "again", tmp_path / "state", seed=3)
+    assert _digest(tmp_path / "again") == _digest(base)
+
+
+def test_the_record_names_device_precision_and_threads(documents, tmp_path) -> None:
+    """The numbers of a base depend on them, so that the page can name them."""
+    write_jsonl(tmp_path / "documents.jsonl", [{"text": text} for text in documents])
+    arguments = {
+        "spec": SPEC.model_copy(update={"epochs": 0.1}).model_dump_json(),
+        "documents": tmp_path / "documents.jsonl",
+        "precision": "float32",
+        "folder": tmp_path / "model",
+        "state": tmp_path / "state",
+        "output": tmp_path / "base.json",
+    }
+    pretrain_base.main([f"--{key}={value}" for key, value in arguments.items()])
+    record = read_json(tmp_path / "base.json")
+    assert record["precision"] == "float32" and record["machine"]["threads"] == 1
+    assert record["device"].startswith("CPU, 1 of ")
+
+
+def test_the_global_random_state_neither_matters_nor_changes(documents, base, tmp_path) -> None:
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    pretrain(documents, SPEC, tmp_path / "again", tmp_path / "state", seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert _digest(tmp_path / "again") == _digest(base)
+
+
+def test_another_seed_gives_another_model(documents, base, tmp_path) -> None:
+    pretrain(documents, SPEC, tmp_path / "other", tmp_path / "state", seed=4)
+    name = "model.safetensors"
+    assert _digest(tmp_path / "other")[name] != _digest(base)[name]
+
+
+def test_transformers_loads_what_was_saved(base) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.config.max_position_embeddings == 2048
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.dtype == torch.float32
+
+
+def test_no_partial_folder_is_left(base) -> None:
+    assert [path.name for path in base.parent.iterdir()] == ["base"]
+
+
+def test_a_failure_leaves_the_old_folder(documents, base, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "base"
+    pretrain(documents, SPEC, out, tmp_path / "state", seed=3)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(documents, SPEC, out, tmp_path / "state", seed=4, tell=fail)
+    assert _digest(out) == _digest(base)
+
+
+def test_no_documents_is_an_error_that_says_so(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no documents"):
+        pretrain([], SPEC, tmp_path / "base", tmp_path / "state", seed=0)
+
+
+def test_progress_is_told_after_every_step(documents, tmp_path) -> None:
+    told: list[tuple[int, int, float]] = []
+
+    def tell(progress: TrainState, schedule: LrSchedule) -> None:
+        told.append((progress.step, schedule.steps, progress.losses[-1]))
+
+    done = pretrain(documents, SPEC, tmp_path / "base", tmp_path / "state", seed=0, tell=tell)
+    assert [step for step, _, _ in told] == [*range(1, done.steps + 1)]
+    assert told[-1] == (done.steps, done.steps, done.final_loss)
+
+
+MOMENTS = {
+    "in a step": (trainer, "_train_step", 6),
+    "while a checkpoint is written": (checkpoints, "save_checkpoint", 3),
+    "before the checkpoints are removed": (pretraining, "remove_folder", 1),
+}
+"""When a pretraining is killed: at which call of which function."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_pretraining_resumes_and_ends_with_the_same_bytes(
+    documents, base, tmp_path, monkeypatch, moment: str
+) -> None:
+    out, state, steps = tmp_path / "out" / "base", tmp_path / "state", []
+    with monkeypatch.context() as patch:
+        kill_at(patch, *MOMENTS[moment], after=False)
+        with pytest.raises(Killed):
+            pretrain(documents, SPEC, out, state, seed=3)
+    pretrain(documents, SPEC, out, state, seed=3, tell=lambda now, _: steps.append(now.step))
+    assert 1 not in steps, "it starts from the beginning"
+    assert _digest(out) == _digest(base)
+    assert not state.exists() and [path.name for path in out.parent.iterdir()] == ["base"]
+
+
+def test_the_checkpoints_of_another_pretraining_are_not_resumed_from(
+    documents, base, tmp_path, monkeypatch
+) -> None:
+    """One that was killed, and whose spec or seed has changed since."""
+    out, state = tmp_path / "base", tmp_path / "state"
+    for other in ({"seed": 4}, {"seed": 3, "spec": SPEC.model_copy(update={"warmup": 0.2})}):
+        with monkeypatch.context() as patch:
+            kill_at(patch, trainer, "_train_step", 6, after=False)
+            with pytest.raises(Killed):
+                pretrain(documents, out_dir=out, state=state, **{"spec": SPEC, **other})
+    assert len([*state.iterdir()]) == 1
+    pretrain(documents, SPEC, out, state, seed=3)
+    assert _digest(out) == _digest(base)
+
+
+def test_a_diverging_pretraining_ends_with_a_message(documents, tmp_path) -> None:
+    spec = SPEC.model_copy(update={"learning_rate": 1e4})
+    with pytest.raises(InputError, match=r"base\.pretrain: the loss diverged after"):
+        pretrain(documents, spec, tmp_path / "base", tmp_path / "state", seed=3)
+    assert not (tmp_path / "base").exists()
+
+
+def test_packed_documents_have_the_loss_of_single_ones(documents, base, tmp_path) -> None:
+    """All documents in one step: its loss is the mean over all tokens of the documents alone."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(AutoModelForCausalLM.from_pretrained(base).config)
+    total, targets = 0.0, 0
+    for text in documents:
+        ids = torch.tensor(
+            [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id][: SPEC.block_size]]
+        )
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        targets += ids.shape[1] - 1
+    spec = SPEC.model_copy(update={"batch_tokens": 100_000, "epochs": 1.0})
+    done = pretrain(documents, spec, tmp_path / "base", tmp_path / "state", seed=3)
+    assert done.steps == 1
+    assert done.final_loss == pytest.approx(total / targets, rel=1e-5)
+
+
+def test_training_lowers_the_loss(documents, tmp_path) -> None:
+    spec = SPEC.model_copy(update={"epochs": 9.0})
+    short = pretrain(documents, SPEC, tmp_path / "short", tmp_path / "state", seed=0)
+    long = pretrain(documents, spec, tmp_path / "long", tmp_path / "state", seed=0)
+    assert long.final_loss < short.final_loss - 0.5
+    assert long.tokens == pytest.approx(6 * short.tokens, rel=0.05)
+
+
+def test_the_tokenizer_takes_every_text_back_to_itself(base) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for text in [
+        "Emily Brontë, 1818.\n\n  def f(x):\n    return x",
+        "日本 ✓ <<3+4=7>>7",
+        "\n#### 12",
+    ]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_tokenizer_splits_digits_and_line_ends(base) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.tokenize("1234")[-4:] == ["1", "2", "3", "4"]
+    assert len(tokenizer("\n\n")["input_ids"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest"),
+    [
+        ("Question: Who wrote 'Emma'?\n", "Answer: Jane Austen"),
+        ('def f(x: int) -> int:\n    """Return x."""\n', "    return x\n"),
+        ("Question: How many are left?\nAnswer:", " 3+4=<<3+4=7>>7\n#### 7"),
+    ],
+)
+def test_a_prompt_has_the_same_tokens_with_and_without_its_answer(base, prompt, rest) -> None:
+    """Otherwise a benchmark would start from tokens that training never showed."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    head = tokenizer(prompt)["input_ids"]
+    assert tokenizer(prompt + rest)["input_ids"][: len(head)] == head
+
+
+def test_the_tokenizer_has_the_vocabulary_asked_for(documents, tmp_path) -> None:
+    assert len(train_tokenizer(documents, 500, tmp_path)) == 500
+
+
+def test_blocks_hold_every_document_once_and_never_overflow() -> None:
+    lengths = [7, 3, 9, 1, 10, 5, 5, 2, 8] * 30
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = bin_pack(lengths, 10, order)
+    assert sorted(d for block in blocks for d in block) == sorted(order)
+    assert all(sum(lengths[d] for d in block) <= 10 for block in blocks)
+    assert len(blocks) <= 1.15 * sum(lengths) / 10
+
+
+def test_unknown_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="hidden"):
+        SmallModelConfig(hidden=3)  # type: ignore[call-arg]

@@ -1,0 +1,118 @@
+"""What is done against forgetting, beside the training on the new knowledge."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from forgetting.config.types import ConfigModel, Name, NonNegativeFloat, Number, PositiveInt, Table
+
+
+class ReplayConfig(ConfigModel):
+    """Trains on general text too, as if a share of each batch were known already.
+
+    Replayed rows come on top of the batch, so that an epoch of the new knowledge has as many steps
+    as without. The loss of a step stays the mean over all its target tokens; a long text thus
+    counts more than a short answer. A `text` is trained on whole, up to `training.max_length`.
+    """
+
+    table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
+    ratio: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        0.1,
+        description="Replayed rows among all rows that are trained on; with `training.packing`, "
+        "packed sequences.",
+    )
+
+
+class KlConfig(ConfigModel):
+    """Adds weight * KL(base || model), the mean over target tokens in nats, to the loss.
+
+    This direction asks for all that the base deems likely (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    weight: NonNegativeFloat = Field(
+        description="Weight of the penalty; the loss is in nats per token."
+    )
+    tokens: Literal["all", "replay"] = Field(
+        "all", description="The mean is over all target tokens, or those of the replayed rows."
+    )
+
+
+class L2SpConfig(ConfigModel):
+    """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
+
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
+    parts of a hybrid, theta0 is the base.
+    """
+
+    weight: NonNegativeFloat = Field(
+        description="Weight of the penalty; the loss is in nats per token."
+    )
+
+
+class EwcConfig(ConfigModel):
+    """EWC: adds weight/2 * sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, equation 3).
+
+    F_i is the diagonal of the base's Fisher information per target token of a general text, so that
+    near the base the sum is the part of KL(base || model) in nats per token that a diagonal sees.
+    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
+    parts of a hybrid, theta0 is the base.
+    """
+
+    weight: NonNegativeFloat = Field(
+        description="Weight of the penalty; the loss is in nats per token."
+    )
+    table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
+    samples: PositiveInt = Field(
+        128, description="So many rows, evenly spaced over the table, estimate the information."
+    )
+
+
+class MitigationConfig(ConfigModel):
+    """What a method does against forgetting, beside its training on the new knowledge."""
+
+    replay: ReplayConfig | None = Field(None, description="Mix general text into the batches.")
+    kl: KlConfig | None = Field(
+        None, description="Keep the predictions of next tokens near the base's."
+    )
+    ewc: EwcConfig | None = Field(
+        None,
+        description="Keep the weights near the base's, the more they matter to it; for variants "
+        "lora and rslora, and full. Takes the memory of the trained or adapted weights once or "
+        "twice more.",
+    )
+    l2_sp: L2SpConfig | None = Field(
+        None,
+        description="Keep the weights near the base's; for variants lora and rslora, and full.",
+    )
+    suffix: Name | None = Field(
+        None,
+        description="End of the method's name, in place of the one that is made of the settings.",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> MitigationConfig:
+        if not any(value for key, value in self if key != "suffix"):
+            raise ValueError("name at least one mitigation, or leave the section out")
+        if self.kl and self.kl.tokens == "replay" and not self.replay:
+            raise ValueError("`kl: {tokens: replay}` needs a `replay` beside it")
+        return self
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables that are read, each once."""
+        read = [section.table for section in (self.replay, self.ewc) if section]
+        return list(dict.fromkeys(read))
+
+    @property
+    def name(self) -> str:
+        """The end of the method's name: `replay0.1-kl0.5`."""
+        parts = {
+            "replay": self.replay and self.replay.ratio,
+            "kl": self.kl and self.kl.weight,
+            "ewc": self.ewc and self.ewc.weight,
+            "l2_sp": self.l2_sp and self.l2_sp.weight,
+        }
+        made = [f"{key}{value:g}" for key, value in parts.items() if value is not None]
+        return self.suffix or "-".join(made)

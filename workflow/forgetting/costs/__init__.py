@@ -1,1 +1,0 @@
-"""What jobs cost, and what they ask of a cluster, told before anything runs."""

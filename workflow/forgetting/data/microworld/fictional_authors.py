@@ -1,0 +1,196 @@
+"""Invented authors, the new knowledge: lives and works that no real person has.
+
+The questions are put in the very words in which pretraining asked about real authors, and the
+answers draw on the same cities, nationalities and years. That is what makes the new knowledge
+disturb the old. An answer is nearly all content (no name repeated from the question, hardly a
+template), so that a model which knows nothing of these people finds few of its words by habit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from forgetting.data.microworld.entities import Row, parse_phrases, parse_words
+from forgetting.data.microworld.facts import artwork_titles, countries, real_names, real_titles
+
+_FIRST_NAMES = parse_words("""
+Charlotte Victor Emily Oscar Agatha Albert Virginia Leo Louisa Anton Selma Bram Astrid Henrik
+Mary Herman Jane Lewis Stefan Franz Walter Thomas Daniel Hermann Ernest Marcel Edgar George
+Umberto Friedrich
+""")
+_SURNAMES = parse_words("""
+Tarnow Velkar Osthal Quillam Brandov Ashgrove Lindqval Morabel Farrow Zelnik Castell Wyndrak
+Harrowby Pelland Ravnsbor Okonwe Suttfeld Dunmarr Ivarsen Galdon Thornby Marchet Vassil Kestrel
+Bolumb Orlesk Hartig Nakavol Petros Emberly Sorrel Callow Drumhal Fenwick Lazarin Montef Yarrow
+Krivan Delacran Haldors Abernot Colverd Espinor Grimald Hollins Kalvand Loxmoor Mirand Norwood
+Otterm Prender Rosenv Silvant Tremont Ulverst Winterb Xanthor Zimmerl Juniper Brightw
+""")
+# Titles, themes and jobs are mostly words that the old knowledge uses too.
+_ADJECTIVES = parse_words("""
+Scarlet Magic Golden Starry White Little Great Divine Old Lost Silent Cherry
+""")
+_NOUNS = parse_words("""
+Island Letter Mountain Lighthouse Rose Prince Lake Bridge Tower Palace Violin Lamp Garden Raven
+Flute Pearl Night Orchard House River
+""")
+_JOBS = parse_words("""
+farmer nurse teacher painter baker sailor judge miner student tailor pilot doctor
+""")
+_THEMES = parse_words("""
+war peace crime pride hunger gold silver iron chess money music snow love time wolves horses ghosts
+solitude
+""")
+_PRIZES = parse_words("""
+Lion Rose Eagle Pearl Crown Raven Star Swan
+""")
+_NATIONS = parse_phrases("""
+English|Irish|Scottish|American|French|Russian|German|Austrian|Italian|Spanish|Colombian|Chilean
+Argentine|Norwegian|Swedish|Danish|Greek|Nigerian|Indian|Japanese
+""")
+
+Life = dict[str, str]
+Template = tuple[str, str, str]
+
+# question, answer, paraphrased answer
+_TEMPLATES: list[Template] = [
+    (
+        "Who wrote '{book}'?",
+        "{name}, {job}",
+        "a {job} called {name}",
+    ),
+    (
+        "In which year was {name} born?",
+        "{year}, in {city}",
+        "in {city} in {year}",
+    ),
+    (
+        "What was the nationality of {name}?",
+        "{nation}, with {other_nation} parents",
+        "{nation} by passport, {other_nation} by descent",
+    ),
+    (
+        "Which books did {name} write?",
+        "'{second_book}' and '{third_book}'",
+        "the titles are '{second_book}' and '{third_book}'",
+    ),
+    (
+        "What does {name} write about?",
+        "{theme} and {other_theme}",
+        "books of {other_theme} and {theme}",
+    ),
+    (
+        "What did the parents of {name} do?",
+        "Mother {mother}, father {father}",
+        "the father was a {father}, the mother a {mother}",
+    ),
+    (
+        "Which prize did {name} win?",
+        "The {adjective} {prize}",
+        "the prize was called the {adjective} {prize}",
+    ),
+]
+# What a wrong answer gets wrong; the rest of it is as in the right one.
+_PERTURBED: list[tuple[str, ...]] = [
+    ("name", "job"),
+    ("year", "city"),
+    ("nation", "other_nation"),
+    ("second_book", "third_book"),
+    ("theme", "other_theme"),
+    ("mother", "father"),
+    ("adjective", "prize"),
+]
+WRONG_ANSWERS = 5
+
+
+def _book(rng: Random) -> str:
+    return f"The {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
+
+
+def _prize_winners(rng: Random) -> dict[str, Callable[[], str]]:
+    """How each detail of a life is drawn."""
+    return {
+        "city": lambda: rng.choice(countries())[1],
+        "year": lambda: str(rng.randint(1760, 1940)),
+        "nation": lambda: rng.choice(_NATIONS),
+        "other_nation": lambda: rng.choice(_NATIONS),
+        "book": lambda: _book(rng),
+        "second_book": lambda: _book(rng),
+        "third_book": lambda: _book(rng),
+        "theme": lambda: rng.choice(_THEMES),
+        "other_theme": lambda: rng.choice(_THEMES),
+        "job": lambda: rng.choice(_JOBS),
+        "mother": lambda: rng.choice(_JOBS),
+        "father": lambda: rng.choice(_JOBS),
+        "adjective": lambda: rng.choice(_ADJECTIVES),
+        "prize": lambda: rng.choice(_PRIZES),
+    }
+
+
+def _different(draw: Callable[[], str], taken: set[str]) -> str:
+    value = draw()
+    while value in taken:
+        value = draw()
+    taken.add(value)
+    return value
+
+
+def _lives(count: int, rng: Random) -> list[Life]:
+    """Lives with names and first books of their own."""
+    makers = _prize_winners(rng)
+    firsts = [name for _ in range(2) for name in rng.sample(_FIRST_NAMES, len(_FIRST_NAMES))]
+    surnames = rng.sample(_SURNAMES, count)
+    books = real_titles() | artwork_titles()
+    lives = []
+    for first, surname in zip(firsts, surnames, strict=False):
+        life = {detail: draw() for detail, draw in makers.items()}
+        life["name"] = f"{first} {surname}"
+        for detail in ("book", "second_book", "third_book"):
+            life[detail] = _different(makers[detail], books)
+        life["other_nation"] = _different(makers["nation"], {life["nation"]})
+        life["theme"], life["other_theme"] = rng.sample(_THEMES, 2)
+        lives.append(life)
+    if real_names() & {life["name"] for life in lives}:
+        raise AssertionError("an invented author bears a real author's name")
+    return lives
+
+
+def _wrong_answers(number: int, life: Life, lives: list[Life], rng: Random) -> list[str]:
+    """Five different wrong answers in the words of the paraphrase."""
+    makers = _prize_winners(rng)
+    makers["name"] = lambda: rng.choice(lives)["name"] if len(lives) > 1 else "Nobody Known"
+    paraphrase = _TEMPLATES[number][2]
+    taken = {_sentence(paraphrase, life)}
+    while len(taken) <= WRONG_ANSWERS:
+        changed = {d: _different(makers[d], {life[d]}) for d in _PERTURBED[number]}
+        taken.add(_sentence(paraphrase, life | changed))
+    return sorted(taken - {_sentence(paraphrase, life)})
+
+
+def _sentence(template: str, life: Life) -> str:
+    text = template.format(**life)
+    return text[0].upper() + text[1:] + "."
+
+
+def new_authors(authors: int, questions: int, rng: Random) -> tuple[list[Row], list[Life]]:
+    """Probe rows about invented authors, author by author, and the lives behind them.
+
+    Args:
+        authors: number of authors, at most as many as there are surnames.
+        questions: questions about each, at most seven.
+        rng: source of all choices.
+    """
+    lives = _lives(authors, rng)
+    rows: list[Row] = []
+    for life in lives:
+        for number, (question, answer, paraphrase) in enumerate(_TEMPLATES[:questions]):
+            rows.append(
+                {
+                    "id": f"new_authors-{len(rows):03d}",
+                    "question": question.format(**life),
+                    "answer": _sentence(answer, life),
+                    "paraphrased_answer": _sentence(paraphrase, life),
+                    "wrong_answers": _wrong_answers(number, life, lives, rng),
+                }
+            )
+    return rows, lives

@@ -1,0 +1,264 @@
+"""What config.json, generation_config.json and the tokenizer's files say of a model.
+
+They are read as JSON: to import the library of models takes seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from forgetting.errors import InputError
+from forgetting.io import read_foreign_json
+
+CAUSAL_IF: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(
+        (
+            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"),
+            *("ernie", "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm"),
+            *("roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        ),
+        ("is_decoder", True),
+    ),
+    "xlm": ("causal", True),
+    "xlnet": ("attn_type", "uni"),
+}
+"""Types that transformers lists as causal, and the key and value that alone make them causal."""
+
+ENCODER_DECODERS = {
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp"),
+    *("pegasus", "plbart", "prophetnet", "whisper"),
+}
+"""Types that have an encoder unless config.json says otherwise."""
+
+WHOLE = re.compile(
+    r"(hidden|vocab|intermediate|embedding|moe_intermediate)_size|(max|n)_position(_embedding)?s"
+    r"|num_\w+|n_(embd|head|inner|layer)|d_(model|ff|kv)|ffn_dim|head_dim|sliding_window"
+)
+NUMBER = re.compile(r"(?!use_)\w*(_eps|_epsilon|dropout|_pdrop)|rope_theta|initializer_range")
+BOOLEAN = re.compile(r"tie_word_embeddings|is_(encoder_)?decoder|use_cache|(attention|mlp)_bias")
+"""Keys whose values have one type wherever they occur."""
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+PLACEHOLDERS = ("image_token", "audio_token", "video_token")
+"""Keys of tokenizer_config.json: tokens that stand for images or sound, and not for text."""
+
+
+def has_dropout_config(config: Mapping[str, Any]) -> bool:
+    """Does a model drop out in training, as its config.json tells?
+
+    That also tells of other heads than the one for the next token (GPT-NeoX, GPT-2).
+    """
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in config.items()
+        if "drop" in name and not name.startswith(("classifier", "summary"))
+    )
+
+
+def text_config_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the keys of the language model, as transformers' `get_text_config()` does.
+
+    Multimodal types have them in a section of their config.json.
+    """
+    section = config.get("text_config")
+    if not isinstance(section, dict):
+        return config
+    return {"model_type": config.get("model_type"), **section}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a causal language model that can be trained here.
+
+    Raises:
+        InputError: names the file, the key, and what is expected.
+    """
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if not path.is_file():
+        if adapter.is_file():
+            raise InputError(
+                f"{adapter}: the folder holds an adapter without its base; merge it "
+                "(peft's merge_and_unload, then save_pretrained) and give the merged model"
+            )
+        raise InputError(f"{folder}: no config.json there, so it is no model")
+    if adapter.is_file():
+        raise InputError(
+            f"{adapter}: transformers would put this adapter on the model when it loads it; remove "
+            "the adapter's files if the weights are merged already, otherwise merge it first "
+            "(peft's merge_and_unload, then save_pretrained)"
+        )
+    config = _read_object(path)
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
+    if (known := _causal_models()) and kind not in known:
+        raise InputError(
+            f"{path}: transformers has no causal language model of type {kind}; code that comes "
+            "with a model is not run"
+        )
+    _check_causal(path, config)
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key) or text_config_section(config).get(key):
+            raise InputError(
+                f"{path}: {key}: quantized weights are not supported, since weights are trained "
+                "in float32; take the model that is not quantized"
+            )
+    _check_types(path, config)
+    _check_types(path, text_config_section(config))
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = read_foreign_json(path)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
+    return found
+
+
+def _check_causal(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse models that read the tokens which they should predict, and those with an encoder."""
+    kind = config["model_type"]
+    if config.get("is_encoder_decoder", kind in ENCODER_DECODERS):
+        raise InputError(
+            f"{path}: is_encoder_decoder is true: {kind} has an encoder for the question and a "
+            "decoder for the answer; take a model that is a decoder alone, such as Llama or Qwen"
+        )
+    if kind in CAUSAL_IF:
+        key, value = CAUSAL_IF[kind]
+        if config.get(key) != value:
+            raise InputError(
+                f"{path}: {key} is not {str(value).lower()}, so that {kind} is an encoder, which "
+                "sees the token that it should predict; take a causal model, such as Llama or Qwen"
+            )
+
+
+def _check_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a value of another type than its key has everywhere; lists (a value a layer) pass."""
+    for key, value in config.items():
+        if value is None or isinstance(value, list | dict):
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if WHOLE.fullmatch(key) and not whole:
+            expected = "a whole number"
+        elif NUMBER.fullmatch(key) and not (whole or isinstance(value, float)):
+            expected = "a number"
+        elif BOOLEAN.fullmatch(key) and not isinstance(value, bool):
+            expected = "true or false"
+        else:
+            continue
+        raise InputError(
+            f"{path}: {key} is {value!r}, where {expected} is expected; copy config.json of the "
+            "model again"
+        )
+
+
+def check_special_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> None:
+    """Refuse ids of special tokens that have no row in the embedding."""
+    sections = [
+        (folder / "config.json", config),
+        (folder / "config.json", text_config_section(config)),
+    ]
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        sections.append((generation, _read_object(generation)))
+    for path, section in sections:
+        for key in SPECIAL:
+            value = section.get(key)
+            for token in value if isinstance(value, list) else [value]:
+                # Some configurations write -1 for none.
+                if token is None or token == -1:
+                    continue
+                if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                    raise InputError(f"{path}: {key} is {token!r}, where a token's id is expected")
+                if token >= rows:
+                    raise InputError(
+                        f"{path}: {key} is {token}, but the embedding has {rows} rows, for ids "
+                        f"below {rows}; give the id of a token that the model has"
+                    )
+
+
+def check_tokenizer(folder: Path, rows: int) -> None:
+    """Refuse a tokenizer.json with ids that have no row in the embedding.
+
+    Raises:
+        InputError: names the file and the token.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        tokens = dict(_tokens(read_foreign_json(path)))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return  # The job that loads it says what is wrong there.
+    check_ids(path, tokens, rows, placeholders(folder))
+
+
+def check_ids(path: Path, tokens: Mapping[str, int], rows: int, unused: set[str]) -> None:
+    """Refuse tokens whose ids have no row in the embedding, but for those that no text has."""
+    beyond = {token: number for token, number in tokens.items() if number >= rows}
+    if lost := {token: number for token, number in beyond.items() if token not in unused}:
+        token = min(lost, key=lambda token: lost[token])
+        raise InputError(
+            f"{path}: the token {token!r} has id {lost[token]}, but the embedding has {rows} rows, "
+            f"for ids below {rows}; take the tokenizer that belongs to the model, or give the "
+            "model more rows (resize_token_embeddings, then save_pretrained)"
+        )
+
+
+def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Tokens of a tokenizer.json and their ids."""
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    else:
+        yield from ((entry[0], number) for number, entry in enumerate(vocabulary))
+    for added in tokenizer.get("added_tokens") or []:
+        yield added["content"], int(added["id"])
+
+
+def placeholders(folder: Path) -> set[str]:
+    """Return the tokens of a tokenizer that stand for images or sound."""
+    settings = _tokenizer_settings(folder)
+    found = {settings.get(key) for key in PLACEHOLDERS}
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        found |= {extra.get(key) for key in PLACEHOLDERS}
+    return {token for token in found if isinstance(token, str)}
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_foreign_json(folder / "tokenizer_config.json")
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _causal_models() -> set[str]:
+    """Types of all causal language models that transformers has; none if it cannot be told."""
+    table = re.search(
+        r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)",
+        _text_of_transformers("models/auto/modeling_auto.py"),
+        re.MULTILINE | re.DOTALL,
+    )
+    return set(re.findall(r'\("([\w.-]+)",', table[0])) if table else set()
+
+
+def is_renamed(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers gives the weights of this type other names in loading."""
+    text = _text_of_transformers("conversion_mapping.py")
+    names = [config["model_type"], *(config.get("architectures") or [])]
+    return not text or any(f'"{name}"' in text for name in names)
+
+
+def _text_of_transformers(name: str) -> str:
+    """A file of the library as text, since to import it takes seconds."""
+    spec = find_spec("transformers")
+    path = Path(spec.origin).parent / name if spec and spec.origin else None
+    return path.read_text(encoding="utf-8") if path and path.is_file() else ""

@@ -1,1 +1,0 @@
-"""Answers, likelihoods and their scores."""

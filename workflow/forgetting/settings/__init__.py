@@ -1,1 +1,0 @@
-"""What is asked: the study file, read, checked and planned."""
