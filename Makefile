@@ -122,10 +122,15 @@ lint: $(READY) ## style, types, workflow, generated files
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
 	python -m forgetting.config.schema --check
+	python docs/rulegraph.py --check
 
 .PHONY: schema
 schema: $(READY) ## write config/schema.json and config/README.md
 	python -m forgetting.config.schema --write
+
+.PHONY: rulegraph
+rulegraph: $(READY) ## write the graph of the rules into docs/architecture.md
+	python docs/rulegraph.py
 
 .PHONY: clean
 clean: ## remove the environment and the tools' caches; results stay
