@@ -236,10 +236,10 @@ class StudyConfig(ConfigModel):
             ),
         ]
         for number, method in enumerate(self.methods):
-            for name in ("replay", "ewc"):
-                if section := method.mitigation and getattr(method.mitigation, name):
-                    keys = ("methods", number, "mitigation", name, "table")
-                    found.append((keys, section.table))
+            sections = method.mitigation.sections if method.mitigation else {}
+            for name, section in sections.items():
+                keys = ("methods", number, "mitigation", name, "table")
+                found += [(keys, table) for table in section.tables]
         if self.general_text:
             found.append((("general_text", "table"), self.general_text.table))
         if self.benchmarks.refusals:
