@@ -137,7 +137,9 @@ class MethodConfig(ConfigModel):
             self.selected_hyperparameters.learning_rate not in self.learning_rate
             or self.selected_hyperparameters.weight_decay not in self.weight_decay
         ):
-            raise ValueError("`fixed` is not one of the settings of this method's sweep")
+            raise ValueError(
+                "`selected_hyperparameters` are not among the hyperparameters of this method's sweep"
+            )
         return self
 
     @model_validator(mode="after")

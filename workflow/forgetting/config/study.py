@@ -203,7 +203,7 @@ class StudyConfig(ConfigModel):
     def _check_names(self) -> StudyConfig:
         origins = [(keys, table.split("/", 1)[0]) for keys, table in self.tables()]
         if self.benchmarks.dataset:
-            origins.append((("benchmarks", "rows"), self.benchmarks.dataset))
+            origins.append((("benchmarks", "dataset"), self.benchmarks.dataset))
         for keys, name in origins:
             if name not in self.datasets:
                 known = ", ".join(sorted(self.datasets))
