@@ -127,7 +127,9 @@ def test_arithmetic_of_a_token() -> None:
 
 def test_recomputed_activations_cost_a_forward_pass_more(small: ModelSize) -> None:
     full = _tuning({"method": "full"})
-    more = small.training(full, 100, 0.5, recompute=True) - small.training(full, 100, 0.5, recompute=False)
+    more = small.training(full, 100, 0.5, recompute=True) - small.training(
+        full, 100, 0.5, recompute=False
+    )
     assert more == small.forward(100, 0.0)
 
 
