@@ -487,7 +487,9 @@ def test_the_tests_that_the_pitfalls_name_are_there() -> None:
     """And those of the faults; and all pitfalls have a line."""
     docs = [ROOT / "docs" / name for name in ("design/slurm.md", "cluster.md")]
     told = "".join(path.read_text(encoding="utf-8") for path in docs)
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
+    )
     names = set(re.findall(r"`(test_\w+)`", told))
     assert names
     assert not [name for name in names if f"def {name}(" not in tests]

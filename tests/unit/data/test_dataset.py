@@ -119,7 +119,7 @@ def test_rows_of_all_kinds_stand_side_by_side(
     stored = tokenize(mixed, tokenizer, PromptConfig(), TrainingConfig(), path, blocks=True)
     assert len(stored) == 4
     assert sorted(stored, key=str) == sorted(expected, key=str)
-    assert stored.sizes.tolist() == [len(example.ids) for example in stored]
+    assert stored.lengths.tolist() == [len(example.ids) for example in stored]
     assert stored.cut == 0
 
 
@@ -254,7 +254,7 @@ def test_a_row_that_is_too_long_is_told_by_file_and_line(
         rows, training = prepared_rows(data / "train.jsonl"), TrainingConfig(max_length=20)
         with pytest.raises(InputError) as error:
             path = tmp_path / "train-0.arrow"
-            tokenize(rows, tokenizer, PromptConfig(), training, path, blocks=True, where=where)
+            tokenize(rows, tokenizer, PromptConfig(), training, path, blocks=True, locate=where)
         assert str(error.value) == (
             f"training.max_length: 20 tokens leave nothing of the answer in {where(row_id)}; "
             "make it longer"

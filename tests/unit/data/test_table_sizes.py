@@ -33,8 +33,8 @@ def _study(name: str) -> StudyConfig:
 
 
 def _agree(counted: TableSize, told: TableSize) -> None:
-    assert (counted.rows, counted.wrongs) == (told.rows, told.wrongs)
-    for name in ("question", "answer", "right", "wrong"):
+    assert (counted.rows, counted.wrong_answers) == (told.rows, told.wrong_answers)
+    for name in ("question", "answer", "paraphrase", "wrong_answer"):
         assert getattr(told, name) == pytest.approx(getattr(counted, name), rel=0.1, abs=1)
 
 
@@ -66,7 +66,7 @@ def test_told_sizes_of_the_micro_world_are_those_of_its_files(tmp_path: Path) ->
     for name in set(MICROWORLD_SIZES) - {"refusals"}:  # these have no answers
         counted = table_size(here, f"world/{name}")
         assert counted.rows == pytest.approx(MICROWORLD_SIZES[name].rows, rel=0.2)
-        for side in ("question", "answer", "right", "wrong"):
+        for side in ("question", "answer", "paraphrase", "wrong_answer"):
             told, found = getattr(MICROWORLD_SIZES[name], side), getattr(counted, side)
             assert told == pytest.approx(found, rel=0.15, abs=1), (name, side)
 
@@ -99,8 +99,8 @@ def test_sequences_and_questions_of_the_paper_studies() -> None:
 def test_tables_that_nobody_knows_are_marked_as_a_guess() -> None:
     study = _study("tofu-phi-1.5")
     other = DatasetConfig(hub="someone/else", revision="0" * 40)
-    assert not table_size(study.model_copy(update={"datasets": {"d": other}}), "d/rows").known
-    assert table_size(study, "tofu/full").known
+    assert not table_size(study.model_copy(update={"datasets": {"d": other}}), "d/rows").is_exact
+    assert table_size(study, "tofu/full").is_exact
 
 
 def test_benchmarks_ask_what_the_study_says() -> None:

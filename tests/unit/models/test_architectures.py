@@ -22,7 +22,7 @@ from forgetting.evaluation.probes import evaluate_probes
 from forgetting.io import write_jsonl
 from forgetting.models.adapters import attach_adapter, cast_frozen_weights, model_layers
 from forgetting.models.architecture import read_model_layers
-from forgetting.models.config_file import CAUSAL_IF
+from forgetting.models.config_file import CAUSAL_WHEN
 from forgetting.models.forward import collate, context_length, target_logits, token_logprobs
 from forgetting.models.layers import Layer, UnsupportedLayer, layers_to_adapt
 from forgetting.models.loading import check_causal, load_base
@@ -156,7 +156,7 @@ def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(found | changes))
 
 
-@pytest.mark.parametrize("kind", sorted(CAUSAL_IF))
+@pytest.mark.parametrize("kind", sorted(CAUSAL_WHEN))
 def test_types_that_see_the_next_token_are_refused(
     kind: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
@@ -164,7 +164,7 @@ def test_types_that_see_the_next_token_are_refused(
     folder.mkdir()
     _edit(folder / "config.json", model_type=kind)
     message = refusal(folder)
-    assert f"config.json: {CAUSAL_IF[kind][0]} is not " in message
+    assert f"config.json: {CAUSAL_WHEN[kind][0]} is not " in message
     assert "sees the token that it should predict; take a causal model" in message
 
 
@@ -474,7 +474,7 @@ EXPERT_METHODS = {
     "rank: 1, variant: pissa": "methods.0.variant: pissa cannot adapt model.layers.0.",
     "rank: 1, variant: dora": "methods.0.variant: dora cannot adapt",
     "rank: 1, variant: adalora": "methods.0.variant: adalora cannot adapt",
-    "rank: 1, dropout: 0.1": "methods.0.dropout: no dropout can be had on",
+    "rank: 1, dropout: 0.1": "methods.0.dropout: dropout is not supported on",
     "rank: 1, target_modules: mlp, variant: dora": "methods.0.variant: dora cannot adapt",
     "rank: 1, target_modules: [q_proj, gate_proj, up_proj, down_proj]": (
         "methods.0.target_modules: the model has no linear layer gate_proj, but down_proj, gate"

@@ -114,12 +114,12 @@ def test_arithmetic_of_a_token() -> None:
     phi, llama = known_size("microsoft/phi-1_5"), known_size("NousResearch/Llama-2-7b-hf")
     for shape, break_even in ((phi, 495), (llama, 881)):
         whole = shape.linear + shape.embedding
-        full = shape.training(_tuning({"method": "full"}), 0, 1.0, again=False)
+        full = shape.training(_tuning({"method": "full"}), 0, 1.0, recompute=False)
         assert full == 6.0 * whole
-        lora = shape.training(_lora(8), 0, 1.0, again=False)
+        lora = shape.training(_lora(8), 0, 1.0, recompute=False)
         assert lora == 4.0 * whole + 6.0 * shape.adapter(_lora(8))
-        assert shape.training(_lora(break_even - 1), 0, 1.0, again=False) < full
-        assert shape.training(_lora(break_even + 1), 0, 1.0, again=False) > full
+        assert shape.training(_lora(break_even - 1), 0, 1.0, recompute=False) < full
+        assert shape.training(_lora(break_even + 1), 0, 1.0, recompute=False) > full
     # Attention over 4096 tokens: queries x keys and weights x values, of which half are masked.
     more = llama.forward(4096, 1.0) - llama.forward(0, 1.0)
     assert more == 2 * 2 * 4096 * 4096 * 32 / 2
@@ -127,7 +127,9 @@ def test_arithmetic_of_a_token() -> None:
 
 def test_recomputed_activations_cost_a_forward_pass_more(small: ModelSize) -> None:
     full = _tuning({"method": "full"})
-    more = small.training(full, 100, 0.5, again=True) - small.training(full, 100, 0.5, again=False)
+    more = small.training(full, 100, 0.5, recompute=True) - small.training(
+        full, 100, 0.5, recompute=False
+    )
     assert more == small.forward(100, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Read from the source of a chat template which arguments it needs; nothing is rendered."""
+"""Find and check the chat template of a model folder from its source, without rendering it."""
 
 from __future__ import annotations
 
@@ -21,34 +21,33 @@ from forgetting.errors import InputError
 from forgetting.io import read_foreign_json
 
 THINKING = ("enable_thinking", "thinking", "reasoning_effort")
-"""Arguments by which templates turn a model's thinking on or off, or say how long it is."""
+"""Arguments by which templates switch a model's thinking on or off, or limit its length."""
 
 MAX_SECONDS = 10
-"""The longest time that a template may take for one conversation."""
+"""Time limit of a template for one conversation."""
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which transformers marks what the assistant says."""
+    """The tag `{% generation %}`, with which transformers marks answers of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Take the content for a part of the template as any other."""
+        """Parse the content of the tag like any other part of the template."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
 
 
-TEMPLATE_ENVIRONMENT = Environment(
-    extensions=[_Generation, loopcontrols], autoescape=True
-)  # parses only
+# The environment only parses; it never renders.
+TEMPLATE_ENVIRONMENT = Environment(extensions=[_Generation, loopcontrols], autoescape=True)
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the source of the chat template that transformers takes from a folder, if any.
+    """Return the source of the chat template that transformers uses for a folder, if any.
 
     Raises:
-        InputError: a template is not text.
+        InputError: the template is not UTF-8 text.
     """
     named = {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
     file = folder / "chat_template.jinja"
@@ -61,47 +60,49 @@ def read_chat_template(folder: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: the chat template cannot be read ({error})") from None
     try:
-        found = read_foreign_json(folder / "tokenizer_config.json").get("chat_template")
-        return default_template(found)
+        config = read_foreign_json(folder / "tokenizer_config.json")
+        return default_template(config.get("chat_template"))
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return None
 
 
 def default_template(template: Any) -> str | None:
-    """Return the template that is used unless another one is named: tokenizers may have several."""
+    """Return the default template of a tokenizer, which may have several."""
     if isinstance(template, list):
-        template = {one["name"]: one["template"] for one in template}
+        template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, Mapping):
         template = template.get("default")
     return template if isinstance(template, str) and template else None
 
 
 class EndlessTemplate(Exception):
-    """A template takes too long or writes too much."""
+    """A template exceeds its limit of time or characters."""
 
 
 @contextmanager
 def time_limit(seconds: int = MAX_SECONDS) -> Iterator[None]:
-    """Raise `EndlessTemplate` in what takes longer, in the main thread, which alone can be "
-    "interrupted."""
+    """Raise `EndlessTemplate` in a block that takes longer.
+
+    Only the main thread can be interrupted; other threads have no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise EndlessTemplate(f"it takes longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
-def ends_nowhere(error: BaseException) -> InputError:
-    """Return what to say of a template that takes too long or too much."""
+def endless_template_error(error: BaseException) -> InputError:
+    """Return the error for a template that exceeds a limit of time, characters or memory."""
     return InputError(
         "the chat template of the base's tokenizer does not end "
         f"({str(error) or type(error).__name__}); mend it, or write the prompt as `question` and "
@@ -110,11 +111,11 @@ def ends_nowhere(error: BaseException) -> InputError:
 
 
 @lru_cache(maxsize=8)
-def arguments_of(source: str) -> frozenset[str]:
+def template_arguments(source: str) -> frozenset[str]:
     """Return the names of the arguments that a template reads.
 
     Raises:
-        InputError: it is no template, or what it writes is drawn at random.
+        InputError: the template is invalid, or its output is random.
     """
     try:
         with time_limit():
@@ -127,23 +128,28 @@ def arguments_of(source: str) -> frozenset[str]:
             "the prompt as `question` and `answer`"
         ) from None
     except (EndlessTemplate, MemoryError, RecursionError) as error:
-        raise ends_nowhere(error) from None
+        raise endless_template_error(error) from None
     if "lipsum" in names or any(node.name == "random" for node in tree.find_all(nodes.Filter)):
         raise InputError(
             "the chat template of the base's tokenizer writes something else each time (`random` "
             "or `lipsum`); take that out of the template"
         )
-    given = {*RESERVED_ARGUMENTS, *TEMPLATE_ENVIRONMENT.globals}
-    return frozenset(name for name in names if name not in given and not name.endswith("_token"))
+    known = {*RESERVED_ARGUMENTS, *TEMPLATE_ENVIRONMENT.globals}
+    return frozenset(name for name in names if name not in known and not name.endswith("_token"))
 
 
 def check_arguments(source: str, prompt: PromptConfig, at: LocateKey = dotted) -> None:
-    """Refuse arguments that a template does not read, and thinking that nobody decided on.
+    """Refuse arguments that a template does not read, and an undecided thinking mode.
+
+    Args:
+        source: of the template.
+        prompt: holds the arguments of the study.
+        at: formats a key of the study for messages.
 
     Raises:
-        InputError: names the argument, and what is to be written.
+        InputError: names the argument and the remedy.
     """
-    names = arguments_of(source)
+    names = template_arguments(source)
     for name in prompt.template_arguments:
         if name not in names:
             known = ", ".join(sorted(names)) or "none"
@@ -157,6 +163,5 @@ def check_arguments(source: str, prompt: PromptConfig, at: LocateKey = dotted) -
         raise InputError(
             f"{at('prompt', 'template_arguments')}: the chat template of the base's tokenizer has "
             "a thinking mode, on which the study does not decide; write `template_arguments: "
-            f"{{{switches[0]}: {value}}}`, or another value if the thoughts shall be a part of the "
-            "answers"
+            f"{{{switches[0]}: {value}}}`, or another value if thoughts are part of the answers"
         )

@@ -1,7 +1,4 @@
-"""Questions that stand in two places: trained on and asked as old knowledge, or answered twice.
-
-Where a prepared row comes from: its line in the user's file, for the messages of later jobs.
-"""
+"""Checks across tables: leaked questions and conflicting answers, reported with source lines."""
 
 from __future__ import annotations
 
@@ -16,27 +13,28 @@ from forgetting.io import read_json, read_jsonl_numbered
 
 @dataclass(frozen=True)
 class SourceLocator:
-    """Gives the file and the line of a row by its id, which counts from 0 and leaves out blanks.
+    """Find the file and the line of a row by its id, for messages.
 
-    Where the table is no longer there, they are those of the prepared row.
+    An id is TABLE/NUMBER, where numbers count from 0 and skip blank lines. If the user's table no
+    longer exists, the line is that of the prepared row.
 
     Attributes:
-        prepared: folder of what `prepare_data` wrote; its data.json tells the files of the tables.
-        files: of tables that are read as they are.
+        prepared: output folder of `prepare_data`, whose data.json lists the files of the tables.
+        files: of tables that are read directly.
     """
 
     prepared: Path
     files: Mapping[str, Path] = field(default_factory=dict)
 
     def __call__(self, row_id: str) -> str:
-        """`own/new.jsonl, line 21`."""
+        """Return file and line, such as `own/new.jsonl, line 21`."""
         path = (self._tables() | dict(self.files)).get(row_id.rpartition("/")[0])
         if path is None:
-            return self._line(row_id)
+            return self._prepared_line(row_id)
         try:
             return source_line(path, row_id)
         except (InputError, OSError, StopIteration):
-            return self._line(row_id)
+            return self._prepared_line(row_id)
 
     def _tables(self) -> dict[str, Path]:
         record = self.prepared / "data.json"
@@ -44,8 +42,8 @@ class SourceLocator:
             return {}
         return {name: Path(file["path"]) for name, file in read_json(record)["tables"].items()}
 
-    def _line(self, row_id: str) -> str:
-        """Of the prepared row; the id alone if there is none."""
+    def _prepared_line(self, row_id: str) -> str:
+        """Return file and line of the prepared row, or the id if there is none."""
         for path in [self.prepared / "train.jsonl", *sorted(self.prepared.glob("probes/*.jsonl"))]:
             for number, row in read_jsonl_numbered(path) if path.is_file() else ():
                 if row["id"] == row_id:
@@ -54,122 +52,128 @@ class SourceLocator:
 
 
 MAX_REMEMBERED = 1_000_000
-"""So many questions are compared with later ones: 100 MB of memory, whatever the table."""
+"""Number of questions that are compared with later ones; limits the memory to 100 MB."""
 
 
 def reject_leaked_questions(
-    rows: Iterable[Row], old: Mapping[str, Sequence[Row]], where: Locate
+    rows: Iterable[Row], retained: Mapping[str, Sequence[Row]], locate: Locate
 ) -> Iterator[Row]:
-    """The rows that are trained on, as they are, if none asks what a probe asks as old knowledge.
+    """Yield the training rows unchanged after checking that no retained-knowledge probe asks them.
 
     Args:
-        rows: what is trained on.
-        old: the rows of every probe of old knowledge, by its name.
-        where: for the message.
+        rows: training rows.
+        retained: rows of every probe of retained knowledge, by its name.
+        locate: returns file and line of a row, for the message.
 
-    Raises, when the rows are read:
-        InputError: names the question and both its places.
+    Raises:
+        InputError: while the rows are read; names the question and both of its lines.
     """
-    asked = {_normalized(row["question"]): (probe, row) for probe in old for row in old[probe]}
+    probe_questions = {
+        _normalized(row["question"]): (probe, row) for probe in retained for row in retained[probe]
+    }
     for row in rows:
         question = _question_and_answer(row)[1]
-        if question in asked:
-            probe, other = asked[question]
+        if question in probe_questions:
+            probe, other = probe_questions[question]
             raise InputError(
-                f"{where(other['id'])}: the question `{_shortened(question)}` of probe "
-                f"`{probe}` is trained on, too ({where(row['id'])}), so it would not tell what is "
+                f"{locate(other['id'])}: the question `{_shortened(question)}` of probe "
+                f"`{probe}` is trained on, too ({locate(row['id'])}), so it would not show what is "
                 "forgotten; take one of the two rows out"
             )
         yield row
 
 
-def track_conflicting_answers(rows: Iterable[Row], found: list[Row]) -> Iterator[Row]:
-    """The rows as they are; those that answer an earlier question otherwise are added to `found`.
+def track_conflicting_answers(rows: Iterable[Row], conflicts: list[Row]) -> Iterator[Row]:
+    """Yield the training rows unchanged and collect those that contradict an earlier answer.
 
-    A question is another one after another system message. Of a conversation the first question and
-    answer count.
+    A different system message makes a different question. In a conversation only the first question
+    and answer count.
+
+    Args:
+        rows: training rows.
+        conflicts: receives the rows whose question had another answer before.
     """
     answers: dict[int, int] = {}
     for row in rows:
-        *asked, answer = _question_and_answer(row)
+        *question, answer = _question_and_answer(row)
         if answer:
-            key = hash(tuple(asked))
+            key = hash(tuple(question))
             if answers.get(key, hash(answer)) != hash(answer):
-                found.append(row)
+                conflicts.append(row)
             elif len(answers) < MAX_REMEMBERED:
                 answers[key] = hash(answer)
         yield row
 
 
-def conflict_note(name: str, found: Sequence[Row], where: Locate) -> list[str]:
-    """What to say of them: nothing of none."""
-    if not found:
+def conflict_note(name: str, conflicts: Sequence[Row], locate: Locate) -> list[str]:
+    """Return a note on the conflicting rows of a table, or an empty list without conflicts."""
+    if not conflicts:
         return []
-    questions = f"{len(found)} questions have" if len(found) > 1 else "a question has"
+    questions = f"{len(conflicts)} questions have" if len(conflicts) > 1 else "a question has"
     return [
-        f"{name}: {questions} another answer than before, of which a model can give but one: "
-        f"{where(found[0]['id'])}, `{_shortened(_question_and_answer(found[0])[1])}`"
+        f"{name}: {questions} another answer than before, but a model can give only one: "
+        f"{locate(conflicts[0]['id'])}, `{_shortened(_question_and_answer(conflicts[0])[1])}`"
     ]
 
 
 def conflicting_answers(
-    rows: Iterable[Row], probes: Mapping[str, Sequence[Row]], found: dict[str, list[Row]]
+    rows: Iterable[Row], probes: Mapping[str, Sequence[Row]], conflicts: dict[str, list[Row]]
 ) -> Iterator[Row]:
-    """Yield the rows that are trained on, and find those that answer a probe's question otherwise.
+    """Yield the training rows unchanged and collect those that contradict a probe.
 
-    Where another row has the answer that the probe expects, they are `track_conflicting_answers`
-    already.
+    A question that another row answers as the probe expects is excluded, because
+    `track_conflicting_answers` reports it.
 
     Args:
-        rows: what is trained on.
-        probes: the rows of the probes by name.
-        found: by the name of a probe, the rows that disagree with it; complete after the last row.
+        rows: training rows.
+        probes: the rows of the probes, by name.
+        conflicts: receives the contradicting rows by the name of a probe, after the last row.
     """
     expected = {
         name: {_normalized(row["question"]): _normalized(row["answer"]) for row in probe}
         for name, probe in probes.items()
     }
-    other: dict[tuple[str, str], Row] = {}
-    agreed: set[tuple[str, str]] = set()
+    differing: dict[tuple[str, str], Row] = {}
+    agreeing: set[tuple[str, str]] = set()
     for row in rows:
         system, question, answer = _question_and_answer(row)
         for name, answers in expected.items():
             if answer and not system and question in answers:
                 if answers[question] == answer:
-                    agreed.add((name, question))
+                    agreeing.add((name, question))
                 else:
-                    other.setdefault((name, question), row)
+                    differing.setdefault((name, question), row)
         yield row
-    for (name, question), row in other.items():
-        if (name, question) not in agreed:
-            found.setdefault(name, []).append(row)
+    for (name, question), row in differing.items():
+        if (name, question) not in agreeing:
+            conflicts.setdefault(name, []).append(row)
 
 
-def conflicting_answer_notes(found: Mapping[str, Sequence[Row]], where: Locate) -> list[str]:
-    """Return a note on each probe that expects other answers than those that are trained on."""
+def conflicting_answer_notes(conflicts: Mapping[str, Sequence[Row]], locate: Locate) -> list[str]:
+    """Return a note on each probe whose expected answers differ from the training rows."""
     return [
         f"probe {name}: {len(rows)} of its questions "
         f"{'are' if len(rows) > 1 else 'is'} trained on with another answer, so that learning it "
-        f"lowers the score: {where(rows[0]['id'])}, "
+        f"lowers the score: {locate(rows[0]['id'])}, "
         f"`{_shortened(_question_and_answer(rows[0])[1])}`"
-        for name, rows in found.items()
+        for name, rows in conflicts.items()
     ]
 
 
 def _question_and_answer(row: Row) -> tuple[str, str, str]:
-    """System message, question and answer with which a row begins; empty if it has none."""
+    """Return the first system message, question and answer of a row; missing ones are empty."""
     if "question" in row:
         return "", _normalized(row["question"]), _normalized(row["answer"])
-    said: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for message in row.get("messages", []):
-        if message["role"] in said:
+        if message["role"] in contents:
             break
-        said[message["role"]] = _normalized(message["content"])
-    return said.get("system", ""), said.get("user", ""), said.get("assistant", "")
+        contents[message["role"]] = _normalized(message["content"])
+    return contents.get("system", ""), contents.get("user", ""), contents.get("assistant", "")
 
 
 def _normalized(text: str) -> str:
-    """A text whatever its spaces and line breaks."""
+    """Return a text with single spaces instead of all white space."""
     return " ".join(text.split())
 
 

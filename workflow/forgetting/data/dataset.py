@@ -1,6 +1,6 @@
-"""What a run is trained on: tables as examples, one by one or several packed to a sequence.
+"""Datasets of tokenized examples, stored on disk and optionally packed into sequences.
 
-Examples on disk, tokenized once and read by index: a table need not fit into memory.
+A table is tokenized once and its examples are read by index, so that it need not fit into memory.
 """
 
 from __future__ import annotations
@@ -45,27 +45,28 @@ SCHEMA = pa.schema(
         "cut": pa.bool_(),
     }
 )
-# As Python's numbers they take 36 bytes each, until they are written.
+# Python integers take 36 bytes each until they are written.
 TOKENS_PER_CHUNK = 2**16
+CHARACTERS_PER_CHUNK = 2**20
 Item = TypeVar("Item")
 
 
 class TokenizedDataset(Sequence[Example]):
-    """Examples of a file that is mapped into memory, not read.
+    """Examples in a memory-mapped file.
 
     Attributes:
-        sizes: tokens of each.
-        cut: number of rows of which the end was cut off.
+        lengths: tokens of each example.
+        cut: number of rows whose end was cut off.
     """
 
     def __init__(self, path: Path) -> None:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self._ids, self._prompt, self._spans = (table[name] for name in SCHEMA.names[:3])
-        self.sizes: npt.NDArray[np.int32] = pc.list_value_length(self._ids).to_numpy()
+        self.lengths: npt.NDArray[np.int32] = pc.list_value_length(self._ids).to_numpy()
         self.cut: int = pc.sum(table["cut"]).as_py() or 0
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         spans = iter(self._spans[index].values.to_pylist())
@@ -77,37 +78,36 @@ class TokenizedDataset(Sequence[Example]):
 
 
 def write_examples(examples: Iterable[tuple[Example, bool]], path: Path) -> None:
-    """Write examples, and whether the end of each was cut off, whole or not at all."""
+    """Write examples atomically, each with whether its end was cut off."""
     with (
         atomic_write(path) as temporary,
         temporary.open("wb") as file,
         pa.ipc.new_file(file, SCHEMA) as writer,
     ):
-        for part in chunked(examples, lambda item: len(item[0].ids), TOKENS_PER_CHUNK):
+        for chunk in chunked(examples, lambda item: len(item[0].ids), TOKENS_PER_CHUNK):
             columns = {
-                "ids": [example.ids for example, _ in part],
-                "prompt": [example.prompt_length for example, _ in part],
-                "spans": [[place for span in e.spans for place in span] for e, _ in part],
-                "cut": [cut for _, cut in part],
+                "ids": [example.ids for example, _ in chunk],
+                "prompt": [example.prompt_length for example, _ in chunk],
+                "spans": [[bound for span in e.spans for bound in span] for e, _ in chunk],
+                "cut": [is_cut for _, is_cut in chunk],
             }
             writer.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
 
 
-def chunked(items: Iterable[Item], weigh: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
-    """Neighbours together, until they weigh so much; none is held longer than needed."""
-    part: list[Item] = []
-    weight = 0
+def chunked(
+    items: Iterable[Item], size_of: Callable[[Item], int], chunk_size: int
+) -> Iterator[list[Item]]:
+    """Yield consecutive items in lists whose total size reaches `chunk_size`."""
+    chunk: list[Item] = []
+    size = 0
     for item in items:
-        part.append(item)
-        weight += weigh(item)
-        if weight >= most:
-            yield part
-            part, weight = [], 0
-    if part:
-        yield part
-
-
-CHARACTERS_PER_CHUNK = 2**20
+        chunk.append(item)
+        size += size_of(item)
+        if size >= chunk_size:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def tokenize(
@@ -118,25 +118,30 @@ def tokenize(
     path: Path,
     *,
     blocks: bool,
-    where: Locate = str,
+    locate: Locate = str,
 ) -> TokenizedDataset:
-    """The examples of a table, from the file TABLE-KEY.arrow, which is written if it is not there.
+    """Return the examples of a table; tokenize it unless its file TABLE-KEY.arrow exists.
 
     Files of the same table with other keys are removed.
 
     Args:
-        blocks: cut texts into as many examples as they fill, instead of cutting off their ends.
-        where: for the message.
+        rows: of the table.
+        tokenizer: of the base model.
+        prompt: text around questions and answers.
+        training: holds the length of an example and whether examples are packed.
+        path: of the file.
+        blocks: whether texts fill as many examples as needed; otherwise their ends are cut off.
+        locate: returns file and line of a row, for the message.
 
     Raises:
         InputError: a question leaves no room for its answer.
     """
-    if path.exists() and (wrong := file_damage(path)):
-        warn_if_damaged(path, wrong, "it is tokenized again")
+    if path.exists() and (fault := file_damage(path)):
+        warn_if_damaged(path, fault, "it is tokenized again")
         remove_file(path)
     if not path.exists():
         with _tokenizer_threads():
-            examples = encode_rows(rows, tokenizer, prompt, training, blocks=blocks, where=where)
+            examples = encode_rows(rows, tokenizer, prompt, training, blocks=blocks, locate=locate)
             write_examples(examples, path)
         table = path.stem.rsplit("-", 1)[0]
         for other in path.parent.glob(f"{table}-*.arrow"):
@@ -147,16 +152,16 @@ def tokenize(
 
 @contextmanager
 def _tokenizer_threads() -> Iterator[None]:
-    """Let the tokenizer use all cores, which it is otherwise told not to, as programs may fork."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    """Let the tokenizer use all cores, which programs disable elsewhere because they may fork."""
+    previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+            os.environ["TOKENIZERS_PARALLELISM"] = previous
 
 
 def encode_rows(
@@ -166,65 +171,68 @@ def encode_rows(
     training: TrainingConfig,
     *,
     blocks: bool,
-    where: Locate = str,
+    locate: Locate = str,
 ) -> Iterator[tuple[Example, bool]]:
-    """Examples of questions with answers, conversations and texts; and whether they were cut.
+    """Yield the examples of rows, each with whether its end was cut off.
 
-    Texts in blocks stand one behind the other, each with its end of sequence, and are cut every
-    `max_length` tokens, so that a block may hold the end of one text and the beginning of the next,
-    which sees it (as llm-foundry's ConcatTokensDataset, but with a last block that is not full).
-    With `training.packing` each text is cut by itself instead, and packed.
+    With `blocks`, texts are concatenated, each with an end-of-sequence token, and cut every
+    `max_length` tokens. A block may hold the end of one text and the beginning of the next, which
+    attends to it. This equals llm-foundry's ConcatTokensDataset, except that the last block may be
+    shorter. With `training.packing`, each text is cut separately and packed later.
+
+    Raises:
+        InputError: `max_length` leaves no room for the answer of a row.
     """
-    limit, lost = training.max_length, []
+    limit, without_answer = training.max_length, []
     pending: list[int] = []
     for row, ids in _with_token_ids(rows, tokenizer) if blocks else ((row, None) for row in rows):
         if ids is not None:
             pending += ids
-            full = len(pending) - len(pending) % limit
-            for start in range(0, full, limit):
+            end = len(pending) - len(pending) % limit
+            for start in range(0, end, limit):
                 yield Example(pending[start : start + limit], 1), False
-            pending = pending[full:]
+            pending = pending[end:]
             if training.packing:
                 if len(pending) > 1:
                     yield Example(pending, 1), False
                 pending = []
             continue
-        example = _encode_rows(tokenizer, prompt, row, limit)
+        example = _encode_row(tokenizer, prompt, row, limit)
         if example.targets < 1:
-            lost.append(row["id"])
+            without_answer.append(row["id"])
         chat = "messages" in row or (prompt.chat and "text" not in row)
         yield example, example.ids[-1] != end_token(tokenizer, prompt, chat=chat)
     if len(pending) > 1:
         yield Example(pending, 1), False
-    if lost:
-        more = f" and of {len(lost) - 1} more" if len(lost) > 1 else ""
+    if without_answer:
+        first, others = without_answer[0], len(without_answer) - 1
         raise InputError(
-            f"training.max_length: {limit} tokens leave nothing of the answer in {where(lost[0])}"
-            f"{more}; make it longer"
+            f"training.max_length: {limit} tokens leave nothing of the answer in {locate(first)}"
+            f"{f' and of {others} more' if others else ''}; make it longer"
         )
 
 
 def _with_token_ids(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Row, list[int] | None]]:
-    """Rows, those of text with their tokens: several at once, which a tokenizer does in threads."""
+    """Yield rows with the token ids of texts, which the tokenizer encodes in threads by chunks."""
     for is_text, group in groupby(rows, key=lambda row: "text" in row):
         if not is_text:
             yield from ((row, None) for row in group)
             continue
-        for part in chunked(group, lambda row: len(row["text"]), CHARACTERS_PER_CHUNK):
-            texts = encode_texts(tokenizer, [row["text"] for row in part])
-            yield from zip(part, texts, strict=True)
+        for chunk in chunked(group, lambda row: len(row["text"]), CHARACTERS_PER_CHUNK):
+            ids_of_texts = encode_texts(tokenizer, [row["text"] for row in chunk])
+            yield from zip(chunk, ids_of_texts, strict=True)
 
 
-def _encode_rows(
+def _encode_row(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, row: Row, limit: int
 ) -> Example:
     if "text" in row:
         return encode_text(tokenizer, row["text"], limit)
     if "messages" in row:
         return encode_messages(tokenizer, prompt, row["messages"], limit)
-    # Past its memory: what is trained on is tokenized once, and may be more than fits.
+    # Bypasses the cache: training rows are encoded once, and may not fit into it.
     pair: Example = encode_pair.__wrapped__(
         tokenizer, prompt, row["question"], row["answer"], limit
     )
@@ -232,7 +240,7 @@ def _encode_rows(
 
 
 class PackedDataset(Sequence[Example]):
-    """Several examples to a sequence, joined when they are read."""
+    """Packed sequences, each of several examples that are concatenated when it is read."""
 
     def __init__(self, examples: Sequence[Example], packs: Sequence[Sequence[int]]) -> None:
         self.examples, self.packs = examples, packs
@@ -241,15 +249,15 @@ class PackedDataset(Sequence[Example]):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        return concatenate([self.examples[place] for place in self.packs[index]])
+        return concatenate([self.examples[example] for example in self.packs[index]])
 
 
 def pack_dataset(examples: Sequence[Example], training: TrainingConfig) -> Sequence[Example]:
-    """The sequences of which a batch has `batch_size`: the examples, or, if asked, packs of them.
+    """Return the sequences to train on: the examples, or with `training.packing` packs of them.
 
-    The packs are the same for all runs, whose steps are then the same too; which of them share a
-    batch is drawn anew for every epoch, as without packing. The examples are mixed before they are
-    packed, since neighbours in a table are often alike.
+    All runs use the same packs and therefore the same number of steps. Every epoch shuffles the
+    packs. The examples are shuffled before packing, because neighbours in a table are often
+    similar.
     """
     if not training.packing or not examples:
         return examples
@@ -257,16 +265,16 @@ def pack_dataset(examples: Sequence[Example], training: TrainingConfig) -> Seque
     return PackedDataset(examples, bin_pack(example_lengths(examples), training.max_length, order))
 
 
-# An epoch's order is drawn once: for millions of examples it takes longer than a step. Several
-# seeds may share a pass, each with an order of its new examples and of those that it replays.
+# Shuffling millions of examples takes longer than a step. The runs of a group may have different
+# seeds, each with an order of new examples and one of replayed examples.
 @lru_cache(maxsize=16)
 def shuffled(count: int, seed: int) -> torch.Tensor:
-    """The numbers below `count` in an order that depends on the seed alone."""
+    """Return a permutation of the numbers below `count` that depends on the seed alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def example_lengths(examples: Sequence[Example]) -> list[int]:
     """Return the number of tokens of every example."""
     if isinstance(examples, TokenizedDataset):
-        return list(examples.sizes.tolist())
+        return list(examples.lengths.tolist())
     return [len(example.ids) for example in examples]

@@ -1,4 +1,7 @@
-"""Downloads from the Hugging Face hub, at pinned revisions; no other module uses a network."""
+"""Download tables and models from the Hugging Face hub at pinned revisions.
+
+No other module uses the network.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from forgetting.io import atomic_folder, atomic_write, read_foreign_json
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a benchmark's rows are published."""
+    """Dataset on the hub with the rows of a benchmark."""
 
     dataset: str
     config: str | None
@@ -70,24 +73,24 @@ USE_LOCAL_FOLDER = "or give a local folder instead"
 def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
     """Write a table of a dataset's repository as JSON lines.
 
-    It is the file TABLE.jsonl or TABLE.json (lines, or one array of rows); or TABLE.parquet, in one
-    file or many, named TABLE-00000-of-00114.parquet and so on as the hub's own tools name them.
+    The table is the file TABLE.jsonl or TABLE.json (lines, or one array of rows), or TABLE.parquet,
+    which may be split into TABLE-00000-of-00114.parquet and so on.
 
     Raises:
-        InputError: the hub does not give the table, or gives another content than it publishes.
+        InputError: the hub does not provide the table, or its content differs from its digest.
     """
     with atomic_write(target) as temporary, _hub_error_messages(dataset, revision):
         published = _published(dataset, revision, "dataset")
-        part = re.compile(re.escape(table) + r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet")
-        shards = sorted(filter(part.fullmatch, published))
-        named = [name for name in (f"{table}.jsonl", f"{table}.json") if name in published]
-        if not named and not shards:
+        shard_name = re.compile(re.escape(table) + r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet")
+        shards = sorted(filter(shard_name.fullmatch, published))
+        json_files = [name for name in (f"{table}.jsonl", f"{table}.json") if name in published]
+        if not json_files and not shards:
             names = f"{table}.jsonl, {table}.json, {table}.parquet"
             raise InputError(f"{dataset} at {revision} has none of {names}; check the name")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             fetch = partial(_fetch, dataset, revision, published, Path(folder))
-            if named:
-                _copy_lines(fetch(named[0]), temporary)
+            if json_files:
+                _copy_lines(fetch(json_files[0]), temporary)
                 return
             with temporary.open("w", encoding="utf-8") as file:
                 for shard in shards:
@@ -107,13 +110,15 @@ def _fetch(
     """Download one file of a repository into a folder, and verify it."""
     from huggingface_hub import hf_hub_download
 
-    found = hf_hub_download(repository, name, repo_type=kind, revision=revision, local_dir=folder)
-    _verify(Path(found), published[name], repository, revision)
-    return Path(found)
+    path = Path(
+        hf_hub_download(repository, name, repo_type=kind, revision=revision, local_dir=folder)
+    )
+    _verify(path, published[name], repository, revision)
+    return path
 
 
 def _published(name: str, revision: str, kind: str) -> dict[str, Any]:
-    """Return what the hub publishes of the files of a repository, by path: sizes and digests."""
+    """Return the sizes and digests that the hub publishes for a repository's files, by path."""
     from huggingface_hub import HfApi, RepoFile
 
     tree = HfApi().list_repo_tree(name, repo_type=kind, revision=revision, recursive=True)
@@ -125,29 +130,29 @@ def _published(name: str, revision: str, kind: str) -> dict[str, Any]:
 
 
 def _verify(path: Path, published: Any, name: str, revision: str) -> None:
-    """Compare a file with what the hub publishes of it: SHA-256 of large files, git's id of others.
+    """Compare a file with its published digest: SHA-256 of large files, git's id of others.
 
     Raises:
-        InputError: it has another content.
+        InputError: the digests differ.
     """
     if published.lfs:
-        wanted, found = published.lfs.sha256, sha256(path)
+        expected, actual = published.lfs.sha256, sha256(path)
     else:
         content = path.read_bytes()
-        wanted = published.blob_id
-        # Git's own digest of a file, which is no matter of security here.
-        head = b"blob %d\0" % len(content)
-        found = hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
-    if found != wanted:
+        expected = published.blob_id
+        # Git identifies a file by this digest.
+        header = b"blob %d\0" % len(content)
+        actual = hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+    if actual != expected:
         raise InputError(
             f"{name} at {revision}: {published.path} was downloaded with another content than the "
-            f"hub publishes (digest {found[:12]} in place of {wanted[:12]}); run it again, and "
+            f"hub publishes (digest {actual[:12]} in place of {expected[:12]}); run it again, and "
             "check proxies and the disk if it recurs"
         )
 
 
 def _copy_lines(path: Path, target: Path) -> None:
-    """Copy a file of JSON lines; of an array every row becomes a line."""
+    """Copy a file of JSON lines, or write each row of a JSON array as a line."""
     with path.open("rb") as file:
         if not file.read(64).lstrip().startswith(b"["):
             shutil.copyfile(path, target)
@@ -161,7 +166,7 @@ def _copy_lines(path: Path, target: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The rows of a parquet file as JSON, a few in memory; dates and the like become text."""
+    """Yield the rows of a parquet file as lines of JSON; dates and similar types become strings."""
     for batch in pq.ParquetFile(path).iter_batches(1000):
         for row in batch.to_pylist():
             yield json.dumps(row, ensure_ascii=False, default=str) + "\n"
@@ -171,14 +176,14 @@ def fetch_rows(origin: HubDataset, split: str) -> list[dict[str, Any]]:
     """Return all rows of one split, in the published columns.
 
     Raises:
-        InputError: the hub does not give them, or gives another content than it publishes.
+        InputError: the hub does not provide them, or their content differs from its digest.
     """
     import datasets
 
-    # Tables that were made of a damaged file are not found again.
+    # A temporary cache, so that tables built from a damaged file are not reused.
     with (
         _hub_error_messages(origin.dataset, origin.revision),
-        tempfile.TemporaryDirectory() as tables,
+        tempfile.TemporaryDirectory() as cache,
     ):
         try:
             rows = datasets.load_dataset(
@@ -186,7 +191,7 @@ def fetch_rows(origin: HubDataset, split: str) -> list[dict[str, Any]]:
                 origin.config,
                 split=split,
                 revision=origin.revision,
-                cache_dir=tables,
+                cache_dir=cache,
             )
             return [dict(row) for row in rows]
         finally:
@@ -194,7 +199,7 @@ def fetch_rows(origin: HubDataset, split: str) -> list[dict[str, Any]]:
 
 
 def _verify_cache(dataset: str, revision: str) -> None:
-    """Verify what the hub's library keeps of a dataset, and remove a damaged file from there."""
+    """Verify the files of a dataset in the hub library's cache, and remove a damaged file."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -213,31 +218,31 @@ def _verify_cache(dataset: str, revision: str) -> None:
 
 
 def fetch_model(model: str, revision: str, folder: Path) -> None:
-    """Download all files of a model that are read into a folder, which appears when it is whole.
+    """Download the files of a model into a folder, which is created atomically.
 
     Raises:
-        InputError: the hub does not give the model, gives another content than it publishes, or
-            the model is not complete.
+        InputError: the hub does not provide the model, its content differs from its digests, or
+            files are missing.
     """
     from huggingface_hub import snapshot_download
 
-    with atomic_folder(folder) as whole, _hub_error_messages(model, revision):
+    with atomic_folder(folder) as temporary, _hub_error_messages(model, revision):
         published = _published(model, revision, "model")
-        weights = _weight_files(model, revision, published, whole)
+        weights = _weight_files(model, revision, published, temporary)
         others = {name for name in published if is_model_file(name)}
-        wanted = sorted({*weights, *(name for name in others if not name.endswith(WEIGHT_FILES))})
+        names = sorted({*weights, *(name for name in others if not name.endswith(WEIGHT_FILES))})
         snapshot_download(
             model,
             revision=revision,
-            local_dir=whole,
-            allow_patterns=[glob.escape(name) for name in wanted],
+            local_dir=temporary,
+            allow_patterns=[glob.escape(name) for name in names],
         )
-        for name in wanted:
-            if not (whole / name).is_file():
+        for name in names:
+            if not (temporary / name).is_file():
                 raise InputError(f"{model} at {revision}: the hub lists {name}, but gives no file")
-            _verify(whole / name, published[name], model, revision)
-        # What the hub's library remembers of the download is no part of the model.
-        shutil.rmtree(whole / ".cache", ignore_errors=True)
+            _verify(temporary / name, published[name], model, revision)
+        # The hub library's record of the download does not belong to the model.
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)
 
 
 def _weight_files(
@@ -273,11 +278,7 @@ def _weight_files(
 
 @contextmanager
 def _hub_error_messages(name: str, revision: str) -> Iterator[None]:
-    """Turn what the hub's libraries raise into one line with its remedy.
-
-    Raises:
-        InputError: in place of any exception.
-    """
+    """Raise `InputError`, one line with a remedy, in place of any exception in the block."""
     try:
         yield
     except InputError:
@@ -290,30 +291,30 @@ def _hub_error_messages(name: str, revision: str) -> Iterator[None]:
 
 
 def _reason(name: str, error: BaseException) -> str:
-    """Return why the hub does not give a repository, and what is to be done about it."""
+    """Return why the hub does not provide a repository, and the remedy."""
     from huggingface_hub import errors
 
     causes = list(_causes(error))
     page = f"https://huggingface.co/{name}"
     gated = any("gated dataset" in str(cause) for cause in causes)
-    if gated or _first_sentence(causes, errors.GatedRepoError):
+    if gated or _first_of_type(causes, errors.GatedRepoError):
         return (
             f"the hub gives it to those only who accepted its conditions; accept them at {page} "
             f"(for a dataset at https://huggingface.co/datasets/{name}), log in with `hf auth "
             f"login`, {USE_LOCAL_FOLDER}"
         )
-    if _first_sentence(causes, errors.RevisionNotFoundError):
+    if _first_of_type(causes, errors.RevisionNotFoundError):
         return (
             "the hub has this repository, but no such revision; take one of the commits that its "
             "page lists under `Files`, `History`"
         )
-    if _first_sentence(causes, errors.RepositoryNotFoundError):
+    if _first_of_type(causes, errors.RepositoryNotFoundError):
         return (
             "the hub has no such repository, or it is private; check OWNER/NAME, log in with `hf "
             f"auth login` if it is private, {USE_LOCAL_FOLDER}"
         )
-    response = getattr(_first_sentence(causes, errors.HfHubHTTPError), "response", None)
-    if _first_sentence(causes, errors.RemoteEntryNotFoundError):
+    response = getattr(_first_of_type(causes, errors.HfHubHTTPError), "response", None)
+    if _first_of_type(causes, errors.RemoteEntryNotFoundError):
         file = str(response.url).partition("/resolve/")[2].partition("/")[2] if response else ""
         return f"the hub lists the file {file}, but does not have it; try again later"
     status = getattr(response, "status_code", None)
@@ -332,24 +333,24 @@ def _reason(name: str, error: BaseException) -> str:
     return f"it cannot be fetched from the hub ({_error_line(error)}); {USE_LOCAL_FOLDER[3:]}"
 
 
-def _first_sentence(
+def _first_of_type(
     causes: Sequence[BaseException], kind: type[BaseException]
 ) -> BaseException | None:
     return next((cause for cause in causes if isinstance(cause, kind)), None)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those that led to it."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
+    """Yield an exception and its causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _is_network(error: BaseException) -> bool:
-    """Return whether an exception says that a connection was not made or broke off.
+    """Return whether an exception reports that a connection failed.
 
-    Those of HTTP libraries have a common module name, but not a common class.
+    The exceptions of HTTP libraries share a prefix of their module name, but no base class.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Documents packed whole into blocks of fixed length, each one blind to the others."""
+"""Pack whole documents into blocks of fixed length, with a mask that keeps them independent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-# A document is tried in the newest blocks only: older ones are nearly full.
+# Only the newest blocks are tried, because older ones are nearly full.
 MAX_OPEN_BINS = 64
 
 
@@ -16,47 +16,47 @@ def bin_pack(lengths: Sequence[int], block: int, order: Sequence[int]) -> list[l
     Args:
         lengths: tokens of each document, none above `block`.
         block: tokens that a block holds.
-        order: the documents in the order in which they are placed.
+        order: the documents in the order in which they are packed.
     """
     blocks: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for document in order:
-        start = max(0, len(blocks) - MAX_OPEN_BINS)
-        for place in range(start, len(blocks)):
-            if room[place] >= lengths[document]:
+        oldest_open = max(0, len(blocks) - MAX_OPEN_BINS)
+        for index in range(oldest_open, len(blocks)):
+            if free[index] >= lengths[document]:
                 break
         else:
-            place = len(blocks)
+            index = len(blocks)
             blocks.append([])
-            room.append(block)
-        blocks[place].append(document)
-        room[place] -= lengths[document]
+            free.append(block)
+        blocks[index].append(document)
+        free[index] -= lengths[document]
     return blocks
 
 
 def block_diagonal_causal_mask(
-    sizes: Sequence[Sequence[int]], length: int, device: torch.device | str = "cpu"
+    lengths: Sequence[Sequence[int]], row_length: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and mask that make each document of a row what it is alone.
+    """Return position ids that restart per document and a block-diagonal causal mask.
 
     Args:
-        sizes: tokens of the documents of each row, in their order.
-        length: places of a row; those that are left over are padding.
+        lengths: tokens of the documents of each row, in their order.
+        row_length: tokens of a row, including padding at its end.
+        device: of the returned tensors.
 
     Returns:
-        Positions that start anew with every document, (rows, length), and which place (third) sees
-        which (fourth), (rows, 1, length, length): backwards within the same document. Padding sees
-        padding, to stay finite.
+        Position ids, (rows, length), and whether a position (third) attends to another (fourth),
+        (rows, 1, length, length). Padding attends to padding, to keep the result finite.
     """
-    positions = torch.zeros((len(sizes), length), dtype=torch.long)
-    owner = torch.full((len(sizes), length), -1)
-    for row, documents in enumerate(sizes):
+    positions = torch.zeros((len(lengths), row_length), dtype=torch.long)
+    document_ids = torch.full((len(lengths), row_length), -1)
+    for row, documents in enumerate(lengths):
         start = 0
-        for number, size in enumerate(documents):
-            positions[row, start : start + size] = torch.arange(size)
-            owner[row, start : start + size] = number
-            start += size
-    owner = owner.to(device)
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    mask = (owner[:, :, None] == owner[:, None, :]) & causal
+        for number, length in enumerate(documents):
+            positions[row, start : start + length] = torch.arange(length)
+            document_ids[row, start : start + length] = number
+            start += length
+    document_ids = document_ids.to(device)
+    causal = torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
+    mask = (document_ids[:, :, None] == document_ids[:, None, :]) & causal
     return positions.to(device), mask[:, None]

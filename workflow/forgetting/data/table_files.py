@@ -1,4 +1,4 @@
-"""Files of tables: found in a folder, read row by row, faults told by file, line and column."""
+"""Find table files in a folder and read them row by row; errors name file, line and column."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from forgetting.io import read_jsonl_numbered
 
 Row = dict[str, Any]
 Locate = Callable[[str], str]
-"""Gives the file and the line of a row by its id."""
+"""Returns the file and the line of a row by its id."""
 
-_PLAIN_TYPES = ColumnsConfig()
+STANDARD_COLUMNS = ColumnsConfig()
+"""Columns of a dataset that renames none."""
 
-SAMPLED, TEXT_SHARE = 1000, 0.1
-"""A column has text if this share of that many first rows has some. Most rows of Alpaca have no
-`input`."""
+SAMPLE_ROWS, MIN_TEXT_FRACTION = 1000, 0.1
+"""A column holds text if this fraction of the first rows does: Alpaca's `input` is mostly empty."""
 
 _IGNORED_COLUMNS = re.compile(
     "id|idx|index|uid|uuid|hash|source|origin|dataset|config|split|subset|category|topic|subject|"
@@ -32,14 +32,18 @@ _IGNORED_COLUMNS = re.compile(
     "original_(answer|question)",
     re.IGNORECASE,
 )
-"""Columns that are not expected to be trained on: identifiers, sources, kinds, other wordings."""
+"""Columns that are usually not trained on: identifiers, sources, kinds and paraphrases."""
 
 MAX_CELL_CHARACTERS = 2**24
-"""Characters of the longest cell of a CSV table: an open quotation mark reads no further."""
+"""Characters of the longest cell of a CSV table; limits how far an open quotation mark reads."""
 
 
 def find_table(folder: Path, table: str) -> Path:
-    """The file of a table in a folder: TABLE.jsonl, TABLE.json or TABLE.csv."""
+    """Return the file of a table in a folder: TABLE.jsonl, TABLE.json or TABLE.csv.
+
+    Raises:
+        InputError: there is none.
+    """
     for suffix in (".jsonl", ".json", ".csv"):
         path = folder / f"{table}{suffix}"
         if path.is_file():
@@ -48,46 +52,52 @@ def find_table(folder: Path, table: str) -> Path:
 
 
 def read_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, Row]]:
-    """Yield every row under our column names, with its file and line."""
+    """Yield file and line of every row, and the row under the standard column names."""
     where = ""
     for where, row, names in _named_rows(path, columns):
-        yield where, _renamed(row, names)
+        yield where, _standard_row(row, names)
     if not where:
         expected = "a line of names and rows" if path.suffix == ".csv" else "one JSON object a line"
         raise InputError(f"{path}: no rows; expected {expected}")
 
 
 def _named_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, Row, dict[str, str]]]:
-    """Yield file and line, the row as it is, and the table's names of the renamed columns."""
+    """Yield file and line, the row unchanged, and the table's names of renamed columns."""
     is_csv = path.suffix == ".csv"
     names: dict[str, str] | None = None
     for line, row in _read_csv(path) if is_csv else read_jsonl_numbered(path):
         where = f"{path}, line {line}"
         names = columns_of(row, columns, where) if names is None else names
         _refuse_mixed_names(row, names, columns, where)
-        # An empty cell is an absent one, but its column is a column of the table.
+        # Empty CSV cells are dropped after the names are taken from the full row.
         yield where, {k: v for k, v in row.items() if v} if is_csv else row, names
 
 
-def _renamed(row: Row, names: dict[str, str]) -> Row:
-    kept = {name: value for name, value in row.items() if name not in names}
-    return kept | {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
+def _standard_row(row: Row, names: dict[str, str]) -> Row:
+    """Return a row under the standard column names."""
+    others = {name: value for name, value in row.items() if name not in names}
+    return others | {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
 
 
 def columns_of(row: Row, columns: ColumnsConfig, where: str) -> dict[str, str]:
-    """Return the name of each renamed column in a table whose first row is given.
+    """Return the names of renamed columns in a table, by their standard names.
 
-    `columns` holds for all tables of a dataset. A table that lacks a name from there and has our
-    own name is read under ours.
+    `columns` applies to all tables of a dataset. A table that lacks the dataset's name of a column
+    and has the standard name is read under the standard name.
+
+    Args:
+        row: the first row of the table.
+        columns: names of the columns in the dataset.
+        where: file and line, for the message.
 
     Raises:
-        InputError: one column is under our name, and another could be under either.
+        InputError: one column has its standard name, and another one is present under both names.
     """
-    taken = set(columns.renamed.values())
+    dataset_names = set(columns.renamed.values())
     ours_only = {
         ours
         for ours, theirs in columns.renamed.items()
-        if theirs not in row and ours in row and ours not in taken
+        if theirs not in row and ours in row and ours not in dataset_names
     }
     for ours, theirs in columns.renamed.items():
         if ours_only and theirs in row and ours in row:
@@ -102,7 +112,7 @@ def columns_of(row: Row, columns: ColumnsConfig, where: str) -> dict[str, str]:
 def _refuse_mixed_names(
     row: Row, names: dict[str, str], columns: ColumnsConfig, where: str
 ) -> None:
-    """Refuse a row that has the dataset's name of a column that the first row has under ours."""
+    """Refuse the dataset's name of a column if the first row uses the standard name."""
     for ours, theirs in columns.renamed.items():
         if names[ours] == ours and theirs in row:
             raise InputError(
@@ -114,34 +124,35 @@ def _refuse_mixed_names(
 def unused_columns(
     path: Path, columns: ColumnsConfig, used: Callable[[Row], set[str]]
 ) -> list[str]:
-    """Return the columns of a table that hold text and are not read, without well-known ones.
+    """Return the columns of a table that hold text and are not read, except well-known ones.
 
     Args:
-        columns: what the dataset calls its columns.
-        used: gives the columns of a row that are read, under our names.
+        path: of the table.
+        columns: names of the columns in the dataset.
+        used: returns the standard names of the columns that are read from a row.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     total = 0
-    for _, row, names in islice(_named_rows(path, columns), SAMPLED):
-        read = {names.get(ours, ours) for ours in used(_renamed(row, names))}
-        found.update(
+    for _, row, names in islice(_named_rows(path, columns), SAMPLE_ROWS):
+        read = {names.get(ours, ours) for ours in used(_standard_row(row, names))}
+        counts.update(
             name
             for name, value in row.items()
             if name not in read and not _IGNORED_COLUMNS.fullmatch(name) and _holds_text(value)
         )
         total += 1
-    return [name for name, count in found.items() if count >= TEXT_SHARE * total]
+    return [name for name, count in counts.items() if count >= MIN_TEXT_FRACTION * total]
 
 
 def _holds_text(value: object) -> bool:
-    """Is there a letter in a value, or in one of its parts?"""
+    """Return whether a value, or one of its parts, has a letter."""
     if isinstance(value, dict | list):
         return any(map(_holds_text, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and any(map(str.isalpha, value))
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a table with a line of column names, and the line where each begins."""
+    """Yield the first line and the cells of each row of a CSV table, which begins with names."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     names: list[str] = []
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -152,9 +163,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                to = f" to {reader.line_num}" if reader.line_num > first else ""
+                last = f" to {reader.line_num}" if reader.line_num > first else ""
                 raise InputError(
-                    f"{where}{to}: not a CSV row ({error}); put a cell with quotation marks, "
+                    f"{where}{last}: not a CSV row ({error}); put a cell with quotation marks, "
                     "commas or line breaks into quotation marks, double those inside it, and "
                     "close it"
                 ) from None
@@ -190,9 +201,9 @@ def _csv_names(cells: list[str], where: str) -> list[str]:
         raise InputError(
             f"{where}: columns are separated by {name}; separate them by commas, in every row"
         )
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice:
-        raise InputError(f"{where}: the column `{twice}` is there twice; rename or remove one")
+    repeated = next((name for name in names if name and names.count(name) > 1), None)
+    if repeated:
+        raise InputError(f"{where}: the column `{repeated}` is there twice; rename or remove one")
     return names
 
 
@@ -213,31 +224,31 @@ def _csv_row(names: list[str], cells: list[str], where: str) -> Row:
 
 
 def source_line(path: Path, row_id: str) -> str:
-    """The file and the line of a row that was read, by its id."""
+    """Return file and line of a row by its id."""
     number = int(row_id.rpartition("/")[2])
-    return next(islice(read_rows(path, _PLAIN_TYPES), number, None))[0]
+    return next(islice(read_rows(path, STANDARD_COLUMNS), number, None))[0]
 
 
 def is_text(value: object) -> bool:
-    """Is it a text of more than blanks?"""
+    """Return whether a value is a string with more than white space."""
     return isinstance(value, str) and bool(value.strip())
 
 
-def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
-    """A text that a row must have."""
+def required_text(row: Mapping[str, Any], column: str, where: str) -> str:
+    """Return the text in a column; raise `InputError` if it is missing or blank."""
     if column not in row:
         names = ", ".join(row) or "nothing"
         raise InputError(f"{where}: expected a non-empty string `{column}`; the row has {names}")
     text: str = row[column]
     if not is_text(text):
         raise InputError(
-            f"{where}: expected a non-empty string `{column}`, found {list_names(text)}"
+            f"{where}: expected a non-empty string `{column}`, found {describe_value(text)}"
         )
     return text
 
 
-def list_names(value: object) -> str:
-    """A value in the words of JSON, which users wrote, in short."""
+def describe_value(value: object) -> str:
+    """Return a short description of a JSON value for messages."""
     if isinstance(value, str):
         return f"the text `{value[:40]}`" if value.strip() else "a blank one"
     if isinstance(value, list | dict):

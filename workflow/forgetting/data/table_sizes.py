@@ -1,8 +1,8 @@
-"""How much a study reads and writes: rows and tokens, before anything is here to be counted.
+"""Sizes of a study's tables in rows, bytes and tokens, for planning its jobs.
 
-What lies in a folder is counted; the sizes of published and of generated tables stand below. Other
-tables of the hub are guessed, and marked as such. Tokens follow from bytes, since no tokenizer is
-loaded while jobs are planned.
+Tables in a folder are counted. Sizes of published and of generated tables are listed below. Other
+tables on the hub are guessed, and marked as guesses. Tokens are estimated from bytes, because no
+tokenizer is loaded while jobs are planned.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from forgetting.data.tables import evenly_spaced
 
 @dataclass(frozen=True)
 class TableSize:
-    """A table in numbers: its rows, and means over them, in bytes of UTF-8.
+    """Number of rows of a table, and the mean size of its columns in bytes of UTF-8.
 
     Attributes:
-        rows: of the table.
-        question: bytes of a question; 0 where the rows are plain text.
-        answer: bytes of its answer, or of the text.
-        right: bytes of the paraphrased answer, 0 if there is none.
-        wrong: bytes of a wrong answer.
-        wrongs: wrong answers to a question.
-        download: bytes that are fetched from the hub for it.
-        known: are these its own numbers, rather than a guess?
+        rows: number of rows.
+        question: bytes of a question; 0 if the rows are plain text.
+        answer: bytes of an answer, or of the text.
+        paraphrase: bytes of a paraphrased answer; 0 if there is none.
+        wrong_answer: bytes of a wrong answer.
+        wrong_answers: number of wrong answers to a question.
+        download: bytes of the table on the hub.
+        is_exact: whether these are the numbers of the table itself, not a guess.
     """
 
     rows: int
     question: float
     answer: float
-    right: float = 0.0
-    wrong: float = 0.0
-    wrongs: int = 0
+    paraphrase: float = 0.0
+    wrong_answer: float = 0.0
+    wrong_answers: int = 0
     download: float = 0.0
-    known: bool = True
+    is_exact: bool = True
 
 
 TOFU, WIKITEXT = "locuslab/TOFU", "Salesforce/wikitext"
@@ -63,7 +63,8 @@ PUBLISHED_SIZES = {
     # 6.3 million documents, 14.7 billion tokens of Llama's (Paster et al. 2023, arXiv 2310.06786).
     ("open-web-math/open-web-math", "data/train"): TableSize(6_315_233, 0, 8900, download=27.4e9),
     # Biderman et al. 2024 (arXiv 2405.09673) count 73 million tokens, 103 million and 20 billion.
-    # Code and formulas have fewer bytes to a token than English: these are those that give so many.
+    # Code and formulas have fewer bytes per token than English, so the bytes are set to give these
+    # numbers of tokens.
     ("ise-uiuc/Magicoder-Evol-Instruct-110K", "data-evol_instruct-decontaminated"): TableSize(
         111_183, 900, 1820, download=0.25e9
     ),
@@ -81,22 +82,25 @@ MICROWORLD_SIZES = {
 }
 """Published tables, by dataset and name, and those of the micro-world."""
 
-UNKNOWN_SIZE = TableSize(10_000, 200, 400, download=6e6, known=False)
-SAMPLE, SHORT = 500, 2**24
-"""So many rows of a table in a folder are measured. A file of more than so many bytes is not read
-to its end: its size tells how many rows there are."""
+UNKNOWN_SIZE = TableSize(10_000, 200, 400, download=6e6, is_exact=False)
+SAMPLE_ROWS, MAX_FULL_READ_BYTES = 500, 2**24
+"""Rows of a table in a folder that are measured, and size of the largest file that is read whole.
+
+The number of rows of a larger file is estimated from its size.
+"""
 
 
-def bytes_per_token(vocabulary: int) -> float:
-    """Of English text: 0.4 ln(vocabulary), within a fifth for vocabularies of 2,000 to 50,000.
+def bytes_per_token(vocab_size: int) -> float:
+    """Return the estimated bytes per token of English text: 0.4 ln(vocab_size).
 
-    WikiText under Llama-2's 32,000 tokens has 3.8, TOFU's answers under Phi's 51,200 have 5.0.
+    The error is at most a fifth for vocabularies of 2,000 to 50,000 tokens. WikiText has 3.8 with
+    Llama-2's 32,000 tokens, TOFU's answers have 5.0 with Phi's 51,200.
     """
-    return 0.4 * math.log(vocabulary)
+    return 0.4 * math.log(vocab_size)
 
 
 def table_size(study: StudyConfig, table: str) -> TableSize:
-    """The numbers of a table of the study."""
+    """Return the size of a table of the study."""
     dataset, name = table.split("/", 1)
     origin = study.datasets[dataset]
     if origin.folder:
@@ -108,21 +112,21 @@ def table_size(study: StudyConfig, table: str) -> TableSize:
 
 @cache
 def _count_rows(path: Path, columns: ColumnsConfig) -> TableSize:
-    """A table in a file, whose rows were checked before; of a long one the first are read."""
+    """Return the size of a table in a file, estimated from the first rows of a long file."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        lines = list(islice(file, None if size <= SHORT else SAMPLE))
+        lines = list(islice(file, None if size <= MAX_FULL_READ_BYTES else SAMPLE_ROWS))
     read = sum(map(len, lines))
     count = max(1, round(len(lines) * size / max(1, read)))
-    lines = list(evenly_spaced(lines, SAMPLE))
+    lines = list(evenly_spaced(lines, SAMPLE_ROWS))
     if path.suffix == ".csv":
         return TableSize(count, size / count / 2, size / count / 2)
     rows = [json.loads(line) for line in lines if line.strip()]
     names = columns_of(rows[0], columns, str(path)) if rows else {}
 
     def sizes(column: str) -> list[int]:
-        found = (row.get(names.get(column, column)) for row in rows)
-        return [len(str(value).encode()) for value in found if value]
+        values = (row.get(names.get(column, column)) for row in rows)
+        return [len(str(value).encode()) for value in values if value]
 
     def mean(sizes: Sequence[int]) -> float:
         return fmean(sizes) if sizes else 0.0
@@ -130,31 +134,31 @@ def _count_rows(path: Path, columns: ColumnsConfig) -> TableSize:
     wrong = [row.get(names.get("perturbed_answer", "perturbed_answer")) or [] for row in rows]
     answers = sizes("answer") or sizes("text")
     if conversations := [row.get(names.get("messages", "messages")) or [] for row in rows]:
-        answers = answers or [_known_size(messages) for messages in conversations]
+        answers = answers or [_conversation_bytes(messages) for messages in conversations]
     return TableSize(
         rows=count,
         question=mean(sizes("question")),
         answer=mean(answers),
-        right=mean(sizes("paraphrased_answer")),
-        wrong=mean([len(str(answer).encode()) for several in wrong for answer in several]),
-        wrongs=round(mean([len(several) for several in wrong])),
+        paraphrase=mean(sizes("paraphrased_answer")),
+        wrong_answer=mean([len(str(answer).encode()) for answers in wrong for answer in answers]),
+        wrong_answers=round(mean([len(answers) for answers in wrong])),
     )
 
 
-def _known_size(messages: Sequence[dict[str, Any]]) -> int:
-    """Bytes of all that is said in a conversation."""
+def _conversation_bytes(messages: Sequence[dict[str, Any]]) -> int:
+    """Return the bytes of all messages of a conversation."""
     return sum(len(str(message.get("content", "")).encode()) for message in messages)
 
 
 @dataclass(frozen=True)
 class TrainingSequences:
-    """What a model is trained on, in tokens.
+    """Size of the training data in sequences and tokens.
 
     Attributes:
-        count: sequences in an epoch.
-        tokens: of a sequence, on average.
-        targets: share of the tokens that are predicted.
-        longest: tokens of the longest sequence, about.
+        count: number of sequences in an epoch.
+        tokens: mean tokens of a sequence.
+        targets: fraction of the tokens that are targets.
+        longest: estimated tokens of the longest sequence.
     """
 
     count: int
@@ -163,41 +167,46 @@ class TrainingSequences:
     longest: float
 
 
-def training_sequences(study: StudyConfig, vocabulary: int) -> TrainingSequences:
-    """The new knowledge as sequences: pairs, packed or not; texts cut into blocks."""
-    per_token, longest = bytes_per_token(vocabulary), study.training.max_length
+def training_sequences(study: StudyConfig, vocab_size: int) -> TrainingSequences:
+    """Return the size of the new knowledge: pairs, packed or not, and texts cut into blocks."""
+    per_token, longest = bytes_per_token(vocab_size), study.training.max_length
     tables = [table_size(study, table) for table in study.train]
     rows = sum(table.rows for table in tables)
-    share = min(1.0, (study.train_limit or rows) / rows)
-    template = len(study.prompt.question) + len(study.prompt.answer) - len("{question}{answer}")
+    fraction = min(1.0, (study.train_limit or rows) / rows)
+    template = _prompt_bytes(study)
     pairs = [table for table in tables if table.question]
-    # Two more tokens begin and end a sequence.
+    # A sequence has two more tokens, at its beginning and its end.
     tokens = sum(t.rows * ((t.question + t.answer + template) / per_token + 2) for t in pairs)
     targets = sum(t.rows * (t.answer / per_token + 1) for t in pairs)
     text = sum(t.rows * (t.answer / per_token + 1) for t in tables if not t.question)
     blocks = text / longest
     if study.training.packing:
         blocks, tokens, targets, text = blocks + tokens / longest, 0.0, 0.0, text + tokens
-    count = share * (blocks + (0 if study.training.packing else sum(t.rows for t in pairs)))
-    mean = share * (tokens + text) / count
+    count = fraction * (blocks + (0 if study.training.packing else sum(t.rows for t in pairs)))
+    mean = fraction * (tokens + text) / count
     return TrainingSequences(
         count=max(1, round(count)),
         tokens=min(mean, longest),
         targets=(targets + text) / (tokens + text),
-        # The longest of TOFU's pairs have thrice the tokens of the mean.
+        # The longest of TOFU's pairs have three times the mean tokens.
         longest=min(longest, 3.0 * mean if tokens else longest),
     )
 
 
+def _prompt_bytes(study: StudyConfig) -> int:
+    """Return the bytes of the prompt's text around question and answer."""
+    return len(study.prompt.question) + len(study.prompt.answer) - len("{question}{answer}")
+
+
 @dataclass(frozen=True)
 class ProbeWorkload:
-    """What one evaluation of a model reads and writes, in tokens.
+    """Size of one evaluation of a model in tokens.
 
     Attributes:
-        count: questions.
-        prompt: tokens of a question in its prompt.
-        answer: tokens that are generated, on average.
-        scored: tokens of a question with all answers that are scored, read once.
+        count: number of questions.
+        prompt: mean tokens of a question in its prompt.
+        answer: mean tokens of a generated answer.
+        scored: mean tokens of a question with all answers that are scored.
         text: tokens of the general text.
     """
 
@@ -208,22 +217,24 @@ class ProbeWorkload:
     text: int
 
 
-def probe_workload(study: StudyConfig, vocabulary: int) -> ProbeWorkload:
-    """All probes of a study, and its general text."""
-    per_token = bytes_per_token(vocabulary)
-    template = len(study.prompt.question) + len(study.prompt.answer) - len("{question}{answer}")
+def probe_workload(study: StudyConfig, vocab_size: int) -> ProbeWorkload:
+    """Return the size of an evaluation on all probes of a study and its general text."""
+    per_token = bytes_per_token(vocab_size)
+    template = _prompt_bytes(study)
     count, prompt, answer, scored = 0, 0.0, 0.0, 0.0
     for probe in study.probes.values():
         tables = [table_size(study, table) for table in probe.table]
         rows = sum(table.rows for table in tables)
-        share = min(1.0, (probe.limit or rows) / rows)
+        fraction = min(1.0, (probe.limit or rows) / rows)
         for table in tables:
-            asked, said = (table.question + template) / per_token, table.answer / per_token + 1
-            others = table.right + (table.wrongs * table.wrong if probe.truth_ratio else 0.0)
-            prompt += share * table.rows * asked
-            answer += share * table.rows * min(said, study.evaluation.max_new_tokens)
-            scored += share * table.rows * (asked + said + others / per_token)
-        count += round(share * rows)
+            prompt_tokens = (table.question + template) / per_token
+            answer_tokens = table.answer / per_token + 1
+            wrong = table.wrong_answers * table.wrong_answer if probe.truth_ratio else 0.0
+            other_tokens = (table.paraphrase + wrong) / per_token
+            prompt += fraction * table.rows * prompt_tokens
+            answer += fraction * table.rows * min(answer_tokens, study.evaluation.max_new_tokens)
+            scored += fraction * table.rows * (prompt_tokens + answer_tokens + other_tokens)
+        count += round(fraction * rows)
     text = study.general_text
     blocks = 0
     if text:
@@ -240,17 +251,17 @@ def probe_workload(study: StudyConfig, vocabulary: int) -> ProbeWorkload:
 
 
 def train_bytes(study: StudyConfig) -> float:
-    """Bytes of the new knowledge as it is prepared, keys of its JSON included."""
+    """Return the bytes of the prepared training rows, including the keys of their JSON."""
     tables = [table_size(study, table) for table in study.train]
     return sum(table.rows * (table.question + table.answer + 100) for table in tables)
 
 
 def document_tokens(study: StudyConfig) -> float:
-    """Tokens of the documents that a base is pretrained on, once through."""
-    spec = study.base.pretrain
-    if spec is None:
+    """Return the tokens of the documents on which a base is pretrained, in one epoch."""
+    pretrain = study.base.pretrain
+    if pretrain is None:
         return 0.0
-    tables = [table_size(study, table) for table in spec.documents]
+    tables = [table_size(study, table) for table in pretrain.documents]
     rows = sum(table.rows for table in tables)
     size = sum(table.rows * (table.question + table.answer + 20) for table in tables)
-    return size / bytes_per_token(spec.vocab_size) * min(1.0, (spec.limit or rows) / rows)
+    return size / bytes_per_token(pretrain.vocab_size) * min(1.0, (pretrain.limit or rows) / rows)

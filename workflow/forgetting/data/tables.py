@@ -1,9 +1,9 @@
-"""Tables of rows: reading, checking and thinning them, however long they are.
+"""Read, check and subsample tables of rows of any length.
 
-A row of a probe has TOFU's columns: question, answer, and optionally paraphrased_answer (one
-string) and perturbed_answer (a list of wrong answers); prepared, it has id, question, answer,
-paraphrased_answer (or null) and wrong_answers. A row to train on has question and answer, or
-messages, or text.
+A probe row has TOFU's columns: question, answer, and optionally paraphrased_answer (a string) and
+perturbed_answer (a list of wrong answers). After preparation it has id, question, answer,
+paraphrased_answer (or null) and wrong_answers. A training row has question and answer, or messages,
+or text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.data.table_files import _PLAIN_TYPES, Row, is_text, list_names, read_rows, text_of
+from forgetting.data.table_files import (
+    STANDARD_COLUMNS,
+    Row,
+    describe_value,
+    is_text,
+    read_rows,
+    required_text,
+)
 from forgetting.errors import InputError
 from forgetting.io import check_file, read_jsonl, read_jsonl_numbered
 
@@ -24,7 +31,7 @@ MESSAGE_ROLES = ("system", "user", "assistant")
 
 
 def evenly_spaced(rows: Sequence[Item], limit: int | None) -> Sequence[Item]:
-    """At most `limit` rows, spread over the whole table, in its order."""
+    """Return at most `limit` rows, evenly spaced over the table, in its order."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[index * len(rows) // limit] for index in range(limit)]
@@ -32,7 +39,7 @@ def evenly_spaced(rows: Sequence[Item], limit: int | None) -> Sequence[Item]:
 
 @dataclass(frozen=True)
 class LazyRows:
-    """Rows that are read one by one, anew whenever they are gone through, and never all held."""
+    """Rows that every iteration reads from disk one by one."""
 
     read: Callable[[], Iterator[Row]]
 
@@ -40,21 +47,21 @@ class LazyRows:
         return self.read()
 
     def evenly_spaced(self, limit: int | None) -> Iterator[Row]:
-        """At most `limit` of them, those that `evenly_spaced` takes; all are checked."""
+        """Yield at most `limit` rows, those of the function `evenly_spaced`, and check all rows."""
         total = None if limit is None else sum(1 for _ in self)
         if limit is None or total is None or limit >= total:
             yield from self
             return
-        wanted = (index * total // limit for index in range(limit))
-        place = next(wanted)
+        numbers = (index * total // limit for index in range(limit))
+        next_number = next(numbers)
         for number, row in enumerate(self):
-            if number == place:
+            if number == next_number:
                 yield row
-                place = next(wanted, -1)
+                next_number = next(numbers, -1)
 
 
 def prepared_rows(path: Path) -> LazyRows:
-    """Rows that were checked when they were written."""
+    """Return the rows of a file that `prepare_data` checked and wrote, for reading one by one."""
     check_file(path)
     return LazyRows(lambda: (row for _, row in read_jsonl_numbered(path)))
 
@@ -71,16 +78,16 @@ def read_probe_rows(
     *,
     wrong_answers: bool,
     probe: str = "",
-    columns: ColumnsConfig = _PLAIN_TYPES,
+    columns: ColumnsConfig = STANDARD_COLUMNS,
 ) -> list[Row]:
-    """Read and check one table of questions and answers.
+    """Read and check a table of questions and answers.
 
     Args:
         path: JSON lines.
         table: its name in the study, the first part of each row's id.
-        wrong_answers: must every row have wrong answers?
-        probe: name of the probe that the rows are for, if they are, for messages.
-        columns: what the dataset calls them.
+        wrong_answers: whether every row needs wrong answers.
+        probe: name of the probe, for messages.
+        columns: names of the columns in the dataset.
 
     Raises:
         InputError: names the file, the line and the column.
@@ -94,24 +101,24 @@ def read_probe_rows(
                 f"of probe `{probe}` needs; add it, or set probes.{probe}.truth_ratio: false"
             )
         if not isinstance(wrong, list) or not all(is_text(answer) for answer in wrong):
-            faulty = next(v for v in wrong if not is_text(v)) if isinstance(wrong, list) else wrong
+            invalid = next(v for v in wrong if not is_text(v)) if isinstance(wrong, list) else wrong
             raise InputError(
                 f"{where}: `perturbed_answer` must be a list of non-empty strings, found "
-                f"{list_names(faulty)}"
+                f"{describe_value(invalid)}"
             )
         paraphrase = row.get("paraphrased_answer")
         if paraphrase is not None and not is_text(paraphrase):
             raise InputError(
                 f"{where}: `paraphrased_answer` must be a non-empty string or absent, found "
-                f"{list_names(paraphrase)}"
+                f"{describe_value(paraphrase)}"
             )
-        answer = text_of(row, "answer", where)
+        answer = required_text(row, "answer", where)
         if wrong_answers:
-            _check_wrong(wrong, answer, paraphrase, where)
+            _check_wrong_answers(wrong, answer, paraphrase, where)
         prepared.append(
             {
                 "id": f"{table}/{number}",
-                "question": text_of(row, "question", where),
+                "question": required_text(row, "question", where),
                 "answer": answer,
                 "paraphrased_answer": paraphrase,
                 "wrong_answers": wrong,
@@ -120,8 +127,8 @@ def read_probe_rows(
     return prepared
 
 
-def _check_wrong(wrong: list[str], answer: str, paraphrase: str | None, where: str) -> None:
-    """What is right is not among what is wrong, where the truth ratio compares the two."""
+def _check_wrong_answers(wrong: list[str], answer: str, paraphrase: str | None, where: str) -> None:
+    """Refuse a right answer among the wrong ones, since the truth ratio compares the two."""
     for column, right in (("answer", answer), ("paraphrased_answer", paraphrase)):
         if right is not None and right.strip() in [text.strip() for text in wrong]:
             raise InputError(
@@ -131,12 +138,12 @@ def _check_wrong(wrong: list[str], answer: str, paraphrase: str | None, where: s
 
 
 def document_texts(
-    path: Path, prompt: PromptConfig, columns: ColumnsConfig = _PLAIN_TYPES
+    path: Path, prompt: PromptConfig, columns: ColumnsConfig = STANDARD_COLUMNS
 ) -> Iterator[str]:
-    """Training documents of a table: `text` as it is, questions and answers in the prompt.
+    """Yield the pretraining documents of a table: `text`, or question and answer in the prompt.
 
-    Conversations, and with `prompt.chat` questions and answers too, are in the chat template of
-    small models that are trained here.
+    Conversations, and with `prompt.chat` also questions and answers, use the chat template of the
+    small models that are pretrained here.
     """
     for row in read_training_rows(path, path.stem, columns):
         if "text" in row:
@@ -157,11 +164,13 @@ def _conversation(prompt: PromptConfig, row: Row) -> str:
     return "\n".join(f"{role.capitalize()}:\n{content}" for role, content in [*system, *turns])
 
 
-def read_training_rows(path: Path, table: str, columns: ColumnsConfig = _PLAIN_TYPES) -> LazyRows:
-    """Rows to train on: each an id, and `question` and `answer`, or `messages`, or `text`.
+def read_training_rows(
+    path: Path, table: str, columns: ColumnsConfig = STANDARD_COLUMNS
+) -> LazyRows:
+    """Return training rows: each has an id, and question and answer, or messages, or text.
 
-    Raises, when the rows are read:
-        InputError: names the file, the line and the column.
+    Raises:
+        InputError: while the rows are read; names the file, the line and the column.
     """
 
     def read() -> Iterator[Row]:
@@ -171,31 +180,31 @@ def read_training_rows(path: Path, table: str, columns: ColumnsConfig = _PLAIN_T
     return LazyRows(read)
 
 
-def read_prompts(path: Path, table: str, columns: ColumnsConfig = _PLAIN_TYPES) -> LazyRows:
-    """Rows to which there is no right answer: each an id and `question`.
+def read_prompts(path: Path, table: str, columns: ColumnsConfig = STANDARD_COLUMNS) -> LazyRows:
+    """Return questions without a right answer: each row has an id and a question.
 
-    Raises, when the rows are read:
-        InputError: names the file, the line and the column.
+    Raises:
+        InputError: while the rows are read; names the file, the line and the column.
     """
 
     def read() -> Iterator[Row]:
         for number, (where, row) in enumerate(read_rows(path, columns)):
-            yield {"id": f"{table}/{number}", "question": text_of(row, "question", where)}
+            yield {"id": f"{table}/{number}", "question": required_text(row, "question", where)}
 
     return LazyRows(read)
 
 
 def _row_content(row: Mapping[str, Any], where: str) -> Row:
     if "question" in row:
-        pair = {column: text_of(row, column, where) for column in ("question", "answer")}
+        pair = {column: required_text(row, column, where) for column in ("question", "answer")}
         if not is_text(row.get("system")):
             return pair
-        said = zip(MESSAGE_ROLES, (row["system"], *pair.values()), strict=True)
-        return {"messages": [{"role": role, "content": content} for role, content in said]}
+        turns = zip(MESSAGE_ROLES, (row["system"], *pair.values()), strict=True)
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
     if "messages" in row:
         return {"messages": _messages(row["messages"], where)}
     if "text" in row:
-        return {"text": text_of(row, "text", where)}
+        return {"text": required_text(row, "text", where)}
     raise InputError(
         f"{where}: expected `question` and `answer`, `messages`, or `text`; the row has "
         f"{', '.join(row) or 'nothing'}; `columns` of the dataset can give other names"
@@ -203,7 +212,7 @@ def _row_content(row: Mapping[str, Any], where: str) -> Row:
 
 
 def content_columns(row: Mapping[str, Any]) -> set[str]:
-    """Return the columns of a row to train on that are read, as `read_training_rows` has it."""
+    """Return the columns of a training row that `read_training_rows` reads."""
     if "question" in row:
         return {"question", "answer", "system"}
     return {"messages"} if "messages" in row else {"text"}
@@ -218,7 +227,7 @@ def _messages(messages: Any, where: str) -> list[Row]:
                 f"{where}: message {number} has role {message.get('role')!r}; expected one of "
                 + ", ".join(MESSAGE_ROLES)
             )
-        text_of(message, "content", f"{where}, message {number}")
+        required_text(message, "content", f"{where}, message {number}")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles or roles[0] == "assistant":
         raise InputError(
@@ -227,8 +236,8 @@ def _messages(messages: Any, where: str) -> list[Row]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def joined_text(path: Path, columns: ColumnsConfig = _PLAIN_TYPES) -> list[str]:
-    """The `text` of every row as it is, for a text that is read as one; blank rows count.
+def joined_text(path: Path, columns: ColumnsConfig = STANDARD_COLUMNS) -> list[str]:
+    """Return the `text` of every row unchanged, including blank ones, for joining into one text.
 
     Raises:
         InputError: names the file, the line and the column.
@@ -239,23 +248,25 @@ def joined_text(path: Path, columns: ColumnsConfig = _PLAIN_TYPES) -> list[str]:
             names = ", ".join(row) or "nothing"
             raise InputError(f"{where}: expected a string `text`; the row has {names}")
         if not isinstance(row["text"], str):
-            raise InputError(f"{where}: expected a string `text`, found {list_names(row['text'])}")
+            raise InputError(
+                f"{where}: expected a string `text`, found {describe_value(row['text'])}"
+            )
         texts.append(row["text"])
     return texts
 
 
 def render_question(prompt: PromptConfig, question: str) -> str:
-    """The question's side of the prompt, as text."""
+    """Return the question's side of the prompt as text."""
     return prompt.question.replace("{question}", question)
 
 
 def render_answer(prompt: PromptConfig, answer: str) -> str:
-    """The answer's side of the prompt, as text."""
+    """Return the answer's side of the prompt as text."""
     return prompt.answer.replace("{answer}", answer)
 
 
 def strip_answer(prompt: PromptConfig, generated: str) -> str:
-    """What was answered: the generation without the literal text that the template puts around."""
+    """Return a generated answer without the text that the prompt puts around answers."""
     before, after = prompt.answer.split("{answer}")
     text = generated.strip().removeprefix(before.strip())
     return text.removesuffix(after.strip()).strip() if after.strip() else text.strip()

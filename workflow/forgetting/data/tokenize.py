@@ -1,6 +1,6 @@
-"""Chat templates: what a tokenizer puts around the messages of a conversation.
+"""Encode questions with answers, conversations and texts as token ids with target spans.
 
-From text to token ids, with the boundaries between what is read and what is to be said.
+A prompt is the study's own text around question and answer, or the tokenizer's chat template.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from forgetting.data.chat_template import (
     EndlessTemplate,
     check_arguments,
     default_template,
-    ends_nowhere,
+    endless_template_error,
     time_limit,
 )
 from forgetting.data.tables import render_answer, render_question
@@ -31,40 +31,42 @@ Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""
 
 TEMPLATE_CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
-"""The day on which all templates are rendered: some write the date into every prompt, and the day
-of the run would make each day another study."""
+"""The date on which all templates are rendered.
 
-MAX_TEMPLATE_TOKENS = 2**20
-"""Characters that a template may add to a conversation, besides 16 for each character of it."""
+Some templates write the date into every prompt, so the current date would change the results.
+"""
 
-QUESTION, ANSWER, NEXT = "{question}", "{answer}", "{next question}"
+MAX_TEMPLATE_CHARACTERS = 2**20
+"""Characters that a template may write, in addition to 16 for each character of the messages."""
+
+QUESTION, ANSWER, NEXT_QUESTION = "{question}", "{answer}", "{next question}"
 
 
 @dataclass(frozen=True)
 class TurnEnding:
-    """How a chat template ends an answer of the assistant in a conversation that goes on.
+    """How a chat template ends an answer of the assistant before the next question.
 
     Attributes:
-        text: plain text behind the answer, up to the special token if there is one, else up to the
-            next question.
-        token: the first special token behind the answer, if there is one.
-        written: text and token as they are written; empty without a token.
+        text: plain text after the answer, up to the special token or, without one, up to the next
+            question.
+        token: the first special token after the answer, if any.
+        with_token: text and token as the template writes them; empty without a token.
     """
 
     text: str
     token: int | None
-    written: str
+    with_token: str
 
     @property
     def stop(self) -> str:
-        """Return the text at which an answer ends besides the token; empty if there is none."""
+        """Return the text at which an answer ends, in addition to the token; may be empty."""
         if self.token is not None and not self.text.strip():
             return ""
         return self.text.rstrip(" \t")
 
 
 def resolve_template(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig) -> PromptConfig:
-    """The prompt as text around question and answer, whether the study or the tokenizer has it."""
+    """Return the prompt as text around question and answer, from the study or the chat template."""
     return chat_template_text(tokenizer, prompt) if prompt.chat else prompt
 
 
@@ -73,19 +75,19 @@ def chat_template_text(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig)
     """Return the text that the chat template of a tokenizer puts around a question and its answer.
 
     Raises:
-        InputError: the template changes question or answer, or has the model think unasked.
+        InputError: the template changes question or answer, or enables thinking by default.
     """
     question = [*_system_turn(prompt), {"role": "user", "content": QUESTION}]
-    asked = apply_chat_template(tokenizer, prompt, question, ask=True)
-    talk = [*question, {"role": "assistant", "content": ANSWER}]
-    answer = _assistant_turn(tokenizer, prompt, talk, asked)
+    context = apply_chat_template(tokenizer, prompt, question, add_generation_prompt=True)
+    messages = [*question, {"role": "assistant", "content": ANSWER}]
+    answer = _assistant_turn(tokenizer, prompt, messages, context)
     try:
-        found = PromptConfig(question=asked, answer=answer)
+        text_prompt = PromptConfig(question=context, answer=answer)
     except ValueError:
         raise _template_changes_text() from None
     if not any(prompt.template_arguments.get(name) for name in THINKING):
-        _check_thinking(asked.rpartition(QUESTION)[2], answer.partition(ANSWER)[0])
-    return found
+        _check_thinking(context.rpartition(QUESTION)[2], answer.partition(ANSWER)[0])
+    return text_prompt
 
 
 @lru_cache(maxsize=8)
@@ -93,22 +95,22 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig) -> Tur
     """Return how the chat template of a tokenizer ends an answer.
 
     Raises:
-        InputError: nothing stands between an answer and the next question.
+        InputError: the template writes nothing between an answer and the next question.
     """
-    talk = [
+    messages = [
         *_system_turn(prompt),
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": ANSWER},
-        {"role": "user", "content": NEXT},
+        {"role": "user", "content": NEXT_QUESTION},
     ]
-    whole = apply_chat_template(tokenizer, prompt, talk, ask=False)
-    _, answered, behind = whole.rpartition(ANSWER)
-    between, asked, _ = behind.partition(NEXT)
-    if not answered or not asked:
+    text = apply_chat_template(tokenizer, prompt, messages, add_generation_prompt=False)
+    _, has_answer, after = text.rpartition(ANSWER)
+    between, has_question, _ = after.partition(NEXT_QUESTION)
+    if not has_answer or not has_question:
         raise _template_changes_text()
     added = tokenizer.added_tokens_decoder
     for token in tokenizer(between, add_special_tokens=False)["input_ids"]:
-        # Some tokenizers add runs of spaces too.
+        # Some tokenizers also have added tokens for runs of spaces.
         if token in added and (content := added[token].content).strip(" \t\n\r▁"):
             text = between.partition(content)[0]
             return TurnEnding(text, token, text + content)
@@ -122,10 +124,10 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig) -> Tur
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, *, chat: bool) -> int:
-    """Return the token that the last answer of an example is trained to end with.
+    """Return the token with which the last answer of an example ends.
 
-    In a chat template it is the template's own, so that a tuned model ends an answer as its base
-    does; else the tokenizer's end of sequence.
+    With a chat template it is the template's token, so that a tuned model ends answers like its
+    base. Otherwise it is the tokenizer's end-of-sequence token.
     """
     token = turn_ending(tokenizer, prompt).token if chat else None
     return int(tokenizer.eos_token_id if token is None else token)
@@ -134,27 +136,29 @@ def end_token(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, *, chat:
 def chat_turns(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, messages: Sequence[Message]
 ) -> list[str]:
-    """A conversation in turns: what the model reads, what it is to say, and so on to its last word.
+    """Return a conversation as alternating texts: what the model reads, and what it answers.
 
     Raises:
-        InputError: the template changes what was said before, or refuses the conversation.
+        InputError: the template rewrites earlier turns, or refuses the conversation.
     """
-    chat_template_text(tokenizer, prompt)  # raises where the template is not fit for training
+    chat_template_text(tokenizer, prompt)  # Raises for templates that are unsuitable for training.
     if messages[0]["role"] != "system":
         messages = [*_system_turn(prompt), *messages]
-    told, turns = "", []
-    for place, message in enumerate(messages):
+    text, turns = "", []
+    for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = apply_chat_template(tokenizer, prompt, messages[:place], ask=True)
-        answer = _assistant_turn(tokenizer, prompt, messages[: place + 1], asked)
-        if not asked.startswith(told):
+        context = apply_chat_template(
+            tokenizer, prompt, messages[:index], add_generation_prompt=True
+        )
+        answer = _assistant_turn(tokenizer, prompt, messages[: index + 1], context)
+        if not context.startswith(text):
             raise InputError(
-                "the chat template of the base's tokenizer writes earlier answers anew in later "
+                "the chat template of the base's tokenizer rewrites earlier answers in later "
                 "turns, so that a conversation is no single text; make each turn a row"
             )
-        turns += [asked.removeprefix(told), answer]
-        told = asked + answer
+        turns += [context.removeprefix(text), answer]
+        text = context + answer
     return turns
 
 
@@ -163,19 +167,19 @@ def apply_chat_template(
     prompt: PromptConfig,
     messages: Sequence[Message],
     *,
-    ask: bool,
+    add_generation_prompt: bool,
 ) -> str:
-    """Render messages as `apply_chat_template` does, on a fixed day and within limits.
+    """Render messages like transformers' method of this name, on a fixed date and within limits.
 
     Args:
-        tokenizer: it has the template.
-        prompt: it has the template's arguments.
+        tokenizer: has the template.
+        prompt: has the arguments of the template.
         messages: the conversation.
-        ask: go on to where an answer begins.
+        add_generation_prompt: whether to append what precedes the next answer.
 
     Raises:
-        InputError: there is no template, or it refuses the messages, lacks an argument, or is
-            endless.
+        InputError: there is no template, or it refuses the messages, lacks an argument or exceeds
+            a limit.
     """
     source = default_template(tokenizer.chat_template)
     if source is None:
@@ -191,24 +195,24 @@ def apply_chat_template(
         "messages": [dict(message) for message in messages],
         "tools": None,
         "documents": None,
-        "add_generation_prompt": ask,
+        "add_generation_prompt": add_generation_prompt,
     }
-    most = MAX_TEMPLATE_TOKENS + 16 * sum(len(message["content"]) for message in messages)
-    parts, size = [], 0
+    limit = MAX_TEMPLATE_CHARACTERS + 16 * sum(len(message["content"]) for message in messages)
+    parts, length = [], 0
     try:
         with time_limit():
             template = _compile_jinja_template(source)
-            # transformers' own tells the time of the run.
+            # transformers' own function returns the current date.
             template.globals["strftime_now"] = _strftime_now
             for part in template.generate(variables):
                 parts.append(part)
-                size += len(part)
-                if size > most:
-                    raise EndlessTemplate(f"it writes more than {most:,} characters")
+                length += len(part)
+                if length > limit:
+                    raise EndlessTemplate(f"it writes more than {limit:,} characters")
     except (EndlessTemplate, MemoryError, RecursionError) as error:
-        raise ends_nowhere(error) from None
+        raise endless_template_error(error) from None
     except Exception as error:
-        # Of any type: templates call methods of Python's own types.
+        # Templates call methods of Python types and can raise errors of any type.
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             "prompt.chat: the chat template of the base's tokenizer (chat_template.jinja or "
@@ -218,33 +222,43 @@ def apply_chat_template(
     return "".join(parts)
 
 
-def _strftime_now(form: str) -> str:
-    return TEMPLATE_CLOCK.strftime(form)
+def _strftime_now(date_format: str) -> str:
+    return TEMPLATE_CLOCK.strftime(date_format)
 
 
 def _assistant_turn(
-    tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, talk: Sequence[Message], asked: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    messages: Sequence[Message],
+    context: str,
 ) -> str:
-    """What the assistant is to say to the last message of a conversation, with its ending."""
-    end = turn_ending(tokenizer, prompt).written
-    whole = apply_chat_template(tokenizer, prompt, talk, ask=False)
-    if not whole.startswith(asked):
-        return talk[-1]["content"] + end
-    answer = whole.removeprefix(asked)
-    # Some templates write the tokenizer's end of sequence behind the last message too.
-    before, found, _ = answer.rpartition(end) if end else ("", "", "")
-    return before + found if found else answer.rstrip()
-
-
-def _check_thinking(asked: str, begun: str) -> None:
-    """Refuse a template in which the model thinks first, by what it writes before the answer.
+    """Return the last message of a conversation, an answer, with its ending.
 
     Args:
-        asked: behind the question, on the prompt's side; empty thoughts may stand there.
-        begun: before the answer, on the answer's side.
+        tokenizer: has the template.
+        prompt: has the arguments of the template.
+        messages: the conversation, which ends with the answer.
+        context: the rendered conversation before the answer.
+    """
+    end = turn_ending(tokenizer, prompt).with_token
+    text = apply_chat_template(tokenizer, prompt, messages, add_generation_prompt=False)
+    if not text.startswith(context):
+        return messages[-1]["content"] + end
+    answer = text.removeprefix(context)
+    # Some templates also write the tokenizer's end-of-sequence token after the last message.
+    before, ending, _ = answer.rpartition(end) if end else ("", "", "")
+    return before + ending if ending else answer.rstrip()
+
+
+def _check_thinking(after_question: str, before_answer: str) -> None:
+    """Refuse a template that opens a block of thoughts before the answer.
+
+    Args:
+        after_question: text of the prompt after the question, which may hold empty thoughts.
+        before_answer: text before the answer on the answer's side.
     """
     tag = re.compile(r"[<\[](/?)[\w:|]*think\w*[>\]]", re.IGNORECASE)
-    if tag.search(begun) or tag.findall(asked)[-1:] == [""]:
+    if tag.search(before_answer) or tag.findall(after_question)[-1:] == [""]:
         raise InputError(
             "prompt.chat: the chat template of the base's tokenizer has the model think before it "
             "answers, and no argument of the study turns that off; write the prompt as `question` "
@@ -266,14 +280,15 @@ def _system_turn(prompt: PromptConfig) -> list[Message]:
 
 @dataclass(frozen=True)
 class Example:
-    """A sequence of tokens, some of which are trained on and scored.
+    """A sequence of tokens with the spans of its targets, which are trained on and scored.
 
     Attributes:
-        ids: token ids, of one document or of several that are packed.
-        prompt: so many ids stand before the first target.
-        spans: first and last place, the last one excluded, of every run of targets; without any,
-            all that follows the prompt is a target, the end of sequence included.
-        starts: where the documents begin; each sees itself only and counts its positions anew.
+        ids: token ids of one document, or of several packed documents.
+        prompt_length: number of ids before the first target.
+        spans: start and end, exclusive, of every run of targets; if empty, everything after the
+            prompt is a target, including the end-of-sequence token.
+        document_starts: where the documents begin. Each document attends only to itself, and its
+            positions start at 0.
     """
 
     ids: list[int]
@@ -283,39 +298,39 @@ class Example:
 
     @property
     def target_spans(self) -> tuple[tuple[int, int], ...]:
-        """First and last place of every run of targets."""
+        """Return start and end, exclusive, of every run of targets."""
         return self.spans or ((self.prompt_length, len(self.ids)),)
 
     @property
     def targets(self) -> int:
-        """Number of tokens that are trained on and scored."""
+        """Return the number of target tokens."""
         return sum(end - begin for begin, end in self.target_spans)
 
     @property
     def document_lengths(self) -> list[int]:
-        """Tokens of each document."""
+        """Return the number of tokens of each document."""
         return [end - begin for begin, end in pairwise([*self.document_starts, len(self.ids)])]
 
 
 def concatenate(examples: Sequence[Example]) -> Example:
-    """One sequence of several examples, which stay as blind to each other as they were."""
+    """Return one packed sequence of several examples, whose documents stay independent."""
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     starts: list[int] = []
     for example in examples:
-        shift = len(ids)
+        offset = len(ids)
         ids += example.ids
-        spans += [(shift + begin, shift + end) for begin, end in example.target_spans]
-        starts += [shift + start for start in example.document_starts]
+        spans += [(offset + begin, offset + end) for begin, end in example.target_spans]
+        starts += [offset + start for start in example.document_starts]
     return Example(ids, spans[0][0], tuple(spans), tuple(starts))
 
 
-# The probes are read anew at every evaluation of a trajectory; their tokens stay the same.
+# Every evaluation encodes the same questions.
 @lru_cache(maxsize=2**16)
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, question: str
 ) -> list[int]:
-    """Token ids of the question's side, with the tokenizer's own special tokens in front."""
+    """Return the token ids of a question in its prompt, after the tokenizer's special tokens."""
     text = render_question(resolve_template(tokenizer, prompt), question)
     return _extend(tokenizer, [], "", text, special=not prompt.chat)
 
@@ -328,16 +343,15 @@ def encode_pair(
     answer: str,
     max_length: int | None = None,
 ) -> Example:
-    """Token ids of a question with its answer, as TOFU's code forms them.
+    """Return a question with its answer as an example, encoded like in TOFU's code.
 
-    Question and answer are tokenized together, the tokens of the question alone are the prompt, and
-    one end-of-sequence token follows, or with `prompt.chat` the token by which the template ends an
-    answer, unless the text was cut at `max_length`. Where a token would
-    span the boundary, the two sides are tokenized apart, so that what is trained on is what a
-    generation starts from.
+    Question and answer are tokenized together; the tokens of the question are the prompt. One
+    end-of-sequence token follows, or with `prompt.chat` the token with which the template ends an
+    answer, unless the text was cut at `max_length`. If a token would span the boundary, the two
+    sides are tokenized separately, so that training uses the prompt from which generation starts.
     """
-    written = resolve_template(tokenizer, prompt)
-    turns = [render_question(written, question), render_answer(written, answer)]
+    text_prompt = resolve_template(tokenizer, prompt)
+    turns = [render_question(text_prompt, question), render_answer(text_prompt, answer)]
     end = end_token(tokenizer, prompt, chat=prompt.chat)
     return _encode_turns(tokenizer, turns, max_length, end, special=not prompt.chat)
 
@@ -348,10 +362,10 @@ def encode_messages(
     messages: Sequence[Message],
     max_length: int | None = None,
 ) -> Example:
-    """Token ids of a conversation in the tokenizer's chat template; all answers are targets.
+    """Return a conversation in the tokenizer's chat template as an example.
 
-    An answer ends as the template ends it, the last one with an end-of-sequence token if the
-    template has no token for it. What follows it is no target.
+    All answers are targets, with the ending that the template writes. The last answer ends with an
+    end-of-sequence token if the template has no token of its own.
     """
     turns = chat_turns(tokenizer, prompt, messages)
     end = end_token(tokenizer, prompt, chat=True)
@@ -361,15 +375,15 @@ def encode_messages(
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None
 ) -> Example:
-    """Token ids of a text and its end; every token that has one before it is a target."""
+    """Return a text with its end-of-sequence token as an example; all but the first are targets."""
     (ids,) = encode_texts(tokenizer, [text])
     return Example(ids=ids[:max_length], prompt_length=1)
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of several texts, each with its end."""
-    several = tokenizer(list(texts))["input_ids"]
-    return [[*_drop_end_token(tokenizer, ids), tokenizer.eos_token_id] for ids in several]
+    """Return the token ids of several texts, each with its end-of-sequence token."""
+    encoded = tokenizer(list(texts))["input_ids"]
+    return [[*_drop_end_token(tokenizer, ids), tokenizer.eos_token_id] for ids in encoded]
 
 
 def _encode_turns(
@@ -379,7 +393,7 @@ def _encode_turns(
     end: int,
     special: bool,
 ) -> Example:
-    """Turns of which the second, fourth and so on are targets, and the token that ends them."""
+    """Return an example of turns: the second, fourth and so on are targets; token `end` follows."""
     ids: list[int] = []
     text, ends = "", []
     for turn in turns:
@@ -390,20 +404,20 @@ def _encode_turns(
     ends[-1] = len(ids)
     if len(turns) == 2:
         return Example(ids, ends[0])
-    spans = zip(ends[::2], ends[1::2], strict=True)
-    kept = tuple((begin, min(end, len(ids))) for begin, end in spans if begin < len(ids))
-    return Example(ids, ends[0], kept)
+    bounds = zip(ends[::2], ends[1::2], strict=True)
+    spans = tuple((begin, min(end, len(ids))) for begin, end in bounds if begin < len(ids))
+    return Example(ids, ends[0], spans)
 
 
 def _extend(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, turn: str, special: bool
 ) -> list[int]:
-    """Token ids of a text with one more turn, which begin with those of the text."""
-    together = tokenizer(text + turn, add_special_tokens=special)["input_ids"]
+    """Return the token ids of a text with one more turn; they begin with `ids`, its own."""
+    extended = tokenizer(text + turn, add_special_tokens=special)["input_ids"]
     if special:
-        together = _drop_end_token(tokenizer, together)
-    if together[: len(ids)] == ids:
-        return list(together)
+        extended = _drop_end_token(tokenizer, extended)
+    if extended[: len(ids)] == ids:
+        return list(extended)
     return ids + list(tokenizer(turn, add_special_tokens=False)["input_ids"])
 
 

@@ -1,9 +1,9 @@
-"""Make a base model trainable as a method says: all of it, or an adapter on it.
+"""Make a base model trainable: all of its weights, or an adapter of one of the variants.
 
-AdaLoRA: adapters P diag(E) Q whose ranks share a budget (Zhang et al. 2023, arXiv 2303.10512).
-
-The layers and the allocation are peft's. What peft leaves to the loop is here: the course of the
-budget, the call after every update, the penalty, and the state from which a killed run goes on.
+The first part covers AdaLoRA: adapters P diag(E) Q whose ranks share a budget (Zhang et al. 2023,
+arXiv 2303.10512). peft provides the layers and the allocation. This module adds what peft leaves to
+the training loop: the rank schedule, the call after every update, the penalty, and the state that a
+run needs to resume.
 """
 
 from __future__ import annotations
@@ -27,36 +27,44 @@ from forgetting.config.expand import Method
 from forgetting.config.methods import RankBudgetConfig
 from forgetting.config.variants import VARIANTS
 from forgetting.errors import InputError
-from forgetting.models.layers import Kind, Layer, UnsupportedLayer, adapts_experts, layers_to_adapt
-from forgetting.models.loading import Model, freeze_unread, language_model
+from forgetting.models.layers import (
+    Kind,
+    Layer,
+    UnsupportedLayer,
+    layers_to_adapt,
+    mark_expert_layers,
+)
+from forgetting.models.loading import Model, freeze_non_text, text_modules
 
 
 def is_adalora(model: Model) -> bool:
-    """Has the model an adapter of AdaLoRA's?"""
+    """Return whether the model has an AdaLoRA adapter."""
     return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)
 
 
-def set_rank_schedule(model: Model, budget: RankBudgetConfig, steps: int) -> None:
-    """Lay the course of the budget over the steps of a run, in whole steps, rounded down."""
+def set_rank_schedule(model: Model, rank_budget: RankBudgetConfig, steps: int) -> None:
+    """Set the schedule of the total rank for a run of `steps` steps; fractions are rounded down."""
     config = model.peft_config["default"]
-    config.total_step, config.deltaT = steps, budget.delta_t
-    config.tinit, config.tfinal = int(budget.tinit * steps), int(budget.tfinal * steps)
+    config.total_step, config.deltaT = steps, rank_budget.delta_t
+    config.tinit, config.tfinal = int(rank_budget.tinit * steps), int(rank_budget.tfinal * steps)
 
 
 def update_rank_allocation(model: Model, step: int) -> None:
-    """After update number `step` (from 1), while its gradients are there: spend the budget.
+    """Reallocate the rank budget after update number `step`, which counts from 1.
 
-    peft notes how much each weight matters, and sets the singular values to 0 that the budget of
-    this step does not reach. At other models nothing is done.
+    The gradients of the update must still exist. peft updates the importance of each weight and
+    zeroes the singular values that exceed the budget of this step. Models without an AdaLoRA
+    adapter are left unchanged.
     """
     if is_adalora(model):
         model.base_model.update_and_allocate(step)
 
 
 def orthogonality_penalty(model: Model, weight: float) -> Tensor:
-    """weight * mean over the A and B of all adapters of ||A A^T - I||_F or ||B^T B - I||_F.
+    """Return weight * mean of ||A A^T - I||_F and ||B^T B - I||_F over all adapters.
 
-    peft's form of the paper's equation 4, which peft adds only where it computes the loss itself.
+    This is peft's form of the paper's equation 4. peft adds it only when it computes the loss
+    itself.
     """
     deviations = []
     for name, parameter in model.named_parameters():
@@ -68,14 +76,14 @@ def orthogonality_penalty(model: Model, weight: float) -> Tensor:
 
 
 def pruned_state_dict(model: Model) -> tuple[dict[str, Tensor], AdaLoraConfig]:
-    """Tensors and configuration of the adapter as peft keeps it: what was pruned is left out.
+    """Return tensors and configuration of the adapter in peft's format, without pruned ranks.
 
-    Between two allocations a pruned singular value may come back; it is kept then, so that what is
-    loaded is what was measured.
+    A pruned singular value may become nonzero between two allocations. It is kept then, so that the
+    loaded adapter equals the evaluated one.
     """
     config = model.peft_config["default"]
     masks = config.rank_pattern
-    config.rank_pattern = None  # else peft itself would cut
+    config.rank_pattern = None  # Otherwise peft prunes by the mask alone.
     tensors = dict(get_peft_model_state_dict(model))
     config.rank_pattern = masks
     if masks is None:
@@ -83,25 +91,26 @@ def pruned_state_dict(model: Model) -> tuple[dict[str, Tensor], AdaLoraConfig]:
     pattern = {}
     for name, mask in masks.items():
         short = name.removesuffix(".default")
-        start = "base_model.model." + short.removesuffix("lora_E")
-        kept = torch.tensor(mask) | (tensors[start + "lora_E"].cpu() != 0).flatten()
+        prefix = "base_model.model." + short.removesuffix("lora_E")
+        kept = torch.tensor(mask) | (tensors[prefix + "lora_E"].cpu() != 0).flatten()
         pattern[short] = kept.tolist()
-        for part, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
-            indices = kept.nonzero().flatten().to(tensors[start + part].device)
-            tensors[start + part] = tensors[start + part].index_select(axis, indices)
+        for matrix, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+            indices = kept.nonzero().flatten().to(tensors[prefix + matrix].device)
+            tensors[prefix + matrix] = tensors[prefix + matrix].index_select(axis, indices)
     return tensors, replace(config, rank_pattern=pattern)
 
 
 def adalora_training_state(model: Model) -> dict[str, Tensor]:
-    """What a run needs to go on and the adapter on disk does not hold, by name; else nothing.
+    """Return the state that a run needs to resume and that the adapter on disk lacks, by name.
 
-    All trained weights, pruned ones too, which may come back; the averages of how much each weight
-    matters and of how sure that is; the masks of the last allocation.
+    It holds all trained weights, including pruned ones, which may become nonzero again; the running
+    averages of importance and uncertainty; and the masks of the last allocation. It is empty for
+    models without an AdaLoRA adapter.
     """
     if not is_adalora(model):
         return {}
     allocator = model.base_model.rankallocator
-    kept: dict[str, dict[str, Any]] = {
+    state: dict[str, dict[str, Any]] = {
         "weight": {name: p.detach() for name, p in _trainable_parameters(model)},
         "importance": allocator.exp_avg_ipt,
         "uncertainty": allocator.exp_avg_unc,
@@ -112,28 +121,28 @@ def adalora_training_state(model: Model) -> dict[str, Tensor]:
     }
     return {
         f"{kind}/{name}": tensor.cpu().contiguous()
-        for kind, tensors in kept.items()
+        for kind, tensors in state.items()
         for name, tensor in tensors.items()
     }
 
 
 def load_adalora_training_state(model: Model, state: dict[str, Tensor]) -> None:
-    """Put back what `adalora_training_state` told."""
+    """Restore the state that `adalora_training_state` returned."""
     if not is_adalora(model):
         return
-    kept: dict[str, dict[str, Tensor]] = {}
+    by_kind: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         kind, name = key.split("/", 1)
-        kept.setdefault(kind, {})[name] = tensor.to(model.device)
+        by_kind.setdefault(kind, {})[name] = tensor.to(model.device)
     with torch.no_grad():
         for name, parameter in _trainable_parameters(model):
-            parameter.copy_(kept["weight"][name])
+            parameter.copy_(by_kind["weight"][name])
     allocator = model.base_model.rankallocator
-    allocator.exp_avg_ipt = kept.get("importance", {})
-    allocator.exp_avg_unc = kept.get("uncertainty", {})
-    # Computed anew before it is used; its names say for which weights there are averages.
+    allocator.exp_avg_ipt = by_kind.get("importance", {})
+    allocator.exp_avg_unc = by_kind.get("uncertainty", {})
+    # peft recomputes the values before it uses them, but takes the names of the averages from here.
     allocator.ipt = {name: torch.zeros_like(t) for name, t in allocator.exp_avg_ipt.items()}
-    masks = {name: mask.tolist() for name, mask in kept.get("mask", {}).items()}
+    masks = {name: mask.tolist() for name, mask in by_kind.get("mask", {}).items()}
     model.peft_config["default"].rank_pattern = masks or None
 
 
@@ -141,29 +150,32 @@ def _trainable_parameters(model: Model) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
-LORA_MATRICES = "gate_up_proj"
-"""Experts' tensor that holds two matrices. Each gets an adapter of the method's rank."""
+GATE_UP_PROJ = "gate_up_proj"
+"""Tensor of the experts that holds two matrices. Each gets an adapter of the method's rank."""
 
 
-def attach_adapter(model: PreTrainedModel, tuning: Method, seed: int) -> Model:
+def attach_adapter(model: PreTrainedModel, method: Method, seed: int) -> Model:
     """Make `model` trainable as the method says: all of it, or a new adapter on it.
 
-    The adapter's random half depends on the seed alone, so that the learning rates of a sweep start
-    from the same point.
+    The random initialization of the adapter depends on the seed alone, so that all hyperparameters
+    of a sweep start from the same weights.
+
+    Raises:
+        InputError: the model does not support the method's adapter.
     """
-    if tuning.kind == "full":
+    if method.kind == "full":
         model.requires_grad_(True)
-        for embedding in _embeddings(model).values():
-            embedding.requires_grad_(tuning.trains_embeddings)
-        freeze_unread(model)
+        for embedding in _embedding_modules(model).values():
+            embedding.requires_grad_(method.trains_embeddings)
+        freeze_non_text(model)
         return model
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, _config(model, tuning))
+        adapted = get_peft_model(model, _config(model, method))
     except (TypeError, ValueError) as error:
-        raise InputError(f"methods: {tuning.name}: target_modules: {error}") from None
-    if tuning.variant == "pissa":
-        adapted.start = {
+        raise InputError(f"methods: {method.name}: target_modules: {error}") from None
+    if method.variant == "pissa":
+        adapted.pissa_init = {
             name: tensor.clone()
             for name, tensor in get_peft_model_state_dict(adapted).items()
             if ".lora_" in name
@@ -171,41 +183,41 @@ def attach_adapter(model: PreTrainedModel, tuning: Method, seed: int) -> Model:
     return adapted
 
 
-def _config(model: PreTrainedModel, tuning: Method) -> LoraConfig:
-    embeddings = list(_embeddings(model)) if tuning.trains_embeddings else None
+def _config(model: PreTrainedModel, method: Method) -> LoraConfig:
+    embeddings = list(_embedding_modules(model)) if method.trains_embeddings else None
     try:
-        layers = layers_to_adapt(model_layers(model), tuning)
+        layers = layers_to_adapt(model_layers(model), method)
     except UnsupportedLayer as error:
-        raise InputError(f"methods: {tuning.name}: {error.key}: {error}") from None
+        raise InputError(f"methods: {method.name}: {error.key}: {error}") from None
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
-        "lora_alpha": tuning.alpha,
-        "lora_dropout": tuning.dropout,
+        "lora_alpha": method.alpha,
+        "lora_dropout": method.dropout,
         "target_modules": [layer.name for layer in layers if layer.kind != "tensor"],
         "modules_to_save": embeddings,
-        # Else peft would train one copy for the input and another for the head.
+        # Otherwise peft trains one copy for the input and another one for the head.
         "ensure_weight_tying": embeddings is not None and _is_tied(model),
         "bias": "none",
     }
-    if tuning.rank_budget:
-        # The steps are known later, when `plan_budget` lays the budget over them.
+    if method.rank_budget:
+        # `set_rank_schedule` sets the number of steps, which is not known yet.
         return AdaLoraConfig(
-            target_r=tuning.rank,
-            init_r=tuning.initial_rank,
+            target_r=method.rank,
+            init_r=method.initial_rank,
             total_step=1,
-            orth_reg_weight=tuning.rank_budget.orth_reg_weight,
+            orth_reg_weight=method.rank_budget.orth_reg_weight,
             **shared,
         )
     tensors = [layer for layer in layers if layer.kind == "tensor"]
-    if any(layer.parameter == LORA_MATRICES for layer in tensors):
-        pattern = rf".*\.{LORA_MATRICES}"
-        shared["rank_pattern"] = {pattern: 2 * (tuning.rank or 0)}
-        # So that the scale stays: alpha / rank, or alpha / sqrt(rank).
-        factor = math.sqrt(2) if VARIANTS[tuning.variant].root_scale else 2
-        shared["alpha_pattern"] = {pattern: factor * (tuning.alpha or 0)}
+    if any(layer.parameter == GATE_UP_PROJ for layer in tensors):
+        pattern = rf".*\.{GATE_UP_PROJ}"
+        shared["rank_pattern"] = {pattern: 2 * (method.rank or 0)}
+        # Keeps the scale, which is alpha / rank, or alpha / sqrt(rank) for rslora.
+        factor = math.sqrt(2) if VARIANTS[method.variant].root_scale else 2
+        shared["alpha_pattern"] = {pattern: factor * (method.alpha or 0)}
     return LoraConfig(
-        r=tuning.rank,
-        **VARIANTS[tuning.variant].peft_options,
+        r=method.rank,
+        **VARIANTS[method.variant].peft_options,
         target_parameters=[layer.path for layer in tensors] or None,
         **shared,
     )
@@ -213,11 +225,15 @@ def _config(model: PreTrainedModel, tuning: Method) -> LoraConfig:
 
 def model_layers(model: PreTrainedModel) -> list[Layer]:
     """Return the weights of a model, each with how it can be adapted."""
-    read = {*language_model(model).modules(), model.get_output_embeddings()}
-    return adapts_experts(
+    reachable = text_modules(model)
+    return mark_expert_layers(
         [
             Layer(
-                name, tuple(weight.shape), _layer_kind(model, module, weight), key, module in read
+                name,
+                tuple(weight.shape),
+                _layer_kind(model, module, weight),
+                key,
+                module in reachable,
             )
             for name, module in model.named_modules()
             for key, weight in module.named_parameters(recurse=False)
@@ -237,8 +253,8 @@ def _layer_kind(model: PreTrainedModel, module: nn.Module, weight: nn.Parameter)
     return "tensor" if experts or (weight.dim() == 2 and name.endswith("Router")) else "other"
 
 
-def _embeddings(model: Model) -> dict[str, nn.Module]:
-    """The input embedding and the LM head, by name."""
+def _embedding_modules(model: Model) -> dict[str, nn.Module]:
+    """Return the input embedding and the LM head, by name."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: m for name, m in model.named_modules() if any(m is end for end in ends)}
 
@@ -249,45 +265,49 @@ def _is_tied(model: Model) -> bool:
 
 
 def embedding_weights(model: Model) -> set[str]:
-    """Names of the weights of the input embedding and of the LM head, trained copies of them."""
-    weights = [module.weight for module in _embeddings(model).values()]
+    """Return the names of the weights, or trained copies, of input embedding and LM head."""
+    weights = [module.weight for module in _embedding_modules(model).values()]
     return {name for name, p in model.named_parameters() if any(p is weight for weight in weights)}
 
 
 def pissa_as_lora(
-    start: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]
+    initial: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The adapter of twice the rank that does to the base what PiSSA's has done.
+    """Return a LoRA adapter of twice the rank that is equivalent to a PiSSA adapter.
 
-    PiSSA (Meng et al. 2024, arXiv 2404.02948) puts W - s B0 A0 in the place of W, so that the
-    update of W is s (B A - B0 A0) = s [B, -B0] [A; A0]. The first half of the rank is the trained
-    one, from which a run goes on.
+    PiSSA (Meng et al. 2024, arXiv 2404.02948) replaces W by W - s B0 A0, so that the update of W is
+    s (B A - B0 A0) = s [B, -B0] [A; A0]. The first half of the rank is the trained one, from which
+    a run resumes.
+
+    Args:
+        initial: the adapter's tensors before training.
+        trained: the adapter's tensors now, in peft's names.
     """
     converted = {}
     for name, tensor in trained.items():
         if ".lora_A." in name:
-            converted[name] = torch.cat([tensor, start[name]], dim=0)
+            converted[name] = torch.cat([tensor, initial[name]], dim=0)
         elif ".lora_B." in name:
-            converted[name] = torch.cat([tensor, -start[name]], dim=1)
+            converted[name] = torch.cat([tensor, -initial[name]], dim=1)
         else:
             converted[name] = tensor
     return converted
 
 
 def trainable_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Of a converted tensor of PiSSA's, the half that was trained."""
+    """Return the trained half of a tensor that `pissa_as_lora` converted."""
     if ".lora_" not in name:
         return tensor
     return tensor.chunk(2, dim=0 if ".lora_A." in name else 1)[0].contiguous()
 
 
 def cast_frozen_weights(model: Model, precision: torch.dtype) -> None:
-    """Store the frozen matrices under LoRA in the arithmetic's precision, once and for all.
+    """Store the frozen matrices under LoRA in the precision of the arithmetic.
 
-    Autocast would round them to bfloat16 at every forward pass, and peft would widen every input to
-    the adapter's float32 first: the numbers are the same bit by bit, without the copies and with
-    half the memory. Trained weights, embeddings (also as a tied LM head) and norms stay float32;
-    DoRA, which takes norms of the frozen weights, is left alone.
+    The results are bit-identical to autocast, which rounds these matrices at every forward pass
+    after peft has cast every input to float32. Casting once saves the copies and half the memory.
+    Trained weights, embeddings (also as a tied LM head) and norms stay float32. DoRA is excluded,
+    because it computes norms of the frozen weights.
     """
     if precision == torch.float32 or not isinstance(model, PeftModel):
         return
@@ -300,7 +320,7 @@ def cast_frozen_weights(model: Model, precision: torch.dtype) -> None:
 
 
 def adapter_layers(model: Model) -> list[Any]:
-    """Return the layers of peft's that hold an adapter."""
+    """Return peft's layers that hold an adapter."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
@@ -315,9 +335,9 @@ def adapted_weight(layer: Any) -> torch.Tensor:
 def is_tied(model: Model, layer: Any) -> bool:
     """Return whether the input embedding and the LM head share the weight of an adapted layer."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = [_unwrapped(end).weight for end in ends if end is not None]
+    weights = [_base_layer(end).weight for end in ends if end is not None]
     return len(weights) == 2 and weights[0] is weights[1] and adapted_weight(layer) is weights[0]
 
 
-def _unwrapped(module: Any) -> Any:
+def _base_layer(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -1,7 +1,7 @@
-"""What a base model is made of, told by its files alone: nothing is loaded, no library imported.
+"""Layers of a base model, read from its files alone, without loading it or importing transformers.
 
-A mistake in a study is then found while its jobs are planned. A folder's safetensors begin with a
-header of names and shapes; a model that is trained here has the layers of its settings.
+Preflight checks use them to find mistakes in a study before any job starts. Safetensors begin with
+a header of names and shapes. A model that is pretrained here has the layers of its configuration.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from forgetting.models.config_file import (
     read_config,
     text_config_section,
 )
-from forgetting.models.layers import EMBEDDINGS, Kind, Layer, adapts_experts, check_agreement
+from forgetting.models.layers import EMBEDDINGS, Kind, Layer, check_agreement, mark_expert_layers
 
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
 )
-LARGEST_HEADER = 100 * 10**6  # of the format's own definition
+MAX_HEADER_BYTES = 100 * 10**6  # defined by the safetensors format
 
 
-SAME_LEAVES = {
+SAME_LEAF_TYPES = {
     *("gemma3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"),
     *("dots1", "gpt_neox", "minimax"),
 }
-"""Types whose weights are renamed when they are loaded, but for the last part of their names, and
-whose experts are put together as `_fused` does (each is tested)."""
+"""Types whose weights transformers renames when it loads them, except for the last part of a name.
+
+Their experts are merged as in `_merge_experts`. Each type is tested.
+"""
 
 HEADS = ("lm_head", "embed_out")
-"""Names of the LM head in files; GPT-NeoX has the second."""
+"""Names of the LM head in files; GPT-NeoX uses the second."""
 
-FUSED = {
+EXPERT_TENSORS = {
     **dict.fromkeys(("w1", "w3", "gate_proj", "up_proj", "gate_up_proj"), "gate_up_proj"),
     **dict.fromkeys(("w2", "down_proj"), "down_proj"),
 }
-"""Matrices of an expert, and the tensor of all experts in which they are put together."""
+"""Matrices of an expert, and the tensor of all experts into which they are merged."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ class ModelLayers:
 
     Attributes:
         layers: every weight.
-        complete: has the loaded model these modules, and no others?
+        is_complete: whether the loaded model has exactly these modules.
         has_leaves: whether the last part of the names identifies the layers of the loaded model.
-        blocks: number of transformer blocks, if it is known.
-        context: longest sequence that the model reads, in tokens, if there is a limit.
-        rows: rows of the input embedding, if they are known.
+        blocks: number of transformer blocks, if known.
+        context: longest sequence that the model reads, in tokens, if limited.
+        rows: rows of the input embedding, if known.
     """
 
     layers: Sequence[Layer]
@@ -72,7 +74,7 @@ class ModelLayers:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight, by the name of its module."""
+        """Return the shape of every weight, by the name of its module."""
         return {layer.name: layer.shape for layer in self.layers}
 
     def within(self, pattern: str) -> list[Layer]:
@@ -83,9 +85,9 @@ class ModelLayers:
 def _is_within(name: str, pattern: str) -> bool:
     parts = name.split(".")
     modules = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    # Files of a model without its head leave the model's own name out.
-    whole = [f"{prefix}{module}" for module in modules for prefix in ("", "model.", "transformer.")]
-    return any(fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}") for n in whole)
+    # Files of a model without a head omit the prefix of the model.
+    names = [f"{prefix}{module}" for module in modules for prefix in ("", "model.", "transformer.")]
+    return any(fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}") for n in names)
 
 
 def _is_embedding(name: str) -> bool:
@@ -95,12 +97,12 @@ def _is_embedding(name: str) -> bool:
 def layers_of(shapes: Mapping[str, tuple[int, ...]], *, multimodal: bool = False) -> list[Layer]:
     """Return the layers of a model with weights of these names and shapes.
 
-    Of a multimodal model, text reaches the module that holds the input embedding, and the LM head.
+    In a multimodal model, text reaches the LM head and the module that holds the input embedding.
     """
     embedding = _input_embedding(shapes)
-    within = f"{embedding.rpartition('.')[0]}." if embedding and multimodal else ""
+    text_prefix = f"{embedding.rpartition('.')[0]}." if embedding and multimodal else ""
     layers = []
-    for name, shape in _fused(shapes).items():
+    for name, shape in _merge_experts(shapes).items():
         kind: Kind = "other"
         module, parameter = name, "weight"
         if "experts" in name.split(".") and len(shape) == 3:
@@ -110,61 +112,65 @@ def layers_of(shapes: Mapping[str, tuple[int, ...]], *, multimodal: bool = False
             kind, module = "head", "lm_head"
         elif len(shape) == 2:
             kind = "embedding" if _is_embedding(name) else "linear"
-        reads_text = name.startswith(within) or kind == "head"
+        reads_text = name.startswith(text_prefix) or kind == "head"
         layers.append(Layer(module, shape, kind, parameter, reads_text))
     if embedding and not any(layer.kind == "head" for layer in layers):
-        # The file has a tied weight once.
+        # Files store a tied weight once.
         layers.append(Layer("lm_head", shapes[embedding], "tied head"))
-    return adapts_experts(layers)
+    return mark_expert_layers(layers)
 
 
-def _fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Put experts together, as transformers does when it loads them: (experts, rows, columns)."""
-    found: dict[str, tuple[int, ...]] = {}
-    numbers: dict[str, set[str]] = {}
+def _merge_experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Merge experts as transformers does when it loads them: (experts, rows, columns)."""
+    merged: dict[str, tuple[int, ...]] = {}
+    experts: dict[str, set[str]] = {}
     for name, shape in shapes.items():
         prefix, _, rest = name.partition(".experts.")
         number, _, leaf = rest.partition(".")
-        if not number.isdigit() or leaf not in FUSED or len(shape) != 2:
-            found[name] = shape
+        if not number.isdigit() or leaf not in EXPERT_TENSORS or len(shape) != 2:
+            merged[name] = shape
             continue
-        whole = f"{prefix}.experts.{FUSED[leaf]}"
-        numbers.setdefault(whole, set()).add(number)
-        rows = shape[0] * (2 if FUSED[leaf] == "gate_up_proj" and leaf != "gate_up_proj" else 1)
-        found[whole] = (len(numbers[whole]), rows, shape[1])
-    return found
+        tensor = EXPERT_TENSORS[leaf]
+        path = f"{prefix}.experts.{tensor}"
+        experts.setdefault(path, set()).add(number)
+        rows = shape[0] * (2 if tensor == "gate_up_proj" and leaf != tensor else 1)
+        merged[path] = (len(experts[path]), rows, shape[1])
+    return merged
 
 
 def _input_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    names = [name for name in shapes if name.rpartition(".")[2] in EMBEDDINGS]
+    """Return the name of the input embedding: a usual one, or any that looks like an embedding."""
+    usual = [name for name in shapes if name.rpartition(".")[2] in EMBEDDINGS]
     others = [name for name in shapes if _is_embedding(name)]
-    return next(iter([*names, *others]), None)
+    return next(iter([*usual, *others]), None)
 
 
-def small_model(spec: SmallModelConfig) -> ModelLayers:
-    """The layers of a model that is trained here, as transformers names those of a Llama."""
-    width, inner = spec.hidden_size, spec.intermediate_size
+def small_model(config: SmallModelConfig) -> ModelLayers:
+    """Return the layers of a model that is pretrained here, named like those of a Llama."""
+    width, mlp_width = config.hidden_size, config.intermediate_size
     block = {
         **{f"self_attn.{name}_proj": (width, width) for name in "qkvo"},
-        **{f"mlp.{name}_proj": (inner, width) for name in ("gate", "up")},
-        "mlp.down_proj": (width, inner),
+        **{f"mlp.{name}_proj": (mlp_width, width) for name in ("gate", "up")},
+        "mlp.down_proj": (width, mlp_width),
         "input_layernorm": (width,),
         "post_attention_layernorm": (width,),
     }
     shapes: dict[str, tuple[int, ...]] = {
         f"model.layers.{number}.{name}": shape
-        for number in range(spec.num_layers)
+        for number in range(config.num_layers)
         for name, shape in block.items()
     }
-    shapes |= {"model.embed_tokens": (spec.vocab_size, width), "model.norm": (width,)}
-    return ModelLayers(layers_of(shapes), True, True, spec.num_layers, spec.max_position_embeddings)
+    shapes |= {"model.embed_tokens": (config.vocab_size, width), "model.norm": (width,)}
+    return ModelLayers(
+        layers_of(shapes), True, True, config.num_layers, config.max_position_embeddings
+    )
 
 
 def read_model_layers(folder: Path) -> ModelLayers:
-    """The layers of a model in a folder in Hugging Face form; nothing of its files may be missing.
+    """Return the layers of a model in a folder in Hugging Face format.
 
     Raises:
-        InputError: names the file, and what is expected.
+        InputError: a file is missing or invalid; names the file and the expected content.
     """
     config = read_config(folder)
     shapes = read_shapes(folder)
@@ -182,11 +188,11 @@ def read_model_layers(folder: Path) -> ModelLayers:
         check_tokenizer(folder, rows)
     blocks = text.get("num_hidden_layers") or text.get("n_layer")
     context = text.get("max_position_embeddings") or text.get("n_positions")
-    complete = not is_renamed(config)
+    is_complete = not is_renamed(config)
     return ModelLayers(
         layers_of(shapes, multimodal=text is not config),
-        complete,
-        complete or config["model_type"] in SAME_LEAVES,
+        is_complete,
+        is_complete or config["model_type"] in SAME_LEAF_TYPES,
         blocks if isinstance(blocks, int) else None,
         context if isinstance(context, int) else None,
         rows,
@@ -194,19 +200,19 @@ def read_model_layers(folder: Path) -> ModelLayers:
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight in a folder, by module, from the headers of its safetensors."""
+    """Return the shape of every weight in a folder, by module, from the safetensors' headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in _shards(folder):
         for name, entry in _header(path).items():
-            # Experts that are put together are tensors of their module, not weights of their own.
-            experts = ".experts." in name and len(entry["shape"]) == 3
-            if name.endswith(".weight") or experts:
+            # Merged experts are named tensors of their module, without the suffix `weight`.
+            is_expert_tensor = ".experts." in name and len(entry["shape"]) == 3
+            if name.endswith(".weight") or is_expert_tensor:
                 shapes[name.removesuffix(".weight")] = tuple(entry["shape"])
     return shapes
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files of the weights: a single one, or those that an index names."""
+    """Return the files of the weights: a single one, or those that an index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -220,35 +226,38 @@ def _shards(folder: Path) -> list[Path]:
         names = sorted(set(read_foreign_json(index)["weight_map"].values()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index}: not the index of a model: expected `weight_map`") from None
-    if outside := [name for name in names if _leaves(folder, name)]:
+    if outside := [name for name in names if _is_outside(folder, name)]:
         raise InputError(
             f"{index}: names {outside[0]}, which is not in this folder; copy all files of the "
             "model into it, and name them relative to it"
         )
-    if absent := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(
-            f"{index}: {absent[0]} is not in the folder, and {len(absent) - 1} more are not; copy "
-            "all files of the model"
+            f"{index}: {missing[0]} is not in the folder, and {len(missing) - 1} more are not; "
+            "copy all files of the model"
         )
     return [folder / name for name in names]
 
 
-def _leaves(folder: Path, name: str) -> bool:
-    """Return whether a name in an index leads out of the folder; a link in it may lead anywhere."""
+def _is_outside(folder: Path, name: str) -> bool:
+    """Return whether a name in an index leaves the folder; links inside it may lead anywhere."""
     path = Path(name)
     return path.is_absolute() or ".." in path.parts or folder == folder / path
 
 
 def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """Names, shapes and places of the tensors in a safetensors file, which is as long as they say.
+    """Return the header of a safetensors file: shape and offsets of every tensor, by name.
 
-    The file begins with the length of its header in 8 bytes, and the header, a JSON object.
+    The file begins with the length of its header in 8 bytes and the header, a JSON object.
+
+    Raises:
+        InputError: the file has no valid header, or another size than the header implies.
     """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, LARGEST_HEADER):
+            if length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -261,7 +270,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
         ) from None
     if size != 8 + length + end:
         raise InputError(
-            f"{path}: has {size:,} bytes, and its header tells of {8 + length + end:,}; fetch it "
+            f"{path}: has {size:,} bytes, but its header implies {8 + length + end:,}; fetch it "
             "again"
         )
     return dict(header)
@@ -271,10 +280,10 @@ def _is_shape(shape: Iterable[object]) -> bool:
     return all(isinstance(length, int) and length >= 0 for length in shape)
 
 
-def rows_are_apart(config: Mapping[str, Any]) -> bool:
-    """Does each row of a batch go its own way through a model, as its config.json tells?
+def rows_are_independent(config: Mapping[str, Any]) -> bool:
+    """Return whether each row of a batch has the same result whatever the other rows are.
 
-    Not with dropout of the base's own, whose masks would be other ones, nor with experts, to which
-    rows are sent in another order.
+    Dropout of the base prevents this, because its masks depend on the batch. So do experts, because
+    the batch changes the order in which they process rows.
     """
     return not has_dropout_config(config) and not any("expert" in name for name in config)

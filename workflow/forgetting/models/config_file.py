@@ -1,6 +1,6 @@
-"""What config.json, generation_config.json and the tokenizer's files say of a model.
+"""Read and check config.json, generation_config.json and the tokenizer's files of a model.
 
-They are read as JSON: to import the library of models takes seconds.
+The files are read as JSON, because importing transformers takes seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from forgetting.errors import InputError
 from forgetting.io import read_foreign_json
 
-CAUSAL_IF: dict[str, tuple[str, Any]] = {
+CAUSAL_WHEN: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(
         (
             *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"),
@@ -26,7 +26,7 @@ CAUSAL_IF: dict[str, tuple[str, Any]] = {
     "xlm": ("causal", True),
     "xlnet": ("attn_type", "uni"),
 }
-"""Types that transformers lists as causal, and the key and value that alone make them causal."""
+"""Types that transformers lists as causal, but that are causal only with this key and value."""
 
 ENCODER_DECODERS = {
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp"),
@@ -34,23 +34,25 @@ ENCODER_DECODERS = {
 }
 """Types that have an encoder unless config.json says otherwise."""
 
-WHOLE = re.compile(
+INTEGER_KEYS = re.compile(
     r"(hidden|vocab|intermediate|embedding|moe_intermediate)_size|(max|n)_position(_embedding)?s"
     r"|num_\w+|n_(embd|head|inner|layer)|d_(model|ff|kv)|ffn_dim|head_dim|sliding_window"
 )
-NUMBER = re.compile(r"(?!use_)\w*(_eps|_epsilon|dropout|_pdrop)|rope_theta|initializer_range")
-BOOLEAN = re.compile(r"tie_word_embeddings|is_(encoder_)?decoder|use_cache|(attention|mlp)_bias")
-"""Keys whose values have one type wherever they occur."""
+NUMBER_KEYS = re.compile(r"(?!use_)\w*(_eps|_epsilon|dropout|_pdrop)|rope_theta|initializer_range")
+BOOLEAN_KEYS = re.compile(
+    r"tie_word_embeddings|is_(encoder_)?decoder|use_cache|(attention|mlp)_bias"
+)
+"""Keys whose values have the same type in every model type."""
 
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-PLACEHOLDERS = ("image_token", "audio_token", "video_token")
-"""Keys of tokenizer_config.json: tokens that stand for images or sound, and not for text."""
+SPECIAL_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+PLACEHOLDER_KEYS = ("image_token", "audio_token", "video_token")
+"""Keys of tokenizer_config.json for tokens that represent images or sound."""
 
 
 def has_dropout_config(config: Mapping[str, Any]) -> bool:
-    """Does a model drop out in training, as its config.json tells?
+    """Return whether a model with this config.json applies dropout in training.
 
-    That also tells of other heads than the one for the next token (GPT-NeoX, GPT-2).
+    Dropout of classification and summary heads is ignored (GPT-NeoX, GPT-2).
     """
     return any(
         isinstance(value, float) and value > 0
@@ -74,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a causal language model that can be trained here.
 
     Raises:
-        InputError: names the file, the key, and what is expected.
+        InputError: names the file, the key and the expected value.
     """
     path, adapter = folder / "config.json", folder / "adapter_config.json"
     if not path.is_file():
@@ -113,24 +115,24 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = read_foreign_json(path)
+        content = read_foreign_json(path)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
-    return found
+    return content
 
 
 def _check_causal(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse models that read the tokens which they should predict, and those with an encoder."""
+    """Refuse encoders, which see the tokens that they should predict, and encoder-decoders."""
     kind = config["model_type"]
     if config.get("is_encoder_decoder", kind in ENCODER_DECODERS):
         raise InputError(
             f"{path}: is_encoder_decoder is true: {kind} has an encoder for the question and a "
-            "decoder for the answer; take a model that is a decoder alone, such as Llama or Qwen"
+            "decoder for the answer; take a decoder-only model, such as Llama or Qwen"
         )
-    if kind in CAUSAL_IF:
-        key, value = CAUSAL_IF[kind]
+    if kind in CAUSAL_WHEN:
+        key, value = CAUSAL_WHEN[kind]
         if config.get(key) != value:
             raise InputError(
                 f"{path}: {key} is not {str(value).lower()}, so that {kind} is an encoder, which "
@@ -139,16 +141,16 @@ def _check_causal(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_types(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a value of another type than its key has everywhere; lists (a value a layer) pass."""
+    """Refuse a value of the wrong type; lists (a value for each layer) are accepted."""
     for key, value in config.items():
         if value is None or isinstance(value, list | dict):
             continue
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if WHOLE.fullmatch(key) and not whole:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if INTEGER_KEYS.fullmatch(key) and not is_integer:
             expected = "a whole number"
-        elif NUMBER.fullmatch(key) and not (whole or isinstance(value, float)):
+        elif NUMBER_KEYS.fullmatch(key) and not (is_integer or isinstance(value, float)):
             expected = "a number"
-        elif BOOLEAN.fullmatch(key) and not isinstance(value, bool):
+        elif BOOLEAN_KEYS.fullmatch(key) and not isinstance(value, bool):
             expected = "true or false"
         else:
             continue
@@ -168,10 +170,10 @@ def check_special_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> 
     if generation.is_file():
         sections.append((generation, _read_object(generation)))
     for path, section in sections:
-        for key in SPECIAL:
+        for key in SPECIAL_TOKEN_KEYS:
             value = section.get(key)
             for token in value if isinstance(value, list) else [value]:
-                # Some configurations write -1 for none.
+                # Some configurations use -1 for none.
                 if token is None or token == -1:
                     continue
                 if not isinstance(token, int) or isinstance(token, bool) or token < 0:
@@ -195,24 +197,33 @@ def check_tokenizer(folder: Path, rows: int) -> None:
     try:
         tokens = dict(_tokens(read_foreign_json(path)))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return  # The job that loads it says what is wrong there.
+        return  # The job that loads the tokenizer reports the fault.
     check_ids(path, tokens, rows, placeholders(folder))
 
 
 def check_ids(path: Path, tokens: Mapping[str, int], rows: int, unused: set[str]) -> None:
-    """Refuse tokens whose ids have no row in the embedding, but for those that no text has."""
-    beyond = {token: number for token, number in tokens.items() if number >= rows}
-    if lost := {token: number for token, number in beyond.items() if token not in unused}:
-        token = min(lost, key=lambda token: lost[token])
+    """Raise `InputError` if the id of a token has no row in the embedding.
+
+    Args:
+        path: of the tokenizer, for the message.
+        tokens: tokens and their ids.
+        rows: of the embedding.
+        unused: tokens that occur in no text, which may lack a row.
+    """
+    invalid = {
+        t: token_id for t, token_id in tokens.items() if token_id >= rows and t not in unused
+    }
+    if invalid:
+        token = min(invalid, key=lambda token: invalid[token])
         raise InputError(
-            f"{path}: the token {token!r} has id {lost[token]}, but the embedding has {rows} rows, "
-            f"for ids below {rows}; take the tokenizer that belongs to the model, or give the "
-            "model more rows (resize_token_embeddings, then save_pretrained)"
+            f"{path}: the token {token!r} has id {invalid[token]}, but the embedding has {rows} "
+            f"rows, for ids below {rows}; take the tokenizer that belongs to the model, or give "
+            "the model more rows (resize_token_embeddings, then save_pretrained)"
         )
 
 
 def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Tokens of a tokenizer.json and their ids."""
+    """Yield the tokens of a tokenizer.json and their ids."""
     vocabulary = tokenizer["model"]["vocab"]
     if isinstance(vocabulary, dict):
         yield from vocabulary.items()
@@ -223,42 +234,42 @@ def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def placeholders(folder: Path) -> set[str]:
-    """Return the tokens of a tokenizer that stand for images or sound."""
-    settings = _tokenizer_settings(folder)
-    found = {settings.get(key) for key in PLACEHOLDERS}
-    extra = settings.get("extra_special_tokens")
+    """Return the tokens of a tokenizer that represent images or sound."""
+    config = _tokenizer_config(folder)
+    tokens = {config.get(key) for key in PLACEHOLDER_KEYS}
+    extra = config.get("extra_special_tokens")
     if isinstance(extra, dict):
-        found |= {extra.get(key) for key in PLACEHOLDERS}
-    return {token for token in found if isinstance(token, str)}
+        tokens |= {extra.get(key) for key in PLACEHOLDER_KEYS}
+    return {token for token in tokens if isinstance(token, str)}
 
 
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
-        found = read_foreign_json(folder / "tokenizer_config.json")
+        content = read_foreign_json(folder / "tokenizer_config.json")
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _causal_models() -> set[str]:
-    """Types of all causal language models that transformers has; none if it cannot be told."""
+    """Return the types of causal language models that transformers has; empty if unknown."""
     table = re.search(
         r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)",
-        _text_of_transformers("models/auto/modeling_auto.py"),
+        _transformers_source("models/auto/modeling_auto.py"),
         re.MULTILINE | re.DOTALL,
     )
     return set(re.findall(r'\("([\w.-]+)",', table[0])) if table else set()
 
 
 def is_renamed(config: Mapping[str, Any]) -> bool:
-    """Return whether transformers gives the weights of this type other names in loading."""
-    text = _text_of_transformers("conversion_mapping.py")
+    """Return whether transformers renames the weights of this type when it loads them."""
+    source = _transformers_source("conversion_mapping.py")
     names = [config["model_type"], *(config.get("architectures") or [])]
-    return not text or any(f'"{name}"' in text for name in names)
+    return not source or any(f'"{name}"' in source for name in names)
 
 
-def _text_of_transformers(name: str) -> str:
-    """A file of the library as text, since to import it takes seconds."""
+def _transformers_source(name: str) -> str:
+    """Return the source of a file of transformers, whose import takes seconds."""
     spec = find_spec("transformers")
     path = Path(spec.origin).parent / name if spec and spec.origin else None
     return path.read_text(encoding="utf-8") if path and path.is_file() else ""

@@ -1,4 +1,4 @@
-"""The one place where a model computes log-probabilities of target tokens."""
+"""Forward passes: batches of examples, target logits and token log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from forgetting.models.loading import Model, text_config
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples, packed ones among them or not.
+    """Right-padded examples, or a single padding-free row.
 
     Attributes:
         ids: token ids, (rows, length).
-        mask: 1 where there is a token, (rows, length); of packed examples, whether a place (third)
-            sees another (fourth), (rows, 1, length, length).
+        mask: 1 for tokens and 0 for padding, (rows, length); for packed sequences, whether a
+            position (third) attends to another (fourth), (rows, 1, length, length).
         columns: positions whose next token is a target in some row, (width,).
         labels: the next token at those positions, or -100, (rows, width).
-        positions: of packed examples, the place of each token in its document, (rows, length).
-        layout: of a single row without padding, how its documents attend.
+        positions: for packed sequences, the position of each token in its document,
+            (rows, length).
+        layout: for a padding-free row, the layout of its documents.
     """
 
     ids: Tensor
@@ -42,15 +43,15 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> Batch:
-    """Pad examples to the longest of them, and find what is predicted where and what sees what."""
+    """Return a batch of examples, padded with token `pad` to the longest of them."""
     length = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), length), pad)
     mask = torch.zeros((len(examples), length), dtype=torch.long)
     labels = torch.full((len(examples), length), -100)
     for row, example in enumerate(examples):
-        size = len(example.ids)
-        ids[row, :size] = torch.tensor(example.ids)
-        mask[row, :size] = 1
+        tokens = len(example.ids)
+        ids[row, :tokens] = torch.tensor(example.ids)
+        mask[row, :tokens] = 1
         for begin, end in example.target_spans:
             labels[row, begin - 1 : end - 1] = ids[row, begin:end]
     columns = (labels != -100).any(dim=0).nonzero().flatten()
@@ -64,11 +65,14 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device | str = 
 
 
 BATCH_OVERHEAD_TOKENS = 256
-"""What it costs to attend in one lot of documents more, beside their tokens, in tokens."""
+"""Fixed cost of attention in one more length bucket, in tokens."""
 
 
 def concatenate_examples(examples: Sequence[Example]) -> Batch:
-    """All documents of examples in one row without padding, to be read `within_documents`."""
+    """Return a padding-free batch: all documents of the examples in one row.
+
+    The model must read it within `padding_free_attention`.
+    """
     row = concatenate(examples)
     layout = PaddingFreeLayout.of(
         row.document_lengths,
@@ -77,29 +81,29 @@ def concatenate_examples(examples: Sequence[Example]) -> Batch:
     ids = torch.tensor([row.ids])
     spans = [torch.arange(begin - 1, end - 1) for begin, end in row.target_spans]
     columns = torch.cat(spans)
-    positions = torch.cat([torch.arange(size) for size in row.document_lengths])[None]
+    positions = torch.cat([torch.arange(length) for length in row.document_lengths])[None]
     mask = torch.ones_like(ids)
     return Batch(ids, mask, columns, ids[:, columns + 1], positions, layout)
 
 
 def context_length(model: Model) -> int | None:
-    """Number of tokens that the model can read, where it says so."""
+    """Return the number of tokens that the model can read, or None if its config has no limit."""
     config = text_config(model)
-    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return None if room is None else int(room)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if limit is None else int(limit)
 
 
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """log p of each target token given all before it, 0 elsewhere: (rows, width), float32 nats."""
+    """Return log p of each target token given its prefix, 0 elsewhere: (rows, width), in nats."""
     return logprobs_of(target_logits(model, batch), batch)
 
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of the next token at the batch's columns: (rows, width, vocabulary), float32 at least.
+    """Return the logits of the next token at the batch's columns: (rows, width, vocabulary).
 
-    The LM head runs only at positions where something is predicted in some row.
+    They are float32 at least. The LM head runs only at positions that precede a target in some row.
     """
-    # Models that know no positions are not given any.
+    # Some models accept no positions.
     positions = {} if batch.positions is None else {"position_ids": batch.positions}
     logits: Tensor = model(
         input_ids=batch.ids,
@@ -112,7 +116,7 @@ def target_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def logprobs_of(logits: Tensor, batch: Batch) -> Tensor:
-    """log p of each target token under the logits at its column, 0 elsewhere: (rows, width)."""
+    """Return log p of each target token under the logits, 0 elsewhere: (rows, width)."""
     losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100
     )
@@ -120,34 +124,40 @@ def logprobs_of(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, so that memory runs out at once."""
+    """Yield indices in batches of similar length.
+
+    The longest come first, so that an out-of-memory error occurs at the start.
+    """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
-def micro_batches(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:
-    """Indices of a batch in parts of similar length, longest first, so that least is computed.
+def micro_batches(lengths: Sequence[int], max_rows: int, overhead: int) -> list[list[int]]:
+    """Split a batch into micro-batches of similar length that compute the fewest tokens.
 
-    Minimizes the sum over parts of rows x longest + overhead, where a part has at most `most` rows.
+    The split minimizes the sum of rows x longest + overhead over the micro-batches.
 
     Args:
         lengths: tokens of each example.
-        most: rows of the largest part.
-        overhead: what a forward and backward pass costs beside its tokens, in tokens.
+        max_rows: limit of the rows of a micro-batch.
+        overhead: fixed cost of a forward and backward pass, in tokens.
+
+    Returns:
+        The indices of the examples of each micro-batch, longest first.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    cost, begin = [0.0], [0]
+    # costs[n]: lowest cost of the n longest examples; starts[n]: where their last part starts.
+    costs, starts = [0.0], [0]
     for end in range(1, len(order) + 1):
-        options = [
-            (cost[start] + (end - start) * lengths[order[start]] + overhead, start)
-            for start in range(max(0, end - most), end)
-        ]
-        best, start = min(options)
-        cost.append(best)
-        begin.append(start)
+        cost, start = min(
+            (costs[start] + (end - start) * lengths[order[start]] + overhead, start)
+            for start in range(max(0, end - max_rows), end)
+        )
+        costs.append(cost)
+        starts.append(start)
     parts, end = [], len(order)
     while end:
-        parts.append(order[begin[end] : end])
-        end = begin[end]
+        parts.append(order[starts[end] : end])
+        end = starts[end]
     return parts[::-1]

@@ -1,6 +1,6 @@
-"""Load a base model, on the device and in the arithmetic that the machine has.
+"""Load a base model and its tokenizer, and choose device and precision.
 
-The record of the base, and whether the model's folder still is what was recorded.
+The record of the base lists a digest for every file of the model; `read_base` verifies them.
 """
 
 from __future__ import annotations
@@ -31,63 +31,70 @@ from forgetting.inputs import model_files
 from forgetting.io import damaged, read_foreign_json, read_json, removal_command
 
 Model: TypeAlias = PreTrainedModel | PeftModel
-"""A model that can be measured: plain, or with an adapter."""
+"""A model that can be evaluated: plain, or with an adapter."""
 
 
 def unwrap_peft(model: Model) -> PreTrainedModel:
-    """The model itself, without peft's wrapper."""
+    """Return the model itself, without peft's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def text_config(model: Model) -> PreTrainedConfig:
-    """Return the configuration of the language model, which multimodal types have as a section."""
+    """Return the configuration of the language model, a section of it in multimodal types."""
     config: PreTrainedConfig = unwrap_peft(model).config.get_text_config(decoder=True)
     return config
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that text reaches, its LM head aside; of a text model, all.
+    """Return the language model without its LM head; of a text model, the whole model.
 
-    In a multimodal type it is the module that holds the input embedding.
+    In a multimodal model it is the module that holds the input embedding.
     """
-    whole: nn.Module = model
+    root: nn.Module = model
     if text_config(model) is model.config:
-        return whole
+        return root
     embedding = model.get_input_embeddings()
-    name = next(name for name, module in whole.named_modules() if module is embedding)
-    return whole.get_submodule(name.rpartition(".")[0])
+    name = next(name for name, module in root.named_modules() if module is embedding)
+    return root.get_submodule(name.rpartition(".")[0])
 
 
-def freeze_unread(model: PreTrainedModel) -> None:
-    """Freeze what no text reaches, such as a vision tower, which gets no gradient."""
-    read = {*language_model(model).modules(), model.get_output_embeddings()}
+def text_modules(model: PreTrainedModel) -> set[nn.Module | None]:
+    """Return the modules that text reaches: those of the language model and the LM head."""
+    return {*language_model(model).modules(), model.get_output_embeddings()}
+
+
+def freeze_non_text(model: PreTrainedModel) -> None:
+    """Freeze modules that no text reaches, such as a vision tower, since they get no gradient."""
+    reachable = text_modules(model)
     for module in model.modules():
-        if module not in read:
+        if module not in reachable:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
 
 
 def get_device() -> torch.device:
-    """The first GPU where there is one, else the processor."""
+    """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of forward and backward passes, decided once per process and recorded.
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Return the data type of matrix products in forward and backward passes.
 
-    auto is bfloat16 where the GPU or the processor multiplies it in hardware, float32 elsewhere.
-    Weights are float32 in any case.
+    Args:
+        precision: float32, bfloat16 or auto, which is bfloat16 on hardware that multiplies it and
+            float32 on other hardware. Weights are float32 in any case.
+        device: where the products are computed.
     """
-    if wanted == "auto":
+    if precision == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Does the hardware multiply bfloat16 matrices (GPU, AVX-512 BF16 or AMX)?
+    """Return whether the hardware multiplies bfloat16 matrices (GPU, AVX-512 BF16 or AMX).
 
-    Where it does, autocast trains small models about twice as fast as float32 on a CPU; where it
-    does not, bfloat16 is emulated and slower.
+    On a CPU with such hardware, autocast trains small models about twice as fast as float32. On
+    other CPUs bfloat16 is emulated and slower.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -96,38 +103,42 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision for bfloat16, nothing for float32."""
+    """Return a context of mixed precision for bfloat16, and an empty one for float32."""
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=precision)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    """The arithmetic of the `autocast` that this is called in."""
+    """Return the data type of the enclosing `autocast`, or float32 without one."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return torch.float32
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a config.json that transformers cannot read, with what it says of the key."""
+    """Raise `InputError` if transformers cannot read the config.json of a folder."""
     try:
         AutoConfig.from_pretrained(folder)
     except Exception as error:
-        # A value of a wrong type ends in an error of any type.
-        told = " ".join(str(error).split())
+        # A value of a wrong type can cause an error of any type.
+        message = " ".join(str(error).split())
         raise InputError(
             f"{folder / 'config.json'}: no configuration of a model can be read "
-            f"({type(error).__name__}: {told}); copy config.json of the model again"
+            f"({type(error).__name__}: {message}); copy config.json of the model again"
         ) from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; it needs an end-of-sequence token, which also pads."""
+    """Return the tokenizer of a model folder, which pads with its end-of-sequence token.
+
+    Raises:
+        InputError: the tokenizer cannot be read, or has no end-of-sequence token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        # What a broken file ends in is of any type: the tokenizers' own is a bare Exception.
+        # A broken file can cause an error of any type: the tokenizers library raises Exception.
         raise InputError(
             f"{folder}: no tokenizer can be read there ({type(error).__name__}: {error}); copy "
             "tokenizer.json and tokenizer_config.json of the model into it again"
@@ -139,32 +150,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_base(folder: Path, device: torch.device, parameters: int | None = None) -> PreTrainedModel:
-    """A causal language model in Hugging Face form, with float32 weights, in evaluation mode.
+    """Return a causal language model in Hugging Face format, in float32 and evaluation mode.
 
-    Only safetensors are read and no code of the model's author is run. A weight that the files
-    lack, or have in another shape, would be drawn at random, anew at every loading.
+    Only safetensors are read, and no code of the model's author is run. A weight that is missing
+    from the files or has another shape is refused: transformers would initialize it at random.
 
     Args:
-        parameters: how many the model has; another number is refused.
+        folder: holds the model.
+        device: to which the model is moved.
+        parameters: expected number of parameters, if known.
 
     Raises:
-        InputError: names the folder and what is wrong there.
+        InputError: names the folder and the fault.
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are told, below
+            ignore_mismatched_sizes=True,  # They are reported below.
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: no causal language model can be read ({error})") from None
-    lacking = [*sorted(found["missing_keys"]), *(str(key[0]) for key in found["mismatched_keys"])]
-    if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    missing = [*sorted(info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"{folder}: its safetensors lack the weight `{lacking[0]}`{more}, or have another "
+            f"{folder}: its safetensors lack the weight `{missing[0]}`{more}, or have another "
             "shape than config.json asks for; take a complete model, with the config.json that "
             "belongs to it"
         )
@@ -180,31 +193,35 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
     return loaded
 
 
-PROBE_TOKENS = 16
-LARGEST_CHANGE = 3e-5
-"""Change of earlier logits, as a share of the largest logit, that rounding may make. Causal models
-change nothing on a CPU; new encoders with small weights change 1e-4 and more."""
+CAUSALITY_CHECK_TOKENS = 16
+MAX_RELATIVE_CHANGE = 3e-5
+"""Largest change of earlier logits, relative to the largest logit, that is attributed to rounding.
+
+The logits of causal models do not change on a CPU. Those of untrained encoders with small weights
+change by 1e-4 and more.
+"""
 
 
 @torch.inference_mode()
 def check_causal(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model that sees the tokens which it should predict.
+    """Raise `InputError` if a model sees the tokens that it should predict.
 
-    The last token of a row is changed: nothing before it may be predicted otherwise.
+    The check changes the last token of a row, which must not change the logits before it.
 
     Args:
+        model: the model.
         folder: of the model, for the message.
     """
     config = text_config(model)
-    room = getattr(config, "max_position_embeddings", None) or PROBE_TOKENS
-    length, generator = min(PROBE_TOKENS, room), torch.Generator().manual_seed(0)
+    context = getattr(config, "max_position_embeddings", None) or CAUSALITY_CHECK_TOKENS
+    length, generator = min(CAUSALITY_CHECK_TOKENS, context), torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, length), generator=generator).repeat(4, 1)
     ids[:, -1] = (ids[:, -1] + torch.arange(4)) % config.vocab_size
     ids = ids.to(model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     earlier = logits[:, :-1].float()
     change, largest = (earlier - earlier[:1]).abs().max(), earlier.abs().max()
-    if change > LARGEST_CHANGE * largest:
+    if change > MAX_RELATIVE_CHANGE * largest:
         raise InputError(
             f"{folder}: the model sees the tokens that it should predict: another last token "
             f"changes what it predicts before it (by {change:.2g}, of logits up to {largest:.2g}); "
@@ -215,40 +232,35 @@ def check_causal(model: PreTrainedModel, folder: Path) -> None:
 def declared_stops(folder: Path) -> list[int]:
     """Return the tokens that end an answer by generation_config.json and config.json of a folder.
 
-    Only what the files say counts: some classes of transformers have a number as their default,
-    which is any token of another tokenizer.
+    The defaults of transformers' classes are ignored: they are ids of another tokenizer.
     """
-    found: set[int] = set()
+    tokens: set[int] = set()
     for path in (folder / "generation_config.json", folder / "config.json"):
         try:
-            whole = read_foreign_json(path) if path.is_file() else {}
-            for section in (whole, whole.get("text_config") or {}):
-                found.update(eos_tokens(section.get("eos_token_id")))
+            config = read_foreign_json(path) if path.is_file() else {}
+            for section in (config, config.get("text_config") or {}):
+                tokens.update(eos_tokens(section.get("eos_token_id")))
         except (ValueError, TypeError, RecursionError, AttributeError):
             raise InputError(
                 f"{path}: expected a JSON object in which `eos_token_id` is the id of a token, a "
                 "list of them, or null"
             ) from None
-    return sorted(found)
+    return sorted(tokens)
 
 
 def eos_tokens(value: Any) -> list[int]:
-    """Return the ids of an `eos_token_id`, which is one, a list or nothing."""
-    several = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(one) is int for one in several):
+    """Return the ids of an `eos_token_id`, which is an id, a list of ids or None."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ids):
         raise TypeError(value)
-    return several
+    return ids
 
 
 def check_stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model whose files name ordinary text as the end of an answer.
-
-    Raises:
-        InputError: names the token.
-    """
+    """Raise `InputError` if the files of a model name ordinary text as the end of an answer."""
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     for token in declared_stops(folder):
-        # Beyond the tokenizer's tokens the embedding has rows that no text has.
+        # The embedding may have more rows than the tokenizer has tokens; no text uses them.
         if token not in special and 0 <= token < len(tokenizer):
             raise InputError(
                 f"{folder}: eos_token_id {token} of generation_config.json or config.json is the "
@@ -259,10 +271,10 @@ def check_stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only what enters each block, and compute the rest again in the backward pass.
+    """Enable activation checkpointing: store each block's input and recompute the rest.
 
-    Saves most of the memory that grows with the tokens of a pass, for a third more arithmetic; the
-    gradients are the same bit by bit, dropout included.
+    It saves most of the memory that grows with the tokens of a micro-batch, for a third more
+    arithmetic. The gradients are bit-identical, including with dropout.
     """
     try:
         model.activation_checkpointing_enable()
@@ -271,47 +283,47 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep progress bars and advice of the libraries out of the logs."""
+    """Keep progress bars and warnings of the libraries out of the logs."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # peft looks for AdaLoRA's ranks under names of another form, and finds them later.
+    # peft warns about AdaLoRA's rank pattern, whose names it resolves later.
     warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 PRETRAINED = "trained from scratch for this study"
-"""Origin of a base that a job of this study has trained."""
+"""Origin of a base model that a job of this study has trained."""
 
 
 def read_base(record: Path) -> dict[str, Any]:
-    """Return the record of the base, once every file of the model has the digest recorded there.
+    """Return the record of the base model after verifying the digest of every file of the model.
 
     Raises:
-        InputError: a file is damaged, missing or new; it names the command that heals it.
+        InputError: a file is damaged, missing or new; names the command that repairs it.
     """
     base: dict[str, Any] = read_json(record)
     folder = Path(base["path"])
-    if wrong := _difference(folder, base["files"]):
-        path, what = wrong
+    if difference := _first_difference(folder, base["files"]):
+        path, fault = difference
         if base.get("downloaded"):
-            remedy, then = removal_command(folder, record), "the model is downloaded again"
+            remedy, effect = removal_command(folder, record), "the model is downloaded again"
         elif base["origin"] == PRETRAINED:
-            remedy, then = removal_command(record), "the base is trained again"
+            remedy, effect = removal_command(record), "the base is trained again"
         else:
             raise InputError(
-                f"{path} {what}; put the recorded file back, or run `{removal_command(record)}` "
+                f"{path} {fault}; put the recorded file back, or run `{removal_command(record)}` "
                 "to take the model as it is now, then repeat the command"
             )
-        raise damaged(path, what, remedy, then)
+        raise damaged(path, fault, remedy, effect)
     return base
 
 
-def _difference(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, str] | None:
-    """Return the first file of a model that is not as recorded, and what is wrong with it."""
+def _first_difference(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, str] | None:
+    """Return the first file that differs from the record and its fault, or None."""
     present = {path.relative_to(folder).as_posix() for path in model_files(folder)}
     if missing := sorted(set(recorded) - present):
         return folder / missing[0], "is missing"
@@ -324,9 +336,9 @@ def _difference(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, str] |
 
 
 def model_parameters(folder: Path) -> int:
-    """Return how many parameters the model of a folder has once it is loaded.
+    """Return the number of parameters of a folder's model after loading.
 
-    Its files may have more, such as buffers and the second name of a tied weight, or fewer.
+    The files may hold more numbers, such as buffers and copies of tied weights, or fewer.
     """
     try:
         config = AutoConfig.from_pretrained(folder)

@@ -1,17 +1,15 @@
-"""How large a decoder is, from its configuration alone: weights, and arithmetic per token.
+"""Size of a decoder from its configuration alone: number of weights and FLOPs per token.
 
-Nothing is loaded and nothing downloaded, so that the jobs of a study can be sized while they are
-planned: from a folder's config.json and the headers of its weights, from the settings of a small
-model that is trained here, or from a table of models that the hub has.
-
-Models of the hub: what their config.json says of their size, since planning is offline.
+Resource requests are computed while jobs are planned, so nothing is loaded or downloaded. The size
+comes from a folder's config.json and safetensors' headers, from the configuration of a small model
+that is pretrained here, or from a table of models on the hub.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from forgetting.config.base_model import BaseModelConfig, SmallModelConfig, is_l
 from forgetting.config.expand import Method
 from forgetting.config.variants import VARIANTS
 from forgetting.io import read_foreign_json
-from forgetting.models.architecture import ModelLayers, layers_of, read_shapes, rows_are_apart
+from forgetting.models.architecture import ModelLayers, layers_of, read_shapes, rows_are_independent
 from forgetting.models.config_file import text_config_section
 from forgetting.models.layers import Layer, selected_layers
 
@@ -77,35 +75,37 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
         "n_positions": 1024,
     },
 }
-"""Keys of config.json, by the name of the model."""
+"""The size-related keys of config.json of models on the hub, by the name of the model."""
 
+UNGATED_MLP_TYPES = {
+    *("phi", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2"),
+}
+"""Types whose MLP has two matrices; the MLP of other types also has a gate."""
 
-PLAIN_MLP = {"phi", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2"}
-"""Types whose MLP has two matrices; the others have a gate beside them."""
+CUSTOM_LINEAR_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "falcon"}
+"""Types whose linear layers are not `nn.Linear`, so that batched LoRA does not support them."""
 
-OTHER_LAYERS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "falcon"}
-"""Types whose linear layers are no plain ones, so that runs share no pass through them."""
-
-LEARNED_POSITIONS = {"gpt2", "gpt_neo", "opt"}
+LEARNED_POSITION_TYPES = {"gpt2", "gpt_neo", "opt"}
 """Types with an embedding of positions."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A decoder in numbers.
+    """Size of a decoder.
 
     Attributes:
-        layers: of its weights, by name.
-        blocks: transformer blocks.
-        width: of the residual stream.
-        inner: width of the MLP.
-        keys: numbers in the keys of a token in one block, as many as in its values.
-        queries: numbers in the queries of a token in one block.
-        vocabulary: rows of the embedding.
-        tie_word_embeddings: is the LM head the input embedding?
-        vectors: numbers in norms and biases.
-        is_exact: is this the model's own size, rather than a guess?
-        rows_are_apart: may rows of several runs share a pass through it (`training.fusing`)?
+        layers: its weights.
+        blocks: number of transformer blocks.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        keys: width of the keys of a token in one block, which equals that of the values.
+        queries: width of the queries of a token in one block.
+        vocab_size: rows of the embedding.
+        tie_word_embeddings: whether the LM head is the input embedding.
+        vectors: number of weights in norms and biases.
+        is_exact: whether this is the size of the model itself, not a guess.
+        batchable_rows: whether a forward pass may hold rows of several runs
+            (`training.batched_lora`).
     """
 
     layers: ModelLayers
@@ -122,7 +122,7 @@ class ModelSize:
 
     @cached_property
     def linear(self) -> int:
-        """Weights of the linear layers in the blocks, in numbers."""
+        """Return the number of weights in the linear layers of the blocks."""
         return sum(math.prod(layer.shape) for layer in self._selected("all-linear"))
 
     def _selected(self, targets: str | list[str]) -> list[Layer]:
@@ -130,86 +130,92 @@ class ModelSize:
 
     @property
     def embedding(self) -> int:
-        """Weights of the input embedding, as many as of the LM head, in numbers."""
+        """Return the number of weights of the input embedding, which equals that of the LM head."""
         return self.vocab_size * self.hidden_size
 
     @property
     def parameters(self) -> int:
-        """Weights in all, tied ones once, in numbers."""
+        """Return the number of weights, with tied ones counted once."""
         ends = self.embedding if self.tie_word_embeddings else 2 * self.embedding
         return self.linear + ends + self.vectors
 
     @property
     def cache(self) -> int:
-        """Numbers in the cache of keys and values, per token."""
+        """Return how many numbers the KV cache holds per token."""
         return 2 * self.keys * self.blocks
 
-    def adapted(self, tuning: Method) -> int:
-        """Weights of the matrices beside which a method puts an adapter, in numbers."""
-        if tuning.kind == "full":
+    def adapted(self, method: Method) -> int:
+        """Return the number of weights in the matrices that a method adapts."""
+        if method.kind == "full":
             return 0
-        return sum(math.prod(layer.shape) for layer in self._selected(tuning.target_modules))
+        return sum(math.prod(layer.shape) for layer in self._selected(method.target_modules))
 
-    def adapter(self, tuning: Method) -> int:
-        """Weights of a method's adapters, in numbers.
+    def adapter(self, method: Method) -> int:
+        """Return the number of weights in a method's adapters.
 
-        r (m + n) for each m x n matrix; dora has a magnitude for each of the m rows as well, and
-        adalora, at its initial rank, a singular value for each of the r directions.
+        An m x n matrix needs r (m + n); dora adds a magnitude for each of the m rows, and adalora
+        adds a singular value for each of the r directions of its initial rank.
         """
-        if tuning.kind == "full" or tuning.largest_rank is None:
+        if method.kind == "full" or method.largest_rank is None:
             return 0
-        rank, count = tuning.largest_rank, 0
-        for layer in self._selected(tuning.target_modules):
+        rank, count = method.largest_rank, 0
+        for layer in self._selected(method.target_modules):
             *experts, rows, columns = layer.shape
             count += math.prod(experts) * rank * (rows + columns)
-            count += VARIANTS[tuning.variant].extra_weights(rows, rank)
+            count += VARIANTS[method.variant].extra_weights(rows, rank)
         return count
 
-    def trained(self, tuning: Method) -> int:
-        """Weights that a method trains at once, in numbers; of a hybrid, in its larger part."""
+    def trained(self, method: Method) -> int:
+        """Return the number of weights that a method trains at once, the maximum over stages."""
         ends = self.embedding if self.tie_word_embeddings else 2 * self.embedding
-        if tuning.kind == "full":
-            return self.parameters - (0 if tuning.trains_embeddings else ends)
-        own = self.adapter(tuning) + (ends if tuning.trains_embeddings else 0)
-        if tuning.second_stage is None:
-            return own
-        return max(own, self.layers_of(tuning.second_stage.layers))
+        if method.kind == "full":
+            return self.parameters - (0 if method.trains_embeddings else ends)
+        first_stage = self.adapter(method) + (ends if method.trains_embeddings else 0)
+        if method.second_stage is None:
+            return first_stage
+        return max(first_stage, self.second_stage_limit(method.second_stage.layers))
 
-    def layers_of(self, layers: str | list[str]) -> int:
-        """Weights of layers that a hybrid trains in full: `all`, `last N`, or at most all."""
+    def second_stage_limit(self, layers: str | list[str]) -> int:
+        """Return an upper bound of the number of weights in the layers of a second stage."""
         if isinstance(layers, str) and layers.startswith("last "):
             return self.linear * int(layers.split()[1]) // max(1, self.blocks)
         return self.parameters
 
     def forward(self, length: float, head: float) -> float:
-        """FLOPs of a token's forward pass: 2 for each weight, and the attention's products.
+        """Return the FLOPs of a token's forward pass: 2 for each weight, plus attention.
 
         Args:
-            length: tokens of its sequence, of which it sees half on average; queries times keys,
-                and weights times values, take 2 each.
-            head: share of the tokens at which the LM head is needed.
+            length: tokens of its sequence. A token attends to half of them on average; queries
+                times keys, and weights times values, take 2 FLOPs each.
+            head: fraction of the tokens at which the LM head runs.
         """
         attention = 2.0 * length * self.queries * self.blocks
         return 2.0 * (self.linear + head * self.embedding) + attention
 
-    def training(self, tuning: Method, length: float, head: float, again: bool) -> float:
-        """FLOPs of a token that is trained on.
+    def training(self, method: Method, length: float, head: float, recompute: bool) -> float:
+        """Return the FLOPs of training on a token.
 
-        Full: 6 N, thrice the forward pass, since the gradients of weights and those of activations
-        take as much each. Adapters: 4 N + 6 N_adapter, since the base's weights get no gradients.
-        With activation checkpointing (`again`) the forward pass of the blocks is made twice.
+        Full fine-tuning takes 6 N, three times the forward pass, because the gradients of weights
+        and those of activations take as much as the forward pass each. Adapters take
+        4 N + 6 N_adapter, because the base's weights get no gradients.
+
+        Args:
+            method: what is trained.
+            length: tokens of the sequence.
+            head: fraction of the tokens at which the LM head runs.
+            recompute: whether activation checkpointing repeats the forward pass of the blocks.
         """
         forward = self.forward(length, head)
-        frozen = tuning.kind == "lora"
-        ends = 2.0 * head * self.embedding
-        flops = 3.0 * forward - (2.0 * self.linear if frozen else 0.0)
-        flops -= ends if frozen and not tuning.trains_embeddings else 0.0
-        flops += 6.0 * self.adapter(tuning)
-        return flops + (forward - ends if again else 0.0)
+        is_frozen = method.kind == "lora"
+        head_flops = 2.0 * head * self.embedding
+        flops = 3.0 * forward - (2.0 * self.linear if is_frozen else 0.0)
+        flops -= head_flops if is_frozen and not method.trains_embeddings else 0.0
+        flops += 6.0 * self.adapter(method)
+        return flops + (forward - head_flops if recompute else 0.0)
 
 
 def base_size(base: BaseModelConfig) -> ModelSize:
-    """The base of a study in numbers, before it is trained or downloaded."""
+    """Return the size of a study's base model before it is trained or downloaded."""
     if base.pretrain:
         return small_model_size(base.pretrain)
     assert base.model
@@ -218,101 +224,106 @@ def base_size(base: BaseModelConfig) -> ModelSize:
     return known_size(base.model)
 
 
-def small_model_size(spec: SmallModelConfig) -> ModelSize:
-    """A model that is trained here; its head is the input embedding."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "tie_word_embeddings": True,
-    }
-    return size_from_config(config)
+def small_model_size(config: SmallModelConfig) -> ModelSize:
+    """Return the size of a model that is pretrained here, whose head is the input embedding."""
+    return size_from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "tie_word_embeddings": True,
+        }
+    )
 
 
 def folder_size(folder: Path) -> ModelSize:
-    """A model in a folder; its weights are counted by the headers of their files."""
+    """Return the size of a model in a folder, counted from the headers of its weights."""
     config = read_foreign_json(folder / "config.json")
-    shape = size_from_config(config)
+    size = size_from_config(config)
     shapes = read_shapes(folder)
-    found = layers_of(shapes, multimodal=text_config_section(config) is not config)
-    if not selected_layers(found, "all-linear"):
-        return shape  # under names that are not known
-    layers = ModelLayers(found, True, True, shape.blocks, shape.layers.context)
-    vectors = sum(math.prod(s) for s in shapes.values() if len(s) == 1)
-    tied = not any(name.endswith("lm_head") for name in shapes)
-    return ModelSize(
-        **(vars(shape) | {"layers": layers, "vectors": vectors, "tie_word_embeddings": tied})
+    layers = layers_of(shapes, multimodal=text_config_section(config) is not config)
+    if not selected_layers(layers, "all-linear"):
+        return size  # The weights have unknown names.
+    return replace(
+        size,
+        layers=ModelLayers(layers, True, True, size.blocks, size.layers.context),
+        vectors=sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1),
+        tie_word_embeddings=not any(name.endswith("lm_head") for name in shapes),
     )
 
 
 def known_size(model: str) -> ModelSize:
-    """A model of the hub: as the table has it, else one of 7 billion weights, marked as a guess."""
+    """Return the size of a model on the hub; unknown models are guessed to have 7 B weights."""
     if model in KNOWN_CONFIGS:
         return size_from_config(KNOWN_CONFIGS[model])
-    return ModelSize(**(vars(size_from_config(LLAMA_7B)) | {"is_exact": False}))
+    return replace(size_from_config(LLAMA_7B), is_exact=False)
 
 
 def size_from_config(config: Mapping[str, Any]) -> ModelSize:
-    """A decoder with the usual layers, from the keys of its config.json.
+    """Return the size of a decoder with the usual layers, from the keys of its config.json.
 
-    One whose keys have other names is taken for a model of 7 billion weights, marked as a guess.
+    A config with unknown keys gives a model of 7 B weights, marked as a guess.
     """
     config = text_config_section(config)
 
-    def of(*names: str, default: int = 0) -> int:
+    def value(*names: str, default: int = 0) -> int:
         return next((int(config[n]) for n in names if config.get(n) is not None), default)
 
-    width, blocks = of("hidden_size", "n_embd"), of("num_hidden_layers", "n_layer")
-    heads, vocabulary = of("num_attention_heads", "n_head"), of("vocab_size")
-    if not (width and blocks and heads and vocabulary):
+    width, blocks = value("hidden_size", "n_embd"), value("num_hidden_layers", "n_layer")
+    heads, vocab_size = value("num_attention_heads", "n_head"), value("vocab_size")
+    if not (width and blocks and heads and vocab_size):
         return known_size("")
-    inner = of("intermediate_size", "n_inner", default=4 * width)
-    size = of("head_dim", default=width // heads)
-    keys, queries = of("num_key_value_heads", default=heads) * size, heads * size
-    kind = str(config.get("model_type", "llama"))
-    gated = kind not in PLAIN_MLP
+    mlp_width = value("intermediate_size", "n_inner", default=4 * width)
+    head_dim = value("head_dim", default=width // heads)
+    keys, queries = value("num_key_value_heads", default=heads) * head_dim, heads * head_dim
+    model_type = str(config.get("model_type", "llama"))
     block = {
         "self_attn.q_proj": (queries, width),
         "self_attn.k_proj": (keys, width),
         "self_attn.v_proj": (keys, width),
         "self_attn.o_proj": (width, queries),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    } | ({"mlp.gate_proj": (inner, width)} if gated else {})
+        "mlp.up_proj": (mlp_width, width),
+        "mlp.down_proj": (width, mlp_width),
+    }
+    if model_type not in UNGATED_MLP_TYPES:
+        block["mlp.gate_proj"] = (mlp_width, width)
     shapes = {
         f"model.layers.{number}.{name}": matrix
         for number in range(blocks)
         for name, matrix in block.items()
     }
-    shapes |= {"model.embed_tokens": (vocabulary, width), "lm_head": (vocabulary, width)}
-    context = of("max_position_embeddings", "n_positions") or None
-    tied = config.get("tie_word_embeddings", kind == "gpt2")
+    shapes |= {"model.embed_tokens": (vocab_size, width), "lm_head": (vocab_size, width)}
+    context = value("max_position_embeddings", "n_positions") or None
+    is_tied = config.get("tie_word_embeddings", model_type == "gpt2")
     return ModelSize(
         layers=ModelLayers(layers_of(shapes), True, True, blocks, context),
         blocks=blocks,
         hidden_size=width,
-        intermediate_size=inner,
+        intermediate_size=mlp_width,
         keys=keys,
         queries=queries,
-        vocab_size=vocabulary,
-        tie_word_embeddings=bool(tied),
-        batchable_rows=rows_are_apart(config) and kind not in OTHER_LAYERS,
-        vectors=_vector_parameters(kind, shapes, blocks, width, vocabulary)
-        + (width * (context or 0) if kind in LEARNED_POSITIONS else 0),
+        vocab_size=vocab_size,
+        tie_word_embeddings=bool(is_tied),
+        batchable_rows=rows_are_independent(config) and model_type not in CUSTOM_LINEAR_TYPES,
+        vectors=_vector_parameters(model_type, shapes, blocks, width, vocab_size)
+        + (width * (context or 0) if model_type in LEARNED_POSITION_TYPES else 0),
     )
 
 
 def _vector_parameters(
-    kind: str, shapes: Mapping[str, tuple[int, ...]], blocks: int, width: int, vocabulary: int
+    model_type: str, shapes: Mapping[str, tuple[int, ...]], blocks: int, width: int, vocab_size: int
 ) -> int:
-    """Numbers in norms and biases: Llama's kind has two norms a block and no biases."""
-    outputs = sum(shape[0] for name, shape in shapes.items() if ".layers." in name)
-    if kind == "phi":  # one LayerNorm a block, biases everywhere, on the LM head too
-        return 2 * (blocks + 1) * width + outputs + vocabulary
-    if kind in PLAIN_MLP:
-        return 2 * (2 * blocks + 1) * width + outputs
+    """Return the number of weights in norms and biases.
+
+    Llama-like types have two norms per block and no biases.
+    """
+    biases = sum(shape[0] for name, shape in shapes.items() if ".layers." in name)
+    if model_type == "phi":  # One LayerNorm per block; all layers and the LM head have biases.
+        return 2 * (blocks + 1) * width + biases + vocab_size
+    if model_type in UNGATED_MLP_TYPES:
+        return 2 * (2 * blocks + 1) * width + biases
     return (2 * blocks + 1) * width

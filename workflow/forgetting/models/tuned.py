@@ -1,9 +1,4 @@
-"""A tuned model on disk: an adapter in peft's format, or a whole model in Hugging Face's.
-
-The models of one base, one after the other: adapters are put on it and taken off.
-
-An adapter added into the matrices that it stands beside, for the length of a measurement.
-"""
+"""Save, load, merge and swap tuned models: adapters in peft's format, or whole models."""
 
 from __future__ import annotations
 
@@ -22,9 +17,7 @@ from transformers import PreTrainedModel
 
 from forgetting.digests import folder_damage
 from forgetting.errors import InputError
-from forgetting.io import (
-    disk_errors_as_input_errors,
-)
+from forgetting.io import disk_errors_as_input_errors
 from forgetting.models.adapters import (
     adapted_weight,
     adapter_layers,
@@ -39,19 +32,19 @@ from forgetting.models.loading import Model, load_base
 
 @contextmanager
 def merged_adapter(model: Model, precision: torch.dtype) -> Iterator[None]:
-    """Measure with W + s B A in the place of W, then put every W back, bit for bit.
+    """Replace W by W + s B A within this context, and restore every W bit by bit at its end.
 
-    A token is then multiplied once per layer instead of three times: without this, measuring an
-    adapter costs up to twice what measuring its base costs. In bfloat16 a small update would be
-    lost in the rounding of the sum, so there the adapter stays beside its matrix. While it lasts,
-    the matrices that have an adapter are in memory twice.
+    Each layer then needs one matrix product instead of three: without merging, evaluating an
+    adapter takes up to twice as long as evaluating its base. In bfloat16 the rounding of the sum
+    would remove a small update, so the adapter is not merged there. Within this context the adapted
+    matrices take twice their memory.
     """
     layers: list[Any] = []
     if precision == torch.float32 and isinstance(model, PeftModel):
-        # The update of a tied head would change the input embedding as well.
+        # Merging into a tied head would also change the input embedding.
         layers = [layer for layer in adapter_layers(model) if not is_tied(model, layer)]
     weights = [adapted_weight(layer) for layer in layers]
-    kept = [weight.detach().clone() for weight in weights]
+    originals = [weight.detach().clone() for weight in weights]
     for layer in layers:
         layer.merge()
     try:
@@ -60,17 +53,20 @@ def merged_adapter(model: Model, precision: torch.dtype) -> Iterator[None]:
         for layer in layers:
             layer.unmerge()
         with torch.no_grad():
-            # Taking the update off again would leave the rounding of the sum.
-            for weight, original in zip(weights, kept, strict=True):
+            # Unmerging alone would leave rounding errors of the sum.
+            for weight, original in zip(weights, originals, strict=True):
                 weight.copy_(original)
 
 
 class AdapterSwapper:
-    """Loads what is asked for, each as if it were the first: the base is read once at most.
+    """Load the tuned models of one base in turn, and read the base from disk as rarely as possible.
+
+    Every model is bit-identical to one that is loaded in a process of its own.
 
     Attributes:
         folder: of the base.
-        bases_read: how often the base was read from the disk.
+        device: to which models are moved.
+        bases_read: how often the base was read from disk.
     """
 
     def __init__(self, folder: Path, device: torch.device, parameters: int | None = None) -> None:
@@ -80,9 +76,9 @@ class AdapterSwapper:
 
     @contextmanager
     def load(self, checkpoint: Path | None) -> Iterator[Model]:
-        """The base, the base with an adapter, or a whole model: for the length of the block.
+        """Yield the base (for None), the base with an adapter, or a whole model.
 
-        A whole model needs the room of the base, which is therefore given up.
+        Loading a whole model releases the base first, to free its memory.
         """
         if checkpoint is not None and not (checkpoint / ADAPTER).exists():
             self._base = None
@@ -94,31 +90,31 @@ class AdapterSwapper:
         if checkpoint is None:
             yield self._base
             return
-        before = _module_structure(self._base)
+        structure = _module_structure(self._base)
         try:
             yield load_adapter(self._base, checkpoint)
         finally:
-            _restore_modules(self._base, before)
+            _restore_modules(self._base, structure)
 
 
 ModuleStructure = Mapping[nn.Module, tuple[dict[str, Any], dict[str, Any]]]
-"""Of what each module is made: its modules and its weights, by name."""
+"""The submodules and the weights of each module, by name."""
 
 
 def _module_structure(model: nn.Module) -> ModuleStructure:
     return {m: (dict(m._modules), dict(m._parameters)) for m in model.modules()}
 
 
-def _restore_modules(model: PreTrainedModel, before: ModuleStructure) -> None:
-    """Every module and every weight in its place again, whatever kind of adapter was there.
+def _restore_modules(model: PreTrainedModel, structure: ModuleStructure) -> None:
+    """Remove an adapter of any kind by restoring the submodules and weights of every module.
 
-    peft's own `unload` does not know the trained copies of embeddings that stand in the place of
-    its wrappers.
+    peft's own `unload` does not handle the trained copies of embeddings, which `load_adapter` puts
+    in place of peft's wrappers.
     """
-    for module, (modules, weights) in before.items():
+    for module, (modules, weights) in structure.items():
         module._modules = modules
         module._parameters = weights
-    # Else peft would take the next adapter for a second one.
+    # Otherwise peft treats the next adapter as a second one.
     vars(model).pop("peft_config", None)
 
 
@@ -127,7 +123,7 @@ WEIGHTS = "model.safetensors"
 
 
 def trained_state(model: Model) -> dict[str, torch.Tensor]:
-    """What training changes: the adapter in peft's names, or all weights."""
+    """Return what training changes: the adapter in peft's names, or all weights."""
     if is_adalora(model):
         return pruned_state_dict(model)[0]
     if isinstance(model, PeftModel):
@@ -136,19 +132,19 @@ def trained_state(model: Model) -> dict[str, torch.Tensor]:
 
 
 def save_weights(model: Model, folder: Path) -> None:
-    """Write an adapter in peft's format, or a whole model in Hugging Face's."""
+    """Write an adapter in peft's format, or a whole model in Hugging Face format."""
     if isinstance(model, PeftModel):
         folder.mkdir(parents=True, exist_ok=True)
         state, config = trained_state(model), model.peft_config["default"]
         if is_adalora(model):
             state, config = pruned_state_dict(model)
         elif config.init_lora_weights == "pissa":
-            state = pissa_as_lora(model.start, state)
+            state = pissa_as_lora(model.pissa_init, state)
             double = {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha}
             config = replace(config, **double, init_lora_weights=True)
-        # Copies, since a trained embedding and its tied head are one, and a file wants two.
-        form = {"memory_format": torch.contiguous_format}
-        tensors = {name: tensor.detach().cpu().clone(**form) for name, tensor in state.items()}
+        # Copies, because safetensors rejects tied weights, which share their memory.
+        contiguous = {"memory_format": torch.contiguous_format}
+        tensors = {name: t.detach().cpu().clone(**contiguous) for name, t in state.items()}
         save_tensors(tensors, folder / ADAPTER)
         config.save_pretrained(str(folder))
     else:
@@ -156,13 +152,17 @@ def save_weights(model: Model, folder: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write tensors as safetensors; a full disk is told in one sentence."""
+    """Write tensors as safetensors; disk errors are raised as `InputError`."""
     with disk_errors_as_input_errors(path):
         save_file(tensors, path, metadata={"format": "pt"})
 
 
 def restore_weights(model: Model, folder: Path) -> None:
-    """Put the weights of a checkpoint back into the model that they came from."""
+    """Load the weights of a checkpoint into the model that wrote them.
+
+    Raises:
+        InputError: the checkpoint holds a weight that the model lacks.
+    """
     if isinstance(model, PeftModel):
         state = load_file(folder / ADAPTER)
         if model.peft_config["default"].init_lora_weights == "pissa":
@@ -172,7 +172,7 @@ def restore_weights(model: Model, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(folder.glob("model*.safetensors")):
         tensors |= load_file(shard)
-    # Tied weights are stored once, so some names may be missing; none may be unknown.
+    # Tied weights are stored once, so names may be missing; unknown names are an error.
     unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
     if unknown:
         raise InputError(f"{folder}: not a checkpoint of this model ({unknown[0]})")
@@ -181,32 +181,37 @@ def restore_weights(model: Model, folder: Path) -> None:
 def load_tuned(
     base: Path, checkpoint: Path, device: torch.device, parameters: int | None = None
 ) -> Model:
-    """A tuned model from disk, for measuring: the base with an adapter, or the full weights."""
+    """Return a tuned model from disk: the base with an adapter, or a whole model.
+
+    Args:
+        base: folder of the base model.
+        checkpoint: folder of the tuned model.
+        device: to which the model is moved.
+        parameters: expected number of parameters of the base, if known.
+    """
     if not (checkpoint / ADAPTER).exists():
         return load_base(checkpoint, device)
     return load_adapter(load_base(base, device, parameters), checkpoint)
 
 
 def load_adapter(base: PreTrainedModel, checkpoint: Path) -> PeftModel:
-    """An adapter from disk on its base, which is changed in place."""
+    """Attach an adapter from disk to its base, in place, and return the model."""
     model = PeftModel.from_pretrained(base, checkpoint).eval()
     for name, module in list(model.named_modules()):
-        # In the place of peft's wrapper of them, through which transformers cannot tie weights.
+        # transformers cannot tie weights through peft's wrapper of trained embeddings.
         if isinstance(module, ModulesToSaveWrapper):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.modules_to_save["default"])
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.modules_to_save["default"])
     return model
 
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-
-
 METHOD_FILE = "method.safetensors"
-"""What a run goes on from beside its weights: its optimizer's state, and the method's own."""
+"""Files of a checkpoint with the state of the optimizer and of the method, for resuming."""
 
 
 def checkpoint_damage(checkpoint: Path) -> tuple[Path, str] | None:
-    """Return what is wrong with the weights of a checkpoint, and with what a run goes on from."""
+    """Return a damaged file of a checkpoint and its fault, or None."""
     if not (checkpoint / "progress.json").exists():
         return checkpoint / "progress.json", "is missing"
     return folder_damage(checkpoint, optional=(OPTIMIZER_FILE, METHOD_FILE))

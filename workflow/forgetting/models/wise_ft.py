@@ -1,4 +1,4 @@
-"""WiSE-FT: weights on the line between the base and a tuned model."""
+"""WiSE-FT: interpolation between the weights of the base model and of a tuned model."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from forgetting.models.loading import Model
 
 
 def interpolated_weights(
-    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
-    """theta0 + share * (theta - theta0), exact at 0 and 1 (Wortsman et al. 2022, arXiv 2109.01903).
+    """Return theta0 + alpha * (theta - theta0), exact at 0 and 1.
 
-    Of an adapter whose update is scale*B*A, this is the adapter with share * scale.
+    See Wortsman et al. (2022, arXiv 2109.01903). For an adapter whose update is scale*B*A, the
+    result equals the adapter with alpha * scale.
     """
     return {
-        name: torch.lerp(base[name], tensor, share) if tensor.is_floating_point() else tensor
+        name: torch.lerp(base[name], tensor, alpha) if tensor.is_floating_point() else tensor
         for name, tensor in tuned.items()
     }
 
 
 def interpolated_models(
-    base: PreTrainedModel, tuned: Model, shares: Sequence[float]
+    base: PreTrainedModel, tuned: Model, alphas: Sequence[float]
 ) -> Iterator[tuple[float, PreTrainedModel]]:
-    """The base with each share of the update in turn, in the base's own memory.
+    """Yield each alpha with the interpolated model, which replaces the weights of `base`.
 
-    Adapters are merged first, so that one definition serves every variant: with dora, say, a
-    smaller scale alone would leave the tuned magnitudes.
+    Adapters are merged first, so that one definition serves every variant: a smaller scale of a
+    dora adapter would keep the tuned magnitudes.
+
+    Raises:
+        InputError: an adapter updates a weight that input embedding and LM head share.
     """
     if isinstance(tuned, PeftModel):
         if any(is_tied(tuned, layer) for layer in adapter_layers(tuned)):
@@ -42,8 +46,8 @@ def interpolated_models(
                 "to merge the adapter of one would change both; interpolate other methods"
             )
         tuned = tuned.merge_and_unload()
-    # Kept on the host: two models are the most that the device is to hold.
+    # Copies on the host, so that the device holds at most two models.
     start, end = ({n: t.cpu().clone() for n, t in m.state_dict().items()} for m in (base, tuned))
-    for share in shares:
-        base.load_state_dict(interpolated_weights(start, end, share))
-        yield share, base
+    for alpha in alphas:
+        base.load_state_dict(interpolated_weights(start, end, alpha))
+        yield alpha, base

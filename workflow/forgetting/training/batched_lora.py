@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from forgetting.config.expand import Method
 from forgetting.config.training import TrainingConfig
 from forgetting.models.adapters import attach_adapter
-from forgetting.models.architecture import rows_are_apart
+from forgetting.models.architecture import rows_are_independent
 from forgetting.models.loading import Model, text_config
 from forgetting.study.run_groups import MAX_BATCHED_TOKENS, may_batch, memory_limit, partition_runs
 
@@ -188,7 +188,7 @@ def supports_batching(model: Model) -> bool:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return (
         isinstance(model, PeftModel)
-        and rows_are_apart(text_config(model).to_dict())
+        and rows_are_independent(text_config(model).to_dict())
         and all(_is_plain_lora_model(layer) for layer in layers)
         and not isinstance(model.get_output_embeddings(), LoraLayer)
     )

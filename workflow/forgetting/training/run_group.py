@@ -189,7 +189,7 @@ def tokenized_datasets(
             spec.training,
             path,
             blocks=blocks,
-            where=context.source_line,
+            locate=context.source_line,
         )
 
     return TrainingData(
@@ -285,7 +285,9 @@ def _batchable(
     if context.process_group.world_size > 1:
         return [[number] for number in range(len(specs))]
     training = specs[0].training
-    tokens = data.train.sizes.sum() / len(pack_dataset(data.train, training)) * training.batch_size
+    tokens = (
+        data.train.lengths.sum() / len(pack_dataset(data.train, training)) * training.batch_size
+    )
     tunings = [spec.method for spec in specs]
     return batchable_groups(tunings, context.base, training, tokens, context.device)
 

@@ -27,7 +27,7 @@ from forgetting.models.adapters import (
     orthogonality_penalty,
     set_rank_schedule,
 )
-from forgetting.models.loading import Model, freeze_unread, language_model
+from forgetting.models.loading import Model, freeze_non_text, language_model
 from forgetting.models.tuned import trained_state
 from forgetting.schedule import LrSchedule
 from forgetting.training.batched_lora import AdapterState
@@ -155,7 +155,7 @@ def select_trainable_layers(model: PreTrainedModel, layers: str | list[str], met
         if layers != "all":
             for block in _last_blocks(model, int(layers.split()[1]), method):
                 block.requires_grad_(True)
-        freeze_unread(model)
+        freeze_non_text(model)
         return
     for pattern in layers:
         found = [
@@ -171,7 +171,7 @@ def select_trainable_layers(model: PreTrainedModel, layers: str | list[str], met
             )
         for module in found:
             module.requires_grad_(True)
-        freeze_unread(model)
+        freeze_non_text(model)
         if not any(weight.requires_grad for module in found for weight in module.parameters()):
             raise InputError(
                 f"methods: {method}: then.layers: no text reaches the modules whose names end in "

@@ -127,7 +127,7 @@ def _notes(found: Forecast) -> list[str]:
         lines.append("the size of the base is not known here: a guess of 7 billion weights")
     guessed = [
         table for table in dict.fromkeys(t for _, t in costs.study.tables())
-        if not table_size(costs.study, table).known
+        if not table_size(costs.study, table).is_exact
     ]  # fmt: skip
     if guessed:
         lines.append(f"rows and lengths are guessed of {', '.join(guessed)}")
