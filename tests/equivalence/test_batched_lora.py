@@ -517,7 +517,7 @@ class Trainer:
     ) -> list[dict[str, Any]]:
         self.told.clear()
         return train_run_group(
-            [spec],
+            spec,
             self.context,
             {"versions": "c"},
             self.state,

@@ -31,11 +31,11 @@ from forgetting.training.branches import single_duration, train_cooldowns, train
 from forgetting.training.run_group import (
     RunContext,
     RunGroupConfig,
-    run_group_items,
     run_key,
     train_run_group,
 )
 from forgetting.training.train_step import StepLoss
+from forgetting.training.training_job import run_group_items
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
 from support.run_groups import examples_in
 
@@ -103,7 +103,7 @@ class Lab:
 
     def trunks(self, spec: RunGroupConfig) -> Records:
         """As the program `finetune` does."""
-        return train_trunks([spec], self.context, INPUTS, self.state, self.tell)
+        return train_trunks(spec, self.context, INPUTS, self.state, self.tell)
 
     def branches(
         self, spec: RunGroupConfig, duration: float, trunks: Records | None = None
@@ -115,7 +115,7 @@ class Lab:
     def alone(self, spec: RunGroupConfig, duration: float) -> Records:
         """What the duration's runs are when nothing else is trained."""
         own, told = single_duration(spec, duration), lambda *_: None
-        return train_run_group([own], self.context, INPUTS, self.apart, told, branches=True)
+        return train_run_group(own, self.context, INPUTS, self.apart, told, branches=True)
 
     def tell(self, run: str, progress: Any, schedule: Any) -> None:
         """Note the steps that were told."""

@@ -43,7 +43,7 @@ from forgetting.training.checkpoints import _run_damage
 from forgetting.training.run_group import RunGroupConfig
 from scripts import finetune, run_programs, select_checkpoint
 from support.result_tables import tables, write
-from support.run_groups import record_base, told
+from support.run_groups import record_base
 
 Rows = list[dict[str, Any]]
 Capture = pytest.CaptureFixture[str]
@@ -131,7 +131,7 @@ class Chain:
             knowledge={"new": "new"},
         )
         options = {
-            "spec": told(spec),
+            "spec": spec.model_dump_json(),
             "versions": "c",
             "base": "base.json",
             "base-items": "base_items.parquet",

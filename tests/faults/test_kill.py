@@ -34,7 +34,7 @@ from forgetting.digests import is_record
 from forgetting.io import write_jsonl, write_table
 from forgetting.training.run_group import RunGroupConfig
 from support.benchmark_rows import sciq
-from support.run_groups import record_base, told
+from support.run_groups import record_base
 from support.small_disk import small_disk
 
 Rows = list[dict[str, Any]]
@@ -115,7 +115,7 @@ class Program:
     def start(self) -> int:
         """The process id of a new start."""
         options = {
-            "spec": told(self.spec),
+            "spec": self.spec.model_dump_json(),
             "versions": "c",
             "base": self.inputs / "base.json",
             "base-items": self.inputs / "base_items.parquet",

@@ -232,7 +232,7 @@ def train(folder: Path) -> dict[str, Any]:
             **{key: getattr(study, key) for key in ("prompt", "training", "evaluation")},
             **{key: getattr(study, key) for key in ("selection", "precision")},
         )
-        records = train_run_group([spec], context, {}, folder / name, lambda *_: None)
+        records = train_run_group(spec, context, {}, folder / name, lambda *_: None)
         found[name] = [
             {
                 **{key: record[key] for key in ("losses", "penalties", "evaluations", "status")},

@@ -1,9 +1,7 @@
-"""What tests train as a run group: the tiny base on eight rows, two epochs of two steps, "
-"float32."""
+"""Run groups for tests: the tiny base, eight rows, two epochs of two steps, float32."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,11 +76,3 @@ def spec_of(
 def examples_in(batch: Batch) -> int:
     """How many examples a pass has, in rows of their own or side by side in one."""
     return int((batch.positions == 0).sum()) if batch.layout else len(batch.ids)
-
-
-def told(*specs: RunGroupConfig) -> str:
-    """What the program is told of a run group: what its methods and seeds have in common, "
-    "and each."""
-    common = specs[0].model_dump(mode="json", exclude={"method", "seed"})
-    members = [spec.model_dump(mode="json", include={"method", "seed"}) for spec in specs]
-    return json.dumps(common | {"members": members})

@@ -26,10 +26,10 @@ from forgetting.training import run_group as module
 from forgetting.training.run_group import (
     RunContext,
     RunGroupConfig,
-    run_group_items,
     run_key,
     train_run_group,
 )
+from forgetting.training.training_job import run_group_items
 from support.kill import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +83,7 @@ class Trainer:
     def __call__(self, spec: RunGroupConfig, **inputs: str) -> list[dict[str, Any]]:
         self.told: list[str] = []
         return train_run_group(
-            [spec],
+            spec,
             self.context,
             INPUTS | inputs,
             self.state,
@@ -258,7 +258,7 @@ def test_a_run_group_killed_in_its_second_run_keeps_the_first(
             raise Killed
 
     with pytest.raises(Killed):
-        train_run_group([spec], train.context, INPUTS, train.state, stop)
+        train_run_group(spec, train.context, INPUTS, train.state, stop)
     records = train(spec)
     assert train.told == ["lora-r4/seed0/lr0.005-wd0"] * 2
     whole = Trainer(train.context, tmp_path / "whole")(spec)
