@@ -170,13 +170,13 @@ def _link_checkpoint(trunk: Path, folder: Path, latest: float) -> None:
         return
     checkpoint = stored[step]
     if damage := checkpoint_damage(checkpoint):
-        warn_if_damaged(*damage, "nothing goes on from this checkpoint")
+        warn_if_damaged(*damage, "no branch resumes from it")
         return
     points = read_json(checkpoint / "progress.json")["evaluations"]
     items = [f"items-{int(point[0]):07d}.parquet" for point in points]
     for name in items:
         if kind := file_damage(trunk / name):
-            warn_if_damaged(trunk / name, kind, "nothing goes on from its checkpoints")
+            warn_if_damaged(trunk / name, kind, "no branch resumes from this run")
             return
     folder.mkdir(parents=True, exist_ok=True)
     for name in items:

@@ -132,14 +132,14 @@ def discard_damaged(folders: Sequence[Path]) -> None:
 
     A run whose newest checkpoint lacks the state of the optimizer counts as damaged.
     """
-    if damage := next(filter(None, map(_run_damage, folders)), None):
-        warn_if_damaged(*damage, "the run starts afresh")
+    if damage := next(filter(None, map(run_damage, folders)), None):
+        warn_if_damaged(*damage, "the run starts from the beginning")
         for folder in folders:
             remove_folder(folder)
             folder.mkdir(parents=True)
 
 
-def _run_damage(folder: Path) -> tuple[Path, str] | None:
+def run_damage(folder: Path) -> tuple[Path, str] | None:
     """Return the first damaged file of an unfinished run, and the kind of damage."""
     for checkpoint in sorted(
         [*folder.glob("step-*"), *folder.glob(f"{BRANCH_CHECKPOINTS}/step-*")]

@@ -106,7 +106,7 @@ def prepare_batched_runs(
 def second_stage_step(stage: SecondStageConfig, schedule: LrSchedule) -> int:
     """Return the step after which the second stage begins; each stage has at least one step."""
     if schedule.steps < 2:
-        raise InputError("methods: a hybrid has two parts, but the training has a single step")
+        raise InputError("methods: a hybrid has two stages, but the training has a single step")
     return min(max(1, round(stage.start * schedule.steps)), schedule.steps - 1)
 
 
