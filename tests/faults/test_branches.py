@@ -210,8 +210,8 @@ def test_a_branch_equals_its_run_for_every_schedule(
 def test_every_run_of_a_sweep_has_its_branch(
     harness: BranchHarness, config: RunGroupConfig
 ) -> None:
-    tuning = config.method.model_copy(update={"hyperparameters": [LOW, HIGH]})
-    config = config.model_copy(update={"method": tuning})
+    method = config.method.model_copy(update={"hyperparameters": [LOW, HIGH]})
+    config = config.model_copy(update={"method": method})
     both = harness.branches(config, 2.0)
     assert [record["hyperparameters"] for record in both] == [s.model_dump() for s in (LOW, HIGH)]
     for record, expected in zip(both, harness.single(config, 2.0), strict=True):

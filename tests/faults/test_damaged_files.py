@@ -1,7 +1,7 @@
-"""Files between jobs that were flipped, cut or deleted: one line names the file and the remedy.
+"""Damaged files between jobs: one line names the file and the command that heals it.
 
-A chain of programs stands for the study: it makes what is missing, as Snakemake does. Whatever was
-damaged, running the command of the message and the chain again ends like the undamaged chain.
+A chain of programs represents the study. It makes what is missing, as Snakemake does. After any
+damage, the command of the message and the chain lead to the results of the undamaged chain.
 """
 
 from __future__ import annotations

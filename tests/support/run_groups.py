@@ -58,11 +58,11 @@ def run_context(
 
 
 def run_group_config(
-    tuning: Method, settings: Sequence[Hyperparameters], batched_lora: str, **changes: Any
+    method: Method, settings: Sequence[Hyperparameters], batched_lora: str, **changes: Any
 ) -> RunGroupConfig:
     """Return a run group with these hyperparameters; `changes` are fields of the method."""
     return RunGroupConfig(
-        method=tuning.model_copy(update={"hyperparameters": list(settings), **changes}),
+        method=method.model_copy(update={"hyperparameters": list(settings), **changes}),
         seed=0,
         prompt=PromptConfig(),
         training=TrainingConfig(

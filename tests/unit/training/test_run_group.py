@@ -70,10 +70,10 @@ def config(tuning: Method) -> RunGroupConfig:
 
 
 def _changed(config: RunGroupConfig, *settings: Hyperparameters, **changes: Any) -> RunGroupConfig:
-    tuning = config.method.model_copy(
+    method = config.method.model_copy(
         update={"hyperparameters": list(settings)} if settings else {}
     )
-    return config.model_copy(update={"method": tuning, **changes})
+    return config.model_copy(update={"method": method, **changes})
 
 
 class GroupTrainer:
@@ -395,8 +395,8 @@ def test_an_adapter_that_does_not_fit_names_its_method(
 
 
 def test_the_largest_rank_that_fits_is_trained(train: GroupTrainer, config: RunGroupConfig) -> None:
-    tuning = config.method.model_copy(update={"rank": 16, "hyperparameters": [LOW]})
-    assert train(_changed(config, method=tuning))[0]["status"] == "ok"
+    method = config.method.model_copy(update={"rank": 16, "hyperparameters": [LOW]})
+    assert train(_changed(config, method=method))[0]["status"] == "ok"
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(
