@@ -1,8 +1,8 @@
 """Train a run group: all runs of one method and seed, in one job.
 
 A finished run is kept in a folder whose name is a digest of everything that the run depends on. A
-job that is repeated trains only the runs that are missing, so a further learning rate costs one
-further run. Runs are trained one after the other, or as batched LoRA in shared forward passes.
+repeated job trains only the missing runs, so a further learning rate costs one further run.
+Runs are trained one after the other, or as batched LoRA in shared forward passes.
 """
 
 from __future__ import annotations
@@ -111,23 +111,22 @@ def run_key(
     config: RunGroupConfig, hyperparameters: Hyperparameters, inputs: Mapping[str, str]
 ) -> str:
     """Return a digest of all that a run depends on: settings, inputs and stage versions."""
-    relevant = config.model_dump(
+    values = config.model_dump(
         exclude={"method": {"hyperparameters", "selected_hyperparameters", "label"}}
     )
     # How a batch is split into forward passes, and which runs share them, changes no result.
     for key in ("activation_checkpointing", "batched_lora"):
-        del relevant["training"][key]
+        del values["training"][key]
     if not config.method.dropout:  # dropout masks are drawn per pass
-        del relevant["training"]["micro_batch_size"]
+        del values["training"]["micro_batch_size"]
     # The rule decides which checkpoints are kept; how hyperparameters are compared does not.
-    relevant["selection"] = {
-        key: relevant["selection"][key]
+    values["selection"] = {
+        key: values["selection"][key]
         for key in ("probe", "metric", "threshold", "stop_after_evaluations")
     }
     # A trunk does not depend on the shorter durations: a further one only adds a branch.
-    relevant["training"]["durations"] = bool(config.training.durations)
-    own = {"spec": relevant, "hyperparameters": hyperparameters.model_dump()}
-    return content_key(own | dict(inputs))
+    values["training"]["durations"] = bool(config.training.durations)
+    return content_key({"spec": values, "hyperparameters": hyperparameters.model_dump(), **inputs})
 
 
 @dataclass(frozen=True)
@@ -317,7 +316,7 @@ def _train_batched(
     The time of shared work is divided evenly among the runs.
     """
     started = time.monotonic()
-    load_base, build_mitigations = _load_base_and_mitigations(config, context, data)
+    load, build = _load_base_and_mitigations(config, context, data)
     value = context.base_value
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
@@ -332,15 +331,14 @@ def _train_batched(
             model, data.sequences, run_config, value, evaluate, folder, log_step, previous
         )
 
-    factory = RunFactory(load_base=load_base, build_mitigations=build_mitigations, train=train)
+    factory = RunFactory(load_base=load, build_mitigations=build, train=train)
     configs = [_run_config(config, run, context, len(data.sequences)) for run in runs]
     if len(runs) == 1:
         state, model = train_stages(config.method, configs[0], factory, runs[0].folder)
         states = [state]
     else:
         model, configs = prepare_batched_runs(config.method, configs, factory)
-        folders = [run.folder for run in runs]
-        plans = list(zip(configs, folders, strict=True))
+        plans = [(each, run.folder) for each, run in zip(configs, runs, strict=True)]
         states = train_batched(model, data.sequences, plans, value, evaluate, log_run)
     trained = list(trained_weights(model).values())
     shared = {
