@@ -1,6 +1,7 @@
 """Twenty losses equal those of trl, transformers and peft on the same batches, to 1e-5.
 
-Theirs are in golden/losses.json, with the versions that made them; golden/make_losses.py says how.
+The reference losses are in golden/losses.json, with the versions of the libraries.
+golden/make_losses.py makes them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = json.loads(FILE.read_text())
 
 
-def _tuning(case: Case) -> Method:
+def _method(case: Case) -> Method:
     if case.variant is None:
         return Method(name="full", kind="full", label="full", hyperparameters=[])
     return Method(
@@ -63,10 +64,10 @@ def _tuning(case: Case) -> Method:
 
 
 def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
-    """The same batches through the loop of this project."""
+    """Train on the same batches with the trainer of this project."""
     write_base(folder / "base")
-    tuning = _tuning(case)
-    model = attach_adapter(load_base(folder / "base", torch.device("cpu")), tuning, seed=0)
+    method = _method(case)
+    model = attach_adapter(load_base(folder / "base", torch.device("cpu")), method, seed=0)
     if case.variant != "pissa":
         draw_adapter(model)
     training = TrainingConfig(
@@ -81,7 +82,7 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
         scale_parameter=case.scale_parameter,
     )
     examples = [Example(ids=ids, prompt_length=prompt) for ids, prompt in rows()]
-    recipe = RunConfig(
+    config = RunConfig(
         hyperparameters=Hyperparameters(learning_rate=case.rate, weight_decay=case.decay),
         seed=0,
         training=training,
@@ -95,7 +96,7 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
     start = {name: p.detach().clone() for name, p in weights(model).items()}
     nothing = pd.DataFrame({"value": [0.0]})
     progress = train_run(
-        model, examples, recipe, 0.0, lambda _: (nothing, 0.0), folder / "run", lambda *_: None
+        model, examples, config, 0.0, lambda _: (nothing, 0.0), folder / "run", lambda *_: None
     )
     return outcome(model, start, progress.losses)
 
@@ -105,10 +106,10 @@ def _in_file_order(count: int, size: int, seed: int, step: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_twenty_losses_are_those_of_other_libraries(
+def test_twenty_losses_match_other_libraries(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, the way that the weights went, and the predictions after it."""
+    """The losses, the change of the weights, and the logits at the end."""
     monkeypatch.setattr(batches, "batch_indices", _in_file_order)
     ours, theirs = _train_ours(CASES[name], tmp_path), GOLDEN["cases"][name]
     assert len(ours["losses"]) == STEPS
@@ -118,8 +119,8 @@ def test_twenty_losses_are_those_of_other_libraries(
     assert theirs["losses"][-1] < 0.9 * theirs["losses"][0]
 
 
-def test_the_cases_differ_from_one_another() -> None:
-    """A golden value that every variant meets would say nothing; how a batch is split does not."""
+def test_golden_cases_differ() -> None:
+    """A value that every variant meets would test nothing; accumulation changes no loss."""
     last = {name: case["losses"][-1] for name, case in GOLDEN["cases"].items()}
     same = ["lora-accumulated", "full-accumulated", "full-transformers"]
     distinct = sorted(value for name, value in last.items() if name not in same)

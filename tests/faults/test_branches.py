@@ -1,4 +1,4 @@
-"""Durations of one trunk: each branch ends as the run of its duration that was trained alone."""
+"""Durations of one trunk: every branch is bit-identical to the single run of its duration."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from forgetting.training.branches import single_duration, train_cooldowns, train
 from forgetting.training.run_group import (
     RunContext,
     RunGroupConfig,
-    run_group_items,
     run_key,
     train_run_group,
 )
 from forgetting.training.train_step import StepLoss
+from forgetting.training.training_job import run_group_items
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
 from support.run_groups import examples_in
 
@@ -80,7 +80,7 @@ def context(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -
 
 
 @pytest.fixture
-def spec(tuning: Method) -> RunGroupConfig:
+def config(tuning: Method) -> RunGroupConfig:
     """One rate; evaluated twice an epoch, so that some evaluations lie within a cooldown."""
     return RunGroupConfig(
         method=tuning.model_copy(update={"hyperparameters": [HIGH]}),
@@ -94,45 +94,47 @@ def spec(tuning: Method) -> RunGroupConfig:
     )
 
 
-class Lab:
-    """Trains trunks and branches in one folder, and runs of one duration alone in another."""
+class BranchHarness:
+    """Train trunks and branches in one folder, and single runs of one duration in another."""
 
     def __init__(self, context: RunContext, folder: Path) -> None:
-        self.context, self.state, self.apart = context, folder / "state", folder / "apart"
-        self.told: list[tuple[str, int]] = []
+        self.context, self.state, self.single_state = context, folder / "state", folder / "single"
+        self.logged: list[tuple[str, int]] = []
 
-    def trunks(self, spec: RunGroupConfig) -> Records:
-        """As the program `finetune` does."""
-        return train_trunks([spec], self.context, INPUTS, self.state, self.tell)
+    def trunks(self, config: RunGroupConfig) -> Records:
+        """Train the trunks, as `finetune` does."""
+        return train_trunks(config, self.context, INPUTS, self.state, self.log)
 
     def branches(
-        self, spec: RunGroupConfig, duration: float, trunks: Records | None = None
+        self, config: RunGroupConfig, duration: float, trunks: Records | None = None
     ) -> Records:
-        """As the program `train_cooldown` does; the trunks must have ended before."""
-        trunks = self.trunks(spec) if trunks is None else trunks
-        return train_cooldowns(spec, duration, trunks, self.context, INPUTS, self.state, self.tell)
+        """Train the branches of a duration after the trunks, as `train_cooldown` does."""
+        trunks = self.trunks(config) if trunks is None else trunks
+        return train_cooldowns(config, duration, trunks, self.context, INPUTS, self.state, self.log)
 
-    def alone(self, spec: RunGroupConfig, duration: float) -> Records:
-        """What the duration's runs are when nothing else is trained."""
-        own, told = single_duration(spec, duration), lambda *_: None
-        return train_run_group([own], self.context, INPUTS, self.apart, told, branches=True)
+    def single(self, config: RunGroupConfig, duration: float) -> Records:
+        """Train the runs of a duration without a trunk."""
+        own = single_duration(config, duration)
+        return train_run_group(
+            own, self.context, INPUTS, self.single_state, lambda *_: None, branches=True
+        )
 
-    def tell(self, run: str, progress: Any, schedule: Any) -> None:
-        """Note the steps that were told."""
-        self.told.append((run, progress.step))
+    def log(self, run: str, progress: Any, schedule: Any) -> None:
+        """Note the step of a run."""
+        self.logged.append((run, progress.step))
 
     def starts(self) -> list[str]:
-        """The trunk's checkpoints that are still there."""
+        """Return the remaining checkpoints of the trunk that branches start from."""
         return sorted(path.name for path in self.state.glob("*/*/*/*/starts/*"))
 
 
 @pytest.fixture
-def lab(context: RunContext, tmp_path: Path) -> Lab:
-    return Lab(context, tmp_path)
+def harness(context: RunContext, tmp_path: Path) -> BranchHarness:
+    return BranchHarness(context, tmp_path)
 
 
 def _assert_same(branch: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Weights, losses, points, tokens and items are equal bit for bit."""
+    """Assert that weights, losses, evaluations, tokens and items are bit-identical."""
     for key in (
         "losses",
         "evaluations",
@@ -156,27 +158,27 @@ def _assert_same(branch: dict[str, Any], expected: dict[str, Any]) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-# --- the same as alone --------------------------------------------------------------------------
+# --- equal to single runs -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_branch_is_the_run_of_its_duration_alone(
-    lab: Lab, spec: RunGroupConfig, kind: str
+def test_a_branch_equals_the_single_run_of_its_duration(
+    harness: BranchHarness, config: RunGroupConfig, kind: str
 ) -> None:
-    """Dropout, decay, clipping and evaluations in between: every bit of every duration's run."""
+    """With dropout, weight decay, clipping and evaluations within the cooldown."""
     if kind == "full":
-        spec = spec.model_copy(update={"method": FULL})
-    trunks = lab.trunks(spec)
+        config = config.model_copy(update={"method": FULL})
+    trunks = harness.trunks(config)
     assert trunks[0]["steps"] == STARTS[4.0]
     for duration in DURATIONS:
-        (branch,) = lab.branches(spec, duration, trunks)
-        (expected,) = lab.alone(spec, duration)
+        (branch,) = harness.branches(config, duration, trunks)
+        (expected,) = harness.single(config, duration)
         _assert_same(branch, expected)
         assert branch["duration"] == duration
         assert branch["run"] == f"{expected['run']}/{duration_name(duration)}"
-        trained = [step for run, step in lab.told if run == branch["run"]]
+        trained = [step for run, step in harness.logged if run == branch["run"]]
         assert trained == list(range(STARTS[duration] + 1, expected["steps"] + 1))
-    assert [step for run, step in lab.told if run == trunks[0]["run"]] == list(range(1, 11))
+    assert [step for run, step in harness.logged if run == trunks[0]["run"]] == list(range(1, 11))
 
 
 @pytest.mark.parametrize(
@@ -196,46 +198,54 @@ def test_a_branch_is_the_run_of_its_duration_alone(
     ],
     ids=["lionw", "adafactor", "inverse_sqrt", "long warm-up", "linear", "cosine"],
 )
-def test_it_is_so_with_every_schedule_and_optimizer(
-    lab: Lab, spec: RunGroupConfig, changes: dict[str, Any]
+def test_a_branch_equals_its_run_for_every_schedule(
+    harness: BranchHarness, config: RunGroupConfig, changes: dict[str, Any]
 ) -> None:
     training = TrainingConfig.model_validate(TRAINING.model_dump() | changes)
-    spec = spec.model_copy(update={"training": training})
+    config = config.model_copy(update={"training": training})
     for duration in (0.75, 2.0):
-        _assert_same(lab.branches(spec, duration)[0], lab.alone(spec, duration)[0])
+        _assert_same(harness.branches(config, duration)[0], harness.single(config, duration)[0])
 
 
-def test_every_run_of_a_sweep_has_its_branch(lab: Lab, spec: RunGroupConfig) -> None:
-    tuning = spec.method.model_copy(update={"hyperparameters": [LOW, HIGH]})
-    spec = spec.model_copy(update={"method": tuning})
-    both = lab.branches(spec, 2.0)
+def test_every_run_of_a_sweep_has_its_branch(
+    harness: BranchHarness, config: RunGroupConfig
+) -> None:
+    method = config.method.model_copy(update={"hyperparameters": [LOW, HIGH]})
+    config = config.model_copy(update={"method": method})
+    both = harness.branches(config, 2.0)
     assert [record["hyperparameters"] for record in both] == [s.model_dump() for s in (LOW, HIGH)]
-    for record, expected in zip(both, lab.alone(spec, 2.0), strict=True):
+    for record, expected in zip(both, harness.single(config, 2.0), strict=True):
         _assert_same(record, expected)
     assert both[0]["losses"] != both[1]["losses"]
 
 
-def test_the_shortest_duration_starts_with_the_trunk(lab: Lab, spec: RunGroupConfig) -> None:
-    """A cooldown that is the whole run: nothing of the trunk is in it."""
+def test_a_duration_may_be_one_cooldown_only(
+    harness: BranchHarness, config: RunGroupConfig
+) -> None:
+    """The cooldown is the whole run and shares no step with the trunk."""
     training = TRAINING.model_copy(update={"durations": [0.1, 4.0]})
-    spec = spec.model_copy(update={"training": training})
-    (branch,) = lab.branches(spec, 0.1)
+    config = config.model_copy(update={"training": training})
+    (branch,) = harness.branches(config, 0.1)
     assert branch["steps"] == 1
-    _assert_same(branch, lab.alone(spec, 0.1)[0])
+    _assert_same(branch, harness.single(config, 0.1)[0])
 
 
-def test_durations_of_as_many_steps_end_alike(lab: Lab, spec: RunGroupConfig) -> None:
+def test_durations_with_equal_steps_have_equal_losses(
+    harness: BranchHarness, config: RunGroupConfig
+) -> None:
     training = TRAINING.model_copy(update={"durations": [0.7, 0.75, 4.0]})
-    spec = spec.model_copy(update={"training": training})
-    one, other = lab.branches(spec, 0.7), lab.branches(spec, 0.75)
+    config = config.model_copy(update={"training": training})
+    one, other = harness.branches(config, 0.7), harness.branches(config, 0.75)
     assert one[0]["losses"] == other[0]["losses"]
-    course = trajectory_of([*one, *other], 0.1)
-    assert [point.step for point in course.evaluations] == [0, 2]
+    trajectory = trajectory_of([*one, *other], 0.1)
+    assert [point.step for point in trajectory.evaluations] == [0, 2]
 
 
-def test_the_time_of_a_branch_is_without_the_trunks(lab: Lab, spec: RunGroupConfig) -> None:
-    (branch,) = lab.branches(spec, 4.0)
-    (expected,) = lab.alone(spec, 4.0)
+def test_training_seconds_of_a_branch_exclude_the_trunk(
+    harness: BranchHarness, config: RunGroupConfig
+) -> None:
+    (branch,) = harness.branches(config, 4.0)
+    (expected,) = harness.single(config, 4.0)
     whole = branch["tokens"] / branch["tokens_per_second"]
     assert branch["training_seconds"] == pytest.approx(whole * 2 / 12)
     assert expected["training_seconds"] == pytest.approx(
@@ -247,7 +257,7 @@ def test_the_time_of_a_branch_is_without_the_trunks(lab: Lab, spec: RunGroupConf
 
 
 def _poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Make the loss of a step no number, in every run that makes that step."""
+    """Make the loss of a step NaN, in every run that does that step."""
     original = train_module._train_step
 
     def poisoned(model: Any, examples: Any, runs: Any, stack: Any) -> Any:
@@ -258,95 +268,101 @@ def _poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(train_module, "_train_step", poisoned)
 
 
-def test_branches_before_a_trunk_diverges_are_sound(
-    lab: Lab, spec: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
+def test_branches_before_a_trunk_diverges_are_valid(
+    harness: BranchHarness, config: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And those after it are recorded as diverged, as the run alone would be."""
+    """Later branches are recorded as diverged, as the single run is."""
     _poison(monkeypatch, 7)
-    trunks = lab.trunks(spec)
+    trunks = harness.trunks(config)
     assert trunks[0]["status"] == "diverged"
-    ended = {duration: lab.branches(spec, duration, trunks)[0] for duration in DURATIONS}
+    ended = {duration: harness.branches(config, duration, trunks)[0] for duration in DURATIONS}
     assert [record["status"] for record in ended.values()] == ["ok", "ok", "diverged"]
-    (expected,) = lab.alone(spec, 4.0)
+    (expected,) = harness.single(config, 4.0)
     for key in ("losses", "evaluations", "steps", "status"):
         assert ended[4.0][key] == expected[key], key
-    course = trajectory_of([ended[duration] for duration in DURATIONS], 0.1)
-    assert course.diverged
-    assert [point.step for point in course.evaluations] == [0, 2, 6]
-    assert course.run_at(None).endswith("duration2")
+    trajectory = trajectory_of([ended[duration] for duration in DURATIONS], 0.1)
+    assert trajectory.diverged
+    assert [point.step for point in trajectory.evaluations] == [0, 2, 6]
+    assert trajectory.run_at(None).endswith("duration2")
 
 
-def test_one_more_duration_trains_one_more_branch(lab: Lab, spec: RunGroupConfig) -> None:
-    """The trunk stays; the new branch starts at the last state that is still there."""
-    trunks = lab.trunks(spec)
-    lab.branches(spec, 0.75, trunks)
-    wider = spec.model_copy(
+def test_one_more_duration_trains_one_more_branch(
+    harness: BranchHarness, config: RunGroupConfig
+) -> None:
+    """The trunk is not retrained; the new branch starts at the last remaining checkpoint."""
+    trunks = harness.trunks(config)
+    harness.branches(config, 0.75, trunks)
+    wider = config.model_copy(
         update={"training": TRAINING.model_copy(update={"durations": [0.75, 3.0, 2.0, 4.0]})}
     )
-    lab.told.clear()
-    assert lab.trunks(wider) == trunks
-    (branch,) = lab.branches(wider, 3.0, trunks)
-    assert {step for _, step in lab.told} == {6, 7, 8, 9}
-    _assert_same(branch, lab.alone(wider, 3.0)[0])
-    longer = spec.model_copy(
+    harness.logged.clear()
+    assert harness.trunks(wider) == trunks
+    (branch,) = harness.branches(wider, 3.0, trunks)
+    assert {step for _, step in harness.logged} == {6, 7, 8, 9}
+    _assert_same(branch, harness.single(wider, 3.0)[0])
+    longer = config.model_copy(
         update={"training": TRAINING.model_copy(update={"epochs": 5.0, "durations": [0.75, 5.0]})}
     )
-    assert run_key(longer, HIGH, INPUTS) != run_key(spec, HIGH, INPUTS)
+    assert run_key(longer, HIGH, INPUTS) != run_key(config, HIGH, INPUTS)
 
 
-def test_a_trunk_is_not_taken_for_the_run_without_durations(spec: RunGroupConfig) -> None:
-    """It ends before the cooldown; without `durations` in the study the run is another."""
-    without = spec.model_copy(update={"training": TRAINING.model_copy(update={"durations": []})})
-    assert run_key(without, HIGH, INPUTS) != run_key(spec, HIGH, INPUTS)
+def test_run_key_separates_trunks_from_ordinary_runs(config: RunGroupConfig) -> None:
+    """A trunk ends before the cooldown, so the run without `durations` is a different one."""
+    without = config.model_copy(update={"training": TRAINING.model_copy(update={"durations": []})})
+    assert run_key(without, HIGH, INPUTS) != run_key(config, HIGH, INPUTS)
 
 
-# --- what lies on the disk ----------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
-def test_starts_stay_until_their_branches_are_done(lab: Lab, spec: RunGroupConfig) -> None:
-    trunks = lab.trunks(spec)
-    assert lab.starts() == ["step-0000001", "step-0000005", "step-0000010"]
-    lab.branches(spec, 2.0, trunks)
-    assert lab.starts() == ["step-0000001", "step-0000010"]
-    lab.branches(spec, 4.0, trunks)
-    lab.branches(spec, 0.75, trunks)
-    assert lab.starts() == []
-    assert not list(lab.state.rglob("optimizer.safetensors"))
-    kept = [path.parent.name for path in lab.state.rglob("*model.safetensors")]
+def test_starts_stay_until_their_branches_are_finished(
+    harness: BranchHarness, config: RunGroupConfig
+) -> None:
+    trunks = harness.trunks(config)
+    assert harness.starts() == ["step-0000001", "step-0000005", "step-0000010"]
+    harness.branches(config, 2.0, trunks)
+    assert harness.starts() == ["step-0000001", "step-0000010"]
+    harness.branches(config, 4.0, trunks)
+    harness.branches(config, 0.75, trunks)
+    assert harness.starts() == []
+    assert not list(harness.state.rglob("optimizer.safetensors"))
+    kept = [path.parent.name for path in harness.state.rglob("*model.safetensors")]
     assert sorted(kept) == ["step-0000002", "step-0000006", "step-0000012"]
 
 
-def test_a_finished_branch_trains_nothing_again(lab: Lab, spec: RunGroupConfig) -> None:
-    trunks = lab.trunks(spec)
-    done = {duration: lab.branches(spec, duration, trunks) for duration in DURATIONS}
-    lab.told.clear()
-    assert lab.trunks(spec) == trunks
-    assert {duration: lab.branches(spec, duration, trunks) for duration in DURATIONS} == done
-    assert lab.told == []
+def test_a_finished_branch_trains_nothing(harness: BranchHarness, config: RunGroupConfig) -> None:
+    trunks = harness.trunks(config)
+    done = {duration: harness.branches(config, duration, trunks) for duration in DURATIONS}
+    harness.logged.clear()
+    assert harness.trunks(config) == trunks
+    assert {duration: harness.branches(config, duration, trunks) for duration in DURATIONS} == done
+    assert harness.logged == []
 
 
-def test_a_file_system_without_links_is_served_by_copies(
-    lab: Lab, spec: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
+def test_starts_are_copied_on_a_disk_without_links(
+    harness: BranchHarness, config: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_links(*_: Any, **__: Any) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    _assert_same(lab.branches(spec, 2.0)[0], lab.alone(spec, 2.0)[0])
+    _assert_same(harness.branches(config, 2.0)[0], harness.single(config, 2.0)[0])
 
 
-def test_items_of_a_branch_begin_with_the_trunks(lab: Lab, spec: RunGroupConfig) -> None:
-    """A branch is a whole run to whoever reads the tables."""
-    (branch,) = lab.branches(spec, 2.0)
+def test_items_of_a_branch_include_the_trunks(
+    harness: BranchHarness, config: RunGroupConfig
+) -> None:
+    """In the tables, a branch is a whole run."""
+    (branch,) = harness.branches(config, 2.0)
     items, _ = run_group_items([branch])
     assert list(items["step"].unique()) == [1, 2, 3, 4, 5, 6]
     assert set(items["run"]) == {branch["run"]}
 
 
-# --- killed and started again -------------------------------------------------------------------
+# --- killed and resumed -------------------------------------------------------------------------
 
 
-def _ends_whatever_kills_it(
+def _assert_kills_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
     moments: Sequence[tuple[Any, str, int]],
     begin: Callable[[], None],
@@ -379,52 +395,52 @@ TRUNK_MOMENTS = [
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_killed_trunk_stores_the_same_starts(
-    lab: Lab,
-    spec: RunGroupConfig,
+    harness: BranchHarness,
+    config: RunGroupConfig,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     kind: str,
     after: bool,
 ) -> None:
-    """In a step, an evaluation, or while a start is written: the same bytes in every start."""
+    """Kills come in a step, in an evaluation, or while a start is written."""
     if kind == "full":
-        spec = spec.model_copy(update={"method": FULL})
+        config = config.model_copy(update={"method": FULL})
     rarely = EvaluationConfig(max_new_tokens=2, every_epochs=1.0)
-    spec = spec.model_copy(update={"evaluation": rarely})
-    whole = Lab(lab.context, tmp_path / "whole")
-    (expected,) = whole.trunks(spec)
+    config = config.model_copy(update={"evaluation": rarely})
+    whole = BranchHarness(harness.context, tmp_path / "whole")
+    (expected,) = whole.trunks(config)
 
     def begin() -> None:
-        shutil.rmtree(lab.state, ignore_errors=True)
+        shutil.rmtree(harness.state, ignore_errors=True)
 
     def end() -> None:
-        (trunk,) = lab.trunks(spec)
+        (trunk,) = harness.trunks(config)
         assert (trunk["losses"], trunk["evaluations"]) == (
             expected["losses"],
             expected["evaluations"],
         )
-        assert lab.starts() == whole.starts()
+        assert harness.starts() == whole.starts()
         for file in Path(expected["folder"], "starts").rglob("*.safetensors"):
             ours = Path(trunk["folder"]) / file.relative_to(expected["folder"])
             assert ours.read_bytes() == file.read_bytes()
 
-    _ends_whatever_kills_it(monkeypatch, TRUNK_MOMENTS, begin, end, after)
+    _assert_kills_change_nothing(monkeypatch, TRUNK_MOMENTS, begin, end, after)
 
 
-def test_a_killed_trunk_goes_on_from_a_start(
-    lab: Lab, spec: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_trunk_resumes_from_a_start(
+    harness: BranchHarness, config: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where evaluations are rare, less is lost."""
+    """Starts are resume points too, which helps where evaluations are rare."""
     rarely = EvaluationConfig(max_new_tokens=2, every_epochs=9.0)
-    spec = spec.model_copy(update={"evaluation": rarely})
+    config = config.model_copy(update={"evaluation": rarely})
     with monkeypatch.context() as patch:
         kill_at(patch, train_module, "_train_step", 8, after=False)
         with pytest.raises(Killed):
-            lab.trunks(spec)
-    assert lab.told[-1][1] == 7
-    lab.told.clear()
-    lab.trunks(spec)
-    assert [step for _, step in lab.told] == [6, 7, 8, 9, 10]
+            harness.trunks(config)
+    assert harness.logged[-1][1] == 7
+    harness.logged.clear()
+    harness.trunks(config)
+    assert [step for _, step in harness.logged] == [6, 7, 8, 9, 10]
 
 
 BRANCH_MOMENTS = [
@@ -447,38 +463,38 @@ BRANCH_MOMENTS = [
 
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_killed_branch_ends_like_one_that_was_not(
-    lab: Lab,
-    spec: RunGroupConfig,
+def test_a_killed_branch_ends_with_the_same_bits(
+    harness: BranchHarness,
+    config: RunGroupConfig,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     kind: str,
     after: bool,
 ) -> None:
-    """While the trunk's state is taken over, in the cooldown, at its end, and as starts go."""
+    """Kills come while the start is linked, in the cooldown, at its end, and while starts go."""
     if kind == "full":
-        spec = spec.model_copy(update={"method": FULL})
-    trunks = lab.trunks(spec)
-    (expected,) = lab.alone(spec, 4.0)
-    shutil.copytree(lab.state, tmp_path / "trunks")
+        config = config.model_copy(update={"method": FULL})
+    trunks = harness.trunks(config)
+    (expected,) = harness.single(config, 4.0)
+    shutil.copytree(harness.state, tmp_path / "trunks")
 
     def begin() -> None:
-        shutil.rmtree(lab.state)
-        shutil.copytree(tmp_path / "trunks", lab.state)
+        shutil.rmtree(harness.state)
+        shutil.copytree(tmp_path / "trunks", harness.state)
 
     def end() -> None:
-        (branch,) = lab.branches(spec, 4.0, trunks)
+        (branch,) = harness.branches(config, 4.0, trunks)
         _assert_same(branch, expected)
-        assert lab.starts() == ["step-0000001", "step-0000005"]
+        assert harness.starts() == ["step-0000001", "step-0000005"]
 
-    _ends_whatever_kills_it(monkeypatch, BRANCH_MOMENTS, begin, end, after)
+    _assert_kills_change_nothing(monkeypatch, BRANCH_MOMENTS, begin, end, after)
 
 
-def test_a_half_removed_start_is_not_taken_over(
-    lab: Lab, spec: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_partly_removed_start_is_not_used(
+    harness: BranchHarness, config: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while a state goes that nobody needs any more; then comes a duration that would."""
-    trunks = lab.trunks(spec)
+    """The kill comes while an unneeded start is removed; then a new duration would need it."""
+    trunks = harness.trunks(config)
     original = shutil.rmtree
 
     def deadly(path: Any, *more: Any, **options: Any) -> None:
@@ -490,17 +506,17 @@ def test_a_half_removed_start_is_not_taken_over(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", deadly)
         with pytest.raises(Killed):
-            lab.branches(spec, 4.0, trunks)
-    wider = spec.model_copy(
+            harness.branches(config, 4.0, trunks)
+    wider = config.model_copy(
         update={"training": TRAINING.model_copy(update={"durations": [*DURATIONS, 3.9]})}
     )
-    _assert_same(lab.branches(wider, 3.9, trunks)[0], lab.alone(wider, 3.9)[0])
+    _assert_same(harness.branches(wider, 3.9, trunks)[0], harness.single(wider, 3.9)[0])
 
 
-def test_memory_that_ran_out_in_the_trunk_is_remembered(
-    lab: Lab, spec: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_branch_keeps_the_micro_batch_of_its_trunk(
+    harness: BranchHarness, config: RunGroupConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A branch does not try again what did not fit; alone it would have ended the same."""
+    """A branch does not retry the size that ran out of memory."""
     original, seen = train_step.target_logits, []
 
     def narrow(model: Any, batch: Any) -> torch.Tensor:
@@ -510,8 +526,8 @@ def test_memory_that_ran_out_in_the_trunk_is_remembered(
         return original(model, batch)
 
     monkeypatch.setattr(train_step, "target_logits", narrow)
-    lab.context = replace(lab.context, train=lab.context.train[:4])
-    trunks = lab.trunks(spec)
+    harness.context = replace(harness.context, train=harness.context.train[:4])
+    trunks = harness.trunks(config)
     seen.clear()
-    lab.branches(spec, 4.0, trunks)
+    harness.branches(config, 4.0, trunks)
     assert set(seen) == {1}

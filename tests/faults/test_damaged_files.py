@@ -1,7 +1,7 @@
-"""Files between jobs that were flipped, cut or deleted: one line names the file and the remedy.
+"""Damaged files between jobs: one line names the file and the command that heals it.
 
-A chain of programs stands for the study: it makes what is missing, as Snakemake does. Whatever was
-damaged, running the command of the message and the chain again ends like the undamaged chain.
+A chain of programs represents the study. It makes what is missing, as Snakemake does. After any
+damage, the command of the message and the chain lead to the results of the undamaged chain.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from forgetting.io import (
 from forgetting.models.loading import PRETRAINED, model_parameters, read_base
 from forgetting.report.frames import read_tables
 from forgetting.results.build_tables import benchmark_tables
-from forgetting.training.checkpoints import _run_damage
+from forgetting.training.checkpoints import run_damage
 from forgetting.training.run_group import RunGroupConfig
 from scripts import finetune, run_programs, select_checkpoint
 from support.result_tables import tables, write
-from support.run_groups import record_base, told
+from support.run_groups import record_base
 
 Rows = list[dict[str, Any]]
 Capture = pytest.CaptureFixture[str]
@@ -54,7 +54,7 @@ RUN = "state/lora-r4/seed3/*/*"
 
 
 def flip(path: Path) -> None:
-    """Flip a bit in the middle, with the old date and size."""
+    """Flip a bit in the middle, and keep date and size."""
     content, before = bytearray(path.read_bytes()), path.stat()
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -62,7 +62,7 @@ def flip(path: Path) -> None:
 
 
 def truncate(path: Path) -> None:
-    """Lose the second half."""
+    """Remove the second half."""
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -78,12 +78,12 @@ class Chain:
 
     def __init__(self, base: Path, rows: Rows, tuning: Method) -> None:
         self.base, self.rows = base, rows
-        self.tuning = tuning.model_copy(
+        self.method = tuning.model_copy(
             update={"hyperparameters": [Hyperparameters(learning_rate=0.01)]}
         )
 
     def stages(self) -> list[tuple[list[str], Callable[[], None]]]:
-        """What each makes, and how."""
+        """Return the outputs of each stage, and the function that makes them."""
         return [
             (["data/train.jsonl", "data/probes/new.jsonl"], self.prepare),
             (["base.json"], self.pretrain),
@@ -94,7 +94,7 @@ class Chain:
         ]
 
     def run(self) -> None:
-        """Make what is missing and all that depends on it; then what is always asked last."""
+        """Make what is missing and all that depends on it."""
         remade = False
         for outputs, make in self.stages():
             remade = remade or not all(map(os.path.exists, outputs))
@@ -121,7 +121,7 @@ class Chain:
 
     def train(self) -> None:
         spec = RunGroupConfig(
-            method=self.tuning,
+            method=self.method,
             seed=3,
             prompt=PromptConfig(),
             training=TrainingConfig(epochs=2.0, batch_size=4, warmup_epochs=0.0),
@@ -131,7 +131,7 @@ class Chain:
             knowledge={"new": "new"},
         )
         options = {
-            "spec": told(spec),
+            "spec": spec.model_dump_json(),
             "versions": "c",
             "base": "base.json",
             "base-items": "base_items.parquet",
@@ -144,7 +144,7 @@ class Chain:
         finetune.main([part for key, value in options.items() for part in (f"--{key}", value)])
 
     def select(self) -> None:
-        spec = select_checkpoint.Spec(method=self.tuning, selection=RULE, seeds=[3], durations=[])
+        spec = select_checkpoint.Spec(method=self.method, selection=RULE, seeds=[3], durations=[])
         options = {
             "spec": spec.model_dump_json(),
             "base-items": "base_items.parquet",
@@ -181,13 +181,13 @@ def made(
 
 
 def results() -> list[Any]:
-    """What the chain has come to: items, weights that were selected, their digests."""
+    """Return the results of the chain: items, digests of the selected files, training rows."""
     items = pd.read_parquet("items.parquet").to_json()
     return [items, read_json(Path("chosen.json"))["files"], read_jsonl(Path("data/train.jsonl"))]
 
 
 def heal(capsys: Capture, path: Path, run: Callable[[], None]) -> bool:
-    """Run; if it is refused, check the message, do what it says, and run again."""
+    """Run; on an error check the message, run its command and repeat. Return whether it failed."""
     capsys.readouterr()
     try:
         run()
@@ -226,12 +226,12 @@ KINDS: list[tuple[str, list[str]]] = [
     ("selected/seed3/adapter_config.json", ["chosen.json"]),
 ]
 MADE_AGAIN = {"base.json", "base_items.parquet", "runs.json", "items.parquet", "selection.json"}
-"""What Snakemake makes again by itself where it is missing."""
+"""Files that Snakemake makes again if they are missing."""
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize(("file", "undone"), KINDS, ids=[kind for kind, _ in KINDS])
-def test_a_damaged_file_is_named_and_the_command_of_the_message_heals_it(
+def test_the_command_of_the_message_heals_a_damaged_file(
     made: tuple[Chain, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -242,7 +242,7 @@ def test_a_damaged_file_is_named_and_the_command_of_the_message_heals_it(
 ) -> None:
     chain, folder = made
     at = tmp_path / "at"
-    # As a copy would be made of a results folder: links of links stay such.
+    # A copy of the results folder that keeps links.
     subprocess.run(["cp", "-a", folder, at], check=True)
     monkeypatch.chdir(at)
     expected = results()
@@ -257,23 +257,23 @@ def test_a_damaged_file_is_named_and_the_command_of_the_message_heals_it(
     assert not list(Path().rglob("*.partial")) + list(Path().rglob("*.old"))
 
 
-def test_a_checkpoint_that_lost_the_state_of_its_method_is_damaged(tmp_path: Path) -> None:
-    """AdaLoRA's averages; older checkpoints lose them when the optimizer's state goes."""
+def test_a_checkpoint_without_method_state_is_damaged(tmp_path: Path) -> None:
+    """AdaLoRA's averages; older checkpoints lose them with the state of the optimizer."""
     checkpoint = tmp_path / "step-0000004"
     with atomic_folder(checkpoint) as folder:
         write_json(folder / "progress.json", {"evaluations": []})
         (folder / "optimizer.safetensors").write_bytes(b"o")
         (folder / "method.safetensors").write_bytes(b"m")
-    assert _run_damage(tmp_path) is None
+    assert run_damage(tmp_path) is None
     (checkpoint / "method.safetensors").unlink()
-    assert _run_damage(tmp_path) == (checkpoint / "method.safetensors", "is missing")
+    assert run_damage(tmp_path) == (checkpoint / "method.safetensors", "is missing")
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize(
     "file", ["step-0000002/optimizer.safetensors", "step-0000002/adapter_model.safetensors"]
 )
-def test_a_damaged_checkpoint_of_an_unfinished_run_is_never_used(
+def test_a_damaged_checkpoint_is_never_resumed(
     made: tuple[Chain, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -281,7 +281,7 @@ def test_a_damaged_checkpoint_of_an_unfinished_run_is_never_used(
     file: str,
     how: str,
 ) -> None:
-    """The run starts afresh, says so in one line, and ends with the same numbers."""
+    """The run restarts, prints one warning, and ends with the same numbers."""
     from forgetting.training import run_group
 
     chain, folder = made
@@ -311,11 +311,11 @@ def test_a_damaged_checkpoint_of_an_unfinished_run_is_never_used(
     chain.run()
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     (line,) = [line for line in lines if str(path) in line]
-    assert "the run starts afresh" in line
+    assert "the run starts from the beginning" in line
     assert results() == expected
 
 
-def test_a_damaged_store_of_tokens_is_written_again(
+def test_a_damaged_tokenized_dataset_is_written_again(
     made: tuple[Chain, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     chain, folder = made
@@ -338,14 +338,14 @@ def test_a_damaged_store_of_tokens_is_written_again(
 
 
 def benchmarked(folder: Path) -> None:
-    """The results of a benchmark job, and the outcomes of its two programs."""
+    """Write the results of a benchmark job, and the outcomes of its two programs."""
     programs = [Program("humaneval", f"made/{n}", n, 0, "x = 1", "assert x") for n in range(2)]
     score = {"metric": "acc,none", "main": True, "value": 1.0, "stderr": 0.1, "n": 1, "chance": 0.5}
     item = {"task": "sciq", "item": 0, "metric": "acc,none", "value": 1.0}
     write_table(folder / "scores.parquet", pd.DataFrame([{"task": "sciq", **score}]))
     write_table(folder / "items.parquet", pd.DataFrame([item]))
-    described = describe(programs, {"humaneval": PassRate()})
-    write_json(folder / "programs.json", described)
+    description = describe(programs, {"humaneval": PassRate()})
+    write_json(folder / "programs.json", description)
     tasks = {"sciq": {"num_fewshot": 0}, "humaneval": {"num_fewshot": 0}}
     record = {"model": {"run": "base", "step": 0}, "notes": [], "tasks": tasks}
     write_json(folder / "record.json", record)
@@ -367,15 +367,15 @@ FILES = ["scores.parquet", "items.parquet", "programs.json", "record.json", "out
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
-def test_damaged_results_of_benchmarks_are_named(tmp_path: Path, file: str, how: str) -> None:
+def test_damaged_benchmark_results_are_named(tmp_path: Path, file: str, how: str) -> None:
     benchmarked(tmp_path)
     _, items, _ = benchmark_tables([tmp_path], {"base": {}})
     assert len(items) == 3
     DAMAGES[how](tmp_path / file)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as error:
         benchmark_tables([tmp_path], {"base": {}})
-    assert str(told.value).startswith(f"{tmp_path / file} ")
-    assert f"run `rm -rf {tmp_path / file}`, then repeat the command" in str(told.value)
+    assert str(error.value).startswith(f"{tmp_path / file} ")
+    assert f"run `rm -rf {tmp_path / file}`, then repeat the command" in str(error.value)
 
 
 def test_outcomes_that_lack_a_program_are_named(tmp_path: Path) -> None:
@@ -404,20 +404,20 @@ def test_damaged_tables_of_the_page_are_named(tmp_path: Path, file: str, how: st
 
 @pytest.fixture
 def model(base_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny base, and `base.json` beside it."""
+    """A copy of the tiny base, with `base.json` in the parent folder."""
     folder = tmp_path / "model"
     shutil.copytree(base_folder, folder)
     record_base(tmp_path / "base.json", folder)
     return folder
 
 
-def test_a_file_that_is_new_in_the_folder_of_the_base_is_named(model: Path) -> None:
+def test_a_new_file_in_the_folder_of_the_base_is_named(model: Path) -> None:
     read_base(model.parent / "base.json")
     (model / "merges.txt").write_text("a b")
     (model / "README.md").write_text("not read by anybody")
-    with pytest.raises(InputError, match=r"merges\.txt .*was recorded") as told:
+    with pytest.raises(InputError, match=r"merges\.txt .*was recorded") as error:
         read_base(model.parent / "base.json")
-    assert "put the recorded file back, or run `rm -rf " in str(told.value)
+    assert "put the recorded file back, or run `rm -rf " in str(error.value)
     (model / "merges.txt").unlink()
     read_base(model.parent / "base.json")
 
@@ -426,12 +426,12 @@ def test_a_downloaded_base_is_downloaded_again(model: Path) -> None:
     record = model.parent / "base.json"
     write_json(record, {**read_json(record), "downloaded": True})
     flip(model / "model.safetensors")
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as error:
         read_base(record)
-    assert f"run `rm -rf {model} {record}`" in str(told.value)
+    assert f"run `rm -rf {model} {record}`" in str(error.value)
 
 
-def test_another_number_of_parameters_than_recorded_is_refused(model: Path) -> None:
+def test_a_wrong_number_of_parameters_is_refused(model: Path) -> None:
     import torch
 
     from forgetting.models.loading import load_base
@@ -453,10 +453,10 @@ def test_sha256sum_reads_the_record(tmp_path: Path) -> None:
     assert subprocess.run(check, cwd=tmp_path, check=False, capture_output=True).returncode == 1
 
 
-def test_a_copy_without_hidden_files_is_told(
+def test_a_copy_without_hidden_files_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And accepted where a storage plugin makes the copies."""
+    """It is accepted where a storage plugin makes the copies."""
     path = tmp_path / "a.json"
     path.write_text("[1]")
     with pytest.raises(InputError, match=r"has no recorded sha256 \(\.a\.json\.sha256; copies"):
@@ -465,7 +465,7 @@ def test_a_copy_without_hidden_files_is_told(
     assert read_json(path) == [1]
 
 
-def test_a_table_of_the_users_needs_no_record_but_one_of_ours_must_fit(tmp_path: Path) -> None:
+def test_only_tables_with_a_record_are_verified(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"a": 1}\n')
     assert read_jsonl(path) == [{"a": 1}]
@@ -476,10 +476,10 @@ def test_a_table_of_the_users_needs_no_record_but_one_of_ours_must_fit(tmp_path:
 
 
 @pytest.mark.parametrize("old", [None, "old"])
-def test_a_writer_killed_at_any_moment_leaves_a_file_that_fits_its_record(
+def test_a_killed_writer_leaves_a_file_that_fits_its_record(
     tmp_path: Path, old: str | None
 ) -> None:
-    """Killed at every system call that changes a name, one after the other."""
+    """Kills come at every system call that changes a name, one after the other."""
     path, ends = tmp_path / "a.json", set()
     code = """
 import os, pathlib, sys
@@ -517,7 +517,7 @@ write_json(path, "new")
     assert len(record_path(path).read_text().splitlines()) == 1
 
 
-def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     folder = tmp_path / "selected"
 
     def write(content: str, *, fail: bool = False) -> None:
@@ -537,7 +537,7 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["selected"]
 
 
-def test_a_folder_comes_back_that_was_aside_when_its_writer_was_killed(
+def test_a_folder_moved_by_a_killed_writer_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rename = tmp_path / "selected", Path.rename

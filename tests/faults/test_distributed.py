@@ -45,10 +45,11 @@ from forgetting.training.distributed import (
     ProcessGroup,
     split_by_tokens,
 )
-from forgetting.training.run_group import RunContext, RunGroupConfig, run_group_items, run_key
+from forgetting.training.run_group import RunContext, RunGroupConfig, run_key
+from forgetting.training.training_job import run_group_items
 from support.benchmark_rows import sciq
 from support.processes import FORKS, Stopped, together, train, train_together, weights
-from support.run_groups import examples_in, record_base, told
+from support.run_groups import examples_in, record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -352,7 +353,7 @@ def _trunk_and_branch(spec: RunGroupConfig, context: RunContext, state: Path) ->
         """Nothing is looked at."""
 
     try:
-        trunks = train_trunks([spec], told, {"base": "b"}, state, tell)
+        trunks = train_trunks(spec, told, {"base": "b"}, state, tell)
         return train_cooldowns(spec, 1.0, trunks, told, {"base": "b"}, state, tell)
     finally:
         joined.destroy()
@@ -579,7 +580,7 @@ def launched(
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         options = {
-            "spec": told(spec),
+            "spec": spec.model_dump_json(),
             "versions": "c",
             "base": tmp_path / "base.json",
             "base-items": tmp_path / "base.parquet",

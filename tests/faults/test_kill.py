@@ -1,7 +1,7 @@
 """The fine-tuning program, killed by the kernel and on a disk that is really full.
 
-test_train.py ends runs at chosen lines of code; here processes get SIGKILL at moments that nobody
-chose, also in the middle of writing a checkpoint, and are started again until they end.
+test_trainer.py ends runs at chosen lines of code. Here processes get SIGKILL at random moments,
+also in the middle of writing a checkpoint, and are restarted until they end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from forgetting.digests import is_record
 from forgetting.io import write_jsonl, write_table
 from forgetting.training.run_group import RunGroupConfig
 from support.benchmark_rows import sciq
-from support.run_groups import record_base, told
+from support.run_groups import record_base
 from support.small_disk import small_disk
 
 Rows = list[dict[str, Any]]
@@ -48,8 +48,8 @@ FULL = Method(
 )
 
 
-class Nursery:
-    """Starts the program; see fork_server.py."""
+class ForkServer:
+    """Start the program in forks of one process; see support/fork_server.py."""
 
     def __init__(self) -> None:
         environment = {
@@ -65,17 +65,17 @@ class Nursery:
             text=True,
             env=environment,
         )
-        self._answer()  # It has imported what it needs.
+        self._answer()  # the server has imported the program
 
     def start(self, arguments: list[str], log: Path) -> int:
-        """The process id of a new start."""
+        """Start the program and return its process id."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps({"arguments": arguments, "log": str(log)}) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def wait(self) -> int:
-        """The exit status, or minus the signal that ended it."""
+        """Return the exit status, or minus the signal that ended the program."""
         return self._answer()
 
     def _answer(self) -> int:
@@ -84,38 +84,38 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """One for all tests, closed at the end."""
-    nursery = Nursery()
-    yield nursery
-    nursery.process.communicate(timeout=60)
+def fork_server() -> Iterator[ForkServer]:
+    """One server for all tests, closed at the end."""
+    fork_server = ForkServer()
+    yield fork_server
+    fork_server.process.communicate(timeout=60)
 
 
 @dataclass
 class Program:
-    """The program with all that it reads, and a folder for what it writes."""
+    """The program with its inputs, and a folder for its outputs."""
 
-    nursery: Nursery
+    fork_server: ForkServer
     inputs: Path
-    spec: RunGroupConfig
+    config: RunGroupConfig
     folder: Path
-    asked: dict[str, Path] = field(default_factory=dict)
-    """Benchmarks of every evaluation, with their rows."""
+    benchmarks: dict[str, Path] = field(default_factory=dict)
+    """In-training benchmarks, with their rows."""
 
     @property
     def state(self) -> Path:
-        """Where runs and checkpoints lie."""
+        """Return the folder of runs and checkpoints."""
         return self.folder / "state"
 
     @property
     def log(self) -> Path:
-        """What the last start printed."""
+        """Return the file with the output of the last start."""
         return self.folder.with_suffix(".log")
 
     def start(self) -> int:
-        """The process id of a new start."""
+        """Start the program and return its process id."""
         options = {
-            "spec": told(self.spec),
+            "spec": self.config.model_dump_json(),
             "versions": "c",
             "base": self.inputs / "base.json",
             "base-items": self.inputs / "base_items.parquet",
@@ -126,28 +126,28 @@ class Program:
             "runs": self.folder / "runs.json",
             "checkpoints": self.folder / "checkpoints.json",
         }
-        if not self.spec.method.mitigation:
+        if not self.config.method.mitigation:
             del options["general"]
-        if self.asked:
-            tasks = {name: {"num_fewshot": 0, "limit": 6} for name in self.asked}
+        if self.benchmarks:
+            tasks = {name: {"num_fewshot": 0, "limit": 6} for name in self.benchmarks}
             options["during-training"] = json.dumps({"tasks": tasks, "batch_size": 2})
             options["benchmarks"] = self.folder / "benchmarks.parquet"
         arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
         arguments += [
             "--during-training-rows",
-            *(f"{name}={rows}" for name, rows in self.asked.items()),
+            *(f"{name}={rows}" for name, rows in self.benchmarks.items()),
         ]
-        return self.nursery.start(arguments, self.log)
+        return self.fork_server.start(arguments, self.log)
 
     def run(self) -> int:
-        """Start it and wait for the end; the exit status."""
+        """Start the program, wait for its end and return the exit status."""
         self.start()
-        return self.nursery.wait()
+        return self.fork_server.wait()
 
 
 @pytest.fixture
 def program(
-    nursery: Nursery, base_folder: Path, rows: Rows, tuning: Method, tmp_path: Path
+    fork_server: ForkServer, base_folder: Path, rows: Rows, tuning: Method, tmp_path: Path
 ) -> Program:
     """Two learning rates with dropout and replay for four epochs, and an evaluation in each."""
     inputs = tmp_path / "inputs"
@@ -163,7 +163,7 @@ def program(
     mitigation = MitigationConfig.model_validate(
         {"replay": {"table": "world/general", "ratio": 0.3}}
     )
-    spec = RunGroupConfig(
+    config = RunGroupConfig(
         method=tuning.model_copy(update={"hyperparameters": settings, "mitigation": mitigation}),
         seed=3,
         prompt=PromptConfig(),
@@ -174,15 +174,15 @@ def program(
         knowledge={"new": "new", "old": "old"},
         columns={"world/general": ColumnsConfig()},
     )
-    return Program(nursery, inputs, spec, tmp_path / "run")
+    return Program(fork_server, inputs, config, tmp_path / "run")
 
 
-def _elsewhere(program: Program, name: str) -> Program:
+def _in_folder(program: Program, name: str) -> Program:
     return replace(program, folder=program.folder.with_name(name))
 
 
-def _uninterrupted(program: Program) -> Program:
-    reference = _elsewhere(program, "reference")
+def _run_without_kills(program: Program) -> Program:
+    reference = _in_folder(program, "reference")
     assert reference.run() == 0, reference.log.read_text()
     return reference
 
@@ -196,11 +196,11 @@ def _records(program: Program) -> list[dict[str, Any]]:
     return [{key: value for key, value in r.items() if key not in MEASURED} for r in records]
 
 
-def _same_end(program: Program, reference: Program) -> None:
-    """Losses, items and weights are equal bit for bit, and nothing else is left on the disk."""
+def _assert_same_end(program: Program, reference: Program) -> None:
+    """Assert that losses, items and weights are bit-identical and no other file is left."""
     assert _records(program) == _records(reference)
     assert {record["status"] for record in _records(program)} == {"ok"}
-    for name in ("items", *(["benchmarks"] if reference.asked else [])):
+    for name in ("items", *(["benchmarks"] if reference.benchmarks else [])):
         tables = [pd.read_parquet(p.folder / f"{name}.parquet") for p in (program, reference)]
         assert len(tables[0])
         pd.testing.assert_frame_equal(*tables, check_exact=True)
@@ -216,9 +216,9 @@ def _same_end(program: Program, reference: Program) -> None:
 
 
 def _kill_when(pid: int, there: Callable[[], bool], delay: float) -> None:
-    """SIGKILL some time after something appears and before it goes, if the process lives to see it.
+    """Send SIGKILL a delay after a condition becomes true, if it still holds then.
 
-    The process is stopped before it is looked at again, so that it is killed there and not later.
+    The process is suspended before the condition is checked again, so that the kill is not late.
     """
     process = psutil.Process(pid)
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -235,10 +235,12 @@ def _kill_when(pid: int, there: Callable[[], bool], delay: float) -> None:
         process.resume()
 
 
-def _moment(state: Path, kind: str, draw: random.Random, seconds: float) -> Callable[[], bool]:
-    """Tells when to kill: some time after the start, or when a file of a kind is being written.
+def _kill_condition(
+    state: Path, kind: str, draw: random.Random, seconds: float
+) -> Callable[[], bool]:
+    """Return a condition for a kill: some time after the start, or a file of a kind appears.
 
-    With some luck not the first such file, so that a run gets on between two kills.
+    The file is the first or the second of its kind, so that a run advances between kills.
     """
     at = time.monotonic() + draw.uniform(0.0, seconds)
     if kind == "any time":
@@ -246,28 +248,30 @@ def _moment(state: Path, kind: str, draw: random.Random, seconds: float) -> Call
     left, seen = draw.randrange(2), set[str]()
 
     def there() -> bool:
-        found = {path.name for path in state.glob(f"*/*/*/*/{kind}")}
-        seen.update(found)
-        return bool(found) and len(seen) > left
+        present = {path.name for path in state.glob(f"*/*/*/*/{kind}")}
+        seen.update(present)
+        return bool(present) and len(seen) > left
 
     return there
 
 
-def _kill_again_and_again(
+def _assert_kills_change_nothing(
     program: Program, kinds: list[str], reference: Program, seconds: float
 ) -> None:
-    """One kill of each kind, in this order; a program that ends before it is started from nothing.
+    """Kill the program once for each kind, in this order; whenever it ends, compare its results.
 
-    Whenever it ends, it must have ended like the one that was not killed.
+    A program that ends before its kill is started from nothing.
     """
     draw, left = random.Random(0), list(kinds)
     for _ in range(3 * len(kinds)):
         pid = program.start()
         if left:
-            _kill_when(pid, _moment(program.state, left[0], draw, seconds), draw.uniform(0, 0.02))
-        status = program.nursery.wait()
+            _kill_when(
+                pid, _kill_condition(program.state, left[0], draw, seconds), draw.uniform(0, 0.02)
+            )
+        status = program.fork_server.wait()
         if status == 0:
-            _same_end(program, reference)
+            _assert_same_end(program, reference)
             if not left:
                 return
             shutil.rmtree(program.folder)
@@ -277,38 +281,38 @@ def _kill_again_and_again(
     pytest.fail(f"the program was never killed in the middle of {left[0]}")
 
 
-def test_a_killed_program_ends_like_one_that_was_not(program: Program) -> None:
-    """Two kills in the middle of a checkpoint, one while a table is written, one at any time."""
+def test_a_killed_program_ends_with_the_same_bits(program: Program) -> None:
+    """Two kills come within a checkpoint, one within a table, and one at any time."""
     started = time.monotonic()
-    reference = _uninterrupted(program)
+    reference = _run_without_kills(program)
     kinds = [".step-*", ".items-*.partial", "any time", ".step-*"]
-    _kill_again_and_again(program, kinds, reference, time.monotonic() - started)
+    _assert_kills_change_nothing(program, kinds, reference, time.monotonic() - started)
 
 
-def test_what_is_asked_along_is_the_same_after_kills(program: Program) -> None:
-    """Items of benchmarks at every evaluation, as they lie beside those of the probes."""
+def test_in_training_benchmarks_are_equal_after_kills(program: Program) -> None:
+    """The items of in-training benchmarks are in the tables of the probes."""
     rows = program.inputs / "rows" / "sciq"
     for split in ("validation", "test"):
         write_jsonl(rows / f"{split}.jsonl", sciq(6))
-    program.asked = {"sciq": rows}
+    program.benchmarks = {"sciq": rows}
     started = time.monotonic()
-    reference = _uninterrupted(program)
+    reference = _run_without_kills(program)
     table = pd.read_parquet(reference.folder / "benchmarks.parquet")
     assert len(table) == 2 * 4 * 6  # runs, evaluations, items
     kinds = [".items-*.partial", ".step-*", "any time"]
-    _kill_again_and_again(program, kinds, reference, time.monotonic() - started)
+    _assert_kills_change_nothing(program, kinds, reference, time.monotonic() - started)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_twenty_kills_change_no_bit(program: Program, kind: str) -> None:
-    """At any time, and within the writing of whatever is written."""
+    """Kills come at any time, and within the writing of every kind of file."""
     if kind == "full":
-        program.spec = program.spec.model_copy(update={"method": FULL})
+        program.config = program.config.model_copy(update={"method": FULL})
     started = time.monotonic()
-    reference = _uninterrupted(program)
+    reference = _run_without_kills(program)
     kinds = [".step-*", "any time", ".items-*.partial", "any time", ".run.json.*.partial"] * 4
-    _kill_again_and_again(program, kinds, reference, time.monotonic() - started)
+    _assert_kills_change_nothing(program, kinds, reference, time.monotonic() - started)
 
 
 # --- a full disk --------------------------------------------------------------------------------
@@ -316,7 +320,7 @@ def test_twenty_kills_change_no_bit(program: Program, kind: str) -> None:
 
 @pytest.fixture
 def resize(program: Program) -> Iterator[Callable[[int], None]]:
-    """Mounts a file system of so many KiB where the program writes, or changes its size."""
+    """Mount a file system of a size in KiB where the program writes, and resize it."""
     program.folder.mkdir()
     with small_disk(program.folder) as resize:
         yield resize
@@ -326,23 +330,23 @@ def resize(program: Program) -> Iterator[Callable[[int], None]]:
     ("kind", "shares"),
     [("lora", [1, 3, 6, 8]), pytest.param("full", [1, 3], marks=pytest.mark.slow)],
 )
-def test_a_full_disk_is_told_and_once_there_is_room_the_run_goes_on(
+def test_a_run_resumes_once_a_full_disk_has_room(
     program: Program, resize: Callable[[int], None], kind: str, shares: list[int]
 ) -> None:
-    """Room is made bit by bit: the disk is full at weights, at tables, at the optimizer's state."""
+    """The disk grows step by step: it is full at weights, at tables, at the optimizer's state."""
     if kind == "full":
-        program.spec = program.spec.model_copy(update={"method": FULL})
-    reference = _uninterrupted(program)
+        program.config = program.config.model_copy(update={"method": FULL})
+    reference = _run_without_kills(program)
     needed = sum(path.stat().st_size for path in reference.folder.rglob("*")) // 1024
     for share in shares:
         resize(share * needed // 8)
         assert program.run() == 1
-        told = program.log.read_text().splitlines()
-        (error,) = [line for line in told if not line.startswith(f"{program.spec.method.name}/")]
+        lines = program.log.read_text().splitlines()
+        (error,) = [line for line in lines if not line.startswith(f"{program.config.method.name}/")]
         assert error.startswith(f"error: {program.folder}")
         assert "No space left on device" in error
         hidden = [path for path in program.folder.rglob(".*") if not is_record(path)]
-        assert not hidden, "something half written was left"
+        assert not hidden, "an incomplete file was left"
     resize(8 * needed)
     assert program.run() == 0
-    _same_end(program, reference)
+    _assert_same_end(program, reference)

@@ -45,7 +45,7 @@ from golden.invented_results import (
 from golden.make_losses import draw
 from scripts import benchmark, evaluate_base, generate_microworld, prepare_data, pretrain_base
 from support.benchmark_rows import sciq
-from support.run_groups import materials_of, record_base
+from support.run_groups import record_base, run_context
 
 FOLDER = Path(__file__).with_name("stages")
 RELATIVE, ABSOLUTE = 1e-4, 1e-7
@@ -212,7 +212,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 def train(folder: Path) -> dict[str, Any]:
     """Train some steps of several methods; `lora` and `full` have the default settings."""
     base = write_base(folder / "base")
-    context = materials_of(
+    context = run_context(
         base,
         load_tokenizer(base),
         ROWS,
@@ -232,7 +232,7 @@ def train(folder: Path) -> dict[str, Any]:
             **{key: getattr(study, key) for key in ("prompt", "training", "evaluation")},
             **{key: getattr(study, key) for key in ("selection", "precision")},
         )
-        records = train_run_group([spec], context, {}, folder / name, lambda *_: None)
+        records = train_run_group(spec, context, {}, folder / name, lambda *_: None)
         found[name] = [
             {
                 **{key: record[key] for key in ("losses", "penalties", "evaluations", "status")},

@@ -1,9 +1,9 @@
-"""Start finetune.py many times at the price of one: import it once, fork for every start.
+"""Start finetune.py many times at the price of one import: fork for every start.
 
-Reads requests from standard input, one JSON object a line with the program's arguments and the file
-that takes its output; answers with the process id, and with the exit status once it has ended. A
-child is a process like any other: it can be stopped and killed. Its disk is slow, so that there is
-time to kill it while it writes.
+The server reads requests from standard input: one JSON object a line, with the arguments of the
+program and the file for its output. It answers with the process id, and at the end with the exit
+status. A child is an ordinary process, which can be stopped and killed. Its disk is slow, so that
+there is time to kill it while it writes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SYNC = os.fsync
 
 
 def slow_sync(handle: int) -> None:
-    """As on a disk that turns."""
+    """Sync as slowly as a hard disk."""
     time.sleep(0.005)
     SYNC(handle)
 
 
 def run(arguments: list[str], log: str) -> int:
-    """The program's exit status, as the interpreter would give it."""
+    """Run the program and return its exit status, as the interpreter would."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

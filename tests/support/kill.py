@@ -1,4 +1,4 @@
-"""Ends a program in the middle of what it does, without a process of its own."""
+"""End a program at a chosen call of a function, within the process of the test."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import pytest
 BEFORE_AND_AFTER = pytest.mark.parametrize(
     "after", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["before", "after"]
 )
-"""Where a test calls `kill_at`. What is there after a call is what is there before the next one,
-so that `make test` kills before calls alone."""
+"""Parameters of tests that call `kill_at`.
+
+The files after one call are those before the next one, so `make test` kills before calls only.
+"""
 
 
 class Killed(BaseException):
-    """What stands for the end of the process: nothing in the library may catch it."""
+    """Represents the end of the process; nothing in the library may catch it."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool) -> None:
-    """End the process at a call of a function: before it does its work, or just after."""
+    """Raise `Killed` at a call of a function, before or after its work."""
     original, count = getattr(owner, name), 0
 
     def deadly(*args: Any, **kwargs: Any) -> Any:

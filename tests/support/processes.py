@@ -126,7 +126,7 @@ def train_together(
     process_group = ProcessGroup.init()
     try:
         return train_run_group(
-            [spec], replace(context, process_group=process_group), {"base": "b"}, state, tell
+            spec, replace(context, process_group=process_group), {"base": "b"}, state, tell
         )
     finally:
         process_group.destroy()

@@ -1,9 +1,7 @@
-"""What tests train as a run group: the tiny base on eight rows, two epochs of two steps, "
-"float32."""
+"""Run groups for tests: the tiny base, eight rows, two epochs of two steps, float32."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from forgetting.training.run_group import RunContext, RunGroupConfig
 
 
 def record_base(path: Path, folder: Path, identity: str = "b") -> None:
-    """Write the record of a base, as the job does that adopts it."""
+    """Write the record of a base model, as the job does that registers it."""
     files, _ = model_identity(folder)
     write_json(
         path,
@@ -41,33 +39,35 @@ def record_base(path: Path, folder: Path, identity: str = "b") -> None:
 
 
 def digests_in(checkpoint: Path) -> dict[str, str]:
-    """What a selection records of a checkpoint's files."""
+    """Return the digests that a selection records for the files of a checkpoint."""
     return sha256_of_all(visible_files(checkpoint))[0] if checkpoint.exists() else {}
 
 
-def materials_of(
+def run_context(
     base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **changes: Any
 ) -> RunContext:
-    """Eight rows to learn, two of which are asked; what differs is given by name."""
-    usual: dict[str, Any] = {
+    """Return a context with eight rows to learn and two probe rows; `changes` are its fields."""
+    defaults: dict[str, Any] = {
         "train": rows[:8],
         "probes": {"new": rows[:2]},
         "base_value": 0.1,
         "device": torch.device("cpu"),
         "precision": torch.float32,
     }
-    return RunContext(base=base, tokenizer=tokenizer, **usual | changes)
+    return RunContext(base=base, tokenizer=tokenizer, **defaults | changes)
 
 
-def spec_of(
-    tuning: Method, settings: Sequence[Hyperparameters], fused: str, **changes: Any
+def run_group_config(
+    method: Method, settings: Sequence[Hyperparameters], batched_lora: str, **changes: Any
 ) -> RunGroupConfig:
-    """A run group of these settings; `changes` are those of the method."""
+    """Return a run group with these hyperparameters; `changes` are fields of the method."""
     return RunGroupConfig(
-        method=tuning.model_copy(update={"hyperparameters": list(settings), **changes}),
+        method=method.model_copy(update={"hyperparameters": list(settings), **changes}),
         seed=0,
         prompt=PromptConfig(),
-        training=TrainingConfig(epochs=2.0, batch_size=4, warmup_epochs=0.0, batched_lora=fused),
+        training=TrainingConfig(
+            epochs=2.0, batch_size=4, warmup_epochs=0.0, batched_lora=batched_lora
+        ),
         evaluation=EvaluationConfig(max_new_tokens=4),
         selection=SelectionConfig(probe="new"),
         precision="float32",
@@ -76,13 +76,5 @@ def spec_of(
 
 
 def examples_in(batch: Batch) -> int:
-    """How many examples a pass has, in rows of their own or side by side in one."""
+    """Return the number of examples of a batch, padded or padding-free."""
     return int((batch.positions == 0).sum()) if batch.layout else len(batch.ids)
-
-
-def told(*specs: RunGroupConfig) -> str:
-    """What the program is told of a run group: what its methods and seeds have in common, "
-    "and each."""
-    common = specs[0].model_dump(mode="json", exclude={"method", "seed"})
-    members = [spec.model_dump(mode="json", include={"method", "seed"}) for spec in specs]
-    return json.dumps(common | {"members": members})

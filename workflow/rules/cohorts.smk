@@ -22,20 +22,16 @@ def general_options(wildcards):
 def run_group_spec(wildcards):
     """Return what the job needs of the study, with its method and seed."""
     tuning = TUNINGS[wildcards.method]
-    told = sections("prompt", "training", "evaluation", "selection", "precision")
+    settings = sections("prompt", "training", "evaluation", "selection", "precision")
     # A changed `training.batched_lora` reruns only the methods that it affects.
-    fused = may_batch(tuning, STUDY.training)
-    told["training"]["batched_lora"] = "auto" if fused else "never"
+    batched = may_batch(tuning, STUDY.training)
+    settings["training"]["batched_lora"] = "auto" if batched else "never"
     return as_json(
-        told,
+        settings,
         knowledge={name: probe.knowledge for name, probe in STUDY.probes.items()},
         columns=columns(general_tables(wildcards)),
-        members=[
-            {
-                "method": tuning.model_dump(mode="json", exclude_defaults=True),
-                "seed": int(wildcards.seed),
-            }
-        ],
+        method=tuning.model_dump(mode="json", exclude_defaults=True),
+        seed=int(wildcards.seed),
     )
 
 

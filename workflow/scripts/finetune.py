@@ -1,8 +1,8 @@
-"""Train one run group: all learning rates and weight decays of a method and seed, or of several.
+"""Train one run group: all learning rates and weight decays of a method and seed.
 
-Started alone, or several times by `python -m forgetting.training.launch`, to train each run
-together. Finished runs and checkpoints are kept in a folder that is no output of the rule, so that
-a retry goes on where the job was killed.
+`python -m forgetting.training.launch` starts several processes, which train each run together.
+Finished runs and checkpoints are kept in a folder that is not an output of the rule, so that a
+retry resumes where the job was killed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from forgetting.io import write_json, write_table
 from forgetting.models.loading import silence_libraries
 from forgetting.training.branches import train_trunks
 from forgetting.training.distributed import ProcessGroup
-from forgetting.training.run_group import run_group_items, train_run_group, write_checkpoint_index
-from forgetting.training.training_job import ProgressLogger, add_training_options, read_training_job
+from forgetting.training.run_group import train_run_group
+from forgetting.training.training_job import (
+    ProgressLogger,
+    add_training_options,
+    read_training_job,
+    run_group_items,
+    write_checkpoint_index,
+)
 
 
 @reports_input_errors
@@ -28,9 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     process_group = ProcessGroup.init()
     with process_group.report_once():
         job = read_training_job(options, process_group)
-        train = train_trunks if job.configs[0].training.durations else train_run_group
+        train = train_trunks if job.config.training.durations else train_run_group
         records = train(
-            job.configs, job.context, job.inputs, options.state, ProgressLogger(process_group)
+            job.config, job.context, job.inputs, options.state, ProgressLogger(process_group)
         )
         if process_group.is_main:
             items, benchmarks = run_group_items(records)

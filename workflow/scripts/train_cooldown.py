@@ -1,8 +1,6 @@
-"""Train the branches of one duration: every run of a run group, from its trunk to the end of its
-cooldown.
+"""Train the cooldown branches of one duration, for every run of a run group.
 
-Started alone or several times, like the program of the trunks. Like them, branches are kept in a
-folder that is no output of the rule, and go on where they were killed.
+Processes, finished runs and checkpoints are those of `finetune.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +13,13 @@ from forgetting.io import read_json, write_json, write_table
 from forgetting.models.loading import silence_libraries
 from forgetting.training.branches import train_cooldowns
 from forgetting.training.distributed import ProcessGroup
-from forgetting.training.run_group import run_group_items, write_checkpoint_index
-from forgetting.training.training_job import ProgressLogger, add_training_options, read_training_job
+from forgetting.training.training_job import (
+    ProgressLogger,
+    add_training_options,
+    read_training_job,
+    run_group_items,
+    write_checkpoint_index,
+)
 
 
 @reports_input_errors
@@ -32,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     with process_group.report_once():
         job = read_training_job(options, process_group)
         records = train_cooldowns(
-            job.configs[0],
+            job.config,
             options.duration,
             read_json(options.trunks),
             job.context,

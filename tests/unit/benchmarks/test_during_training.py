@@ -33,10 +33,11 @@ from forgetting.models.loading import load_base
 from forgetting.models.tuned import load_tuned, merged_adapter
 from forgetting.results.churn import churn_table
 from forgetting.results.trajectories import benchmark_trajectory_items, benchmark_trajectory_table
-from forgetting.training.run_group import run_group_items, train_run_group
+from forgetting.training.run_group import train_run_group
+from forgetting.training.training_job import run_group_items
 from scripts import evaluate_base
 from support.benchmark_rows import sciq
-from support.run_groups import materials_of, record_base, spec_of
+from support.run_groups import record_base, run_context, run_group_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,11 +90,11 @@ def trained(
     ) -> list[dict[str, Any]]:
         settings = [Hyperparameters(learning_rate=rate) for rate in rates]
         changes = {"precision": getattr(torch, precision), "training_benchmarks": along}
-        context = materials_of(base_folder, tokenizer, rows, **changes)
-        spec = spec_of(tuning, settings, fused, **method)
+        context = run_context(base_folder, tokenizer, rows, **changes)
+        spec = run_group_config(tuning, settings, fused, **method)
         spec = spec.model_copy(update={"precision": precision})
         inputs = {"base": "a", "train": "b", "versions": "c"}
-        return train_run_group([spec], context, inputs, tmp_path / folder, lambda *_: None)
+        return train_run_group(spec, context, inputs, tmp_path / folder, lambda *_: None)
 
     return train
 

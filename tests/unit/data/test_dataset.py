@@ -307,7 +307,7 @@ def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
         device=torch.device("cpu"),
         precision=torch.float32,
     )
-    (done,) = train_run_group([spec], context, {}, tmp_path / "state", lambda *_: None)
+    (done,) = train_run_group(spec, context, {}, tmp_path / "state", lambda *_: None)
     joined = sum(len(encode_text(tokenizer, text).ids) for text in TEXTS)
     talk = len(encode_messages(tokenizer, PromptConfig(), TALK, 32).ids)
     assert done["tokens"] == pytest.approx(3 * (joined + talk), abs=3 * len(TEXTS))

@@ -278,7 +278,7 @@ def run_group(
     )
 
     def run(state: Path, tell: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-        (record,) = train_run_group([spec], context, {}, state, tell)
+        (record,) = train_run_group(spec, context, {}, state, tell)
         return record
 
     return run

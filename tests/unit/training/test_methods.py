@@ -237,7 +237,7 @@ def test_a_run_group_trains_it_and_keeps_only_weights(
         general_text={"a/b": rows[7:]},
     )
     spec = RunGroupConfig.model_validate_json(spec.model_dump_json())
-    records = train_run_group([spec], context, {}, tmp_path, lambda *_: None)
+    records = train_run_group(spec, context, {}, tmp_path, lambda *_: None)
     assert [record["status"] for record in records] == ["ok", "ok"]
     assert records[0]["losses"][0] == records[1]["losses"][0]
     for record in records:

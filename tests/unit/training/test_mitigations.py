@@ -760,10 +760,10 @@ def test_a_run_group_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str)
         general_text={"world/documents": [{"id": "d/0", "text": "Oslo."}, rows[8]]},
     )
     spec = RunGroupConfig.model_validate_json(spec.model_dump_json())
-    both = train_run_group([spec], context, {}, gym.work / "both", lambda *_: None)
+    both = train_run_group(spec, context, {}, gym.work / "both", lambda *_: None)
     second = tuning.model_copy(update={"hyperparameters": tuning.hyperparameters[1:]})
     (alone,) = train_run_group(
-        [spec.model_copy(update={"method": second})],
+        spec.model_copy(update={"method": second}),
         context,
         {},
         gym.work / "one",

@@ -137,9 +137,7 @@ class MethodConfig(ConfigModel):
             self.selected_hyperparameters.learning_rate not in self.learning_rate
             or self.selected_hyperparameters.weight_decay not in self.weight_decay
         ):
-            raise ValueError(
-                "`selected_hyperparameters` are not among the hyperparameters of this method's sweep"
-            )
+            raise ValueError("`selected_hyperparameters` are not in the sweep of this method")
         return self
 
     @model_validator(mode="after")

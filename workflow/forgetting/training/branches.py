@@ -1,17 +1,18 @@
-"""Runs of several durations that share a trunk: what they have in common is trained once.
+"""Runs of several durations that share a trunk, so that their common steps are trained once.
 
-With the schedules wsd and inverse_sqrt a run does what every longer one does, until its
-cooldown starts. So one run without a cooldown is trained for all, the trunk, and stores its state
-where a duration's cooldown starts. The branch of a duration is the ordinary run of so many epochs,
-put in a folder with that state: it goes on from there as if it had been killed there, and ends as
-if nothing had been (Biderman et al. 2024, arXiv 2405.09673, continued pretraining).
+With the schedules wsd and inverse_sqrt, a run does the same steps as every longer run until its
+cooldown starts. The trunk is one run without a cooldown; it stores a checkpoint where the cooldown
+of each duration starts. The branch of a duration is the ordinary run of that duration, placed in a
+folder with this checkpoint. It resumes there and ends bit-identical to a run without a trunk.
+
+Reference: Biderman et al. 2024, arXiv 2405.09673 (continued pretraining).
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,150 +40,169 @@ from forgetting.training.run_group import (
 )
 
 
-def single_duration(spec: RunGroupConfig, duration: float) -> RunGroupConfig:
-    """The run group whose runs are trained for one duration, and for nothing else."""
-    # One after the other, as the trunks: a branch that goes on from one has the same bits.
-    alone = {"epochs": duration, "durations": [], "batched_lora": "never"}
-    training = spec.training.model_copy(update=alone)
-    return spec.model_copy(update={"training": training})
+def single_duration(config: RunGroupConfig, duration: float) -> RunGroupConfig:
+    """Return the run group whose runs are trained for one duration only."""
+    # Not batched, as trunks are not, so that a branch is bit-identical to its run.
+    changes = {"epochs": duration, "durations": [], "batched_lora": "never"}
+    training = config.training.model_copy(update=changes)
+    return config.model_copy(update={"training": training})
 
 
-def _branches(spec: RunGroupConfig, duration: float) -> RunGroupConfig:
-    """The same under a name of its own, so that its folders are apart from other durations'."""
-    name = f"{duration_name(duration)}/{spec.method.name}"
-    tuning = spec.method.model_copy(update={"name": name})
-    return single_duration(spec, duration).model_copy(update={"method": tuning})
+def _branch_config(config: RunGroupConfig, duration: float) -> RunGroupConfig:
+    """Return the run group of a duration's branches, in folders with the name of the duration."""
+    name = f"{duration_name(duration)}/{config.method.name}"
+    method = config.method.model_copy(update={"name": name})
+    return single_duration(config, duration).model_copy(update={"method": method})
 
 
 def train_trunks(
-    specs: Sequence[RunGroupConfig],
+    config: RunGroupConfig,
     context: RunContext,
     inputs: Mapping[str, str],
     state: Path,
-    tell: Log,
+    log: Log,
 ) -> list[dict[str, Any]]:
-    """Train the trunk of every setting that is not finished yet; return the records of all."""
-    settings = [(spec, setting) for spec in specs for setting in spec.method.hyperparameters]
-    for spec, setting in settings if context.process_group.is_main else ():
-        folder = _branch_folder(spec, setting, inputs, state)
+    """Train the trunks that are not finished yet; return the records of all.
+
+    The arguments are those of `train_run_group`.
+    """
+    settings = config.method.hyperparameters if context.process_group.is_main else ()
+    for setting in settings:
+        folder = _run_folder(config, setting, inputs, state)
         if not (folder / "run.json").exists():
             _link_checkpoint(folder, folder, math.inf)
-    # Where train_cohort begins, the others wait for what the first process did here.
-    return train_run_group(specs, context, inputs, state, tell)
+    # The other processes wait for the main process at the beginning of `train_run_group`.
+    return train_run_group(config, context, inputs, state, log)
 
 
 def train_cooldowns(
-    spec: RunGroupConfig,
+    config: RunGroupConfig,
     duration: float,
     trunks: Sequence[Mapping[str, Any]],
     context: RunContext,
     inputs: Mapping[str, str],
     state: Path,
-    tell: Log,
+    log: Log,
 ) -> list[dict[str, Any]]:
-    """Train the branch of one duration of every setting, from the records of the trunks.
+    """Train the branches of one duration and return their records.
 
-    A trunk that diverged has no state at later starts: a branch goes on from the last one before,
-    and diverges where it did. What no unfinished branch starts from is removed at the end.
+    A trunk that diverged has no checkpoint at later starts. Its branch resumes from the last
+    checkpoint before its start and diverges at the same step. Checkpoints of the trunk that no
+    unfinished branch needs are removed at the end.
+
+    Args:
+        config: settings of the trunks.
+        duration: epochs of the branches.
+        trunks: records of the trunks.
+        context: models, data and devices of the runs.
+        inputs: digests of the inputs, by name.
+        state: folder of all runs.
+        log: called after every step.
     """
-    by_run = {trunk["run"]: trunk for trunk in trunks}
-    names = {run_name(spec.method.name, spec.seed, s): s for s in spec.method.hyperparameters}
-    branches = _branches(spec, duration)
-    # The first process writes, and the others wait for it where train_cohort begins and ends.
-    own = names.items() if context.process_group.is_main else ()
-    for name, setting in own:
-        folder = _branch_folder(branches, setting, inputs, state)
+    trunk_of = {trunk["run"]: trunk for trunk in trunks}
+    settings = {
+        run_name(config.method.name, config.seed, each): each
+        for each in config.method.hyperparameters
+    }
+    branches = _branch_config(config, duration)
+    # Only the main process writes; the others wait where `train_run_group` begins and ends.
+    written = settings.items() if context.process_group.is_main else ()
+    for name, setting in written:
+        folder = _run_folder(branches, setting, inputs, state)
         if not (folder / "run.json").exists():
-            start = branch_step(spec.training, duration, by_run[name]["steps_per_epoch"])
-            _link_checkpoint(Path(by_run[name]["folder"]), folder, start)
-    ending = f"/{duration_name(duration)}"
-    known = {f"{duration_name(duration)}/{name}": name + ending for name in names}
+            start = branch_step(config.training, duration, trunk_of[name]["steps_per_epoch"])
+            _link_checkpoint(Path(trunk_of[name]["folder"]), folder, start)
+    suffix = duration_name(duration)
+    # From the names of the branches' folders to their names in the results.
+    names = {f"{suffix}/{name}": f"{name}/{suffix}" for name in settings}
     records = train_run_group(
-        [branches],
+        branches,
         context,
         inputs,
         state,
-        lambda run, *progress: tell(known[run], *progress),
-        branches=spec.training.has_decay,
+        lambda run, *progress: log(names[run], *progress),
+        branches=config.training.has_decay,
     )
-    for name, setting in own:
-        _prune_trunk(by_run[name], spec, setting, inputs, state)
+    for name, setting in written:
+        _prune_trunk(trunk_of[name], config, setting, inputs, state)
     return [
-        _branch_config(record, duration, spec.training) | {"run": known[record["run"]]}
+        _branch_record(record, duration, config.training) | {"run": names[record["run"]]}
         for record in records
     ]
 
 
-def _branch_config(
+def _branch_record(
     record: Mapping[str, Any], duration: float, training: TrainingConfig
 ) -> dict[str, Any]:
-    """The record of a branch: with its duration, and its own time without the trunk's."""
+    """Return the record of a branch with its duration, and its time without the trunk's."""
     start = branch_step(training, duration, record["steps_per_epoch"])
-    # Steps take about as long as each other; a branch of a trunk that diverged has none.
-    own = 1.0 - start / max(record["steps"], start, 1)
+    # All steps take about the same time. The branch of a diverged trunk may have no steps.
+    share = 1.0 - start / max(record["steps"], start, 1)
     return {
         **record,
         "duration": duration,
-        "training_seconds": own * record["training_seconds"],
+        "training_seconds": share * record["training_seconds"],
     }
 
 
-def _branch_folder(
-    spec: RunGroupConfig, setting: Hyperparameters, inputs: Mapping[str, str], state: Path
+def _run_folder(
+    config: RunGroupConfig, setting: Hyperparameters, inputs: Mapping[str, str], state: Path
 ) -> Path:
-    """Where `train_run_group` keeps a run."""
-    return RunFolder.of(spec, setting, inputs, state).folder
+    """Return the folder in which `train_run_group` keeps a run."""
+    return RunFolder.of(config, setting, inputs, state).folder
 
 
-def _is_complete(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The complete checkpoints in a folder, by step."""
-    for progress in folder.glob("step-*/progress.json"):
-        yield int(progress.parent.name.removeprefix("step-")), progress.parent
+def _complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the complete checkpoints in a folder, by step."""
+    checkpoints = (file.parent for file in folder.glob("step-*/progress.json"))
+    return {int(path.name.removeprefix("step-")): path for path in checkpoints}
 
 
 def _link_checkpoint(trunk: Path, folder: Path, latest: float) -> None:
-    """Put the trunk's newest checkpoint up to a step in a run's folder, if it has none as new.
+    """Link the newest checkpoint of the trunk up to step `latest` into the folder of a run.
 
-    The items of the evaluations before it come with it. Files are linked, not copied.
+    The items of the evaluations before it are linked too. Nothing is done if the run has a
+    checkpoint that is as new.
     """
-    stored = [found for found in _is_complete(trunk / BRANCH_CHECKPOINTS) if found[0] <= latest]
-    step, origin = max(stored, default=(0, trunk))
-    if step <= max((reached for reached, _ in _is_complete(folder)), default=0):
+    stored = _complete_checkpoints(trunk / BRANCH_CHECKPOINTS)
+    step = max((step for step in stored if step <= latest), default=0)
+    if step <= max(_complete_checkpoints(folder), default=0):
         return
-    if wrong := checkpoint_damage(origin):
-        warn_if_damaged(*wrong, "nothing goes on from this checkpoint")
+    checkpoint = stored[step]
+    if damage := checkpoint_damage(checkpoint):
+        warn_if_damaged(*damage, "no branch resumes from it")
         return
-    points = read_json(origin / "progress.json")["evaluations"]
+    points = read_json(checkpoint / "progress.json")["evaluations"]
     items = [f"items-{int(point[0]):07d}.parquet" for point in points]
-    if wrong := next(((trunk / i, told) for i in items if (told := file_damage(trunk / i))), None):
-        warn_if_damaged(*wrong, "nothing goes on from its checkpoints")
-        return
+    for name in items:
+        if kind := file_damage(trunk / name):
+            warn_if_damaged(trunk / name, kind, "no branch resumes from this run")
+            return
     folder.mkdir(parents=True, exist_ok=True)
     for name in items:
         if not (folder / name).exists():
             link_recorded(trunk / name, folder / name)
-    final = folder / origin.name
-    partial = folder / f".{origin.name}"
+    partial = folder / f".{checkpoint.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(origin, partial, copy_function=link_or_copy)
-    rename_synced(partial, final)
+    shutil.copytree(checkpoint, partial, copy_function=link_or_copy)
+    rename_synced(partial, folder / checkpoint.name)
 
 
 def _prune_trunk(
     trunk: Mapping[str, Any],
-    spec: RunGroupConfig,
+    config: RunGroupConfig,
     setting: Hyperparameters,
     inputs: Mapping[str, str],
     state: Path,
 ) -> None:
-    """Remove a finished trunk's checkpoints but for those that unfinished branches start from."""
+    """Remove the checkpoints of a finished trunk that no unfinished branch starts from."""
     folder = Path(trunk["folder"])
-    stored = dict(_is_complete(folder / BRANCH_CHECKPOINTS))
+    stored = _complete_checkpoints(folder / BRANCH_CHECKPOINTS)
     needed = set()
-    for duration in spec.training.durations:
-        branch = _branch_folder(_branches(spec, duration), setting, inputs, state)
+    for duration in config.training.durations:
+        branch = _run_folder(_branch_config(config, duration), setting, inputs, state)
         if not (branch / "run.json").exists():
-            start = branch_step(spec.training, duration, trunk["steps_per_epoch"])
+            start = branch_step(config.training, duration, trunk["steps_per_epoch"])
             needed.add(max((step for step in stored if step <= start), default=0))
     unused = [path for step, path in stored.items() if step not in needed]
     for checkpoint in [*unused, *folder.glob("step-*")]:

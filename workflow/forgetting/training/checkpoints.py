@@ -1,11 +1,9 @@
-"""The state of a run on disk: complete checkpoints, from which it goes on.
+"""Checkpoints of runs: save, resume, prune, and resume runs that are trained together.
 
-Where runs that are trained together stand on disk, and from which step they go on.
-
-The last bits of a fused step depend on which runs are in it. So that a group that was killed ends
-with the same bits, it goes on from the newest evaluation of which all its runs have a record: all
-write theirs before any removes an older one, and a run that has ended tells at which evaluation of
-the group it had.
+The last bits of a batched step depend on which runs are in it. A killed batch therefore resumes
+from the newest evaluation that all its runs have stored, so that its result is bit-identical. All
+runs write a checkpoint before any run removes an older one. A run that has ended records the
+evaluation of the batch at which it ended.
 """
 
 from __future__ import annotations
@@ -51,31 +49,45 @@ from forgetting.training.sharded_checkpoints import (
 )
 
 BRANCH_CHECKPOINTS = "starts"
-"""Beside a trunk's own checkpoints: those at the steps at which its branches leave it."""
+"""Subfolder of a trunk with the checkpoints that its cooldown branches start from."""
 
 OOM_FILE = "no-room.json"
-"""Beside a run's checkpoints: with how many rows memory ran out in one of several processes."""
+"""File of a run: the micro-batch size at which one of several processes ran out of memory."""
+
+FINAL = "end.json"
+"""File of a run that was trained in a batch: how the run ended."""
 
 
 @dataclass
 class TrainState:
-    """What a run has done so far; saved beside every checkpoint."""
+    """The progress of a run, saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens trained on.
+        seconds: time spent in steps.
+        losses: mean loss of every step per target token, without penalties, so that methods can be
+            compared.
+        penalties: sum of the penalties of every step.
+        evaluations: step, epoch and value of the selection metric of every evaluation.
+        status: `running`, `ok` or `diverged`.
+        micro_batch_size: examples of a forward pass, if memory did not suffice for the number that
+            the study allows.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
-    """Of every step, per target token: penalties stand apart, so that methods can be compared."""
     penalties: list[float] = field(default_factory=list)
     evaluations: list[list[float]] = field(default_factory=list)
     status: str = "running"
     micro_batch_size: int | None = None
-    """Rows of a forward pass, once memory has run out with as many as the study allows."""
 
-    def halve_micro_batch(self, rows: int, *, told: bool = True) -> None:
-        """Go on with half of so many rows in a forward pass, with which memory ran out."""
+    def halve_micro_batch(self, rows: int, *, verbose: bool = True) -> None:
+        """Continue with half of `rows`, the examples of the pass that ran out of memory."""
         self.micro_batch_size = rows // 2
-        if told:
+        if verbose:
             print(
                 f"memory ran out with {rows} examples in a pass; going on with "
                 f"{self.micro_batch_size} from step {self.step}",
@@ -90,13 +102,13 @@ def save_checkpoint(
     folder: Path,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Write a complete checkpoint beside, then give it its name.
+    """Write a checkpoint into a temporary folder, which is renamed once it is complete.
 
-    The first process writes it; of a sharded model, every process its part.
+    The main process writes it. Of a sharded model, every process writes its shard.
     """
     final = folder / f"step-{progress.step:07d}"
-    with atomic_folder(final) if process_group.is_main else nullcontext(final) as place:
-        partial = process_group.broadcast(place)
+    with atomic_folder(final) if process_group.is_main else nullcontext(final) as temporary:
+        partial = process_group.broadcast(temporary)
         if is_sharded(model):
             save_sharded(model, optimizer, partial, process_group)
         elif process_group.is_main:
@@ -111,29 +123,29 @@ def _write_checkpoint(model: Model, optimizer: torch.optim.Optimizer, folder: Pa
     state = optimizer_tensors(optimizer)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_tensors(tensors, folder / OPTIMIZER_FILE)
-    if state_of_method := adalora_training_state(model):
-        save_tensors(state_of_method, folder / METHOD_FILE)
+    if method_state := adalora_training_state(model):
+        save_tensors(method_state, folder / METHOD_FILE)
 
 
 def discard_damaged(folders: Sequence[Path]) -> None:
-    """Empty the folders of unfinished runs that train together, if one of them is damaged.
+    """Empty the folders of unfinished runs that are trained together, if one of them is damaged.
 
-    A run whose newest checkpoint has lost the optimizer's state cannot go on either.
+    A run whose newest checkpoint lacks the state of the optimizer counts as damaged.
     """
-    if wrong := next(filter(None, map(_run_damage, folders)), None):
-        warn_if_damaged(*wrong, "the run starts afresh")
+    if damage := next(filter(None, map(run_damage, folders)), None):
+        warn_if_damaged(*damage, "the run starts from the beginning")
         for folder in folders:
             remove_folder(folder)
             folder.mkdir(parents=True)
 
 
-def _run_damage(folder: Path) -> tuple[Path, str] | None:
-    """Return the first damaged file of an unfinished run, and what is wrong with it."""
+def run_damage(folder: Path) -> tuple[Path, str] | None:
+    """Return the first damaged file of an unfinished run, and the kind of damage."""
     for checkpoint in sorted(
         [*folder.glob("step-*"), *folder.glob(f"{BRANCH_CHECKPOINTS}/step-*")]
     ):
-        if wrong := checkpoint_damage(checkpoint):
-            return wrong
+        if damage := checkpoint_damage(checkpoint):
+            return damage
     files = {path for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
     newest = max(folder.glob("step-*/progress.json"), default=None)
     if newest is not None:
@@ -145,7 +157,7 @@ def _run_damage(folder: Path) -> tuple[Path, str] | None:
             return method, "is missing"
         points = read_json(newest)["evaluations"]
         files |= {folder / f"items-{int(step):07d}.parquet" for step, *_ in points}
-    return next(((path, told) for path in sorted(files) if (told := file_damage(path))), None)
+    return next(((path, kind) for path in sorted(files) if (kind := file_damage(path))), None)
 
 
 def load_latest(
@@ -154,9 +166,9 @@ def load_latest(
     folder: Path,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> TrainState:
-    """Restore the newest complete checkpoint, or start afresh.
+    """Restore the newest complete checkpoint and return its state, or return a new state.
 
-    What a killed process left half written is removed.
+    Incomplete files of a killed process are removed.
     """
     for leftover in folder.glob(".*") if process_group.is_main else ():
         if leftover.is_dir():
@@ -179,38 +191,39 @@ def load_latest(
 
 
 def record_oom(folder: Path, rows: int) -> None:
-    """Keep with how many rows memory ran out, for the processes that are started next."""
+    """Record the micro-batch size that ran out of memory, for the processes that restart."""
     write_json(folder / OOM_FILE, rows)
 
 
 def apply_recorded_oom(
     progress: TrainState, folder: Path, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> None:
-    """Go on with fewer rows than those with which memory ran out, if it did."""
+    """Halve the micro-batch size that ran out of memory before a restart, if there is one."""
     path = folder / OOM_FILE
-    # All look: what another machine wrote may show late.
-    noted = [
+    # Every process reads the file, because a file written on another machine may appear late.
+    recorded = [
         rows
         for rows in process_group.all_gather(read_json(path) if path.exists() else None)
         if rows
     ]
-    if noted and (progress.micro_batch_size or math.inf) > min(noted) // 2:
-        progress.halve_micro_batch(min(noted), told=process_group.is_main)
+    if recorded and (progress.micro_batch_size or math.inf) > min(recorded) // 2:
+        progress.halve_micro_batch(min(recorded), verbose=process_group.is_main)
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest complete checkpoint, 0 if there is none."""
+    """Return the step of the newest complete checkpoint, or 0 if there is none."""
     newest = max(folder.glob("step-*/progress.json"), default=None)
     return 0 if newest is None else int(read_json(newest)["step"])
 
 
 def drop_training_state(folder: Path) -> None:
-    """Of a finished run, remove what it would go on from; the weights stay, in one piece."""
+    """Remove the files of a finished run that serve to resume it; the weights stay, in one file."""
     remove_file(folder / OOM_FILE)
     for checkpoint in folder.glob("step-*"):
         remove_file(checkpoint / OPTIMIZER_FILE)
         remove_file(checkpoint / METHOD_FILE)
         consolidate_shards(checkpoint)
+    remove_file(folder / FINAL)
 
 
 def prune_checkpoints(
@@ -220,10 +233,10 @@ def prune_checkpoints(
     threshold: float,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Remove the checkpoints that the selection rule can no longer pick.
+    """Remove the checkpoints that the selection rule can no longer choose.
 
-    Of those that it can, only the newest keeps what a run goes on from; a sharded one keeps all,
-    since its weights and moments are in the same files.
+    Of the other checkpoints, only the newest keeps the state of the optimizer. A sharded checkpoint
+    keeps it too, because the same files hold weights and moments.
     """
     points = recorded_evaluations(progress.evaluations, base_value)
     kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
@@ -231,96 +244,105 @@ def prune_checkpoints(
         if checkpoint.name not in kept:
             remove_folder(checkpoint)
         elif checkpoint.name != max(kept):
-            # First the optimizer's, by which `is_resumable` tells.
+            # The file of the optimizer goes first, because `is_resumable` looks for it.
             remove_file(checkpoint / OPTIMIZER_FILE)
             remove_file(checkpoint / METHOD_FILE)
 
 
 def is_resumable(checkpoint: Path) -> bool:
-    """Is what a run goes on from there, beside the weights?"""
+    """Return whether the checkpoint has the state of the optimizer."""
     return (checkpoint / OPTIMIZER_FILE).exists() or (checkpoint / SHARD_FOLDER).exists()
 
 
-FINAL = "end.json"
+def write_final_state(folder: Path, progress: TrainState, step: int, batched_runs: int) -> None:
+    """Record the final state of a run in a batch.
 
-
-def write_final_state(folder: Path, progress: TrainState, step: int, together: int) -> None:
-    """Record how one of so many runs ended, at the evaluation of its group at `step` or before."""
-    write_json(folder / FINAL, {"step": step, "together": together, "progress": vars(progress)})
+    Args:
+        folder: folder of the run.
+        progress: final state of the run.
+        step: step of the batch at which the state is recorded.
+        batched_runs: number of runs in the batch.
+    """
+    state = {"step": step, "together": batched_runs, "progress": vars(progress)}
+    write_json(folder / FINAL, state)
 
 
 def read_final_state(folder: Path) -> TrainState | None:
-    """How a run ended, if it did."""
+    """Return the final state of a run in a batch, or None if the run has not ended."""
     path = folder / FINAL
     return TrainState(**read_json(path)["progress"]) if path.exists() else None
 
 
 def batch_members(folder: Path) -> int:
-    """With how many runs, itself among them, a run that has ended was trained."""
+    """Return the number of runs in the batch of a run that has ended, or 1 without a batch."""
     path = folder / FINAL
     return int(read_json(path)["together"]) if path.exists() else 1
 
 
 @dataclass(frozen=True)
 class ResumePoints:
-    """From which steps a run can go on: those of its checkpoints, and all since it ended."""
+    """The steps from which a run can resume.
+
+    Attributes:
+        checkpoints: steps of its resumable checkpoints; 0 is the start.
+        finished: step at which it ended, or None; it needs no checkpoint from then on.
+    """
 
     checkpoints: frozenset[int]
     finished: int | None
 
     @classmethod
     def of(cls, folder: Path) -> ResumePoints:
-        """What the folder of a run holds; 0 is the start, as long as no checkpoint was removed.
+        """Return the resume points of the run in `folder`.
 
-        A checkpoint that is only there to be picked has no moments, and nothing goes on from it.
+        The run can restart from 0 until its second evaluation, before which no checkpoint is
+        removed. Checkpoints without the state of the optimizer are no resume points.
         """
-        steps = {_group_step(path): path for path in folder.glob("step-*/progress.json")}
-        end = folder / FINAL
-        started = not steps or len(read_json(steps[max(steps)])["evaluations"]) == 1
-        able = {step for step, path in steps.items() if is_resumable(path.parent)}
+        files = {
+            int(path.parent.name.removeprefix("step-")): path
+            for path in folder.glob("step-*/progress.json")
+        }
+        final = folder / FINAL
+        can_restart = not files or len(read_json(files[max(files)])["evaluations"]) == 1
+        resumable = {step for step, path in files.items() if is_resumable(path.parent)}
         return cls(
-            frozenset(able | {0} if started else able),
-            int(read_json(end)["step"]) if end.exists() else None,
+            frozenset(resumable | {0} if can_restart else resumable),
+            int(read_json(final)["step"]) if final.exists() else None,
         )
 
     @property
     def newest(self) -> float:
-        """The last of the steps from which the run can go on."""
+        """Return the last step from which the run can resume; infinity if it has ended."""
         return max(self.checkpoints) if self.finished is None else math.inf
 
-    def is_reached_by(self, step: float) -> bool:
-        """Can the run go on from this step?"""
+    def contains(self, step: float) -> bool:
+        """Return whether the run can resume from this step."""
         return step in self.checkpoints or (self.finished is not None and self.finished <= step)
 
 
-def _group_step(progress: Path) -> int:
-    return int(progress.parent.name.removeprefix("step-"))
-
-
 def resume_groups(folders: Sequence[Path]) -> list[list[Path]]:
-    """Runs that can go on from the same step; all of them, unless the sweep was changed."""
-    waiting = {folder: ResumePoints.of(folder) for folder in folders}
-    found = []
-    while waiting:
-        step = min(standing.newest for standing in waiting.values())
-        found.append(
-            [folder for folder, standing in waiting.items() if standing.is_reached_by(step)]
-        )
-        for folder in found[-1]:
-            del waiting[folder]
-    return found
+    """Return the runs in groups that can resume from one step; a changed sweep has several."""
+    remaining = {folder: ResumePoints.of(folder) for folder in folders}
+    groups = []
+    while remaining:
+        step = min(points.newest for points in remaining.values())
+        group = [folder for folder, points in remaining.items() if points.contains(step)]
+        groups.append(group)
+        for folder in group:
+            del remaining[folder]
+    return groups
 
 
 def rewind_to_common_step(folders: Sequence[Path]) -> int:
-    """Remove what is newer than the newest step from which all can go on; returns that step."""
-    standings = [ResumePoints.of(folder) for folder in folders]
-    step = min(standing.newest for standing in standings)
+    """Return the newest step from which all runs can resume, after removing newer files."""
+    resume_points = [ResumePoints.of(folder) for folder in folders]
+    step = min(points.newest for points in resume_points)
     if step == math.inf:
-        return max(standing.finished or 0 for standing in standings)
-    for folder, standing in zip(folders, standings, strict=True):
-        if standing.finished is not None and standing.finished > step:
+        return max(points.finished or 0 for points in resume_points)
+    for folder, points in zip(folders, resume_points, strict=True):
+        if points.finished is not None and points.finished > step:
             remove_file(folder / FINAL)
-        for newer in sorted(folder.glob("step-*"), reverse=True):
-            if int(newer.name.removeprefix("step-")) > step:
-                remove_folder(newer)
+        for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+            if int(checkpoint.name.removeprefix("step-")) > step:
+                remove_folder(checkpoint)
     return int(step)

@@ -1,7 +1,7 @@
-"""What a run is trained by, and what each of its steps is trained on.
+"""The configuration of a run, and the examples of each of its steps.
 
-Everything random is a function of the seed and the step alone (data order, dropout), so that a run
-that was killed and started again goes on with the same numbers.
+All randomness (order of the data, dropout) is a function of the seed and the step. A run that is
+killed and resumed therefore ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,23 @@ from forgetting.training.mitigations import Mitigations, TokenPenalty
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that determines the weights of a run but its data and its model."""
+    """Everything that determines the weights of a run, except its data and its model.
+
+    Attributes:
+        hyperparameters: learning rate and weight decay.
+        seed: seed of the order of the data and of dropout.
+        training: training section of the study.
+        schedule: steps, evaluations and learning-rate schedule.
+        threshold: value of the selection metric at which a run counts as having learned.
+        stop_after_evaluations: evaluations after the threshold at which the run ends, if any.
+        precision: type in which matrices are multiplied.
+        pad: id of the padding token.
+        loraplus_lr_ratio: learning rate of B over that of A, with LoRA+.
+        lr_ratios: factors on the learning rate of single weights, by name.
+        until: step at which the first of two stages ends, if there are two.
+        mitigations: penalties and replayed examples.
+        process_group: processes that train the run.
+    """
 
     hyperparameters: Hyperparameters
     seed: int
@@ -36,15 +52,13 @@ class RunConfig:
     pad: int
     loraplus_lr_ratio: float | None = None
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
-    """Weights by name whose learning rate is another multiple of the setting's than 1."""
     until: int | None = None
-    """The step at which the run is handed on to its next part, if it has one."""
     mitigations: Mitigations = field(default_factory=Mitigations)
     process_group: ProcessGroup = SINGLE_PROCESS
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices of the examples of a step: each epoch is a permutation of its own."""
+    """Return the indices of the examples of a step; each epoch has its own permutation."""
     per_epoch = math.ceil(examples / batch_size)
     epoch, position = divmod(step, per_epoch)
     order = shuffled(examples, seed * 1_000_003 + epoch)
@@ -52,18 +66,18 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[
 
 
 LossGroup: TypeAlias = tuple[list[Example], TokenPenalty | None]
-"""Examples of a step, with the penalty on the predictions of their targets."""
+"""Examples of a step, and the penalty on the predictions of their targets."""
 
 
-def loss_groups(examples: Sequence[Example], recipe: RunConfig, step: int) -> list[LossGroup]:
-    """The new examples of a step, then the replayed ones."""
-    training = recipe.training
-    indices = batch_indices(len(examples), training.batch_size, recipe.seed, step)
+def loss_groups(examples: Sequence[Example], config: RunConfig, step: int) -> list[LossGroup]:
+    """Return two groups for a step: its new examples, and the examples that are replayed."""
+    training = config.training
+    indices = batch_indices(len(examples), training.batch_size, config.seed, step)
     new = [examples[index] for index in indices]
-    epoch, position = divmod(step, recipe.schedule.steps_per_epoch)
+    epoch, position = divmod(step, config.schedule.steps_per_epoch)
     seen = epoch * len(examples) + position * training.batch_size
-    old = recipe.mitigations.replayed(recipe.seed, seen, seen + len(new))
+    replayed = config.mitigations.replayed(config.seed, seen, seen + len(new))
     return [
-        (new, recipe.mitigations.new_token_penalty),
-        (old, recipe.mitigations.replay_token_penalty),
+        (new, config.mitigations.new_token_penalty),
+        (replayed, config.mitigations.replay_token_penalty),
     ]

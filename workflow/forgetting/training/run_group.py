@@ -1,12 +1,8 @@
-"""A run group: the runs of one job, fused or one after the other; those of one method and seed, or
-of several whose adapters may share a pass.
+"""Train a run group: all runs of one method and seed, in one job.
 
-A finished run is kept in a folder named by a key of everything that it depends on. A run group that
-is run again trains only what is not there yet: one learning rate more costs one run more.
-
-What the runs of a run group share: what the study says of them, and what they are trained on.
-
-Where a run is kept: in a folder named by a key of everything that it depends on.
+A finished run is kept in a folder whose name is a digest of everything that the run depends on. A
+repeated job trains only the missing runs, so a further learning rate costs one further run.
+Runs are trained one after the other, or as batched LoRA in shared forward passes.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetting.benchmarks.during_training import merge_items, split_items
+from forgetting.benchmarks.during_training import merge_items
 from forgetting.config.data import ColumnsConfig, PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
 from forgetting.config.expand import Method, run_name
@@ -34,23 +30,13 @@ from forgetting.config.training import TrainingConfig
 from forgetting.config.types import ConfigModel
 from forgetting.data.dataset import TokenizedDataset, example_lengths, pack_dataset, tokenize
 from forgetting.data.table_files import Locate, Row
-from forgetting.data.tokenize import (
-    Example,
-)
+from forgetting.data.tokenize import Example
 from forgetting.errors import InputError
 from forgetting.evaluation.divergence import BasePredictions, append_divergence
 from forgetting.evaluation.metrics import mean_score
 from forgetting.evaluation.prefix_tree import supports_custom_mask
 from forgetting.evaluation.probes import evaluate_probes
-from forgetting.io import (
-    content_key,
-    read_json,
-    read_table,
-    removal_command,
-    remove_file,
-    remove_folder,
-    write_json,
-)
+from forgetting.io import content_key, read_json, removal_command, remove_folder, write_json
 from forgetting.models.forward import context_length
 from forgetting.models.loading import Model, autocast, load_base, recompute_activations
 from forgetting.models.tuned import merged_adapter
@@ -58,7 +44,6 @@ from forgetting.schedule import LrSchedule, validate_warmup
 from forgetting.system import describe_computation, peak_memory_gib
 from forgetting.training.batched_lora import batchable_groups, trained_weights
 from forgetting.training.checkpoints import (
-    FINAL,
     TrainState,
     batch_members,
     discard_damaged,
@@ -80,52 +65,8 @@ from forgetting.training.stages import RunFactory, prepare_batched_runs, train_s
 from forgetting.training.trainer import train_batched, train_run
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """One run of the run group, and where it is kept."""
-
-    config: RunGroupConfig
-    hyperparameters: Hyperparameters
-    name: str
-    key: str
-    folder: Path
-
-    @classmethod
-    def of(
-        cls, spec: RunGroupConfig, setting: Hyperparameters, inputs: Mapping[str, str], state: Path
-    ) -> RunFolder:
-        """Where the folder of all states holds a run."""
-        name, key = run_name(spec.method.name, spec.seed, setting), run_key(spec, setting, inputs)
-        return cls(spec, setting, name, key, state / name / key)
-
-    @property
-    def record(self) -> Path:
-        """What is written when the run is finished."""
-        return self.folder / "run.json"
-
-
-def run_key(spec: RunGroupConfig, setting: Hyperparameters, inputs: Mapping[str, str]) -> str:
-    """Digest of all that a run depends on: its settings, its inputs, the versions."""
-    described = spec.model_dump(
-        exclude={"method": {"hyperparameters", "selected_hyperparameters", "label"}}
-    )
-    # How much memory a pass takes changes no number; alone or fused, a run comes to the same.
-    for key in ("activation_checkpointing", "batched_lora"):
-        del described["training"][key]
-    if not spec.method.dropout:  # its masks are drawn per pass
-        del described["training"]["micro_batch_size"]
-    # The rule decides which checkpoint is kept; how hyper-parameters are compared does not matter.
-    described["selection"] = {
-        key: described["selection"][key]
-        for key in ("probe", "metric", "threshold", "stop_after_evaluations")
-    }
-    # A trunk is the same for any shorter durations: one more is a branch more.
-    described["training"]["durations"] = bool(spec.training.durations)
-    return content_key({"spec": described, "hyperparameters": setting.model_dump(), **inputs})
-
-
 class RunGroupConfig(ConfigModel):
-    """What the study says of the runs of one method and seed."""
+    """The settings of the study that the runs of one method and seed depend on."""
 
     method: Method
     seed: int
@@ -139,8 +80,74 @@ class RunGroupConfig(ConfigModel):
 
 
 @dataclass(frozen=True)
+class RunFolder:
+    """A run of the run group, and the folder with its results and checkpoints."""
+
+    hyperparameters: Hyperparameters
+    name: str
+    key: str
+    folder: Path
+
+    @classmethod
+    def of(
+        cls,
+        config: RunGroupConfig,
+        hyperparameters: Hyperparameters,
+        inputs: Mapping[str, str],
+        state: Path,
+    ) -> RunFolder:
+        """Return the folder of a run within `state`, the folder of all runs."""
+        name = run_name(config.method.name, config.seed, hyperparameters)
+        key = run_key(config, hyperparameters, inputs)
+        return cls(hyperparameters, name, key, state / name / key)
+
+    @property
+    def record(self) -> Path:
+        """Return the file that is written when the run is finished."""
+        return self.folder / "run.json"
+
+
+def run_key(
+    config: RunGroupConfig, hyperparameters: Hyperparameters, inputs: Mapping[str, str]
+) -> str:
+    """Return a digest of all that a run depends on: settings, inputs and stage versions."""
+    values = config.model_dump(
+        exclude={"method": {"hyperparameters", "selected_hyperparameters", "label"}}
+    )
+    # How a batch is split into forward passes, and which runs share them, changes no result.
+    for key in ("activation_checkpointing", "batched_lora"):
+        del values["training"][key]
+    if not config.method.dropout:  # dropout masks are drawn per pass
+        del values["training"]["micro_batch_size"]
+    # The rule decides which checkpoints are kept; how hyperparameters are compared does not.
+    values["selection"] = {
+        key: values["selection"][key]
+        for key in ("probe", "metric", "threshold", "stop_after_evaluations")
+    }
+    # A trunk does not depend on the shorter durations: a further one only adds a branch.
+    values["training"]["durations"] = bool(config.training.durations)
+    return content_key({"spec": values, "hyperparameters": hyperparameters.model_dump(), **inputs})
+
+
+@dataclass(frozen=True)
 class RunContext:
-    """What all runs of a run group share."""
+    """What all runs of a run group share.
+
+    Attributes:
+        base: folder of the base model.
+        tokenizer: tokenizer of the base model.
+        train: rows of the new knowledge.
+        probes: rows of each probe.
+        base_value: value of the selection metric for the base model.
+        device: device that trains.
+        precision: type in which matrices are multiplied.
+        general_text: rows of the tables that the mitigation of the method reads.
+        base_predictions: predictions of the base model on the general text of the study.
+        training_benchmarks: evaluates a model on the in-training benchmarks, if there are any.
+        process_group: processes that train each run.
+        parameters: number of parameters of the base, from its record.
+        source_line: returns the file and line of a row, for messages.
+    """
 
     base: Path
     tokenizer: PreTrainedTokenizerBase
@@ -150,127 +157,132 @@ class RunContext:
     device: torch.device
     precision: torch.dtype
     general_text: Mapping[str, Iterable[Row]] = field(default_factory=dict)
-    """Tables of general text that the method's mitigation reads."""
     base_predictions: BasePredictions | None = None
-    """What the base predicts on the study's general text."""
     training_benchmarks: Callable[[Model], pd.DataFrame] | None = None
-    """Asks a model the benchmarks of every evaluation, if there are any."""
     process_group: ProcessGroup = SINGLE_PROCESS
     parameters: int | None = None
-    """How many the base has, by its record."""
     source_line: Locate = str
-    """For messages: the file and the line of a row."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The examples of the new knowledge and of the mitigation's tables."""
+    """The tokenized tables of a run group.
+
+    Attributes:
+        train: examples of the new knowledge.
+        sequences: what a batch consists of: the same examples, packed if the study says so.
+        general: examples of the mitigation's tables.
+    """
 
     train: TokenizedDataset
+    sequences: Sequence[Example]
     general: Mapping[str, TokenizedDataset]
 
+    def tokens_per_step(self, training: TrainingConfig) -> float:
+        """Return the mean number of tokens of an optimizer step of one run."""
+        return float(self.train.lengths.sum() / len(self.sequences) * training.batch_size)
 
-def tokenized_datasets(
-    spec: RunGroupConfig, context: RunContext, inputs: Mapping[str, str], folder: Path
+
+def load_training_data(
+    config: RunGroupConfig, context: RunContext, inputs: Mapping[str, str], folder: Path
 ) -> TrainingData:
-    """All tables as examples, in files that all run groups of a study share."""
+    """Tokenize all tables into files in `folder`, which all run groups of a study share."""
 
     def read(table: str, rows: Iterable[Row], digest: str | None, blocks: bool) -> TokenizedDataset:
-        decided = {"digest": digest, "prompt": spec.prompt.model_dump(), "blocks": blocks}
-        decided |= {name: inputs.get(name) for name in ("base", "versions")}
-        decided |= {name: getattr(spec.training, name) for name in ("max_length", "packing")}
-        if table in spec.columns:
-            decided["columns"] = spec.columns[table].model_dump()
-        path = folder / f"{table.replace('/', '-')}-{content_key(decided)}.arrow"
+        key = {"digest": digest, "prompt": config.prompt.model_dump(), "blocks": blocks}
+        key |= {name: inputs.get(name) for name in ("base", "versions")}
+        key |= {name: getattr(config.training, name) for name in ("max_length", "packing")}
+        if table in config.columns:
+            key["columns"] = config.columns[table].model_dump()
+        path = folder / f"{table.replace('/', '-')}-{content_key(key)}.arrow"
         return tokenize(
             rows,
             context.tokenizer,
-            spec.prompt,
-            spec.training,
+            config.prompt,
+            config.training,
             path,
             blocks=blocks,
             locate=context.source_line,
         )
 
-    return TrainingData(
-        read("train", context.train, inputs.get("train"), blocks=True),
-        {
-            table: read(table, rows, inputs.get(f"table {table}"), blocks=False)
-            for table, rows in context.general_text.items()
-        },
-    )
+    train = read("train", context.train, inputs.get("train"), blocks=True)
+    general = {
+        table: read(table, rows, inputs.get(f"table {table}"), blocks=False)
+        for table, rows in context.general_text.items()
+    }
+    return TrainingData(train, pack_dataset(train, config.training), general)
 
 
 Log = Callable[[str, TrainState, LrSchedule], None]
+"""Called after every step with the name of the run."""
 
 
 def train_run_group(
-    specs: Sequence[RunGroupConfig],
+    config: RunGroupConfig,
     context: RunContext,
     inputs: Mapping[str, str],
     state: Path,
-    tell: Log,
+    log: Log,
     *,
     branches: bool = False,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; return the records of all, in the sweep's order.
 
     Args:
-        specs: of every method and seed of the run group, which are alike in all else.
-        branches: may the runs end within their warm-up, since longer ones share it?
+        config: settings of the runs.
+        context: models, data and devices of the runs.
+        inputs: digests of the inputs, by name.
+        state: folder of all runs.
+        log: called after every step.
+        branches: whether the runs are cooldown branches, which may be shorter than the warm-up.
+
+    Raises:
+        InputError: the warm-up is longer than the runs, or the data or the method does not fit.
     """
-    process_group, spec = context.process_group, specs[0]
-    places = [
-        RunFolder.of(spec, setting, inputs, state)
-        for spec in specs
-        for setting in spec.method.hyperparameters
+    process_group = context.process_group
+    runs = [
+        RunFolder.of(config, setting, inputs, state) for setting in config.method.hyperparameters
     ]
-    missing = process_group.broadcast([place for place in places if not place.record.exists()])
-    parts, data = [[number] for number in range(len(places))], None
+    missing = process_group.broadcast([run for run in runs if not run.record.exists()])
+    groups, data = [[index] for index in range(len(runs))], None
     if missing:
-        for place in missing if process_group.is_main else ():
-            _remove_unfinished(place.folder)
+        for run in missing if process_group.is_main else ():
+            _remove_unfinished(run.folder)
         with process_group.main_first():
-            data = tokenized_datasets(spec, context, inputs, state / "tokens")
-        if data.train.cut and process_group.is_main:
-            print(
-                f"warning: {data.train.cut} training answers are longer than training.max_length "
-                f"({spec.training.max_length} tokens) and are cut, without an end of sequence; "
-                "make it larger",
-                flush=True,
+            data = load_training_data(config, context, inputs, state / "tokens")
+        _check_training_data(data, config.training, process_group, branches=branches)
+        if process_group.world_size == 1:
+            tokens = data.tokens_per_step(config.training)
+            groups = batchable_groups(
+                config.method, len(runs), context.base, config.training, tokens, context.device
             )
-        examples = len(pack_dataset(data.train, spec.training))
-        if (mistake := validate_warmup(examples, spec.training)) and not branches:
-            raise InputError(f"training.{mistake[0]}: {mistake[1]}")
-        parts = _batchable([place.config for place in places], context, data)
-    # Of finished runs too, so that a run group that was killed goes on with the same groups.
-    for part in ([places[number] for number in numbers] for numbers in parts):
-        untrained = {place.folder: place for place in part if place in missing}
+    # Finished runs keep their place in the groups, so that a killed job resumes the same groups.
+    for group in ([runs[index] for index in indices] for indices in groups):
+        unfinished = {run.folder: run for run in group if run in missing}
         if process_group.is_main:
-            discard_damaged(list(untrained))
+            discard_damaged(list(unfinished))
         process_group.barrier()
-        for folders in resume_groups(list(untrained)):
-            group = [untrained[folder] for folder in folders]
+        for folders in resume_groups(list(unfinished)):
+            batch = [unfinished[folder] for folder in folders]
             assert data
-            records = _train_batched(group, context, data, tell)
-            for place, record in zip(group, records, strict=True):
+            records = _train_batched(config, batch, context, data, log)
+            for run, record in zip(batch, records, strict=True):
                 if process_group.is_main:
-                    write_json(place.record, record | {"key": place.key})
-        for place in part if process_group.is_main else ():
-            # Only now: without it, a run killed before its record was written cannot go on.
-            drop_training_state(place.folder)
-            remove_file(place.folder / FINAL)
+                    write_json(run.record, record | {"key": run.key})
+        for run in group if process_group.is_main else ():
+            # After the record: without this state, a run without a record could not resume.
+            drop_training_state(run.folder)
         process_group.barrier()
     return [
-        read_json(place.record, removal_command(place.folder)) | {"folder": str(place.folder)}
-        for place in places
+        read_json(run.record, removal_command(run.folder)) | {"folder": str(run.folder)}
+        for run in runs
     ]
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove what the same run left half done with other settings, data or code.
+    """Remove unfinished runs of the same name with other settings, data or stage versions.
 
-    Finished runs stay: when a setting is changed and changed back, nothing is trained again.
+    Finished runs stay, so that a setting that is changed and changed back retrains nothing.
     """
     for other in folder.parent.glob("*") if folder.parent.exists() else []:
         if other != folder and not (other / "run.json").exists():
@@ -278,184 +290,161 @@ def _remove_unfinished(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _batchable(
-    specs: Sequence[RunGroupConfig], context: RunContext, data: TrainingData
-) -> list[list[int]]:
-    """Which runs are trained together, by their numbers; of several processes, none."""
-    if context.process_group.world_size > 1:
-        return [[number] for number in range(len(specs))]
-    training = specs[0].training
-    tokens = (
-        data.train.lengths.sum() / len(pack_dataset(data.train, training)) * training.batch_size
-    )
-    tunings = [spec.method for spec in specs]
-    return batchable_groups(tunings, context.base, training, tokens, context.device)
+def _check_training_data(
+    data: TrainingData, training: TrainingConfig, process_group: ProcessGroup, *, branches: bool
+) -> None:
+    if data.train.cut and process_group.is_main:
+        print(
+            f"warning: {data.train.cut} training answers are longer than training.max_length "
+            f"({training.max_length} tokens) and are cut, without an end of sequence; "
+            "make it larger",
+            flush=True,
+        )
+    if (mistake := validate_warmup(len(data.sequences), training)) and not branches:
+        raise InputError(f"training.{mistake[0]}: {mistake[1]}")
 
 
 def _train_batched(
-    group: Sequence[RunFolder], context: RunContext, data: TrainingData, tell: Log
+    config: RunGroupConfig,
+    runs: Sequence[RunFolder],
+    context: RunContext,
+    data: TrainingData,
+    log: Log,
 ) -> list[dict[str, Any]]:
-    """Train runs in fused steps, or a single one in as many parts as it has; their records.
+    """Train several runs in shared steps, or a single run in its stages; return their records.
 
-    Seconds of a run are its share: the time of a fused step, and of all else that a group does, is
-    divided evenly among its runs, so that the sum over runs is what was spent.
+    The time of shared work is divided evenly among the runs.
     """
     started = time.monotonic()
-    # The runs of a group have one method and seed.
-    spec, folder = group[0].config, group[0].folder
-    examples = pack_dataset(data.train, spec.training)
-    load, guard = _load_base_and_mitigations(spec, context, data)
+    load, build = _load_base_and_mitigations(config, context, data)
     value = context.base_value
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
-        return _evaluate_items(model, spec, context)
+        return _evaluate_items(model, config, context)
 
-    def tell_of(number: int, progress: TrainState, plan: LrSchedule) -> None:
-        tell(group[number].name, progress, plan)
+    def log_run(index: int, progress: TrainState, schedule: LrSchedule) -> None:
+        log(runs[index].name, progress, schedule)
 
-    def fit(model: Model, recipe: RunConfig, begun: TrainState | None) -> TrainState:
+    def train(model: Model, run_config: RunConfig, previous: TrainState | None) -> TrainState:
+        folder, log_step = runs[0].folder, partial(log_run, 0)
         return train_run(
-            model, examples, recipe, value, evaluate, folder, partial(tell_of, 0), begun
+            model, data.sequences, run_config, value, evaluate, folder, log_step, previous
         )
 
-    means = RunFactory(load_base=load, build_mitigations=guard, train=fit)
-    plans = [(place.config.method, _run_config(place, context, len(examples))) for place in group]
-    if len(group) == 1:
-        progress, model = train_stages(*plans[0], means, folder)
-        ended, trained = [progress], [trained_weights(model)]
+    factory = RunFactory(load_base=load, build_mitigations=build, train=train)
+    configs = [_run_config(config, run, context, len(data.sequences)) for run in runs]
+    if len(runs) == 1:
+        state, model = train_stages(config.method, configs[0], factory, runs[0].folder)
+        states = [state]
     else:
-        recipes = [recipe for _, recipe in plans]
-        model, recipes, starts = prepare_batched_runs(spec.method, recipes, means)
-        kept = list(zip(recipes, [place.folder for place in group], strict=True))
-        ended = train_batched(model, examples, kept, value, evaluate, tell_of, starts)
-        trained = [dict(start.weights) for start in starts]
+        model, configs = prepare_batched_runs(config.method, configs, factory)
+        plans = [(each, run.folder) for each, run in zip(configs, runs, strict=True)]
+        states = train_batched(model, data.sequences, plans, value, evaluate, log_run)
+    trained = list(trained_weights(model).values())
     shared = {
-        "steps_per_epoch": plans[0][1].schedule.steps_per_epoch,
-        "wall_seconds": (time.monotonic() - started) / len(group),
+        "trainable_parameters": sum(weight.numel() for weight in trained),
+        "steps_per_epoch": configs[0].schedule.steps_per_epoch,
+        "wall_seconds": (time.monotonic() - started) / len(runs),
         "peak_memory_gib": peak_memory_gib(context.device),
         "processes": context.process_group.world_size,
         **describe_computation(context.device, context.precision),
         "cut_rows": data.train.cut,
-        "fused_optimizer": uses_fused_kernel(spec.training, trained[0].values()),
+        "fused_optimizer": uses_fused_kernel(config.training, trained),
     }
-    return [_run_record(*run) | shared for run in zip(group, ended, trained, strict=True)]
+    return [_run_record(run, state) | shared for run, state in zip(runs, states, strict=True)]
 
 
-def _run_config(place: RunFolder, context: RunContext, examples: int) -> RunConfig:
-    spec = place.config
+def _run_config(
+    config: RunGroupConfig, run: RunFolder, context: RunContext, sequences: int
+) -> RunConfig:
     return RunConfig(
-        hyperparameters=place.hyperparameters,
-        seed=spec.seed,
-        training=spec.training,
-        schedule=LrSchedule.plan(examples, spec.training, spec.evaluation.every_epochs),
-        threshold=spec.selection.threshold,
-        stop_after_evaluations=spec.selection.stop_after_evaluations,
+        hyperparameters=run.hyperparameters,
+        seed=config.seed,
+        training=config.training,
+        schedule=LrSchedule.plan(sequences, config.training, config.evaluation.every_epochs),
+        threshold=config.selection.threshold,
+        stop_after_evaluations=config.selection.stop_after_evaluations,
         precision=context.precision,
         pad=context.tokenizer.pad_token_id,
-        loraplus_lr_ratio=spec.method.loraplus_lr_ratio,
+        loraplus_lr_ratio=config.method.loraplus_lr_ratio,
         process_group=context.process_group,
     )
 
 
-def _run_record(
-    place: RunFolder, progress: TrainState, trained: Mapping[str, torch.nn.Parameter]
-) -> dict[str, Any]:
+def _run_record(run: RunFolder, progress: TrainState) -> dict[str, Any]:
     return {
-        "run": place.name,
+        "run": run.name,
         "status": progress.status,
-        "hyperparameters": place.hyperparameters.model_dump(),
+        "hyperparameters": run.hyperparameters.model_dump(),
         "steps": progress.step,
         "tokens": progress.tokens,
         "losses": progress.losses,
         "penalties": progress.penalties if any(progress.penalties) else [],
         "evaluations": progress.evaluations,
-        "trainable_parameters": sum(weight.numel() for weight in trained.values()),
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
-        "trained_together": batch_members(place.folder),
+        "trained_together": batch_members(run.folder),
     }
 
 
 def _load_base_and_mitigations(
-    spec: RunGroupConfig, context: RunContext, data: TrainingData
+    config: RunGroupConfig, context: RunContext, data: TrainingData
 ) -> tuple[Callable[[], PreTrainedModel], Callable[[Model], Mitigations]]:
-    """What loads the base, and what holds a model near it."""
+    """Return functions that load the base model and build the mitigations of a model."""
     process_group, precision = context.process_group, context.precision
 
     def load() -> PreTrainedModel:
-        # From disk for every run: training and rounding change the weights that were loaded.
+        # Each run reads the base from disk, because training and rounding change the weights.
         model = load_base(context.base, context.device, context.parameters)
-        check_model_inputs(model, data.train, spec.training)
-        if spec.training.activation_checkpointing:
+        check_model_inputs(model, data.train, config.training)
+        if config.training.activation_checkpointing:
             recompute_activations(model)
         return model
 
     def load_frozen() -> Model:
         return shard_model(load().requires_grad_(False), process_group, precision)
 
-    def guard(model: Model) -> Mitigations:
-        mitigation = spec.method.mitigation
-        # A sharded model may have rounded matrices, which compute under autocast alone.
+    def build(model: Model) -> Mitigations:
+        mitigation = config.method.mitigation
+        # A sharded model may have rounded matrices, which need autocast.
         with autocast(context.device, precision) if is_sharded(model) else nullcontext():
-            mitigations = build_mitigations(model, mitigation, data.general, spec.seed, load_frozen)
-        return replace(mitigations, replay=pack_dataset(mitigations.replay, spec.training))
+            mitigations = build_mitigations(
+                model, mitigation, data.general, config.seed, load_frozen
+            )
+        return replace(mitigations, replay=pack_dataset(mitigations.replay, config.training))
 
-    return load, guard
+    return load, build
 
 
 def _evaluate_items(
-    model: Model, spec: RunGroupConfig, context: RunContext
+    model: Model, config: RunGroupConfig, context: RunContext
 ) -> tuple[pd.DataFrame, float]:
-    def measured(probes: Mapping[str, list[Row]]) -> pd.DataFrame:
-        return evaluate_probes(model, context.tokenizer, probes, spec.prompt, spec.evaluation)
+    """Return the items of all probes, and the value of the selection metric."""
+
+    def evaluate(probes: Mapping[str, list[Row]]) -> pd.DataFrame:
+        return evaluate_probes(model, context.tokenizer, probes, config.prompt, config.evaluation)
 
     precision = context.precision
     with autocast(context.device, precision), unsharded(model), merged_adapter(model, precision):
-        items = evaluate_distributed(measured, context.probes, context.process_group)
-        # Every process reads all of the text.
+        items = evaluate_distributed(evaluate, context.probes, context.process_group)
+        # Every process reads the whole general text.
         items = append_divergence(items, model, context.base_predictions)
         if context.training_benchmarks:
             items = merge_items(items, context.training_benchmarks(model))
-    return items, mean_score(items, spec.selection.probe, spec.selection.metric)
-
-
-def run_group_items(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The items of all evaluations of all runs, of the probes and of benchmarks apart.
-
-    Columns run, step and epoch, then those of `evaluate_probes`, or of `benchmarks.beside`.
-    """
-    tables = []
-    for record in records:
-        for step, epoch, _ in record["evaluations"]:
-            folder = Path(record["folder"])
-            table = read_table(folder / f"items-{int(step):07d}.parquet", removal_command(folder))
-            table.insert(0, "run", record["run"])
-            table.insert(1, "step", int(step))
-            table.insert(2, "epoch", epoch)
-            tables.append(table)
-    return split_items(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame())
-
-
-def write_checkpoint_index(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write where the checkpoints of each run are.
-
-    The file is an output of the job in the folder of the state. Whoever deletes the state deletes
-    it too, and Snakemake repeats the job before anything that needs a checkpoint.
-    """
-    write_json(path, {record["run"]: record["folder"] for record in records})
+    return items, mean_score(items, config.selection.probe, config.selection.metric)
 
 
 def check_model_inputs(model: Model, examples: Sequence[Example], training: TrainingConfig) -> None:
-    """Refuse what is longer than the model reads, and packing where examples would leak."""
-    room, longest = context_length(model), max(example_lengths(examples))
-    if room is not None and longest > room:
+    """Raise InputError for examples longer than the model's context, and for unsafe packing."""
+    limit, longest = context_length(model), max(example_lengths(examples))
+    if limit is not None and longest > limit:
         raise InputError(
             f"training.max_length: the longest training sequence has {longest} tokens, the model "
-            f"reads {room}; take at most {room}"
+            f"reads {limit}; take at most {limit}"
         )
     if training.packing and not supports_custom_mask(model):
         raise InputError(
-            f"training.packing: in this model ({model.config.model_type}) the attention mask alone "
-            "does not decide what a token sees, so that packed examples would not be apart; set "
+            f"training.packing: in this model ({model.config.model_type}) a token sees more than "
+            "the attention mask allows, so packed examples would influence each other; set "
             "packing: false"
         )

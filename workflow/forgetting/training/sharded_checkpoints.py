@@ -1,13 +1,13 @@
-"""Checkpoints of which every process writes its part, and whole models made of them.
+"""Sharded checkpoints, to which every process writes its shard, and their consolidation.
 
-The parts are safetensors (torch.distributed.checkpoint in Hugging Face's form): no pickles. Each
-file says which rows of which weight it holds, so that any number of processes can read them.
+The shards are safetensors files of torch.distributed.checkpoint, so no pickles are read. Each file
+records the rows of each weight that it holds, so any number of processes can load them.
 """
 
 from __future__ import annotations
 
 import shutil
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,16 @@ from forgetting.models.tuned import WEIGHTS, save_tensors
 from forgetting.training.distributed import ProcessGroup
 
 SHARD_FOLDER = "shards"
-"""Folder in a checkpoint with the parts of its weights and of the optimizer's state."""
+"""Folder of a checkpoint with the shards of the weights and of the optimizer's state."""
 
 FILE_BYTES = 5 * 10**9
-"""Largest file of a whole model; as much memory is needed to make it."""
+"""Largest file of a consolidated model, and so the memory that consolidation needs."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All of the optimizer's state, by number of the parameter and name: `3.exp_avg`."""
+    """Return the state of the optimizer, by index of the parameter and name: `3.exp_avg`."""
     return {
-        # Adafactor counts its steps in a plain int.
+        # Adafactor counts its steps in a Python int.
         f"{index}.{name}": torch.as_tensor(value).detach()
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
@@ -48,7 +48,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the state back that `optimizer_tensors` gave."""
+    """Load the state that `optimizer_tensors` returned."""
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
@@ -61,7 +61,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 def save_sharded(
     model: Model, optimizer: torch.optim.Optimizer, checkpoint: Path, process_group: ProcessGroup
 ) -> None:
-    """Write this process's part of weights and optimizer; the first adds the configuration."""
+    """Write this process's shard of weights and optimizer; the main process adds the config.
+
+    Raises:
+        InputError: a process could not write its shard.
+    """
     if process_group.is_main:
         model.config.save_pretrained(checkpoint)
         if model.can_generate():
@@ -76,7 +80,7 @@ def save_sharded(
 
 
 def load_sharded(model: Model, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Read what is this process's of a checkpoint, whatever number of processes wrote it."""
+    """Load this process's shard of a checkpoint that any number of processes wrote."""
     folder = checkpoint / SHARD_FOLDER if (checkpoint / SHARD_FOLDER).exists() else checkpoint
     reader = HuggingFaceStorageReader(str(folder))
     weights = _weight_tensors(model)
@@ -85,10 +89,10 @@ def load_sharded(model: Model, optimizer: torch.optim.Optimizer, checkpoint: Pat
     for name, stored in _stored_tensors(reader).items():
         if name not in weights:
             parameter = parameters[int(name.split(".", 1)[0])].detach()
-            of_weights = stored.size == parameter.size()  # else a number, such as the step
+            is_moment = stored.size == parameter.size()  # the others are numbers, such as the step
             moments[name] = (
                 torch.zeros_like(parameter)
-                if of_weights
+                if is_moment
                 else torch.zeros(stored.size, dtype=stored.properties.dtype)
             )
     load({**weights, **moments}, storage_reader=reader, no_dist=not dist.is_initialized())
@@ -96,15 +100,15 @@ def load_sharded(model: Model, optimizer: torch.optim.Optimizer, checkpoint: Pat
 
 
 def _stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
-    """Sizes and types of all tensors of a folder, by name."""
-    found = reader.read_metadata().state_dict_metadata
+    """Return the sizes and types of all tensors of a folder, by name."""
+    metadata = reader.read_metadata().state_dict_metadata
     return {
-        name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)
+        name: value for name, value in metadata.items() if isinstance(value, TensorStorageMetadata)
     }
 
 
 def _weight_tensors(model: Model) -> dict[str, Tensor]:
-    """What a model's file holds: tied weights once, under their first name."""
+    """Return the tensors of a model's file: tied weights appear once, under their first name."""
     state = model.state_dict()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in reversed(parameters.items())}
@@ -116,43 +120,52 @@ def _weight_tensors(model: Model) -> dict[str, Tensor]:
 
 
 def consolidate_shards(checkpoint: Path) -> None:
-    """Make a whole model of the parts, as `load_checkpoint` reads it, and remove them.
+    """Replace the shards of a checkpoint by a whole model, as `load_checkpoint` reads it.
 
-    Done anew when it was interrupted: the parts go last, and all at once.
+    An interrupted consolidation can be repeated: all shards are removed at once, at the end.
+
+    Raises:
+        InputError: a shard is damaged.
     """
     removed = checkpoint / f".{SHARD_FOLDER}"
     shutil.rmtree(removed, ignore_errors=True)
     if not (checkpoint / SHARD_FOLDER).exists():
         return
-    if wrong := folder_damage(checkpoint / SHARD_FOLDER):
-        raise damaged(*wrong, removal_command(checkpoint.parent), "the run is trained again")
+    if damage := folder_damage(checkpoint / SHARD_FOLDER):
+        raise damaged(*damage, removal_command(checkpoint.parent), "the run is trained again")
     reader = HuggingFaceStorageReader(str(checkpoint / SHARD_FOLDER))
     stored = {
         name: tensor
         for name, tensor in _stored_tensors(reader).items()
         if not name.split(".", 1)[0].isdigit()
     }
-    names = sorted(stored)
-    sizes = [stored[name].size.numel() * stored[name].properties.dtype.itemsize for name in names]
-    # Whole tensors in a file, which begins anew where they would be too many.
-    begun = [sum(sizes[:place]) // FILE_BYTES for place in range(len(names))]
-    files = [
-        [name for name, _ in group]
-        for _, group in groupby(zip(names, begun, strict=True), key=lambda pair: pair[1])
-    ]
+    files, total_size = _split_into_files(stored)
     index: dict[str, str] = {}
-    for number, held in enumerate(files, start=1):
+    for number, names in enumerate(files, start=1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = {
             name: torch.zeros(stored[name].size, dtype=stored[name].properties.dtype)
-            for name in held
+            for name in names
         }
         load(tensors, storage_reader=reader, no_dist=True)
         with atomic_write(checkpoint / file) as temporary:
             save_tensors(tensors, temporary)
-        index |= dict.fromkeys(held, file)
+        index |= dict.fromkeys(names, file)
     if len(files) > 1:
-        about = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
-        write_json(checkpoint / f"{WEIGHTS}.index.json", about)
+        content = {"metadata": {"total_size": total_size}, "weight_map": index}
+        write_json(checkpoint / f"{WEIGHTS}.index.json", content)
     (checkpoint / SHARD_FOLDER).rename(removed)
     shutil.rmtree(removed)
+
+
+def _split_into_files(stored: Mapping[str, TensorStorageMetadata]) -> tuple[list[list[str]], int]:
+    """Return the names of the tensors of each file, and the bytes of all tensors.
+
+    A new file starts whenever the tensors before it exceed another `FILE_BYTES`.
+    """
+    files: dict[int, list[str]] = {}
+    total = 0
+    for name in sorted(stored):
+        files.setdefault(total // FILE_BYTES, []).append(name)
+        total += stored[name].size.numel() * stored[name].properties.dtype.itemsize
+    return list(files.values()), total

@@ -1,8 +1,9 @@
-"""The parts of a run: an adapter, all weights, or first the one and then chosen layers.
+"""The stages of a run: one (an adapter or all weights) or two (an adapter, then chosen layers).
 
-A hybrid trains an adapter up to a step of its schedule. There the adapter is merged into the base,
-and the chosen layers are trained in full with a new optimizer, on the same schedule and the same
-order of the data. What is on disk is an adapter up to that step, and a whole model after it.
+A two-stage run trains an adapter up to a step of its schedule. There the adapter is merged into the
+base, and the chosen layers are trained in full with a new optimizer. Both stages share one schedule
+and one order of the data. Checkpoints are adapters in the first stage and whole models in the
+second.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from forgetting.models.adapters import (
 from forgetting.models.loading import Model, freeze_non_text, language_model
 from forgetting.models.tuned import trained_state
 from forgetting.schedule import LrSchedule
-from forgetting.training.batched_lora import AdapterState
 from forgetting.training.checkpoints import TrainState, newest_step
 from forgetting.training.distributed import shard_model
 from forgetting.training.mitigations import Mitigations
@@ -39,12 +39,12 @@ from forgetting.training.run_config import RunConfig
 
 @dataclass(frozen=True)
 class RunFactory:
-    """What a run is made with.
+    """Functions that build and train a run.
 
     Attributes:
-        load: the base, afresh at every call.
-        guard: the mitigation of a model that still computes what the base does.
-        fit: trains a model by a recipe, from what an earlier part has reached.
+        load_base: loads the base model from disk, at every call.
+        build_mitigations: builds the mitigations of a model that still computes what the base does.
+        train: trains a model, optionally from the state that an earlier stage has reached.
     """
 
     load_base: Callable[[], PreTrainedModel]
@@ -53,92 +53,87 @@ class RunFactory:
 
 
 def train_stages(
-    tuning: Method, recipe: RunConfig, means: RunFactory, folder: Path
+    method: Method, config: RunConfig, factory: RunFactory, folder: Path
 ) -> tuple[TrainState, Model]:
-    """Train a base as the method says, from the newest checkpoint in `folder` if there is one."""
-    if tuning.second_stage is None:
-        model, recipe = prepare_run(tuning, recipe, means)
-        return means.train(model, recipe, None), model
-    switch = second_stage_step(tuning.second_stage, recipe.schedule)
+    """Train all stages of a run, from its newest checkpoint in `folder` if there is one."""
+    if method.second_stage is None:
+        model, config = prepare_run(method, config, factory)
+        return factory.train(model, config, None), model
+    switch = second_stage_step(method.second_stage, config.schedule)
     adapter, progress = None, None
     if newest_step(folder) <= switch:
-        model, first = prepare_run(tuning, recipe, means)
-        progress = means.train(model, replace(first, until=switch), None)
+        model, first = prepare_run(method, config, factory)
+        progress = factory.train(model, replace(first, until=switch), None)
         if progress.status != "running":
             return progress, model
         adapter = trained_state(model)
         del model
-    second, last = _second_stage(tuning, recipe, means, adapter)
-    return means.train(second, last, progress), second
+    model, second = _prepare_second_stage(method, config, factory, adapter)
+    return factory.train(model, second, progress), model
 
 
-def prepare_run(tuning: Method, recipe: RunConfig, means: RunFactory) -> tuple[Model, RunConfig]:
-    """A base made trainable, and the recipe with what the method adds to it."""
-    base = means.load_base()
-    if tuning.second_stage:
-        # A layer that is not there is told now, not when half of the training is done.
-        select_trainable_layers(base, tuning.second_stage.layers, tuning.name)
+def prepare_run(method: Method, config: RunConfig, factory: RunFactory) -> tuple[Model, RunConfig]:
+    """Return the model of the first stage, and the configuration with the method's additions."""
+    base = factory.load_base()
+    if method.second_stage:
+        # Raise the error for a missing layer now, not after the first stage.
+        select_trainable_layers(base, method.second_stage.layers, method.name)
     model = shard_model(
-        attach_adapter(base, tuning, recipe.seed), recipe.process_group, recipe.precision
+        attach_adapter(base, method, config.seed), config.process_group, config.precision
     )
-    mitigations = means.build_mitigations(model)
-    if tuning.rank_budget:
-        set_rank_schedule(model, tuning.rank_budget, recipe.schedule.steps)
-        penalty = partial(orthogonality_penalty, weight=tuning.rank_budget.orth_reg_weight)
+    mitigations = factory.build_mitigations(model)
+    if method.rank_budget:
+        set_rank_schedule(model, method.rank_budget, config.schedule.steps)
+        penalty = partial(orthogonality_penalty, weight=method.rank_budget.orth_reg_weight)
         mitigations = replace(
             mitigations, weight_penalties=(*mitigations.weight_penalties, penalty)
         )
     ratios: dict[str, float] = {}
-    if tuning.embedding_lr_ratio is not None:
-        ratios = dict.fromkeys(embedding_weights(model), tuning.embedding_lr_ratio)
-    cast_frozen_weights(model, recipe.precision)
-    return model, replace(recipe, mitigations=mitigations, lr_ratios=ratios)
+    if method.embedding_lr_ratio is not None:
+        ratios = dict.fromkeys(embedding_weights(model), method.embedding_lr_ratio)
+    cast_frozen_weights(model, config.precision)
+    return model, replace(config, mitigations=mitigations, lr_ratios=ratios)
 
 
 def prepare_batched_runs(
-    tuning: Method, recipes: Sequence[RunConfig], means: RunFactory
-) -> tuple[Model, list[RunConfig], list[AdapterState]]:
-    """Return the model that runs of a method and seed share, their recipes and first weights."""
-    model, whole = prepare_run(tuning, recipes[0], means)
-    start = AdapterState.of(model)
-    return (
-        model,
-        [replace(whole, hyperparameters=each.hyperparameters) for each in recipes],
-        [start] * len(recipes),
-    )
+    method: Method, configs: Sequence[RunConfig], factory: RunFactory
+) -> tuple[Model, list[RunConfig]]:
+    """Return the model that runs of one method and seed share, and their configurations."""
+    model, prepared = prepare_run(method, configs[0], factory)
+    return model, [replace(prepared, hyperparameters=each.hyperparameters) for each in configs]
 
 
-def second_stage_step(then: SecondStageConfig, schedule: LrSchedule) -> int:
-    """The step after which the second part begins; both parts have at least one."""
+def second_stage_step(stage: SecondStageConfig, schedule: LrSchedule) -> int:
+    """Return the step after which the second stage begins; each stage has at least one step."""
     if schedule.steps < 2:
-        raise InputError("methods: a hybrid has two parts, but the training has a single step")
-    return min(max(1, round(then.start * schedule.steps)), schedule.steps - 1)
+        raise InputError("methods: a hybrid has two stages, but the training has a single step")
+    return min(max(1, round(stage.start * schedule.steps)), schedule.steps - 1)
 
 
-def _second_stage(
-    tuning: Method, recipe: RunConfig, means: RunFactory, adapter: dict[str, Tensor] | None
+def _prepare_second_stage(
+    method: Method, config: RunConfig, factory: RunFactory, adapter: dict[str, Tensor] | None
 ) -> tuple[Model, RunConfig]:
-    """The base with chosen layers to train and the adapter merged, unless a checkpoint follows.
+    """Return the model of the second stage: the base with the merged adapter and chosen layers.
 
-    The mitigation looks at the base before the adapter is merged, so that it keeps the model near
-    the base, and not near what the first part has made of it.
+    Without an `adapter`, the weights come from a checkpoint later. The mitigations are built from
+    the base before the merge, so that they keep the model near the base.
     """
-    assert tuning.second_stage is not None
-    model = means.load_base()
-    select_trainable_layers(model, tuning.second_stage.layers, tuning.name)
-    mitigations = means.build_mitigations(model)
+    assert method.second_stage is not None
+    model = factory.load_base()
+    select_trainable_layers(model, method.second_stage.layers, method.name)
+    mitigations = factory.build_mitigations(model)
     if adapter is not None:
-        # Merged into float32 weights: those under the adapter may have been rounded for speed.
-        adapted = attach_adapter(means.load_base(), tuning, recipe.seed)
+        # Merge into float32 weights: those under the trained adapter may have been rounded.
+        adapted = attach_adapter(factory.load_base(), method, config.seed)
         set_peft_model_state_dict(adapted, adapter)
         model.load_state_dict(adapted.merge_and_unload().state_dict())
     return model, replace(
-        recipe,
-        hyperparameters=recipe.hyperparameters.model_copy(
-            update={"learning_rate": tuning.second_stage.learning_rate}
+        config,
+        hyperparameters=config.hyperparameters.model_copy(
+            update={"learning_rate": method.second_stage.learning_rate}
         ),
         schedule=replace(
-            recipe.schedule, restart=second_stage_step(tuning.second_stage, recipe.schedule)
+            config.schedule, restart=second_stage_step(method.second_stage, config.schedule)
         ),
         loraplus_lr_ratio=None,
         mitigations=mitigations,
@@ -146,9 +141,12 @@ def _second_stage(
 
 
 def select_trainable_layers(model: PreTrainedModel, layers: str | list[str], method: str) -> None:
-    """Train only `all`, or the `last N` blocks, or the modules whose names end in a pattern.
+    """Make `all` layers trainable, the `last N` blocks, or modules whose names end in a pattern.
 
-    What no text reaches, such as a vision tower, stays frozen.
+    Modules that no text passes through, such as a vision tower, stay frozen.
+
+    Raises:
+        InputError: no trainable module matches a pattern, or the model has fewer than N blocks.
     """
     model.requires_grad_(layers == "all")
     if isinstance(layers, str):
@@ -158,21 +156,21 @@ def select_trainable_layers(model: PreTrainedModel, layers: str | list[str], met
         freeze_non_text(model)
         return
     for pattern in layers:
-        found = [
+        modules = [
             module
             for name, module in model.named_modules()
             if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
         ]
-        if not any(True for module in found for _ in module.parameters()):
+        if not any(True for module in modules for _ in module.parameters()):
             examples = [name for name, part in model.named_modules() if not list(part.children())]
             raise InputError(
                 f"methods: {method}: then.layers: no module with weights ends in {pattern}; "
                 f"a module is called, for example, {examples[len(examples) // 2]}"
             )
-        for module in found:
+        for module in modules:
             module.requires_grad_(True)
         freeze_non_text(model)
-        if not any(weight.requires_grad for module in found for weight in module.parameters()):
+        if not any(weight.requires_grad for module in modules for weight in module.parameters()):
             raise InputError(
                 f"methods: {method}: then.layers: no text reaches the modules whose names end in "
                 f"{pattern}; name modules of the language model"
@@ -180,9 +178,9 @@ def select_trainable_layers(model: PreTrainedModel, layers: str | list[str], met
 
 
 def _last_blocks(model: PreTrainedModel, number: int, method: str) -> list[nn.Module]:
-    # The outermost list of a transformer holds its blocks.
-    inner = language_model(model).modules()
-    blocks = list(next((m for m in inner if isinstance(m, nn.ModuleList)), []))
+    # The outermost ModuleList of a transformer holds its blocks.
+    modules = language_model(model).modules()
+    blocks = list(next((m for m in modules if isinstance(m, nn.ModuleList)), []))
     if number > len(blocks):
         raise InputError(
             f"methods: {method}: then.layers: the model has no {number} blocks, but {len(blocks)}"

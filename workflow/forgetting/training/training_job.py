@@ -1,16 +1,20 @@
-"""What a job that trains a run group is given on its command line, and what it tells as it goes."""
+"""A job that trains a run group: its command line, its inputs, its outputs and its progress log."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from forgetting.benchmarks.during_training import (
     add_training_benchmark_options,
+    split_items,
     training_benchmarks_from_args,
 )
 from forgetting.data.checks import SourceLocator
@@ -18,7 +22,7 @@ from forgetting.data.tables import prepared_rows, read_prepared, read_training_r
 from forgetting.digests import sha256
 from forgetting.evaluation.divergence import load_base_predictions
 from forgetting.evaluation.metrics import mean_score
-from forgetting.io import read_table
+from forgetting.io import read_table, removal_command, write_json
 from forgetting.models.loading import get_device, load_tokenizer, read_base, resolve_precision
 from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState
@@ -28,16 +32,22 @@ from forgetting.training.run_group import RunContext, RunGroupConfig
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """The methods and seeds of a run group, what their runs share, and digests of what matters."""
+    """The inputs of a training job.
 
-    configs: list[RunGroupConfig]
+    Attributes:
+        config: settings of the runs.
+        context: models, data and devices that the runs share.
+        inputs: digests of the inputs, by name, which are part of the key of every run.
+    """
+
+    config: RunGroupConfig
     context: RunContext
     inputs: dict[str, str]
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every job that trains."""
-    parser.add_argument("--spec", required=True, help="JSON: the study, and methods with seeds")
+    """Add the options that all training jobs have."""
+    parser.add_argument("--spec", required=True, help="JSON: settings of the study, method, seed")
     parser.add_argument("--versions", required=True, help="versions of the stages that it runs")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
@@ -57,19 +67,15 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) -> TrainingJob:
     """Read all files that the options name."""
-    told = json.loads(options.spec)
-    members = told.pop("members")
-    specs = [RunGroupConfig.model_validate(told | member) for member in members]
-    # But for method and seed all are alike.
-    spec = specs[0]
+    config = RunGroupConfig.model_validate_json(options.spec)
     base = read_base(options.base)
     device = get_device()
-    precision = resolve_precision(spec.precision, device)
-    probe_files = {name: options.data / "probes" / f"{name}.jsonl" for name in spec.knowledge}
-    named = spec.method.mitigation.tables if spec.method.mitigation else []
-    general = dict(zip(named, options.general, strict=True))
+    precision = resolve_precision(config.precision, device)
+    probe_files = {name: options.data / "probes" / f"{name}.jsonl" for name in config.knowledge}
+    tables = config.method.mitigation.tables if config.method.mitigation else []
+    general = dict(zip(tables, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    along = training_benchmarks_from_args(options, tokenizer)
+    training_benchmarks = training_benchmarks_from_args(options, tokenizer)
     context = RunContext(
         base=Path(base["path"]),
         parameters=base["parameters"],
@@ -77,16 +83,16 @@ def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) 
         train=prepared_rows(options.data / "train.jsonl"),
         probes={name: read_prepared(path) for name, path in probe_files.items()},
         base_value=mean_score(
-            read_table(options.base_items), spec.selection.probe, spec.selection.metric
+            read_table(options.base_items), config.selection.probe, config.selection.metric
         ),
         device=device,
         precision=precision,
         general_text={
-            table: read_training_rows(path, table, spec.columns[table])
+            table: read_training_rows(path, table, config.columns[table])
             for table, path in general.items()
         },
         base_predictions=load_base_predictions(options.targets) if options.targets else None,
-        training_benchmarks=along,
+        training_benchmarks=training_benchmarks,
         process_group=process_group,
         source_line=SourceLocator(options.data, general),
     )
@@ -98,33 +104,59 @@ def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) 
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
         **({"text": sha256(options.targets)} if options.targets else {}),
-        **({"benchmarks": along.digest} if along else {}),
+        **({"benchmarks": training_benchmarks.digest} if training_benchmarks else {}),
     }
-    return TrainingJob(specs, context, inputs)
+    return TrainingJob(config, context, inputs)
+
+
+def run_group_items(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the items of all evaluations of all runs: of the probes, and of the benchmarks.
+
+    The columns are run, step and epoch, then those of `evaluate_probes` or `merge_items`.
+    """
+    tables = []
+    for record in records:
+        for step, epoch, _ in record["evaluations"]:
+            folder = Path(record["folder"])
+            table = read_table(folder / f"items-{int(step):07d}.parquet", removal_command(folder))
+            table.insert(0, "run", record["run"])
+            table.insert(1, "step", int(step))
+            table.insert(2, "epoch", epoch)
+            tables.append(table)
+    return split_items(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame())
+
+
+def write_checkpoint_index(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the folder of each run, which holds its checkpoints.
+
+    The file is an output of the job within the folder of all runs. Whoever deletes that folder
+    deletes the file too, and Snakemake repeats the job before anything needs a checkpoint.
+    """
+    write_json(path, {record["run"]: record["folder"] for record in records})
 
 
 class ProgressLogger:
-    """Print a line every few seconds, and at every evaluation: the first process does."""
+    """Print a line every few seconds and at every evaluation, in the main process only."""
 
     every_seconds = 5.0
 
     def __init__(self, process_group: ProcessGroup) -> None:
-        self.silent = not process_group.is_main
-        self.told = -self.every_seconds
+        self._silent = not process_group.is_main
+        self._last_line = -self.every_seconds
 
     def __call__(self, run: str, progress: TrainState, schedule: LrSchedule) -> None:
-        """Say which run is at which step, its loss, its speed and the time left."""
-        if self.silent:
+        """Print the step, loss and speed of a run, and the training time that is left."""
+        if self._silent:
             return
         now = time.monotonic()
-        evaluation = (run, progress.step) if progress.step in schedule.evaluations else None
-        if evaluation is None and now - self.told < self.every_seconds:
+        is_evaluation = progress.step in schedule.evaluations
+        if not is_evaluation and now - self._last_line < self.every_seconds:
             return
-        self.told = now
+        self._last_line = now
         rate = progress.tokens / max(progress.seconds, 1e-9)
         left = (schedule.steps - progress.step) * progress.seconds / max(progress.step, 1)
-        measured = evaluation and math.isfinite(progress.evaluations[-1][2])
-        score = f", score {progress.evaluations[-1][2]:.3f}" if measured else ""
+        has_score = is_evaluation and math.isfinite(progress.evaluations[-1][2])
+        score = f", score {progress.evaluations[-1][2]:.3f}" if has_score else ""
         print(
             f"{run}: step {progress.step}/{schedule.steps}, loss {progress.losses[-1]:.3f}{score}, "
             f"{rate:,.0f} tokens/s, {left:.0f} s of training left",

@@ -222,9 +222,9 @@ class Workload:
         if team.processes > 1 or tokens > MAX_BATCHED_TOKENS[self.device.kind] or not fusible:
             return [[owner] for owner in owners]
         memory = self.device.memory if self.device.is_gpu else None
-        sizes = [self.model_size.trained(run_group[owner]) for owner in owners]
+        size = self.model_size.trained(run_group[0])
         most, space = training.micro_batch_size, memory_limit(self.model_size.parameters, memory)
-        parts = partition_runs([1] * len(owners), sizes, most, space)
+        parts = partition_runs(len(owners), size, most, space)
         return [[owners[run] for run in part] for part in parts]
 
     def rows(self, team: ProcessCount) -> int:
