@@ -232,7 +232,7 @@ def test_no_setting_or_the_best_last_value_where_none_arrives() -> None:
 def test_fixed_is_fixed_whatever_the_trajectories_say() -> None:
     trajectories = {SLOW: [_points(0.1, 0.2)], FAST: [_points(0.1, 0.5, 0.9)]}
     for rule in (_rule(), _rule("smallest-lr"), _rule("fixed")):
-        assert choose_hyperparameters(trajectories, rule, fixed=SLOW) == (
+        assert choose_hyperparameters(trajectories, rule, selected=SLOW) == (
             SLOW,
             "fixed in the study",
         )

@@ -279,7 +279,7 @@ def _plain_adalora(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
     plan = bench.recipe.schedule
-    scheduler = get_scheduler("cosine", optimizer, plan.warmup, plan.steps)
+    scheduler = get_scheduler("cosine", optimizer, plan.warmup_steps, plan.steps)
     losses = []
     for step, batch in enumerate(_batches(bench, steps)):
         loss = model(**batch).loss

@@ -14,7 +14,7 @@ from forgetting.config.training import TrainingConfig
 from forgetting.schedule import LrSchedule, decay_start, learning_rate
 from forgetting.training.optimizer import LionW, make_optimizer, uses_fused_kernel
 
-HUNDRED = LrSchedule(steps=100, steps_per_epoch=10, warmup=10, evaluations=frozenset({100}))
+HUNDRED = LrSchedule(steps=100, steps_per_epoch=10, warmup_steps=10, evaluations=frozenset({100}))
 
 
 def _rates(plan: LrSchedule = HUNDRED, **settings: Any) -> list[float]:
@@ -52,7 +52,7 @@ def test_a_floor_is_where_the_rate_ends(schedule: str) -> None:
 
 @pytest.mark.parametrize("warmup", [1, 10])
 def test_the_inverse_root_is_that_of_transformers(warmup: int) -> None:
-    plan = LrSchedule(steps=50, steps_per_epoch=10, warmup=warmup, evaluations=frozenset({50}))
+    plan = LrSchedule(50, 10, warmup, frozenset({50}))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     theirs = get_inverse_sqrt_schedule(optimizer, warmup)
     for rate in _rates(plan, schedule="inverse_sqrt", decay_ratio=0.0)[:50]:
@@ -63,7 +63,7 @@ def test_the_inverse_root_is_that_of_transformers(warmup: int) -> None:
 
 def test_a_cooldown_that_begins_in_the_warm_up_falls_from_there() -> None:
     """The shortest durations of Biderman et al. end within the warm-up of 1000 steps."""
-    plan = LrSchedule(steps=318, steps_per_epoch=25431, warmup=1000, evaluations=frozenset({318}))
+    plan = LrSchedule(318, 25431, 1000, frozenset({318}))
     rates = _rates(plan, schedule="wsd")
     assert rates[:255] == pytest.approx([2.0 * step / 1000 for step in range(255)])
     assert rates[254:] == pytest.approx([0.508 * left / 64 for left in range(64, -1, -1)])
@@ -101,7 +101,7 @@ def test_the_inverse_root_is_that_of_continued_pretraining(
         "min_lr_ratio": floors[1],
     }
     plan = LrSchedule.plan(192 * 25431, TrainingConfig(**settings), 1.0)
-    assert (plan.steps, plan.warmup) == (5086, 1000)
+    assert (plan.steps, plan.warmup_steps) == (5086, 1000)
     theirs = [2.0 * _llm_foundry(step, 5086, 1000, scale, floors) for step in range(5087)]
     assert _rates(plan, **settings) == pytest.approx(theirs, rel=1e-12)
 
@@ -124,8 +124,8 @@ def test_durations_leave_the_trunk_at_four_fifths() -> None:
     )
     plan = LrSchedule.plan(192 * 25431, training, 0.05)
     steps = [318, 636, 1272, 2543, 5086, 20345, 25431]
-    assert plan.starts == {steps - round(steps / 5) for steps in steps}
-    assert plan.steps == max(plan.starts) == 25431 - 5086
+    assert plan.branch_steps == {steps - round(steps / 5) for steps in steps}
+    assert plan.steps == max(plan.branch_steps) == 25431 - 5086
     assert plan.evaluations == set(range(1272, plan.steps, 1272))
     rates = [learning_rate(step, 2.0, training, plan) for step in range(plan.steps + 1)]
     assert rates[:1000] == pytest.approx([2.0 * step / 1000 for step in range(1000)])
@@ -146,7 +146,7 @@ def test_a_trunk_has_the_rates_of_every_duration_before_its_cooldown(schedule: A
         alone = training.model_copy(update={"epochs": duration, "durations": []})
         plan = LrSchedule.plan(40, alone, 1.0)
         start = decay_start(alone, plan.steps)
-        assert start in trunk.starts
+        assert start in trunk.branch_steps
         for step in range(start):
             ours = learning_rate(step, 2.0, training, trunk)
             assert ours == learning_rate(step, 2.0, alone, plan)
@@ -172,7 +172,7 @@ def test_a_warm_up_is_given_in_epochs_steps_or_as_a_share(
     settings: dict[str, Any], steps: int
 ) -> None:
     training = TrainingConfig(epochs=5.0, batch_size=4, **settings)
-    assert LrSchedule.plan(40, training, 1.0).warmup == steps
+    assert LrSchedule.plan(40, training, 1.0).warmup_steps == steps
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_failure_leaves_the_old_folder(documents, base, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain(documents, SPEC, out, tmp_path / "state", seed=4, tell=fail)
+        pretrain(documents, SPEC, out, tmp_path / "state", seed=4, log=fail)
     assert _digest(out) == _digest(base)
 
 
@@ -134,7 +134,7 @@ def test_progress_is_told_after_every_step(documents, tmp_path) -> None:
     def tell(progress: TrainState, schedule: LrSchedule) -> None:
         told.append((progress.step, schedule.steps, progress.losses[-1]))
 
-    done = pretrain(documents, SPEC, tmp_path / "base", tmp_path / "state", seed=0, tell=tell)
+    done = pretrain(documents, SPEC, tmp_path / "base", tmp_path / "state", seed=0, log=tell)
     assert [step for step, _, _ in told] == [*range(1, done.steps + 1)]
     assert told[-1] == (done.steps, done.steps, done.final_loss)
 
@@ -156,7 +156,7 @@ def test_a_killed_pretraining_resumes_and_ends_with_the_same_bytes(
         kill_at(patch, *MOMENTS[moment], after=False)
         with pytest.raises(Killed):
             pretrain(documents, SPEC, out, state, seed=3)
-    pretrain(documents, SPEC, out, state, seed=3, tell=lambda now, _: steps.append(now.step))
+    pretrain(documents, SPEC, out, state, seed=3, log=lambda now, _: steps.append(now.step))
     assert 1 not in steps, "it starts from the beginning"
     assert _digest(out) == _digest(base)
     assert not state.exists() and [path.name for path in out.parent.iterdir()] == ["base"]
@@ -167,11 +167,11 @@ def test_the_checkpoints_of_another_pretraining_are_not_resumed_from(
 ) -> None:
     """One that was killed, and whose spec or seed has changed since."""
     out, state = tmp_path / "base", tmp_path / "state"
-    for other in ({"seed": 4}, {"seed": 3, "spec": SPEC.model_copy(update={"warmup": 0.2})}):
+    for other in ({"seed": 4}, {"seed": 3, "config": SPEC.model_copy(update={"warmup": 0.2})}):
         with monkeypatch.context() as patch:
             kill_at(patch, trainer, "_train_step", 6, after=False)
             with pytest.raises(Killed):
-                pretrain(documents, out_dir=out, state=state, **{"spec": SPEC, **other})
+                pretrain(documents, output=out, state=state, **{"config": SPEC, **other})
     assert len([*state.iterdir()]) == 1
     pretrain(documents, SPEC, out, state, seed=3)
     assert _digest(out) == _digest(base)

@@ -174,7 +174,7 @@ def _uninterrupted(bench: Bench, folder: Path) -> tuple[TrainState, Model]:
 
 def test_a_plan_counts_epochs_in_whole_batches_and_evaluates_the_end() -> None:
     plan = LrSchedule.plan(10, TRAINING, 1.0)
-    assert (plan.steps, plan.steps_per_epoch, plan.warmup) == (12, 3, 2)
+    assert (plan.steps, plan.steps_per_epoch, plan.warmup_steps) == (12, 3, 2)
     assert plan.evaluations == {3, 6, 9, 12}
     half = LrSchedule.plan(10, TRAINING.model_copy(update={"epochs": 2.5}), 2.0)
     assert (half.steps, half.evaluations) == (8, {6, 8})
@@ -196,7 +196,7 @@ def test_learning_rates_are_those_of_transformers(
     )
     plan = LrSchedule.plan(10, training, 1.0)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
-    scheduler = get_scheduler(theirs, optimizer, plan.warmup, plan.steps)
+    scheduler = get_scheduler(theirs, optimizer, plan.warmup_steps, plan.steps)
     for step in range(plan.steps):
         assert learning_rate(step, 0.01, training, plan) == pytest.approx(
             scheduler.get_last_lr()[0], abs=1e-15
@@ -245,7 +245,7 @@ def _plain_loop(bench: Bench, steps: int) -> tuple[list[float], torch.nn.Module]
         betas=training.resolved_betas,
     )
     plan = bench.recipe.schedule
-    scheduler = get_scheduler(training.schedule, optimizer, plan.warmup, plan.steps)
+    scheduler = get_scheduler(training.schedule, optimizer, plan.warmup_steps, plan.steps)
     losses = []
     for step in range(steps):
         batch = [

@@ -25,7 +25,7 @@ from forgetting.io import (
     read_json,
     remove_folder,
     rename_synced,
-    warn_if_damaged,
+    warn_damaged,
 )
 from forgetting.models.tuned import checkpoint_damage
 from forgetting.schedule import branch_step
@@ -150,12 +150,12 @@ def _link_checkpoint(trunk: Path, folder: Path, latest: float) -> None:
     if step <= max((reached for reached, _ in _is_complete(folder)), default=0):
         return
     if wrong := checkpoint_damage(origin):
-        warn_if_damaged(*wrong, "nothing goes on from this checkpoint")
+        warn_damaged(*wrong, "nothing goes on from this checkpoint")
         return
     points = read_json(origin / "progress.json")["evaluations"]
     items = [f"items-{int(point[0]):07d}.parquet" for point in points]
     if wrong := next(((trunk / i, told) for i in items if (told := file_damage(trunk / i))), None):
-        warn_if_damaged(*wrong, "nothing goes on from its checkpoints")
+        warn_damaged(*wrong, "nothing goes on from its checkpoints")
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in items:

@@ -26,7 +26,7 @@ from forgetting.io import (
     read_json,
     remove_file,
     remove_folder,
-    warn_if_damaged,
+    warn_damaged,
     write_json,
 )
 from forgetting.models.adapters import adalora_training_state, load_adalora_training_state
@@ -121,7 +121,7 @@ def discard_damaged(folders: Sequence[Path]) -> None:
     A run whose newest checkpoint has lost the optimizer's state cannot go on either.
     """
     if wrong := next(filter(None, map(_run_damage, folders)), None):
-        warn_if_damaged(*wrong, "the run starts afresh")
+        warn_damaged(*wrong, "the run starts afresh")
         for folder in folders:
             remove_folder(folder)
             folder.mkdir(parents=True)
