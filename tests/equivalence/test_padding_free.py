@@ -333,7 +333,7 @@ def test_runs_that_share_a_row_have_equally_many_tokens_and_their_own_sums() -> 
     for own, filled in zip(runs, even, strict=True):
         assert filled[: len(own)] == own
         assert all(e.targets == 0 and len(e.ids) <= longest for e in filled[len(own) :])
-    batch = shared.is_padding_free(0, torch.device("cpu"))
+    batch = shared.to_batch(0, torch.device("cpu"))
     assert batch.ids.shape == (1, 3 * length)
     values = torch.arange(batch.labels.numel(), dtype=torch.float32)[None]
     counts = [sum(example.targets for example in own) for own in runs]

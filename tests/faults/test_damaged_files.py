@@ -42,6 +42,7 @@ from forgetting.results.build_tables import benchmark_tables
 from forgetting.training.checkpoints import run_damage
 from forgetting.training.run_group import RunGroupConfig
 from scripts import finetune, run_programs, select_checkpoint
+from support.damage import flip, truncate
 from support.result_tables import tables, write
 from support.run_groups import record_base
 
@@ -51,19 +52,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 RULE = SelectionConfig(probe="new", metric="probability", threshold=0.9, if_not_reached="last")
 RUN = "state/lora-r4/seed3/*/*"
-
-
-def flip(path: Path) -> None:
-    """Flip a bit in the middle, and keep date and size."""
-    content, before = bytearray(path.read_bytes()), path.stat()
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def truncate(path: Path) -> None:
-    """Remove the second half."""
-    os.truncate(path, path.stat().st_size // 2)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {

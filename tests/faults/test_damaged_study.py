@@ -1,4 +1,4 @@
-"""A whole study whose files are damaged or deleted one after another, by the user's commands."""
+"""A whole study whose files are damaged or deleted one after another."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from faults.test_damaged_files import flip, truncate
 from forgetting.digests import file_damage, visible_files
+from support.damage import flip, truncate
 from support.slurm import STUDY, Folder
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ class Study(Folder):
         )
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables, but for what tells how long something took."""
+        """Return the tables without durations."""
         tables = {
             name: pd.read_parquet(self.at / RESULTS / "tables" / f"{name}.parquet")
             for name in TABLES
@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture
 def study(finished: Study, tmp_path: Path) -> Study:
-    """A copy that a test may spoil; links of the same file stay such."""
+    """Return a copy that a test may damage; hard links are preserved."""
     subprocess.run(["cp", "-a", finished.at, tmp_path / "study"], check=True)
     return Study(tmp_path / "study", STUDY_FILE)
 
@@ -96,7 +96,7 @@ def study(finished: Study, tmp_path: Path) -> Study:
 
 @pytest.fixture
 def without_state(study: Study) -> Study:
-    """The README says that this is allowed."""
+    """Delete the state, which the README allows."""
     shutil.rmtree(study.at / RESULTS / "state")
     return study
 
@@ -106,11 +106,11 @@ def _weights(study: Study) -> set[str]:
     return {str(path.relative_to(folder)) for path in visible_files(folder)}
 
 
-def test_without_its_state_a_finished_study_has_nothing_to_do(without_state: Study) -> None:
+def test_finished_study_without_state_has_nothing_to_do(without_state: Study) -> None:
     assert "Nothing to be done" in without_state.start().stdout
 
 
-def test_without_its_state_a_study_is_widened_by_a_seed(without_state: Study) -> None:
+def test_seed_is_added_without_state(without_state: Study) -> None:
     expected, weights = without_state.tables(), _weights(without_state)
     without_state.configure(seeds=[0, 1])
     done = without_state.start()
@@ -125,7 +125,7 @@ def test_without_its_state_a_study_is_widened_by_a_seed(without_state: Study) ->
     assert _weights(without_state) > weights
 
 
-def test_without_its_state_another_rule_selects(without_state: Study) -> None:
+def test_another_rule_selects_without_state(without_state: Study) -> None:
     rule = {**STUDY["selection"], "hyperparameters": "smallest-lr"}
     without_state.configure(selection=rule)
     done = without_state.start()
@@ -134,9 +134,7 @@ def test_without_its_state_another_rule_selects(without_state: Study) -> None:
 
 
 @pytest.mark.parametrize("output", ["selected/full", "selection/full.json"])
-def test_without_its_state_a_removed_selection_is_made_again(
-    without_state: Study, output: str
-) -> None:
+def test_removed_selection_is_made_again_without_state(without_state: Study, output: str) -> None:
     expected, weights = without_state.tables(), _weights(without_state)
     path = without_state.at / RESULTS / output
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -146,8 +144,8 @@ def test_without_its_state_a_removed_selection_is_made_again(
     assert _weights(without_state) == weights
 
 
-def test_weights_stay_where_only_a_part_of_the_state_is_there(study: Study) -> None:
-    """The selection is refused by name, and the only weights are not deleted before it."""
+def test_weights_are_kept_with_a_partial_state(study: Study) -> None:
+    """The selection is refused by name, and the only weights are not deleted."""
     weights = _weights(study)
     for run in (study.at / RESULTS / "state" / "full").glob("seed0/*/*"):
         shutil.rmtree(run)
@@ -175,11 +173,11 @@ DAMAGED: list[tuple[Callable[[Path], None], str, str]] = [
     (truncate, "data/train.jsonl", "runs/full/seed0/runs.json"),
     (flip, "base/model/model.safetensors", "base/items.parquet"),
 ]
-"""What is damaged, how, and the outputs that are then made again."""
+"""Damage, damaged file, and the outputs that are then made again."""
 
 
-def test_what_messages_say_heals_the_study(study: Study) -> None:
-    """Each damage is named once; its command, and the same command again, end in equal tables."""
+def test_commands_in_messages_repair_the_study(study: Study) -> None:
+    """Each damage is reported once; its command and a rerun give equal tables."""
     expected = study.tables()
     for damaging, name, again in DAMAGED:
         path = study.at / RESULTS / name
@@ -204,18 +202,18 @@ def test_what_messages_say_heals_the_study(study: Study) -> None:
 # --- killed -------------------------------------------------------------------------------------
 
 
-def test_the_last_jobs_are_killed_at_any_time_and_end_alike(study: Study) -> None:
-    """Programs that are run, tables and page: Snakemake and its job are killed together."""
+def test_last_jobs_killed_at_any_time_end_alike(study: Study) -> None:
+    """Snakemake and its job are killed together while tables and page are made."""
     expected, draw = study.tables(), random.Random(0)
     for name in ("benchmarks/base/outcomes.json", "tables/study.json", "tables/items.parquet"):
         (study.at / RESULTS / name).unlink()
         for _ in range(3):
-            with (study.at / "told").open("ab") as told:
+            with (study.at / "log").open("ab") as log:
                 process = subprocess.Popen(
                     study.command("--nolock", profile=None),
                     cwd=study.at,
                     env=study.environment(),
-                    stdout=told,
+                    stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )

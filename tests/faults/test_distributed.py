@@ -1,4 +1,4 @@
-"""One run trained by several processes: the same numbers as by one, whatever becomes of them."""
+"""One run trained by several processes: equal numbers, also after failures and restarts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from forgetting.training.distributed import (
 from forgetting.training.run_group import RunContext, RunGroupConfig, run_key
 from forgetting.training.training_job import run_group_items
 from support.benchmark_rows import sciq
-from support.processes import FORKS, Stopped, together, train, train_together, weights
+from support.processes import FORKS, Stopped, run_in_processes, train, train_in_group, weights
 from support.run_groups import examples_in, record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +85,7 @@ def specs(tuning: Method) -> dict[str, RunGroupConfig]:
     """Six steps with evaluations at 3 and 6: full fine-tuning, adapters, adapters with dropout.
 
     About half of the gradients are clipped, since Adam would not notice if all were halved.
-    Dropout is another one in each process.
+    Dropout masks differ between processes.
     """
     spec = RunGroupConfig(
         method=FULL,
@@ -128,7 +128,7 @@ def _training(spec: RunGroupConfig, **changes: Any) -> RunGroupConfig:
 
 
 def _agree(found: dict[str, Any], expected: dict[str, Any], rel: float = 2e-5) -> None:
-    """Losses, weights and items, but for the order of sums."""
+    """Compare losses, weights and items up to the order of summation."""
     assert found["losses"] == pytest.approx(expected["losses"], rel=rel)
     assert (found["steps"], found["tokens"]) == (expected["steps"], expected["tokens"])
     last = found["steps"]
@@ -150,7 +150,7 @@ def _agree(found: dict[str, Any], expected: dict[str, Any], rel: float = 2e-5) -
 
 
 def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Losses, points and weights, bit for bit."""
+    """Compare losses, evaluations and weights bit for bit."""
     assert found["losses"] == expected["losses"]
     assert found["evaluations"] == expected["evaluations"]
     theirs = weights(expected, STEPS)
@@ -158,12 +158,12 @@ def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-# --- who does what ------------------------------------------------------------------------------
+# --- division of the work -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 4, 7])
-def test_every_example_is_dealt_once_and_the_shares_weigh_the_same(shares: int) -> None:
-    """No two shares differ by more tokens than the longest example has."""
+def test_split_by_tokens_balances_the_shares(shares: int) -> None:
+    """Two shares differ at most by the tokens of the longest example."""
     lengths = [(7 * n) % 23 + 1 for n in range(40)]
     dealt = split_by_tokens(lengths, shares)
     assert sorted(index for share in dealt for index in share) == list(range(40))
@@ -173,8 +173,8 @@ def test_every_example_is_dealt_once_and_the_shares_weigh_the_same(shares: int) 
 
 
 @pytest.mark.parametrize("most", [1, 2, 32])
-def test_all_processes_make_as_many_passes(most: int) -> None:
-    """Each example is in one pass of one process; what fills up has no targets."""
+def test_all_processes_make_equally_many_passes(most: int) -> None:
+    """Each example is in one pass of one process; fillers have no targets."""
     rows = [Example(ids=[n] * (n + 2), prompt_length=1) for n in range(7)]
     passes = [ProcessGroup(rank, 4).microbatches(rows, most, 10) for rank in range(4)]
     assert len({len(own) for own in passes}) == 1
@@ -189,8 +189,8 @@ def test_all_processes_make_as_many_passes(most: int) -> None:
     )
 
 
-def test_each_process_draws_a_dropout_of_its_own() -> None:
-    """A process alone draws what it always drew."""
+def test_rank_seed_differs_between_processes() -> None:
+    """A single process keeps the seed of the run."""
     assert SINGLE_PROCESS.rank_seed(5) == ProcessGroup(0, 2).rank_seed(5) == 5
     assert (
         len({ProcessGroup(rank, 4).rank_seed(seed) for rank in range(4) for seed in range(9)}) == 36
@@ -210,8 +210,8 @@ def test_several_processes_train_like_one(
     kind: str,
     size: int,
 ) -> None:
-    """Batches of uneven rows, fewer than processes at times; clipped by the norm of all gradients;
-    and what is measured.
+    """Uneven batches, sometimes smaller than the world size; clipping by the norm of all gradients;
+    evaluation.
     """
     one, several = reference(kind, 1), reference(kind, size)
     _agree(several, one)
@@ -221,12 +221,12 @@ def test_several_processes_train_like_one(
     assert unclipped["losses"] != pytest.approx(one["losses"], rel=1e-3)
 
 
-def test_bfloat16_rounds_in_two_processes_what_it_rounds_in_one(
+def test_bfloat16_rounds_alike_in_two_processes(
     specs: dict[str, RunGroupConfig], context: RunContext, reference: Reference, tmp_path: Path
 ) -> None:
-    """Matrices and what they multiply, but no norm, embedding or sum; weights stay float32.
+    """Matrices and their inputs are rounded; norms, embeddings, sums and weights stay float32.
 
-    One row a pass, since the gradients of each pass are rounded.
+    A pass has one row, since the gradients of each pass are rounded.
     """
     rounded = replace(context, precision=torch.bfloat16)
     spec = _training(specs["full"], micro_batch_size=1)
@@ -240,7 +240,7 @@ def test_bfloat16_rounds_in_two_processes_what_it_rounds_in_one(
 def test_mitigations_are_the_same_in_two_processes(
     specs: dict[str, RunGroupConfig], context: RunContext, tmp_path: Path, kind: str
 ) -> None:
-    """Replay and KL are shared like the batch; EWC and L2-SP are not counted twice."""
+    """Replay and KL are divided like the batch; EWC and L2-SP are not counted twice."""
     table = "world/documents"
     mitigation = MitigationConfig.model_validate(
         {
@@ -271,14 +271,14 @@ COMBINED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "ratio": ("full", {"embedding_lr_ratio": 0.5}, {"schedule": "cosine", "min_lr_ratio": 0.1}),
 }
-"""By name: the spec, what differs of the method, what differs of the training."""
+"""By name: the configuration, changes of the method, changes of the training."""
 
 
 @pytest.mark.parametrize("name", COMBINED)
-def test_every_method_is_trained_and_goes_on_in_two_processes(
+def test_every_method_resumes_in_two_processes(
     specs: dict[str, RunGroupConfig], context: RunContext, tmp_path: Path, name: str
 ) -> None:
-    """Stopped after its checkpoint and started again, as in one process and never stopped."""
+    """Stopped after a checkpoint and resumed, it equals one process that was never stopped."""
     kind, method, training = COMBINED[name]
     if training.get("packing"):
         training = training | {"batch_size": 1, "max_length": 60}
@@ -292,7 +292,7 @@ def test_every_method_is_trained_and_goes_on_in_two_processes(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_general_text_is_measured_in_two_processes(
+def test_general_text_is_evaluated_in_two_processes(
     specs: dict[str, RunGroupConfig],
     context: RunContext,
     rows: Rows,
@@ -300,11 +300,11 @@ def test_the_general_text_is_measured_in_two_processes(
     tmp_path: Path,
     kind: str,
 ) -> None:
-    """Every process reads it with the model that all of them hold; the run is the same run."""
+    """Every process reads all of the text; the run does not change."""
     blocks = cut_blocks(context.tokenizer, [row["answer"] for row in rows] * 4, 16)
     base = load_base(context.base, torch.device("cpu"))
-    told = replace(context, base_predictions=compute_base_predictions(base, blocks, 3))
-    one, two = (train(size, specs[kind], told, tmp_path / str(size)) for size in (1, 2))
+    changed = replace(context, base_predictions=compute_base_predictions(base, blocks, 3))
+    one, two = (train(size, specs[kind], changed, tmp_path / str(size)) for size in (1, 2))
     _agree(two, one)
     assert two["losses"] == reference(kind, 2)["losses"]
     items = pd.read_parquet(Path(two["folder"]) / "items-0000006.parquet")
@@ -312,14 +312,14 @@ def test_the_general_text_is_measured_in_two_processes(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_benchmarks_are_asked_in_two_processes(
+def test_benchmarks_run_in_two_processes(
     specs: dict[str, RunGroupConfig],
     context: RunContext,
     reference: Reference,
     tmp_path: Path,
     kind: str,
 ) -> None:
-    """Each process asks the model that all of them hold: the answers, and the run, are the same."""
+    """Answers are the same, and the run does not change."""
     sums = [{"question": f"{n} + {n}", "answer": f"#### {2 * n}"} for n in range(6)]
     rows = {"sciq": sciq(6), "gsm8k": sums}
     for task, found in rows.items():
@@ -331,9 +331,9 @@ def test_benchmarks_are_asked_in_two_processes(
         {task: tmp_path / "rows" / task for task in tasks},
         context.tokenizer,
     )
-    told = replace(context, training_benchmarks=along)
+    changed = replace(context, training_benchmarks=along)
     # In this order, since what has been asked once can no longer be sent to other processes.
-    records = [train(size, specs[kind], told, tmp_path / str(size)) for size in (2, 1)]
+    records = [train(size, specs[kind], changed, tmp_path / str(size)) for size in (2, 1)]
     assert records[0]["losses"] == reference(kind, 2)["losses"]
     (_, two), (_, one) = (run_group_items([record]) for record in records)
     assert len(one) == 2 * (6 + 3)
@@ -345,37 +345,37 @@ def test_benchmarks_are_asked_in_two_processes(
 
 
 def _trunk_and_branch(spec: RunGroupConfig, context: RunContext, state: Path) -> Records:
-    """The branch of the shorter duration, as the programs train it in this process and its team."""
-    joined = ProcessGroup.init()
-    told = replace(context, process_group=joined)
+    """Train the branch of the shorter duration in this process of a group, as the programs do."""
+    process_group = ProcessGroup.init()
+    changed = replace(context, process_group=process_group)
 
-    def tell(*_: Any) -> None:
-        """Nothing is looked at."""
+    def log(*_: Any) -> None:
+        """Log nothing."""
 
     try:
-        trunks = train_trunks(spec, told, {"base": "b"}, state, tell)
-        return train_cooldowns(spec, 1.0, trunks, told, {"base": "b"}, state, tell)
+        trunks = train_trunks(spec, changed, {"base": "b"}, state, log)
+        return train_cooldowns(spec, 1.0, trunks, changed, {"base": "b"}, state, log)
     finally:
-        joined.destroy()
+        process_group.destroy()
 
 
 def test_a_branch_leaves_a_sharded_trunk(
     specs: dict[str, RunGroupConfig], context: RunContext, tmp_path: Path
 ) -> None:
-    """It ends as the run of its duration that one process trained alone."""
+    """It ends as the run of its duration that a single process trained."""
     durations = {"durations": [1.0, 3.0], "epochs": 3.0, "schedule": "wsd"}
     spec = _training(specs["full"], **durations)
-    (two, other) = together(2, _trunk_and_branch, spec, context, tmp_path / "two")
+    (two, other) = run_in_processes(2, _trunk_and_branch, spec, context, tmp_path / "two")
     assert two == other
     one = train(1, branches.single_duration(spec, 1.0), context, tmp_path / "one")
     assert (one["steps"], two[0]["duration"]) == (3, 1.0)
     _agree(two[0], one)
 
 
-def test_lion_is_sharded_as_adam_is(
+def test_lionw_is_sharded(
     specs: dict[str, RunGroupConfig], context: RunContext, tmp_path: Path
 ) -> None:
-    """The sign of a gradient near 0 may be another; the losses tell that nearly none is."""
+    """Signs of gradients near 0 may differ; the losses show that almost none does."""
     spec = _training(specs["full"], optimizer="lionw")
     one, two = (train(size, spec, context, tmp_path / str(size)) for size in (1, 2))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
@@ -395,7 +395,7 @@ def test_recomputed_activations_change_no_bit(
     kind: str,
     size: int,
 ) -> None:
-    """The adapter's dropout is drawn again as it was; the run is the same run."""
+    """The dropout mask of the adapter is drawn again; the key of the run does not change."""
     frugal = _training(specs[kind], activation_checkpointing=True)
     kept, recomputed = reference(kind, size), train(size, frugal, context, tmp_path)
     _same(recomputed, kept)
@@ -404,18 +404,18 @@ def test_recomputed_activations_change_no_bit(
     assert run_key(frugal, setting, {}) == run_key(specs[kind], setting, {})
 
 
-# --- going on -----------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["full", "dropout"])
-def test_a_stopped_team_goes_on_as_if_it_had_not_been(
+def test_stopped_process_group_resumes_bit_for_bit(
     specs: dict[str, RunGroupConfig],
     context: RunContext,
     reference: Reference,
     tmp_path: Path,
     kind: str,
 ) -> None:
-    """Bit for bit, dropout of each process included."""
+    """Including the dropout of each process."""
     assert train(2, specs[kind], context, tmp_path, stop_at=5) is None
     _same(train(2, specs[kind], context, tmp_path), reference(kind, 2))
 
@@ -425,7 +425,7 @@ def test_a_stopped_team_goes_on_as_if_it_had_not_been(
     [(2, 1), (1, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(4, 2), (2, 4)])],
 )
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_another_number_of_processes_goes_on(
+def test_run_resumes_with_another_world_size(
     specs: dict[str, RunGroupConfig],
     context: RunContext,
     reference: Reference,
@@ -434,7 +434,7 @@ def test_another_number_of_processes_goes_on(
     before: int,
     after: int,
 ) -> None:
-    """Weights and moments come back in other parts; no step before the checkpoint is repeated."""
+    """Weights and moments are sharded again; no step before the checkpoint is repeated."""
     assert train(before, specs[kind], context, tmp_path, stop_at=4) is None
     (checkpoint,) = (path.parent for path in tmp_path.rglob("progress.json"))
     assert (checkpoint / "shards").exists() == (kind == "full" and before > 1)
@@ -444,10 +444,8 @@ def test_another_number_of_processes_goes_on(
     assert record["losses"][:3] == first
 
 
-def test_a_sharded_run_ends_as_models_that_transformers_reads(
-    context: RunContext, reference: Reference
-) -> None:
-    """One file, as one process writes it; no parts, no training state."""
+def test_sharded_run_ends_as_transformers_models(context: RunContext, reference: Reference) -> None:
+    """A single file, as one process writes it, without shards and training state."""
     one, two = (Path(reference("full", size)["folder"]) / "step-0000006" for size in (1, 2))
     assert sorted(file.name for file in visible_files(two)) == sorted(
         file.name for file in visible_files(one)
@@ -461,13 +459,13 @@ def test_a_sharded_run_ends_as_models_that_transformers_reads(
         assert torch.equal(parameter, stored[name]), name
 
 
-def test_parts_that_were_half_removed_make_no_model(
+def test_half_removed_shards_make_no_model(
     specs: dict[str, RunGroupConfig],
     context: RunContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed while they are removed, the model that was made of all of them stays as it is."""
+    """A process killed while it removes the shards leaves the consolidated model intact."""
     train(2, specs["full"], context, tmp_path, stop_at=4)
     (checkpoint,) = (path.parent for path in tmp_path.rglob("progress.json"))
 
@@ -491,15 +489,15 @@ def test_parts_that_were_half_removed_make_no_model(
     }
 
 
-def test_a_model_too_large_for_one_file_is_several(
+def test_large_model_is_saved_in_several_files(
     specs: dict[str, RunGroupConfig],
     context: RunContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And it may be made of its parts again, when the first attempt was interrupted.
+    """Consolidation can be repeated after an interruption.
 
-    A part that is damaged is refused: joined, it would have a digest of its own.
+    A damaged shard is refused: the consolidated file would get a digest of its own.
     """
     train(2, specs["full"], context, tmp_path, stop_at=4)
     (checkpoint,) = (path.parent for path in tmp_path.rglob("progress.json"))
@@ -524,7 +522,7 @@ def test_a_model_too_large_for_one_file_is_several(
         assert torch.equal(tensor, other), name
 
 
-# --- what goes wrong ----------------------------------------------------------------------------
+# --- failures ----------------------------------------------------------------------------
 
 FAULTY = """
 import os, signal, sys
@@ -557,10 +555,10 @@ main()
 def launched(
     specs: dict[str, RunGroupConfig], context: RunContext, tmp_path: Path
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """launched(moment, spec): the program in two processes, with a fault in one.
+    """Return a function that runs the program in two processes, with a fault in one.
 
-    The moment is `rank:step`. The process is killed there, or with a `fault` that is another word
-    raises that, in a pass of more than `most` rows.
+    The fault occurs at the moment `rank:step`: the process is killed, or it raises a RuntimeError
+    with the text of `fault` in a pass of more than `most` rows.
     """
     (tmp_path / "faulty.py").write_text(FAULTY)
     data = tmp_path / "data"
@@ -607,7 +605,7 @@ def launched(
 
 
 @pytest.mark.slow
-def test_killing_one_process_ends_all_and_the_next_start_goes_on(
+def test_killing_one_process_ends_all_and_resumes(
     launched: Callable[..., subprocess.CompletedProcess[str]],
     specs: dict[str, RunGroupConfig],
     reference: Reference,
@@ -644,7 +642,7 @@ exit $(( first > second ? first : second ))
 
 
 def _two_nodes(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job of SLURM on two nodes."""
+    """Return the environment of a SLURM job on two nodes."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
     srun.write_text(SRUN)
@@ -652,7 +650,7 @@ def _two_nodes(tmp_path: Path) -> dict[str, str]:
     squeue.write_text("#!/bin/sh\necho 2 4\n")
     for program in (srun, squeue):
         program.chmod(0o755)
-    # The number is all that Snakemake's plugin leaves of SLURM's variables.
+    # Snakemake's plugin removes all SLURM variables but the id of the job.
     path = os.pathsep.join([str(srun.parent), os.environ["PATH"]])
     return {"PATH": path, "SLURM_JOB_ID": "7"}
 
@@ -664,7 +662,7 @@ def test_two_nodes_train_like_two_processes_of_one(
     reference: Reference,
     tmp_path: Path,
 ) -> None:
-    """The launchers meet at the first node; every bit is the same."""
+    """The launchers rendezvous at the first node; every bit is the same."""
     done = launched("never", specs["full"], "2", **_two_nodes(tmp_path))
     assert done.returncode == 0, done.stderr
     (record,) = json.loads((tmp_path / "runs.json").read_text())
@@ -673,7 +671,7 @@ def test_two_nodes_train_like_two_processes_of_one(
 
 
 def _leave_a_child(pipe: Any) -> None:
-    """As a launcher and a process of a team, which ends only with it."""
+    """Act as a launcher with one process, which ends only with it."""
     if os.fork() == 0:
         parent = os.getppid()
         pipe.send("started")
@@ -682,7 +680,7 @@ def _leave_a_child(pipe: Any) -> None:
 
 
 def test_no_process_outlives_its_launcher() -> None:
-    """kill -9 of the launcher, which then ends nobody: the pipe is closed when all have ended."""
+    """The pipe is closed once all processes have ended after kill -9 of the launcher."""
     ours, theirs = FORKS.Pipe(duplex=False)
     launcher = FORKS.Process(target=_leave_a_child, args=(theirs,))
     launcher.start()
@@ -694,36 +692,36 @@ def test_no_process_outlives_its_launcher() -> None:
         ours.recv()
 
 
-def _mistaken(ranks: list[int]) -> str | None:
-    """How a program ends that is mistaken in these processes: with a message, or without."""
-    joined, told = ProcessGroup.init(), None
+def _fail_in(ranks: list[int]) -> str | None:
+    """Raise an input error in some ranks; return the message or status of this process."""
+    process_group, outcome = ProcessGroup.init(), None
     try:
-        with joined.report_once():
-            if joined.rank in ranks:
+        with process_group.report_once():
+            if process_group.rank in ranks:
                 raise InputError("training.max_length: 8 tokens leave nothing")
     except InputError as error:
-        told = str(error)
+        outcome = str(error)
     except SystemExit as end:
-        told = f"status {end.code}"
-    joined.barrier()  # the first process, here, holds what they write for each other
-    return told
+        outcome = f"status {end.code}"
+    process_group.barrier()  # the main process holds the store
+    return outcome
 
 
-def test_a_mistake_is_told_once() -> None:
-    """By whichever process meets it first; the others end without a word, but not well."""
-    told = "training.max_length: 8 tokens leave nothing"
-    assert sorted(map(str, together(2, _mistaken, [0, 1]))) == ["status 1", told]
-    assert together(2, _mistaken, [1]) == [None, told]
+def test_error_is_reported_once() -> None:
+    """The first failing process reports it; the others exit silently with status 1."""
+    message = "training.max_length: 8 tokens leave nothing"
+    assert sorted(map(str, run_in_processes(2, _fail_in, [0, 1]))) == ["status 1", message]
+    assert run_in_processes(2, _fail_in, [1]) == [None, message]
     with pytest.raises(InputError), SINGLE_PROCESS.report_once():
-        raise InputError(told)
+        raise InputError(message)
 
 
-NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB."
+OOM_MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "nodes"), [("full", "1"), ("full", "2"), ("lora", "1")])
-def test_memory_that_runs_out_in_one_process_halves_the_passes_of_all(
+def test_out_of_memory_in_one_process_restarts_all(
     launched: Callable[..., subprocess.CompletedProcess[str]],
     specs: dict[str, RunGroupConfig],
     reference: Reference,
@@ -731,15 +729,15 @@ def test_memory_that_runs_out_in_one_process_halves_the_passes_of_all(
     kind: str,
     nodes: str,
 ) -> None:
-    """All are started again, by themselves, and go on from the checkpoint: the numbers are those
-    of an undisturbed run, and of one process.
+    """The launcher restarts all processes from the checkpoint; the numbers are those of an
+    undisturbed run, and of one process.
     """
     there = _two_nodes(tmp_path) if nodes == "2" else {}
-    done = launched("1:4", specs[kind], nodes, fault=NO_ROOM, most=1, **there)
+    done = launched("1:4", specs[kind], nodes, fault=OOM_MESSAGE, most=1, **there)
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr
-    told = "memory ran out with 2 examples in a pass; going on with 1 from step 3"
-    assert done.stdout.count("memory ran out") == done.stdout.count(told) == 1
+    message = "memory ran out with 2 examples in a pass; going on with 1 from step 3"
+    assert done.stdout.count("memory ran out") == done.stdout.count(message) == 1
     assert done.stdout.count("step 6/6") == 1
     (record,) = json.loads((tmp_path / "runs.json").read_text())
     _agree(record, reference(kind, 2))
@@ -748,43 +746,43 @@ def test_memory_that_runs_out_in_one_process_halves_the_passes_of_all(
 
 
 def _memory_for_one_row(spec: RunGroupConfig, context: RunContext, state: Path) -> Records:
-    """The second process has no room for two rows at once."""
+    """Train; the second process is out of memory with two rows in a pass."""
     original = train_step.target_logits
 
     def limited(model: Any, batch: Any) -> torch.Tensor:
         if examples_in(batch) > 1 and dist.get_rank() == 1:
-            raise RuntimeError(NO_ROOM)
+            raise RuntimeError(OOM_MESSAGE)
         return original(model, batch)
 
     train_step.target_logits = limited
-    return train_together(spec, context, state)
+    return train_in_group(spec, context, state)
 
 
-def test_a_job_that_is_started_later_knows_that_memory_ran_out(
+def test_later_job_knows_that_memory_ran_out(
     specs: dict[str, RunGroupConfig], context: RunContext, reference: Reference, tmp_path: Path
 ) -> None:
-    """Ended before a checkpoint could tell, and started with larger passes allowed: it is the same
-    run, and what did not fit is not tried again. A finished run keeps no note of it.
+    """A job that ended before a checkpoint is resumed with larger passes allowed. The passes that
+    did not fit are not tried again, and a finished run keeps no record of them.
     """
     with pytest.raises(OutOfMemory):
-        together(2, _memory_for_one_row, specs["full"], context, tmp_path)
+        run_in_processes(2, _memory_for_one_row, specs["full"], context, tmp_path)
     assert [path.read_text() for path in tmp_path.rglob("no-room.json")] == ["2\n"]
     roomy = _training(specs["full"], micro_batch_size=4)
-    (record,), _ = together(2, _memory_for_one_row, roomy, context, tmp_path)
+    (record,), _ = run_in_processes(2, _memory_for_one_row, roomy, context, tmp_path)
     _agree(record, reference("full", 1))
     assert not list(tmp_path.rglob("no-room.json"))
 
 
-def test_an_example_that_fits_no_memory_of_one_process_is_told_in_one_line(
+def test_single_example_out_of_memory_ends_all(
     launched: Callable[..., subprocess.CompletedProcess[str]],
     specs: dict[str, RunGroupConfig],
     tmp_path: Path,
 ) -> None:
-    """There is no half of it: nothing is started again, and nothing told of who was ended."""
-    ended = launched("1:4", _training(specs["full"], micro_batch_size=1), fault=NO_ROOM)
+    """Nothing is restarted, and a single line reports the error."""
+    ended = launched("1:4", _training(specs["full"], micro_batch_size=1), fault=OOM_MESSAGE)
     assert ended.returncode == 1
-    told = "error: memory runs out with a single example in a forward pass of one of 2 processes"
-    assert ended.stderr.startswith(told)
+    message = "error: memory runs out with a single example in a forward pass of one of 2 processes"
+    assert ended.stderr.startswith(message)
     assert ended.stderr.count("\n") == 1
     assert "training.max_length" in ended.stderr
     assert "memory ran out" not in ended.stdout
@@ -792,10 +790,10 @@ def test_an_example_that_fits_no_memory_of_one_process_is_told_in_one_line(
 
 
 @pytest.mark.slow
-def test_another_failure_than_of_memory_is_not_repeated(
+def test_other_failures_are_not_restarted(
     launched: Callable[..., subprocess.CompletedProcess[str]], specs: dict[str, RunGroupConfig]
 ) -> None:
-    """It is told by its traceback, once, and the job ends."""
+    """The job ends with one traceback."""
     ended = launched("1:4", specs["full"], fault="mat1 and mat2 shapes cannot be multiplied")
     assert ended.returncode == 1
     assert ended.stderr.count("Traceback") == ended.stderr.count("RuntimeError: mat1") == 1
@@ -804,22 +802,22 @@ def test_another_failure_than_of_memory_is_not_repeated(
 
 
 def _small_disk(spec: RunGroupConfig, context: RunContext, state: Path) -> None:
-    """The second process may write little."""
+    """Train; the second process may write at most 10 kB to a file."""
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    train_together(spec, context, state)
+    train_in_group(spec, context, state)
 
 
-def test_a_disk_that_is_full_for_one_process_is_told_and_leaves_no_checkpoint(
+def test_full_disk_of_one_process_leaves_no_checkpoint(
     specs: dict[str, RunGroupConfig], context: RunContext, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="step-0000003: not written by process 1"):
-        together(2, _small_disk, specs["full"], context, tmp_path)
+        run_in_processes(2, _small_disk, specs["full"], context, tmp_path)
     assert not list(tmp_path.rglob("progress.json"))
 
 
-def test_a_job_that_has_no_gpu_to_ask_for_is_one_process() -> None:
-    """A site without GPUs gives the launcher a 0, and the program is run once, by itself."""
+def test_job_without_gpus_is_one_process() -> None:
+    """A site without GPUs passes 0 processes; the program runs once."""
     program = ["-c", "import os; print(os.environ.get('WORLD_SIZE'))"]
     for processes in ("0", "1"):
         done = subprocess.run(

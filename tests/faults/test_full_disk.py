@@ -1,4 +1,4 @@
-"""A full disk or a folder that must not be written to: one line, and nothing half written."""
+"""Full and read-only disks: programs end with one line and leave no partial files."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def _program(name: str) -> ModuleType:
     return module
 
 
-def _told(main: Callable[..., None], arguments: list[str], capsys: Any) -> str:
-    """The one line of a program that fails."""
+def _error_line(main: Callable[..., None], arguments: list[str], capsys: Any) -> str:
+    """Run a program that fails and return its only error line."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 1
-    told: str = capsys.readouterr().err
-    lines = [line for line in told.splitlines() if line.startswith("error: ")]
+    message: str = capsys.readouterr().err
+    lines = [line for line in message.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "Traceback" not in told
+    assert "Traceback" not in message
     return lines[0]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_tells_of_a_disk_in_one_line(
+def test_every_program_reports_disk_errors_in_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wherever in it the error comes from: here from its first step."""
+    """The error is raised in the first call of the program."""
     main = _program(name).main
     for number, remedy in FAULTS.items():
 
@@ -76,46 +76,46 @@ def test_every_program_tells_of_a_disk_in_one_line(
             raise OSError(number, os.strerror(number), "results/mini/base.json")
 
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", fail)
-        told = _told(main, [], capsys)
-        assert told.startswith(f"error: results/mini/base.json: {os.strerror(number)}; {remedy}")
+        message = _error_line(main, [], capsys)
+        assert message.startswith(f"error: results/mini/base.json: {os.strerror(number)}; {remedy}")
 
 
 @pytest.mark.parametrize("number", FAULTS)
 @pytest.mark.parametrize(
     "kind", [OSError, SafetensorError, Exception], ids=["Python", "safetensors", "tokenizers"]
 )
-def test_errors_of_disks_are_known_whichever_library_writes(
+def test_disk_errors_of_every_library_are_recognized(
     kind: type[Exception], number: int, tmp_path: Path
 ) -> None:
     words = os.strerror(number)
     error = OSError(number, words) if kind is OSError else kind(f"{words} (os error {number})")
-    told = f"a.bin: not written: {words}; {FAULTS[number]}"
-    with pytest.raises(InputError, match=told), disk_errors_as_input_errors(tmp_path / "a.bin"):
+    message = f"a.bin: not written: {words}; {FAULTS[number]}"
+    with pytest.raises(InputError, match=message), disk_errors_as_input_errors(tmp_path / "a.bin"):
         raise error
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    """A file that is missing or a mistake of a programmer's has another remedy."""
+def test_other_errors_are_not_converted(tmp_path: Path) -> None:
+    """A missing file or a programming error has another remedy."""
     for error in (FileNotFoundError(errno.ENOENT, "no"), ValueError("(os error 2)"), KeyError("x")):
         with pytest.raises(type(error)), disk_errors_as_input_errors(tmp_path / "a.bin"):
             raise error
 
 
 @pytest.mark.parametrize("write", [atomic_write, atomic_folder])
-def test_a_folder_that_is_read_only_is_told_before_anything_is_written(
+def test_read_only_folder_is_reported_before_writing(
     write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
 ) -> None:
-    """Its own folder cannot be made, or a file in it."""
+    """Neither a file nor its parent folder can be created."""
     with read_only_disk(tmp_path):
         for target in (tmp_path / "a", tmp_path / "new" / "a"):
-            told = "a: not written: Read-only file system; let"
-            with pytest.raises(InputError, match=told), write(target):
+            message = "a: not written: Read-only file system; let"
+            with pytest.raises(InputError, match=message), write(target):
                 pytest.fail("there is nothing to write to")
         assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
-    """What cannot be written leaves the folder that was there."""
+def test_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    """A failed write leaves the old folder."""
     target = tmp_path / "model"
     target.mkdir()
     (target / "old").touch()
@@ -138,7 +138,7 @@ SMALL = {
 
 
 def _arguments(name: str, work: Path, target: Path) -> list[str]:
-    """Arguments of a program that write below a folder."""
+    """Return arguments with which a program writes below `target`."""
     if name == "generate_microworld":
         return ["--seed", "0", "--output", str(target / "world")]
     documents = work / "documents.jsonl"
@@ -155,19 +155,19 @@ def _arguments(name: str, work: Path, target: Path) -> list[str]:
 def test_programs_leave_nothing_half_written(
     name: str, size: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Full at the tokenizer, at the weights; and where nothing can be written at all."""
+    """The disk is full at the tokenizer or at the weights, or it is read-only."""
     target = tmp_path / "disk"
     target.mkdir()
     arguments = _arguments(name, tmp_path, target)
     with small_disk(target, size) if size else read_only_disk(target):
-        told = _told(_program(name).main, arguments, capsys)
-        assert str(target) in told
-        assert ("No space left" if size else "Read-only") in told
+        message = _error_line(_program(name).main, arguments, capsys)
+        assert str(target) in message
+        assert ("No space left" if size else "Read-only") in message
         assert not list(target.rglob(f"*{PARTIAL_SUFFIX}"))
         assert not list(target.glob("*model*"))
 
 
-def test_a_download_to_a_full_disk_does_not_blame_the_network(
+def test_download_to_a_full_disk_blames_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -176,6 +176,6 @@ def test_a_download_to_a_full_disk_does_not_blame_the_network(
     files = [RepoFile(path="model.safetensors", size=1, oid="0")]
     monkeypatch.setattr(HfApi, "list_repo_tree", lambda *_, **__: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    told = "cache/blobs/1: not written: No space left on device; make room there"
-    with pytest.raises(InputError, match=f"^{told}$"):
+    message = "cache/blobs/1: not written: No space left on device; make room there"
+    with pytest.raises(InputError, match=f"^{message}$"):
         fetch_model("owner/name", "0" * 40, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Processes that train together, for tests: started quickly, never waited for long."""
+"""Process groups for tests, whose processes are forked from one that has imported the library."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from forgetting.training.distributed import ProcessGroup
 from forgetting.training.run_group import RunContext, RunGroupConfig, train_run_group
 
 PATIENCE = 600.0
-"""Seconds after which a team that does not end is ended: it hangs."""
+"""Seconds after which a process group is considered to hang, and is ended."""
 
 # pytest's import mode names test modules from the root of the repository. Processes that unpickle a
 # function of a test import its module by that name.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-# One process imports the library; the others are copies of it.
+# One process imports the library; the others are forked from it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["forgetting.training.run_group"])
 
 
 class Stopped(Exception):
-    """Ends a run in a process of a team, as if it had been killed there."""
+    """Ends a run in a process of a group as if the process had been killed."""
 
 
-def together(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns in each of so many processes that find each other.
+def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what `function(*arguments)` returns in each process of a group.
 
-    The first process that fails ends the others, and its traceback is the error.
+    The first process that fails ends the others; its error is raised with its traceback.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
-    for rank in range(size):
+    for rank in range(world_size):
         ours, theirs = FORKS.Pipe(duplex=False)
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
+            "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
@@ -69,7 +69,7 @@ def together(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
 
 
 def _answers(pipes: list[Any]) -> list[Any]:
-    """All answers in the order of the pipes, or, as soon as there is one, a failure."""
+    """Return all answers in the order of the pipes, or the first failure alone."""
     waiting, answers = list(pipes), {}
     while waiting:
         ready = wait(waiting, PATIENCE)
@@ -91,7 +91,7 @@ def _result(answer: Any) -> Any:
 
 @dataclass
 class Failure:
-    """What went wrong in a process."""
+    """An error in a process."""
 
     error: BaseException
     traceback: str
@@ -109,49 +109,51 @@ def _work(
     except BaseException as error:
         answer = Failure(error, traceback.format_exc())
     pipe.send(answer)
-    # Without the end of the interpreter, where a process group waits for the others.
+    # A regular exit of the interpreter would wait for the other processes of the group.
     sys.stdout.flush()
     os._exit(0)
 
 
-def train_together(
-    spec: RunGroupConfig, context: RunContext, state: Path, stop_at: int | None = None
+def train_in_group(
+    config: RunGroupConfig, context: RunContext, state: Path, stop_at: int | None = None
 ) -> list[dict[str, Any]]:
-    """Train a run group in this process and those beside it; all stop after a step if told so."""
+    """Train a run group in this process of a group; all processes stop after step `stop_at`."""
 
-    def tell(run: str, progress: Any, schedule: Any) -> None:
-        if progress.step == stop_at:
+    def log(run: str, run_state: Any, schedule: Any) -> None:
+        if run_state.step == stop_at:
             raise Stopped
 
     process_group = ProcessGroup.init()
     try:
         return train_run_group(
-            spec, replace(context, process_group=process_group), {"base": "b"}, state, tell
+            config, replace(context, process_group=process_group), {"base": "b"}, state, log
         )
     finally:
         process_group.destroy()
 
 
 def train(
-    size: int, spec: RunGroupConfig, context: RunContext, state: Path, stop_at: int | None = None
+    world_size: int,
+    config: RunGroupConfig,
+    context: RunContext,
+    state: Path,
+    stop_at: int | None = None,
 ) -> dict[str, Any] | None:
-    """The record of a run group's only run, trained by so many processes; None if it was "
-    "stopped."""
-    arguments = (spec, context, state, stop_at)
+    """Train the only run of a run group; return its record, or None if it was stopped."""
+    arguments = (config, context, state, stop_at)
     try:
-        told = (
-            [train_together(*arguments)]
-            if size == 1
-            else together(size, train_together, *arguments)
-        )
+        if world_size == 1:
+            by_rank = [train_in_group(*arguments)]
+        else:
+            by_rank = run_in_processes(world_size, train_in_group, *arguments)
     except Stopped:
         return None
-    assert all(records == told[0] for records in told)
-    (record,) = told[0]
+    assert all(records == by_rank[0] for records in by_rank)
+    (record,) = by_rank[0]
     return record
 
 
 def weights(record: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
-    """What a checkpoint of a finished run holds."""
+    """Return the weights of a checkpoint of a finished run."""
     (file,) = Path(record["folder"], f"step-{step:07d}").glob("*model.safetensors")
     return load_file(file)

@@ -1,4 +1,4 @@
-"""A disk that is full: a small file system in memory."""
+"""Full and read-only disks: small file systems in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: int = 4) -> Iterator[Callable[[int], None]]:
-    """Mounts one of so many KiB as a folder; what it yields changes the size."""
+    """Mount a file system of `size` KiB on a folder; yield a function that resizes it."""
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(folder), "-o"]
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("mounting a small disk takes the rights of root")
@@ -33,7 +33,7 @@ def small_disk(folder: Path, size: int = 4) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def read_only_disk(folder: Path) -> Iterator[None]:
-    """Mount a file system on a folder to which nobody can write, not even root."""
+    """Mount a file system on a folder to which not even root can write."""
     with small_disk(folder, size=64):
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         yield

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and a user's mistake is one line and status 1."""
+"""Atomic writes, JSON Lines, and errors that end a program with one line and status 1."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ from forgetting.io import (
 
 
 def _names(folder: Path) -> list[str]:
-    """All files but recorded digests."""
+    """Return the names of all files except recorded digests."""
     return sorted(path.name for path in folder.iterdir() if not is_record(path))
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_broken_write_leaves_the_old_file_and_no_debris(
-    tmp_path: Path, stop: type[BaseException]
-) -> None:
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path, stop: type[BaseException]) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(stop), atomic_write(path) as temporary:
@@ -65,10 +63,10 @@ def test_a_full_disk_leaves_no_half_written_file(
     assert _names(tmp_path) == []
 
 
-def test_a_program_on_a_full_disk_ends_with_one_line_and_no_traceback(
+def test_full_disk_ends_a_program_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A full disk is told like a mistake of the user's: file and reason, status 1."""
+    """A full disk is reported like an input error: file and reason, status 1."""
     _fill_the_disk(monkeypatch)
 
     @reports_input_errors
@@ -78,13 +76,13 @@ def test_a_program_on_a_full_disk_ends_with_one_line_and_no_traceback(
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "runs.json" in told
-    assert "No space left" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "runs.json" in message
+    assert "No space left" in message
 
 
-def test_an_unwritable_table_leaves_the_old_one(tmp_path: Path) -> None:
+def test_unwritable_table_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     write_table(path, pd.DataFrame({"value": [1]}))
     with pytest.raises(Exception, match="object"):
@@ -94,7 +92,7 @@ def test_an_unwritable_table_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 def test_written_files_have_the_permissions_of_ordinary_files(tmp_path: Path) -> None:
-    """A temporary file is private; a result must be readable as the umask says."""
+    """A temporary file is private; a result has the permissions of the umask."""
     write_atomically(tmp_path / "ours", "x")
     (tmp_path / "plain").write_text("x")
     ours, plain = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "plain"))
@@ -110,20 +108,20 @@ def test_folders_are_made_and_text_is_utf8(tmp_path: Path) -> None:
 
 
 def test_json_lines_survive_every_character_of_a_text(tmp_path: Path) -> None:
-    """Line separators inside a string are no line ends; quotes and newlines come back."""
+    """Line separators inside a string are no line ends."""
     rows = [{"text": 'a\u2028b\u2029c\x85d\x0be\r\nf\n"q" \\ é 🙂'}, {"text": ""}]
     write_jsonl(tmp_path / "r.jsonl", rows)
     assert read_jsonl(tmp_path / "r.jsonl") == rows
 
 
-def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_row_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_jsonl(tmp_path / "r.jsonl", [{"a": 1}, {"b": object()}])
     assert _names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b'{"a": 1}\n{"a": 2\n', "line 2: not a JSON object"),
         (b'{"a": 1}\n\n\n[1, 2]\n', "line 4: a JSON array; expected JSON lines"),
@@ -135,24 +133,24 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         (b'{"a": "x", "b": ["y", "\\uD800z"]}\n', "line 1: `b` holds half a character"),
     ],
 )
-def test_malformed_lines_are_told_by_file_and_line(
-    tmp_path: Path, content: bytes, told: str
+def test_malformed_line_is_reported_by_file_and_line(
+    tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError) as error:
         read_jsonl(path)
     assert str(error.value).startswith(str(path))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_told_by_name(tmp_path: Path) -> None:
+def test_missing_file_is_reported_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.jsonl: there is no such file"):
         read_jsonl(tmp_path / "gone.jsonl")
 
 
-def test_an_input_error_ends_a_program_with_one_line_and_status_1(
+def test_input_error_ends_a_program_with_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     @reports_input_errors
@@ -173,10 +171,10 @@ def test_an_input_error_ends_a_program_with_one_line_and_status_1(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"),
     ],
 )
-def test_memory_that_runs_out_is_told_in_one_line_wherever_it_does(
+def test_out_of_memory_ends_a_program_with_one_line(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In an optimizer's step, an evaluation or a benchmark: what may be made smaller."""
+    """The message names the sizes that can be reduced."""
 
     @reports_input_errors
     def main(argv: list[str] | None = None) -> None:
@@ -185,14 +183,14 @@ def test_memory_that_runs_out_is_told_in_one_line_wherever_it_does(
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: memory has run out (")
-    assert told.count("\n") == 1
-    assert "evaluation.batch_size" in told
+    message = capsys.readouterr().err
+    assert message.startswith("error: memory has run out (")
+    assert message.count("\n") == 1
+    assert "evaluation.batch_size" in message
 
 
 @pytest.mark.parametrize(
-    "told",
+    "message",
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB",
         "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions.",
@@ -216,14 +214,14 @@ def test_memory_that_runs_out_is_told_in_one_line_wherever_it_does(
         "std::bad_alloc",
     ],
 )
-def test_memory_that_runs_out_is_known_by_what_libraries_say(told: str) -> None:
-    """Other classes of errors than torch's own for it, which is known by its name."""
-    assert is_out_of_memory(RuntimeError(told))
-    assert not is_out_of_memory(ValueError(told))
+def test_out_of_memory_is_recognized_by_message(message: str) -> None:
+    """Of errors of other classes than torch.OutOfMemoryError, which is recognized by name."""
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(ValueError(message))
 
 
 @pytest.mark.parametrize(
-    "told",
+    "message",
     [
         "CUDA error: an illegal memory access was encountered",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`",
@@ -232,8 +230,8 @@ def test_memory_that_runs_out_is_known_by_what_libraries_say(told: str) -> None:
         "unsupported operation: some elements refer to a single memory location",
     ],
 )
-def test_another_error_is_none_of_memory(told: str) -> None:
-    assert not is_out_of_memory(RuntimeError(told))
+def test_other_errors_are_not_out_of_memory(message: str) -> None:
+    assert not is_out_of_memory(RuntimeError(message))
 
 
 def test_another_error_of_torch_keeps_its_traceback() -> None:
@@ -267,7 +265,7 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
-    """Each writes a file of its own beside it; the last to finish wins, whole."""
+    """Each writes its own temporary file; the last to finish wins."""
     path = tmp_path / "a"
     with atomic_write(path) as first:
         first.write_text("first")
@@ -277,8 +275,8 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["a"]
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
-    """Killed programs would otherwise fill the folder with parts of tables."""
+def test_temporary_file_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
+    """Killed programs would otherwise fill the folder with temporary files."""
     killed = "with atomic_write(path) as part: part.write_text('half'); os.kill(os.getpid(), 9)"
     code = "import os; from pathlib import Path; from forgetting.io import atomic_write"
     file = tmp_path / "runs.json"

@@ -1,4 +1,4 @@
-"""Results of different studies never share a folder, and different studies run side by side."""
+"""Studies never share a folder of results, and several run at the same time."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _write(path: Path, **more: Any) -> Path:
 
 @contextmanager
 def _held(folder: Path, study: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a folder of results, as a snakemake does."""
+    """Lock a folder of results in another process, as a snakemake does."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), study],
         env=os.environ | {"PYTHONPATH": str(LIBRARY)},
@@ -88,8 +88,8 @@ def _held(folder: Path, study: str) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_folder_is_held_by_one_snakemake_until_it_ends(tmp_path: Path) -> None:
-    """Also when it is killed: no lock stays behind."""
+def test_results_are_locked_until_snakemake_ends(tmp_path: Path) -> None:
+    """A killed process leaves no lock."""
     folder = tmp_path / "results" / "own"
     command = [sys.executable, "-c", HOLD, str(folder), "own"]
     environment = os.environ | {"PYTHONPATH": str(LIBRARY)}
@@ -103,8 +103,8 @@ def test_a_folder_is_held_by_one_snakemake_until_it_ends(tmp_path: Path) -> None
         assert is_locked(folder)
 
 
-def test_jobs_that_outlive_their_snakemake_are_noticed(tmp_path: Path) -> None:
-    """A program shows that it runs, and the next snakemake does not start others beside it."""
+def test_jobs_of_a_killed_snakemake_are_noticed(tmp_path: Path) -> None:
+    """A job holds a lock, so that the next snakemake does not start a second one."""
     program = (
         "import sys, time\n"
         "from forgetting.errors import reports_input_errors\n"
@@ -130,10 +130,10 @@ def test_jobs_that_outlive_their_snakemake_are_noticed(tmp_path: Path) -> None:
     check_no_running_jobs(tmp_path)
 
 
-def test_files_of_one_name_do_not_share_results(
+def test_study_files_of_one_name_do_not_share_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first keeps the folder as long as its file is there, wherever it is named from."""
+    """The first keeps the folder as long as its file exists."""
     monkeypatch.chdir(tmp_path)
     first, second = _write(Path("a/own.yaml")), _write(Path("b/own.yml"))
     folder, studies = Path("results/own"), Path("config/studies")
@@ -152,15 +152,15 @@ def test_files_of_one_name_do_not_share_results(
     check_owner(folder, study_origin(second, studies))
 
 
-def test_names_that_differ_only_by_case_do_not_share_results(tmp_path: Path) -> None:
+def test_names_that_differ_by_case_do_not_share_results(tmp_path: Path) -> None:
     (tmp_path / "results" / "Own").mkdir(parents=True)
     check_owner(tmp_path / "results" / "Own", "Own.yaml")
     with pytest.raises(InputError, match=r"some file systems take that for .*Own"):
         check_owner(tmp_path / "results" / "own", "own.yaml")
 
 
-def test_results_of_an_older_version_are_continued(tmp_path: Path) -> None:
-    """A folder that names no owner, or in which a crash cut the name."""
+def test_results_without_a_readable_owner_are_continued(tmp_path: Path) -> None:
+    """The owner is missing, or a crash truncated it."""
     check_owner(tmp_path, "own.yaml")
     (tmp_path / OWNER_FILE).write_text('{"stu')
     check_owner(tmp_path, "own.yaml")
@@ -180,7 +180,7 @@ def test_results_of_an_older_version_are_continued(tmp_path: Path) -> None:
 def test_a_name_belongs_to_one_study(
     file: str, config: dict[str, str], other: str, tmp_path: Path
 ) -> None:
-    """What comes with the workflow keeps its names, at both scales."""
+    """Studies of the workflow keep their names, at both scales."""
     studies = tmp_path / "studies"
     _write(studies / other)
     path = _write(tmp_path / file)
@@ -189,7 +189,7 @@ def test_a_name_belongs_to_one_study(
     assert f"and so are those of {studies / other}; rename your file" in str(error.value)
 
 
-def test_the_page_of_the_last_study_is_no_studys_own(tmp_path: Path) -> None:
+def test_study_may_not_be_called_tradeoff(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is the page of the study that was run last; rename"):
         load_study({"study": str(_write(tmp_path / "Tradeoff.yaml"))}, tmp_path / "studies")
 
@@ -211,14 +211,14 @@ def _snakemake(folder: Path, study: str, *options: str) -> subprocess.Popen[str]
 
 
 def _ended(process: subprocess.Popen[str]) -> str:
-    told, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, told[-6000:]
-    return told
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-6000:]
+    return output
 
 
 @pytest.mark.slow
-def test_two_studies_run_side_by_side(tmp_path: Path) -> None:
-    """Each ends in its own page; the last one's is also `tradeoff.html`, whichever was run."""
+def test_two_studies_run_at_the_same_time(tmp_path: Path) -> None:
+    """Each has its own page; that of the last run is also `tradeoff.html`."""
     _write(tmp_path / "one.yaml", title="The first")
     _write(tmp_path / "two.yaml", title="The second")
     both = [_snakemake(tmp_path, f"{name}.yaml", "--cores", "1") for name in ("one", "two")]
@@ -227,9 +227,9 @@ def test_two_studies_run_side_by_side(tmp_path: Path) -> None:
         time.sleep(0.05)
     _ended(_snakemake(tmp_path, "one.yaml", "--unlock"))
     again = _snakemake(tmp_path, "two.yaml", "--cores", "1")
-    told, _ = again.communicate(timeout=600)
+    output, _ = again.communicate(timeout=600)
     assert again.returncode
-    assert "results/two: another snakemake runs this study here" in told
+    assert "results/two: another snakemake runs this study here" in output
     for process in both:
         _ended(process)
 
@@ -240,11 +240,11 @@ def test_two_studies_run_side_by_side(tmp_path: Path) -> None:
     assert (reports / "tradeoff.html").read_text() in pages.values()
     for name in ("one", "two"):
         assert list((reports / f"{name}-figures").glob("*.svg"))
-        told = _ended(_snakemake(tmp_path, f"{name}.yaml", "--cores", "1"))
-        assert "rule finetune:" not in told
+        output = _ended(_snakemake(tmp_path, f"{name}.yaml", "--cores", "1"))
+        assert "rule finetune:" not in output
         assert (reports / "tradeoff.html").read_text() == pages[name]
-    told = _ended(_snakemake(tmp_path, "two.yaml", "--cores", "1", "--dry-run"))
-    assert "Nothing to be done" in told
+    output = _ended(_snakemake(tmp_path, "two.yaml", "--cores", "1", "--dry-run"))
+    assert "Nothing to be done" in output
     owner = json.loads((tmp_path / "results" / "two" / OWNER_FILE).read_text())
     assert owner == {"study": "two.yaml"}
 
@@ -252,7 +252,7 @@ def test_two_studies_run_side_by_side(tmp_path: Path) -> None:
 def test_a_download_is_made_by_one_snakemake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Snakemake removes what is there before it downloads, under those who read it already."""
+    """Snakemake removes the target of a download first, also while others read it."""
     monkeypatch.chdir(tmp_path)
     model = "resources/models/owner/name/revision"
     program = HOLD.replace(

@@ -84,7 +84,7 @@ def test_the_last_checkpoint_before_the_threshold(
     assert choice.reason
 
 
-def test_the_last_checkpoint_may_stand_in_for_a_run_that_never_arrives() -> None:
+def test_last_checkpoint_may_replace_a_missing_one() -> None:
     choice = select_checkpoint(_points(0.1, 0.7, 0.5), 0.9, "last")
     assert (choice.status, choice.point) == ("last", EvalPoint(20, 2.0, 0.5))
     assert "best value is 0.700" in choice.reason
@@ -98,7 +98,7 @@ def test_the_last_checkpoint_may_stand_in_for_a_run_that_never_arrives() -> None
         ((0.1, 0.9), False, "first_above"),
     ],
 )
-def test_nothing_stands_in_where_nothing_can(
+def test_no_checkpoint_without_evaluations(
     values: Sequence[float], diverged: bool, status: str
 ) -> None:
     assert select_checkpoint(_points(*values), 0.9, "last", diverged) == CheckpointChoice(
@@ -122,7 +122,7 @@ def test_a_trajectory_without_base_or_order_is_refused(points: list[EvalPoint]) 
         select_checkpoint(points, 0.9)
 
 
-def test_nothing_is_dropped_that_may_later_be_picked() -> None:
+def test_checkpoints_that_may_be_chosen_are_kept() -> None:
     """Random trajectories, evaluated and pruned one by one: at every end, the choice is on disk."""
     draw = random.Random(0)
     for _ in range(3000):
@@ -142,7 +142,7 @@ def test_nothing_is_dropped_that_may_later_be_picked() -> None:
                     assert choice.point is None or choice.point.step in on_disk
 
 
-def test_checkpoints_are_kept_only_as_long_as_they_can_be_picked() -> None:
+def test_checkpoints_that_cannot_be_chosen_are_dropped() -> None:
     assert steps_to_keep(_points(0.1), 0.9) == set()
     assert steps_to_keep(_points(0.1, 0.5), 0.9) == {10}
     assert steps_to_keep(_points(0.1, 0.5, 0.8), 0.9) == {20}
@@ -152,7 +152,7 @@ def test_checkpoints_are_kept_only_as_long_as_they_can_be_picked() -> None:
     assert steps_to_keep(_points(0.95, 0.99, 0.99), 0.9) == {20}
 
 
-def test_earliest_takes_the_setting_that_arrives_first() -> None:
+def test_earliest_chooses_the_setting_that_arrives_first() -> None:
     trajectories = {
         SLOW: [_points(0.1, 0.3, 0.5, 0.95)],
         FAST: [_points(0.1, 0.5, 0.6, 0.7)],
@@ -172,7 +172,7 @@ def test_earliest_takes_the_mean_over_seeds() -> None:
     assert choose_hyperparameters(trajectories, _rule())[0] == MIDDLE
 
 
-def test_more_seeds_that_arrive_go_before_earlier_arrival() -> None:
+def test_more_seeds_with_checkpoint_beat_earlier_arrival() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.5)],
         SLOW: [_points(0.1, 0.3, 0.5, 0.9), _points(0.1, 0.3, 0.5, 0.9)],
@@ -190,7 +190,7 @@ def test_ties_go_to_the_smaller_rate_and_then_the_smaller_decay() -> None:
     assert choose_hyperparameters({FAST: same, DECAYED: same}, _rule())[0] == DECAYED
 
 
-def test_smallest_rate_that_arrives() -> None:
+def test_smallest_lr_that_arrives() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9)],
         MIDDLE: [_points(0.1, 0.3, 0.5, 0.5, 0.9)],
@@ -217,7 +217,7 @@ def test_a_deadline_counts_the_epoch_of_arrival_inclusively() -> None:
     assert reason == "no setting reaches 0.9 within 1 epochs"
 
 
-def test_no_setting_or_the_best_last_value_where_none_arrives() -> None:
+def test_fallback_where_no_setting_arrives() -> None:
     trajectories = {
         SLOW: [_points(0.1, 0.2), _points(0.1, 0.4)],
         MIDDLE: [_points(0.1, 0.8), _points(0.1, 0.1)],
@@ -229,17 +229,17 @@ def test_no_setting_or_the_best_last_value_where_none_arrives() -> None:
     assert "the highest last value stands in" in reason
 
 
-def test_fixed_is_fixed_whatever_the_trajectories_say() -> None:
+def test_prescribed_setting_is_chosen() -> None:
     trajectories = {SLOW: [_points(0.1, 0.2)], FAST: [_points(0.1, 0.5, 0.9)]}
     for rule in (_rule(), _rule("smallest-lr"), _rule("fixed")):
-        assert choose_hyperparameters(trajectories, rule, fixed=SLOW) == (
+        assert choose_hyperparameters(trajectories, rule, selected=SLOW) == (
             SLOW,
             "fixed in the study",
         )
     assert choose_hyperparameters({SLOW: trajectories[SLOW]}, _rule("fixed"))[0] == SLOW
 
 
-def test_a_setting_without_a_checkpoint_is_not_preferred_to_one_with_it() -> None:
+def test_setting_with_a_checkpoint_is_preferred() -> None:
     """Too high a rate is above at the first evaluation: only the base lies before, nothing to show.
 
     A setting that passes the threshold later has a checkpoint, which the comparison needs.
@@ -263,15 +263,15 @@ def test_a_setting_without_a_checkpoint_is_not_preferred_to_one_with_it() -> Non
         ((0.1, 0.5, 0.8, 0.89), 0, False),
     ],
 )
-def test_a_run_is_followed_as_far_beyond_the_threshold_as_declared(
+def test_run_ends_after_the_declared_evaluations(
     values: Sequence[float], stop_after_evaluations: int | None, over: bool
 ) -> None:
     """Early stopping cuts only what lies after the declared number of evaluations."""
     assert is_finished(_points(*values), 0.9, stop_after_evaluations) is over
 
 
-def test_a_run_that_arrives_after_the_deadline_is_marked() -> None:
-    """It stands in, but does not pass for one that met the study's rule."""
+def test_run_after_the_deadline_is_marked_late() -> None:
+    """Its status differs from that of a run that met the rule of the study."""
     points = _points(0.1, 0.5, 0.8, 0.95)
     assert select_checkpoint(points, 0.9, deadline=3.0).status == "selected"
     late = select_checkpoint(points, 0.9, deadline=2.0)
@@ -279,22 +279,22 @@ def test_a_run_that_arrives_after_the_deadline_is_marked() -> None:
     assert "after the deadline of 2 epochs" in late.reason
 
 
-def test_a_diverged_run_stands_in_only_if_no_other_can() -> None:
+def test_diverged_setting_is_the_last_fallback() -> None:
     trajectories = {FAST: [_points(0.1, 0.6)], SLOW: [_points(0.1, 0.2, 0.5)]}
     rule = _rule(if_not_reached="last")
     assert choose_hyperparameters(trajectories, rule, diverged={FAST})[0] == SLOW
     assert choose_hyperparameters(trajectories, rule)[0] == FAST
 
 
-def test_passing_over_a_setting_without_a_checkpoint_is_told() -> None:
+def test_reason_names_a_preferred_checkpoint() -> None:
     """`earliest` would be false where an earlier setting has nothing to select."""
     trajectories = {FAST: [_points(0.1, 0.95)], SLOW: [_points(0.1, 0.5, 0.95)]}
-    chosen, told = choose_hyperparameters(trajectories, _rule())
+    chosen, reason = choose_hyperparameters(trajectories, _rule())
     assert chosen == SLOW
-    assert "among those with an evaluation between the base and the threshold" in told
+    assert "among those with an evaluation between the base and the threshold" in reason
 
 
-def test_the_last_measured_checkpoint_stands_in_for_one_without_a_number() -> None:
+def test_fallback_skips_values_that_are_not_finite() -> None:
     choice = select_checkpoint(_points(0.1, 0.7, NAN), 0.9, "last")
     assert choice.point == EvalPoint(10, 1.0, 0.7)
     assert choice.reason == (
@@ -303,7 +303,7 @@ def test_the_last_measured_checkpoint_stands_in_for_one_without_a_number() -> No
     )
 
 
-def test_values_that_are_no_numbers_do_not_choose_a_setting() -> None:
+def test_nan_values_do_not_choose_a_setting() -> None:
     """Whatever the order of the sweep, and even if a run gave no number at all."""
     rule = _rule(if_not_reached="last")
     runs = {SLOW: [_points(0.1, 0.2, NAN)], FAST: [_points(0.1, 0.5, 0.6)]}
@@ -315,23 +315,23 @@ def test_values_that_are_no_numbers_do_not_choose_a_setting() -> None:
     assert choose_hyperparameters(runs, rule)[0] == FAST
 
 
-def test_seeds_that_arrive_are_counted_apart_from_those_with_a_checkpoint() -> None:
+def test_reason_counts_seeds_and_checkpoints() -> None:
     """Both seeds reach the threshold, one of them at once; the step is the mean of both."""
     trajectories = {
         SLOW: [_points(0.1, 0.95), _points(0.1, 0.5, 0.95)],
         FAST: [_points(0.1, 0.2, 0.3, 0.95), _points(0.1, 0.2, 0.3, 0.4)],
     }
-    chosen, told = choose_hyperparameters(trajectories, _rule())
+    chosen, reason = choose_hyperparameters(trajectories, _rule())
     assert chosen == SLOW
-    assert told == (
+    assert reason == (
         "reaches 0.9 at the earliest step (15); 1 of 2 seeds that reach it has an evaluation "
         "between the base and the threshold"
     )
-    chosen, told = choose_hyperparameters({FAST: trajectories[FAST]}, _rule())
-    assert told == "reaches 0.9 at the earliest step (30), in 1 of 2 seeds"
+    chosen, reason = choose_hyperparameters({FAST: trajectories[FAST]}, _rule())
+    assert reason == "reaches 0.9 at the earliest step (30), in 1 of 2 seeds"
 
 
-def test_an_earlier_setting_that_fewer_seeds_reach_is_told() -> None:
+def test_reason_names_seeds_that_do_not_arrive() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.5)],
         SLOW: [_points(0.1, 0.3, 0.5, 0.9), _points(0.1, 0.3, 0.5, 0.9)],
@@ -343,23 +343,23 @@ def test_an_earlier_setting_that_fewer_seeds_reach_is_told() -> None:
     )
 
 
-def test_settings_that_are_all_above_at_once_have_nothing_to_select() -> None:
-    chosen, told = choose_hyperparameters(
+def test_settings_above_at_once_have_no_checkpoint() -> None:
+    chosen, reason = choose_hyperparameters(
         {FAST: [_points(0.1, 0.95)], SLOW: [_points(0.1, 0.9)]}, _rule()
     )
     assert chosen == SLOW
-    assert told == (
+    assert reason == (
         "reaches 0.9 at the earliest step (10); without an evaluation between the base and the "
         "threshold"
     )
 
 
-def test_nothing_is_said_of_learning_where_the_base_is_above() -> None:
+def test_base_above_the_threshold_is_the_reason() -> None:
     trajectories = {FAST: [_points(0.95, 0.96)], SLOW: [_points(0.95, 0.2)]}
     for rule in (_rule(), _rule("smallest-lr", deadline_epochs=3)):
-        chosen, told = choose_hyperparameters(trajectories, rule)
+        chosen, reason = choose_hyperparameters(trajectories, rule)
         assert chosen == SLOW
-        assert told == (
+        assert reason == (
             "the base itself is at 0.950, so that no setting learns sooner than another; the "
             "smallest learning rate stands in"
         )
@@ -370,18 +370,19 @@ def test_nothing_is_said_of_learning_where_the_base_is_above() -> None:
 
 def _record(run: str, *points: tuple[int, float], **more: object) -> dict[str, object]:
     """Ten steps an epoch."""
-    told = [[step, step / 10, value] for step, value in points]
-    return {"run": run, "status": "ok", "steps": points[-1][0], "evaluations": told} | more
+    evaluations = [[step, step / 10, value] for step, value in points]
+    record = {"run": run, "status": "ok", "steps": points[-1][0], "evaluations": evaluations}
+    return record | more
 
 
-def test_the_course_of_a_run_is_its_evaluations() -> None:
+def test_trajectory_of_a_run_is_its_evaluations() -> None:
     course = trajectory_of([_record("a", (10, 0.5), (20, 0.95))], 0.1)
     assert course.evaluations == _points(0.1, 0.5, 0.95)
     assert course.run_at(course.evaluations[1]) == course.run_at(None) == "a"
     assert not course.diverged
 
 
-def test_the_course_of_branches_is_their_ends() -> None:
+def test_trajectory_of_branches_is_their_ends() -> None:
     """Whatever the trunk and the branches measured before; in the order of the durations."""
     branches = [
         _record("a/duration4", (10, 0.6), (30, 0.95), (40, 0.97), duration=4.0),
@@ -400,12 +401,12 @@ def test_the_course_of_branches_is_their_ends() -> None:
     assert course.run_at(None) == "a/duration4"
 
 
-def test_one_duration_has_one_point() -> None:
+def test_trajectory_of_one_duration_has_one_evaluation() -> None:
     course = trajectory_of([_record("a/duration4", (10, 0.6), (40, 0.7), duration=4.0)], 0.1)
     assert [point.step for point in course.evaluations] == [0, 40]
 
 
-def test_branches_that_diverged_are_no_points() -> None:
+def test_diverged_branches_are_left_out() -> None:
     broken = {"duration": 2.0, "status": "diverged"}
     ended = _record("a/duration1", (10, 0.4), duration=1.0)
     course = trajectory_of([ended, _record("a/duration2", (10, 0.6), **broken)], 0.1)

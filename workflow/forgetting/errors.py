@@ -1,4 +1,4 @@
-"""Errors."""
+"""Errors that a program reports in one line: wrong inputs, a full disk, out of memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 FREE_SPACE = "make room there"
-
-
 GRANT_WRITE = "let this user write there, or take another folder"
-
-
 DISK_ERRORS = {
     errno.ENOSPC: FREE_SPACE,
     errno.EDQUOT: FREE_SPACE,
@@ -25,37 +21,37 @@ DISK_ERRORS = {
     errno.EACCES: GRANT_WRITE,
     errno.EPERM: GRANT_WRITE,
 }
-"""What helps against an error of a disk or a folder, by its number."""
+"""Remedies for errors of a disk or folder, by error number."""
 
+RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""The end of messages of libraries in Rust, such as safetensors and tokenizers."""
 
-OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust end their messages: safetensors, tokenizers."""
-
-
-NO_MEMORY = {
-    "out of memory",  # CUDA, also through others
+OOM_PHRASES = {
+    "out of memory",  # CUDA, also through other libraries
     "failed to cuda calloc",  # NCCL
-    "out_of_memory",  # CUDA's driver
+    "out_of_memory",  # the CUDA driver
     "status_alloc_failed",  # cuBLAS, cuDNN, cuSPARSE
-    "memoryallocation",  # CUDA's runtime, by the name of its error
+    "memoryallocation",  # the CUDA runtime, by the name of its error
     "can't allocate memory",  # torch on a CPU, on Linux
-    "not enough memory",  # elsewhere
-    "cannot allocate memory",  # a file that is mapped
+    "not enough memory",  # torch on a CPU, on other systems
+    "cannot allocate memory",  # a memory-mapped file
     "bad_alloc",  # C++
 }
-"""How libraries tell that there is no room, in lower case: there is no error in common."""
+"""Lower-case phrases of the messages of libraries that are out of memory."""
 
 
 class InputError(Exception):
-    """Something that the user gave cannot be used.
+    """An input of the user cannot be used.
 
-    The message names the file and the line or key, says what was expected and how to mend it.
+    The message names the file and the line or key, and says what was expected and what to do.
     """
 
 
 def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Make a program's `main` end with one clear line and status 1 on an `InputError`, where memory
-    has run out, and on a disk that is full or a folder that must not be written to.
+    """Make a program's `main` report expected errors in one line and exit with status 1.
+
+    Expected are an `InputError`, a full disk, a folder that must not be written to, and running
+    out of memory.
     """
 
     @functools.wraps(main)
@@ -63,53 +59,56 @@ def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
         _lock_results_for_job()
         try:
             main(argv)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
         except Exception as error:
-            if (fault := disk_fault(error)) is not None:
-                where = getattr(error, "filename", None) or "a file"
-                print(f"error: {where}: {fault}", file=sys.stderr)
-                raise SystemExit(1) from None
-            if not is_out_of_memory(error):
+            message = _error_message(error)
+            if message is None:
                 raise
-            what = (str(error) or type(error).__name__).splitlines()[0]
-            print(
-                f"error: memory has run out ({what}): make "
-                "evaluation.batch_size, benchmarks.batch_size or training.micro_batch_size "
-                "smaller, or run it where there is more",
-                file=sys.stderr,
-            )
+            print(f"error: {message}", file=sys.stderr)
             raise SystemExit(1) from None
 
     return wrapper
 
 
-def _lock_results_for_job() -> None:
-    """Lock the file that the next snakemake looks at, until this process ends.
+def _error_message(error: Exception) -> str | None:
+    """Return the line that reports an expected error; None for any other error."""
+    if isinstance(error, InputError):
+        return str(error)
+    if (fault := disk_fault(error)) is not None:
+        return f"{getattr(error, 'filename', None) or 'a file'}: {fault}"
+    if is_out_of_memory(error):
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        return (
+            f"memory has run out ({cause}): make evaluation.batch_size, benchmarks.batch_size or "
+            "training.micro_batch_size smaller, or run it where there is more"
+        )
+    return None
 
-    Of a snakemake that is killed, programs may run on; see `forgetting.locks`.
+
+def _lock_results_for_job() -> None:
+    """Lock the file by which the next snakemake notices this job, until the process ends.
+
+    Jobs can outlive a snakemake that was killed; see `forgetting.locks`.
     """
     if path := os.environ.get("FORGETTING_JOBS_LOCK"):
-        # Where there is no such folder or no lock, nothing can be shown.
+        # Without such a folder, or without locks on its file system, the job runs unnoticed.
         with suppress(OSError):
             fcntl.flock(os.open(path, os.O_RDONLY | os.O_CREAT, 0o666), fcntl.LOCK_SH)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Does the error say that something found no room, on a GPU or on a CPU?"""
-    # torch has a class for it on a GPU, which is not imported here for its name.
+    """Return whether an error means that a GPU or the machine is out of memory."""
+    # By its name: importing torch for its class would slow every program down.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in message for phrase in OOM_PHRASES)
 
 
 def disk_fault(error: Exception) -> str | None:
-    """Return the reason and the remedy if a disk is full or a folder must not be written to."""
+    """Return the cause and the remedy of a disk error; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (told := OS_ERROR.search(str(error))):
-        number = int(told[1])
+    if number is None and (match := RUST_OS_ERROR.search(str(error))):
+        number = int(match[1])
     if number not in DISK_ERRORS:
         return None
     return f"{os.strerror(number)}; {DISK_ERRORS[number]}"

@@ -1,7 +1,7 @@
-"""Files that users give: which files of a model's folder count, and the digests of contents.
+"""Files that users give: which files of a folder belong to a model, and digests of contents.
 
-Rules take these digests as parameters, so that a changed content is seen whatever its date, and a
-new date alone reruns nothing. Nothing here imports a library of models, since every rule file does.
+Rules take these digests as parameters. A changed content is then noticed whatever its date, and a
+new date alone reruns nothing. Every rule file imports this module, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ MODEL_FILES = (
     *("*.model", "*.model.v*", "*.spm", "*.bpe", "*.tiktoken", "*.codes", "*.vocab", "vocab.*"),
     *("*.txt", "*.tokenizer"),
 )
-"""What transformers and tokenizers read of a model's folder: configurations, weights, chat
-templates and vocabularies. Other formats of weights are not read."""
+"""Patterns of the files that transformers and tokenizers read from a model's folder:
+configurations, weights, chat templates and vocabularies. Other formats of weights are not read."""
 
 NOT_MODEL_FILES = (
     *(".*", "README*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "CHANGELOG*"),
     *("requirements*.txt", "trainer_state.json", "*_results.json"),
 )
-"""Files that those patterns match though nobody reads them: documentation, logs of a training."""
+"""Files that match the patterns but are not read: documentation and training logs."""
 
 DIGEST_CACHE = Path(".snakemake", "content_digests.json")
-"""Digests that are known, in the folder in which Snakemake runs."""
+"""Cache of digests, relative to the folder in which Snakemake runs."""
 
 SETTLED_SECONDS = 2.0
-"""A file that changed more recently may change again without another time stamp."""
+"""A file that changed less than this ago may change again without a new time stamp."""
 
 
 def is_model_file(name: str) -> bool:
@@ -52,25 +52,25 @@ def is_model_file(name: str) -> bool:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return every file that is part of the model in a folder, in the order of their names.
+    """Return the files of the model in a folder, sorted by name.
 
-    Among them are the shards that an index of the weights names, also in subfolders.
+    They include the shards that the index of the weights names, also in subfolders.
     """
-    found = {
+    files = {
         path
         for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
         if is_model_file(path.relative_to(folder).as_posix()) and path.is_file()
     }
-    # Without an index, or with one that is refused where the weights are read, there are no more.
+    # Loading the weights reports an index that cannot be read.
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        named = read_foreign_json(folder / "model.safetensors.index.json")["weight_map"].values()
-        inside = (folder / name for name in named if ".." not in Path(name).parts)
-        found |= {path for path in inside if path.is_file() and path.is_relative_to(folder)}
-    return sorted(found)
+        shards = read_foreign_json(folder / "model.safetensors.index.json")["weight_map"].values()
+        inside = (folder / name for name in shards if ".." not in Path(name).parts)
+        files |= {path for path in inside if path.is_file() and path.is_relative_to(folder)}
+    return sorted(files)
 
 
 def model_identity(folder: Path) -> tuple[dict[str, str], str]:
-    """Return the digest of every file of a model, by name, and one of them all."""
+    """Return the digest of every file of a model, by name, and one digest over all of them."""
     digests = sha256_of_each(model_files(folder))
     files = {path.relative_to(folder).as_posix(): digest for path, digest in digests.items()}
     return files, hashlib.sha256(json.dumps(files).encode()).hexdigest()
@@ -79,9 +79,13 @@ def model_identity(folder: Path) -> tuple[dict[str, str], str]:
 def content_digest(files: Mapping[str, Path], cache: Path = DIGEST_CACHE) -> str:
     """Return one digest of the names and contents of files.
 
-    A file is read only if its size, times, inode or the target of its link differ from those at
-    which it was read before. Several processes may use the cache at the same time; a cache that
-    cannot be read or written is ignored.
+    A file is read only if its size, times, inode or link target changed since it was read before.
+    Several processes may use the cache at the same time. A cache that cannot be read or written is
+    ignored.
+
+    Args:
+        files: path of each file, by name.
+        cache: file of the digests that were computed before.
     """
     known = _read_cache(cache)
     digests, new = {}, {}
@@ -103,13 +107,13 @@ def content_digest(files: Mapping[str, Path], cache: Path = DIGEST_CACHE) -> str
 
 
 def _file_stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _read_cache(cache: Path) -> dict[str, object]:
     try:
-        found = read_foreign_json(cache)
+        content = read_foreign_json(cache)
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -1,9 +1,9 @@
-"""Ownership of a folder of results: one study has it, and one snakemake writes there at a time.
+"""Locks on folders of results: each belongs to one study, and one snakemake writes to it at a time.
 
-Snakemake locks files, not studies: two studies that read one download or write one page lock each
-other out, the end of a run removes the locks of all others in the folder, and a killed run leaves
-its own. So profiles/default sets `nolock`, and each run holds a lock of the operating system on the
-folder of its study instead, which ends with the process. Several studies run side by side.
+Snakemake's own locks are on files, not studies. Studies that read one download or write one page
+block each other, the end of a run removes the locks of all others, and a killed run leaves its own.
+profiles/default therefore sets `nolock`. Each run instead locks the folder of its study by a lock
+of the operating system, which ends with the process. Several studies can run at the same time.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from forgetting.errors import InputError
 from forgetting.io import content_key, disk_errors_as_input_errors
 
 OWNER_FILE = "owner.json"
-"""In a folder of results: names the study file; the snakemake that writes there has locked it."""
+"""File in a folder of results that names the study file; a running snakemake locks it."""
 JOBS_LOCK = "jobs.lock"
-"""Locked by every program that writes there: so it is known when one outlives its snakemake."""
+"""File in a folder of results that every job locks, so that jobs of a killed snakemake show."""
 _HELD_LOCKS: list[int] = []
-"""Locked files; closing one would free it."""
+"""Descriptors of locked files, which stay open: closing a file would release its lock."""
 
 
 def study_origin(path: Path, studies: Path) -> str:
     """Return the identity of a study file: its path, or its name if it is in `studies`.
 
-    The name is the same in another checkout, from which the same results may be continued.
+    The name is the same in every checkout, so that another checkout can continue the results.
     """
     return path.stem if path.parent.resolve() == studies.resolve() else os.path.relpath(path)
 
@@ -38,14 +38,14 @@ def study_origin(path: Path, studies: Path) -> str:
 def check_owner(folder: Path, study: str) -> None:
     """Refuse a folder that holds the results of another study.
 
-    Of a file that is gone the results are free: it was renamed or moved.
+    If the other study file no longer exists, it was renamed or moved, and the folder is free.
 
     Args:
         folder: of the results.
         study: as `study_origin` returns it.
 
     Raises:
-        InputError: the folder is another study's, or differs from one only by case.
+        InputError: the folder belongs to another study, or its name differs only by case.
     """
     for other in folder.parent.glob("*"):
         if other.name != folder.name and other.name.casefold() == folder.name.casefold():
@@ -65,13 +65,13 @@ def check_owner(folder: Path, study: str) -> None:
 
 
 def lock_results(folder: Path, study: str) -> None:
-    """Hold a study's folder of results until this process ends, and write down whose it is.
+    """Lock a study's folder of results until this process ends, and record its owner.
 
     Raises:
-        InputError: another snakemake holds it, or it is another study's.
+        InputError: another snakemake has locked it, or it belongs to another study.
     """
     with disk_errors_as_input_errors(folder):
-        owner = _locked(folder / OWNER_FILE)
+        owner = _open_locked(folder / OWNER_FILE)
         if owner is None:
             raise InputError(
                 f"{folder}: another snakemake runs this study here; wait until it has ended"
@@ -84,15 +84,18 @@ def lock_results(folder: Path, study: str) -> None:
 
 
 def check_no_running_jobs(folder: Path, patience: float = 10.0) -> None:
-    """Refuse a folder in which jobs of a killed snakemake still write.
+    """Refuse a folder to which jobs of a killed snakemake still write.
 
     Args:
         folder: of a study's results.
-        patience: seconds in which a job that is about to end may do so.
+        patience: seconds to wait for jobs that are about to end.
+
+    Raises:
+        InputError: jobs still run.
     """
     deadline = time.monotonic() + patience
     with disk_errors_as_input_errors(folder):
-        while (jobs := _locked(folder / JOBS_LOCK)) is None and time.monotonic() < deadline:
+        while (jobs := _open_locked(folder / JOBS_LOCK)) is None and time.monotonic() < deadline:
             time.sleep(0.2)
     if jobs is None:
         raise InputError(
@@ -103,15 +106,15 @@ def check_no_running_jobs(folder: Path, patience: float = 10.0) -> None:
 
 
 def lock_downloads(paths: Iterable[str]) -> None:
-    """Hold what is to be downloaded, which several studies may share, until this process ends.
+    """Lock the targets of downloads, which studies may share, until this process ends.
 
     Raises:
-        InputError: another snakemake downloads it.
+        InputError: another snakemake downloads one of them.
     """
     for path in paths:
         lock = Path("resources", ".locks", content_key(path))
         with disk_errors_as_input_errors(lock):
-            handle = _locked(lock)
+            handle = _open_locked(lock)
         if handle is None:
             raise InputError(
                 f"{path}: another snakemake downloads it; start this one when it is there"
@@ -120,23 +123,23 @@ def lock_downloads(paths: Iterable[str]) -> None:
 
 
 def locked_by_others(folder: Path) -> bool:
-    """Does a snakemake hold the results of another study?"""
+    """Return whether a snakemake has locked the results of another study."""
     others = [other for other in folder.parent.glob("*") if other.name != folder.name]
     return any(map(is_locked, others))
 
 
 def is_locked(folder: Path) -> bool:
-    """Does a snakemake hold this folder of results?"""
+    """Return whether a snakemake has locked this folder of results."""
     if not (folder / OWNER_FILE).is_file():
         return False
-    handle = _locked(folder / OWNER_FILE)
+    handle = _open_locked(folder / OWNER_FILE)
     if handle is not None:
         os.close(handle)
     return handle is None
 
 
-def _locked(path: Path) -> int | None:
-    """Open and lock a file; None where another process has locked it."""
+def _open_locked(path: Path) -> int | None:
+    """Open and lock a file; return None if another process has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -145,6 +148,6 @@ def _locked(path: Path) -> int | None:
         os.close(handle)
         return None
     except OSError:
-        told = "this file system has no locks; do not start a study twice at the same time"
-        print(f"warning: {path}: {told}", file=sys.stderr)
+        advice = "this file system has no locks; do not start a study twice at the same time"
+        print(f"warning: {path}: {advice}", file=sys.stderr)
     return handle

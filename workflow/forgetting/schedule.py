@@ -1,4 +1,4 @@
-"""When a run does what: its steps, its evaluations, and the course of its learning rate."""
+"""Steps, evaluations and learning rates of a run."""
 
 from __future__ import annotations
 
@@ -10,43 +10,50 @@ from forgetting.config.training import TrainingConfig
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """Steps of a run, derived from the number of examples."""
+    """Steps of a run at which something happens, counted in optimizer updates."""
 
     steps: int
     steps_per_epoch: int
-    warmup: int
+    warmup_steps: int
     evaluations: frozenset[int]
     restart: int = 0
-    """The step at which a second part of the run begins, with an optimizer of its own."""
-    starts: frozenset[int] = frozenset()
-    """Of a trunk: the steps at which a branch leaves it, and its state is stored."""
+    """Step at which the second stage of a run starts, with a new optimizer; 0 without one."""
+    branch_steps: frozenset[int] = frozenset()
+    """Steps of a trunk at which a cooldown branch leaves it, and a checkpoint is stored."""
 
     @classmethod
     def plan(cls, examples: int, training: TrainingConfig, every_epochs: float) -> LrSchedule:
-        """Steps per epoch are ceil(examples / batch size); the last step is always evaluated.
+        """Plan a run, or the trunk of several durations.
 
-        With `durations` it is the plan of their trunk, which ends where the last branch leaves it
-        and is evaluated where the longest run would be.
+        An epoch has ceil(examples / batch size) steps, and the last step of a run is always
+        evaluated. A trunk ends where the last branch leaves it. It is evaluated at the steps at
+        which the longest run would be.
+
+        Args:
+            examples: number of training examples.
+            every_epochs: epochs between two evaluations.
         """
         per_epoch = math.ceil(examples / training.batch_size)
         steps = schedule_steps(training.epochs, per_epoch)
         every = max(1, round(every_epochs * per_epoch))
         warmup = _warmup_steps(training, steps, per_epoch)
         if training.durations:
-            starts = {branch_step(training, duration, per_epoch) for duration in training.durations}
-            last = max(starts)
+            branch_steps = frozenset(
+                branch_step(training, duration, per_epoch) for duration in training.durations
+            )
+            last = max(branch_steps)
             evaluations = frozenset(range(every, last + 1, every))
-            return cls(last, per_epoch, warmup, evaluations, starts=frozenset(starts))
+            return cls(last, per_epoch, warmup, evaluations, branch_steps=branch_steps)
         return cls(steps, per_epoch, warmup, frozenset([*range(every, steps, every), steps]))
 
 
 def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Steps of so many epochs, which may be less than one; at least one step."""
+    """Return the number of steps of a duration in epochs, at least 1."""
     return max(1, round(epochs * steps_per_epoch))
 
 
 def _warmup_steps(training: TrainingConfig, steps: int, steps_per_epoch: int) -> int:
-    """Steps of warm-up, which may be more than the run has."""
+    """Return the number of warm-up steps, which may exceed that of the run."""
     if training.warmup_steps is not None:
         return training.warmup_steps
     if training.warmup_ratio is not None:
@@ -56,18 +63,21 @@ def _warmup_steps(training: TrainingConfig, steps: int, steps_per_epoch: int) ->
 
 
 def validate_warmup(examples: int, training: TrainingConfig) -> tuple[str, str] | None:
-    """The key of a warm-up after which a run has no peak, and what to say of it; None if it has.
+    """Check that every run reaches its peak learning rate before it decays.
 
-    Of `durations` that share a trunk the longest counts: shorter ones may end within the warm-up
-    that all share. Of others every one is a run of its own.
+    Durations that share a trunk share its warm-up, so that only the longest is checked. Without a
+    shared trunk, each duration is checked.
+
+    Returns:
+        The key of `training` that is wrong and a message; None if all is well.
     """
     per_epoch = math.ceil(examples / training.batch_size)
-    alone = training.durations and not training.has_decay
+    separate = training.durations and not training.has_decay
     given = [key for key in ("warmup_steps", "warmup_ratio") if getattr(training, key) is not None]
     key = (given or ["warmup_epochs"])[0]
-    for epochs in sorted(training.durations) if alone else [training.epochs]:
+    for epochs in sorted(training.durations) if separate else [training.epochs]:
         steps = schedule_steps(epochs, per_epoch)
-        warmup, falls = _warmup_steps(training, steps, per_epoch), decay_start(training, steps)
+        warmup, decay = _warmup_steps(training, steps, per_epoch), decay_start(training, steps)
         whole = (
             f"{steps:,} ({epochs:g} epochs of {examples:,} examples, {training.batch_size:,} to a "
             "batch)"
@@ -77,9 +87,9 @@ def validate_warmup(examples: int, training: TrainingConfig) -> tuple[str, str] 
                 f"{warmup:,} steps of warm-up leave nothing of the training, which has {whole}, so "
                 "that the rate would never be at its peak; make it smaller, or train longer"
             )
-        if warmup > falls:
+        if warmup > decay:
             return key, (
-                f"{warmup:,} steps of warm-up go on when the cooldown begins, after {falls:,} of "
+                f"{warmup:,} steps of warm-up go on when the cooldown begins, after {decay:,} of "
                 f"{whole}, so that the rate would never be at its peak; make it or "
                 "training.decay_ratio smaller, or train longer"
             )
@@ -87,18 +97,18 @@ def validate_warmup(examples: int, training: TrainingConfig) -> tuple[str, str] 
 
 
 def decay_start(training: TrainingConfig, steps: int) -> int:
-    """Updates before the cooldown of a run of so many steps; all of them, if it has none.
+    """Return the step at which the cooldown of a run starts; its last step without a cooldown.
 
-    The cooldown takes its share of the steps, rounded, and at least one step.
+    The cooldown has round(decay_ratio * steps) steps, at least 1.
     """
-    share = training.resolved_decay_ratio
-    return steps - max(1, round(share * steps)) if share else steps
+    ratio = training.resolved_decay_ratio
+    return steps - max(1, round(ratio * steps)) if ratio else steps
 
 
 def branch_step(training: TrainingConfig, duration: float, steps_per_epoch: int) -> int:
-    """The step of the trunk at which the branch of a duration, in epochs, leaves it.
+    """Return the step at which the branch of a duration in epochs leaves the trunk.
 
-    Its first, 0, where the rates depend on the whole duration from the beginning.
+    It is 0 for schedules whose rates depend on the duration from the first step on.
     """
     if not training.has_decay:
         return 0
@@ -106,46 +116,48 @@ def branch_step(training: TrainingConfig, duration: float, steps_per_epoch: int)
 
 
 def learning_rate(step: int, peak: float, training: TrainingConfig, schedule: LrSchedule) -> float:
-    """Learning rate of the step after `step` updates.
+    """Return the learning rate of the update that follows `step` updates.
 
-    Linear warm-up from 0 over w steps (the first update of a run with warm-up has rate 0), then,
-    with t the share of the remaining steps that is done and f the floor, peak times
+    It rises linearly from 0 over w warm-up steps; the first update of a run with warm-up has rate
+    0. It is then the peak times a factor. With t the completed fraction of the remaining steps and
+    f `min_lr_ratio`, the factor is
 
     - constant: 1
     - linear: f + (1 - f) (1 - t)
     - cosine: f + (1 - f) (1 + cos(pi t)) / 2
-    - inverse_sqrt: d + (1 - d) / sqrt((step - w + s) / s), d `inverse_sqrt_floor`, s `decay_steps`
-    or w - wsd: 1
+    - inverse_sqrt: d + (1 - d) / sqrt((step - w + s) / s), with d `inverse_sqrt_floor` and s
+      `decay_steps` or w
+    - wsd: 1
 
-    of which the last two end in a cooldown over the last share of all steps, linear from where it
-    begins, be it in the warm-up, to f. A trunk has none: its branches do.
+    The last two end in a cooldown over the last `decay_ratio` of all steps. It is linear from its
+    first rate, also within the warm-up, to f. A trunk has no cooldown: its branches have one.
 
-    Constant, linear, cosine with floor 0, and inverse_sqrt without cooldown are what transformers'
-    schedulers give. Biderman et al. 2024 (appendix on training) took the cosine with f = 0.01 for
-    instruction tuning, and for continued pretraining inverse_sqrt with w = s = 1000 and d = 1,
-    which is the wsd, with a cooldown of 0.2 to f = 0. Where a cooldown would begin in the
-    warm-up, their scheduler warms up to the end; here every run has its cooldown.
+    Constant, linear, cosine with f = 0, and inverse_sqrt without cooldown equal transformers'
+    schedulers. Biderman et al. 2024 (appendix on training) use the cosine with f = 0.01 for
+    instruction tuning. For continued pretraining they use inverse_sqrt with w = s = 1000 and d = 1,
+    which is wsd, with a cooldown of 0.2 to f = 0. Where the cooldown would start in the warm-up,
+    their scheduler warms up to the end; here every run has its cooldown.
 
-    After a restart, the rate rises to that course in a linear warm-up as long as the first, since
-    the optimizer's moments are empty again; but in no more than half of the steps before the
-    cooldown, or of those that are left, so that a short second part reaches it too.
+    After a restart, whose optimizer has no moments yet, the rate rises linearly to this schedule.
+    The rise is as long as the warm-up, but at most half of the steps before the cooldown, or of the
+    remaining steps if the restart is within the cooldown.
     """
-    begin = schedule.steps if training.durations else decay_start(training, schedule.steps)
+    decay = schedule.steps if training.durations else decay_start(training, schedule.steps)
     if schedule.restart:
         since = step - schedule.restart
-        end = begin if schedule.restart < begin else schedule.steps
-        rising = min(schedule.warmup, (end - schedule.restart) // 2)
-        peak *= min(1.0, since / rising) if rising else 1.0
-    factor = _decay_factor(min(step, begin), training, schedule)
-    if step > begin:
-        left = max(0.0, (schedule.steps - step) / (schedule.steps - begin))
-        factor = training.min_lr_ratio + (factor - training.min_lr_ratio) * left
+        end = decay if schedule.restart < decay else schedule.steps
+        rise = min(schedule.warmup_steps, (end - schedule.restart) // 2)
+        peak *= min(1.0, since / rise) if rise else 1.0
+    factor = _factor_before_decay(min(step, decay), training, schedule)
+    if step > decay:
+        remaining = max(0.0, (schedule.steps - step) / (schedule.steps - decay))
+        factor = training.min_lr_ratio + (factor - training.min_lr_ratio) * remaining
     return peak * factor
 
 
-def _decay_factor(step: int, training: TrainingConfig, schedule: LrSchedule) -> float:
-    """What multiplies the peak before the cooldown."""
-    warmup, floor = schedule.warmup, training.min_lr_ratio
+def _factor_before_decay(step: int, training: TrainingConfig, schedule: LrSchedule) -> float:
+    """Return the ratio of the learning rate to its peak before the cooldown."""
+    warmup, floor = schedule.warmup_steps, training.min_lr_ratio
     if step < warmup:
         return step / warmup
     done = min(1.0, (step - warmup) / max(1, schedule.steps - warmup))
@@ -155,6 +167,6 @@ def _decay_factor(step: int, training: TrainingConfig, schedule: LrSchedule) -> 
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
     if training.schedule == "inverse_sqrt":
         scale = training.decay_steps or max(1, warmup)
-        fallen = 1.0 / math.sqrt((step - warmup + scale) / scale)
-        return training.inverse_sqrt_floor + (1.0 - training.inverse_sqrt_floor) * fallen
+        factor = 1.0 / math.sqrt((step - warmup + scale) / scale)
+        return training.inverse_sqrt_floor + (1.0 - training.inverse_sqrt_floor) * factor
     return 1.0

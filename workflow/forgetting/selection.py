@@ -1,8 +1,8 @@
-"""Which checkpoint and which hyper-parameters stand for a method: pure functions over trajectories.
+"""Choose the hyperparameters of a method and the checkpoint of each run, from their trajectories.
 
-The rules are those of *Low-Rank Fine-tuning Forgets More*: methods are compared at about equal new
-knowledge, at the last checkpoint before ROUGE on the new knowledge reaches a threshold. A value
-that is not finite was not measured.
+The rules are those of *Low-Rank Fine-tuning Forgets More*. Methods are compared at about equal new
+knowledge: at the last checkpoint before ROUGE on the new knowledge reaches a threshold. A value
+that is not finite counts as not measured. All functions are pure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SelectionStatus = Literal[
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """The selection metric of one run at one evaluation; the base is step 0, epoch 0."""
+    """Value of the selection metric at one evaluation; the base model is step 0, epoch 0."""
 
     step: int
     epoch: float
@@ -33,7 +33,7 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class CheckpointChoice:
-    """The checkpoint of one run, or why there is none (`point` is None then)."""
+    """The chosen checkpoint of a run, or the reason why there is none (`point` is None)."""
 
     status: SelectionStatus
     point: EvalPoint | None
@@ -41,19 +41,29 @@ class CheckpointChoice:
 
 
 def recorded_evaluations(recorded: Sequence[Sequence[float]], base: float) -> list[EvalPoint]:
-    """A trajectory from a run's records of step, epoch and value, the base's value first."""
+    """Return the evaluations of a run, preceded by that of the base model.
+
+    Args:
+        recorded: step, epoch and value of each evaluation.
+        base: value of the base model.
+    """
     return [
         EvalPoint(0, 0.0, base),
-        *(EvalPoint(int(step), epoch, v) for step, epoch, v in recorded),
+        *(EvalPoint(int(step), epoch, value) for step, epoch, value in recorded),
     ]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the rules see of one setting and seed, and the run that holds the checkpoint of a step.
+    """The evaluations of one setting of hyperparameters and seed.
 
-    Of a run the points are its evaluations. Of the branches of a trunk they are their ends, each at
-    the steps of its duration: what is measured before a cooldown is over stands for no training.
+    For an ordinary run they are all evaluations. With several durations only the end of each
+    cooldown counts, since earlier checkpoints are not finished models.
+
+    Attributes:
+        evaluations: in order of steps, beginning with the base model.
+        runs: name of the run that holds the checkpoint, by step.
+        diverged: whether a run diverged.
     """
 
     evaluations: list[EvalPoint]
@@ -61,28 +71,38 @@ class Trajectory:
     diverged: bool
 
     def run_at(self, point: EvalPoint | None) -> str:
-        """The run that a checkpoint is of; without one the last."""
+        """Return the run of a checkpoint; without a checkpoint, the last run."""
         return self.runs[max(self.runs) if point is None else point.step]
 
 
 def trajectory_of(records: Sequence[Mapping[str, Any]], base: float) -> Trajectory:
-    """From the record of a run, or those of the branches of its durations.
+    """Return the trajectory of one setting and seed.
 
-    Branches that diverged are left out; of several durations of as many steps one counts.
+    Branches that diverged are left out, and durations with equally many steps count once.
+
+    Args:
+        records: the record of a run, or those of the cooldown branches of several durations.
+        base: value of the base model.
     """
     diverged = any(record["status"] == "diverged" for record in records)
     if len(records) == 1 and records[0].get("duration") is None:
-        points = recorded_evaluations(records[0]["evaluations"], base)
-        return Trajectory(points, {point.step: records[0]["run"] for point in points}, diverged)
-    ended = {int(record["steps"]): record for record in records if record["status"] != "diverged"}
-    ends = [ended[steps]["evaluations"][-1] for steps in sorted(ended)]
-    runs = {steps: str(record["run"]) for steps, record in ended.items()}
-    first = {0: str(records[0]["run"])}
-    return Trajectory(recorded_evaluations(ends, base), first | runs, diverged)
+        evaluations = recorded_evaluations(records[0]["evaluations"], base)
+        runs = {evaluation.step: records[0]["run"] for evaluation in evaluations}
+        return Trajectory(evaluations, runs, diverged)
+    sound = [record for record in records if record["status"] != "diverged"]
+    by_steps = {int(record["steps"]): record for record in sound}
+    last = [by_steps[steps]["evaluations"][-1] for steps in sorted(by_steps)]
+    runs = {0: str(records[0]["run"])}
+    runs |= {steps: str(record["run"]) for steps, record in by_steps.items()}
+    return Trajectory(recorded_evaluations(last, base), runs, diverged)
 
 
-def measured_value(points: Sequence[EvalPoint]) -> list[EvalPoint]:
-    """The base and the evaluations that gave a number."""
+def finite_evaluations(points: Sequence[EvalPoint]) -> list[EvalPoint]:
+    """Return the evaluations with a finite value, beginning with the base model.
+
+    Raises:
+        ValueError: the first evaluation is not a finite one of the base model.
+    """
     if not points or points[0].step != 0:
         raise ValueError("a trajectory begins with the base, at step 0")
     if not math.isfinite(points[0].value):
@@ -91,9 +111,14 @@ def measured_value(points: Sequence[EvalPoint]) -> list[EvalPoint]:
 
 
 def first_reaching(points: Sequence[EvalPoint], threshold: float) -> int | None:
-    """Index of the first evaluation whose value is at least the threshold, or None."""
+    """Return the index of the first evaluation whose value is at least the threshold, or None."""
     return next(
-        (i for i, p in enumerate(points) if math.isfinite(p.value) and p.value >= threshold), None
+        (
+            index
+            for index, point in enumerate(points)
+            if math.isfinite(point.value) and point.value >= threshold
+        ),
+        None,
     )
 
 
@@ -104,18 +129,21 @@ def select_checkpoint(
     diverged: bool = False,
     deadline: float | None = None,
 ) -> CheckpointChoice:
-    """The last evaluation before the value first reaches the threshold.
+    """Choose the last evaluation before the value first reaches the threshold.
 
     Args:
-        points: evaluations in order of steps, beginning with the base (step 0).
+        points: evaluations in order of steps, beginning with the base model (step 0).
         threshold: of the selection metric, reached when value >= threshold.
-        if_not_reached: what to do with a run that never reaches it.
-        diverged: did the loss of the run cease to be a number?
-        deadline: epoch by which the threshold was to be reached; a later run is marked `late`.
+        if_not_reached: choose no checkpoint or the last one if the run never reaches it.
+        diverged: whether the run diverged.
+        deadline: epoch by which the threshold should be reached; a later run is marked `late`.
+
+    Raises:
+        ValueError: the steps do not rise, or the base model is missing or has no finite value.
     """
     if any(later.step <= earlier.step for earlier, later in pairwise(points)):
         raise ValueError("the steps of a trajectory must rise")
-    end, points = points[-1:], measured_value(points)
+    end, points = points[-1:], finite_evaluations(points)
     index = first_reaching(points, threshold)
     if index is None and diverged:
         return CheckpointChoice(
@@ -123,37 +151,36 @@ def select_checkpoint(
         )
     if index is None:
         best = max(point.value for point in points)
-        told = f"never reaches {threshold:g}; its best value is {best:.3f}"
+        reason = f"never reaches {threshold:g}; its best value is {best:.3f}"
         if if_not_reached == "last" and len(points) > 1:
             which = "the last checkpoint" + ("" if points[-1:] == end else " with a finite value")
-            return CheckpointChoice("last", points[-1], f"{told}; {which} stands in")
-        return CheckpointChoice("not_reached", None, told)
+            return CheckpointChoice("last", points[-1], f"{reason}; {which} stands in")
+        return CheckpointChoice("not_reached", None, reason)
     if index == 0:
-        told = f"the base itself is at {points[0].value:.3f}: there is nothing new to learn"
-        return CheckpointChoice("base_above", None, told)
+        reason = f"the base itself is at {points[0].value:.3f}: there is nothing new to learn"
+        return CheckpointChoice("base_above", None, reason)
     if index == 1:
-        told = (
+        reason = (
             f"already {points[1].value:.3f} at step {points[1].step}, and nothing was measured "
             "between it and the base; evaluate more often (evaluation.every_epochs)"
         )
-        return CheckpointChoice("first_above", None, told)
+        return CheckpointChoice("first_above", None, reason)
     before, reached = points[index - 1], points[index]
-    told = (
+    reason = (
         f"{before.value:.3f} at step {before.step}, the last evaluation before {threshold:g} is "
         f"reached ({reached.value:.3f} at step {reached.step})"
     )
     if deadline is not None and reached.epoch > deadline:
         return CheckpointChoice(
-            "late", before, f"{told}, after the deadline of {deadline:g} epochs"
+            "late", before, f"{reason}, after the deadline of {deadline:g} epochs"
         )
-    return CheckpointChoice("selected", before, told)
+    return CheckpointChoice("selected", before, reason)
 
 
 def is_finished(
     points: Sequence[EvalPoint], threshold: float, stop_after_evaluations: int | None
 ) -> bool:
-    """Has a run been followed for `stop_after_evaluations` evaluations after the one at the "
-    "threshold?"""
+    """Return whether a run has had `stop_after_evaluations` evaluations after the threshold."""
     index = first_reaching(points, threshold)
     return (
         stop_after_evaluations is not None
@@ -163,75 +190,80 @@ def is_finished(
 
 
 def steps_to_keep(points: Sequence[EvalPoint], threshold: float) -> set[int]:
-    """Steps whose checkpoints the rule can still pick, and the newest, from which to resume."""
+    """Return the steps whose checkpoints can still be chosen, and the newest, to resume from."""
     trained = [point for point in points if point.step > 0]
     if not trained:
         return set()
-    known = measured_value(points)
-    index = first_reaching(known, threshold)
-    last = len(known) if index is None else index
-    return {trained[-1].step, known[max(last - 1, 0)].step} - {0}
+    finite = finite_evaluations(points)
+    index = first_reaching(finite, threshold)
+    end = len(finite) if index is None else index
+    return {trained[-1].step, finite[max(end - 1, 0)].step} - {0}
 
 
 def choose_hyperparameters(
     trajectories: Mapping[Hyperparameters, Sequence[Sequence[EvalPoint]]],
     rule: SelectionConfig,
-    fixed: Hyperparameters | None = None,
+    selected: Hyperparameters | None = None,
     diverged: Collection[Hyperparameters] = (),
 ) -> tuple[Hyperparameters | None, str]:
-    """The hyper-parameters of a method, and the reason in a sentence.
+    """Choose the hyperparameters of a method.
+
+    Settings with a checkpoint before the threshold in more seeds come first. Among them `earliest`
+    chooses the smallest mean step at the threshold, `smallest-lr` the smallest learning rate. Ties
+    go to the smaller learning rate, then to the smaller weight decay.
 
     Args:
-        trajectories: for each setting of the sweep, one trajectory per seed; runs that diverged
-            before the threshold never reach it.
-        rule: of the study. Settings that reach the threshold later than at the first evaluation,
-            so that there is a checkpoint, and with more seeds, go before the others; then
-            `earliest` takes the smallest mean step, `smallest-lr` the smallest learning rate. Ties
-            go to the smaller learning rate, then weight decay.
-        fixed: this setting, whatever the rule.
-        diverged: settings with a run that diverged; they stand in only if no other can.
+        trajectories: for each setting of the sweep, one trajectory per seed. A run that diverged
+            before the threshold never reaches it.
+        rule: of the study.
+        selected: setting that the study prescribes.
+        diverged: settings with a run that diverged; they are the last fallback.
+
+    Returns:
+        The setting, None if there is none, and the reason in a sentence.
     """
-    if fixed is not None:
-        return fixed, "fixed in the study"
+    if selected is not None:
+        return selected, "fixed in the study"
     if rule.hyperparameters == "fixed" and len(trajectories) == 1:
         return next(iter(trajectories)), "the only setting"
-    known = {
-        setting: [measured_value(run) for run in runs] for setting, runs in trajectories.items()
+    finite = {
+        setting: [finite_evaluations(run) for run in runs] for setting, runs in trajectories.items()
     }
-    base = max((run[0].value for runs in known.values() for run in runs), default=-math.inf)
+    base = max((run[0].value for runs in finite.values() for run in runs), default=-math.inf)
     if base >= rule.threshold:
-        told = f"the base itself is at {base:.3f}, so that no setting learns sooner than another"
-        return min(known, key=_size), f"{told}; the smallest learning rate stands in"
+        reason = f"the base itself is at {base:.3f}, so that no setting learns sooner than another"
+        return min(finite, key=_tie_break), f"{reason}; the smallest learning rate stands in"
     deadline = rule.deadline_epochs if rule.hyperparameters == "smallest-lr" else None
     within = f" within {deadline:g} epochs" if deadline else ""
-    arrivals = {
-        setting: _crossings(runs, rule.threshold, deadline) for setting, runs in known.items()
+    crossings = {
+        setting: reached
+        for setting, runs in finite.items()
+        if (reached := _crossings(runs, rule.threshold, deadline))
     }
-    able = {setting: found for setting, found in arrivals.items() if found}
-    if not able:
-        return _best_fallback(
-            known, rule, f"no setting reaches {rule.threshold:g}{within}", diverged
-        )
+    if not crossings:
+        reason = f"no setting reaches {rule.threshold:g}{within}"
+        return _best_fallback(finite, rule, reason, diverged)
 
     def order(setting: Hyperparameters) -> tuple[float, float, float]:
-        steps = mean(arrival.step for arrival in able[setting])
-        return steps if rule.hyperparameters == "earliest" else 0.0, *_size(setting)
+        steps = mean(crossing.step for crossing in crossings[setting])
+        return steps if rule.hyperparameters == "earliest" else 0.0, *_tie_break(setting)
 
-    # A run that is above at its first evaluation has no checkpoint before it: second choice.
-    most = max(map(_with_checkpoint, able.values()))
-    chosen = min((one for one in able if _with_checkpoint(able[one]) == most), key=order)
-    told = {
+    # A run above the threshold at its first evaluation has no checkpoint before it.
+    most = max(map(_checkpoint_count, crossings.values()))
+    preferred = [one for one in crossings if _checkpoint_count(crossings[one]) == most]
+    chosen = min(preferred, key=order)
+    reason = {
         "earliest": f"reaches {rule.threshold:g} at the earliest step ({order(chosen)[0]:g})",
         "smallest-lr": f"smallest learning rate that reaches {rule.threshold:g}{within}",
     }[rule.hyperparameters]
-    seeds = len(known[chosen])
-    among = chosen != min(able, key=order)
-    return chosen, told + _describe_seeds(able[chosen], seeds, among)
+    seeds = len(finite[chosen])
+    preferred_for_checkpoint = chosen != min(crossings, key=order)
+    return chosen, reason + _describe_seeds(crossings[chosen], seeds, preferred_for_checkpoint)
 
 
 @dataclass(frozen=True)
 class _ThresholdCrossing:
-    """Where a seed first reaches the threshold, and whether it has a checkpoint before that."""
+    """Step at which a seed first reaches the threshold; whether a checkpoint precedes it."""
 
     step: int
     has_checkpoint: bool
@@ -240,7 +272,7 @@ class _ThresholdCrossing:
 def _crossings(
     runs: Sequence[Sequence[EvalPoint]], threshold: float, deadline: float | None
 ) -> list[_ThresholdCrossing]:
-    """Of the seeds of a setting that reach the threshold in time."""
+    """Return the crossings of the seeds that reach the threshold by the deadline."""
     return [
         _ThresholdCrossing(run[index].step, index > 1)
         for run in runs
@@ -249,42 +281,45 @@ def _crossings(
     ]
 
 
-def _with_checkpoint(arrivals: Sequence[_ThresholdCrossing]) -> int:
-    return sum(arrival.has_checkpoint for arrival in arrivals)
+def _checkpoint_count(crossings: Sequence[_ThresholdCrossing]) -> int:
+    return sum(crossing.has_checkpoint for crossing in crossings)
 
 
-def _size(setting: Hyperparameters) -> tuple[float, float]:
+def _tie_break(setting: Hyperparameters) -> tuple[float, float]:
     return setting.learning_rate, setting.weight_decay
 
 
-def _describe_seeds(arrivals: Sequence[_ThresholdCrossing], seeds: int, among: bool) -> str:
-    """How many seeds arrive, and how many of them have a checkpoint to show."""
-    reached, able = len(arrivals), _with_checkpoint(arrivals)
-    told = "" if reached == seeds else f", in {reached} of {seeds} seeds"
+def _describe_seeds(
+    crossings: Sequence[_ThresholdCrossing], seeds: int, preferred_for_checkpoint: bool
+) -> str:
+    """Describe how many seeds reach the threshold, and how many have a checkpoint before it."""
+    reached, with_checkpoint = len(crossings), _checkpoint_count(crossings)
+    text = "" if reached == seeds else f", in {reached} of {seeds} seeds"
     between = "an evaluation between the base and the threshold"
-    if among:
-        told += f", among those with {between}" + (" in as many seeds" if seeds > 1 else "")
-    if able == 0:
-        told += f"; without {between}"
-    elif able < reached:
-        told += (
-            f"; {able} of {reached} seeds that reach it {'has' if able == 1 else 'have'} {between}"
-        )
-    return told
+    if preferred_for_checkpoint:
+        text += f", among those with {between}" + (" in as many seeds" if seeds > 1 else "")
+    if with_checkpoint == 0:
+        text += f"; without {between}"
+    elif with_checkpoint < reached:
+        verb = "has" if with_checkpoint == 1 else "have"
+        text += f"; {with_checkpoint} of {reached} seeds that reach it {verb} {between}"
+    return text
 
 
 def _best_fallback(
-    known: Mapping[Hyperparameters, Sequence[Sequence[EvalPoint]]],
+    trajectories: Mapping[Hyperparameters, Sequence[Sequence[EvalPoint]]],
     rule: SelectionConfig,
-    told: str,
+    reason: str,
     diverged: Collection[Hyperparameters],
 ) -> tuple[Hyperparameters | None, str]:
+    """Choose the setting with the highest last value if the rule allows it."""
     if rule.if_not_reached == "none":
-        return None, told
+        return None, reason
 
-    def last(setting: Hyperparameters) -> tuple[int, bool, float, float, float]:
-        runs = known[setting]
-        bare = sum(len(run) < 2 for run in runs)
-        return bare, setting in diverged, -mean(run[-1].value for run in runs), *_size(setting)
+    def order(setting: Hyperparameters) -> tuple[int, bool, float, float, float]:
+        runs = trajectories[setting]
+        unmeasured = sum(len(run) < 2 for run in runs)
+        last = mean(run[-1].value for run in runs)
+        return unmeasured, setting in diverged, -last, *_tie_break(setting)
 
-    return min(known, key=last), f"{told}; the highest last value stands in"
+    return min(trajectories, key=order), f"{reason}; the highest last value stands in"

@@ -1,6 +1,6 @@
-"""What a job ran on: kept in its record, since the machine that collects is another.
+"""Hardware, packages and memory of the process that runs a job.
 
-How much memory a process has used, and what is done when there is no more.
+A job records them itself, since its tables may be made on another machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def describe_computation(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """Return what numbers depend on besides inputs: device, threads, precision and machine."""
+    """Return the device, precision and machine, on which the last digits of numbers depend."""
     return {
         "device": device_name(device),
         "precision": str(precision).removeprefix("torch."),
@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return Python, packages, the commit of this workflow, processor, its cores, and threads."""
+    """Return versions of Python and packages, the commit of the workflow, processor and threads."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -63,9 +63,9 @@ def describe_machine() -> dict[str, Any]:
 
 @cache
 def code_revision() -> str:
-    """Return the commit of this workflow, with `-dirty` where tracked files differ from it.
+    """Return the commit of this workflow, with `-dirty` if tracked files differ from it.
 
-    It is `unknown` where git or its repository is not there.
+    It is `unknown` without git or outside a git repository.
     """
     command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -78,23 +78,23 @@ def code_revision() -> str:
 
 
 def _processor() -> str:
-    """The processor's name, as the system tells it."""
-    told = Path("/proc/cpuinfo")
-    for line in told.read_text().splitlines() if told.exists() else []:
+    """Return the name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: of the GPU where one is used, else of this process."""
+    """Return the peak memory of the GPU if one is used, otherwise of this process, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what tensors of a failed attempt held."""
+    """Release the memory of tensors that are no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

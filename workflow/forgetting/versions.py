@@ -1,9 +1,9 @@
 """Versions of the stages: raise one when the numbers or texts that its stage writes change.
 
-A version is a parameter of the stage's rules and part of the keys under which its results are kept.
-Raising it reruns the stage and all that depends on it; renaming and reformatting rerun nothing.
-tests/golden/stages has small outputs of every stage, and tests/test_stages.py fails when they
-change while the version does not.
+A version is a parameter of the stage's rules and part of the keys of its results. Raising it reruns
+the stage and all that depends on it. Renaming and reformatting code rerun nothing.
+tests/golden/stages holds small outputs of every stage. tests/equivalence/test_stages.py fails when
+they change while the version does not.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import hashlib
 from pathlib import Path
 
 VERSIONS = {
-    # The generated micro-world; checks, choice and rendering of training rows, probes, documents.
+    # The generated micro-world; checks, selection and rendering of rows, probes and documents.
     "prepare": 1,
-    # The base: its training from scratch, or the record of a model that was trained elsewhere.
+    # The base model: training from scratch, or the record of a model from elsewhere.
     "pretrain": 2,
-    # Tokens, batches, adapters, optimizers, schedules, mitigations: all that decides the weights.
+    # Tokens, batches, adapters, optimizers, schedules and mitigations, which decide the weights.
     "train": 2,
     # Answers and scores of probe questions, and the divergence from the base on general text.
     "evaluate": 1,
     # Prompts, answers and scores of benchmarks and refusals; the execution of programs.
     "benchmark": 2,
-    # The choice of hyper-parameters and checkpoints from the evaluations of the runs.
+    # The choice of hyperparameters and checkpoints from the evaluations of the runs.
     "select": 1,
     # The aggregated tables: means, intervals, comparisons, churn, notes.
     "tables": 1,
-    # The page and its figures: what they show, and the sentences of the text.
+    # The page: its figures, tables and sentences.
     "report": 1,
 }
 
 
 def stage_versions(*stages: str, code: str | None = None) -> str:
-    """Return the versions of some stages as one text, such as `train 1, evaluate 1`.
+    """Return the versions of stages as one text, such as `train 1, evaluate 1`.
 
     Args:
         stages: names of the stages.

@@ -40,7 +40,7 @@ from forgetting.io import (
     content_key,
     read_table,
     remove_folder,
-    warn_if_damaged,
+    warn_damaged,
     write_atomically,
     write_json,
     write_table,
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     for chosen in models_to_score(options.selection, options.checkpoints, options.models):
         finished: Path = options.state / scorer.key(chosen)
         if finished.exists() and (wrong := folder_damage(finished)):
-            warn_if_damaged(*wrong, "the model is scored again")
+            warn_damaged(*wrong, "the model is scored again")
             remove_folder(finished)
         if not finished.exists():
             with atomic_folder(finished) as folder:

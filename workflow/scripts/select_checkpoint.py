@@ -17,7 +17,7 @@ from forgetting.errors import InputError, reports_input_errors
 from forgetting.evaluation.metrics import mean_score
 from forgetting.io import (
     atomic_folder,
-    damaged,
+    damage_error,
     link_recorded,
     read_json,
     read_table,
@@ -169,7 +169,7 @@ def _put_aside(stored: Stored, step: int, target: Path) -> dict[str, Any]:
     origin = stored.folder / f"step-{step:07d}"
     if wrong := checkpoint_damage(origin):
         remedy = removal_command(stored.folder, stored.named_in)
-        raise damaged(*wrong, remedy, "the run is trained again")
+        raise damage_error(*wrong, remedy, "the run is trained again")
     target.mkdir()
     for file in visible_files(origin):
         if file.name not in (OPTIMIZER_FILE, METHOD_FILE, "progress.json"):

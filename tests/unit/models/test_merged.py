@@ -11,14 +11,16 @@ from peft import PeftModel
 from forgetting.models.adapters import attach_adapter
 from forgetting.models.loading import Model, load_base
 from forgetting.models.tuned import merged_adapter
-from unit.training.test_methods import VARIANTS, _tuning
+from support.training import VARIANTS, adapter_method
 
 IDS = torch.arange(3, 15)[None]
 
 
 def _trained(base_folder: Path, variant: str) -> Model:
     """An adapter with random weights, as after training."""
-    model = attach_adapter(load_base(base_folder, torch.device("cpu")), _tuning(variant), seed=0)
+    model = attach_adapter(
+        load_base(base_folder, torch.device("cpu")), adapter_method(variant), seed=0
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -51,7 +53,7 @@ def test_a_merged_adapter_gives_the_same_logits_and_leaves_the_same_bits(
 def test_a_merged_zero_adapter_is_the_base_to_the_last_bit(base_folder: Path, variant: str) -> None:
     base = load_base(base_folder, torch.device("cpu"))
     logits = base(input_ids=IDS).logits
-    model = attach_adapter(base, _tuning(variant), seed=0).eval()
+    model = attach_adapter(base, adapter_method(variant), seed=0).eval()
     with merged_adapter(model, torch.float32):
         assert torch.equal(model(input_ids=IDS).logits, logits)
 

@@ -1,4 +1,4 @@
-"""AdaLoRA, hybrids, trained embeddings: what peft computes, and what comes back from disk."""
+"""AdaLoRA, hybrids and trained embeddings: they match peft and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -44,51 +44,24 @@ from forgetting.training.stages import (
     train_stages,
 )
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
-from unit.training.test_trainer import (
+from support.training import (
+    CPU,
     TRAINING,
-    Bench,
-    Rows,
-    _assert_close,
-    _logits,
-    _same_end,
-    _uninterrupted,
-    bench,
+    VARIANTS,
+    TrainingHarness,
+    adapter_method,
+    assert_close,
+    hybrid_method,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-__all__ = ["bench"]
-CPU = torch.device("cpu")
-VARIANTS = ["lora", "rslora", "dora", "pissa", "adalora"]
-
-
-def _tuning(variant: str = "lora", **changes: Any) -> Method:
-    """Rank 4 with dropout; of AdaLoRA from an initial rank of 6."""
-    budget = RankBudgetConfig(**changes.pop("budget", {})) if variant == "adalora" else None
-    return Method(
-        name=f"{variant}-r4",
-        kind=changes.pop("kind", "lora"),
-        label="",
-        variant=variant,
-        rank=4,
-        alpha=8.0,
-        dropout=changes.pop("dropout", 0.1),
-        rank_budget=budget,
-        initial_rank=6 if budget else None,
-        hyperparameters=[],
-        **changes,
-    )
-
-
-def _hybrid(layers: str | list[str] = "last 1", after: float = 0.5, **changes: Any) -> Method:
-    rate = changes.pop("learning_rate", 1e-3)
-    then = SecondStageConfig(start=after, layers=layers, learning_rate=rate)
-    return _tuning(kind="hybrid", second_stage=then, **changes)
+Rows = list[dict[str, Any]]
 
 
 @pytest.fixture
 def untied_folder(base_folder: Path, tmp_path: Path) -> Path:
-    """The tiny base with an LM head of its own."""
+    """Save the tiny base model with a separate LM head."""
     folder = tmp_path / "untied"
     shutil.copytree(base_folder, folder)
     config = LlamaConfig.from_pretrained(base_folder)
@@ -99,13 +72,15 @@ def untied_folder(base_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def _batches(bench: Bench, steps: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a run as transformers wants them."""
+def _batches(harness: TrainingHarness, steps: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the batches of a run in the form of transformers."""
     for step in range(steps):
-        indices = batch_indices(len(bench.examples), TRAINING.batch_size, bench.recipe.seed, step)
-        batch = [bench.examples[index] for index in indices]
+        indices = batch_indices(
+            len(harness.examples), TRAINING.batch_size, harness.config.seed, step
+        )
+        batch = [harness.examples[index] for index in indices]
         length = max(len(example.ids) for example in batch)
-        ids = torch.full((len(batch), length), bench.recipe.pad)
+        ids = torch.full((len(batch), length), harness.config.pad)
         labels = torch.full((len(batch), length), -100)
         for row, example in enumerate(batch):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
@@ -125,11 +100,13 @@ def _from_peft(checkpoint: Path, base: Path) -> PeftModel:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
-def test_an_adapter_has_as_many_weights_as_the_formula_says(
-    bench: Bench, variant: str, embeddings: str
+def test_trainable_parameters_match_the_formula(
+    harness: TrainingHarness, variant: str, embeddings: str
 ) -> None:
-    """r (in + out) of each matrix; dora has a magnitude per output, adalora r values more."""
-    model = attach_adapter(load_base(bench.base, CPU), _tuning(variant, embeddings=embeddings), 0)
+    """r (in + out) per matrix; dora adds a magnitude per output, adalora r values."""
+    model = attach_adapter(
+        load_base(harness.base, CPU), adapter_method(variant, embeddings=embeddings), 0
+    )
     shapes = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32)}
     shapes |= {"gate": (64, 32), "up": (64, 32), "down": (32, 64)}
     rank = 6 if variant == "adalora" else 4
@@ -145,10 +122,10 @@ def test_an_adapter_has_as_many_weights_as_the_formula_says(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_scale_is_pefts(bench: Bench, variant: str) -> None:
-    """What multiplies the product of the matrices, found by merging."""
-    tuning = _tuning(variant)
-    model = attach_adapter(load_base(bench.base, CPU), tuning, 0)
+def test_scale_matches_peft(harness: TrainingHarness, variant: str) -> None:
+    """The factor of the product of the matrices, measured by merging."""
+    method = adapter_method(variant)
+    model = attach_adapter(load_base(harness.base, CPU), method, 0)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     if variant == "adalora":
         first, second = layer.lora_A["default"], layer.lora_B["default"]
@@ -158,7 +135,7 @@ def test_the_scale_is_pefts(bench: Bench, variant: str) -> None:
         values = torch.ones(len(first), 1)
     torch.nn.init.normal_(second)
     product = second @ (values * first)
-    assert torch.allclose(layer.get_delta_weight("default"), tuning.scale * product, rtol=1e-5)
+    assert torch.allclose(layer.get_delta_weight("default"), method.scale * product, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +143,11 @@ def test_the_scale_is_pefts(bench: Bench, variant: str) -> None:
     # peft's own conversion of PiSSA's adapters leaves trained embeddings out.
     [(v, e) for v in VARIANTS for e in ("frozen", "trained") if (v, e) != ("pissa", "trained")],
 )
-def test_an_adapter_of_plain_peft_is_read(bench: Bench, variant: str, embeddings: str) -> None:
-    """Written by peft's own save, with weights that are not those of the start."""
-    plain = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
+def test_adapter_saved_by_peft_is_loaded(
+    harness: TrainingHarness, variant: str, embeddings: str
+) -> None:
+    """Saved by peft after its weights were changed."""
+    plain = AutoModelForCausalLM.from_pretrained(harness.base, dtype=torch.float32)
     shared = {
         "task_type": "CAUSAL_LM",
         "lora_alpha": 8,
@@ -188,7 +167,7 @@ def test_an_adapter_of_plain_peft_is_read(bench: Bench, variant: str, embeddings
         )
     model = get_peft_model(plain, config)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    folder = bench.folder / "theirs"
+    folder = harness.folder / "theirs"
     if variant == "pissa":
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(folder / "start")
@@ -200,24 +179,24 @@ def test_an_adapter_of_plain_peft_is_read(bench: Bench, variant: str, embeddings
                 parameter += 0.1 * torch.randn_like(first[name])
     conversion = {"path_initial_model_for_weight_conversion": str(folder / "start")}
     model.save_pretrained(folder, **(conversion if variant == "pissa" else {}))
-    ours = load_tuned(bench.base, folder, CPU)
-    _assert_close(_logits(ours, bench), _logits(model, bench), 1e-4 if variant == "pissa" else 0.0)
+    ours = load_tuned(harness.base, folder, CPU)
+    assert_close(harness.logits(ours), harness.logits(model), 1e-4 if variant == "pissa" else 0.0)
 
 
 @pytest.mark.parametrize("kind", ["adalora", "hybrid"])
-def test_a_run_group_trains_it_and_keeps_only_weights(
-    bench: Bench, rows: Rows, prompt: PromptConfig, kind: str, tmp_path: Path
+def test_run_group_keeps_only_weights(
+    harness: TrainingHarness, rows: Rows, prompt: PromptConfig, kind: str, tmp_path: Path
 ) -> None:
-    """From the program's JSON, with a mitigation; what a finished run went on from is removed."""
+    """From JSON, with mitigations; the training state of a finished run is removed."""
     mitigation = MitigationConfig.model_validate(
         {"kl": {"weight": 0.1}, "replay": {"table": "a/b"}}
     )
     settings = [Hyperparameters(learning_rate=rate) for rate in (1e-2, 5e-3)]
-    tuning = (_tuning("adalora") if kind == "adalora" else _hybrid("last 1")).model_copy(
-        update={"hyperparameters": settings, "mitigation": mitigation}
-    )
+    method = (
+        adapter_method("adalora") if kind == "adalora" else hybrid_method("last 1")
+    ).model_copy(update={"hyperparameters": settings, "mitigation": mitigation})
     spec = RunGroupConfig(
-        method=tuning,
+        method=method,
         seed=0,
         prompt=prompt,
         training=TRAINING.model_copy(update={"epochs": 2.0}),
@@ -227,8 +206,8 @@ def test_a_run_group_trains_it_and_keeps_only_weights(
         knowledge={"new": "new"},
     )
     context = RunContext(
-        base=bench.base,
-        tokenizer=bench.tokenizer,
+        base=harness.base,
+        tokenizer=harness.tokenizer,
         train=rows[:7],
         probes={"new": rows[:1]},
         base_value=0.1,
@@ -246,8 +225,8 @@ def test_a_run_group_trains_it_and_keeps_only_weights(
         weights = "adapter_model" if kind == "adalora" else "model"
         assert f"{weights}.safetensors" in names
         assert not names & {"optimizer.safetensors", "method.safetensors"}
-        model = load_tuned(bench.base, folder, CPU)
-        assert _logits(model, bench).isfinite().all()
+        model = load_tuned(harness.base, folder, CPU)
+        assert harness.logits(model).isfinite().all()
         # AdaLoRA's initial matrices and their values; a block of attention, MLP and two norms.
         expected = 2 * 6 * (64 + 48 + 48 + 64 + 96 + 96 + 96) + 2 * 7 * 6
         if kind == "hybrid":
@@ -259,10 +238,10 @@ def test_a_run_group_trains_it_and_keeps_only_weights(
 
 
 def _plain_adalora(
-    bench: Bench, budget: RankBudgetConfig, steps: int
+    harness: TrainingHarness, budget: RankBudgetConfig, steps: int
 ) -> tuple[list[float], PeftModel]:
-    """peft's model, penalty and allocation in the loop that its documentation shows."""
-    torch.manual_seed(bench.recipe.seed)
+    """Train with peft's model, penalty and allocation in the loop of its documentation."""
+    torch.manual_seed(harness.config.seed)
     config = AdaLoraConfig(
         task_type="CAUSAL_LM",
         target_r=4,
@@ -274,14 +253,14 @@ def _plain_adalora(
         tfinal=int(budget.tfinal * steps),
         deltaT=budget.delta_t,
     )
-    plain = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(harness.base, dtype=torch.float32)
     model = get_peft_model(plain, config).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
-    plan = bench.recipe.schedule
-    scheduler = get_scheduler("cosine", optimizer, plan.warmup, plan.steps)
+    plan = harness.config.schedule
+    scheduler = get_scheduler("cosine", optimizer, plan.warmup_steps, plan.steps)
     losses = []
-    for step, batch in enumerate(_batches(bench, steps)):
+    for step, batch in enumerate(_batches(harness, steps)):
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -294,11 +273,11 @@ def _plain_adalora(
 
 
 @pytest.mark.parametrize("budget", [{}, {"tinit": 0.0, "tfinal": 0.0}, {"delta_t": 3}])
-def test_adalora_is_that_of_a_plain_loop(bench: Bench, budget: dict[str, Any]) -> None:
-    """The same losses, penalty included, the same ranks and weights over twelve steps."""
-    bench.tuning = _tuning("adalora", dropout=0.0, budget=budget)
-    losses, theirs = _plain_adalora(bench, bench.tuning.rank_budget or RankBudgetConfig(), 12)
-    progress, ours = bench.start()
+def test_adalora_matches_a_plain_loop(harness: TrainingHarness, budget: dict[str, Any]) -> None:
+    """Losses with penalty, ranks and weights are equal over twelve steps."""
+    harness.method = adapter_method("adalora", dropout=0.0, adalora=budget)
+    losses, theirs = _plain_adalora(harness, harness.method.rank_budget or RankBudgetConfig(), 12)
+    progress, ours = harness.run()
     whole = [sum(pair) for pair in zip(progress.losses, progress.penalties, strict=True)]
     assert whole == pytest.approx(losses, rel=2e-5)
     assert min(progress.penalties) > 0.0
@@ -308,55 +287,56 @@ def test_adalora_is_that_of_a_plain_loop(bench: Bench, budget: dict[str, Any]) -
         assert torch.allclose(parameter, expected[name], atol=2e-4), name
 
 
-def test_adaloras_ranks_end_at_their_budget(bench: Bench) -> None:
-    """The mean of the ranks on disk is `rank`, their spread is not 0, and peft finds them there."""
-    bench.tuning = _tuning("adalora")
-    bench.start()
-    config = json.loads((bench.folder / "step-0000012/adapter_config.json").read_text())
+def test_adalora_ranks_end_at_their_budget(harness: TrainingHarness) -> None:
+    """The mean of the saved ranks is `rank`, they differ, and peft loads them."""
+    harness.method = adapter_method("adalora")
+    harness.run()
+    config = json.loads((harness.folder / "step-0000012/adapter_config.json").read_text())
     ranks = [sum(mask) for mask in config["rank_pattern"].values()]
     assert (config["init_r"], config["target_r"], config["total_step"]) == (6, 4, 12)
     assert (config["tinit"], config["tfinal"], config["deltaT"]) == (1, 6, 1)
     assert len(ranks) == 14
     assert sum(ranks) == 4 * 14
     assert len(set(ranks)) > 1
-    loaded = _from_peft(bench.folder / "step-0000012", bench.base)
+    loaded = _from_peft(harness.folder / "step-0000012", harness.base)
     found = [len(p) for n, p in loaded.named_parameters() if ".lora_E." in n]
     assert sorted(found) == sorted(ranks)
 
 
-def test_what_comes_back_between_allocations_is_saved(bench: Bench) -> None:
-    """Every evaluation's checkpoint is the model that was measured, whatever was pruned by then."""
-    bench.tuning = _tuning(
-        "adalora", dropout=0.0, budget={"delta_t": 4, "tinit": 0.0, "tfinal": 0.1}
+def test_checkpoint_between_allocations_is_the_evaluated_model(harness: TrainingHarness) -> None:
+    """Every checkpoint equals the evaluated model, whatever is pruned."""
+    harness.method = adapter_method(
+        "adalora", dropout=0.0, adalora={"delta_t": 4, "tinit": 0.0, "tfinal": 0.1}
     )
-    bench.recipe = replace(
-        bench.recipe, schedule=replace(bench.recipe.schedule, evaluations=frozenset(range(1, 13)))
+    harness.config = replace(
+        harness.config,
+        schedule=replace(harness.config.schedule, evaluations=frozenset(range(1, 13))),
     )
     pruned = []
 
     def evaluate(model: Any) -> Any:
         model.eval()
-        folder = bench.folder / "seen"
+        folder = harness.folder / "seen"
         shutil.rmtree(folder, ignore_errors=True)
         save_weights(model, folder)
-        loaded = load_tuned(bench.base, folder, CPU)
-        _assert_close(_logits(loaded, bench), _logits(model, bench), 1e-5)
+        loaded = load_tuned(harness.base, folder, CPU)
+        assert_close(harness.logits(loaded), harness.logits(model), 1e-5)
         config = json.loads((folder / "adapter_config.json").read_text())
         ranks = [sum(mask) for mask in (config["rank_pattern"] or {}).values()]
         pruned.append(84 - sum(ranks) if ranks else 0)
         model.train()
-        return bench.evaluate(model)[0], 0.2
+        return harness.evaluate(model)[0], 0.2
 
-    bench.values = [0.2] * 12
-    bench.start(evaluate)
+    harness.values = [0.2] * 12
+    harness.run(evaluate)
     assert pruned[:3] == [0, 0, 0]
     assert pruned[3] > pruned[4] == 0
     assert pruned[7] > pruned[3]
     assert pruned[11] == 28
 
 
-def test_a_matrix_that_lost_all_its_ranks_is_loaded(bench: Bench, tmp_path: Path) -> None:
-    model = attach_adapter(load_base(bench.base, CPU), _tuning("adalora"), 0).eval()
+def test_matrix_without_ranks_is_loaded(harness: TrainingHarness, tmp_path: Path) -> None:
+    model = attach_adapter(load_base(harness.base, CPU), adapter_method("adalora"), 0).eval()
     masks = {}
     with torch.no_grad():
         for name, values in model.base_model.model.named_parameters():
@@ -365,8 +345,8 @@ def test_a_matrix_that_lost_all_its_ranks_is_loaded(bench: Bench, tmp_path: Path
                 masks[name] = (values != 0).flatten().tolist()
     model.peft_config["default"].rank_pattern = masks
     save_weights(model, tmp_path)
-    loaded = _from_peft(tmp_path, bench.base)
-    _assert_close(_logits(loaded, bench), _logits(model, bench), 1e-5)
+    loaded = _from_peft(tmp_path, harness.base)
+    assert_close(harness.logits(loaded), harness.logits(model), 1e-5)
     assert loaded.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].shape == (0, 32)
 
 
@@ -382,58 +362,60 @@ MOMENTS = {
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("every", [1, 2])
-def test_adalora_ends_the_same_wherever_it_was_killed(
-    bench: Bench,
+def test_killed_adalora_resumes_bit_for_bit(
+    harness: TrainingHarness,
     moment: str,
     every: int,
     after: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Averages, masks and what was pruned come back, so that the ranks fall as they would have."""
-    bench.tuning = _tuning("adalora", embeddings="trained", budget={"delta_t": every})
-    reference = _uninterrupted(bench, tmp_path / "reference")
+    """Averages, masks and pruned values are restored, so that the ranks fall as before."""
+    harness.method = adapter_method("adalora", embeddings="trained", adalora={"delta_t": every})
+    reference = harness.run_in(tmp_path / "reference")
     owner, name, call = MOMENTS[moment]
     with monkeypatch.context() as patch:
         kill_at(patch, owner, name, call, after)
         with pytest.raises(Killed):
-            bench.start()
-    _same_end(bench, bench.start(), reference, tmp_path / "reference")
+            harness.run()
+    harness.assert_same_end(harness.run(), reference, tmp_path / "reference")
 
 
-def test_a_budget_has_whole_steps_and_room_to_fall(bench: Bench) -> None:
+def test_rank_budget_has_whole_steps_to_fall(harness: TrainingHarness) -> None:
     for steps in (1, 2, 3, 10, 1000):
-        model = attach_adapter(load_base(bench.base, CPU), _tuning("adalora"), 0)
+        model = attach_adapter(load_base(harness.base, CPU), adapter_method("adalora"), 0)
         set_rank_schedule(model, RankBudgetConfig(), steps)
         config = model.peft_config["default"]
         assert (config.tinit, config.tfinal) == (steps // 10, steps // 2)
         assert config.tinit < config.total_step - config.tfinal
 
 
-def test_the_initial_rank_is_held_against_the_matrix(bench: Bench) -> None:
-    tuning = _tuning("adalora").model_copy(update={"initial_rank": 18})
+def test_initial_rank_must_fit_the_matrix(harness: TrainingHarness) -> None:
+    method = adapter_method("adalora").model_copy(update={"initial_rank": 18})
     with pytest.raises(InputError, match="initial rank 18 is larger than the smallest"):
-        attach_adapter(load_base(bench.base, CPU), tuning, 0)
+        attach_adapter(load_base(harness.base, CPU), method, 0)
 
 
 # --- embeddings ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["tied", "untied"])
-def either(request: pytest.FixtureRequest, bench: Bench, untied_folder: Path) -> Bench:
-    """A bench whose base has one matrix for input and output, or two."""
-    return bench if request.param == "tied" else replace(bench, base=untied_folder)
+def either(
+    request: pytest.FixtureRequest, harness: TrainingHarness, untied_folder: Path
+) -> TrainingHarness:
+    """A harness whose base has one matrix for input and output, or two."""
+    return harness if request.param == "tied" else replace(harness, base=untied_folder)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_trained_embeddings_are_saved_for_peft(either: Bench, variant: str) -> None:
+def test_trained_embeddings_are_saved_for_peft(either: TrainingHarness, variant: str) -> None:
     """They start as the base's, change, and are loaded by peft and here with the same logits."""
-    either.tuning = _tuning(variant, embeddings="trained")
+    either.method = adapter_method(variant, embeddings="trained")
     base = load_base(either.base, CPU)
-    untouched = _logits(base, either)
+    untouched = either.logits(base)
     before = {name: base.get_parameter(name).detach().clone() for name in embedding_weights(base)}
-    _assert_close(_logits(attach_adapter(base, either.tuning, 5), either), untouched, 1e-5)
-    _, model = either.start()
+    assert_close(either.logits(attach_adapter(base, either.method, 5)), untouched, 1e-5)
+    _, model = either.run()
     assert len(embedding_weights(model)) == len(before)
     checkpoint = either.folder / "step-0000012"
     tolerance = 1e-5 if variant in ("pissa", "adalora") else 0.0
@@ -441,22 +423,22 @@ def test_trained_embeddings_are_saved_for_peft(either: Bench, variant: str) -> N
         loaded = read(checkpoint, either.base)
         if read is not _from_peft:
             loaded.tie_weights()  # as the harness does
-        _assert_close(_logits(loaded, either), _logits(model, either), tolerance)
+        assert_close(either.logits(loaded), either.logits(model), tolerance)
         head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
         assert (head.weight is embedding.weight) == (len(before) == 1)
     merged = loaded.merge_and_unload()
     for name, was in before.items():
         assert not torch.allclose(merged.get_parameter(name), was, atol=1e-3), name
     ((_, whole),) = interpolated_models(load_base(either.base, CPU), model, [1.0])
-    _assert_close(_logits(whole, either), _logits(model, either), 1e-3)
+    assert_close(either.logits(whole), either.logits(model), 1e-3)
 
 
-def test_frozen_embeddings_of_full_fine_tuning_stay(either: Bench) -> None:
-    either.tuning = Method(
+def test_frozen_embeddings_of_full_fine_tuning_stay(either: TrainingHarness) -> None:
+    either.method = Method(
         name="full", kind="full", label="", embeddings="frozen", hyperparameters=[]
     )
-    either.recipe = replace(either.recipe, hyperparameters=Hyperparameters(learning_rate=1e-3))
-    _, model = either.start()
+    either.config = replace(either.config, hyperparameters=Hyperparameters(learning_rate=1e-3))
+    _, model = either.run()
     base = load_base(either.base, CPU)
     names = embedding_weights(base)
     for name, parameter in model.named_parameters():
@@ -465,24 +447,26 @@ def test_frozen_embeddings_of_full_fine_tuning_stay(either: Bench) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_embeddings_have_a_learning_rate_of_their_own(either: Bench, kind: str) -> None:
+def test_embedding_lr_ratio_scales_the_first_step(either: TrainingHarness, kind: str) -> None:
     """A first step of Adam moves each weight that has a gradient by its rate."""
-    either.tuning = _tuning("lora", embeddings="trained", embedding_lr_ratio=0.1, dropout=0.0)
+    either.method = adapter_method(
+        "lora", embeddings="trained", embedding_lr_ratio=0.1, dropout=0.0
+    )
     if kind == "full":
-        either.tuning = Method(
+        either.method = Method(
             name="full", kind="full", label="", embedding_lr_ratio=0.1, hyperparameters=[]
         )
     training = TRAINING.model_copy(
         update={"epochs": 1 / 3, "warmup_epochs": 0.0, "schedule": "constant"}
     )
-    either.recipe = replace(
-        either.recipe,
+    either.config = replace(
+        either.config,
         hyperparameters=Hyperparameters(learning_rate=0.01),
         training=training,
         schedule=LrSchedule.plan(10, training, 1.0),
     )
-    before = attach_adapter(load_base(either.base, CPU), either.tuning, either.recipe.seed)
-    progress, model = either.start()
+    before = attach_adapter(load_base(either.base, CPU), either.method, either.config.seed)
+    progress, model = either.run()
     assert progress.step == 1
     embeddings = embedding_weights(model)
     assert embeddings
@@ -495,52 +479,56 @@ def test_embeddings_have_a_learning_rate_of_their_own(either: Bench, kind: str) 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rounding_frozen_weights_leaves_trained_embeddings(bench: Bench, variant: str) -> None:
-    tuning = _tuning(variant, embeddings="trained", dropout=0.0)
+def test_rounding_frozen_weights_leaves_trained_embeddings(
+    harness: TrainingHarness, variant: str
+) -> None:
+    method = adapter_method(variant, embeddings="trained", dropout=0.0)
     outcomes = []
     for rounded in (False, True):
-        model = attach_adapter(load_base(bench.base, CPU), tuning, 0).eval()
+        model = attach_adapter(load_base(harness.base, CPU), method, 0).eval()
         if rounded:
             cast_frozen_weights(model, torch.bfloat16)
         assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outcomes.append(_logits(model, bench))
+            outcomes.append(harness.logits(model))
     assert torch.equal(*outcomes)
     half = [name for name, p in model.named_parameters() if p.dtype == torch.bfloat16]
     assert len(half) == (0 if variant == "dora" else 14)
 
 
-def test_a_killed_run_with_trained_embeddings_ends_the_same(
-    either: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_run_with_trained_embeddings_resumes(
+    either: TrainingHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variant in ("lora", "pissa"):
-        either.tuning = _tuning(variant, embeddings="trained", embedding_lr_ratio=0.2)
-        reference = _uninterrupted(either, tmp_path / variant)
+        either.method = adapter_method(variant, embeddings="trained", embedding_lr_ratio=0.2)
+        reference = either.run_in(tmp_path / variant)
         shutil.rmtree(either.folder, ignore_errors=True)
         with monkeypatch.context() as patch:
             kill_at(patch, module, "_train_step", 8, after=False)
             with pytest.raises(Killed):
-                either.start()
-        _same_end(either, either.start(), reference, tmp_path / variant)
+                either.run()
+        either.assert_same_end(either.run(), reference, tmp_path / variant)
 
 
-def test_a_head_that_is_adapted_cannot_be_trained_in_full(bench: Bench) -> None:
-    tuning = _tuning(embeddings="trained", target_modules=["lm_head", "q_proj"])
+def test_adapted_head_cannot_be_trained_in_full(harness: TrainingHarness) -> None:
+    method = adapter_method(embeddings="trained", target_modules=["lm_head", "q_proj"])
     with pytest.raises(InputError, match="lora-r4"):
-        attach_adapter(load_base(bench.base, CPU), tuning, 0)
+        attach_adapter(load_base(harness.base, CPU), method, 0)
 
 
 # --- hybrids ------------------------------------------------------------------------------------
 
 
-def _plain_hybrid(bench: Bench, steps: int, switch: int) -> tuple[list[float], torch.nn.Module]:
+def _plain_hybrid(
+    harness: TrainingHarness, steps: int, switch: int
+) -> tuple[list[float], torch.nn.Module]:
     """peft up to the switch, its own merge, then torch's AdamW afresh on all weights."""
-    torch.manual_seed(bench.recipe.seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
+    torch.manual_seed(harness.config.seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(harness.base, dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
     model = get_peft_model(model, config).train()
     losses = []
-    for step, batch in enumerate(_batches(bench, steps)):
+    for step, batch in enumerate(_batches(harness, steps)):
         if step == switch:
             model = model.merge_and_unload().requires_grad_(True)
         if step in (0, switch):
@@ -560,131 +548,135 @@ def _plain_hybrid(bench: Bench, steps: int, switch: int) -> tuple[list[float], t
     return losses, model
 
 
-def test_a_hybrid_is_that_of_a_plain_loop(bench: Bench) -> None:
-    bench.tuning = _hybrid("all", dropout=0.0)
-    progress, model = bench.start()
-    losses, plain = _plain_hybrid(bench, 12, 6)
+def test_hybrid_matches_a_plain_loop(harness: TrainingHarness) -> None:
+    harness.method = hybrid_method("all", dropout=0.0)
+    progress, model = harness.run()
+    losses, plain = _plain_hybrid(harness, 12, 6)
     assert progress.losses == pytest.approx(losses, rel=5e-5)
     for name, parameter in plain.named_parameters():
         assert torch.allclose(model.get_parameter(name), parameter, atol=2e-4), name
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa"])
-def test_a_hybrid_goes_on_from_its_merged_adapter(bench: Bench, variant: str) -> None:
-    """With a second rate near 0 it stays there; only the chosen layers could move at all."""
-    bench.tuning = _hybrid("last 1", learning_rate=1e-12).model_copy(update={"variant": variant})
+def test_second_stage_starts_from_the_merged_adapter(
+    harness: TrainingHarness, variant: str
+) -> None:
+    """With a second rate near 0 the model stays; only the selected layers are trained."""
+    harness.method = hybrid_method("last 1", learning_rate=1e-12).model_copy(
+        update={"variant": variant}
+    )
     seen: list[torch.Tensor] = []
 
     def evaluate(model: Any) -> Any:
-        seen.append(_logits(model, bench))
+        seen.append(harness.logits(model))
         model.train()
-        return bench.evaluate(model)[0], 0.2
+        return harness.evaluate(model)[0], 0.2
 
-    _, model = bench.start(evaluate)
-    _assert_close(seen[3], seen[1], 1e-4)
+    _, model = harness.run(evaluate)
+    assert_close(seen[3], seen[1], 1e-4)
     assert not torch.allclose(seen[1], seen[0], atol=1e-2)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if n.startswith("model.layers.1.")}
 
 
-def test_a_hybrids_checkpoints_are_adapters_and_then_models(bench: Bench) -> None:
+def test_hybrid_checkpoints_are_adapters_then_models(harness: TrainingHarness) -> None:
     """peft reads the first, transformers the second, and `load_tuned` both."""
-    bench.tuning = _hybrid(["mlp", "lm_head"])
+    harness.method = hybrid_method(["mlp", "lm_head"])
     seen: dict[str, torch.Tensor] = {}
 
     def evaluate(model: Any) -> Any:
-        folder = bench.folder / f"seen-{len(seen)}"
+        folder = harness.folder / f"seen-{len(seen)}"
         save_weights(model, folder)
-        seen[folder.name] = _logits(model, bench)
+        seen[folder.name] = harness.logits(model)
         model.train()
-        return bench.evaluate(model)[0], 0.2
+        return harness.evaluate(model)[0], 0.2
 
-    bench.start(evaluate)
-    adapters = [(bench.folder / name / "adapter_model.safetensors").exists() for name in seen]
+    harness.run(evaluate)
+    adapters = [(harness.folder / name / "adapter_model.safetensors").exists() for name in seen]
     assert adapters == [True, True, False, False]
     for name, logits in seen.items():
-        ours = load_tuned(bench.base, bench.folder / name, CPU)
-        assert torch.equal(_logits(ours, bench), logits)
-    plain = AutoModelForCausalLM.from_pretrained(bench.folder / "seen-3", dtype=torch.float32)
-    assert torch.equal(_logits(plain, bench), seen["seen-3"])
-    peft = _from_peft(bench.folder / "seen-1", bench.base)
-    assert torch.equal(_logits(peft, bench), seen["seen-1"])
+        ours = load_tuned(harness.base, harness.folder / name, CPU)
+        assert torch.equal(harness.logits(ours), logits)
+    plain = AutoModelForCausalLM.from_pretrained(harness.folder / "seen-3", dtype=torch.float32)
+    assert torch.equal(harness.logits(plain), seen["seen-3"])
+    peft = _from_peft(harness.folder / "seen-1", harness.base)
+    assert torch.equal(harness.logits(peft), seen["seen-1"])
 
 
 @pytest.mark.parametrize("after", [0.5, 0.6])
-def test_a_hybrid_ends_the_same_wherever_it_was_killed(
-    bench: Bench, after: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_hybrid_resumes_bit_for_bit(
+    harness: TrainingHarness, after: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In each step around the switch, at an evaluation or between two, before and after it."""
-    bench.tuning = _hybrid("last 1", after)
-    reference = _uninterrupted(bench, tmp_path / "reference")
-    switch = second_stage_step(bench.tuning.second_stage, bench.recipe.schedule)
+    harness.method = hybrid_method("last 1", after)
+    reference = harness.run_in(tmp_path / "reference")
+    switch = second_stage_step(harness.method.second_stage, harness.config.schedule)
     assert switch == {0.5: 6, 0.6: 7}[after]
     for call in (2, switch, switch + 1, switch + 2, 10):
-        shutil.rmtree(bench.folder, ignore_errors=True)
+        shutil.rmtree(harness.folder, ignore_errors=True)
         with monkeypatch.context() as patch:
             kill_at(patch, module, "_train_step", call, after=False)
             with pytest.raises(Killed):
-                bench.start()
-        _same_end(bench, bench.start(), reference, tmp_path / "reference")
-    again, _ = bench.start()
+                harness.run()
+        harness.assert_same_end(harness.run(), reference, tmp_path / "reference")
+    again, _ = harness.run()
     assert again.losses == reference[0].losses
 
 
-def test_a_hybrid_killed_at_the_switch_ends_the_same(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hybrid_killed_between_stages_resumes(
+    harness: TrainingHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the adapter is merged, and while the first whole model is written."""
-    bench.tuning = _hybrid("last 1")
-    reference = _uninterrupted(bench, tmp_path / "reference")
+    """Killed while the adapter is merged, and while the first full model is written."""
+    harness.method = hybrid_method("last 1")
+    reference = harness.run_in(tmp_path / "reference")
     for owner, name, call in (
         (stages, "select_trainable_layers", 1),
         (stages, "set_peft_model_state_dict", 1),
         (checkpoints, "save_weights", 3),
         (checkpoints, "write_json", 3),
     ):
-        shutil.rmtree(bench.folder, ignore_errors=True)
+        shutil.rmtree(harness.folder, ignore_errors=True)
         with monkeypatch.context() as patch:
             kill_at(patch, owner, name, call, after=True)
             with pytest.raises(Killed):
-                bench.start()
-        _same_end(bench, bench.start(), reference, tmp_path / "reference")
+                harness.run()
+        harness.assert_same_end(harness.run(), reference, tmp_path / "reference")
 
 
-def test_a_hybrid_whose_first_part_is_over_has_no_second(bench: Bench) -> None:
+def test_run_that_ends_in_stage_one_has_no_stage_two(harness: TrainingHarness) -> None:
     """`stop_after_evaluations` ends a run as it ends any other."""
-    bench.tuning = _hybrid("last 1", 0.9)
-    bench.recipe = replace(bench.recipe, stop_after_evaluations=0)
-    bench.values = [0.5, 0.95, 0.95, 0.95]
-    progress, model = bench.start()
+    harness.method = hybrid_method("last 1", 0.9)
+    harness.config = replace(harness.config, stop_after_evaluations=0)
+    harness.values = [0.5, 0.95, 0.95, 0.95]
+    progress, model = harness.run()
     assert (progress.step, progress.status) == (6, "ok")
     assert isinstance(model, PeftModel)
 
 
-def test_a_hybrids_penalty_is_towards_the_base(bench: Bench) -> None:
-    """Not towards what the adapter has made of it by the switch."""
-    tuning, weights = _hybrid("last 1"), []
+def test_hybrid_penalty_is_towards_the_base_model(harness: TrainingHarness) -> None:
+    """The penalty does not refer to the model after the first stage."""
+    method, weights = hybrid_method("last 1"), []
     mitigation = MitigationConfig.model_validate({"l2_sp": {"weight": 2.0}})
 
-    def fit(model: Any, recipe: RunConfig, begun: TrainState | None) -> TrainState:
+    def train(model: Any, config: RunConfig, begun: TrainState | None) -> TrainState:
         if begun is None:
             torch.manual_seed(2)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data += 0.1 * torch.randn_like(parameter)
         weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        (penalty,) = recipe.mitigations.weight_penalties
+        (penalty,) = config.mitigations.weight_penalties
         weights.append(penalty(model).item())
         return begun or TrainState(step=6)
 
-    means = RunFactory(
-        load_base=lambda: load_base(bench.base, CPU),
+    factory = RunFactory(
+        load_base=lambda: load_base(harness.base, CPU),
         build_mitigations=lambda model: build_mitigations(model, mitigation, {}, 0),
-        train=fit,
+        train=train,
     )
-    train_stages(tuning, bench.recipe, means, bench.folder)
+    train_stages(method, harness.config, factory, harness.folder)
     _, of_adapter, tuned, of_layers = weights
-    base = load_base(bench.base, CPU)
+    base = load_base(harness.base, CPU)
     squares = {
         name: float((weight - base.get_parameter(name)).square().sum())
         for name, weight in tuned.items()
@@ -695,7 +687,7 @@ def test_a_hybrids_penalty_is_towards_the_base(bench: Bench) -> None:
     assert 0 < of_layers < of_adapter
 
 
-def test_the_rate_rises_again_after_a_restart() -> None:
+def test_rate_rises_again_after_a_restart() -> None:
     plan = LrSchedule.plan(10, TRAINING, 1.0)
     again = replace(plan, restart=6)
     ours = [learning_rate(step, 1.0, TRAINING, again) for step in range(12)]
@@ -708,7 +700,7 @@ def test_the_rate_rises_again_after_a_restart() -> None:
 @pytest.mark.parametrize(
     ("restart", "changes", "peak"),
     [
-        # Twelve steps: four or three are left, of which half are warm-up; then one that needs none.
+        # Of twelve steps four or three remain, half of them warm-up; one step needs no warm-up.
         (8, {"schedule": "constant", "warmup_epochs": 2.0}, 10),
         (9, {"schedule": "constant", "warmup_epochs": 2.0}, 10),
         (11, {"schedule": "constant", "warmup_epochs": 2.0}, 11),
@@ -716,7 +708,7 @@ def test_the_rate_rises_again_after_a_restart() -> None:
         (7, {"schedule": "wsd", "warmup_epochs": 2.0, "decay_ratio": 0.25}, 8),
     ],
 )
-def test_a_second_part_that_is_short_reaches_its_peak(
+def test_short_second_stage_reaches_its_peak(
     restart: int, changes: dict[str, Any], peak: int
 ) -> None:
     training = TRAINING.model_copy(update=changes)
@@ -739,38 +731,40 @@ def test_a_second_part_that_is_short_reaches_its_peak(
         (["lm_head"], 1),
     ],
 )
-def test_layers_are_chosen_by_name(bench: Bench, layers: str | list[str], expected: int) -> None:
-    model = load_base(bench.base, CPU)
+def test_layers_are_selected_by_name(
+    harness: TrainingHarness, layers: str | list[str], expected: int
+) -> None:
+    model = load_base(harness.base, CPU)
     select_trainable_layers(model, layers, "hybrid-r4")
     assert sum(p.requires_grad for p in model.parameters()) == expected
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "message"),
     [
         ("last 3", "hybrid-r4: then.layers: the model has no 3 blocks, but 2"),
         (["mpl"], "no module with weights ends in mpl; a module is called, for example, model"),
     ],
 )
-def test_layers_that_are_not_there_are_told(
-    bench: Bench, layers: str | list[str], told: str
+def test_missing_layers_are_reported(
+    harness: TrainingHarness, layers: str | list[str], message: str
 ) -> None:
-    with pytest.raises(InputError, match=told):
-        select_trainable_layers(load_base(bench.base, CPU), layers, "hybrid-r4")
+    with pytest.raises(InputError, match=message):
+        select_trainable_layers(load_base(harness.base, CPU), layers, "hybrid-r4")
 
 
-def test_a_missing_layer_is_told_before_the_first_step(bench: Bench) -> None:
-    bench.tuning = _hybrid("last 3")
+def test_missing_layer_is_reported_before_the_first_step(harness: TrainingHarness) -> None:
+    harness.method = hybrid_method("last 3")
     with pytest.raises(InputError, match="the model has no 3 blocks"):
-        bench.start()
-    assert bench.told == []
+        harness.run()
+    assert harness.logged == []
 
 
-def test_an_adapter_is_merged_into_weights_that_were_not_rounded(bench: Bench) -> None:
-    """In bfloat16 the first part rounds what is frozen; the second begins with float32."""
+def test_adapter_is_merged_into_float32_weights(harness: TrainingHarness) -> None:
+    """In bfloat16 the first stage rounds frozen weights; the second starts from float32."""
     models: list[Any] = []
 
-    def fit(model: Any, recipe: RunConfig, begun: TrainState | None) -> TrainState:
+    def train(model: Any, config: RunConfig, begun: TrainState | None) -> TrainState:
         if begun is None:
             for name, parameter in model.named_parameters():
                 if ".lora_B." in name:
@@ -778,21 +772,21 @@ def test_an_adapter_is_merged_into_weights_that_were_not_rounded(bench: Bench) -
         models.append(model)
         return begun or TrainState(step=6)
 
-    recipe = replace(bench.recipe, precision=torch.bfloat16)
-    means = RunFactory(lambda: load_base(bench.base, CPU), lambda _: Mitigations(), fit)
-    train_stages(_hybrid("last 1"), recipe, means, bench.folder)
+    config = replace(harness.config, precision=torch.bfloat16)
+    factory = RunFactory(lambda: load_base(harness.base, CPU), lambda _: Mitigations(), train)
+    train_stages(hybrid_method("last 1"), config, factory, harness.folder)
     first, second = (
         model.get_submodule("base_model.model") if isinstance(model, PeftModel) else model
         for model in models
     )
     layer = first.model.layers[0].mlp.up_proj
     assert layer.get_base_layer().weight.dtype == torch.bfloat16
-    expected = load_base(bench.base, CPU).model.layers[0].mlp.up_proj.weight
+    expected = load_base(harness.base, CPU).model.layers[0].mlp.up_proj.weight
     expected = expected + layer.get_delta_weight("default").float()
     assert torch.allclose(second.model.layers[0].mlp.up_proj.weight, expected, atol=1e-6)
 
 
-def test_both_parts_of_a_hybrid_have_steps() -> None:
+def test_both_stages_have_steps() -> None:
     plan = LrSchedule.plan(10, TRAINING, 1.0)
     for after, expected in ((0.001, 1), (0.5, 6), (0.999, 11)):
         assert (

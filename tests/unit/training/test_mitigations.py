@@ -69,7 +69,7 @@ RATES = {"lora": 0.01, "full": 2e-3}
 
 @dataclass
 class Gym:
-    """Trains the tiny base on seven rows; the last three stand for what it knew before."""
+    """Trains the tiny base model on seven rows; the last three represent retained knowledge."""
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ class Gym:
     work: Path
 
     def model(self, tuning: Method = LORA) -> Model:
-        """The base as training starts from it."""
+        """Return the base model with an untrained adapter."""
         return attach_adapter(load_base(self.folder, CPU), tuning, 3)
 
     def recipe(self, tuning: Method = LORA, **changes: Any) -> RunConfig:
@@ -103,7 +103,7 @@ class Gym:
         name: str = "run",
         **changes: Any,
     ) -> tuple[TrainState, Model]:
-        """A run with safeguards, in a process of its own, as it were."""
+        """Train a run with mitigations on a freshly loaded base model."""
         model = self.model(tuning)
         recipe = self.recipe(tuning, **changes)
         if build:
@@ -145,7 +145,7 @@ def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Mitigations]:
 
 
 def _as_variant(variant: str) -> Method:
-    """Full fine-tuning, a variant of the adapter, or adapters beside trained embeddings."""
+    """Return full fine-tuning, a variant of the adapter, or adapters with trained embeddings."""
     if variant == "full":
         return FULL
     if variant == "embeddings":
@@ -205,7 +205,7 @@ SPLIT = STRONG | {"replay": {"replay": REPLAY}}
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("sections", WEIGHTLESS.values(), ids=WEIGHTLESS)
-def test_weight_0_is_the_run_without(gym: Gym, tuning: Method, sections: Any) -> None:
+def test_weight_0_equals_no_mitigation(gym: Gym, tuning: Method, sections: Any) -> None:
     """Bit for bit."""
     without = gym.run(None, tuning, "without")
     assert _same(gym.run(_builder(gym, **sections), tuning), without)
@@ -213,7 +213,7 @@ def test_weight_0_is_the_run_without(gym: Gym, tuning: Method, sections: Any) ->
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("sections", STRONG.values(), ids=STRONG)
-def test_a_strong_mitigation_keeps_the_model_near_the_base(
+def test_strong_mitigation_keeps_the_model_near_the_base(
     gym: Gym, tuning: Method, sections: Any
 ) -> None:
     """On text that is not trained on, outputs move much less far."""
@@ -224,7 +224,7 @@ def test_a_strong_mitigation_keeps_the_model_near_the_base(
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
-def test_the_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Method, sections: Any) -> None:
+def test_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Method, sections: Any) -> None:
     whole = _gradients(gym, _builder(gym, **sections), tuning, 32)
     for size in (1, 3):
         for ours, theirs in zip(
@@ -238,7 +238,7 @@ def test_the_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Method, sec
 
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
 @pytest.mark.parametrize("variant", ["lora", "rslora"])
-def test_l2_sp_of_adapters_is_that_of_the_merged_matrices(
+def test_l2_sp_of_adapters_equals_that_of_merged_matrices(
     gym: Gym, variant: str, embeddings: str
 ) -> None:
     """tr((B^T B)(A A^T)) is the norm of the product, and so are the gradients."""
@@ -299,7 +299,7 @@ def test_l2_sp_covers_an_adapted_embedding(gym: Gym) -> None:
 # --- KL -----------------------------------------------------------------------------------------
 
 
-def test_kl_by_hand() -> None:
+def test_kl_matches_a_computation_by_hand() -> None:
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2, and nothing where masked."""
     p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
     labels = torch.tensor([[0, -100]])
@@ -333,7 +333,7 @@ def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
-def test_kl_is_to_the_base_from_disk(gym: Gym, variant: str) -> None:
+def test_kl_is_towards_the_base_model_from_disk(gym: Gym, variant: str) -> None:
     """Whatever became of the model; the sum over its tokens, with the gradient of the formula."""
     model = gym.model(_as_variant(variant))
     penalty = token_kl(model, 2.0)
@@ -352,7 +352,7 @@ def test_kl_is_to_the_base_from_disk(gym: Gym, variant: str) -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_kl_of_an_adapter_that_does_not_start_as_nothing_is_to_a_copy(gym: Gym) -> None:
+def test_kl_of_a_nonzero_adapter_is_towards_a_copy(gym: Gym) -> None:
     """Without such an adapter the model would not be the base."""
     model = _moved(gym.model())
     penalty = token_kl(model, 1.0)
@@ -360,7 +360,7 @@ def test_kl_of_an_adapter_that_does_not_start_as_nothing_is_to_a_copy(gym: Gym) 
     assert penalty(model, batch, target_logits(model, batch)).item() == 0.0
 
 
-def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
+def test_kl_is_computed_in_float32(gym: Gym) -> None:
     model = gym.model(FULL)
     penalty = token_kl(model, 1.0)
     batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
@@ -369,7 +369,7 @@ def test_kl_is_float32_where_training_is_not(gym: Gym) -> None:
     assert value.dtype == torch.float32
 
 
-def test_kl_of_an_untrained_model_is_nothing_also_in_bfloat16(gym: Gym) -> None:
+def test_kl_of_an_untrained_model_is_0_in_bfloat16(gym: Gym) -> None:
     """The frozen copy attends as the model does, so that the two round alike."""
     model = gym.model(FULL)
     penalty = token_kl(model, 1.0)
@@ -397,7 +397,7 @@ class Unigram(torch.nn.Module):
         return SimpleNamespace(logits=self.theta.expand(shape))
 
 
-def test_fisher_of_a_model_whose_information_is_known() -> None:
+def test_fisher_matches_known_information() -> None:
     """p (1 - p) of a softmax, though the text says one and the same token again and again."""
     p = [0.6, 0.3, 0.1]
     model: Any = Unigram(p)
@@ -456,7 +456,7 @@ def test_ewc_is_the_weighted_distance(gym: Gym, embeddings: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.75])
-def test_the_share_of_replay_is_exact_in_the_long_run(share: float) -> None:
+def test_replay_ratio_is_exact_in_the_long_run(share: float) -> None:
     """Batches of 4, 4 and 2 of ten new examples: whatever does not fit one step comes later."""
     starts = [epoch * 10 + place for epoch in range(38) for place in (0, 4, 8)]
     drawn = [
@@ -470,7 +470,7 @@ def test_the_share_of_replay_is_exact_in_the_long_run(share: float) -> None:
         assert sorted(stream[start : start + 7]) == list(range(7))
 
 
-def test_replay_is_a_function_of_seed_and_step_alone() -> None:
+def test_replay_depends_on_seed_and_step_only() -> None:
     whole = replay_indices(100, 0.5, 5, 0, 40)
     assert whole == [i for at in range(0, 40, 4) for i in replay_indices(100, 0.5, 5, at, at + 4)]
     assert whole != replay_indices(100, 0.5, 6, 0, 40)
@@ -487,7 +487,7 @@ def test_all_tokens_of_a_text_are_targets(gym: Gym) -> None:
     assert encode_text(gym.tokenizer, "In Oslo, by the harbour.", 4).ids == example.ids[:4]
 
 
-def test_the_loss_is_the_mean_over_all_tokens_replayed_ones_among_them(gym: Gym) -> None:
+def test_loss_is_the_mean_over_new_and_replayed_targets(gym: Gym) -> None:
     """Of the first step, whose weights are those of the base."""
     half = {"table": "world/documents", "ratio": 0.5}
     progress, _ = gym.run(_builder(gym, replay=half), FULL)
@@ -504,7 +504,7 @@ def test_the_loss_is_the_mean_over_all_tokens_replayed_ones_among_them(gym: Gym)
     assert progress.tokens == sum(len(example.ids) for example in seen)
 
 
-def test_replay_keeps_what_is_replayed(gym: Gym) -> None:
+def test_replay_lowers_the_loss_on_replayed_text(gym: Gym) -> None:
     """The general text is predicted better than by a run without."""
     batch = collate(gym.general, gym.tokenizer.pad_token_id)
     half = {"table": "world/documents", "ratio": 0.5}
@@ -518,7 +518,7 @@ def test_replay_keeps_what_is_replayed(gym: Gym) -> None:
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
-def test_a_killed_run_ends_like_one_that_was_not(
+def test_killed_run_with_mitigations_resumes(
     gym: Gym, tuning: Method, sections: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: what the mitigation compares with is the base, not what was resumed from."""
@@ -544,7 +544,7 @@ def test_a_killed_run_ends_like_one_that_was_not(
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
-def test_a_share_of_the_update(gym: Gym, variant: str) -> None:
+def test_interpolation_scales_the_update(gym: Gym, variant: str) -> None:
     """Nothing of it is the base bit for bit, all of it the tuned model, half lies in between."""
     model = gym.model(_as_variant(variant))
     _moved(model).eval()
@@ -564,7 +564,7 @@ def test_a_share_of_the_update(gym: Gym, variant: str) -> None:
     assert not torch.allclose(found[0.5], tuned, atol=0.1)
 
 
-def test_a_share_of_an_adapter_is_its_scale(gym: Gym) -> None:
+def test_interpolation_of_an_adapter_changes_its_scale(gym: Gym) -> None:
     """As peft's own scaling of the layers gives it."""
     model = _moved(gym.model()).eval()
     batch = collate(gym.examples, gym.tokenizer.pad_token_id)
@@ -578,14 +578,14 @@ def test_a_share_of_an_adapter_is_its_scale(gym: Gym) -> None:
         assert torch.allclose(target_logits(quarter, batch), expected, atol=1e-3)
 
 
-def test_weights_lie_on_the_line() -> None:
+def test_interpolated_weights_lie_on_the_line() -> None:
     base, tuned = {"w": torch.tensor([1.0, 0.1])}, {"w": torch.tensor([3.0, 0.7])}
     assert interpolated_weights(base, tuned, 0.25)["w"].tolist() == pytest.approx([1.5, 0.25])
     assert torch.equal(interpolated_weights(base, tuned, 0.0)["w"], base["w"])
     assert torch.equal(interpolated_weights(base, tuned, 1.0)["w"], tuned["w"])
 
 
-def test_the_program_measures_every_share_of_what_was_selected(gym: Gym, rows: Rows) -> None:
+def test_wise_ft_evaluates_every_share_of_the_selected(gym: Gym, rows: Rows) -> None:
     """At 0 as the base is measured, at 1 as the checkpoint; nothing where none was selected."""
     settings = EvaluationConfig(max_new_tokens=3)
     model, base = _moved(gym.model(FULL)), load_base(gym.folder, CPU)
@@ -645,7 +645,7 @@ def _study(*mitigations: dict[str, Any] | None, **changes: Any) -> StudyConfig:
     return StudyConfig.model_validate(STUDY | {"methods": methods})
 
 
-def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
+def test_methods_with_mitigations_have_own_names() -> None:
     study = _study(None, {"l2_sp": {"weight": 0.01}}, {"l2_sp": {"weight": 0.1}, "suffix": "near"})
     named = [(tuning.name, tuning.label) for tuning in expand_methods(study)]
     assert named[::2] == [
@@ -658,7 +658,7 @@ def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
     ]
 
 
-def test_mitigations_of_one_name_are_to_be_told_apart() -> None:
+def test_mitigations_of_one_name_need_a_suffix() -> None:
     """Names hold weights and shares, not tables."""
     sections = [{"replay": {"table": f"world/{name}"}} for name in ("documents", "world_facts")]
     with pytest.raises(ValueError, match=r"lora-r2-replay0.1 stands .* apart by `suffix`"):
@@ -667,16 +667,16 @@ def test_mitigations_of_one_name_are_to_be_told_apart() -> None:
     assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
 
 
-def test_a_bad_table_is_told_before_any_job(tmp_path: Path) -> None:
+def test_bad_table_is_reported_before_any_job(tmp_path: Path) -> None:
     (tmp_path / "general.jsonl").write_text('{"text": "Fine."}\n{"question": "Who?"}\n')
     folder = {"own": {"folder": str(tmp_path)}}
-    for table, told in (
+    for table, message in (
         ("general", "general.jsonl, line 2: expected a non-empty string `answer`"),
         ("missing", "there is no missing.jsonl"),
     ):
         method = METHOD | {"mitigation": {"replay": {"table": f"own/{table}"}}}
         changes = {"datasets": STUDY["datasets"] | folder, "methods": [method]}
-        with pytest.raises(InputError, match=re.escape(told)):
+        with pytest.raises(InputError, match=re.escape(message)):
             check_folders(StudyConfig.model_validate(STUDY | changes))
 
 
@@ -705,15 +705,15 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("mitigation", "changes", "told"), MISTAKES.values(), ids=MISTAKES)
-def test_what_cannot_be_is_refused(
-    mitigation: dict[str, Any], changes: dict[str, Any], told: str
+@pytest.mark.parametrize(("mitigation", "changes", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_invalid_mitigation_is_refused(
+    mitigation: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=re.escape(told)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         _study(mitigation, **changes)
 
 
-def test_a_tiny_study_takes_the_micro_world_for_a_table_from_the_hub() -> None:
+def test_smoke_study_replaces_a_hub_table_by_the_micro_world() -> None:
     hub = {"hub": "someone/text", "revision": "0" * 40}
     sections = {
         "replay": {"table": "text/train", "ratio": 0.2},
@@ -729,7 +729,7 @@ def test_a_tiny_study_takes_the_micro_world_for_a_table_from_the_hub() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_run_group_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -> None:
+def test_run_group_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -> None:
     """The runs of a sweep share a base: each has its own penalties on what it was at the start."""
     penalty = {"weight": 1.0}
     sections = {"replay": REPLAY, "kl": penalty, "ewc": EWC | penalty, "l2_sp": penalty}

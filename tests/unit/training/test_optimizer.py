@@ -14,7 +14,7 @@ from forgetting.config.training import TrainingConfig
 from forgetting.schedule import LrSchedule, decay_start, learning_rate
 from forgetting.training.optimizer import LionW, make_optimizer, uses_fused_kernel
 
-HUNDRED = LrSchedule(steps=100, steps_per_epoch=10, warmup=10, evaluations=frozenset({100}))
+HUNDRED = LrSchedule(steps=100, steps_per_epoch=10, warmup_steps=10, evaluations=frozenset({100}))
 
 
 def _rates(plan: LrSchedule = HUNDRED, **settings: Any) -> list[float]:
@@ -22,7 +22,7 @@ def _rates(plan: LrSchedule = HUNDRED, **settings: Any) -> list[float]:
     return [learning_rate(step, 2.0, training, plan) for step in range(plan.steps + 1)]
 
 
-def test_a_trapezoid_rises_stays_and_falls() -> None:
+def test_wsd_rises_stays_and_falls() -> None:
     """Warm-up over 10 steps, flat, and the last 20 % linear to 0: Biderman et al.'s trunk."""
     rates = _rates(schedule="wsd")
     assert rates[0] == 0.0
@@ -41,7 +41,7 @@ def test_a_cooldown_starts_where_the_inverse_root_is() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_floor_is_where_the_rate_ends(schedule: str) -> None:
+def test_rate_ends_at_min_lr_ratio(schedule: str) -> None:
     """Biderman et al.'s instruction tuning ends at 0.01 of the peak."""
     rates, to_zero = _rates(schedule=schedule, min_lr_ratio=0.01), _rates(schedule=schedule)
     assert rates[10] == 2.0
@@ -51,8 +51,8 @@ def test_a_floor_is_where_the_rate_ends(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("warmup", [1, 10])
-def test_the_inverse_root_is_that_of_transformers(warmup: int) -> None:
-    plan = LrSchedule(steps=50, steps_per_epoch=10, warmup=warmup, evaluations=frozenset({50}))
+def test_inverse_sqrt_matches_transformers(warmup: int) -> None:
+    plan = LrSchedule(50, 10, warmup, frozenset({50}))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     theirs = get_inverse_sqrt_schedule(optimizer, warmup)
     for rate in _rates(plan, schedule="inverse_sqrt", decay_ratio=0.0)[:50]:
@@ -61,9 +61,9 @@ def test_the_inverse_root_is_that_of_transformers(warmup: int) -> None:
         theirs.step()
 
 
-def test_a_cooldown_that_begins_in_the_warm_up_falls_from_there() -> None:
+def test_cooldown_within_warmup_falls_from_there() -> None:
     """The shortest durations of Biderman et al. end within the warm-up of 1000 steps."""
-    plan = LrSchedule(steps=318, steps_per_epoch=25431, warmup=1000, evaluations=frozenset({318}))
+    plan = LrSchedule(318, 25431, 1000, frozenset({318}))
     rates = _rates(plan, schedule="wsd")
     assert rates[:255] == pytest.approx([2.0 * step / 1000 for step in range(255)])
     assert rates[254:] == pytest.approx([0.508 * left / 64 for left in range(64, -1, -1)])
@@ -88,9 +88,7 @@ def _llm_foundry(
 
 @pytest.mark.parametrize("scale", [500, 1000, 5000])
 @pytest.mark.parametrize("floors", [(1.0, 0.0), (0.0, 0.0), (0.3, 0.1)])
-def test_the_inverse_root_is_that_of_continued_pretraining(
-    scale: int, floors: tuple[float, float]
-) -> None:
+def test_inverse_sqrt_matches_biderman_2024(scale: int, floors: tuple[float, float]) -> None:
     settings: dict[str, Any] = {
         "schedule": "inverse_sqrt",
         "epochs": 0.2,
@@ -101,17 +99,17 @@ def test_the_inverse_root_is_that_of_continued_pretraining(
         "min_lr_ratio": floors[1],
     }
     plan = LrSchedule.plan(192 * 25431, TrainingConfig(**settings), 1.0)
-    assert (plan.steps, plan.warmup) == (5086, 1000)
+    assert (plan.steps, plan.warmup_steps) == (5086, 1000)
     theirs = [2.0 * _llm_foundry(step, 5086, 1000, scale, floors) for step in range(5087)]
     assert _rates(plan, **settings) == pytest.approx(theirs, rel=1e-12)
 
 
-def test_an_inverse_root_that_does_not_fall_is_a_trapezoid() -> None:
+def test_inverse_sqrt_with_floor_1_is_wsd() -> None:
     flat = _rates(schedule="inverse_sqrt", inverse_sqrt_floor=1.0)
     assert flat == pytest.approx(_rates(schedule="wsd"), rel=1e-12)
 
 
-def test_durations_leave_the_trunk_at_four_fifths() -> None:
+def test_branches_leave_the_trunk_at_four_fifths() -> None:
     """20 B tokens in batches of 192 sequences of 4096: the durations of Biderman et al. in "
     "steps."""
     billions = [0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 20.0]
@@ -124,8 +122,8 @@ def test_durations_leave_the_trunk_at_four_fifths() -> None:
     )
     plan = LrSchedule.plan(192 * 25431, training, 0.05)
     steps = [318, 636, 1272, 2543, 5086, 20345, 25431]
-    assert plan.starts == {steps - round(steps / 5) for steps in steps}
-    assert plan.steps == max(plan.starts) == 25431 - 5086
+    assert plan.branch_steps == {steps - round(steps / 5) for steps in steps}
+    assert plan.steps == max(plan.branch_steps) == 25431 - 5086
     assert plan.evaluations == set(range(1272, plan.steps, 1272))
     rates = [learning_rate(step, 2.0, training, plan) for step in range(plan.steps + 1)]
     assert rates[:1000] == pytest.approx([2.0 * step / 1000 for step in range(1000)])
@@ -133,7 +131,7 @@ def test_durations_leave_the_trunk_at_four_fifths() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "inverse_sqrt"])
-def test_a_trunk_has_the_rates_of_every_duration_before_its_cooldown(schedule: Any) -> None:
+def test_trunk_has_the_rates_of_every_duration(schedule: Any) -> None:
     training = TrainingConfig(
         schedule=schedule,
         epochs=4.0,
@@ -146,13 +144,13 @@ def test_a_trunk_has_the_rates_of_every_duration_before_its_cooldown(schedule: A
         alone = training.model_copy(update={"epochs": duration, "durations": []})
         plan = LrSchedule.plan(40, alone, 1.0)
         start = decay_start(alone, plan.steps)
-        assert start in trunk.starts
+        assert start in trunk.branch_steps
         for step in range(start):
             ours = learning_rate(step, 2.0, training, trunk)
             assert ours == learning_rate(step, 2.0, alone, plan)
 
 
-def test_the_shortest_cooldown_is_a_step() -> None:
+def test_shortest_cooldown_is_one_step() -> None:
     training = TrainingConfig(schedule="wsd")
     assert [decay_start(training, steps) for steps in (1, 2, 7, 8)] == [0, 1, 6, 6]
 
@@ -168,15 +166,13 @@ def test_the_shortest_cooldown_is_a_step() -> None:
         ({"warmup_ratio": 0.1}, 5),
     ],
 )
-def test_a_warm_up_is_given_in_epochs_steps_or_as_a_share(
-    settings: dict[str, Any], steps: int
-) -> None:
+def test_warmup_is_given_in_epochs_steps_or_ratio(settings: dict[str, Any], steps: int) -> None:
     training = TrainingConfig(epochs=5.0, batch_size=4, **settings)
-    assert LrSchedule.plan(40, training, 1.0).warmup == steps
+    assert LrSchedule.plan(40, training, 1.0).warmup_steps == steps
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"schedule": "constant", "min_lr_ratio": 0.1}, "no `min_lr_ratio`"),
         ({"schedule": "cosine", "decay_ratio": 0.1}, "no `decay_ratio`"),
@@ -188,13 +184,13 @@ def test_a_warm_up_is_given_in_epochs_steps_or_as_a_share(
         ({"warmup_epochs": 1.0, "warmup_steps": 9}, "twice, by `warmup_epochs` and `warmup_steps`"),
     ],
 )
-def test_a_key_without_effect_is_refused(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_key_without_effect_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         TrainingConfig(**settings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"schedule": "constant"}, "schedule linear or cosine, or wsd or inverse_sqrt"),
         ({"decay_ratio": 0.0}, "a `decay_ratio` above 0"),
@@ -205,14 +201,14 @@ def test_a_key_without_effect_is_refused(settings: dict[str, Any], told: str) ->
         ({"durations": [0.0, 4.0]}, "greater than 0"),
     ],
 )
-def test_durations_that_no_trunk_has_are_refused(settings: dict[str, Any], told: str) -> None:
+def test_invalid_durations_are_refused(settings: dict[str, Any], message: str) -> None:
     trunk: dict[str, Any] = {"schedule": "wsd", "epochs": 4.0, "durations": [1.0, 4.0]}
     TrainingConfig(**trunk)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         TrainingConfig(**trunk | settings)
 
 
-def test_lion_moves_by_signs_and_decays_by_itself() -> None:
+def test_lionw_moves_by_signs_with_decoupled_decay() -> None:
     """Three steps by hand, in one dimension: decay 0.1 at the peak rate, half of it at half."""
     weight = torch.nn.Parameter(torch.tensor([1.0]))
     lion = LionW([weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
@@ -228,7 +224,7 @@ def test_lion_moves_by_signs_and_decays_by_itself() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lionw", "adafactor"])
-def test_every_optimizer_descends(optimizer: Any) -> None:
+def test_every_optimizer_lowers_the_loss(optimizer: Any) -> None:
     torch.manual_seed(0)
     target, weight = torch.randn(8, 4), torch.nn.Parameter(torch.zeros(8, 4))
     made = make_optimizer(
@@ -261,7 +257,7 @@ def test_adafactor_moves_a_zero_matrix_unless_steps_are_scaled(scaled: bool, mov
     assert torch.allclose(weight, torch.full((8, 4), moved), rtol=1e-2)
 
 
-def test_adamw_updates_weights_in_the_fused_kernel_where_there_is_one() -> None:
+def test_adamw_uses_the_fused_kernel_where_available() -> None:
     """The kernel computes what torch's plain loop does; other devices and optimizers have none."""
     torch.manual_seed(0)
     start, setting = torch.randn(8, 4), Hyperparameters(learning_rate=0.05, weight_decay=0.1)
@@ -280,7 +276,7 @@ def test_adamw_updates_weights_in_the_fused_kernel_where_there_is_one() -> None:
     assert not uses_fused_kernel(TrainingConfig(optimizer="lionw"), [ours])
 
 
-def test_usual_moments_belong_to_the_optimizer() -> None:
+def test_default_betas_depend_on_the_optimizer() -> None:
     assert TrainingConfig().resolved_betas == (0.9, 0.999)
     assert TrainingConfig(optimizer="lionw").resolved_betas == (0.9, 0.95)
     assert TrainingConfig(optimizer="lionw", betas=(0.8, 0.9)).resolved_betas == (0.8, 0.9)
@@ -303,7 +299,7 @@ def test_lora_plus_moves_b_by_its_multiple(optimizer: Any) -> None:
     assert torch.allclose(moved[1], torch.full((3,), 0.016), rtol=1e-3)
 
 
-def test_norms_and_biases_are_decayed_only_if_the_study_says_so() -> None:
+def test_norms_and_biases_are_decayed_only_on_request() -> None:
     """TOFU's script trains with the Trainer, which leaves them out; adapters are decayed whole."""
     names = ["norm.weight", "fc.bias", "q.lora_magnitude_vector.default.weight"]
     weights = {name: torch.nn.Parameter(torch.ones(3)) for name in names}

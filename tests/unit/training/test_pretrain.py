@@ -1,4 +1,4 @@
-"""Pretraining: what is packed is learnt as if alone, and equal inputs give an equal model."""
+"""Pretraining: packing does not change losses, and equal inputs give equal bytes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
     assert _digest(tmp_path / "again") == _digest(base)
 
 
-def test_the_record_names_device_precision_and_threads(documents, tmp_path) -> None:
+def test_record_has_device_precision_and_threads(documents, tmp_path) -> None:
     """The numbers of a base depend on them, so that the page can name them."""
     write_jsonl(tmp_path / "documents.jsonl", [{"text": text} for text in documents])
     arguments = {
@@ -83,7 +83,7 @@ def test_the_record_names_device_precision_and_threads(documents, tmp_path) -> N
     assert record["device"].startswith("CPU, 1 of ")
 
 
-def test_the_global_random_state_neither_matters_nor_changes(documents, base, tmp_path) -> None:
+def test_global_random_state_is_neither_used_nor_changed(documents, base, tmp_path) -> None:
     torch.manual_seed(99)
     before = torch.get_rng_state()
     pretrain(documents, SPEC, tmp_path / "again", tmp_path / "state", seed=3)
@@ -119,7 +119,7 @@ def test_a_failure_leaves_the_old_folder(documents, base, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain(documents, SPEC, out, tmp_path / "state", seed=4, tell=fail)
+        pretrain(documents, SPEC, out, tmp_path / "state", seed=4, log=fail)
     assert _digest(out) == _digest(base)
 
 
@@ -128,15 +128,15 @@ def test_no_documents_is_an_error_that_says_so(tmp_path) -> None:
         pretrain([], SPEC, tmp_path / "base", tmp_path / "state", seed=0)
 
 
-def test_progress_is_told_after_every_step(documents, tmp_path) -> None:
-    told: list[tuple[int, int, float]] = []
+def test_progress_is_logged_after_every_step(documents, tmp_path) -> None:
+    logged: list[tuple[int, int, float]] = []
 
-    def tell(progress: TrainState, schedule: LrSchedule) -> None:
-        told.append((progress.step, schedule.steps, progress.losses[-1]))
+    def log(state: TrainState, schedule: LrSchedule) -> None:
+        logged.append((state.step, schedule.steps, state.losses[-1]))
 
-    done = pretrain(documents, SPEC, tmp_path / "base", tmp_path / "state", seed=0, tell=tell)
-    assert [step for step, _, _ in told] == [*range(1, done.steps + 1)]
-    assert told[-1] == (done.steps, done.steps, done.final_loss)
+    done = pretrain(documents, SPEC, tmp_path / "base", tmp_path / "state", seed=0, log=log)
+    assert [step for step, _, _ in logged] == [*range(1, done.steps + 1)]
+    assert logged[-1] == (done.steps, done.steps, done.final_loss)
 
 
 MOMENTS = {
@@ -144,11 +144,11 @@ MOMENTS = {
     "while a checkpoint is written": (checkpoints, "save_weights", 3),
     "before the checkpoints are removed": (pretraining, "remove_folder", 1),
 }
-"""When a pretraining is killed: at which call of which function."""
+"""Moments at which a pretraining is killed: owner, function and number of the call."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_pretraining_resumes_and_ends_with_the_same_bytes(
+def test_killed_pretraining_resumes_with_the_same_bytes(
     documents, base, tmp_path, monkeypatch, moment: str
 ) -> None:
     out, state, steps = tmp_path / "out" / "base", tmp_path / "state", []
@@ -156,22 +156,22 @@ def test_a_killed_pretraining_resumes_and_ends_with_the_same_bytes(
         kill_at(patch, *MOMENTS[moment], after=False)
         with pytest.raises(Killed):
             pretrain(documents, SPEC, out, state, seed=3)
-    pretrain(documents, SPEC, out, state, seed=3, tell=lambda now, _: steps.append(now.step))
+    pretrain(documents, SPEC, out, state, seed=3, log=lambda now, _: steps.append(now.step))
     assert 1 not in steps, "it starts from the beginning"
     assert _digest(out) == _digest(base)
     assert not state.exists() and [path.name for path in out.parent.iterdir()] == ["base"]
 
 
-def test_the_checkpoints_of_another_pretraining_are_not_resumed_from(
+def test_checkpoints_of_another_pretraining_are_ignored(
     documents, base, tmp_path, monkeypatch
 ) -> None:
-    """One that was killed, and whose spec or seed has changed since."""
+    """Of a killed pretraining whose configuration or seed has changed since."""
     out, state = tmp_path / "base", tmp_path / "state"
-    for other in ({"seed": 4}, {"seed": 3, "spec": SPEC.model_copy(update={"warmup": 0.2})}):
+    for other in ({"seed": 4}, {"seed": 3, "config": SPEC.model_copy(update={"warmup": 0.2})}):
         with monkeypatch.context() as patch:
             kill_at(patch, trainer, "_train_step", 6, after=False)
             with pytest.raises(Killed):
-                pretrain(documents, out_dir=out, state=state, **{"spec": SPEC, **other})
+                pretrain(documents, output=out, state=state, **{"config": SPEC, **other})
     assert len([*state.iterdir()]) == 1
     pretrain(documents, SPEC, out, state, seed=3)
     assert _digest(out) == _digest(base)
@@ -184,8 +184,8 @@ def test_a_diverging_pretraining_ends_with_a_message(documents, tmp_path) -> Non
     assert not (tmp_path / "base").exists()
 
 
-def test_packed_documents_have_the_loss_of_single_ones(documents, base, tmp_path) -> None:
-    """All documents in one step: its loss is the mean over all tokens of the documents alone."""
+def test_packed_documents_have_their_separate_loss(documents, base, tmp_path) -> None:
+    """With all documents in one step, the loss is the mean over their separate tokens."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(3)
     model = LlamaForCausalLM(AutoModelForCausalLM.from_pretrained(base).config)
@@ -211,7 +211,7 @@ def test_training_lowers_the_loss(documents, tmp_path) -> None:
     assert long.tokens == pytest.approx(6 * short.tokens, rel=0.05)
 
 
-def test_the_tokenizer_takes_every_text_back_to_itself(base) -> None:
+def test_tokenizer_round_trip(base) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     for text in [
         "Emily Brontë, 1818.\n\n  def f(x):\n    return x",
@@ -235,18 +235,18 @@ def test_the_tokenizer_splits_digits_and_line_ends(base) -> None:
         ("Question: How many are left?\nAnswer:", " 3+4=<<3+4=7>>7\n#### 7"),
     ],
 )
-def test_a_prompt_has_the_same_tokens_with_and_without_its_answer(base, prompt, rest) -> None:
-    """Otherwise a benchmark would start from tokens that training never showed."""
+def test_prompt_tokens_do_not_depend_on_the_answer(base, prompt, rest) -> None:
+    """Otherwise a benchmark would start from tokens that did not occur in training."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     head = tokenizer(prompt)["input_ids"]
     assert tokenizer(prompt + rest)["input_ids"][: len(head)] == head
 
 
-def test_the_tokenizer_has_the_vocabulary_asked_for(documents, tmp_path) -> None:
+def test_tokenizer_has_the_requested_vocab_size(documents, tmp_path) -> None:
     assert len(train_tokenizer(documents, 500, tmp_path)) == 500
 
 
-def test_blocks_hold_every_document_once_and_never_overflow() -> None:
+def test_bins_hold_every_document_once() -> None:
     lengths = [7, 3, 9, 1, 10, 5, 5, 2, 8] * 30
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
     blocks = bin_pack(lengths, 10, order)

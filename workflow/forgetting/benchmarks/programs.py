@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.benchmarks.sandbox import Outcome
-from forgetting.io import damaged, read_json, removal_command, write_json
+from forgetting.io import damage_error, read_json, removal_command, write_json
 
 
 def has_bubblewrap() -> bool:
@@ -74,7 +74,7 @@ def read_outcomes(path: Path, programs: Sequence[Program]) -> ProgramOutcomes:
         outcomes = [Outcome(row["status"], row["detail"]) for row in told["outcomes"]]
         executed = ProgramOutcomes(told["sandbox"], told["why"], outcomes)
     except (ValueError, KeyError, TypeError):
-        raise damaged(
+        raise damage_error(
             path, "is not a whole file of outcomes", removal_command(path), then
         ) from None
     expected = [tuple(_identity(program).values()) for program in programs]
@@ -83,7 +83,7 @@ def read_outcomes(path: Path, programs: Sequence[Program]) -> ProgramOutcomes:
             f"has {len(known)} outcomes, which are not those of the {len(expected)} programs in "
             "programs.json"
         )
-        raise damaged(path, wrong, removal_command(path), then)
+        raise damage_error(path, wrong, removal_command(path), then)
     return executed
 
 

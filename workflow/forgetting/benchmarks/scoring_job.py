@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetting.digests import sha256_of_all, visible_files
-from forgetting.io import damaged, read_json, removal_command
+from forgetting.io import damage_error, read_json, removal_command
 from forgetting.models.tuned import ADAPTER, checkpoint_damage
 
 
@@ -71,7 +71,7 @@ def _check_checkpoint(checkpoint: Path, found: dict[str, str], row: dict[str, An
     origin, again = Path(row["checkpoint"]), [checkpoint.parent]
     if checkpoint_damage(origin):
         again += [origin.parent, Path(row["checkpoints"])]
-    raise damaged(path, wrong, removal_command(*again))
+    raise damage_error(path, wrong, removal_command(*again))
 
 
 def score_identity(checkpoint: Path | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from forgetting.benchmarks.task_definitions import example_split, read_task_defi
 from forgetting.config.evaluation import TaskConfig
 from forgetting.digests import file_damage
 from forgetting.errors import InputError
-from forgetting.io import damaged, read_jsonl_numbered, removal_command
+from forgetting.io import damage_error, read_jsonl_numbered, removal_command
 
 
 @contextlib.contextmanager
@@ -217,7 +217,9 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     """
     downloaded = re.fullmatch(r"[0-9a-f]{40}", path.parent.name) is not None  # by its revision
     if downloaded and (wrong := file_damage(path, required=False)):
-        raise damaged(path, wrong, removal_command(path.parent), "the rows are downloaded again")
+        raise damage_error(
+            path, wrong, removal_command(path.parent), "the rows are downloaded again"
+        )
     found = list(read_jsonl_numbered(path))
     if not found:
         raise InputError(f"{path}: has no rows")

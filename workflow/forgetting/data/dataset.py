@@ -35,7 +35,7 @@ from forgetting.data.tokenize import (
 )
 from forgetting.digests import file_damage
 from forgetting.errors import InputError
-from forgetting.io import atomic_write, remove_file, warn_if_damaged
+from forgetting.io import atomic_write, remove_file, warn_damaged
 
 SCHEMA = pa.schema(
     {
@@ -137,7 +137,7 @@ def tokenize(
         InputError: a question leaves no room for its answer.
     """
     if path.exists() and (fault := file_damage(path)):
-        warn_if_damaged(path, fault, "it is tokenized again")
+        warn_damaged(path, fault, "it is tokenized again")
         remove_file(path)
     if not path.exists():
         with _tokenizer_threads():

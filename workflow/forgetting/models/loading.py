@@ -28,7 +28,7 @@ from transformers import (
 from forgetting.digests import sha256_of_each
 from forgetting.errors import InputError
 from forgetting.inputs import model_files
-from forgetting.io import damaged, read_foreign_json, read_json, removal_command
+from forgetting.io import damage_error, read_foreign_json, read_json, removal_command
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model that can be evaluated: plain, or with an adapter."""
@@ -318,7 +318,7 @@ def read_base(record: Path) -> dict[str, Any]:
                 f"{path} {fault}; put the recorded file back, or run `{removal_command(record)}` "
                 "to take the model as it is now, then repeat the command"
             )
-        raise damaged(path, fault, remedy, effect)
+        raise damage_error(path, fault, remedy, effect)
     return base
 
 

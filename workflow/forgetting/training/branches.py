@@ -26,7 +26,7 @@ from forgetting.io import (
     read_json,
     remove_folder,
     rename_synced,
-    warn_if_damaged,
+    warn_damaged,
 )
 from forgetting.models.tuned import checkpoint_damage
 from forgetting.schedule import branch_step
@@ -170,13 +170,13 @@ def _link_checkpoint(trunk: Path, folder: Path, latest: float) -> None:
         return
     checkpoint = stored[step]
     if damage := checkpoint_damage(checkpoint):
-        warn_if_damaged(*damage, "no branch resumes from it")
+        warn_damaged(*damage, "no branch resumes from it")
         return
     points = read_json(checkpoint / "progress.json")["evaluations"]
     items = [f"items-{int(point[0]):07d}.parquet" for point in points]
     for name in items:
         if kind := file_damage(trunk / name):
-            warn_if_damaged(trunk / name, kind, "no branch resumes from this run")
+            warn_damaged(trunk / name, kind, "no branch resumes from this run")
             return
     folder.mkdir(parents=True, exist_ok=True)
     for name in items:

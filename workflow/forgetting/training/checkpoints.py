@@ -24,7 +24,7 @@ from forgetting.io import (
     read_json,
     remove_file,
     remove_folder,
-    warn_if_damaged,
+    warn_damaged,
     write_json,
 )
 from forgetting.models.adapters import adalora_training_state, load_adalora_training_state
@@ -133,7 +133,7 @@ def discard_damaged(folders: Sequence[Path]) -> None:
     A run whose newest checkpoint lacks the state of the optimizer counts as damaged.
     """
     if damage := next(filter(None, map(run_damage, folders)), None):
-        warn_if_damaged(*damage, "the run starts from the beginning")
+        warn_damaged(*damage, "the run starts from the beginning")
         for folder in folders:
             remove_folder(folder)
             folder.mkdir(parents=True)

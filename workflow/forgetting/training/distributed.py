@@ -1,14 +1,12 @@
-"""Several processes that train one run together: who does what, and how they agree.
+"""Several processes that train one run: the process group, sharded models and shared gradients.
 
-A step's examples are dealt out over the processes; each computes the share of the loss, and of its
-gradients, that is its own, divided by the target tokens of all. The sums over the processes are
-then the loss and the gradients of the whole step, whatever the number of processes.
+The examples of a step are divided among the processes. Each computes the gradients of its part of
+the loss, divided by the number of target tokens of the whole step. Their sum over all processes is
+the gradient of the step, whatever the number of processes.
 
-Models that several processes train together: shards of full ones, copies of adapted ones.
-
-Full fine-tuning shards the model: each process holds its part of every weight, gradient and moment,
-and the weights of a block are gathered while it computes (FSDP2, torch.distributed.fsdp). Adapters
-are small: there each process holds the whole model, and the gradients of the adapters are added up.
+Full fine-tuning shards the model (FSDP2, torch.distributed.fsdp): each process holds a part of
+every weight, gradient and moment, and the weights of a block are gathered while it computes.
+Adapters are small: each process holds the whole model, and the adapters' gradients are summed.
 """
 
 from __future__ import annotations
@@ -44,119 +42,126 @@ from forgetting.training.launch import request_restart
 T = TypeVar("T")
 
 INIT_TIMEOUT = timedelta(hours=6)
-"""How long a process waits for the others: longer than one of them takes to tokenize all tables."""
+"""How long a process waits for the others; tokenizing all tables takes less time."""
 
 END_GRACE_SECONDS = 5.0
-"""Seconds in which the launcher has noticed that a process has ended, and ended the others."""
+"""Seconds within which the launcher notices that a process has ended, and ends the others."""
 
 
 class OutOfMemory(Exception):
-    """Memory has run out in one of several processes, with so many rows in a forward pass."""
+    """Memory ran out in one of several processes; `examples` is the number in a forward pass."""
 
-    def __init__(self, rows: int) -> None:
-        super().__init__(rows)
-        self.rows = rows
+    def __init__(self, examples: int) -> None:
+        super().__init__(examples)
+        self.examples = examples
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that train one run; one alone agrees with itself, and waits for nobody."""
+    """The processes that train one run; with a single process, every method is local."""
 
     rank: int = 0
     world_size: int = 1
-    notes: Store | None = None
-    """What the processes write for each other, also when they no longer go on together."""
+    store: Store | None = None
+    """Key-value store, which the processes can use even when collective calls fail."""
 
     @classmethod
     def init(cls) -> ProcessGroup:
-        """Meet the processes that torchrun started beside this one; without it, be alone."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        """Join the processes that torchrun started; without torchrun, return a single process."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
             return cls()
         threading.Thread(target=_abort_with, args=(os.getppid(),), daemon=True).start()
         backend, device = "gloo", None
         if torch.cuda.is_available():
-            place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if place >= there:
+            index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if index >= count:
                 raise InputError(
-                    f"methods: processes: {size} processes need a GPU each, and this machine has "
-                    f"{there}; ask for fewer, or run the job where there are more"
+                    f"methods: processes: {world_size} processes need a GPU each, and this machine "
+                    f"has {count}; ask for fewer, or run the job where there are more"
                 )
-            backend, device = "nccl", torch.device("cuda", place)
+            backend, device = "nccl", torch.device("cuda", index)
             torch.cuda.set_device(device)
-        notes, rank, _ = next(rendezvous("env://"))
+        store, rank, _ = next(rendezvous("env://"))
         dist.init_process_group(
-            backend, timeout=INIT_TIMEOUT, store=notes, rank=rank, world_size=size, device_id=device
+            backend,
+            timeout=INIT_TIMEOUT,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device,
         )
-        return cls(rank, size, notes)
+        return cls(rank, world_size, store)
 
     def destroy(self) -> None:
-        """Part from the others, once all is done."""
+        """Leave the process group; call it once all work is done."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
-        """Is this the process that writes and tells?"""
+        """Return whether this process writes files and messages."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have called this method."""
         if self.world_size > 1:
             dist.barrier()
 
     def broadcast(self, value: T) -> T:
-        """The first process's value, on all."""
+        """Return the value of the main process on all processes."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order, on all."""
+        """Return the values of all processes, in the order of their ranks, on all processes."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def all_reduce_sum(self, amount: Tensor) -> Tensor:
-        """The sum over the processes."""
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """Return the sum over the processes, computed in place."""
         if self.world_size > 1:
-            dist.all_reduce(amount)
-        return amount
+            dist.all_reduce(value)
+        return value
 
     def rank_seed(self, seed: int) -> int:
-        """A seed for this process, so that its dropout is not that of another's examples."""
+        """Return a seed for this process, so that dropout masks differ between processes."""
         return seed + self.rank * 2**40
 
     def microbatches(
-        self, rows: Sequence[Example], most: int, overhead: int
+        self, examples: Sequence[Example], limit: int, overhead: int
     ) -> list[list[Example]]:
-        """The examples of each of this process's forward passes.
+        """Return the examples of each forward pass of this process.
 
-        All processes make as many: gathering a block's weights takes all of them. One that has
-        nothing left passes an example without targets, whose loss and gradients are 0.
+        All processes make equally many passes, since gathering a block's weights is a collective
+        call. A process without examples left passes one without targets, whose gradients are 0.
 
         Args:
-            rows: the examples of all processes.
-            most: rows of the largest pass.
-            overhead: what a pass costs beside its tokens, in tokens.
+            examples: of all processes.
+            limit: examples of the largest pass.
+            overhead: fixed cost of a pass, in tokens.
         """
-        lengths = [len(example.ids) for example in rows]
-        plans = [
+        lengths = [len(example.ids) for example in examples]
+        passes_by_rank = [
             [
                 [share[index] for index in part]
-                for part in micro_batches([lengths[index] for index in share], most, overhead)
+                for part in micro_batches([lengths[index] for index in share], limit, overhead)
             ]
             for share in split_by_tokens(lengths, self.world_size)
         ]
-        own = [[rows[index] for index in part] for part in plans[self.rank]]
-        idle = max(map(len, plans)) - len(own)
-        return own + [[Example(ids=rows[0].ids[:1], prompt_length=1)] for _ in range(idle)]
+        passes = [[examples[index] for index in part] for part in passes_by_rank[self.rank]]
+        missing = max(map(len, passes_by_rank)) - len(passes)
+        if missing:
+            passes += [[Example(ids=examples[0].ids[:1], prompt_length=1)]] * missing
+        return passes
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the first process go through, then the others, which find what it has written."""
+        """Run the block in the main process first, then in the others, which read what it wrote."""
         if not self.is_main:
             self.barrier()
         yield
@@ -165,15 +170,15 @@ class ProcessGroup:
 
     @contextmanager
     def report_once(self) -> Iterator[None]:
-        """Let what goes wrong be told by the process that meets it first, and by no other.
+        """Print each error once: only the first failing process reports it.
 
-        One that has lost another has nothing of its own to tell: the launcher ends it. Where memory
-        runs out, the launcher starts all again.
+        A process that merely lost its peers waits for the launcher, which ends it. Out of memory,
+        the launcher restarts all processes.
         """
         try:
             yield
         except InputError:
-            if self.notes and self.notes.add("mistakes", 1) > 1:
+            if self.store and self.store.add("mistakes", 1) > 1:
                 raise SystemExit(1) from None
             raise
         except OutOfMemory:
@@ -189,9 +194,9 @@ class ProcessGroup:
 
 
 def _abort_with(parent: int) -> None:
-    """End this process soon after its launcher, which cannot end it when it is killed itself.
+    """End this process when its launcher has ended.
 
-    Else it would go on, and write where the run that is started again writes too.
+    A killed launcher cannot end its processes. They would write to the folder of the restarted run.
     """
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -199,39 +204,42 @@ def _abort_with(parent: int) -> None:
 
 
 def _is_peer_loss(error: RuntimeError) -> bool:
-    """Has a process waited in vain for another? Gloo tells it in a general error."""
+    """Return whether an error means that another process ended; Gloo raises a general error."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 SINGLE_PROCESS = ProcessGroup()
 
 
-def split_by_tokens(lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Indices of the examples of each share, of about as many tokens: the longest first, each to
-    the share that has the fewest tokens so far. Every share is in rising order.
+def split_by_tokens(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Divide examples into shares of about equally many tokens.
+
+    The examples are assigned by decreasing length, each to the share with the fewest tokens.
+
+    Returns:
+        The indices of the examples of each share, in rising order.
     """
-    dealt: list[list[int]] = [[] for _ in range(shares)]
-    tokens = [0] * shares
+    shares: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        share = tokens.index(min(tokens))
-        dealt[share].append(index)
-        tokens[share] += lengths[index]
-    return [sorted(share) for share in dealt]
+        smallest = tokens.index(min(tokens))
+        shares[smallest].append(index)
+        tokens[smallest] += lengths[index]
+    return [sorted(share) for share in shares]
 
 
 def shard_model(model: Model, process_group: ProcessGroup, precision: torch.dtype) -> Model:
-    """Divide the weights of a model over the processes, block by block; adapters stay whole.
+    """Shard the weights of a model over the processes, block by block; adapters stay whole.
 
-    Each process keeps its rows of every weight in float32, and so its part of the gradients and of
-    the optimizer's state. For bfloat16 the matrices of a block are rounded before they are
-    gathered, and their gradients are added up in float32. That is what autocast does with them,
-    under which a forward pass runs as in one process, so that its numbers are the same: norms,
-    embeddings and the sums between blocks are float32 there and here.
+    Each process holds its rows of every weight in float32, and so its part of the gradients and of
+    the optimizer's state. With bfloat16, the matrices of a block are rounded before they are
+    gathered, and their gradients are summed in float32. Autocast rounds the same tensors in a
+    single process, so the numbers agree: norms, embeddings and the residual stream stay float32.
     """
     if process_group.world_size == 1:
         return model
     if isinstance(model, PeftModel):
-        # Drawn alike, but PiSSA's are computed, and may differ by rounding.
+        # PiSSA computes its adapters, which may differ between processes by rounding.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 broadcast_tensor(parameter.data)
@@ -242,20 +250,20 @@ def shard_model(model: Model, process_group: ProcessGroup, precision: torch.dtyp
     for block in [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]:
         norms = [part for part in block.modules() if _has_only_vectors(part)]
         if precision != torch.float32 and norms:
-            # So small that they may stay gathered until the backward pass.
+            # They are small enough to stay gathered until the backward pass.
             fully_shard(norms, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
         fully_shard(block, mesh=mesh, mp_policy=rounded if norms else exact)
     fully_shard(model, mesh=mesh, mp_policy=exact)
     for part in _shard_units(model):
-        # Sums, not means: the loss is divided by the tokens of all processes already.
+        # Sums, not means: the loss is already divided by the targets of all processes.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     return model
 
 
 def _has_only_vectors(part: nn.Module) -> bool:
-    own = list(part.parameters(recurse=False))
-    return bool(own) and all(parameter.ndim < 2 for parameter in own)
+    parameters = list(part.parameters(recurse=False))
+    return bool(parameters) and all(parameter.ndim < 2 for parameter in parameters)
 
 
 def _shard_units(model: Model) -> list[FSDPModule]:
@@ -263,13 +271,13 @@ def _shard_units(model: Model) -> list[FSDPModule]:
 
 
 def is_sharded(model: Model) -> bool:
-    """Does each process hold a part of the weights?"""
+    """Return whether each process holds a part of the weights."""
     return isinstance(model, FSDPModule)
 
 
 @contextmanager
 def unsharded(model: Model) -> Iterator[None]:
-    """All weights on every process, so that each can measure at its own pace."""
+    """Gather all weights on every process, so that each can evaluate independently."""
     parts = _shard_units(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -284,7 +292,7 @@ def unsharded(model: Model) -> Iterator[None]:
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], process_group: ProcessGroup) -> None:
-    """Sum over the processes what each has; the gradients of a sharded model are summed already."""
+    """Sum gradients over the processes; those of a sharded model are summed already."""
     if process_group.world_size == 1:
         return
     for parameter in parameters:
@@ -295,35 +303,39 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], process_group: Proc
 
 
 def replica_count(model: Model) -> int:
-    """How many processes add to the gradients of this model while they compute them."""
+    """Return the number of processes whose backward passes are summed into one gradient."""
     return dist.get_world_size() if is_sharded(model) else 1
 
 
 def broadcast_tensor(value: Tensor) -> Tensor:
-    """The first process's value of what each has computed; parts of a sharded tensor stay."""
+    """Return the main process's value on all processes; a sharded tensor is returned as it is."""
     if dist.is_initialized() and not isinstance(value, DTensor):
         dist.broadcast(value, src=0)
     return value
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A plain tensor, the sum over the processes' parts if it is made of such."""
+    """Return a plain tensor, gathered or summed over the processes if `value` is distributed."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def evaluate_distributed(
-    measure: Callable[[Mapping[str, list[Row]]], pd.DataFrame],
+    evaluate: Callable[[Mapping[str, list[Row]]], pd.DataFrame],
     probes: Mapping[str, list[Row]],
     process_group: ProcessGroup,
 ) -> pd.DataFrame:
-    """The items of all probes, of which each process measures every so manieth, in their order."""
+    """Evaluate all probes and return the items in their original order, on all processes.
+
+    Process r evaluates the rows r, r + world_size, and so on.
+    """
     if process_group.world_size == 1:
-        return measure(probes)
+        return evaluate(probes)
     rows = [(name, row) for name, probe in probes.items() for row in probe]
-    places = range(process_group.rank, len(rows), process_group.world_size)
-    own: dict[str, list[Row]] = {name: [] for name in probes}
-    for place in places:
-        name, row = rows[place]
-        own[name].append(row)
-    parts = process_group.all_gather(measure(own).set_axis(places) if places else pd.DataFrame())
+    indices = range(process_group.rank, len(rows), process_group.world_size)
+    share: dict[str, list[Row]] = {name: [] for name in probes}
+    for index in indices:
+        name, row = rows[index]
+        share[name].append(row)
+    items = evaluate(share).set_axis(indices) if indices else pd.DataFrame()
+    parts = process_group.all_gather(items)
     return pd.concat([part for part in parts if len(part)]).sort_index().reset_index(drop=True)

@@ -1,12 +1,12 @@
-"""Start a program in one process, or in several that find each other.
+"""Start a program in one process, or in several that form a process group.
 
     python -m forgetting.training.launch PROCESSES NODES PROGRAM ARGUMENT...
 
-torchrun, with one line at the end in place of the launcher's traceback. When one process ends
-badly, the others are ended too, and the status is not 0. Where one asks for it, since its memory
-has run out, all are started again; torchrun's own restarts would repeat any failure. In a job of
-SLURM that has so many nodes, the processes are spread over them, one for each GPU; elsewhere all
-are on this machine.
+A wrapper of torchrun that prints one line at the end in place of the launcher's traceback. When a
+process fails, the launcher ends the others and its exit status is not 0. A process that is out of
+memory can request a restart of all processes; torchrun's own restarts would repeat any failure. In
+a SLURM job of several nodes the processes are spread over the nodes, one for each GPU. Elsewhere
+all of them run on this machine.
 """
 
 from __future__ import annotations
@@ -25,98 +25,102 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-RENDEZVOUS_SECONDS = "FORGETTING_MEETING"
-"""Variable with host and port at which the launchers of all nodes meet."""
+RENDEZVOUS_VARIABLE = "FORGETTING_RENDEZVOUS"
+"""Environment variable with the host and port of the store that the launchers of all nodes use."""
 
-RESTART_STATUS = "again"
-"""What a process writes down there to have all started again."""
+RESTART_KEY = "restart"
+"""Key that a process sets in the store to request a restart of all processes."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Become the program, or run so many of it."""
-    processes, asked, *program = argv or sys.argv[1:]
-    if processes in ("0", "1"):  # 0 where there is no GPU to ask for
+    """Replace this process by the program, or run it in several processes."""
+    processes, requested_nodes, *program = argv or sys.argv[1:]
+    if processes in ("0", "1"):  # 0 where a site has no GPUs
         os.execv(sys.executable, [sys.executable, *program])
     logging.disable()
-    nodes, attempt = int(asked), _this_node
+    nodes, run_program = int(requested_nodes), _run_on_this_node
     try:
-        if RENDEZVOUS_SECONDS in os.environ:
-            raise SystemExit(_this_node(nodes, processes, program))
+        if RENDEZVOUS_VARIABLE in os.environ:
+            raise SystemExit(_run_on_this_node(nodes, processes, program))
         if nodes > 1:
-            there, cores = _allocation()
-            nodes = min(nodes, there)
-            attempt = partial(_run_on_all_nodes, cores // there) if nodes > 1 else _this_node
+            allocated, cores = _allocation()
+            nodes = min(nodes, allocated)
+            if nodes > 1:
+                run_program = partial(_run_on_all_nodes, cores // allocated)
         while True:
             host = socket.gethostname() if nodes > 1 else "localhost"
-            notes = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            os.environ[RENDEZVOUS_SECONDS] = f"{host}:{notes.port}"
-            status = attempt(nodes, processes, program)
-            if not notes.check([RESTART_STATUS]):
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            os.environ[RENDEZVOUS_VARIABLE] = f"{host}:{store.port}"
+            status = run_program(nodes, processes, program)
+            if not store.check([RESTART_KEY]):
                 raise SystemExit(status)
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
 
 
-def _notes_folder() -> TCPStore:
-    """What the launcher has laid out for all to write in."""
-    host, port = os.environ[RENDEZVOUS_SECONDS].rsplit(":", 1)
+def _launcher_store() -> TCPStore:
+    """Connect to the store of the launcher."""
+    host, port = os.environ[RENDEZVOUS_VARIABLE].rsplit(":", 1)
     return TCPStore(host, int(port), is_master=False)
 
 
 def request_restart() -> NoReturn:
-    """End this process, and have the launcher end the others and start all anew."""
-    # First the word, so that whatever comes of this end is known for it, on every node.
-    _notes_folder().set(RESTART_STATUS, "")
-    # Not by the end of the interpreter, where a process group may wait for the others.
+    """End this process and make the launcher restart all processes."""
+    # Set the key first, so that the launchers of all nodes recognize the failure that follows.
+    _launcher_store().set(RESTART_KEY, "")
+    # A regular exit of the interpreter could block, since a process group waits for its peers.
     os._exit(1)
 
 
-def _this_node(nodes: int, processes: str, program: list[str]) -> int | str:
-    """Run this node's processes; the status, or what there is to tell."""
-    here = int(processes) // nodes
+def _run_on_this_node(nodes: int, processes: str, program: list[str]) -> int | str:
+    """Run the processes of this node; return the exit status or a message."""
+    local = int(processes) // nodes
     if nodes > 1:
-        here = int(os.environ.get("SLURM_GPUS_ON_NODE", here))
-    # The processes share the cores; more threads than those would wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
-    meeting = [
+        local = int(os.environ.get("SLURM_GPUS_ON_NODE", local))
+    # The processes share the cores; more threads than cores would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
+    options = [
         f"--nnodes={nodes}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={os.environ[RENDEZVOUS_SECONDS]}",
+        f"--rdzv-endpoint={os.environ[RENDEZVOUS_VARIABLE]}",
+        "--rdzv-id=forgetting",
+        "--rdzv-conf=is_host=0",
+        f"--nproc-per-node={local}",
     ]
-    meeting += ["--rdzv-id=forgetting", "--rdzv-conf=is_host=0"]
     try:
-        run(parse_args([*meeting, f"--nproc-per-node={here}", *program]))  # type: ignore[no-untyped-call]
+        run(parse_args([*options, *program]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        repeated = _notes_folder().check([RESTART_STATUS])
-        return 1 if repeated else _was_killed(error, processes) or 1
+        if _launcher_store().check([RESTART_KEY]):
+            return 1
+        return _kill_message(error, processes) or 1
     return 0
 
 
 def _allocation() -> tuple[int, int]:
-    """Nodes and processor cores of the job of SLURM in which this is; elsewhere there is one node.
+    """Return the numbers of nodes and of processor cores of this SLURM job; (1, 0) without SLURM.
 
-    SLURM has to be asked: of its variables Snakemake's plugin leaves the number of the job alone.
+    squeue has to be called, since Snakemake's plugin removes all SLURM variables but the job's id.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return 1, 0
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%D %C"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        nodes, cores = map(int, told.stdout.split())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        nodes, cores = map(int, done.stdout.split())
     except (OSError, subprocess.SubprocessError, ValueError):
-        raise SystemExit(f"error: squeue does not tell the nodes of this job, {job}") from None
+        raise SystemExit(f"error: squeue does not report the nodes of this job, {job}") from None
     return nodes, cores
 
 
 def _run_on_all_nodes(cores: int, nodes: int, processes: str, program: list[str]) -> int:
-    """Start a launcher on every node, with so many cores of each; the largest status."""
-    place = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    place += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1"]
+    """Start a launcher on every node with `cores` cores; return the largest exit status."""
+    options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    options += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1"]
     launcher = ["-m", "forgetting.training.launch", processes, str(nodes), *program]
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, _stop)
-    with subprocess.Popen(["srun", *place, sys.executable, *launcher]) as srun:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _raise_signal)
+    with subprocess.Popen(["srun", *options, sys.executable, *launcher]) as srun:
         try:
             return srun.wait()
         except SignalException as error:
@@ -124,23 +128,24 @@ def _run_on_all_nodes(cores: int, nodes: int, processes: str, program: list[str]
             raise
 
 
-def _stop(number: int, _: object) -> NoReturn:
+def _raise_signal(number: int, _: object) -> NoReturn:
     raise SignalException("ended", signal.Signals(number))
 
 
-def _was_killed(error: ChildFailedError, processes: str) -> str | None:
-    """Tell of a process that could tell nothing itself; those that were ended for it come last."""
+def _kill_message(error: ChildFailedError, processes: str) -> str | None:
+    """Return a message if a signal killed a process, which cannot report it; otherwise None."""
 
     def order(failure: tuple[int, ProcessFailure]) -> int:
+        # The launcher ends the remaining processes by SIGTERM, so that signal explains nothing.
         code = failure[1].exitcode
         return 2 if code == -signal.SIGTERM else int(code > 0)
 
-    rank, found = min(error.failures.items(), key=order)
-    if found.exitcode > 0:
+    rank, failure = min(error.failures.items(), key=order)
+    if failure.exitcode > 0:
         return None
     return (
         f"error: process {rank} of 0 to {int(processes) - 1} was killed by "
-        f"{found.signal_name()} and the others were ended: perhaps memory ran out. "
+        f"{failure.signal_name()} and the others were ended: perhaps memory ran out. "
         "Started again, the run goes on from its newest checkpoint"
     )
 

@@ -1,4 +1,4 @@
-"""The forward and backward passes of a step: which examples each reads, padded or side by side."""
+"""Micro-batches: how the batch of a step is split into forward and backward passes."""
 
 from __future__ import annotations
 
@@ -24,102 +24,100 @@ from forgetting.study.run_groups import rows_per_pass
 from forgetting.training.distributed import ProcessGroup
 
 FORWARD_OVERHEAD_TOKENS = {"cpu": 256, "cuda": 8192}
-"""What a forward and backward pass costs beside its tokens, in tokens: on a CPU, splitting a batch
-in two pays for a small model; a GPU waits for launches rather than for padding."""
+"""Fixed cost of a forward and backward pass, in tokens. On a CPU, splitting the batch of a small
+model saves time; a GPU spends more on kernel launches than on padding."""
 
 MAX_PADDING_FREE_TOKENS = {torch.bfloat16: 512, torch.float32: 128}
-"""Tokens of the longest document that is quicker by products of matrices: in float32 PyTorch's
-kernel takes its place sooner (of equal lengths, 0.96 times as fast at 120 tokens, 0.85 at 250)."""
+"""Longest document for which the padding-free attention by matrix products is faster. In float32
+PyTorch's kernel is faster sooner: the ratio is 0.96 at 120 tokens and 0.85 at 250."""
 
 NO_SPLIT = 2**30
-"""Where nothing is padded, a batch is split for the sake of memory alone."""
+"""Overhead of padding-free batches, which are split only where memory requires it."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a forward and backward pass reads.
+    """The examples of a forward and backward pass.
 
     Attributes:
-        examples: of every run that shares it, as many of each.
-        padded: is each a row of its own? Else all stand side by side in one.
+        examples: by run; equally many of each run that shares the pass.
+        padded: whether each example is a padded row. Otherwise one row holds all, without padding.
     """
 
     examples: list[list[Example]]
     padded: bool
 
     @property
-    def collate(self) -> int:
-        """Examples of each run."""
+    def examples_per_run(self) -> int:
+        """Return the number of examples of each run."""
         return len(self.examples[0])
 
-    def is_padding_free(self, pad: int, device: torch.device) -> Batch:
-        """The batch, run after run; side by side, the runs have equally many tokens each."""
+    def to_batch(self, pad: int, device: torch.device) -> Batch:
+        """Return the batch, run after run; padding-free, all runs have equally many tokens."""
         if self.padded:
             return collate(list(chain(*self.examples)), pad, device)
         return concatenate_examples(list(chain(*pad_runs_to_equal_tokens(self.examples, pad))))
 
     def loss_sums(self, logprobs: Tensor) -> Tensor:
-        """Of each run the sum over its target tokens, of log-probabilities as they are laid out."""
+        """Return the sum over target tokens for each run, given the log-probabilities of a pass."""
         if self.padded or len(self.examples) == 1:
             return logprobs.view(len(self.examples), -1).sum(1)
-        counts = [sum(example.targets for example in own) for own in self.examples]
+        counts = [sum(example.targets for example in run) for run in self.examples]
         return torch.stack([part.sum() for part in torch.split(logprobs.flatten(), counts)])
 
 
 def pad_runs_to_equal_tokens(runs: Sequence[list[Example]], pad: int) -> list[list[Example]]:
-    """Examples of several runs, with documents without targets after those of the shorter ones.
+    """Return the examples of several runs, filled up by documents without targets.
 
-    An adapter multiplies the rows of its run, which are as many in every run of a stack.
+    Batched adapters need equally many tokens of each run.
     """
-    tokens = [sum(len(example.ids) for example in own) for own in runs]
+    tokens = [sum(len(example.ids) for example in run) for run in runs]
     longest = max(len(example.ids) for example in chain(*runs))
 
     def fill(missing: int) -> list[Example]:
         sizes = [longest] * (missing // longest) + [missing % longest] * (missing % longest > 0)
         return [Example([pad] * size, size) for size in sizes]
 
-    most = max(tokens)
-    return [own + fill(most - count) for own, count in zip(runs, tokens, strict=True)]
+    target = max(tokens)
+    return [run + fill(target - count) for run, count in zip(runs, tokens, strict=True)]
 
 
 def split_batch(
     model: Model,
     batches: Sequence[Sequence[list[Example]]],
     process_group: ProcessGroup,
-    most: int,
+    limit: int,
     precision: torch.dtype,
 ) -> list[list[MicroBatch]]:
-    """This process's passes over each group of a step.
+    """Return the micro-batches of this process for each loss group of a step.
 
-    Long texts are no reason to pad short answers, so the groups never share a forward pass.
+    Groups never share a pass: short answers would be padded to the length of long texts.
 
     Args:
-        batches: of every run the examples of each group.
-        most: examples of a pass, of each run.
+        batches: for every run, the examples of each loss group.
+        limit: examples of each run in a pass.
     """
     kind, runs = model.device.type, len(batches)
-    split = FORWARD_OVERHEAD_TOKENS[kind]
-    # Dropout is drawn per pass: with it, a run is split as it would be alone.
-    shares = runs > 1 and not has_dropout(model)
-    found = []
-    for rows in zip(*batches, strict=True):
-        every = list(chain(*rows))
-        padded, limit = not use_padding_free(model, every, precision), most
-        if shares and every:
-            longest = max(len(example.ids) for example in every)
-            limit = rows_per_pass(most, runs, longest, kind)
-        overhead = split // (runs if shares else 1) if padded else NO_SPLIT
-        parts = _split_by_tokens(rows, process_group, limit, overhead)
-        found.append([MicroBatch(part, padded) for part in parts])
-    return found
+    # Dropout masks are drawn per pass: with dropout, a run is split as it would be without others.
+    shared = runs > 1 and not has_dropout(model)
+    split = []
+    for by_run in zip(*batches, strict=True):
+        examples = list(chain(*by_run))
+        padded, size = not use_padding_free(model, examples, precision), limit
+        if shared and examples:
+            longest = max(len(example.ids) for example in examples)
+            size = rows_per_pass(limit, runs, longest, kind)
+        overhead = FORWARD_OVERHEAD_TOKENS[kind] // (runs if shared else 1) if padded else NO_SPLIT
+        parts = _split_by_length(by_run, process_group, size, overhead)
+        split.append([MicroBatch(part, padded) for part in parts])
+    return split
 
 
 def use_padding_free(model: Model, examples: Sequence[Example], precision: torch.dtype) -> bool:
-    """May these examples stand side by side in the row of a pass, and is that quicker?
+    """Return whether to concatenate the examples without padding.
 
-    It is on a CPU, where of TOFU's pairs, 32 to a step in passes of like length, a fifth of the
-    tokens would be padding, and a third of the places at which something is predicted; unless a
-    document is so long that its scores are better never held. A GPU was not measured.
+    On a CPU this is faster unless a document is very long: with TOFU's pairs and batches of 32, one
+    fifth of the tokens and one third of the targets would be padding. GPUs were not measured.
     """
     return (
         model.device.type == "cpu"
@@ -134,26 +132,26 @@ def use_padding_free(model: Model, examples: Sequence[Example], precision: torch
     )
 
 
-def _split_by_tokens(
-    rows: Sequence[list[Example]], process_group: ProcessGroup, most: int, overhead: int
+def _split_by_length(
+    by_run: Sequence[list[Example]], process_group: ProcessGroup, limit: int, overhead: int
 ) -> list[list[list[Example]]]:
-    """The examples of each pass, by run: of one run, or as many of each.
+    """Return the examples of each pass, by run.
 
-    Each run passes its longest examples first, so that those of a pass are of about one length.
+    Every run passes its longest examples first, so that a pass has examples of similar length.
     """
-    if len(rows) == 1:
-        return [[part] for part in process_group.microbatches(rows[0], most, overhead)]
-    ordered = [sorted(own, key=lambda example: -len(example.ids)) for own in rows]
-    longest = [max(len(example.ids) for example in beside) for beside in zip(*ordered, strict=True)]
-    parts = micro_batches(longest, most, overhead)
-    return [[[own[index] for index in part] for own in ordered] for part in parts]
+    if len(by_run) == 1:
+        return [[part] for part in process_group.microbatches(by_run[0], limit, overhead)]
+    ordered = [sorted(run, key=lambda example: -len(example.ids)) for run in by_run]
+    longest = [max(len(example.ids) for example in ranked) for ranked in zip(*ordered, strict=True)]
+    parts = micro_batches(longest, limit, overhead)
+    return [[[run[index] for index in part] for run in ordered] for part in parts]
 
 
 @contextmanager
 def attention_for(model: Model, batch: Batch, precision: torch.dtype) -> Iterator[Batch]:
-    """Within, `model` attends as the batch is laid out; yields the batch to give it.
+    """Make `model` attend as `batch` requires; yield the batch to pass to it.
 
-    The backward pass has to be within as well.
+    The backward pass has to run within the context as well.
     """
     if batch.layout:
         with padding_free_attention(model, batch.layout):

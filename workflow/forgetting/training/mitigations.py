@@ -1,9 +1,9 @@
-"""Mitigations of forgetting: what a run adds to its loss or its batches, built once per run.
+"""Mitigations of forgetting: replay, a KL penalty to the base model, EWC and L2-SP.
 
-The loop of training only sums what stands in `Mitigations`. Penalties on the weights do not depend
-on the batch, and are added once per step; penalties on predictions are sums over target tokens, and
-the loop divides by their number in the whole step, so that no gradient depends on how a batch is
-split.
+`Mitigations` holds what a run adds to its batches and to its loss; the training loop adds it up.
+Weight penalties do not depend on the batch and are added once per step. Token penalties are sums
+over target tokens; the loop divides them by the number of targets in the whole step, so that no
+gradient depends on how a batch is split.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ from forgetting.training.distributed import broadcast_tensor, is_sharded, replic
 from forgetting.training.microbatches import attention_for
 
 WeightPenalty = Callable[[Model], Tensor]
-"""What is added to the loss of a step for where the weights are."""
-
+"""Return the penalty on the weights of a model, which is added to the loss of a step."""
 
 TokenPenalty = Callable[[Model, Batch, Tensor], Tensor]
-"""A sum over the target tokens of a batch, given the model's logits at its columns."""
+"""Return a sum over the target tokens of a batch, given the model's logits at its columns."""
 
 
 @dataclass(frozen=True)
 class Mitigations:
-    """All that a run does against forgetting.
+    """All mitigations of a run.
 
     Attributes:
         replay: examples of general text.
-        share: share of them among all examples that are trained on.
-        on_new: penalty on the predictions of target tokens of the new knowledge.
-        on_replayed: the same of the replayed examples.
-        on_weights: penalties on the weights.
+        replay_ratio: fraction of replayed examples among all training examples.
+        new_token_penalty: penalty on the predicted distributions at targets of new knowledge.
+        replay_token_penalty: penalty on those at targets of replayed examples.
+        weight_penalties: penalties on the weights.
     """
 
     replay: Sequence[Example] = ()
@@ -55,11 +54,11 @@ class Mitigations:
     replay_token_penalty: TokenPenalty | None = None
     weight_penalties: tuple[WeightPenalty, ...] = ()
 
-    def replayed(self, seed: int, first: int, last: int) -> list[Example]:
-        """The examples replayed beside the new ones from the `first` of a run to the `last`."""
+    def replayed(self, seed: int, start: int, end: int) -> list[Example]:
+        """Return the examples to replay with the new examples [start, end) of a run."""
         if not self.replay:
             return []
-        indices = replay_indices(len(self.replay), self.replay_ratio, seed, first, last)
+        indices = replay_indices(len(self.replay), self.replay_ratio, seed, start, end)
         return [self.replay[index] for index in indices]
 
 
@@ -70,14 +69,18 @@ def build_mitigations(
     seed: int,
     load_base: Callable[[], Model] | None = None,
 ) -> Mitigations:
-    """What the method asks for; `model` must still compute what the base does.
+    """Build the mitigations of a method.
 
-    `load_base` gives the base anew where `model`, being sharded, cannot be copied.
+    Args:
+        model: computes what the base model does; it is not trained yet.
+        mitigation: of the method.
+        tables: examples of general text, by table.
+        load_base: load the base model again where `model` is sharded and cannot be copied.
     """
     if mitigation is None:
         return Mitigations()
-    on_tokens = token_kl(model, mitigation.kl.weight, load_base) if mitigation.kl else None
-    on_weights = [
+    kl = token_kl(model, mitigation.kl.weight, load_base) if mitigation.kl else None
+    weight_penalties = [
         WEIGHT_PENALTIES[key](model, section, tables, seed)
         for key, section in mitigation.sections.items()
         if key in WEIGHT_PENALTIES
@@ -85,34 +88,35 @@ def build_mitigations(
     return Mitigations(
         replay=tables[mitigation.replay.table] if mitigation.replay else (),
         replay_ratio=mitigation.replay.ratio if mitigation.replay else 0.0,
-        new_token_penalty=on_tokens if mitigation.kl and mitigation.kl.tokens == "all" else None,
-        replay_token_penalty=on_tokens,
-        weight_penalties=tuple(on_weights),
+        new_token_penalty=kl if mitigation.kl and mitigation.kl.tokens == "all" else None,
+        replay_token_penalty=kl,
+        weight_penalties=tuple(weight_penalties),
     )
 
 
-def replay_indices(rows: int, share: float, seed: int, first: int, last: int) -> list[int]:
-    """Which of `rows` general rows stand beside the new examples [first, last) of a run.
+def replay_indices(size: int, ratio: float, seed: int, start: int, end: int) -> list[int]:
+    """Return which of `size` general examples are replayed with the new examples [start, end).
 
-    Beside n new ones stand floor(n * share / (1 - share)) in all, so that the share is exact in the
-    long run, also of small batches. The rows come in permutations, each row once before any twice.
+    The first n new examples of a run are accompanied by floor(n * ratio / (1 - ratio)) replayed
+    ones, so that the ratio is exact in the long run, also with small batches. Replay goes through
+    one permutation of the general examples after another.
     """
-    start, end = (math.floor(count * share / (1 - share) + 1e-9) for count in (first, last))
+    begun, due = (math.floor(count * ratio / (1 - ratio) + 1e-9) for count in (start, end))
     indices: list[int] = []
-    while start < end:
-        round_, place = divmod(start, rows)
-        # Far from the seeds that order the new examples.
-        order = shuffled(rows, 2**40 + seed * 1_000_003 + round_)
-        taken = order[place : place + end - start].tolist()
+    while begun < due:
+        epoch, position = divmod(begun, size)
+        # The offset keeps these seeds away from those that order the new examples.
+        order = shuffled(size, 2**40 + seed * 1_000_003 + epoch)
+        taken = order[position : position + due - begun].tolist()
         indices += taken
-        start += len(taken)
+        begun += len(taken)
     return indices
 
 
 def token_kl(
     model: Model, weight: float, load_base: Callable[[], Model] | None = None
 ) -> TokenPenalty:
-    """weight * sum over target tokens of KL(base || model)."""
+    """Return the penalty weight * sum over target tokens of KL(base || model), in nats."""
     base_logits = base_predictor(model, load_base)
 
     def penalty(model: Model, batch: Batch, logits: Tensor) -> Tensor:
@@ -122,9 +126,14 @@ def token_kl(
 
 
 def kl_penalty(base: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats at each target, 0 elsewhere.
+    """Return KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats at each target, 0 elsewhere.
 
-    p is the base's and q the model's distribution of the next token, in float32.
+    p is the base model's and q the trained model's distribution of the next token, in float32.
+
+    Args:
+        base: logits of the base model, of shape (rows, columns, vocabulary).
+        logits: logits of the trained model, of the same shape.
+        labels: of shape (rows, columns); -100 where there is no target.
     """
     losses = nn.functional.kl_div(
         logits.float().log_softmax(-1),
@@ -138,10 +147,11 @@ def kl_penalty(base: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 def base_predictor(
     model: Model, load_base: Callable[[], Model] | None = None
 ) -> Callable[[Model, Batch], Tensor]:
-    """What gives the base's logits at a batch's columns, without dropout and without gradients.
+    """Return a function that computes the base model's logits at the columns of a batch.
 
-    An adapter that starts as nothing leaves the base's weights as they are: without it, the model
-    is the base. Otherwise a frozen copy of the model is made, as it is before training.
+    It uses neither dropout nor gradients. Where all adapters start with an update of zero, it
+    disables them, since the weights under them are those of the base model. Otherwise it uses a
+    frozen copy of the model before training.
     """
     if isinstance(model, PeftModel) and all(
         _is_untrained(layer) for layer in adapted_layers(model)
@@ -151,10 +161,10 @@ def base_predictor(
     frozen = frozen.eval().requires_grad_(False)
 
     def predict(model: Model, batch: Batch) -> Tensor:
-        # In the same way as the model beside it, so that no rounding stands between the two.
+        # With the attention of the trained model: equal weights then have a KL of exactly 0.
         precision = autocast_dtype(batch.ids.device)
-        with torch.no_grad(), attention_for(frozen, batch, precision) as own:
-            return target_logits(frozen, own)
+        with torch.no_grad(), attention_for(frozen, batch, precision) as frozen_batch:
+            return target_logits(frozen, frozen_batch)
 
     return predict
 
@@ -175,104 +185,108 @@ def _without_adapter(model: Model, batch: Batch) -> Tensor:
 
 
 def l2_sp(model: Model, weight: float) -> WeightPenalty:
-    """weight/2 * ||theta - theta0||^2 over all that is trained (Li et al. 2018, section 3.2).
+    """Return the penalty weight/2 * ||theta - theta0||^2 over all trained weights.
 
-    With adapters, over the updates scale*B*A of the matrices that they stand beside. Weight decay
-    of an adapter is another thing: it shrinks A and B, whatever their product.
+    Source: Li et al. 2018, section 3.2. For an adapted matrix the distance is its update scale*B*A.
+    Weight decay of an adapter differs: it shrinks A and B, whatever their product.
     """
     start = unadapted_weights(model)
 
     def penalty(model: Model) -> Tensor:
         updates = [squared_update_norm(layer) for layer in adapted_layers(model)]
-        distances = [distance.square().sum() for distance in _squared_distances(model, start)]
+        distances = [change.square().sum() for change in _differences(model, start)]
         return weight / 2 * torch.stack([*updates, *distances]).sum()
 
     return penalty
 
 
-def ewc(model: Model, weight: float, rows: Sequence[Example], seed: int) -> WeightPenalty:
-    """weight/2 * sum_i F_i (theta_i - theta0_i)^2 over all that is trained.
+def ewc(model: Model, weight: float, examples: Sequence[Example], seed: int) -> WeightPenalty:
+    """Return the penalty weight/2 * sum_i F_i (theta_i - theta0_i)^2 over all trained weights.
 
-    With adapters, over the updates scale*B*A, with the information of the matrices that they stand
-    beside: the adapter's own entries have no place from which to measure a distance.
+    For an adapted matrix, theta - theta0 is its update scale*B*A and F is the Fisher information of
+    the matrix. The entries of A and B have no base value from which to measure a distance.
     """
     start = unadapted_weights(model)
     adapted = [layer.get_base_layer().weight for layer in adapted_layers(model)]
     weights = [*adapted, *(model.get_parameter(name) for name in start)]
-    information = fisher_information(model, weights, rows, seed)
+    information = fisher_information(model, weights, examples, seed)
 
     def penalty(model: Model) -> Tensor:
         updates = [
             layer.get_delta_weight(*layer.active_adapters) for layer in adapted_layers(model)
         ]
-        moved = [*updates, *_squared_distances(model, start)]
-        terms = [(f * move.square()).sum() for f, move in zip(information, moved, strict=True)]
+        changes = [*updates, *_differences(model, start)]
+        terms = [(f * d.square()).sum() for f, d in zip(information, changes, strict=True)]
         return weight / 2 * torch.stack(terms).sum()
 
     return penalty
 
 
-def _squared_distances(model: Model, start: Mapping[str, Tensor]) -> list[Tensor]:
-    """theta - theta0 of some weights, in the order of `start`."""
-    return [model.get_parameter(name) - was for name, was in start.items()]
+def _differences(model: Model, start: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return theta - theta0 of some weights, in the order of `start`."""
+    return [model.get_parameter(name) - before for name, before in start.items()]
 
 
 def fisher_information(
-    model: Model, weights: Sequence[nn.Parameter], rows: Sequence[Example], seed: int
+    model: Model, weights: Sequence[nn.Parameter], examples: Sequence[Example], seed: int
 ) -> list[Tensor]:
-    """Diagonal Fisher information of some weights, per target token of the rows.
+    """Estimate the diagonal Fisher information of some weights, per target token.
 
-    F_i = mean over contexts of E_{y ~ model}[(d log p(y | context) / d theta_i)^2]. For each target
-    a token is drawn from the model instead: with the text's own tokens it would be the empirical
-    Fisher, another matrix wherever the model does not fit the text (Kunstner et al. 2019, arXiv
-    1905.12558). The gradients of drawn tokens have mean 0 and are uncorrelated, so that the square
-    of their sum over a row is, on average, the sum of their squares: one backward pass a row.
+    F_i = mean over contexts of E_{y ~ model}[(d log p(y | context) / d theta_i)^2]. A token y is
+    drawn from the model at each target. The tokens of the text would give the empirical Fisher,
+    which differs wherever the model does not fit the text (Kunstner et al. 2019, arXiv 1905.12558).
+
+    The gradients of drawn tokens have mean 0 and are uncorrelated. The expected square of their sum
+    over an example is therefore the sum of their squares, which needs one backward pass.
+
+    Returns:
+        For each weight, a tensor of its shape.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     sums = [torch.zeros_like(weight) for weight in weights]
-    trained, training = [weight.requires_grad for weight in weights], model.training
+    required, training = [weight.requires_grad for weight in weights], model.training
     model.eval()
     for weight in weights:
         weight.requires_grad_(True)
-    for row in rows:
-        logits = target_logits(model, collate([row], 0, model.device))[0]
+    for example in examples:
+        logits = target_logits(model, collate([example], 0, model.device))[0]
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
-        # Of a sharded model, the gradients of all processes are added up: here, of the same row.
+        # The processes of a sharded model sum their gradients, here of the same example.
         score = -nn.functional.cross_entropy(logits, drawn, reduction="sum") / replica_count(model)
         score.backward()  # type: ignore[no-untyped-call]
         for total, weight in zip(sums, weights, strict=True):
             if weight.grad is not None:
                 total += weight.grad.square()
         model.zero_grad(set_to_none=True)
-    for weight, was in zip(weights, trained, strict=True):
-        weight.requires_grad_(was)
+    for weight, before in zip(weights, required, strict=True):
+        weight.requires_grad_(before)
     model.train(training)
-    targets = sum(row.targets for row in rows)
+    targets = sum(example.targets for example in examples)
     return [broadcast_tensor(total / targets) for total in sums]
 
 
 def adapted_layers(model: Model) -> list[Any]:
-    """The layers that have an adapter, in the order of the model."""
+    """Return the layers that have an adapter, in the order of the model."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def squared_update_norm(layer: Any) -> Tensor:
-    """||scale * B A||_F^2 of one adapter, without forming B A.
+    """Return ||scale * B A||_F^2 of one adapter, without forming B A.
 
-    ||B A||_F^2 = tr(A^T B^T B A) = tr((B^T B) (A A^T)): two Gram matrices of the size of the rank.
-    Both are symmetric, so that the trace is the sum of their elementwise product.
+    ||B A||_F^2 = tr(A^T B^T B A) = tr((B^T B) (A A^T)), the product of two Gram matrices of size
+    rank x rank. Both are symmetric, so the trace is the sum of their elementwise product.
     """
     (adapter,) = layer.active_adapters
     if adapter in layer.lora_A:
-        first, second = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     else:
-        first, second = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    product: Tensor = (second.T @ second) * (first @ first.T)
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    product: Tensor = (b.T @ b) * (a @ a.T)
     return product.sum() * float(layer.scaling[adapter]) ** 2
 
 
 def unadapted_weights(model: Model) -> dict[str, Tensor]:
-    """A copy of all weights of the model that are trained, those of an adapter aside."""
+    """Return a copy of all trained weights that do not belong to an adapter, by name."""
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""How weights are updated: the optimizers that a study can name."""
+"""The optimizers of a study, with parameter groups for weight decay and learning-rate ratios."""
 
 from __future__ import annotations
 
@@ -16,34 +16,39 @@ from forgetting.config.training import TrainingConfig
 def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
     training: TrainingConfig,
-    setting: Hyperparameters,
+    hyperparameters: Hyperparameters,
     loraplus_lr_ratio: float | None = None,
-    ratios: Mapping[str, float] | None = None,
+    lr_ratios: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The study's optimizer over trained weights by name; the loop sets the rate of every step.
+    """Return the optimizer of a study over trained weights by name.
 
-    With `loraplus_lr_ratio` the B of every adapter is a group whose rate is that multiple (LoRA+,
-    Hayou et al. 2024, arXiv 2402.12354); `ratios` gives other weights multiples of their own. Each
-    group has its multiple under `ratio`.
+    The training loop sets the learning rate of every step: that of the schedule times the `ratio`
+    of the parameter group.
 
-    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) is transformers', with a given learning rate
-    as in `TrainingArguments(optim="adafactor")`. torch's own always multiplies the step by
-    max(1e-3, RMS(weight)), which is 1e-3 for LoRA's B: B starts at 0 and hardly moves.
+    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) is transformers' implementation with a given
+    learning rate, as in `TrainingArguments(optim="adafactor")`. torch's always multiplies the step
+    by max(1e-3, RMS(weight)), which is 1e-3 for LoRA's B: B starts at 0 and hardly moves.
 
-    Norms and biases are not decayed, as in transformers' Trainer and thus in TOFU's script, unless
-    the study says `decay_norms_and_biases`, as in LLM Foundry's.
+    Norms and biases are not decayed, as in transformers' Trainer and in TOFU's script, unless
+    `training.decay_norms_and_biases` is set, as in LLM Foundry.
+
+    Args:
+        parameters: trained weights by name.
+        loraplus_lr_ratio: learning rate of the matrices B of adapters, as a multiple of that of A
+            (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+        lr_ratios: the same for other weights, by name.
     """
-    rate, decay = setting.learning_rate, setting.weight_decay
+    rate, decay = hyperparameters.learning_rate, hyperparameters.weight_decay
     members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        ratio = (ratios or {}).get(name, 1.0)
+        ratio = (lr_ratios or {}).get(name, 1.0)
         if loraplus_lr_ratio is not None and ".lora_B." in name:
             ratio = loraplus_lr_ratio
         decayed = training.decay_norms_and_biases or not _is_norm_or_bias(name, parameter)
         members.setdefault((ratio, decay if decayed else 0.0), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": weights, "ratio": ratio, "lr": ratio * rate, "weight_decay": own}
-        for (ratio, own), weights in members.items()
+        {"params": weights, "ratio": ratio, "lr": ratio * rate, "weight_decay": group_decay}
+        for (ratio, group_decay), weights in members.items()
     ]
     if training.optimizer == "adafactor":
         adafactor: torch.optim.Optimizer = Adafactor(
@@ -61,11 +66,10 @@ def make_optimizer(
 
 
 def uses_fused_kernel(training: TrainingConfig, parameters: Iterable[Tensor]) -> bool:
-    """Return whether the study's optimizer updates these weights in torch's fused kernel.
+    """Return whether the optimizer updates these weights in torch's fused kernel.
 
-    Only AdamW has one, on a CPU and with CUDA. On one thread of a CPU a step takes half of the time
-    of torch's default for all weights of a small model, and a quarter for adapters. The results
-    differ by rounding.
+    Only AdamW has one, on a CPU and with CUDA. On one CPU thread, a step takes half of the default
+    implementation's time for a small model, and a quarter for adapters. Results differ by rounding.
     """
     return training.optimizer == "adamw" and all(
         parameter.device.type in ("cpu", "cuda") for parameter in parameters
@@ -73,7 +77,7 @@ def uses_fused_kernel(training: TrainingConfig, parameters: Iterable[Tensor]) ->
 
 
 def _is_norm_or_bias(name: str, parameter: torch.nn.Parameter) -> bool:
-    """The magnitudes of DoRA are vectors too, but adapters are decayed whole."""
+    # DoRA's magnitudes are vectors too, but all weights of an adapter are decayed.
     return parameter.ndim < 2 and ".lora_" not in name
 
 
@@ -86,8 +90,8 @@ class LionW(torch.optim.Optimizer):
         p <- p - lr * sign(beta1 m + (1 - beta1) g)
         m <- beta2 m + (1 - beta2) g
 
-    The decay follows the schedule but not the peak rate, unlike AdamW's: 1e-4 here takes 1e-4 of a
-    weight per step at the peak.
+    Unlike AdamW's, the decay follows the schedule but not the peak rate: a weight decay of 1e-4
+    removes 1e-4 of a weight per step at the peak.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class LionW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every weight that has a gradient."""
         for group in self.param_groups:
-            first, second = group["betas"]
+            beta1, beta2 = group["betas"]
             shrink = 1.0 - group["lr"] / group["peak"] * group["weight_decay"]
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -113,6 +117,6 @@ class LionW(torch.optim.Optimizer):
                 momentum: Tensor = self.state[parameter].setdefault(
                     "momentum", torch.zeros_like(parameter)
                 )
-                direction = torch.lerp(parameter.grad, momentum, first).sign_()
+                direction = torch.lerp(parameter.grad, momentum, beta1).sign_()
                 parameter.mul_(shrink).add_(direction, alpha=-group["lr"])
-                momentum.lerp_(parameter.grad, 1.0 - second)
+                momentum.lerp_(parameter.grad, 1.0 - beta2)

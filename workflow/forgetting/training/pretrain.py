@@ -1,8 +1,8 @@
-"""A small Llama-architecture base model, trained from scratch on a list of documents.
+"""Train a small base model of Llama's architecture from scratch on a list of documents.
 
-Its training is full fine-tuning of a model with random weights on packed text: documents are packed
-whole into sequences, and each attends to itself only, so that it is learnt exactly as it would be
-alone, and as a benchmark will show it.
+Pretraining is full fine-tuning of a model with random weights on packed text. Documents are packed
+whole into sequences, and each attends to itself only. A document is therefore learned as it would
+be in a sequence of its own, and as a benchmark presents it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from forgetting.versions import VERSIONS
 END = "<|end|>"
 PADDING = "<|pad|>"
 CHECKPOINTS = 10
-"""Checkpoints over the whole of a pretraining, from the newest of which it resumes."""
+"""Number of checkpoints during a pretraining; it resumes from the newest."""
 
-# The roles in plain words on lines of their own, as `data` writes them into documents.
+# Each role is a word on a line of its own, as in the generated documents (`data.microworld`).
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize + ':\\n' + m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a pretraining did."""
+    """Size and cost of a pretrained model, and its final loss in nats per token."""
 
     parameters: int
     steps: int
@@ -61,11 +61,11 @@ class Pretrained:
     final_loss: float
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, out: Path) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE on texts and save it so that `AutoTokenizer` loads it from `out`.
 
-    Digits and line ends are always tokens of their own: numbers are then read alike wherever they
-    stand, and a prompt that ends in a line end has the same tokens with and without its answer.
+    Digits and line ends are always separate tokens. A number then has the same tokens in every
+    context, and a prompt that ends in a line end has the same tokens with and without its answer.
 
     Returns:
         The tokenizer as loaded from `out`; it adds no special tokens by itself.
@@ -80,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, out: Path) -> PreTrai
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=[END, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -99,71 +99,71 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, out: Path) -> PreTrai
     return AutoTokenizer.from_pretrained(out)
 
 
-def pretraining(spec: SmallModelConfig) -> TrainingConfig:
-    """Return the settings with which the trainer trains a model from scratch."""
-    sequences = max(1, spec.batch_tokens // spec.block_size)
+def pretraining_config(config: SmallModelConfig) -> TrainingConfig:
+    """Return the training configuration of a pretraining."""
+    sequences = max(1, config.batch_tokens // config.block_size)
     return TrainingConfig(
-        epochs=spec.epochs,
+        epochs=config.epochs,
         batch_size=sequences,
         micro_batch_size=sequences,
-        max_length=spec.block_size,
+        max_length=config.block_size,
         packing=True,
         schedule="cosine",
         min_lr_ratio=0.1,
-        warmup_ratio=spec.warmup,
+        warmup_ratio=config.warmup,
         betas=(0.9, 0.98),
     )
 
 
 def _new_model(
-    spec: SmallModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: SmallModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> LlamaForCausalLM:
-    config = LlamaConfig(
+    architecture = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_heads,
-        max_position_embeddings=spec.max_position_embeddings,
-        # Llama's 0.02 suits widths of thousands; a narrow model learns twice as fast from this.
-        initializer_range=spec.hidden_size**-0.5,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        # Llama's 0.02 suits widths of thousands; a narrow model learns twice as fast with this.
+        initializer_range=config.hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(architecture)
 
 
 def _examples(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, training: TrainingConfig
 ) -> Sequence[Example]:
-    """Return the packed sequences; a document of a single token has nothing to predict."""
+    """Tokenize and pack the documents; one of a single token has no target and is left out."""
     ids = [tokens[: training.max_length] for tokens in encode_texts(tokenizer, documents)]
     return pack_dataset([Example(tokens, 1) for tokens in ids if len(tokens) > 1], training)
 
 
 def pretrain(
     documents: Sequence[str],
-    spec: SmallModelConfig,
-    out_dir: Path,
+    config: SmallModelConfig,
+    output: Path,
     state: Path,
     seed: int,
-    tell: Callable[[TrainState, LrSchedule], None] = lambda *_: None,
+    log: Callable[[TrainState, LrSchedule], None] = lambda *_: None,
     precision: torch.dtype = torch.float32,
 ) -> Pretrained:
-    """Train tokenizer and model from scratch and save both to `out_dir` in Hugging Face's form.
+    """Train a tokenizer and a model from scratch and save both in Hugging Face's format.
 
-    The folder appears whole or not at all. A training that was killed resumes from its newest
-    checkpoint. On a CPU the result is the same bit for bit whenever documents, spec, seed and
-    number of threads are.
+    A killed pretraining resumes from its newest checkpoint. On a CPU, equal documents, config, seed
+    and number of threads give identical bytes.
 
     Args:
-        documents: texts; each is followed by an end-of-sequence token and cut at `spec.block`.
+        documents: texts; an end-of-sequence token follows each, and `config.block_size` limits it.
+        output: folder of the model, which is written atomically.
         state: folder of the checkpoints, which is removed at the end.
-        tell: called after every step.
+        log: called after every step.
         precision: of matrix products (autocast); the weights stay float32.
 
     Raises:
@@ -172,48 +172,59 @@ def pretrain(
     """
     if not documents:
         raise ValueError("there are no documents to train on")
-    checkpoints = _checkpoint_folder(documents, spec, state, seed, precision)
-    with atomic_folder(out_dir) as partial, torch.random.fork_rng():
-        tokenizer = train_tokenizer(documents, spec.vocab_size, partial)
-        model = _new_model(spec, tokenizer, seed).to(get_device())
-        training = pretraining(spec)
+    checkpoints = _checkpoint_folder(documents, config, state, seed, precision)
+    with atomic_folder(output) as partial, torch.random.fork_rng():
+        tokenizer = train_tokenizer(documents, config.vocab_size, partial)
+        model = _new_model(config, tokenizer, seed).to(get_device())
+        training = pretraining_config(config)
         examples = _examples(documents, tokenizer, training)
-        recipe = RunConfig(
+        run = RunConfig(
             hyperparameters=Hyperparameters(
-                learning_rate=spec.learning_rate, weight_decay=spec.weight_decay
+                learning_rate=config.learning_rate, weight_decay=config.weight_decay
             ),
             seed=seed,
             training=training,
-            schedule=LrSchedule.plan(len(examples), training, spec.epochs / CHECKPOINTS),
+            schedule=LrSchedule.plan(len(examples), training, config.epochs / CHECKPOINTS),
             threshold=math.inf,
             stop_after_evaluations=None,
             precision=precision,
             pad=tokenizer.pad_token_id,
         )
-        done = train_run(model, examples, recipe, 0.0, _measure_nothing, checkpoints, tell)
-        if done.status == "diverged":
+        final = train_run(model, examples, run, 0.0, _skip_evaluation, checkpoints, log)
+        if final.status == "diverged":
             raise InputError(
-                f"base.pretrain: the loss diverged after {done.step} of {recipe.schedule.steps} "
+                f"base.pretrain: the loss diverged after {final.step} of {run.schedule.steps} "
                 "steps; take a smaller learning_rate or a longer warmup"
             )
         model.to("cpu").save_pretrained(partial)
     remove_folder(state)
     return Pretrained(
         parameters=sum(p.numel() for p in model.parameters()),
-        steps=done.step,
-        tokens=done.tokens,
-        seconds=done.seconds,
-        final_loss=done.losses[-1],
+        steps=final.step,
+        tokens=final.tokens,
+        seconds=final.seconds,
+        final_loss=final.losses[-1],
     )
 
 
 def _checkpoint_folder(
-    documents: Sequence[str], spec: SmallModelConfig, state: Path, seed: int, precision: torch.dtype
+    documents: Sequence[str],
+    config: SmallModelConfig,
+    state: Path,
+    seed: int,
+    precision: torch.dtype,
 ) -> Path:
-    """Return the folder from which this very training resumes; remove those of any other."""
-    decided = {"documents": list(documents), "spec": spec.model_dump(), "seed": seed}
-    decided |= {"precision": str(precision), "version": VERSIONS["pretrain"]}
-    folder = state / content_key(decided)
+    """Return the checkpoint folder of this pretraining; remove the folders of others."""
+    key = content_key(
+        {
+            "documents": list(documents),
+            "spec": config.model_dump(),
+            "seed": seed,
+            "precision": str(precision),
+            "version": VERSIONS["pretrain"],
+        }
+    )
+    folder = state / key
     for other in state.glob("*"):
         if other != folder:
             remove_folder(other)
@@ -222,6 +233,6 @@ def _checkpoint_folder(
     return folder
 
 
-def _measure_nothing(_: Model) -> tuple[pd.DataFrame, float]:
-    """Evaluate nothing: a pretraining has no probes, and its newest checkpoint is kept."""
+def _skip_evaluation(_: Model) -> tuple[pd.DataFrame, float]:
+    """Return no items: a pretraining has no probes, and only its newest checkpoint is kept."""
     return pd.DataFrame(), math.nan

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from forgetting.digests import folder_damage
 from forgetting.errors import InputError
-from forgetting.io import atomic_write, damaged, removal_command, write_json
+from forgetting.io import atomic_write, damage_error, removal_command, write_json
 from forgetting.models.loading import Model
 from forgetting.models.tuned import WEIGHTS, save_tensors
 from forgetting.training.distributed import ProcessGroup
@@ -132,7 +132,7 @@ def consolidate_shards(checkpoint: Path) -> None:
     if not (checkpoint / SHARD_FOLDER).exists():
         return
     if damage := folder_damage(checkpoint / SHARD_FOLDER):
-        raise damaged(*damage, removal_command(checkpoint.parent), "the run is trained again")
+        raise damage_error(*damage, removal_command(checkpoint.parent), "the run is trained again")
     reader = HuggingFaceStorageReader(str(checkpoint / SHARD_FOLDER))
     stored = {
         name: tensor

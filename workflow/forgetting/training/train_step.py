@@ -1,4 +1,4 @@
-"""The gradients of a step: the mean loss over all its target tokens, however they are split."""
+"""Loss and gradients of a training step, which do not depend on how its batch is split."""
 
 from __future__ import annotations
 
@@ -21,69 +21,71 @@ from forgetting.training.run_config import LossGroup, RunConfig
 
 
 class StepLoss(NamedTuple):
-    """What a step has minimized, in nats: the mean over its target tokens, and all penalties."""
+    """Loss of a step in nats: the mean over its target tokens, and the sum of all penalties."""
 
     tokens: float
     penalty: float
 
     @property
     def is_finite(self) -> bool:
-        """Are both numbers?"""
+        """Return whether both numbers are finite."""
         return math.isfinite(self.tokens) and math.isfinite(self.penalty)
 
 
 def compute_gradients(
     model: Model,
-    recipe: RunConfig,
+    config: RunConfig,
     batches: Sequence[Sequence[LossGroup]],
-    progress: TrainState,
+    state: TrainState,
     optimizer: torch.optim.Optimizer | BatchedAdapters,
 ) -> list[StepLoss]:
-    """Gradients and losses of a step; where memory runs out, again with half the rows at once.
+    """Accumulate the gradients of a step and return the loss of each run.
 
-    There is one loss for each run of a stack, and one without; `batches` are the groups of each.
-    The smaller number stays for the rest of the run. Without dropout, whose masks are drawn per
-    forward pass, the result is the same up to the order of sums.
+    Out of memory, the step is repeated with half the examples in a forward pass. The run keeps the
+    smaller number. Without dropout, whose masks are drawn per forward pass, the result does not
+    depend on the number, up to the order of summation.
+
+    Args:
+        batches: loss groups of each run.
+        state: of the first run; `halve_micro_batch` changes it.
+        optimizer: holds the gradients: that of a single run, or the batched adapters of several.
 
     Raises:
-        NoRoom: memory has run out in this one of several processes. The others wait in the middle
-            of a pass, and cannot be told to begin again: all have to be started anew.
-        InputError: it does so with a single row.
+        OutOfMemory: out of memory in one of several processes. The others are blocked in a
+            collective call, so all processes must be restarted.
+        InputError: out of memory with a single example.
     """
-    stack = optimizer if isinstance(optimizer, BatchedAdapters) else None
-    allowed, process_group = recipe.training.micro_batch_size, recipe.process_group
+    batched = optimizer if isinstance(optimizer, BatchedAdapters) else None
+    allowed, process_group = config.training.micro_batch_size, config.process_group
     while True:
-        most = min(progress.micro_batch_size or allowed, allowed)
-        rows = [[rows for rows, _ in groups] for groups in batches]
-        passes = split_batch(model, rows, process_group, most, recipe.precision)
-        torch.manual_seed(process_group.rank_seed(recipe.seed * 1_000_003 + progress.step))
+        limit = min(state.micro_batch_size or allowed, allowed)
+        examples = [[members for members, _ in groups] for groups in batches]
+        micro_batches = split_batch(model, examples, process_group, limit, config.precision)
+        torch.manual_seed(process_group.rank_seed(config.seed * 1_000_003 + state.step))
         optimizer.zero_grad()
         try:
-            with stack.active() if stack else nullcontext():
-                return _accumulate_gradients(model, recipe, batches, passes)
+            with batched.active() if batched else nullcontext():
+                return _accumulate_gradients(model, config, batches, micro_batches)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, where the error no longer keeps the tensors of its frames alive.
-        largest = max(one.collate for of_group in passes for one in of_group)
+        largest = max(micro.examples_per_run for group in micro_batches for micro in group)
         if largest == 1:
-            raise InputError(_oom_advice(recipe, stack))
+            raise InputError(_oom_advice(config, batched))
         if process_group.world_size > 1:
             raise OutOfMemory(largest)
-        progress.halve_micro_batch(largest)
+        state.halve_micro_batch(largest)
         release_memory(model.device)
 
 
-def _oom_advice(recipe: RunConfig, stack: BatchedAdapters | None) -> str:
-    """What is told where memory runs out with the least that a pass can hold."""
-    several = f" of each of {stack.size} runs" if stack else ""
-    where = (
-        f" of one of {recipe.process_group.world_size} processes"
-        if recipe.process_group.world_size > 1
-        else ""
-    )
-    remedies = ["set training.batched_lora to never"] if stack else []
-    if not recipe.training.activation_checkpointing:
+def _oom_advice(config: RunConfig, batched: BatchedAdapters | None) -> str:
+    """Return the message for a step that does not fit into memory even with a single example."""
+    several = f" of each of {batched.size} runs" if batched else ""
+    processes = config.process_group.world_size
+    where = f" of one of {processes} processes" if processes > 1 else ""
+    remedies = ["set training.batched_lora to never"] if batched else []
+    if not config.training.activation_checkpointing:
         remedies += ["set training.activation_checkpointing"]
     if where:
         remedies += ["ask for more processes"]
@@ -96,39 +98,45 @@ def _oom_advice(recipe: RunConfig, stack: BatchedAdapters | None) -> str:
 
 def _accumulate_gradients(
     model: Model,
-    recipe: RunConfig,
+    config: RunConfig,
     batches: Sequence[Sequence[LossGroup]],
-    passes: Sequence[Sequence[MicroBatch]],
+    micro_batches: Sequence[Sequence[MicroBatch]],
 ) -> list[StepLoss]:
-    """Accumulate the gradients of a step, of every group in its passes; returns the losses.
+    """Run all forward and backward passes of a step, then those of the weight penalties.
 
-    Of several processes, each passes its share of the rows; all return the same.
+    With several processes, each passes its share of the examples; all return the same losses.
+
+    Args:
+        batches: loss groups of each run.
+        micro_batches: of each loss group.
     """
-    device, process_group = model.device, recipe.process_group
+    device, process_group = model.device, config.process_group
     targets = torch.tensor(
-        [sum(example.targets for rows, _ in groups for example in rows) for groups in batches],
+        [
+            sum(example.targets for members, _ in groups for example in members)
+            for groups in batches
+        ],
         device=device,
     )
-    penalized = sum(example.targets for rows, penalty in batches[0] if penalty for example in rows)
+    penalized = sum(e.targets for members, penalty in batches[0] if penalty for e in members)
     total, extra = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
-    for (_, on_tokens), of_group in zip(batches[0], passes, strict=True):
-        for one in of_group:
-            with attention_for(
-                model, one.is_padding_free(recipe.pad, device), recipe.precision
-            ) as part:
-                with autocast(device, recipe.precision):
-                    logits = target_logits(model, part)
-                    losses = -one.loss_sums(logprobs_of(logits, part)) / targets
+    for (_, token_penalty), group in zip(batches[0], micro_batches, strict=True):
+        for micro in group:
+            padded = micro.to_batch(config.pad, device)
+            with attention_for(model, padded, config.precision) as batch:
+                with autocast(device, config.precision):
+                    logits = target_logits(model, batch)
+                    losses = -micro.loss_sums(logprobs_of(logits, batch)) / targets
                     total += losses.detach().double()
-                    if on_tokens:
-                        penalty = on_tokens(model, part, logits) / penalized
+                    if token_penalty:
+                        penalty = token_penalty(model, batch, logits) / penalized
                         extra += penalty.detach().double()
                         losses = losses + penalty
                 losses.sum().backward()  # type: ignore[no-untyped-call]
     all_reduce_gradients(model.parameters(), process_group)
     total, extra = process_group.all_reduce_sum(total), process_group.all_reduce_sum(extra)
-    for on_weights in recipe.mitigations.weight_penalties:
-        loss = on_weights(model)
+    for weight_penalty in config.mitigations.weight_penalties:
+        loss = weight_penalty(model)
         loss.backward()  # type: ignore[no-untyped-call]
         extra += full_tensor(loss.detach()).double()
     return [StepLoss(*pair) for pair in zip(total.tolist(), extra.tolist(), strict=True)]

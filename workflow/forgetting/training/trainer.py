@@ -1,4 +1,8 @@
-"""Train runs: optimizer steps, evaluations at the planned steps, checkpoints to resume from."""
+"""The training loop: optimizer steps, evaluations at the planned steps, checkpoints to resume from.
+
+`train_run` trains one run, in one process or in several. `train_batched` trains several LoRA runs
+in shared forward and backward passes. Both use the same loop.
+"""
 
 from __future__ import annotations
 
@@ -37,32 +41,32 @@ from forgetting.training.run_config import RunConfig, loss_groups
 from forgetting.training.train_step import StepLoss, compute_gradients
 
 DIVERGENCE_FACTOR = 3.0
-"""So many times the loss of its beginning, or of blind guessing, ends a run as diverged."""
+"""A run has diverged when its loss exceeds this multiple of its first loss or of ln V."""
 
 Evaluate = Callable[[Model], tuple[pd.DataFrame, float]]
-"""Measures a model: its items, and the value that the selection rule looks at."""
+"""Return the items of a model's evaluation, and the value of the selection metric."""
 
 
 @dataclass(eq=False)
 class TrainingRun:
-    """One of the runs that are trained together: what it trains, where, and how far it is."""
+    """A run while it is trained: its configuration, folder, weights, optimizer and state."""
 
     config: RunConfig
     folder: Path
     adapter: AdapterState
     optimizer: torch.optim.Optimizer
     state: TrainState = field(default_factory=TrainState)
-    group_index: int = 1
-    """So many runs share the model, itself among them."""
+    group_size: int = 1
+    """Number of runs that share the model, this one included."""
 
     def activate(self, model: Model) -> None:
-        """Make `model` this run's."""
-        if self.group_index > 1:
+        """Install the weights of this run in the shared model."""
+        if self.group_size > 1:
             self.adapter.install(model)
 
     @property
     def is_running(self) -> bool:
-        """Has it neither ended nor come to where its next part begins?"""
+        """Return whether the run has steps left in this stage."""
         last = self.config.until or self.config.schedule.steps
         return self.state.status == "running" and self.state.step < last
 
@@ -70,39 +74,46 @@ class TrainingRun:
 def train_run(
     model: Model,
     examples: Sequence[Example],
-    recipe: RunConfig,
+    config: RunConfig,
     base_value: float,
     evaluate: Evaluate,
     folder: Path,
-    tell: Callable[[TrainState, LrSchedule], None],
-    begun: TrainState | None = None,
+    log: Callable[[TrainState, LrSchedule], None],
+    first_stage: TrainState | None = None,
 ) -> TrainState:
     """Train `model` in place, from the newest checkpoint in `folder` if there is one.
 
-    At each evaluation step the items are written to folder/items-STEP.parquet, then a checkpoint
-    to folder/step-STEP; checkpoints that the selection rule can no longer pick are removed. Where
-    branches leave a trunk, a checkpoint is written to folder/starts/step-STEP, and stays. A loss
-    that is not a finite number, or has exploded, ends the run with status `diverged`; with
-    `recipe.stop_after_evaluations` a run also ends so many evaluations after it reached the
-    threshold. A run of two parts has reached `begun` in its first part, which ends at
-    `recipe.until` with status `running`.
+    Each evaluation writes its items to folder/items-STEP.parquet and then a checkpoint to
+    folder/step-STEP. Checkpoints that the selection rule can no longer choose are removed. Where
+    cooldown branches leave a trunk, a checkpoint is written to folder/starts/step-STEP and kept.
+
+    A loss that is not finite, or exceeds the limit of `has_diverged`, ends the run with status
+    `diverged`. With `config.stop_after_evaluations` a run also ends that many evaluations after it
+    reached the threshold.
+
+    Args:
+        base_value: selection metric of the base model.
+        log: called after every step.
+        first_stage: final state of the first stage of a two-stage run. A first stage ends at
+            `config.until` with status `running`.
 
     Raises:
-        NoRoom: memory has run out in this one of several processes. Started again, they go on from
-            the newest checkpoint with half the rows at once.
+        OutOfMemory: memory ran out in one of several processes. After a restart they resume from
+            the newest checkpoint with half the examples in a forward pass.
     """
-    own = AdapterState.of(model)
-    run = TrainingRun(recipe, folder, own, _build_optimizer(own, recipe))
-    run.state = begun or load_latest(model, run.optimizer, folder, recipe.process_group)
-    run.state = recipe.process_group.broadcast(read_final_state(folder)) or run.state
-    apply_recorded_oom(run.state, folder, recipe.process_group)
-    step = run.state.step
+    adapter = AdapterState.of(model)
+    run = TrainingRun(config, folder, adapter, _build_optimizer(adapter, config))
+    run.state = first_stage or load_latest(model, run.optimizer, folder, config.process_group)
+    run.state = config.process_group.broadcast(read_final_state(folder)) or run.state
+    apply_recorded_oom(run.state, folder, config.process_group)
+
+    def log_run(_: int, state: TrainState, schedule: LrSchedule) -> None:
+        log(state, schedule)
+
     try:
-        _train_loop(
-            model, examples, [run], step, base_value, evaluate, lambda _, *told: tell(*told)
-        )
+        _train_loop(model, examples, [run], run.state.step, base_value, evaluate, log_run)
     except OutOfMemory as error:
-        record_oom(folder, error.rows)
+        record_oom(folder, error.examples)
         raise
     return run.state
 
@@ -110,47 +121,46 @@ def train_run(
 def train_batched(
     model: Model,
     examples: Sequence[Example],
-    plans: Sequence[tuple[RunConfig, Path]],
+    runs_to_train: Sequence[tuple[RunConfig, Path]],
     base_value: float,
     evaluate: Evaluate,
-    tell: Callable[[int, TrainState, LrSchedule], None],
-    starts: Sequence[AdapterState] | None = None,
+    log: Callable[[int, TrainState, LrSchedule], None],
+    initial: Sequence[AdapterState] | None = None,
 ) -> list[TrainState]:
-    """Train runs in fused steps, each as `train_run` would.
+    """Train several runs in shared forward and backward passes, each as `train_run` would.
 
-    They may differ in their setting and, with plain adapters, in seed, rank and scale. They go on
-    from the newest evaluation that all have reached. A run that has ended leaves, and the others go
-    on without it. The time of a step is divided evenly among the runs that are in it.
+    The runs may differ in hyperparameters and, with plain adapters, in seed, rank and scale. They
+    resume from the newest evaluation that all have reached. A finished run leaves the batch, and
+    the others continue. The time of a step is divided evenly among the runs that take part.
 
     Args:
-        model: as a run begins; afterwards one of them.
-        plans: of every run its recipe and its folder.
-        tell: called with the number of a run for every step that it has made.
-        starts: how each run begins; all as `model`, if none are given.
+        model: in the initial state of the runs; holds the weights of one of them afterwards.
+        runs_to_train: configuration and folder of every run.
+        log: called with the index of a run after each of its steps.
+        initial: initial adapter of each run; by default that of `model` for all.
     """
-    step = rewind_to_common_step([folder for _, folder in plans])
-    starts = starts or [AdapterState.of(model)] * len(plans)
+    step = rewind_to_common_step([folder for _, folder in runs_to_train])
+    initial = initial or [AdapterState.of(model)] * len(runs_to_train)
     runs = []
-    for (recipe, folder), start in zip(plans, starts, strict=True):
-        own = start.copy()
-        run = TrainingRun(
-            recipe, folder, own, _build_optimizer(own, recipe), group_index=len(plans)
-        )
+    for (config, folder), start in zip(runs_to_train, initial, strict=True):
+        adapter = start.copy()
+        optimizer = _build_optimizer(adapter, config)
+        run = TrainingRun(config, folder, adapter, optimizer, group_size=len(runs_to_train))
         run.activate(model)
         run.state = load_latest(model, run.optimizer, folder)
         run.state = read_final_state(folder) or run.state
         runs.append(run)
-    _train_loop(model, examples, runs, step, base_value, evaluate, tell)
+    _train_loop(model, examples, runs, step, base_value, evaluate, log)
     return [run.state for run in runs]
 
 
-def _build_optimizer(own: AdapterState, recipe: RunConfig) -> torch.optim.Optimizer:
+def _build_optimizer(adapter: AdapterState, config: RunConfig) -> torch.optim.Optimizer:
     return make_optimizer(
-        own.weights,
-        recipe.training,
-        recipe.hyperparameters,
-        recipe.loraplus_lr_ratio,
-        recipe.lr_ratios,
+        adapter.weights,
+        config.training,
+        config.hyperparameters,
+        config.loraplus_lr_ratio,
+        config.lr_ratios,
     )
 
 
@@ -161,90 +171,83 @@ def _train_loop(
     step: int,
     base_value: float,
     evaluate: Evaluate,
-    tell: Callable[[int, TrainState, LrSchedule], None],
+    log: Callable[[int, TrainState, LrSchedule], None],
 ) -> None:
-    """The loop, from `step` on: a step of all runs that go on, then, where due, an evaluation."""
+    """Train all runs from `step` to their ends, and evaluate them at the planned steps."""
     schedule = runs[0].config.schedule
     _finish_runs(model, examples, runs, step, base_value)
     model.train()
-    stack: BatchedAdapters | None = None
-    seated: list[TrainingRun] = []
-    while going := [run for run in runs if run.is_running]:
-        if going != seated:
-            for run in seated:
-                # Else a run that has ended would keep all that it was stacked with in memory.
-                if run not in going or len(going) == 1:
+    batched: BatchedAdapters | None = None
+    active: list[TrainingRun] = []
+    while running := [run for run in runs if run.is_running]:
+        if running != active:
+            for run in active:
+                # A finished run would keep the whole stack of adapters in memory.
+                if run not in running or len(running) == 1:
                     run.adapter.detach()
-            stack, seated = _activate(model, going), going
+            batched, active = _activate(model, running), running
         started = time.monotonic()
-        losses, tokens = _train_step(model, examples, going, stack)
+        losses, tokens = _train_step(model, examples, running, batched)
         step += 1
-        seconds = (time.monotonic() - started) / len(going)
-        for run, loss, seen in zip(going, losses, tokens, strict=True):
-            _record_step(model, run.state, loss, seen, seconds)
-        left = [run for run in going if run.state.status == "running"]
+        seconds = (time.monotonic() - started) / len(running)
+        for run, loss, count in zip(running, losses, tokens, strict=True):
+            _record_step(model, run.state, loss, count, seconds)
+        sound = [run for run in running if run.state.status == "running"]
         if step in schedule.evaluations:
-            for run in left:
-                _evaluate_runs(model, run, evaluate)
-        if step in schedule.starts:
-            for run in left:
-                save_checkpoint(
-                    model,
-                    run.optimizer,
-                    run.state,
-                    run.folder / BRANCH_CHECKPOINTS,
-                    run.config.process_group,
-                )
-        for run in left:
-            tell(runs.index(run), run.state, schedule)
-        if step in schedule.evaluations or not any(run.is_running for run in left):
+            for run in sound:
+                _evaluate_run(model, run, evaluate)
+        if step in schedule.branch_steps:
+            for run in sound:
+                branches = run.folder / BRANCH_CHECKPOINTS
+                save_checkpoint(model, run.optimizer, run.state, branches, run.config.process_group)
+        for run in sound:
+            log(runs.index(run), run.state, schedule)
+        if step in schedule.evaluations or not any(run.is_running for run in sound):
             _finish_runs(model, examples, runs, step, base_value)
 
 
-def _activate(model: Model, going: Sequence[TrainingRun]) -> BatchedAdapters | None:
-    """Make the model ready for the steps of these runs; a single run needs no stack."""
-    if len(going) > 1:
-        return BatchedAdapters(model, [run.adapter for run in going])
-    going[0].activate(model)
+def _activate(model: Model, runs: Sequence[TrainingRun]) -> BatchedAdapters | None:
+    """Prepare the model for steps of these runs; only several runs need batched adapters."""
+    if len(runs) > 1:
+        return BatchedAdapters(model, [run.adapter for run in runs])
+    runs[0].activate(model)
     return None
 
 
 def _record_step(
-    model: Model, progress: TrainState, loss: StepLoss, tokens: int, seconds: float
+    model: Model, state: TrainState, loss: StepLoss, tokens: int, seconds: float
 ) -> None:
-    """What a step has come to."""
-    if has_diverged(model, progress, loss):
-        progress.status = "diverged"
+    """Add a step to the state of its run, or mark the run as diverged."""
+    if has_diverged(model, state, loss):
+        state.status = "diverged"
         return
-    progress.step += 1
-    progress.tokens += tokens
-    progress.losses.append(loss.tokens)
-    progress.penalties.append(loss.penalty)
-    progress.seconds += seconds
+    state.step += 1
+    state.tokens += tokens
+    state.losses.append(loss.tokens)
+    state.penalties.append(loss.penalty)
+    state.seconds += seconds
 
 
-def has_diverged(model: Model, progress: TrainState, loss: StepLoss) -> bool:
-    """Is the loss of a step no number, or has it exploded?
+def has_diverged(model: Model, state: TrainState, loss: StepLoss) -> bool:
+    """Return whether the loss of a step is not finite or too large.
 
-    It has, where it is more than `DIVERGENCE_FACTOR` times the larger of the run's first loss and
-    ln V, what a guess among all V tokens costs; penalties do not count.
+    The limit is `DIVERGENCE_FACTOR` times the larger of the run's first loss and ln V, the loss of
+    a uniform guess among the V tokens of the vocabulary. Penalties do not count.
     """
-    first = progress.losses[0] if progress.losses else loss.tokens
-    usual = max(first, math.log(text_config(model).vocab_size))
-    return not loss.is_finite or loss.tokens > DIVERGENCE_FACTOR * usual
+    first = state.losses[0] if state.losses else loss.tokens
+    reference = max(first, math.log(text_config(model).vocab_size))
+    return not loss.is_finite or loss.tokens > DIVERGENCE_FACTOR * reference
 
 
-def _evaluate_runs(model: Model, run: TrainingRun, evaluate: Evaluate) -> None:
-    """Measure a run, write its items and then its checkpoint."""
-    progress, recipe = run.state, run.config
+def _evaluate_run(model: Model, run: TrainingRun, evaluate: Evaluate) -> None:
+    """Evaluate a run; write its items and then its checkpoint."""
+    state, config = run.state, run.config
     run.activate(model)
     items, value = evaluate(model)
-    if recipe.process_group.is_main:
-        write_table(run.folder / f"items-{progress.step:07d}.parquet", items)
-    progress.evaluations.append(
-        [progress.step, progress.step / recipe.schedule.steps_per_epoch, value]
-    )
-    save_checkpoint(model, run.optimizer, progress, run.folder, recipe.process_group)
+    if config.process_group.is_main:
+        write_table(run.folder / f"items-{state.step:07d}.parquet", items)
+    state.evaluations.append([state.step, state.step / config.schedule.steps_per_epoch, value])
+    save_checkpoint(model, run.optimizer, state, run.folder, config.process_group)
 
 
 def _finish_runs(
@@ -254,33 +257,28 @@ def _finish_runs(
     step: int,
     base_value: float,
 ) -> None:
-    """End the runs that are over, record who has ended, and only then remove old checkpoints."""
+    """Finish the runs that are complete, record their final states, then prune all checkpoints."""
     for run in runs:
-        progress, recipe = run.state, run.config
-        points = recorded_evaluations(progress.evaluations, base_value)
-        over = is_finished(points, recipe.threshold, recipe.stop_after_evaluations)
-        if progress.status == "running" and (over or progress.step >= recipe.schedule.steps):
+        state, config = run.state, run.config
+        evaluations = recorded_evaluations(state.evaluations, base_value)
+        stopped = is_finished(evaluations, config.threshold, config.stop_after_evaluations)
+        if state.status == "running" and (stopped or state.step >= config.schedule.steps):
             run.activate(model)
-            progress.status = (
-                "ok" if _is_finite_after_update(model, examples, recipe) else "diverged"
-            )
-        if (
-            run.group_index > 1
-            and progress.status != "running"
-            and read_final_state(run.folder) is None
-        ):
-            write_final_state(run.folder, progress, step, run.group_index)
+            finite = _is_finite_after_update(model, examples, config)
+            state.status = "ok" if finite else "diverged"
+        finished = state.status != "running"
+        if run.group_size > 1 and finished and read_final_state(run.folder) is None:
+            write_final_state(run.folder, state, step, run.group_size)
     for run in runs:
-        prune_checkpoints(
-            run.folder, run.state, base_value, run.config.threshold, run.config.process_group
-        )
+        config = run.config
+        prune_checkpoints(run.folder, run.state, base_value, config.threshold, config.process_group)
 
 
 @torch.inference_mode()
-def _is_finite_after_update(model: Model, examples: Sequence[Example], recipe: RunConfig) -> bool:
-    """Is the loss still a number after the last update, which no further step would tell?"""
-    batch = collate([examples[0]], recipe.pad, model.device)
-    with autocast(model.device, recipe.precision):
+def _is_finite_after_update(model: Model, examples: Sequence[Example], config: RunConfig) -> bool:
+    """Return whether the loss is finite after the last update, which no further step checks."""
+    batch = collate([examples[0]], config.pad, model.device)
+    with autocast(model.device, config.precision):
         return bool(torch.isfinite(token_logprobs(model, batch)).all())
 
 
@@ -288,30 +286,33 @@ def _train_step(
     model: Model,
     examples: Sequence[Example],
     runs: Sequence[TrainingRun],
-    stack: BatchedAdapters | None,
+    batched: BatchedAdapters | None,
 ) -> tuple[list[StepLoss], list[int]]:
-    """One update of each run on the mean loss over all target tokens of the batch, however split.
+    """Update each run by the mean loss over all target tokens of its batch.
 
-    Returns the loss of each run, and the number of tokens that it has seen.
+    Returns:
+        The loss of each run, and the number of tokens that it has read.
     """
     first = runs[0]
-    seeds = {run.config.seed: run.config for run in runs}
+    configs = {run.config.seed: run.config for run in runs}
     by_seed = {
-        seed: loss_groups(examples, recipe, first.state.step) for seed, recipe in seeds.items()
+        seed: loss_groups(examples, config, first.state.step) for seed, config in configs.items()
     }
     batches = [by_seed[run.config.seed] for run in runs]
-    losses = compute_gradients(model, first.config, batches, first.state, stack or first.optimizer)
+    optimizer = batched or first.optimizer
+    losses = compute_gradients(model, first.config, batches, first.state, optimizer)
     for run, loss in zip(runs, losses, strict=True):
         run.state.micro_batch_size = first.state.micro_batch_size
         if not has_diverged(model, run.state, loss):
             _optimizer_step(model, run)
-    return losses, [sum(len(e.ids) for rows, _ in groups for e in rows) for groups in batches]
+    tokens = [sum(len(e.ids) for members, _ in groups for e in members) for groups in batches]
+    return losses, tokens
 
 
 def _optimizer_step(model: Model, run: TrainingRun) -> None:
     """Clip the gradients of a run and take a step of its optimizer."""
-    recipe, training, step = run.config, run.config.training, run.state.step
-    rate = learning_rate(step, recipe.hyperparameters.learning_rate, training, recipe.schedule)
+    config, training, step = run.config, run.config.training, run.state.step
+    rate = learning_rate(step, config.hyperparameters.learning_rate, training, config.schedule)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     if training.max_grad_norm:

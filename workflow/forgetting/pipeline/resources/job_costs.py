@@ -206,7 +206,7 @@ class JobCosts:
         case, training = self.case, self.study.training
         if not duration:
             plan = case.schedule
-            evaluations, stored = len(plan.evaluations), len(plan.starts)
+            evaluations, stored = len(plan.evaluations), len(plan.branch_steps)
             stages = run_group_seconds(case, run_group, team, plan.steps, evaluations, stored)
             return stages | {"tokens": tokenize_seconds(case, team)}
         whole, epochs = case.branch(self.durations[duration]), self.durations[duration]
