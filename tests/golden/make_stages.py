@@ -2,7 +2,7 @@
 
 Usage: PYTHONPATH=workflow:tests python tests/golden/make_stages.py [STAGE ...]
 
-tests/test_stages.py computes them again. An output that changed is written only after the version
+tests/equivalence/test_stages.py computes them again. An output that changed is written only after the version
 of its stage was raised in workflow/forgetting/versions.py.
 """
 
@@ -171,11 +171,11 @@ def _norms(path: Path) -> dict[str, float]:
 TRAININGS: dict[str, dict[str, Any]] = {
     "lora": {},
     "full": {},
-    "decay_ratio": {
+    "cooldown": {
         "training": {"epochs": 4, "schedule": "wsd", "optimizer": "lionw", "packing": True},
         "methods": [{"method": "lora", "variant": "dora", "rank": 2, "learning_rate": 1e-3}],
     },
-    "duration": {
+    "rank_budget": {
         "training": {"epochs": 4, "schedule": "cosine"},
         "methods": [{"method": "lora", "variant": "adalora", "rank": 2, "learning_rate": 0.01}],
     },
@@ -217,7 +217,7 @@ def train(folder: Path) -> dict[str, Any]:
         load_tokenizer(base),
         ROWS,
         probes={"new": ROWS[:3]},
-        general={"made/general": [row | {"id": f"general/{n}"} for n, row in enumerate(ROWS[8:])]},
+        general_text={"made/general": [row | {"id": f"general/{n}"} for n, row in enumerate(ROWS[8:])]},
     )
     found = {}
     for name, changes in TRAININGS.items():

@@ -313,7 +313,7 @@ def ask_base(
         "base": folder / "base.json",
         "probes": folder / "probes",
         "output": folder / "items.parquet",
-        "during_training": spec.model_dump_json(),
+        "during-training": spec.model_dump_json(),
         "benchmarks": folder / "benchmarks.parquet",
     }
     named = [f"{task}={path}" for task, path in tasks.items()]
@@ -369,9 +369,9 @@ def test_a_metric_that_is_no_mean_over_items_is_refused(
         result.scores["value"] += 0.25
         return result
 
-    answer = module.answer
-    monkeypatch.setattr(module, "answer", worse)
-    with pytest.raises(InputError, match=r"benchmarks\.along: the metric of (sciq|gsm8k)"):
+    answer = module.evaluate_tasks
+    monkeypatch.setattr(module, "evaluate_tasks", worse)
+    with pytest.raises(InputError, match=r"benchmarks\.during_training: the metric of (sciq|gsm8k)"):
         along(load_base(base_folder, CPU))
 
 

@@ -96,7 +96,7 @@ def test_an_answer_ends_at_the_first_stop(
         calls += 1
         return torch.full((len(logits),), text[min(calls, len(text)) - 1])
 
-    monkeypatch.setattr(sampling, "draw", scripted)
+    monkeypatch.setattr(sampling, "sample_top_p", scripted)
     spec = TaskSpec("humaneval", limit=1, max_gen_toks=100, sampling=SamplingConfig(3))
     found = run_benchmarks(model, tokenizer, [spec], folder, 4).programs
     assert [p.program for p in found] == [FUNCTIONS[0]["prompt"] + "  ok"] * 3
