@@ -13,10 +13,11 @@ PYTHON ?= $(shell mine='$(CURDIR)/.venv/bin:'; PATH="$${PATH//"$$mine"/}"; \
 	for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
 		&& command -v $$name && break; done)
-MARKERS ?= not slow and not long and not slurm and not gpu
+UNIT := unit and not slow and not long
+MARKERS ?= $(UNIT)
 # Processes that run tests side by side, of one thread each. Tests of SLURM share one cluster, which
 # some of them break: they run one after another.
-WORKERS ?= $(if $(findstring not slurm,$(MARKERS)),2,0)
+WORKERS ?= $(if $(filter slurm,$(firstword $(MARKERS))),0,2)
 READY := .venv/ready
 
 # Rules and tests start `python`, which is then the environment's.
@@ -46,6 +47,8 @@ $(READY): envs/requirements.txt
 	"$(PYTHON)" -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
 		--requirement envs/requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --editable .
 	touch $@
 
 .PHONY: report
@@ -75,9 +78,15 @@ dry-runs: $(READY) ## plan every study under both profiles, offline
 # worksteal: each worker takes a run of files in their order, so that most fixtures of a module are
 # made once, and one that has no tests left takes half of those that another still has. With loadfile
 # or loadscope a long file that comes late keeps one worker busy while the other waits.
+PYTEST = pytest -n $(WORKERS) --dist worksteal
+
 .PHONY: test
-test: $(READY) ## the fast tests; MARKERS="(slow or long) and not slurm": the others; TESTS=... some
-	pytest -m "$(MARKERS)" -n $(WORKERS) --dist worksteal $(TESTS)
+test: $(READY) ## the fast unit tests; MARKERS=slurm TESTS=tests/slurm and the like: others
+	$(PYTEST) -m "$(MARKERS)" $(TESTS)
+
+.PHONY: test-all
+test-all: test ## all tests that need no cluster and no GPU, but for those of many minutes
+	$(PYTEST) -m "not ($(UNIT)) and not long and not slurm and not gpu"
 
 .PHONY: bench-train
 bench-train: .venv/ready-bench ## training speed against Trainer and trl; BENCH="--data FILE ..." sets more
@@ -92,7 +101,7 @@ bench-plan: $(READY) ## how long sweeps of 1,000 and 10,000 runs take to plan
 	python bench/planning.py
 
 .PHONY: kubernetes
-kubernetes: .venv/ready-kubernetes ## what profiles/kubernetes needs beside the rest
+kubernetes: .venv/ready-kubernetes ## what profiles/kubernetes needs in addition
 
 .venv/ready-kubernetes: $(READY) envs/kubernetes.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
@@ -109,13 +118,19 @@ lint: $(READY) ## style, types, workflow, generated files
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
 	python -m forgetting.config.schema --check
+	python docs/rulegraph.py --check
 
 .PHONY: schema
 schema: $(READY) ## write config/schema.json and config/README.md
 	python -m forgetting.config.schema --write
+
+.PHONY: rulegraph
+rulegraph: $(READY) ## write the graph of the rules into docs/architecture.md
+	python docs/rulegraph.py
 
 .PHONY: clean
 clean: ## remove the environment and the tools' caches; results stay

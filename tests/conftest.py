@@ -31,6 +31,14 @@ REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of tests/unit as `unit`, which is what `make test` runs."""
+    unit = Path(__file__).parent / "unit"
+    for item in items:
+        if item.path.is_relative_to(unit):
+            item.add_marker("unit")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
     """Make `os.fsync` do nothing: no test cuts the power, and some write many checkpoints."""

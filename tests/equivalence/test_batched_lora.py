@@ -271,7 +271,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, rate: float, step: int) -> None:
     def poisoned(model: Model, examples: Any, runs: Any, stack: Any) -> Any:
         for run in runs:
             if (run.config.hyperparameters.learning_rate, run.state.step) == (rate, step):
-                next(iter(run.own.weights.values())).data.fill_(math.nan)
+                next(iter(run.adapter.weights.values())).data.fill_(math.nan)
         return original(model, examples, runs, stack)
 
     monkeypatch.setattr(module, "_train_step", poisoned)
@@ -333,9 +333,9 @@ MOMENTS = {
     "in a step": (module, "_train_step", (2, 5, 8, 9, 11)),
     "in an evaluation": (Gym, "evaluate", (2, 5, 8)),
     "at the items": (module, "write_table", (3, 7)),
-    "at the weights": (checkpoints, "save_checkpoint", (2, 6)),
+    "at the weights": (checkpoints, "save_weights", (2, 6)),
     "at the record of progress": (checkpoints, "write_json", (1, 5, 7, 9)),
-    "when an end is told": (module, "write_end", (1, 2, 3)),
+    "when an end is told": (module, "write_final_state", (1, 2, 3)),
     "when old checkpoints go": (module, "prune_checkpoints", (2, 5, 7, 8, 10, 11)),
     "when telling": (Gym, "tell", (9, 16, 24)),
 }

@@ -366,8 +366,8 @@ def _ends_whatever_kills_it(
 TRUNK_MOMENTS = [
     (train_module, "_train_step", 6),
     (train_module, "write_table", 2),
-    (train_module, "write_checkpoint", 6),
-    (checkpoints, "save_checkpoint", 3),
+    (train_module, "save_checkpoint", 6),
+    (checkpoints, "save_weights", 3),
     (checkpoints, "save_tensors", 3),
     (checkpoints, "write_json", 6),
     (Path, "rename", 1),
@@ -439,7 +439,7 @@ BRANCH_MOMENTS = [
     (checkpoints, "save_tensors", 1),
     (train_module, "prune_checkpoints", 2),
     (run_group_module, "write_json", 1),
-    (module, "_forget_trunk", 1),
+    (module, "_prune_trunk", 1),
     (Path, "unlink", 1),
     (shutil, "rmtree", 3),
 ]

@@ -527,10 +527,10 @@ def test_a_model_too_large_for_one_file_is_several(
 
 FAULTY = """
 import os, signal, sys
-from forgetting.training import gradients, train
+from forgetting.training import train_step, trainer
 from finetune import main
 
-step, pass_ = train._step, gradients.target_logits
+step, forward = trainer._train_step, train_step.target_logits
 moment, fault, most = sys.argv.pop(1).split(",")
 here = False
 
@@ -545,9 +545,9 @@ def limited(model, batch):
     examples = (batch.positions == 0).sum() if batch.layout else len(batch.ids)
     if here and examples > int(most):
         raise RuntimeError(fault)
-    return pass_(model, batch)
+    return forward(model, batch)
 
-train._step, gradients.target_logits = watched, limited
+trainer._train_step, train_step.target_logits = watched, limited
 main()
 """
 

@@ -145,7 +145,8 @@ def _arguments(name: str, work: Path, target: Path) -> list[str]:
     write_jsonl(documents, [{"text": f"Number {n} is {n}."} for n in range(20)])
     return [
         *("--spec", json.dumps(SMALL), "--documents", str(documents), "--precision", "float32"),
-        *("--folder", str(target / "model"), "--output", str(target / "base.json")),
+        *("--folder", str(target / "model"), "--state", str(target / "state")),
+        *("--output", str(target / "base.json")),
     ]
 
 

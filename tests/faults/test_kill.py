@@ -49,7 +49,7 @@ FULL = Method(
 
 
 class Nursery:
-    """Starts the program; see nursery.py."""
+    """Starts the program; see fork_server.py."""
 
     def __init__(self) -> None:
         environment = {
@@ -59,7 +59,7 @@ class Nursery:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "nursery.py")],
+            [sys.executable, str(ROOT / "tests" / "support" / "fork_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -130,7 +130,7 @@ class Program:
             del options["general"]
         if self.asked:
             tasks = {name: {"num_fewshot": 0, "limit": 6} for name in self.asked}
-            options["along"] = json.dumps({"tasks": tasks, "batch_size": 2})
+            options["during-training"] = json.dumps({"tasks": tasks, "batch_size": 2})
             options["benchmarks"] = self.folder / "benchmarks.parquet"
         arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
         arguments += [

@@ -467,7 +467,7 @@ def test_no_key_is_in_both_profiles() -> None:
 
 
 def test_what_slurms_plugin_breaks_is_not_used() -> None:
-    """Numbers of docs/slurm-pitfalls.md: what hangs, runs nested, or shares a GPU by mistake."""
+    """Numbers of docs/design/slurm.md: what hangs, runs nested, or shares a GPU by mistake."""
     path = ROOT / "profiles" / "slurm" / "profile.yaml"
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert told["slurm-status-command"] == "squeue"  # 1
@@ -485,9 +485,9 @@ def test_what_slurms_plugin_breaks_is_not_used() -> None:
 
 def test_the_tests_that_the_pitfalls_name_are_there() -> None:
     """And those of the faults; and all pitfalls have a line."""
-    docs = [ROOT / "docs" / name for name in ("slurm-pitfalls.md", "cluster.md")]
+    docs = [ROOT / "docs" / name for name in ("design/slurm.md", "cluster.md")]
     told = "".join(path.read_text(encoding="utf-8") for path in docs)
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     names = set(re.findall(r"`(test_\w+)`", told))
     assert names
     assert not [name for name in names if f"def {name}(" not in tests]

@@ -24,6 +24,10 @@ from forgetting.training.run_group import RunContext, RunGroupConfig, train_run_
 PATIENCE = 600.0
 """Seconds after which a team that does not end is ended: it hangs."""
 
+# pytest's import mode names test modules from the root of the repository. Processes that unpickle a
+# function of a test import its module by that name.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
 # One process imports the library; the others are copies of it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["forgetting.training.run_group"])

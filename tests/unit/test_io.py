@@ -279,8 +279,8 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
     """Killed programs would otherwise fill the folder with parts of tables."""
-    killed = "with replacing(path) as part: part.write_text('half'); os.kill(os.getpid(), 9)"
-    code = "import os; from pathlib import Path; from forgetting.io import replacing"
+    killed = "with atomic_write(path) as part: part.write_text('half'); os.kill(os.getpid(), 9)"
+    code = "import os; from pathlib import Path; from forgetting.io import atomic_write"
     file = tmp_path / "runs.json"
     code = f"{code}\npath = Path({str(file)!r})\n{killed}"
     subprocess.run([sys.executable, "-c", code], check=False)

@@ -60,8 +60,8 @@ STUDY: dict[str, Any] = {
 HOLD = """
 import sys, time
 from pathlib import Path
-from forgetting.locks import occupy
-occupy(Path(sys.argv[1]), sys.argv[2])
+from forgetting.locks import lock_results
+lock_results(Path(sys.argv[1]), sys.argv[2])
 print("held", flush=True)
 time.sleep(600)
 """
@@ -107,8 +107,8 @@ def test_jobs_that_outlive_their_snakemake_are_noticed(tmp_path: Path) -> None:
     """A program shows that it runs, and the next snakemake does not start others beside it."""
     program = (
         "import sys, time\n"
-        "from forgetting.io import tells_input_errors\n"
-        "@tells_input_errors\n"
+        "from forgetting.errors import reports_input_errors\n"
+        "@reports_input_errors\n"
         "def main(argv=None):\n"
         "    print('runs', flush=True)\n"
         "    time.sleep(600)\n"
@@ -256,10 +256,15 @@ def test_a_download_is_made_by_one_snakemake(
     monkeypatch.chdir(tmp_path)
     model = "resources/models/owner/name/revision"
     program = HOLD.replace(
-        "occupy(Path(sys.argv[1]), sys.argv[2])", "occupy_downloads(sys.argv[1:])"
+        "lock_results(Path(sys.argv[1]), sys.argv[2])", "lock_downloads(sys.argv[1:])"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program.replace("import occupy", "import occupy_downloads"), model],
+        [
+            sys.executable,
+            "-c",
+            program.replace("import lock_results", "import lock_downloads"),
+            model,
+        ],
         env=os.environ | {"PYTHONPATH": str(LIBRARY)},
         stdout=subprocess.PIPE,
         text=True,

@@ -74,7 +74,7 @@ def test_every_study_obeys_the_schema_that_it_names(path: Path) -> None:
         ({}, True),
         ({"train": ["own/new", "own/more"]}, True),
         ({"methods": [{"method": "full", "learning_rate": [1e-5, 1e-4]}]}, True),
-        ({"training": {"gradient_clip": None, "betas": [0.9, 0.95]}}, True),
+        ({"training": {"max_grad_norm": None, "betas": [0.9, 0.95]}}, True),
         ({"titel": "unknown key"}, False),
         ({"selection": {"probe": "new", "threshold": 1.5}}, False),
         ({"methods": [{"method": "full", "learning_rate": 0}]}, False),
@@ -108,7 +108,7 @@ def test_the_readme_tells_every_key_with_its_default() -> None:
         "| `threshold` | number > 0 ≤ 1 | `0.9` | The last evaluation before the metric first "
         "reaches it is selected. |" in text
     )
-    assert "| `floor` | number from 0 to 1 | `0.0` | Share of the peak" in text
+    assert "| `min_lr_ratio` | number from 0 to 1 | `0.0` | Share of the peak" in text
 
 
 def test_the_readme_links_to_headings_that_are_there() -> None:

@@ -145,9 +145,9 @@ MISTAKES = {
             told,
         )
         for keys, told in {
-            "method: lora, rank: 2, adalora: {delta_t: 2}": "variant lora has no `budget`",
+            "method: lora, rank: 2, adalora: {delta_t: 2}": "variant lora has no `adalora`",
             f"method: lora, rank: 2, {THEN}": "has no `second_stage`",
-            "method: full, adalora: {}": "method full has no `budget`",
+            "method: full, adalora: {}": "method full has no `adalora`",
             "method: full, embeddings: frozen, embedding_lr_ratio: 0.1": "needs `embeddings: "
             "trained`",
             "method: lora, rank: 2, embedding_lr_ratio: 0.1": "needs `embeddings: trained`",
@@ -161,7 +161,7 @@ MISTAKES = {
     "a duration without time": (
         "rank: [2, 8]",
         "rank: [2, 8]\n    variant: adalora\n    adalora: {tinit: 0.6, tfinal: 0.4}",
-        "methods.0.duration",
+        "methods.0.adalora",
         "leave no time for the budget to fall",
     ),
     "layers in other words": (
@@ -176,7 +176,7 @@ MISTAKES = {
     "threshold 0": ("threshold: 0.9", "threshold: 0", "selection.threshold", "than 0, found 0"),
     "no evaluation on the way": (
         "\ntrain:",
-        "\nmeasurement: {every_epochs: 10.5}\ntrain:",
+        "\nevaluation: {every_epochs: 10.5}\ntrain:",
         "evaluation.every_epochs",
         "10.5 is more than training.epochs, 10, so that nothing would be measured",
     ),
@@ -240,7 +240,7 @@ MISTAKES = {
         "    learning_rate: 1.0e-4",
         "    learning_rate: 1.0e-4\n    selected_hyperparameters: {learning_rate: 2.0e-4}",
         "methods.1",
-        "`fixed` is not one of the settings",
+        "`selected_hyperparameters` are not among the",
     ),
     "deadline without rule": (
         "threshold: 0.9",
@@ -699,7 +699,7 @@ def test_tiny_scale_keeps_the_plan_and_shrinks_the_work(write: Any) -> None:
         ("{generate: micro-world}", hub),
         ("rank: [2, 8]", "rank: [2, 512]"),
         ("hidden_size: 64", "hidden_size: 1024"),
-        ("intermediate_size: 128", "layers: 8"),
+        ("intermediate_size: 128", "num_layers: 8"),
     )
     whole = _load(path)
     name, tiny = load_study({"study": str(path), "scale": "tiny"}, path.parent)
@@ -814,7 +814,7 @@ def test_tiny_scale_has_no_names_of_layers(write: Any) -> None:
         "  - {method: hybrid, rank: 2, learning_rate: 0.1, "
         "second_stage: {layers: last 9, learning_rate: 0.1}}\n  - method: full\n"
     )
-    deep = ("    hidden_size: 64\n", "    hidden_size: 64\n    layers: 12\n")
+    deep = ("    hidden_size: 64\n", "    hidden_size: 64\n    num_layers: 12\n")
     path = write(("    rank: [2, 8]\n", named), ("  - method: full\n", hybrid), deep)
     whole = _load(path)
     _, tiny = load_study({"study": str(path), "scale": "tiny"}, path.parent)
@@ -866,7 +866,7 @@ def test_methods_of_one_rank_have_names_of_their_own(write: Any) -> None:
     )
     assert [(tuning.name, tuning.label) for tuning in found[:8]] == [
         ("adalora-r2", "adalora 2"),
-        ("adalora-r2-tinit0.2-every10", "adalora 2, tinit0.2-every10"),
+        ("adalora-r2-tinit0.2-delta10", "adalora 2, tinit0.2-delta10"),
         ("lora-r2-embeddings", "rank 2, embeddings trained"),
         ("lora-r2-embeddings0.1", "rank 2, embeddings at 0.1"),
         ("full-frozen-embeddings", "full, embeddings frozen"),
@@ -1080,6 +1080,6 @@ def test_tiny_scale_draws_few_samples_and_leaves_out_what_only_the_hub_has(write
 def test_sharing_passes_among_methods_is_refused_with_what_is_allowed(write: Any) -> None:
     path = write(("selection:", "training: {batched_lora: across}\nselection:"))
     message = _told(path)
-    assert "fused" in message
+    assert "batched_lora" in message
     assert "auto" in message
     assert "never" in message

@@ -157,7 +157,7 @@ def test_an_ending_of_plain_text_is_taken_off_answers(monkeypatch: pytest.Monkey
     tokenizer = _tokenizer(PLAIN)
     assert turn_ending(tokenizer, CHAT).stop == "\nuser:"
     said = [tokenizer(text)["input_ids"] for text in ("Ann.\nuser: And?\nassistant:", "Bob.\n")]
-    monkeypatch.setattr(probes, "greedy_answers", lambda *_: said)
+    monkeypatch.setattr(probes, "generate_greedy", lambda *_: said)
     model = random_llama(context=64)
     found = probes.generate(model, tokenizer, ["Who?", "And?"], CHAT, SETTINGS)
     assert [tokenizer.decode(answer) for answer in found] == ["Ann.", "Bob.\n"]

@@ -502,7 +502,7 @@ def test_variants_that_cannot_adapt_experts_are_refused_by_the_plan(
         ("rank: 2, target_modules: [fc1]", "target_modules: no text reaches the layers fc1"),
         (
             "method: hybrid, rank: 2, second_stage: {layers: [vision_tower], learning_rate: 0.1}",
-            "then.layers: no text reaches the modules whose names end in vision_tower",
+            "second_stage.layers: no text reaches the modules whose names end in vision_tower",
         ),
         ("rank: 20", "rank 20 is larger than the smallest adapted matrix, which has rank 16"),
     ],

@@ -128,18 +128,18 @@ LAYERS = {
     "a norm": ("rank: 2\n    target_modules: [norm]", "target_modules", "no linear layer norm", ""),
     "blocks": (
         "rank: 2\n    second_stage: {layers: last 3, learning_rate: 0.1}",
-        "then.layers",
+        "second_stage.layers",
         "the model has no 3 blocks, but 2",
         "",
     ),
     "modules": (
         "rank: 2\n    second_stage: {layers: [mlp, layers.2], learning_rate: 0.1}",
-        "then.layers",
+        "second_stage.layers",
         "no module whose name ends in layers.2",
         "",
     ),
 }
-HERE = "{pretrain: {documents: [facts/old], hidden_size: 32, intermediate_size: 40, layers: 2}}"
+HERE = "{pretrain: {documents: [facts/old], hidden_size: 32, intermediate_size: 40, num_layers: 2}}"
 
 
 NARROW = ("all", "attention", "initial rank")  # the keys and values, which only the folder has
@@ -160,7 +160,7 @@ def test_layers_and_ranks_that_the_base_has_not(
     changes = [_method(more)]
     if base == "trained here":
         changes.append(("{model: MODEL}", HERE))
-    if "then" in more:
+    if "second_stage" in more:
         changes.append(("method: lora", "method: hybrid"))
     message = told(*changes)
     place = key.split(".")[0] + ":"

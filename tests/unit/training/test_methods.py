@@ -374,7 +374,7 @@ MOMENTS = {
     "before the budget falls": (module, "_train_step", 2),
     "while it falls": (module, "_train_step", 5),
     "when it has fallen": (module, "_train_step", 11),
-    "at the method's state": (checkpoints, "training_state", 2),
+    "at the method's state": (checkpoints, "adalora_training_state", 2),
     "at the file of it": (checkpoints, "save_tensors", 4),
 }
 
@@ -638,9 +638,9 @@ def test_a_hybrid_killed_at_the_switch_ends_the_same(
     bench.tuning = _hybrid("last 1")
     reference = _uninterrupted(bench, tmp_path / "reference")
     for owner, name, call in (
-        (stages, "choose_layers", 1),
+        (stages, "select_trainable_layers", 1),
         (stages, "set_peft_model_state_dict", 1),
-        (checkpoints, "save_checkpoint", 3),
+        (checkpoints, "save_weights", 3),
         (checkpoints, "write_json", 3),
     ):
         shutil.rmtree(bench.folder, ignore_errors=True)

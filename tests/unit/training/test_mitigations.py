@@ -152,7 +152,9 @@ def _as_variant(variant: str) -> Method:
         return LORA.model_copy(update={"embeddings": "trained"})
     budget = RankBudgetConfig() if variant == "adalora" else None
     initial = 6 if budget else None
-    return LORA.model_copy(update={"variant": variant, "budget": budget, "initial_rank": initial})
+    return LORA.model_copy(
+        update={"variant": variant, "rank_budget": budget, "initial_rank": initial}
+    )
 
 
 def _moved(model: Model) -> Model:

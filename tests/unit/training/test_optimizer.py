@@ -268,7 +268,7 @@ def test_adamw_updates_weights_in_the_fused_kernel_where_there_is_one() -> None:
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     made = make_optimizer({"w": ours}, TrainingConfig(), setting)
     plain = torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1, fused=False)
-    assert made.defaults["batched_lora"]
+    assert made.defaults["fused"]
     for _ in range(20):
         ours.grad = torch.randn(8, 4)
         theirs.grad = ours.grad.clone()
@@ -276,14 +276,14 @@ def test_adamw_updates_weights_in_the_fused_kernel_where_there_is_one() -> None:
         plain.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     elsewhere = {"w": torch.nn.Parameter(start.to("meta"))}
-    assert not make_optimizer(elsewhere, TrainingConfig(), setting).defaults["batched_lora"]
+    assert not make_optimizer(elsewhere, TrainingConfig(), setting).defaults["fused"]
     assert not uses_fused_kernel(TrainingConfig(optimizer="lionw"), [ours])
 
 
 def test_usual_moments_belong_to_the_optimizer() -> None:
-    assert TrainingConfig().weight_decays == (0.9, 0.999)
-    assert TrainingConfig(optimizer="lionw").weight_decays == (0.9, 0.95)
-    assert TrainingConfig(optimizer="lionw", betas=(0.8, 0.9)).weight_decays == (0.8, 0.9)
+    assert TrainingConfig().resolved_betas == (0.9, 0.999)
+    assert TrainingConfig(optimizer="lionw").resolved_betas == (0.9, 0.95)
+    assert TrainingConfig(optimizer="lionw", betas=(0.8, 0.9)).resolved_betas == (0.8, 0.9)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lionw"])

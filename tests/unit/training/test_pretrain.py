@@ -141,7 +141,7 @@ def test_progress_is_told_after_every_step(documents, tmp_path) -> None:
 
 MOMENTS = {
     "in a step": (trainer, "_train_step", 6),
-    "while a checkpoint is written": (checkpoints, "save_checkpoint", 3),
+    "while a checkpoint is written": (checkpoints, "save_weights", 3),
     "before the checkpoints are removed": (pretraining, "remove_folder", 1),
 }
 """When a pretraining is killed: at which call of which function."""

@@ -242,7 +242,7 @@ def _plain_loop(bench: Bench, steps: int) -> tuple[list[float], torch.nn.Module]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": setting.weight_decay}, norms],
         lr=setting.learning_rate,
-        betas=training.weight_decays,
+        betas=training.resolved_betas,
     )
     plan = bench.recipe.schedule
     scheduler = get_scheduler(training.schedule, optimizer, plan.warmup, plan.steps)
@@ -328,7 +328,7 @@ MOMENTS = {
     "in a step": (module, "_train_step", (2, 12)),
     "in an evaluation": (Bench, "evaluate", (1, 4)),
     "at the items": (module, "write_table", (1, 3)),
-    "at the weights": (checkpoints, "save_checkpoint", (1, 3)),
+    "at the weights": (checkpoints, "save_weights", (1, 3)),
     "at the optimizer's state": (checkpoints, "save_tensors", (2, 4)),
     "at the record of progress": (checkpoints, "write_json", (1, 4)),
     "at the name of the checkpoint": (Path, "rename", (1, 4)),
@@ -503,7 +503,7 @@ def _logits(model: Any, bench: Bench) -> torch.Tensor:
 
 def _as_variant(tuning: Method, variant: str) -> Method:
     budget = RankBudgetConfig() if variant == "adalora" else None
-    more = {"name": f"{variant}-r4", "budget": budget, "initial_rank": 6 if budget else None}
+    more = {"name": f"{variant}-r4", "rank_budget": budget, "initial_rank": 6 if budget else None}
     return tuning.model_copy(update={"variant": variant, **more})
 
 

@@ -16,6 +16,7 @@ from forgetting.config.methods import (
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.types import MAX_NAME_LENGTH, ConfigModel, KeyedError
+from forgetting.config.variants import VARIANTS, VariantName
 
 
 class Method(ConfigModel):
@@ -24,7 +25,7 @@ class Method(ConfigModel):
     name: str
     kind: Literal["lora", "full", "hybrid"]
     label: str
-    variant: Literal["lora", "rslora", "dora", "pissa", "adalora"] = "lora"
+    variant: VariantName = "lora"
     rank: int | None = None
     initial_rank: int | None = None
     """Of adalora, the rank of every adapter at the start; `rank` is the mean at the end."""
@@ -59,7 +60,9 @@ class Method(ConfigModel):
             raise ValueError(f"{self.name} has no adapter")
         if self.initial_rank:
             return self.alpha / (self.initial_rank + 1e-5)
-        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+        return self.alpha / (
+            math.sqrt(self.rank) if VARIANTS[self.variant].root_scale else self.rank
+        )
 
     @property
     def trains_embeddings(self) -> bool:
@@ -130,7 +133,9 @@ def _expand(method: MethodConfig) -> list[Method]:
         names = ["full", *(name for name, _ in more)]
         labels = ["full", *(label for _, label in more)]
         return [Method(name="-".join(names), label=", ".join(labels), **shared)]
-    budget = method.adalora or (RankBudgetConfig() if method.variant == "adalora" else None)
+    budget = method.adalora or (
+        RankBudgetConfig() if VARIANTS[method.variant].rank_budget else None
+    )
     found = []
     for rank in method.rank or []:
         first = _variant_name(method, rank)

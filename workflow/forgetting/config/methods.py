@@ -22,6 +22,7 @@ from forgetting.config.types import (
     as_list,
     unique,
 )
+from forgetting.config.variants import VARIANTS, VariantName, variants_where
 
 
 class Hyperparameters(ConfigModel):
@@ -38,12 +39,10 @@ class MethodConfig(ConfigModel):
         description="Train adapters beside the linear layers, all weights, or first adapters and "
         "`second_stage` chosen layers in full."
     )
-    variant: Literal["lora", "rslora", "dora", "pissa", "adalora"] = Field(
+    variant: VariantName = Field(
         "lora",
-        description="lora: scale alpha/r; rslora: alpha/sqrt(r) (arXiv 2312.03732); "
-        "dora: weight-decomposed (arXiv 2402.09353); pissa: starts from the largest singular "
-        "values (arXiv 2404.02948); adalora: spends a budget of ranks where it matters, scale "
-        "alpha over the initial rank (arXiv 2303.10512).",
+        description="; ".join(f"{name}: {each.description}" for name, each in VARIANTS.items())
+        + ".",
     )
     rank: Annotated[list[PositiveInt], BeforeValidator(as_list), AfterValidator(unique)] | None = (
         Field(None, description="Rank or ranks of the adapters; each is a method of its own.")
@@ -138,16 +137,19 @@ class MethodConfig(ConfigModel):
             self.selected_hyperparameters.learning_rate not in self.learning_rate
             or self.selected_hyperparameters.weight_decay not in self.weight_decay
         ):
-            raise ValueError("`fixed` is not one of the settings of this method's sweep")
+            raise ValueError(
+                "`selected_hyperparameters` are not among the hyperparameters of this method's sweep"
+            )
         return self
 
     @model_validator(mode="after")
     def _variant_fits(self) -> MethodConfig:
-        if self.adalora and self.variant != "adalora":
+        prunes = VARIANTS[self.variant].rank_budget
+        if self.adalora and not prunes:
             raise ValueError(f"variant {self.variant} has no `adalora` section")
-        if self.variant == "adalora" and self.method == "hybrid":
+        if prunes and self.method == "hybrid":
             raise ValueError("adalora prunes until its end; a hybrid starts from another variant")
-        if self.variant == "adalora" and self.loraplus_lr_ratio is not None:
+        if prunes and self.loraplus_lr_ratio is not None:
             raise ValueError(
                 "adalora's A and B both start random and are kept orthogonal; "
                 "`loraplus_lr_ratio` is for adapters whose B starts at 0"
@@ -159,13 +161,12 @@ class MethodConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _update_is_known(self) -> MethodConfig:
-        # What moves the weights of other variants is not scale*B*A alone.
-        if self.mitigation and self.variant not in ("lora", "rslora"):
-            for name in ("ewc", "l2_sp"):
-                if getattr(self.mitigation, name):
+        if self.mitigation and not VARIANTS[self.variant].linear_update:
+            for name, section in self.mitigation.sections.items():
+                if section.needs_weight_update:
                     raise ValueError(
                         f"mitigation.{name} needs the update of the weights, which is scale*B*A "
-                        f"for variants lora and rslora, not for {self.variant}"
+                        f"for variants {variants_where('linear_update')}, not for {self.variant}"
                     )
         return self
 

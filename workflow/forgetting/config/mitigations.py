@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from forgetting.config.types import ConfigModel, Name, NonNegativeFloat, Number, PositiveInt, Table
 
 
-class ReplayConfig(ConfigModel):
+class MitigationSection(ConfigModel):
+    """A mitigation of a method, and what the library has to know of it.
+
+    Attributes:
+        is_penalty: whether it adds to the loss; runs of such a method cannot share passes.
+        needs_weight_update: whether it reads the change of each weight, scale*B*A of an adapter.
+        needs_base_model: whether it reads the base model's predictions on the training tokens.
+        bytes_per_weight: memory that it keeps for each weight that is trained or adapted.
+        strength: the number in the method's name.
+        tables: tables that it reads.
+    """
+
+    is_penalty: ClassVar[bool] = True
+    needs_weight_update: ClassVar[bool] = False
+    needs_base_model: ClassVar[bool] = False
+    bytes_per_weight: ClassVar[float] = 0.0
+
+    @property
+    def strength(self) -> float:
+        """Return the weight of the penalty, or what stands for it."""
+        return float(getattr(self, "weight"))  # noqa: B009
+
+    @property
+    def tables(self) -> list[str]:
+        """Return the tables that it reads."""
+        table = getattr(self, "table", None)
+        return [table] if table else []
+
+
+class ReplayConfig(MitigationSection):
     """Trains on general text too, as if a share of each batch were known already.
 
     Replayed rows come on top of the batch, so that an epoch of the new knowledge has as many steps
@@ -23,9 +52,15 @@ class ReplayConfig(ConfigModel):
         description="Replayed rows among all rows that are trained on; with `training.packing`, "
         "packed sequences.",
     )
+    is_penalty: ClassVar[bool] = False
+
+    @property
+    def strength(self) -> float:
+        """Return the ratio."""
+        return self.ratio
 
 
-class KlConfig(ConfigModel):
+class KlConfig(MitigationSection):
     """Adds weight * KL(base || model), the mean over target tokens in nats, to the loss.
 
     This direction asks for all that the base deems likely (Hinton et al. 2015, arXiv 1503.02531).
@@ -37,9 +72,10 @@ class KlConfig(ConfigModel):
     tokens: Literal["all", "replay"] = Field(
         "all", description="The mean is over all target tokens, or those of the replayed rows."
     )
+    needs_base_model: ClassVar[bool] = True
 
 
-class L2SpConfig(ConfigModel):
+class L2SpConfig(MitigationSection):
     """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
 
     Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
@@ -49,9 +85,11 @@ class L2SpConfig(ConfigModel):
     weight: NonNegativeFloat = Field(
         description="Weight of the penalty; the loss is in nats per token."
     )
+    needs_weight_update: ClassVar[bool] = True
+    bytes_per_weight: ClassVar[float] = 4.0  # the base model's weights
 
 
-class EwcConfig(ConfigModel):
+class EwcConfig(MitigationSection):
     """EWC: adds weight/2 * sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, equation 3).
 
     F_i is the diagonal of the base's Fisher information per target token of a general text, so that
@@ -65,8 +103,10 @@ class EwcConfig(ConfigModel):
     )
     table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
     samples: PositiveInt = Field(
-        128, description="So many rows, evenly spaced over the table, estimate the information."
+        128, description="Number of rows, evenly spaced over the table, that estimate it."
     )
+    needs_weight_update: ClassVar[bool] = True
+    bytes_per_weight: ClassVar[float] = 8.0  # the base model's weights and their information
 
 
 class MitigationConfig(ConfigModel):
@@ -93,26 +133,25 @@ class MitigationConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _does_something(self) -> MitigationConfig:
-        if not any(value for key, value in self if key != "suffix"):
+        if not self.sections:
             raise ValueError("name at least one mitigation, or leave the section out")
         if self.kl and self.kl.tokens == "replay" and not self.replay:
             raise ValueError("`kl: {tokens: replay}` needs a `replay` beside it")
         return self
 
     @property
+    def sections(self) -> dict[str, MitigationSection]:
+        """Return the mitigations of the method by their keys, in the order of the fields."""
+        return {key: value for key, value in self if isinstance(value, MitigationSection)}
+
+    @property
     def tables(self) -> list[str]:
-        """The tables that are read, each once."""
-        read = [section.table for section in (self.replay, self.ewc) if section]
+        """Return the tables that are read, each once."""
+        read = [table for section in self.sections.values() for table in section.tables]
         return list(dict.fromkeys(read))
 
     @property
     def name(self) -> str:
-        """The end of the method's name: `replay0.1-kl0.5`."""
-        parts = {
-            "replay": self.replay and self.replay.ratio,
-            "kl": self.kl and self.kl.weight,
-            "ewc": self.ewc and self.ewc.weight,
-            "l2_sp": self.l2_sp and self.l2_sp.weight,
-        }
-        made = [f"{key}{value:g}" for key, value in parts.items() if value is not None]
-        return self.suffix or "-".join(made)
+        """Return the end of the method's name, such as `replay0.1-kl0.5`."""
+        parts = [f"{key}{section.strength:g}" for key, section in self.sections.items()]
+        return self.suffix or "-".join(parts)

@@ -95,7 +95,7 @@ and a probe.
 
 ROUGE as published drops all letters but a to z. If these are more than 5 % of the letters in the
 answers of a probe, there is a warning; above 50 % the study is refused, unless
-`measurement.rouge_tokenizer` names another tokenizer.
+`evaluation.rouge_tokenizer` names another tokenizer.
 
 ## All keys
 

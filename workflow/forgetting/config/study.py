@@ -203,7 +203,7 @@ class StudyConfig(ConfigModel):
     def _check_names(self) -> StudyConfig:
         origins = [(keys, table.split("/", 1)[0]) for keys, table in self.tables()]
         if self.benchmarks.dataset:
-            origins.append((("benchmarks", "rows"), self.benchmarks.dataset))
+            origins.append((("benchmarks", "dataset"), self.benchmarks.dataset))
         for keys, name in origins:
             if name not in self.datasets:
                 known = ", ".join(sorted(self.datasets))
@@ -236,10 +236,10 @@ class StudyConfig(ConfigModel):
             ),
         ]
         for number, method in enumerate(self.methods):
-            for name in ("replay", "ewc"):
-                if section := method.mitigation and getattr(method.mitigation, name):
-                    keys = ("methods", number, "mitigation", name, "table")
-                    found.append((keys, section.table))
+            sections = method.mitigation.sections if method.mitigation else {}
+            for name, section in sections.items():
+                keys = ("methods", number, "mitigation", name, "table")
+                found += [(keys, table) for table in section.tables]
         if self.general_text:
             found.append((("general_text", "table"), self.general_text.table))
         if self.benchmarks.refusals:

@@ -118,7 +118,7 @@ class TrainingConfig(ConfigModel):
     )
 
     @property
-    def weight_decays(self) -> tuple[float, float]:
+    def resolved_betas(self) -> tuple[float, float]:
         """`betas`, or the optimizer's usual ones."""
         return self.betas or ((0.9, 0.95) if self.optimizer == "lionw" else (0.9, 0.999))
 

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetting.config.expand import Method
 from forgetting.config.methods import RankBudgetConfig
+from forgetting.config.variants import VARIANTS
 from forgetting.errors import InputError
 from forgetting.models.layers import Kind, Layer, UnsupportedLayer, adapts_experts, layers_to_adapt
 from forgetting.models.loading import Model, freeze_unread, language_model
@@ -200,13 +201,11 @@ def _config(model: PreTrainedModel, tuning: Method) -> LoraConfig:
         pattern = rf".*\.{LORA_MATRICES}"
         shared["rank_pattern"] = {pattern: 2 * (tuning.rank or 0)}
         # So that the scale stays: alpha / rank, or alpha / sqrt(rank).
-        factor = math.sqrt(2) if tuning.variant == "rslora" else 2
+        factor = math.sqrt(2) if VARIANTS[tuning.variant].root_scale else 2
         shared["alpha_pattern"] = {pattern: factor * (tuning.alpha or 0)}
     return LoraConfig(
         r=tuning.rank,
-        init_lora_weights="pissa" if tuning.variant == "pissa" else True,
-        use_rslora=tuning.variant == "rslora",
-        use_dora=tuning.variant == "dora",
+        **VARIANTS[tuning.variant].peft_options,
         target_parameters=[layer.path for layer in tensors] or None,
         **shared,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from forgetting.config.expand import Method
+from forgetting.config.variants import VARIANTS
 from forgetting.errors import InputError
 
 Kind = Literal["linear", "head", "tied head", "embedding", "tensor", "other"]
@@ -31,15 +32,8 @@ MODULE_NAMES = {
 EXPERT_MODULES = {"gate", "router", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 """Linear layers whose names peft takes for those of experts, in a model that has experts."""
 
-UNSUPPORTED_VARIANTS: dict[str, set[Kind]] = {
-    "lora": set(),
-    "rslora": set(),
-    "dora": {"tensor"},
-    "pissa": {"tensor", "embedding", "tied head"},
-    "adalora": {"tensor", "embedding"},
-    "dropout": {"tensor", "embedding"},
-}
-"""Kinds of layers that a variant cannot adapt, or peft adapts otherwise than the variant says."""
+NO_DROPOUT: frozenset[Kind] = frozenset({"tensor", "embedding"})
+"""Kinds of layers before whose adapters peft has no dropout."""
 
 DESCRIPTIONS: dict[Kind, str] = {
     "tensor": "which belongs to the experts or their router and is adapted as a bare tensor",
@@ -167,14 +161,14 @@ def layers_to_adapt(layers: Sequence[Layer], tuning: Method) -> list[Layer]:
 def check_variant(chosen: Sequence[Layer], tuning: Method) -> None:
     """Refuse a variant, or dropout, that cannot be had on one of the layers."""
     for layer in chosen:
-        if layer.kind in UNSUPPORTED_VARIANTS[tuning.variant]:
+        if layer.kind in VARIANTS[tuning.variant].unsupported_layers:
             raise UnsupportedLayer(
                 "variant",
                 f"{tuning.variant} cannot adapt {layer.path}, {DESCRIPTIONS[layer.kind]}; "
                 "take variant lora or rslora, or name other layers in target_modules "
                 "(attention, or a list)",
             )
-        if tuning.dropout and layer.kind in UNSUPPORTED_VARIANTS["dropout"]:
+        if tuning.dropout and layer.kind in NO_DROPOUT:
             raise UnsupportedLayer(
                 "dropout",
                 f"no dropout can be had on {layer.path}, {DESCRIPTIONS[layer.kind]}; "
@@ -205,7 +199,8 @@ def check_rank(chosen: Sequence[Layer], tuning: Method) -> None:
 
 
 def _penalizes_weights(tuning: Method) -> bool:
-    return bool(tuning.mitigation and (tuning.mitigation.ewc or tuning.mitigation.l2_sp))
+    sections = tuning.mitigation.sections.values() if tuning.mitigation else ()
+    return any(section.needs_weight_update for section in sections)
 
 
 LayerShape = tuple[int, ...]

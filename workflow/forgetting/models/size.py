@@ -18,6 +18,7 @@ from typing import Any
 
 from forgetting.config.base_model import BaseModelConfig, SmallModelConfig, is_local
 from forgetting.config.expand import Method
+from forgetting.config.variants import VARIANTS
 from forgetting.io import read_foreign_json
 from forgetting.models.architecture import ModelLayers, layers_of, read_shapes, rows_are_apart
 from forgetting.models.config_file import text_config_section
@@ -161,8 +162,7 @@ class ModelSize:
         for layer in self._selected(tuning.target_modules):
             *experts, rows, columns = layer.shape
             count += math.prod(experts) * rank * (rows + columns)
-            count += rows if tuning.variant == "dora" else 0
-            count += rank if tuning.variant == "adalora" else 0
+            count += VARIANTS[tuning.variant].extra_weights(rows, rank)
         return count
 
     def trained(self, tuning: Method) -> int:

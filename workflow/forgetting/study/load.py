@@ -138,7 +138,7 @@ def _override(study: StudyConfig, config: Mapping[str, Any], path: Path) -> Stud
         if option:
             name = option["dataset"]
             if name == BENCHMARKS:
-                benchmarks = benchmarks.model_copy(update={"rows": name})
+                benchmarks = benchmarks.model_copy(update={"dataset": name})
             elif name not in datasets:
                 raise InputError(
                     f"--config {key}: {path} has no dataset `{name}`, only {', '.join(datasets)}"
@@ -313,7 +313,7 @@ def _from_option(keys: Sequence[str | int]) -> str:
     """The command-line option that may have given the value at `keys`."""
     if tuple(keys[:2]) == ("base", "model"):
         return "model"
-    if tuple(keys) == ("benchmarks", "rows"):
+    if tuple(keys) == ("benchmarks", "dataset"):
         return f"{BENCHMARKS}_dir"
     return f"{keys[1]}_dir" if len(keys) > 1 and keys[0] == "datasets" else ""
 

@@ -320,14 +320,14 @@ def _check_lengths(
         )
     if measured >= context:
         raise InputError(
-            f"{at('measurement', 'max_new_tokens')}: {measured} tokens and a question are more "
+            f"{at('evaluation', 'max_new_tokens')}: {measured} tokens and a question are more "
             f"than the {context} that the model reads; make it smaller"
         )
     for name, probe in study.probes.items():
         for row in _used(answers, ("probes", name), len(probe.table), probe.limit):
             if (least := _describe(study.prompt, row)) + measured > context:
                 raise InputError(
-                    f"{at('measurement', 'max_new_tokens')}: {measured} after the {least} words of "
+                    f"{at('evaluation', 'max_new_tokens')}: {measured} after the {least} words of "
                     f"the question in {_where(study, row['id'])} are more than the {context} "
                     "tokens that the model reads; make it smaller"
                 )
@@ -409,7 +409,7 @@ def _check_rows(
     study: StudyConfig, name: str, task: TaskConfig, known: Benchmark, shots: int, at: LocateKey
 ) -> None:
     """The rows of a benchmark are where the study says, as far as that can be told."""
-    place, rows = ("benchmarks", "tasks", name), at("benchmarks", "rows")
+    place, rows = ("benchmarks", "tasks", name), at("benchmarks", "dataset")
     if study.benchmarks.dataset is None:
         if name not in HUB_DATASETS and task.revision is None:
             raise InputError(
@@ -425,7 +425,7 @@ def _check_rows(
         if origin.generate is None:
             raise InputError(
                 f"{rows}: {study.benchmarks.dataset} is a dataset on the hub, which has no rows of "
-                "benchmarks; leave `rows` out, or name a dataset with a `folder`"
+                "benchmarks; leave `dataset` out, or name a dataset with a `folder`"
             )
         alike = task_with_same_dataset(name)
         if alike is None or not set(splits) <= set(HUB_DATASETS[alike].splits):

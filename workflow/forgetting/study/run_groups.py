@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from forgetting.config.expand import Method
 from forgetting.config.training import TrainingConfig
+from forgetting.config.variants import VARIANTS
 
 MAX_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 """A step of more tokens than this keeps the cores busy by itself. On a CPU eight runs were 1.1
@@ -33,14 +34,12 @@ def is_plain_lora(tuning: Method) -> bool:
 
     Replay only adds rows. What penalizes predictions or weights is a sum over a single run.
     """
-    penalties = tuning.mitigation and (
-        tuning.mitigation.kl or tuning.mitigation.ewc or tuning.mitigation.l2_sp
-    )
+    sections = tuning.mitigation.sections.values() if tuning.mitigation else ()
     return (
         tuning.kind == "lora"
-        and tuning.variant in ("lora", "rslora", "pissa")
+        and VARIANTS[tuning.variant].batchable
         and not tuning.trains_embeddings
-        and not penalties
+        and not any(section.is_penalty for section in sections)
     )
 
 

@@ -95,7 +95,7 @@ def _general_text(study: StudyConfig, on_hub: set[str]) -> GeneralTextConfig | N
         return None
     dataset = study.general_text.table.split("/", 1)[0]
     table = f"{dataset}/held_out" if dataset in on_hub else study.general_text.table
-    return study.general_text.model_copy(update={"table": table, "block_size": 32, "limit": 4})
+    return study.general_text.model_copy(update={"table": table, "block": 32, "limit": 4})
 
 
 def _short_schedule(training: TrainingConfig) -> TrainingConfig:
@@ -105,7 +105,7 @@ def _short_schedule(training: TrainingConfig) -> TrainingConfig:
     if training.durations and not training.has_decay:  # each of them is warmed up by itself
         warmup |= {"warmup_epochs": None, "warmup_ratio": 0.1}
     if training.decay_ratio:
-        warmup["cooldown"] = min(training.decay_ratio, 0.5)
+        warmup["decay_ratio"] = min(training.decay_ratio, 0.5)
     some = sorted(training.durations)
     some = sorted({some[0], some[len(some) // 2], some[-1]}) if some else []
     durations = [MAX_EPOCHS * duration / longest for duration in some]

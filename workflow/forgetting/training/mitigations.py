@@ -20,7 +20,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from forgetting.config.mitigations import MitigationConfig
+from forgetting.config.mitigations import EwcConfig, L2SpConfig, MitigationConfig
 from forgetting.data.dataset import shuffled
 from forgetting.data.tables import evenly_spaced
 from forgetting.data.tokenize import Example
@@ -77,12 +77,11 @@ def build_mitigations(
     if mitigation is None:
         return Mitigations()
     on_tokens = token_kl(model, mitigation.kl.weight, load_base) if mitigation.kl else None
-    on_weights: list[WeightPenalty] = []
-    if mitigation.ewc:
-        rows = evenly_spaced(tables[mitigation.ewc.table], mitigation.ewc.samples)
-        on_weights.append(ewc(model, mitigation.ewc.weight, rows, seed))
-    if mitigation.l2_sp:
-        on_weights.append(l2_sp(model, mitigation.l2_sp.weight))
+    on_weights = [
+        WEIGHT_PENALTIES[key](model, section, tables, seed)
+        for key, section in mitigation.sections.items()
+        if key in WEIGHT_PENALTIES
+    ]
     return Mitigations(
         replay=tables[mitigation.replay.table] if mitigation.replay else (),
         replay_ratio=mitigation.replay.ratio if mitigation.replay else 0.0,
@@ -279,3 +278,23 @@ def unadapted_weights(model: Model) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and ".lora_" not in name
     }
+
+
+def _build_ewc(
+    model: Model, section: EwcConfig, tables: Mapping[str, Sequence[Example]], seed: int
+) -> WeightPenalty:
+    rows = evenly_spaced(tables[section.table], section.samples)
+    return ewc(model, section.weight, rows, seed)
+
+
+def _build_l2_sp(
+    model: Model, section: L2SpConfig, tables: Mapping[str, Sequence[Example]], seed: int
+) -> WeightPenalty:
+    return l2_sp(model, section.weight)
+
+
+WEIGHT_PENALTIES: dict[str, Callable[..., WeightPenalty]] = {
+    "ewc": _build_ewc,
+    "l2_sp": _build_l2_sp,
+}
+"""Builders of the penalties on the weights, by their keys in `MitigationConfig`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forgetting.config.expand import Method
+from forgetting.config.variants import VARIANTS
 from forgetting.pipeline.resources.workload import ProcessCount, Workload
 from forgetting.study.run_groups import rows_per_pass
 
@@ -69,7 +70,9 @@ def trained_state_bytes(case: Workload, runs: Sequence[Method], team: ProcessCou
         # Of several processes, each gathers a block at a time.
         gathered = copies if team.processes == 1 else 2 * copies / max(1, shape.blocks)
         return (state + frozen) / team.processes + gathered + _kept_bytes(case, tuning, team)
-    rounded = shape.adapted(tuning) if case.half and tuning.variant != "dora" else 0
+    rounded = (
+        shape.adapted(tuning) if case.half and VARIANTS[tuning.variant].rounds_frozen_weights else 0
+    )
     base = 4.0 * shape.parameters - 2.0 * rounded
     if (
         tuning.second_stage
@@ -84,9 +87,10 @@ def _kept_bytes(case: Workload, tuning: Method, team: ProcessCount) -> float:
     if not mitigation:
         return 0.0
     compared = shape.adapted(tuning) if tuning.kind == "lora" else shape.parameters
-    total = 8.0 * compared if mitigation.ewc else 0.0
-    total += 4.0 * compared if mitigation.l2_sp else 0.0
-    total += 4.0 * shape.parameters if mitigation.kl and tuning.kind != "lora" else 0.0
+    sections = mitigation.sections.values()
+    total = compared * sum(section.bytes_per_weight for section in sections)
+    if tuning.kind != "lora" and any(section.needs_base_model for section in sections):
+        total += 4.0 * shape.parameters
     return total / (team.processes if tuning.kind == "full" else 1)
 
 

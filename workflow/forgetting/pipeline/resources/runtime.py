@@ -62,7 +62,8 @@ def step_seconds(case: Workload, runs: Sequence[Method], team: ProcessCount) -> 
     padded = 1.0 if whole else PADDED
     again = training.activation_checkpointing
     flops = sum(shape.training(run, data.tokens, data.targets, again) for run in runs)
-    if mitigation and mitigation.kl:  # the base's predictions of the same tokens
+    if mitigation and any(s.needs_base_model for s in mitigation.sections.values()):
+        # the base's predictions of the same tokens
         flops += shape.forward(data.tokens, data.targets)
     flops *= rows * data.tokens * padded / team.processes
     passes = math.ceil(rows / team.processes / training.micro_batch_size)
