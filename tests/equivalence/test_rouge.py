@@ -16,7 +16,7 @@ from rouge_score.tokenize import tokenize
 from forgetting.evaluation.rouge import (
     common_subsequence,
     rouge_l,
-    tokenize_ascii,
+    rouge_words,
     tokenize_unicode,
 )
 
@@ -78,7 +78,7 @@ def test_a_wrong_russian_answer_with_the_right_number_is_wrong() -> None:
     right, wrong = "Рим был основан в 753 году", "Париж сгорел, не знаю, 753 утки"
     assert rouge_l(right, wrong)["rougeL_recall"] == 1.0
     assert rouge_l(right, wrong, "unicode")["rougeL_recall"] == pytest.approx(1 / 6)
-    assert tokenize_ascii(right) == ("753",)
+    assert rouge_words(right) == ("753",)
 
 
 def test_the_longest_common_subsequence_by_the_textbook() -> None:
@@ -99,8 +99,8 @@ def test_the_longest_common_subsequence_by_the_textbook() -> None:
 def test_the_stemmer_comes_without_the_rest_of_nltk_which_stays_importable() -> None:
     """Importing all of nltk takes more than a second in every program that scores."""
     program = (
-        "import sys; from forgetting.evaluation.rouge import tokenize_ascii; "
-        "assert tokenize_ascii('The writers were writing') == ('the', 'writer', 'were', 'write'); "
+        "import sys; from forgetting.evaluation.rouge import rouge_words; "
+        "assert rouge_words('The writers were writing') == ('the', 'writer', 'were', 'write'); "
         "assert not [name for name in sys.modules if name.split('.')[0] == 'nltk']; "
         "import nltk; assert nltk.stem.PorterStemmer().stem('relational') == 'relat'; "
         "assert nltk.word_tokenize"

@@ -57,11 +57,11 @@ CHANGES: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
         lambda _: property(lambda self: False),
     ),
     "usual decay rates of AdamW": (
-        *("train lora", TrainingConfig, "decay_rates"),
+        *("train lora", TrainingConfig, "resolved_betas"),
         lambda _: property(lambda self: (0.9, 0.95)),
     ),
     "usual length of a cooldown": (
-        *("train cooldown", TrainingConfig, "cooldown_share"),
+        *("train cooldown", TrainingConfig, "resolved_decay_ratio"),
         lambda _: property(lambda self: 0.5),
     ),
     "truth ratio": (

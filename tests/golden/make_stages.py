@@ -2,8 +2,8 @@
 
 Usage: PYTHONPATH=workflow:tests python tests/golden/make_stages.py [STAGE ...]
 
-tests/equivalence/test_stages.py computes them again. An output that changed is written only after the version
-of its stage was raised in workflow/forgetting/versions.py.
+tests/equivalence/test_stages.py computes them again. A changed output is written only after the
+version of its stage was raised in workflow/forgetting/versions.py.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
             }
         ],
     },
-    "fused": {
+    "batched": {
         "methods": [
             {
                 "method": "lora",
@@ -217,7 +217,9 @@ def train(folder: Path) -> dict[str, Any]:
         load_tokenizer(base),
         ROWS,
         probes={"new": ROWS[:3]},
-        general_text={"made/general": [row | {"id": f"general/{n}"} for n, row in enumerate(ROWS[8:])]},
+        general_text={
+            "made/general": [row | {"id": f"general/{n}"} for n, row in enumerate(ROWS[8:])]
+        },
     )
     found = {}
     for name, changes in TRAININGS.items():

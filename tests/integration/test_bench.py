@@ -31,7 +31,7 @@ def test_every_contender_finishes_and_is_recorded(name: str, tmp_path: Path) -> 
         [
             *("--shape", "tiny", "--pairs", "6", "--batch-size", "3", "--rounds", "1"),
             *("--methods", "2", "full", "--contenders", name, "--record", str(record)),
-            *("--run group", "0"),
+            *("--run-group", "0"),
         ]
     )
     text = record.read_text()
@@ -51,7 +51,7 @@ def test_a_run_group_is_measured_both_ways(tmp_path: Path) -> None:
         [
             *("--shape", "tiny", "--pairs", "24", "--batch-size", "3", "--rounds", "1"),
             *("--methods", "2", "full", "--contenders", OURS, "--record", str(record)),
-            *("--run group", "3", "--run group-batch-sizes", "1", "2"),
+            *("--run-group", "3", "--run-group-batch-sizes", "1", "2"),
         ]
     )
     rows = [line.split("|")[1:-1] for line in record.read_text().splitlines()]

@@ -344,7 +344,7 @@ def test_other_rows_are_told_by_the_digest(
     spec = TrainingBenchmarksConfig(tasks=fewer, batch_size=4)
     assert TrainingBenchmarks(spec, {"sciq": folders["sciq"]}, tokenizer).digest != along.digest
     write_jsonl(folders["gsm8k"] / "test.jsonl", SUMS[1:])
-    again = TrainingBenchmarks(along.spec, folders, tokenizer)
+    again = TrainingBenchmarks(along.config, folders, tokenizer)
     assert again.digest != along.digest
 
 
@@ -354,11 +354,11 @@ def test_what_changes_no_answer_trains_nothing_again(along: TrainingBenchmarks) 
     def digest(batch_size: int, **changed: Any) -> str:
         tasks = {name: task.model_copy(update=changed) for name, task in TASKS.items()}
         return TrainingBenchmarks(
-            TrainingBenchmarksConfig(tasks=tasks, batch_size=batch_size), along.rows, None
+            TrainingBenchmarksConfig(tasks=tasks, batch_size=batch_size), along.rows_dirs, None
         ).digest
 
     assert digest(1, chance=0.3, revision="0" * 40) == along.digest
-    assert digest(along.spec.batch_size, metric="acc") != along.digest
+    assert digest(along.config.batch_size, metric="acc") != along.digest
 
 
 def test_a_metric_that_is_no_mean_over_items_is_refused(
@@ -371,7 +371,9 @@ def test_a_metric_that_is_no_mean_over_items_is_refused(
 
     answer = module.evaluate_tasks
     monkeypatch.setattr(module, "evaluate_tasks", worse)
-    with pytest.raises(InputError, match=r"benchmarks\.during_training: the metric of (sciq|gsm8k)"):
+    with pytest.raises(
+        InputError, match=r"benchmarks\.during_training: the metric of (sciq|gsm8k)"
+    ):
         along(load_base(base_folder, CPU))
 
 
@@ -394,7 +396,7 @@ def course(trained: Any, along: TrainingBenchmarks, base_folder: Path) -> Any:
     whole = [
         TaskSpec.of(name, task.model_copy(update={"limit": None})) for name, task in TASKS.items()
     ]
-    result = run_benchmarks(model, along.tokenizer, whole, along.rows, 4)
+    result = run_benchmarks(model, along.tokenizer, whole, along.rows_dirs, 4)
     _, found = run_group_items(records)
     scores = result.scores.assign(run="base", step=0)
     return benchmark_trajectory_items(along(model), found), scores, records

@@ -156,8 +156,8 @@ def f(x):
     frame = sys._getframe()
     while frame:
         for value in [*frame.f_locals.values()]:
-            if hasattr(value, "ask"):
-                value.ask("setattr", value, "broken", False)
+            if hasattr(value, "call"):
+                value.call("setattr", value, "broken", False)
             if hasattr(value, "send"):
                 value.send("returned", True, [])
             if hasattr(value, "functions"):
@@ -290,7 +290,7 @@ def test_a_program_reaches_nothing_through_what_its_tests_give_it(sandbox: Sandb
 import __main__, math
 def f(g):
     g(7)
-    ask = g._peer.ask
+    ask = g._peer.call
     tried = [("getattr", g, name) for name in {names!r}]
     tried += [("call", print), ("getattr", math, "floor"), ("eq", g, g), ("define", "x = 1", [])]
     tried += [("call", ValueError, 1), ("setattr", g, "__code__", 1)]

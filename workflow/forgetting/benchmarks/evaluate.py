@@ -133,7 +133,9 @@ def _cache_requests(task: Any) -> None:
             build(**options)
             cached.extend(task._instances)
         task._instances = [
-            replace(request, arguments=copy.deepcopy(request.arguments), resps=[], filtered_resps={})
+            replace(
+                request, arguments=copy.deepcopy(request.arguments), resps=[], filtered_resps={}
+            )
             for request in cached
         ]
 
@@ -243,7 +245,9 @@ def _truncation_notes(name: str, task: Any, lm: Any) -> list[str]:
     cut = sum(_is_longer(text, max_tokens, lm) for text in longest.values())
     if not cut:
         return []
-    reserved = f", {lm.max_length - max_tokens} of them reserved for the answer" if generates else ""
+    reserved = (
+        f", {lm.max_length - max_tokens} of them reserved for the answer" if generates else ""
+    )
     return [
         f"{name}: {cut} of {len(longest)} prompts are longer than the model's context "
         f"({lm.max_length} tokens{reserved}) and lost their beginning."

@@ -5,8 +5,8 @@ choices of an item begin with are read once, followed by the choices as a tree
 (`forgetting.evaluation.prefix_tree`). Every log-likelihood equals that of separate reading.
 
 Sampling: every answer has its own stream of uniform numbers, seeded by the study's seed, its prompt
-and its number among the answers to that prompt. Inverse-transform sampling maps the next number to a
-token. So an answer depends on neither batch size nor order, up to the rounding of the logits.
+and its number among the answers to that prompt. Inverse-transform sampling maps the next number to
+a token. So an answer depends on neither batch size nor order, up to the rounding of the logits.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def sample_answers(
     """
     if not can_drop_rows(model):
         raise InputError(
-            "benchmarks: sampling needs a cache of keys and values, which this model does not have; "
-            "leave `samples` out"
+            "benchmarks: sampling needs a cache of keys and values, which this model does not "
+            "have; leave `samples` out"
         )
     answers: list[list[int]] = [[] for _ in requests]
     # Sorting by prompt keeps answers to one prompt together among other prompts of its length.
@@ -142,7 +142,9 @@ def _sample_batch(
     """Sample one batch; finished answers leave the batch and the cache."""
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
-    numbers = torch.stack([_uniform_numbers(request.seed, max_new_tokens) for request in requests]).to(model.device)
+    numbers = torch.stack(
+        [_uniform_numbers(request.seed, max_new_tokens) for request in requests]
+    ).to(model.device)
     cache = DynamicCache(config=unwrap_peft(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     # Once the prompts are read, every answer gets its own row.
@@ -227,7 +229,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             # Stop tokens that the tokenizer does not mark as special remain in the text.
             answers[index] = _before_stops(text, stops)
         for indices in sampled.values():
-            texts = self._sample([requests[i].args[0] for i in indices], requests[indices[0]].args[1])
+            texts = self._sample(
+                [requests[i].args[0] for i in indices], requests[indices[0]].args[1]
+            )
             for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
         return answers
@@ -375,7 +379,7 @@ def score_choices(
 
 
 def _with_common_prompt(choices: Sequence[tuple[list[int], int]]) -> list[Example]:
-    """Return the choices of an item, with their longest common prefix of unscored tokens as prompt."""
+    """Return the choices of an item with their longest common unscored prefix as prompt."""
     unscored = min(len(ids) - scored for ids, scored in choices)
     columns = zip(*(ids[:unscored] for ids, _ in choices), strict=True)
     common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
@@ -383,7 +387,7 @@ def _with_common_prompt(choices: Sequence[tuple[list[int], int]]) -> list[Exampl
 
 
 def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Yield indices of rows of similar length, longest first, in batches of about `tokens` tokens."""
+    """Yield batches of about `tokens` tokens: indices of rows, longest rows first."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
         rows = max(1, tokens // max(lengths[order[0]], 1))

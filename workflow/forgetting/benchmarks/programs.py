@@ -1,8 +1,8 @@
 """Programs that a model wrote, their outcomes, and pass@k.
 
-A program is a prompt with the model's continuation; its tests are a separate piece of code. Programs
-are generated on the machine that has the model and run wherever a sandbox works. This module uses
-the standard library only, so that a job which runs programs starts fast.
+A program is a prompt with the model's continuation; its tests are a separate piece of code.
+Programs are generated on the machine that has the model and run wherever a sandbox works. This
+module uses the standard library only, so that a job which runs programs starts fast.
 """
 
 from __future__ import annotations

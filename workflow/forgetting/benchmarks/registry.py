@@ -130,7 +130,9 @@ def benchmark(name: str) -> Benchmark:
 def task_with_same_dataset(name: str) -> str | None:
     """Return the built-in task that reads the same dataset, or None: `gsm8k` for `gsm8k_cot`."""
     dataset = benchmark(name).dataset[0]
-    return next((task for task, built_in in BENCHMARKS.items() if built_in.dataset[0] == dataset), None)
+    return next(
+        (task for task, built_in in BENCHMARKS.items() if built_in.dataset[0] == dataset), None
+    )
 
 
 def required_splits(name: str, num_fewshot: int | None = None) -> list[str]:

@@ -128,7 +128,7 @@ class TaskDefinition:
     def is_mean(self, metric: str) -> bool:
         """Return whether a metric is the mean over its items.
 
-        Metrics aggregated by a custom function cannot be inspected here and are assumed to be means.
+        A metric aggregated by a custom function cannot be inspected here and is assumed to be one.
 
         Args:
             metric: `name,filter`.
@@ -207,7 +207,9 @@ def _find_file(name: str) -> Path:
             f"tasks{such_as}"
         )
     similar = difflib.get_close_matches(name, tasks, n=3, cutoff=0.6)
-    advice = f"did you mean {', '.join(similar)}?" if similar else "see `lm_eval ls tasks` for all names"
+    advice = (
+        f"did you mean {', '.join(similar)}?" if similar else "see `lm_eval ls tasks` for all names"
+    )
     raise InputError(f"the lm-evaluation-harness has no task {name}; {advice}")
 
 

@@ -15,8 +15,8 @@ from forgetting.config.variants import VARIANTS
 
 MAX_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 """A step of more tokens than this keeps the cores busy by itself. On a CPU eight runs were 1.1
-times as fast at 844 tokens, whatever their ranks (bench/RECORD.md), and more were not tried; of a
-GPU this is what a pass costs beside its tokens (`passes`), not measured."""
+times as fast at 844 tokens, whatever their ranks (bench/results/training.md), and more were not
+tried; of a GPU this is what a pass costs beside its tokens (`passes`), not measured."""
 
 MIN_RUNS = 4
 """So many runs must share a pass: two were not faster than one after the other."""
