@@ -217,7 +217,7 @@ def test_prompts_are_those_of_the_hub_definition(
     assert _prompts(ours) == _prompts(theirs)
 
 
-def test_hub_definition_is_used_where_no_rows_are_given(rows_dir: Path, hub: None) -> None:
+def test_hub_dataset_is_used_without_rows(rows_dir: Path, hub: None) -> None:
     """Without a folder the task takes its rows from the hub, and they are the same."""
     from_hub = load_task("winogrande")
     from_files = load_task("winogrande", rows_dir / "winogrande")
@@ -299,7 +299,7 @@ def test_programs_equal_predict_only(model: Any, tokenizer: Any, rows_dir: Path,
     assert ours.scores.empty and ours.items.empty and len(ours.responses) == 3
 
 
-def test_one_call_equals_task_by_task_at_any_batch_size(
+def test_tasks_score_alike_together_and_separately(
     model: Any, tokenizer: Any, rows_dir: Path
 ) -> None:
     """Neither the company of other tasks nor the batch size moves a score."""
@@ -328,7 +328,7 @@ def test_zero_adapter_scores_like_the_base(model: Any, tokenizer: Any, rows_dir:
     assert tuned.programs == base.programs
 
 
-def test_leaves_no_trace(tokenizer: Any, rows_dir: Path) -> None:
+def test_evaluation_leaves_no_trace(tokenizer: Any, rows_dir: Path) -> None:
     """Training mode, random state and tokenizer are afterwards as they were."""
     model = _tiny_model().train()
     state, pad = torch.get_rng_state(), tokenizer.pad_token
@@ -343,12 +343,12 @@ def test_truncated_prompts_are_noted(tokenizer: Any, rows_dir: Path) -> None:
     specs = [TaskSpec("gsm8k", limit=3, max_gen_toks=8), TaskSpec("arc_challenge", limit=2)]
     result = run_benchmarks(_tiny_model(context=128), tokenizer, specs, rows_dir)
     assert result.notes == [
-        "gsm8k: 3 of 3 prompts are longer than the model's context (128 tokens, of which 8 are "
-        "kept for the answer) and lost their beginning."
+        "gsm8k: 3 of 3 prompts are longer than the model's context (128 tokens, 8 of them "
+        "reserved for the answer) and lost their beginning."
     ]
 
 
-def test_truncation_is_counted_at_the_very_boundary(tokenizer: Any, rows_dir: Path) -> None:
+def test_truncation_is_counted_at_the_boundary(tokenizer: Any, rows_dir: Path) -> None:
     """The note agrees with the harness about the first prompt that does not fit."""
     spec = TaskSpec("gsm8k", num_fewshot=0, limit=1, max_gen_toks=8)
     row = ROWS["gsm8k"]["test"][0]
@@ -364,15 +364,13 @@ def test_answers_longer_than_the_context_are_refused(tokenizer: Any, rows_dir: P
         run_benchmarks(_tiny_model(context=512), tokenizer, [TaskSpec("humaneval")], rows_dir)
 
 
-def test_a_task_without_a_folder_is_not_sought_on_the_hub(
-    model: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_task_with_missing_folder_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'gsm8k': there is no folder .*gsm8k with its rows"):
         run_benchmarks(model, tokenizer, [TaskSpec("gsm8k")], tmp_path)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_what_is_checked_beforehand_is_what_the_task_takes(name: str, rows_dir: Path) -> None:
+def test_registry_equals_what_the_task_reads(name: str, rows_dir: Path) -> None:
     """Examples in the prompt and the longest answer are those of the definition."""
     from lm_eval.models.huggingface import HFLM
 
@@ -385,7 +383,7 @@ def test_what_is_checked_beforehand_is_what_the_task_takes(name: str, rows_dir: 
         assert evaluate._max_gen_toks(task, lm) == known.max_gen_toks
 
 
-def test_missing_download_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_download_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hub: one sentence with data set and remedy, within seconds."""
     import datasets
     from huggingface_hub import constants
@@ -414,7 +412,7 @@ def test_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None
     assert datasets.config.HF_HUB_OFFLINE is True
 
 
-def test_bad_input_is_told_by_file_and_remedy(tmp_path: Path, rows_dir: Path) -> None:
+def test_bad_input_is_reported_with_file_and_remedy(tmp_path: Path, rows_dir: Path) -> None:
     """Unknown tasks, missing or broken rows, too few examples, settings that cannot be."""
     (tmp_path / "test.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
     with pytest.raises(InputError, match=r"test.jsonl, line 2: the column 'answer' is missing"):
@@ -436,7 +434,7 @@ def test_bad_input_is_told_by_file_and_remedy(tmp_path: Path, rows_dir: Path) ->
         load_task("no_such_task")
 
 
-def test_stand_in_for_code_eval_is_forgotten(rows_dir: Path) -> None:
+def test_code_eval_stub_is_removed(rows_dir: Path) -> None:
     """Loading HumanEval leaves no module behind that cannot judge programs."""
     before = sys.modules.get("evaluate")
     load_task("humaneval", rows_dir / "humaneval")
@@ -553,7 +551,7 @@ def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
         pass_at_k(n, c, k)
 
 
-def test_several_answers_to_an_item_are_averaged_within_it() -> None:
+def test_answers_to_an_item_are_averaged() -> None:
     """pass@1 of an item is its share of right answers; the error is over items."""
     programs = [Program("t", f"t/{i}", i, s, "p", "c") for i in range(3) for s in range(2)]
     passed = [True, True, True, False, False, False]

@@ -33,7 +33,7 @@ def _theirs(reference: str, generated: str) -> dict[str, float]:
     }
 
 
-def test_equals_rouge_score_on_any_text() -> None:
+def test_rouge_l_equals_rouge_score() -> None:
     """Repeated words, foreign letters, nothing at all: the same floats."""
     draw = random.Random(0)
     for _ in range(1500):
@@ -58,13 +58,13 @@ def test_equals_rouge_score_on_any_text() -> None:
         ("!?… _-_", []),
     ],
 )
-def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
+def test_unicode_words_of_other_scripts(text: str, expected: list[str]) -> None:
     assert tokenize_unicode(text) == expected
     joined = "".join(expected)
     assert rouge_l(text, text, "unicode")["rougeL_f1"] == float(bool(joined))
 
 
-def test_words_of_plain_english_are_those_of_rouge_score_before_stemming() -> None:
+def test_unicode_words_of_english_equal_rouge_score() -> None:
     draw = random.Random(2)
     alphabet = [*"abcDE 019,.'-_\n", "Writing ", "writers "]
     for _ in range(300):
@@ -73,7 +73,7 @@ def test_words_of_plain_english_are_those_of_rouge_score_before_stemming() -> No
         assert rouge_l(text, text) == rouge_l(text, text, "rouge_score")
 
 
-def test_a_wrong_russian_answer_with_the_right_number_is_wrong() -> None:
+def test_wrong_russian_answer_with_right_number_scores_low() -> None:
     """As published, ROUGE sees the number alone."""
     right, wrong = "Рим был основан в 753 году", "Париж сгорел, не знаю, 753 утки"
     assert rouge_l(right, wrong)["rougeL_recall"] == 1.0
@@ -81,7 +81,7 @@ def test_a_wrong_russian_answer_with_the_right_number_is_wrong() -> None:
     assert rouge_words(right) == ("753",)
 
 
-def test_the_longest_common_subsequence_by_the_textbook() -> None:
+def test_common_subsequence_equals_the_textbook() -> None:
     """Against the quadratic table, also beyond 64 words."""
     draw = random.Random(1)
     for length in (0, 1, 5, 63, 64, 65, 200):
@@ -96,7 +96,7 @@ def test_the_longest_common_subsequence_by_the_textbook() -> None:
         assert common_subsequence(one, other) == table[-1][-1]
 
 
-def test_the_stemmer_comes_without_the_rest_of_nltk_which_stays_importable() -> None:
+def test_stemmer_does_not_import_nltk() -> None:
     """Importing all of nltk takes more than a second in every program that scores."""
     program = (
         "import sys; from forgetting.evaluation.rouge import rouge_words; "
@@ -109,7 +109,7 @@ def test_the_stemmer_comes_without_the_rest_of_nltk_which_stays_importable() -> 
 
 
 @pytest.mark.real_data
-def test_scores_four_thousand_answers_in_two_seconds(real_data: Path) -> None:
+def test_rouge_l_scores_4000_answers_in_two_seconds(real_data: Path) -> None:
     """Of one core; no two texts are the same, so that nothing but words is remembered."""
     rows = [
         json.loads(line)

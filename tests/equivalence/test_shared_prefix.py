@@ -57,7 +57,7 @@ def _both(model: Any, tokenizer: Any, requests: list[Any], size: int) -> list[An
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_log_likelihoods_are_the_harnesss_own(
+def test_loglikelihoods_equal_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path, tuning: Method, size: int
 ) -> None:
     """In float64, with an adapter; WinoGrande's choices differ in the context."""
@@ -73,7 +73,7 @@ def test_log_likelihoods_are_the_harnesss_own(
 
 
 @pytest.mark.parametrize("begins", [None, True, False])
-def test_tokens_are_those_of_the_harness(
+def test_tokens_equal_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, begins: bool | None
 ) -> None:
     """Spaces before the continuation, a text that says its own beginning, and texts seen twice."""
@@ -89,7 +89,7 @@ def test_tokens_are_those_of_the_harness(
         assert ours._encode_pair(*pair) == theirs._encode_pair(*pair)
 
 
-def test_prompts_beyond_the_context_lose_their_beginning_as_in_the_harness(
+def test_truncation_equals_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path
 ) -> None:
     requests = _requests(world_rows, 3)
@@ -100,7 +100,7 @@ def test_prompts_beyond_the_context_lose_their_beginning_as_in_the_harness(
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-9)
 
 
-def test_the_question_is_read_once(
+def test_question_is_read_once(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer tokens go through the model; what cannot share is left to the harness."""
@@ -127,7 +127,7 @@ def test_the_question_is_read_once(
 
 
 @pytest.mark.real_data
-def test_scores_on_real_rows_are_the_harnesss_own(
+def test_scores_on_real_rows_equal_the_harness(
     real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HellaSwag, WinoGrande and ARC with a real model, at any batch size, in float32."""

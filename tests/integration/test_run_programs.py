@@ -40,7 +40,7 @@ def _command(folder: Path) -> list[str]:
 
 
 @needs_sandbox
-def test_a_killed_job_leaves_nothing_and_gives_the_same_outcomes_again(tmp_path: Path) -> None:
+def test_killed_job_gives_the_same_outcomes_again(tmp_path: Path) -> None:
     """SIGKILL at a random moment: outcomes are whole or absent, and repeating gives them."""
     outcomes = tmp_path / "outcomes.json"
     command = _command(tmp_path)
@@ -66,7 +66,7 @@ def test_a_killed_job_leaves_nothing_and_gives_the_same_outcomes_again(tmp_path:
     assert left == files | {f".{name}.sha256" for name in files}
 
 
-def test_an_item_without_tests_is_refused(tmp_path: Path) -> None:
+def test_item_without_tests_is_refused(tmp_path: Path) -> None:
     """Any program would pass it."""
     command = _command(tmp_path)
     described = read_json(tmp_path / "programs.json")

@@ -121,8 +121,8 @@ def test_every_kind_of_task_scores_as_in_the_harness(
     assert ours.examples == {**dict.fromkeys(ROWS, 0), "gsm8k_cot": 8}
 
 
-def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:
-    """With or without its filter; what the task has not is told with what it has."""
+def test_main_metric_is_chosen_by_the_study() -> None:
+    """A metric has a filter or none; the message on an unknown metric lists the known ones."""
     assert main_metric("sciq", None) == "acc,none"
     assert main_metric("sciq", "acc_norm") == "acc_norm,none"
     assert main_metric("gsm8k_cot", "exact_match,flexible-extract").endswith("flexible-extract")
@@ -132,7 +132,7 @@ def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:
         assert main_metric(name, known.main_metric) == known.main_metric
 
 
-def test_what_is_no_mean_is_known_as_the_harness_has_it() -> None:
+def test_aggregations_equal_those_of_the_harness() -> None:
     """Of every metric that is registered with it, and of what a definition says otherwise."""
     from lm_eval.api.metrics import mean, nanmean
     from lm_eval.api.registry import aggregation_registry, get_metric_aggregation, metric_registry
@@ -148,7 +148,7 @@ def test_what_is_no_mean_is_known_as_the_harness_has_it() -> None:
 
 
 @pytest.mark.parametrize("name", list(BENCHMARKS))
-def test_what_is_known_by_heart_is_what_the_definition_says(name: str) -> None:
+def test_built_in_benchmarks_equal_their_definitions(name: str) -> None:
     known, read = BENCHMARKS[name], read_task_definition(name)
     assert str(read.path).endswith(known.definition)
     assert read.dataset == known.dataset
@@ -160,7 +160,7 @@ def test_what_is_known_by_heart_is_what_the_definition_says(name: str) -> None:
     assert read.generates_code == known.generates_code and known.main_metric in read.metrics
 
 
-def test_unknown_names_are_told_with_near_ones_and_without_the_harness() -> None:
+def test_unknown_task_is_reported_with_similar_names() -> None:
     """In a fresh process, since others may have imported the harness: what planning does."""
     program = (
         "import sys\n"
@@ -171,16 +171,16 @@ def test_unknown_names_are_told_with_near_ones_and_without_the_harness() -> None
         "    except InputError as error:\n        print(error)\n"
         "assert not {'lm_eval', 'torch', 'datasets'} & set(sys.modules)\n"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    lines = told.stdout.splitlines()
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
     assert "no task helaswag; did you mean hellaswag" in lines[0]
     assert "a group of them; name its tasks, such as mmlu_" in lines[1]
     assert "defined by a Python class" in lines[2]
     assert lines[3:] == ["arc_easy test", "mmlu_abstract_algebra test"]
 
 
-def test_tasks_on_the_same_data_share_rows_and_read_their_own_splits() -> None:
+def test_tasks_on_the_same_dataset_share_rows() -> None:
     """The micro-world's rows serve every task on the data of the five; examples that stand in the
     definition need no split."""
     assert (task_with_same_dataset("gsm8k_cot"), task_with_same_dataset("arc_easy")) == (
@@ -193,7 +193,7 @@ def test_tasks_on_the_same_data_share_rows_and_read_their_own_splits() -> None:
     assert required_splits("sciq") == ["test"] and required_splits("sciq", 2) == ["test", "train"]
 
 
-def test_a_definition_that_needs_another_package_says_so(folder: Path) -> None:
+def test_definition_with_missing_package_is_refused(folder: Path) -> None:
     """Not a traceback: the name of the package."""
     name = next(
         name for name in ("ifeval", "minerva_math_algebra", "leaderboard_ifeval") if _needs(name)
