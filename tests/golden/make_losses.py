@@ -3,13 +3,13 @@
     pip install --requirement envs/bench.txt --constraint envs/requirements.txt
     python tests/golden/make_losses.py
 
-This writes losses.json to the same folder; tests/equivalence/test_golden_losses.py compares with it.
-Seeds determine model, batches and adapters. Loss, gradients, accumulation, clipping, decay, schedule
-and optimizer are those of trl's SFTTrainer or transformers' Trainer; adapters are peft's. The
-settings make their definitions equal to ours:
+This writes losses.json to the same folder; tests/equivalence/test_golden_losses.py reads it. Seeds
+determine model, batches and adapters. Loss, gradients, accumulation, clipping, decay, schedule and
+optimizer are those of trl's SFTTrainer or transformers' Trainer; adapters are peft's. The settings
+make their definitions equal to ours:
 
-- loss: the mean over the target tokens of the whole step, not the mean of the means of micro-batches
-  (`loss_type: nll`, and the number of items in the batch that the Trainer passes);
+- loss: the mean over the target tokens of the whole step, not the mean of the means of
+  micro-batches (`loss_type: nll`, and the number of items in the batch that the Trainer passes);
 - weight decay: the Trainer excludes biases and norms, as we do; `full-decay-vectors` passes AdamW
   over all weights, which is our `training.decay_norms_and_biases`;
 - rows in the order of the file, no truncation, no dropout.
