@@ -30,6 +30,7 @@ from forgetting.benchmarks.programs import (
 from forgetting.benchmarks.registry import BENCHMARKS
 from forgetting.benchmarks.sandbox import Outcome, search_sandbox
 from forgetting.benchmarks.scores import BenchmarkResult, program_items, score_programs
+from forgetting.benchmarks.task_definitions import read_task_definition
 from forgetting.benchmarks.tasks import TaskSpec, load_task, without_code_eval
 from forgetting.errors import InputError
 from support.models import byte_tokenizer, random_llama, write_rows
@@ -157,7 +158,7 @@ def _serve(monkeypatch: pytest.MonkeyPatch, rows: dict[str, dict[str, Rows]]) ->
     """Have a hub that serves these rows under the names of the real data sets."""
     import datasets
 
-    names = {known.dataset: task for task, known in BENCHMARKS.items()}
+    names = {read_task_definition(task).dataset: task for task in BENCHMARKS}
 
     def load(path: str, name: str | None = None, **_: Any) -> Any:
         splits = rows[names[path, name]]

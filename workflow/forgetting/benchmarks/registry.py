@@ -1,6 +1,7 @@
 """Facts about tasks that a study needs before any job runs.
 
-The five built-in tasks are listed here. Other tasks are read from their definition files.
+The five built-in tasks are listed here, with their datasets in config/hub_datasets.yaml. Other
+tasks are read from their definition files.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from forgetting.benchmarks.task_definitions import read_task_definition, tasks_folder
+from forgetting.data.hub_datasets import HUB_DATASETS
 from forgetting.errors import InputError
 
 SCORE_FILES = (
@@ -50,10 +52,14 @@ class Benchmark:
     generates_code: bool = False
 
 
+def _dataset(task: str) -> tuple[str, str | None]:
+    return HUB_DATASETS[task].dataset, HUB_DATASETS[task].config
+
+
 BENCHMARKS = {
     "gsm8k": Benchmark(
         definition="gsm8k/gsm8k.yaml",
-        dataset=("openai/gsm8k", "main"),
+        dataset=_dataset("gsm8k"),
         split="test",
         example_split="train",
         main_metric="exact_match,strict-match",
@@ -64,7 +70,7 @@ BENCHMARKS = {
     ),
     "humaneval": Benchmark(
         definition="humaneval/humaneval.yaml",
-        dataset=("openai/openai_humaneval", None),
+        dataset=_dataset("humaneval"),
         split="test",
         example_split=None,
         main_metric="pass@1,create_test",
@@ -75,7 +81,7 @@ BENCHMARKS = {
     ),
     "hellaswag": Benchmark(
         definition="hellaswag/hellaswag.yaml",
-        dataset=("Rowan/hellaswag", None),
+        dataset=_dataset("hellaswag"),
         split="validation",
         example_split="train",
         main_metric="acc_norm,none",
@@ -84,7 +90,7 @@ BENCHMARKS = {
     ),
     "winogrande": Benchmark(
         definition="winogrande/default.yaml",
-        dataset=("allenai/winogrande", "winogrande_xl"),
+        dataset=_dataset("winogrande"),
         split="validation",
         example_split="train",
         main_metric="acc,none",
@@ -93,7 +99,7 @@ BENCHMARKS = {
     ),
     "arc_challenge": Benchmark(
         definition="arc/arc_challenge.yaml",
-        dataset=("allenai/ai2_arc", "ARC-Challenge"),
+        dataset=_dataset("arc_challenge"),
         split="test",
         example_split="train",
         main_metric="acc_norm,none",
