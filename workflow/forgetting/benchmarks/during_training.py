@@ -4,9 +4,9 @@ Biderman et al. (2024, arXiv 2405.09673, figure 2) and Kalajdzievski (2024, arXi
 4) plot benchmark scores and changed answers over training. Items and prompts are those of the
 benchmark job. Batches differ from that job's, and with them the last digits of log-likelihoods.
 
-Base and tuned models are evaluated on the same items in the same order, batches and precision,
-because in bfloat16 the batch changes the last digits of a log-likelihood. An unchanged model
-therefore has zero churn.
+Base and tuned models are evaluated on the same items in the same order, batches and precision. In
+bfloat16 the batch changes the last digits of a log-likelihood. An unchanged model therefore has
+zero churn.
 """
 
 from __future__ import annotations

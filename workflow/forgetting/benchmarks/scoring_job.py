@@ -67,7 +67,7 @@ def models_to_score(
 
 
 def _check_checkpoint(checkpoint: Path, present: dict[str, str], row: dict[str, Any]) -> None:
-    """Refuse a selected checkpoint whose files are not those that were selected."""
+    """Raise `InputError` if the files of a checkpoint differ from those that were selected."""
     selected: dict[str, str] = row["files"]
     differing = sorted(
         name for name in {*present, *selected} if present.get(name) != selected.get(name)

@@ -33,7 +33,7 @@ def evaluate_probes(
     tokenizer: PreTrainedTokenizerBase,
     probes: Mapping[str, list[Row]],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> pd.DataFrame:
     """Score every question of every probe.
 
@@ -48,12 +48,12 @@ def evaluate_probes(
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, settings)
-        logprobs = _answer_logprobs(model, tokenizer, rows, prompt, settings)
+        answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, config)
+        logprobs = _answer_logprobs(model, tokenizer, rows, prompt, config)
     model.train(was_training)
     return pd.DataFrame(
         [
-            {"probe": name, **_score_item(row, answer, scored, prompt, tokenizer, settings)}
+            {"probe": name, **_score_item(row, answer, scored, prompt, tokenizer, config)}
             for name, row, answer, scored in zip(names, rows, answers, logprobs, strict=True)
         ]
     )
@@ -64,7 +64,7 @@ def check_context_length(
     tokenizer: PreTrainedTokenizerBase,
     probes: Mapping[str, list[Row]],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
     source_line: Locate = str,
 ) -> None:
     """Check that every question fits into the model's context with each answer.
@@ -73,7 +73,7 @@ def check_context_length(
         model, tokenizer: the base.
         probes: rows by probe.
         prompt: the prompt template.
-        settings: `max_new_tokens` is checked, too.
+        config: `max_new_tokens` is checked, too.
         source_line: returns file and line of a row, for the message.
 
     Raises:
@@ -93,9 +93,9 @@ def check_context_length(
                 f"{source_line(row['id'])}: question and answer have {longest} tokens, the model "
                 f"reads {context}; shorten or remove the row"
             )
-        if head + settings.max_new_tokens > context:
+        if head + config.max_new_tokens > context:
             raise InputError(
-                f"evaluation.max_new_tokens: {settings.max_new_tokens} after the {head} tokens of "
+                f"evaluation.max_new_tokens: {config.max_new_tokens} after the {head} tokens of "
                 f"the question in {source_line(row['id'])} are more than the {context} that the "
                 f"model reads; take at most {context - head}"
             )
@@ -106,7 +106,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> list[list[int]]:
     """Generate an answer to each question greedily.
 
@@ -121,8 +121,8 @@ def generate(
     answers = generate_greedy(
         model,
         prompts,
-        settings.max_new_tokens,
-        settings.batch_size,
+        config.max_new_tokens,
+        config.batch_size,
         stops,
         tokenizer.pad_token_id,
     )
@@ -144,7 +144,7 @@ def _answer_logprobs(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> list[list[float]]:
     """Return the mean log-probabilities of each row's answer, paraphrase and wrong answers."""
     texts = [
@@ -155,7 +155,7 @@ def _answer_logprobs(
         [encode_pair(tokenizer, prompt, row["question"], text) for text in answers]
         for row, answers in zip(rows, texts, strict=True)
     ]
-    pad, size = tokenizer.pad_token_id, settings.batch_size
+    pad, size = tokenizer.pad_token_id, config.batch_size
     if supports_custom_mask(model):
         return answer_logprobs(model, questions, pad, size)
     examples = [example for question in questions for example in question]
@@ -182,7 +182,7 @@ def _score_item(
     logprobs: list[float],
     prompt: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> dict[str, object]:
     decoded = tokenizer.decode(generated, skip_special_tokens=True)
     text = strip_answer(resolve_template(tokenizer, prompt), decoded)
@@ -194,7 +194,7 @@ def _score_item(
         "question": row["question"],
         "reference": row["answer"],
         "generated": text,
-        **rouge_l(row["answer"], text, settings.rouge_tokenizer),
+        **rouge_l(row["answer"], text, config.rouge_tokenizer),
         "generated_tokens": float(len(generated)),
         **answer_scores(answer, right, wrong),
         "logprob_answer": answer,

@@ -53,7 +53,7 @@ def generate_responses(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompt: PromptConfig,
-    settings: RefusalsConfig,
+    config: RefusalsConfig,
     batch_size: int,
     source_line: Locate = str,
 ) -> pd.DataFrame:
@@ -65,8 +65,8 @@ def generate_responses(
     Raises:
         InputError: a prompt and its response are longer than the model's context.
     """
-    _check_prompt_lengths(model, tokenizer, rows, prompt, settings, source_line)
-    evaluation = EvaluationConfig(max_new_tokens=settings.max_new_tokens, batch_size=batch_size)
+    _check_prompt_lengths(model, tokenizer, rows, prompt, config, source_line)
+    evaluation = EvaluationConfig(max_new_tokens=config.max_new_tokens, batch_size=batch_size)
     was_training = model.training
     model.eval()
     answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, evaluation)
@@ -115,7 +115,7 @@ def _check_prompt_lengths(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompt: PromptConfig,
-    settings: RefusalsConfig,
+    config: RefusalsConfig,
     source_line: Locate,
 ) -> None:
     context = context_length(model)
@@ -123,9 +123,9 @@ def _check_prompt_lengths(
         return
     for row in rows:
         tokens = len(encode_prompt(tokenizer, prompt, row["question"]))
-        if tokens + settings.max_new_tokens > context:
+        if tokens + config.max_new_tokens > context:
             raise InputError(
-                f"benchmarks.refusals.max_new_tokens: {settings.max_new_tokens} after the {tokens} "
+                f"benchmarks.refusals.max_new_tokens: {config.max_new_tokens} after the {tokens} "
                 f"tokens of the question in {source_line(row['id'])} are more than the {context} "
                 f"that the model reads; take at most {context - tokens}"
             )

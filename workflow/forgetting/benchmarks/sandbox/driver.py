@@ -1,8 +1,8 @@
 """Driver of the two processes in the sandbox: one holds the program, the other its tests.
 
 The sandbox cannot import this package. The interpreter gets the text of this file on its command
-line (`python3 -I -S -c TEXT ROLE`), so the file must be self-contained and use the standard library
-only.
+line (`python3 -I -S -c TEXT ROLE`). The file must therefore be self-contained and use the standard
+library only.
 
 ROLE `tests` reads a job from standard input, one JSON object: {"program", "tests", "seconds",
 "limits", "user", "reads", "writes"}. `reads` and `writes` are the descriptors of two pipes to the
@@ -126,8 +126,8 @@ _COMPUTATIONS = {*_ARITHMETIC.split(), "abs", "invert", "neg", "pos"}
 def _computed(name: str, result: Any, *others: Any) -> Any:
     """Return a result of arithmetic, or raise `TypeError` if the program could choose it.
 
-    The program computes the result. If it could return a plain number for an object of its own, it
-    could answer 0 to every difference, and `abs(f(x) - y) < 1e-6` would hold for any f.
+    The program computes the result. A plain number for an object of its own could be 0 for every
+    difference. Then `abs(f(x) - y) < 1e-6` would hold for any f.
     """
     own = bool(others) and all(isinstance(other, Remote) for other in others)
     if name in _COMPUTATIONS and not isinstance(result, Remote) and not own:
