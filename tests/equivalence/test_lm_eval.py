@@ -1,4 +1,4 @@
-"""The benchmarks are the harness's own: same prompts, same answers, same scores."""
+"""Test that prompts, answers and scores equal those of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ ROWS: dict[str, dict[str, Rows]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than models of this size gain by them."""
+    """Use one thread, since models of this size gain nothing from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -134,13 +134,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The made-up rows as files."""
+    """Write the made-up rows as files."""
     return write_rows(tmp_path_factory.mktemp("benchmarks"), ROWS)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Bytes as tokens, so that any text can be written and read."""
+    """Return a tokenizer of bytes, which encodes any text."""
     return byte_tokenizer()
 
 
@@ -150,12 +150,12 @@ def _tiny_model(context: int = 2048) -> Any:
 
 @pytest.fixture(scope="session")
 def model() -> Any:
-    """A random model whose answers differ between questions."""
+    """Return a random model whose answers differ between questions."""
     return _tiny_model()
 
 
 def _serve(monkeypatch: pytest.MonkeyPatch, rows: dict[str, dict[str, Rows]]) -> None:
-    """Have a hub that serves these rows under the names of the real data sets."""
+    """Serve these rows from a stub of the hub, under the names of the real datasets."""
     import datasets
 
     names = {read_task_definition(task).dataset: task for task in BENCHMARKS}
@@ -171,12 +171,12 @@ def _serve(monkeypatch: pytest.MonkeyPatch, rows: dict[str, dict[str, Rows]]) ->
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The made-up rows on the hub."""
+    """Serve the made-up rows from a stub of the hub."""
     _serve(monkeypatch, ROWS)
 
 
 def _untouched(name: str) -> Any:
-    """The harness's task exactly as its definition has it."""
+    """Return the harness's task exactly as defined."""
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -205,7 +205,7 @@ SPECS = [
 def test_prompts_are_those_of_the_hub_definition(
     name: str, shots: int | None, rows_dir: Path, hub: None
 ) -> None:
-    """Local rows yield, letter for letter, the requests that the definition builds itself."""
+    """Local rows give exactly the requests of the definition."""
     if name == "humaneval" and shots:
         pytest.skip("the task is defined without examples")
     theirs = _untouched(name)
@@ -239,7 +239,7 @@ def _harness_results(model: Any, tokenizer: Any, tasks: list[Any], **options: An
 
 
 def _assert_same(ours: BenchmarkResult, theirs: Any, tasks: list[str]) -> None:
-    """Every metric, standard error and item equals the harness's."""
+    """Assert that every metric, standard error and item equals the harness's."""
     for task in tasks:
         table = ours.scores[ours.scores.task == task].set_index("metric")
         result = theirs["results"][task]
@@ -303,7 +303,7 @@ def test_programs_equal_predict_only(model: Any, tokenizer: Any, rows_dir: Path,
 def test_tasks_score_alike_together_and_separately(
     model: Any, tokenizer: Any, rows_dir: Path
 ) -> None:
-    """Neither the company of other tasks nor the batch size moves a score."""
+    """Neither other tasks nor the batch size change a score."""
     together = run_benchmarks(model, tokenizer, SPECS, rows_dir, batch_size=16)
     for spec in SPECS:
         alone = run_benchmarks(model, tokenizer, [spec], rows_dir, batch_size=1)
@@ -318,7 +318,7 @@ def test_tasks_score_alike_together_and_separately(
 
 
 def test_zero_adapter_scores_like_the_base(model: Any, tokenizer: Any, rows_dir: Path) -> None:
-    """A PeftModel is accepted as it is, and an untrained adapter changes nothing."""
+    """A PeftModel is accepted, and an untrained adapter changes nothing."""
     from peft import LoraConfig, get_peft_model
 
     base = run_benchmarks(_tiny_model(), tokenizer, SPECS, rows_dir)
@@ -330,7 +330,7 @@ def test_zero_adapter_scores_like_the_base(model: Any, tokenizer: Any, rows_dir:
 
 
 def test_evaluation_leaves_no_trace(tokenizer: Any, rows_dir: Path) -> None:
-    """Training mode, random state and tokenizer are afterwards as they were."""
+    """Training mode, random state and tokenizer are restored."""
     model = _tiny_model().train()
     state, pad = torch.get_rng_state(), tokenizer.pad_token
     run_benchmarks(model, tokenizer, [SPECS[3]], rows_dir)
@@ -340,7 +340,7 @@ def test_evaluation_leaves_no_trace(tokenizer: Any, rows_dir: Path) -> None:
 
 
 def test_truncated_prompts_are_noted(tokenizer: Any, rows_dir: Path) -> None:
-    """A prompt that loses its beginning is a deviation, and is counted exactly."""
+    """The note counts the truncated prompts exactly."""
     specs = [TaskSpec("gsm8k", limit=3, max_gen_toks=8), TaskSpec("arc_challenge", limit=2)]
     result = run_benchmarks(_tiny_model(context=128), tokenizer, specs, rows_dir)
     assert result.notes == [
@@ -360,7 +360,7 @@ def test_truncation_is_counted_at_the_boundary(tokenizer: Any, rows_dir: Path) -
 
 
 def test_answers_longer_than_the_context_are_refused(tokenizer: Any, rows_dir: Path) -> None:
-    """HumanEval's 1024 tokens do not fit a small model: said before anything is computed."""
+    """HumanEval's 1024 tokens do not fit a small model; the error comes before any computation."""
     with pytest.raises(InputError, match="1024 tokens, but the model's context has 512"):
         run_benchmarks(_tiny_model(context=512), tokenizer, [TaskSpec("humaneval")], rows_dir)
 
@@ -385,7 +385,7 @@ def test_registry_equals_what_the_task_reads(name: str, rows_dir: Path) -> None:
 
 
 def test_missing_download_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the hub: one sentence with data set and remedy, within seconds."""
+    """Without the hub, one sentence names dataset and remedy within seconds."""
     import datasets
     from huggingface_hub import constants
 
@@ -399,7 +399,7 @@ def test_missing_download_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub that does not answer puts this process offline instead of into retries."""
+    """A hub that does not answer puts this process into offline mode, without retries."""
     import datasets
     from huggingface_hub import constants
 
@@ -414,7 +414,7 @@ def test_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_bad_input_is_reported_with_file_and_remedy(tmp_path: Path, rows_dir: Path) -> None:
-    """Unknown tasks, missing or broken rows, too few examples, settings that cannot be."""
+    """This covers unknown tasks, bad rows, too few examples and impossible settings."""
     (tmp_path / "test.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
     with pytest.raises(InputError, match=r"test.jsonl, line 2: the column 'answer' is missing"):
         load_task(TaskSpec("gsm8k", num_fewshot=0), tmp_path)
@@ -436,7 +436,7 @@ def test_bad_input_is_reported_with_file_and_remedy(tmp_path: Path, rows_dir: Pa
 
 
 def test_code_eval_stub_is_removed(rows_dir: Path) -> None:
-    """Loading HumanEval leaves no module behind that cannot judge programs."""
+    """Loading HumanEval leaves no module that imported the stub."""
     before = sys.modules.get("evaluate")
     load_task("humaneval", rows_dir / "humaneval")
     assert sys.modules.get("evaluate") is before
@@ -444,7 +444,7 @@ def test_code_eval_stub_is_removed(rows_dir: Path) -> None:
 
 
 class _Oracle:
-    """Answers with the canonical solutions, but for every item in `wrong`."""
+    """Model that answers with the canonical solutions, except for the items in `wrong`."""
 
     def __init__(self, rows: Rows, wrong: set[int]) -> None:
         self.answers = {
@@ -477,7 +477,7 @@ def _oracle_score(
 def test_oracle_solves_every_made_up_function(
     monkeypatch: pytest.MonkeyPatch, model: Any, rows_dir: Path
 ) -> None:
-    """From prompt to sandbox to score: right solutions pass, a wrong one fails."""
+    """Right solutions pass the sandbox, and a wrong one fails."""
     assert _oracle_score(monkeypatch, model, rows_dir, set()).value == 1.0
     row = _oracle_score(monkeypatch, model, rows_dir, {2})
     assert row.value == 0.75 and row.n == 4 and row.main
@@ -498,7 +498,7 @@ def test_oracle_solves_humaneval(monkeypatch: pytest.MonkeyPatch, model: Any) ->
 def test_real_model_on_real_rows_equals_simple_evaluate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """stories260K on real items: all scores and items are the harness's."""
+    """Scores and items of stories260K on real rows equal the harness's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = REAL_DATA / "stories260K"
@@ -530,7 +530,7 @@ def _real_rows(name: str) -> dict[str, Rows]:
 
 
 def test_pass_at_k_is_the_exact_fraction() -> None:
-    """1 - C(n-c, k) / C(n, k), computed exactly, for every small case."""
+    """Every small case equals 1 - C(n-c, k) / C(n, k), computed exactly."""
     for n in range(1, 12):
         for c in range(n + 1):
             for k in range(1, n + 1):
@@ -539,7 +539,7 @@ def test_pass_at_k_is_the_exact_fraction() -> None:
 
 
 def test_pass_at_k_is_stable_for_large_and_tiny_chances() -> None:
-    """Neither overflow nor cancellation, where binomials have thousands of digits."""
+    """Binomials with thousands of digits cause neither overflow nor cancellation."""
     assert pass_at_k(10**6, 1, 1) == pytest.approx(1e-6, rel=1e-12)
     assert pass_at_k(100_000, 1, 50_000) == pytest.approx(0.5, rel=1e-12)
     assert pass_at_k(200, 0, 100) == 0.0
@@ -547,13 +547,13 @@ def test_pass_at_k_is_stable_for_large_and_tiny_chances() -> None:
 
 @pytest.mark.parametrize(("n", "c", "k"), [(0, 0, 1), (3, 4, 1), (3, 1, 4), (3, 1, 0), (3, -1, 1)])
 def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
-    """More correct answers than answers, or more draws than answers."""
+    """Neither correct answers nor draws may exceed the answers."""
     with pytest.raises(ValueError, match="pass@k needs"):
         pass_at_k(n, c, k)
 
 
 def test_answers_to_an_item_are_averaged() -> None:
-    """pass@1 of an item is its share of right answers; the error is over items."""
+    """pass@1 of an item is its fraction of right answers; the error is over items."""
     programs = [Program("t", f"t/{i}", i, s, "p", "c") for i in range(3) for s in range(2)]
     passed = [True, True, True, False, False, False]
     outcomes = [Outcome("passed" if ok else "failed") for ok in passed]
@@ -569,7 +569,7 @@ def test_answers_to_an_item_are_averaged() -> None:
 
 
 def test_programs_survive_json() -> None:
-    """What the generating job writes, the executing job reads; tests stand there once an item."""
+    """The executing job reads what the generating job writes, with the tests once per item."""
     programs = [
         Program("humaneval", f"HumanEval/{item}", item, sample, f"def f(): {sample}", "check(f)")
         for item in range(2)

@@ -1,4 +1,4 @@
-"""ROUGE is rouge_score's, to the last bit, whatever a model writes, and fast."""
+"""Test that ROUGE equals rouge_score bit for bit, and that it is fast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _theirs(reference: str, generated: str) -> dict[str, float]:
 
 
 def test_rouge_l_equals_rouge_score() -> None:
-    """Repeated words, foreign letters, nothing at all: the same floats."""
+    """Repeated words, foreign letters and empty texts give the same floats."""
     draw = random.Random(0)
     for _ in range(1500):
         one, other = ("".join(draw.choices(ALPHABET, k=draw.randint(0, 60))) for _ in "ab")
@@ -74,7 +74,7 @@ def test_unicode_words_of_english_equal_rouge_score() -> None:
 
 
 def test_wrong_russian_answer_with_right_number_scores_low() -> None:
-    """As published, ROUGE sees the number alone."""
+    """The published ROUGE compares only the number."""
     right, wrong = "Рим был основан в 753 году", "Париж сгорел, не знаю, 753 утки"
     assert rouge_l(right, wrong)["rougeL_recall"] == 1.0
     assert rouge_l(right, wrong, "unicode")["rougeL_recall"] == pytest.approx(1 / 6)
@@ -82,7 +82,7 @@ def test_wrong_russian_answer_with_right_number_scores_low() -> None:
 
 
 def test_common_subsequence_equals_the_textbook() -> None:
-    """Against the quadratic table, also beyond 64 words."""
+    """The quadratic table gives the same length, also beyond 64 words."""
     draw = random.Random(1)
     for length in (0, 1, 5, 63, 64, 65, 200):
         one = [draw.choice("abcd") for _ in range(length)]
@@ -110,7 +110,7 @@ def test_stemmer_does_not_import_nltk() -> None:
 
 @pytest.mark.real_data
 def test_rouge_l_scores_4000_answers_in_two_seconds(real_data: Path) -> None:
-    """Of one core; no two texts are the same, so that nothing but words is remembered."""
+    """One core scores different texts, so that only words are cached."""
     rows = [
         json.loads(line)
         for name in ("retain", "forget10", "real_authors", "world_facts")

@@ -1,4 +1,4 @@
-"""Reading a question once changes no log-likelihood, no choice and no score of the harness."""
+"""Test that shared prefixes change no log-likelihood, choice or score of the harness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLITS = {"hellaswag": "validation", "winogrande": "validation", "arc_challenge"
 
 @pytest.fixture(scope="module")
 def world_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few rows of the micro-world for each task."""
+    """Write a few rows of the microworld for each task."""
     folder = tmp_path_factory.mktemp("rows")
     for task, splits in build_world(0).benchmarks.items():
         for split, rows in splits.items():
@@ -60,7 +60,7 @@ def _both(model: Any, tokenizer: Any, requests: list[Any], size: int) -> list[An
 def test_loglikelihoods_equal_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path, tuning: Method, size: int
 ) -> None:
-    """In float64, with an adapter; WinoGrande's choices differ in the context."""
+    """The model has float64 and an adapter; WinoGrande's choices differ in the context."""
     model = attach_adapter(base, tuning.model_copy(update={"dropout": 0.0}), 0).double().eval()
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
@@ -76,7 +76,7 @@ def test_loglikelihoods_equal_the_harness(
 def test_tokens_equal_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, begins: bool | None
 ) -> None:
-    """Spaces before the continuation, a text that says its own beginning, and texts seen twice."""
+    """Contexts have trailing spaces, a beginning-of-sequence token, or repeated texts."""
     begin = tokenizer.decode(tokenizer.eos_token_id)
     contexts = ["Who wrote it?", "Who wrote it?  ", f"{begin}Who wrote it?", "  ", "A\n"]
     pairs = [(context, end) for context in contexts for end in (" Jane", "Jane Eyre", " Jane")]
@@ -103,7 +103,7 @@ def test_truncation_equals_the_harness(
 def test_question_is_read_once(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer tokens go through the model; what cannot share is left to the harness."""
+    """The model reads fewer tokens; the harness serves models without custom masks."""
     requests, fed = _requests(world_rows, 8), 0
     forward = base.forward
 
@@ -130,7 +130,7 @@ def test_question_is_read_once(
 def test_scores_on_real_rows_equal_the_harness(
     real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HellaSwag, WinoGrande and ARC with a real model, at any batch size, in float32."""
+    """This covers HellaSwag, WinoGrande and ARC with a real model at several batch sizes."""
     folder = real_data / "stories260K"
     model, tokenizer = load_base(folder, torch.device("cpu")).eval(), load_tokenizer(folder)
     specs = [TaskSpec(name, limit=25) for name in TASKS]

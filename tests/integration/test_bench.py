@@ -1,4 +1,4 @@
-"""The training benchmark runs, at toy size, and counts what it says that it counts."""
+"""Test the training benchmark at toy size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scoring benchmark runs, at toy size, and its contenders do the same work."""
+"""Test the scoring benchmark at toy size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The program of a benchmark's job, from its arguments to the tables that a reader asks."""
+"""Test the benchmark job, from its arguments to the tables of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The program that executes what a model wrote: whole outcomes, whatever interrupts it."""
+"""Test that the program which runs generated programs writes whole outcomes or none."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _command(folder: Path) -> list[str]:
 
 @needs_sandbox
 def test_killed_job_gives_the_same_outcomes_again(tmp_path: Path) -> None:
-    """SIGKILL at a random moment: outcomes are whole or absent, and repeating gives them."""
+    """After SIGKILL at a random moment, outcomes are whole or absent, and a rerun gives them."""
     outcomes = tmp_path / "outcomes.json"
     command = _command(tmp_path)
     begin = time.monotonic()
@@ -67,7 +67,7 @@ def test_killed_job_gives_the_same_outcomes_again(tmp_path: Path) -> None:
 
 
 def test_item_without_tests_is_refused(tmp_path: Path) -> None:
-    """Any program would pass it."""
+    """Any program would pass an item without tests."""
     command = _command(tmp_path)
     described = read_json(tmp_path / "programs.json")
     described["items"][1]["tests"] = " \n"

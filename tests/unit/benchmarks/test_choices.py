@@ -24,14 +24,14 @@ def _harness_task() -> Any:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    rows = [{"asked": "?", "choices": CHOICES, "label": label} for label in range(len(CHOICES))]
+    rows = [{"question": "?", "choices": CHOICES, "label": label} for label in range(len(CHOICES))]
     return ConfigurableTask(
         config={
             "task": "made",
             "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
             "test_split": "test",
             "output_type": "multiple_choice",
-            "doc_to_text": "{{asked}}",
+            "doc_to_text": "{{question}}",
             "doc_to_choice": "{{choices}}",
             "doc_to_target": "{{label}}",
             "metric_list": [{"metric": name} for name in METRICS],

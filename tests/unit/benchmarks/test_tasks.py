@@ -1,4 +1,4 @@
-"""Any task of the lm-evaluation-harness, by name: found without the harness, scored as by it."""
+"""Test tasks of the lm-evaluation-harness: found without importing it, scored as by it."""
 
 from __future__ import annotations
 
@@ -58,26 +58,26 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of three tasks of three kinds, in a folder of the user's."""
+    """Write rows of three tasks of different kinds."""
     return write_rows(tmp_path_factory.mktemp("rows"), ROWS)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Bytes as tokens."""
+    """Return a tokenizer of bytes."""
     return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A random model."""
+    """Return a random model."""
     return random_llama(context=8192)
 
 
 def test_every_kind_of_task_scores_as_in_the_harness(
     model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Choices, a likelihood and a generated answer: definitions, metrics and values are theirs."""
+    """Choices, a likelihood and a generated answer score as in the harness."""
     import datasets
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
@@ -132,7 +132,7 @@ def test_main_metric_is_chosen_by_the_study() -> None:
 
 
 def test_aggregations_equal_those_of_the_harness() -> None:
-    """Of every metric that is registered with it, and of what a definition says otherwise."""
+    """This covers every registered metric, and aggregations of a definition."""
     from lm_eval.api.metrics import mean, nanmean
     from lm_eval.api.registry import aggregation_registry, get_metric_aggregation, metric_registry
 
@@ -161,7 +161,7 @@ def test_built_in_benchmarks_equal_their_definitions(name: str) -> None:
 
 
 def test_unknown_task_is_reported_with_similar_names() -> None:
-    """In a fresh process, since others may have imported the harness: what planning does."""
+    """A new process shows that planning does not import the harness."""
     program = (
         "import sys\n"
         "from forgetting.benchmarks.registry import benchmark\n"
@@ -181,8 +181,10 @@ def test_unknown_task_is_reported_with_similar_names() -> None:
 
 
 def test_tasks_on_the_same_dataset_share_rows() -> None:
-    """The micro-world's rows serve every task on the data of the five; examples that stand in the
-    definition need no split."""
+    """The microworld's rows serve every task on the five datasets.
+
+    Examples in the definition need no split.
+    """
     assert (task_with_same_dataset("gsm8k_cot"), task_with_same_dataset("arc_easy")) == (
         "gsm8k",
         "arc_challenge",
@@ -194,7 +196,7 @@ def test_tasks_on_the_same_dataset_share_rows() -> None:
 
 
 def test_definition_with_missing_package_is_refused(folder: Path) -> None:
-    """Not a traceback: the name of the package."""
+    """The message names the package and has no traceback."""
     name = next(
         name for name in ("ifeval", "minerva_math_algebra", "leaderboard_ifeval") if _needs(name)
     )
@@ -203,7 +205,7 @@ def test_definition_with_missing_package_is_refused(folder: Path) -> None:
 
 
 def _needs(name: str) -> bool:
-    """Does importing the functions of a definition fail for want of a package?"""
+    """Return whether importing the functions of a definition fails for lack of a package."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:

@@ -41,7 +41,7 @@ def taught(
     prompt: PromptConfig,
     rows: Rows,
 ) -> PreTrainedModel:
-    """The tiny base after learning six of the ten answers by heart."""
+    """Return the tiny base after it memorised six of the ten answers."""
     model = load_base(base_folder, torch.device("cpu"))
     examples = [encode_pair(tokenizer, prompt, r["question"], r["answer"]) for r in rows[:6]]
     batch = collate(examples, tokenizer.pad_token_id)
