@@ -98,7 +98,7 @@ bench-score: $(READY) ## scoring speed against lm-eval and TOFU's way; BENCH="--
 
 .PHONY: bench-plan
 bench-plan: $(READY) ## how long sweeps of 1,000 and 10,000 runs take to plan
-	python bench/planning.py
+	python bench/plan.py
 
 .PHONY: kubernetes
 kubernetes: .venv/ready-kubernetes ## what profiles/kubernetes needs in addition

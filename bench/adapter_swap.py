@@ -1,6 +1,6 @@
-"""Adapters of one base on probes and benchmarks: all in one process, or a process for each task.
+"""Compare scoring of several adapters in one process with one process per adapter and task.
 
-Started by score.py; as a program it is one of these processes.
+score.py calls `eight_adapters`, which runs this file as each of these processes.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from scoring_baselines import SETS, TASKS, TOFU_LENGTH, Bench, generate_as_tofu,
 
 
 def eight_adapters(bench: Bench, options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """A row of the table. Of the processes for each task, those of one adapter are run."""
+    """Return a row of the table; separate processes run for one adapter and are extrapolated."""
     save_adapters(folder, options.adapters)
     limit = max(1, options.limit // 4)
     shared = [f"--data={options.data}", f"--folder={folder}", f"--limit={limit}"]
     start = _child([*shared, "--adapters=0"])
     ours = _child([*shared, f"--adapters={options.adapters}"])
-    apart = sum(_child([*shared, f"--task={task}"]) for task in (*SETS, *TASKS))
-    theirs, sets = options.adapters * apart, len(SETS) + len(TASKS)
-    share = options.adapters * sets * start / theirs
+    separate = sum(_child([*shared, f"--task={task}"]) for task in (*SETS, *TASKS))
+    theirs, sets = options.adapters * separate, len(SETS) + len(TASKS)
+    start_fraction = options.adapters * sets * start / theirs
     return {
         "work": f"{options.adapters} adapters, {limit} items of each of {sets} sets",
-        "against": f"a process per adapter and set, {share:.0%} of it starts of Python",
+        "against": f"a process per adapter and set, {start_fraction:.0%} of it starts of Python",
         "theirs, s": f"{theirs:.2f}",
         "ours, s": f"{ours:.2f}",
         "faster by": f"{theirs / ours:.1f}",
         "range": "",
-        "wanted": "5",
+        "target": "5",
     }
 
 
 def save_adapters(folder: Path, count: int) -> None:
-    """Random adapters of rank 8 on all linear layers."""
+    """Save random adapters of rank 8 on all linear layers."""
     for number in range(count):
         torch.manual_seed(number)
         base = load_base(folder, torch.device("cpu"))
@@ -60,21 +60,21 @@ def save_adapters(folder: Path, count: int) -> None:
 
 
 def _child(arguments: Sequence[str]) -> float:
-    """Processor seconds of a process, its start and imports among them."""
+    """Return the processor seconds of a process, with its start and imports."""
     before = os.times()
     subprocess.run([sys.executable, __file__, *arguments], check=True)
     after = os.times()
-    spent = after.children_user + after.children_system
-    return spent - before.children_user - before.children_system
+    total = after.children_user + after.children_system
+    return total - before.children_user - before.children_system
 
 
 def score_all(data: Path, folder: Path, limit: int, adapters: int) -> None:
-    """As a job does it: the base, the rows and the prompts are read once, adapters are swapped."""
+    """Score as a job does: base, rows and prompts are loaded once, and adapters are swapped."""
     if not adapters:
         return
     tokenizer, models = load_tokenizer(folder), AdapterSwapper(folder, get_device())
     probes = {name: _rows(data, name, limit) for name in SETS}
-    questions = load_tasks(tokenizer, [TaskSpec(name, limit=limit) for name in TASKS], data)
+    tasks = load_tasks(tokenizer, [TaskSpec(name, limit=limit) for name in TASKS], data)
     settings = EvaluationConfig(max_new_tokens=TOFU_LENGTH, batch_size=64)
     for number in range(adapters):
         with (
@@ -82,11 +82,11 @@ def score_all(data: Path, folder: Path, limit: int, adapters: int) -> None:
             merged_adapter(model, torch.float32),
         ):
             evaluate_probes(model, tokenizer, probes, PromptConfig(), settings)
-            evaluate_tasks(model, questions)
+            evaluate_tasks(model, tasks)
 
 
 def score_one(data: Path, folder: Path, limit: int, task: str) -> None:
-    """One adapter on one set, as a script for each of them would do it."""
+    """Score one adapter on one set, as a separate script would."""
     tokenizer = load_tokenizer(folder)
     base = load_base(folder, get_device())
     model: Any = PeftModel.from_pretrained(base, folder / "adapter0").eval()
@@ -106,13 +106,15 @@ def _rows(data: Path, name: str, limit: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Score what the arguments say, and print nothing."""
+    """Score the adapters and sets of the command line, without output."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="base and adapters")
     parser.add_argument("--limit", type=int, required=True)
-    parser.add_argument("--adapters", type=int, help="all of them; 0: only start")
-    parser.add_argument("--task", help="the first of them on this set alone")
+    parser.add_argument(
+        "--adapters", type=int, help="number of adapters to score on all sets; 0: only start"
+    )
+    parser.add_argument("--task", help="score the first adapter on this set only")
     options = parser.parse_args()
     silence_libraries()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""The contenders: this project's loop, transformers.Trainer, trl's SFTTrainer in several settings.
+"""Training loops to compare: this project's, transformers.Trainer and trl's SFTTrainer.
 
-Each trains two epochs and the second is timed, so that nobody pays for warming up. All have one
-model, one set of pairs, as many pairs to a step, one precision, AdamW, one clipping, and the loss
-that is the mean over the target tokens of a step.
+Each trains two epochs, and the second is timed, which excludes warm-up. All have the same model,
+pairs, pairs per step, precision, AdamW and gradient clipping. The loss is the mean over the target
+tokens of a step.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ TOFU_LENGTH = 500
 
 @dataclass(frozen=True)
 class Bench:
-    """What all contenders share."""
+    """Model, data and settings that all contenders share."""
 
     load: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     examples: list[Example]
     batch_size: int
-    tuning: Method
+    method: Method
     precision: torch.dtype
     seed: int = 0
 
     @property
     def tokens(self) -> int:
-        """Useful tokens of one epoch: those that are not padding."""
+        """Return the tokens of one epoch without padding."""
         return sum(len(example.ids) for example in self.examples)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest pair."""
+        """Return the tokens of the longest pair."""
         return max(len(example.ids) for example in self.examples)
 
     def model(self) -> Model:
-        """The base, ready to be trained as the method says."""
-        return attach_adapter(self.load(), self.tuning, self.seed).train()
+        """Return the base with the method's adapter, in training mode."""
+        return attach_adapter(self.load(), self.method, self.seed).train()
 
 
-def recipe_of(bench: Bench, setting: Hyperparameters) -> RunConfig:
-    """Two epochs in this project's loop."""
+def run_config(bench: Bench, hyperparameters: Hyperparameters) -> RunConfig:
+    """Return the configuration of two epochs in this project's loop."""
     training = TrainingConfig(
         epochs=2.0,
         batch_size=bench.batch_size,
@@ -76,7 +76,7 @@ def recipe_of(bench: Bench, setting: Hyperparameters) -> RunConfig:
         warmup_epochs=0.0,
     )
     return RunConfig(
-        hyperparameters=setting,
+        hyperparameters=hyperparameters,
         seed=bench.seed,
         training=training,
         schedule=LrSchedule.plan(len(bench.examples), training, 2.0),
@@ -88,26 +88,26 @@ def recipe_of(bench: Bench, setting: Hyperparameters) -> RunConfig:
 
 
 def timed_by() -> str:
-    """Of a single thread the processor, whose seconds others who share it do not take."""
+    """Return `processor` for a single CPU thread, which other load does not affect, or `clock`."""
     return (
         "processor" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "clock"
     )
 
 
 def clock() -> float:
-    """Seconds since some moment, of the processor or of the clock."""
+    """Return seconds of the processor or the wall clock, see `timed_by`."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.process_time() if timed_by() == "processor" else time.monotonic()
 
 
 def ours(bench: Bench) -> float:
-    """Seconds of the second epoch in this project's loop."""
-    recipe = recipe_of(bench, Hyperparameters(learning_rate=LEARNING_RATE))
+    """Return the seconds of the second epoch in this project's loop."""
+    config = run_config(bench, Hyperparameters(learning_rate=LEARNING_RATE))
     times: list[float] = []
 
-    def tell(progress: TrainState, schedule: LrSchedule) -> None:
-        if progress.step == schedule.steps_per_epoch:
+    def log(state: TrainState, schedule: LrSchedule) -> None:
+        if state.step == schedule.steps_per_epoch:
             times.append(clock())
 
     def evaluate(_: Model) -> tuple[pd.DataFrame, float]:
@@ -117,13 +117,13 @@ def ours(bench: Bench) -> float:
     model = bench.model()
     cast_frozen_weights(model, bench.precision)
     with tempfile.TemporaryDirectory() as folder:
-        train_run(model, bench.examples, recipe, 0.0, evaluate, Path(folder), tell)
-    begin, end = times
-    return end - begin
+        train_run(model, bench.examples, config, 0.0, evaluate, Path(folder), log)
+    start, end = times
+    return end - start
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Notes when each epoch began and ended."""
+    """Record when each epoch begins and ends."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -162,15 +162,15 @@ def _second_epoch(trainer: Trainer) -> float:
 
 
 def trainer_padded(bench: Bench) -> float:
-    """transformers.Trainer with peft, every pair padded to 500 tokens as TOFU's script does."""
+    """Time transformers.Trainer with peft; pairs are padded to 500 tokens, as in TOFU's script."""
 
     def padded(example: Example) -> dict[str, torch.Tensor]:
-        rest = TOFU_LENGTH - len(example.ids)
+        padding = TOFU_LENGTH - len(example.ids)
         labels = [-100] * example.prompt_length + example.ids[example.prompt_length :]
         return {
-            "input_ids": torch.tensor(example.ids + [bench.tokenizer.pad_token_id] * rest),
-            "attention_mask": torch.tensor([1] * len(example.ids) + [0] * rest),
-            "labels": torch.tensor(labels + [-100] * rest),
+            "input_ids": torch.tensor(example.ids + [bench.tokenizer.pad_token_id] * padding),
+            "attention_mask": torch.tensor([1] * len(example.ids) + [0] * padding),
+            "labels": torch.tensor(labels + [-100] * padding),
         }
 
     with tempfile.TemporaryDirectory() as folder:
@@ -204,29 +204,32 @@ def _trl(bench: Bench, **options: Any) -> float:
 
 
 def trl_dynamic(bench: Bench) -> float:
-    """SFTTrainer, padding to the longest pair of each batch."""
+    """Time SFTTrainer, padding to the longest pair of each batch."""
     return _trl(bench, max_length=TOFU_LENGTH)
 
 
 def trl_grouped(bench: Bench) -> float:
-    """The same with batches of like length, which are not drawn at random any more."""
+    """Time SFTTrainer with batches of similar length, which are no longer random."""
     return _trl(bench, max_length=TOFU_LENGTH, train_sampling_strategy="group_by_length")
 
 
 def trl_accumulated(bench: Bench) -> float:
-    """SFTTrainer, a step in four passes, each padded to its longest pair."""
+    """Time SFTTrainer with four micro-batches per step, each padded to its longest pair."""
     rows = max(1, bench.batch_size // 4)
     options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4}
     return _trl(bench, max_length=TOFU_LENGTH, **options)
 
 
 def trl_unpadded(bench: Bench) -> float:
-    """SFTTrainer, the pairs of a batch in one row without padding."""
+    """Time SFTTrainer with the pairs of a batch in one row without padding."""
     return _trl(bench, max_length=None, padding_free=True)
 
 
 def trl_packed(bench: Bench) -> float:
-    """SFTTrainer, best-fit packing into blocks of the longest pair; as many tokens to a step."""
+    """Time SFTTrainer with best-fit packing into blocks of the longest pair.
+
+    A step has about as many tokens as with the other contenders.
+    """
     mean = bench.tokens / len(bench.examples)
     blocks = max(1, round(bench.batch_size * mean / bench.longest))
     options = {"packing": True, "per_device_train_batch_size": blocks}
@@ -239,7 +242,7 @@ CONTENDERS: dict[str, Callable[[Bench], float]] = {
     "Trainer, padded to 500": trainer_padded,
     "trl, padded to the longest": trl_dynamic,
     "trl, grouped by length": trl_grouped,
-    "trl, four passes a step": trl_accumulated,
+    "trl, four micro-batches a step": trl_accumulated,
     "trl, without padding": trl_unpadded,
     "trl, packed": trl_packed,
 }

@@ -1,4 +1,4 @@
-"""Models that are measured: published shapes with random weights, since speed needs no training."""
+"""Models to measure: published shapes with random weights, since speed needs no training."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ SHAPES: dict[str, PretrainedConfig] = {
     ),
     "llama-2-7b": LlamaConfig(),
 }
-"""Phi-1.5 (1.42 B weights) and Llama-2-7B (6.74 B, transformers' default) as they were published;
-`mini` is about what the study of that name trains, `tiny` is for testing this program."""
+"""Phi-1.5 (1.42 B weights) and Llama-2-7B (6.74 B, transformers' default) have their published
+shapes. `mini` resembles the model of that study, and `tiny` is for tests of this program."""
 
 
 def random_model(
     shape: str, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PreTrainedModel:
-    """A model of a shape with float32 weights that are drawn on the device."""
+    """Return a model of a shape with random float32 weights."""
     config = SHAPES[shape].__class__.from_dict(SHAPES[shape].to_dict())
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id

@@ -1,9 +1,9 @@
-"""How long Snakemake plans: processor seconds of `snakemake --dry-run` on sweeps of many runs.
+"""Measure the processor seconds of `snakemake --dry-run` on sweeps of many runs.
 
     make bench-plan
 
-prints a table. A run group job trains every learning rate and weight decay of one rank and seed, so
-that a sweep of many seeds and ranks has many more jobs than one of many rates.
+This prints a table. A job trains every learning rate and weight decay of one rank and seed. So a
+sweep of many seeds and ranks has many more jobs than one of many learning rates.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Sweep:
     ranks: int
     rates: int
     seeds: int
-    most: float | None = None
+    target: float | None = None
 
     @property
     def runs(self) -> int:
-        """How many trainings."""
+        """Return the number of runs."""
         return 2 * self.ranks * self.rates * self.seeds
 
     def study(self) -> dict[str, object]:
-        """The paper's study of Phi-1.5, widened."""
+        """Return the study of Phi-1.5 with more seeds, ranks and learning rates."""
         path = ROOT / "config" / "studies" / "tofu-phi-1.5.yaml"
         study: dict[str, object] = yaml.safe_load(path.read_text(encoding="utf-8"))
         study["seeds"] = list(range(self.seeds))
@@ -58,7 +58,7 @@ SWEEPS = (Sweep(5, 10, 10, 3.0), Sweep(5, 10, 100, 20.0), Sweep(10, 1, 100))
 
 
 def seconds(sweep: Sweep) -> float:
-    """Of the processor, to plan a sweep in an empty folder."""
+    """Return the processor seconds of planning a sweep in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sweep.yaml"
         path.write_text(yaml.safe_dump(sweep.study()), encoding="utf-8")
@@ -85,7 +85,7 @@ def main() -> None:
             "runs": f"{sweep.runs:,}",
             "run group jobs": f"{sweep.ranks * sweep.seeds:,}",
             "seconds": f"{statistics.median(seconds(sweep) for _ in range(ROUNDS)):.1f}",
-            "at most": "" if sweep.most is None else f"{sweep.most:g}",
+            "at most": "" if sweep.target is None else f"{sweep.target:g}",
         }
         for sweep in SWEEPS
     ]

@@ -1,13 +1,13 @@
-"""Scoring speed, side by side: this project, the lm-evaluation-harness, TOFU's way to generate.
+"""Compare the scoring speed of this project, the lm-evaluation-harness and TOFU's generation.
 
     make bench-score BENCH="--data path/to/data"
 
 The folder holds hellaswag, winogrande, arc_challenge and tofu in their published columns. A small
-Llama is taught TOFU's answers for a minute, after which some of its own answers end; then each
-contender does the same work in the same process, one after the other, in rounds. Answers are
-generated once more when it has been taught until most of them end. Seconds are those of the
-processor, which other programs on the machine do not change; the harness has its best batch size.
-Prints a table and, with --record, appends it to a file (bench/RECORD-score.md).
+Llama first learns TOFU's answers for a minute, so that some of its answers end. Then the contenders
+alternate in rounds in one process. Answers are generated again after more training, when most of
+them end. The harness has its best batch size. Times are processor seconds, which other load on the
+machine does not change. This prints a table and, with --record, appends it to a file such as
+bench/results/scoring.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from adapter_swap import eight_adapters
-from forgetting.evaluation.rouge import rouge_l, tokenize_ascii
+from forgetting.evaluation.rouge import rouge_l, rouge_words
 from forgetting.models.loading import silence_libraries
 from hardware import machine, versions
 from scoring_baselines import (
@@ -52,41 +52,41 @@ UNTIL_ALL_END = "generate, batch 30, until all have ended"
 
 def compare(
     work: str,
-    wanted: float,
+    target: float,
     ours: Callable[[], object],
     others: Mapping[str, Callable[[], object]],
     rounds: int,
 ) -> dict[str, object]:
-    """A row of the table: our seconds, those of the best of the others, and their ratio."""
+    """Return a row of the table: our seconds, the fastest other contender's, and their ratio."""
     times: dict[str, list[float]] = {**{name: [] for name in others}, "ours": []}
     for _ in range(rounds):
         for name, run in {**others, "ours": ours}.items():
             times[name].append(seconds(run))
             print(f"{work}, {name}: {times[name][-1]:.2f} s", flush=True)
-    middle = {name: statistics.median(each) for name, each in times.items()}
-    best = min(others, key=middle.__getitem__)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    best = min(others, key=medians.__getitem__)
     ratios = [other / own for other, own in zip(times[best], times["ours"], strict=True)]
     return {
         "work": work,
         "against": best,
-        "theirs, s": f"{middle[best]:.2f}",
-        "ours, s": f"{middle['ours']:.2f}",
+        "theirs, s": f"{medians[best]:.2f}",
+        "ours, s": f"{medians['ours']:.2f}",
         "faster by": f"{statistics.median(ratios):.1f}",
         "range": f"{min(ratios):.1f}-{max(ratios):.1f}",
-        "wanted": f"{wanted:g}",
+        "target": f"{target:g}",
     }
 
 
 def rows_of(bench: Bench, rounds: int) -> list[dict[str, object]]:
-    """Every comparison of the record."""
+    """Return the rows of all comparisons."""
     rows = []
-    for task in bench.requests:  # made here, before any clock runs
+    for task in bench.requests:  # computed here, before anything is timed
         others = {
             f"harness, batch {size}": partial(choices_by_harness, bench, task, size)
             for size in SIZES
         }
-        wanted = 1.6 if task == "winogrande" else 2.2
-        rows.append(compare(task, wanted, partial(choices_once, bench, task), others, rounds))
+        target = 1.6 if task == "winogrande" else 2.2
+        rows.append(compare(task, target, partial(choices_once, bench, task), others, rounds))
     others = {f"harness, batch {size}": partial(logprobs_by_harness, bench, size) for size in SIZES}
     work = "truth ratio, real authors and world facts"
     rows.append(compare(work, 2.0, partial(logprobs_once, bench), others, rounds))
@@ -96,7 +96,7 @@ def rows_of(bench: Bench, rounds: int) -> list[dict[str, object]]:
 
 
 def answer_rows(bench: Bench, rounds: int) -> list[dict[str, object]]:
-    """Generation, whose cost depends on how many answers end: that is part of the work's name."""
+    """Return the rows of generation, named by the fraction of answers that end."""
     lengths = [len(answer) for answer in generate_ended(bench)]
     ended = sum(length < TOFU_LENGTH for length in lengths) / len(lengths)
     work = f"answers to TOFU's probes, {ended:.0%} end, {statistics.mean(lengths):.0f} tokens"
@@ -105,16 +105,19 @@ def answer_rows(bench: Bench, rounds: int) -> list[dict[str, object]]:
             work,
             4.0,
             partial(generate_ended, bench),
-            {name: partial(generate_as_tofu, bench, least)},
+            {name: partial(generate_as_tofu, bench, min_new_tokens)},
             rounds,
         )
-        # TOFU's Phi goes on after its answers until 200 tokens; other models end.
-        for name, least in {"generate, batch 30, 200 tokens": TOFU_LENGTH, UNTIL_ALL_END: 0}.items()
+        # TOFU's Phi generates 200 tokens for every answer; other models end.
+        for name, min_new_tokens in (
+            ("generate, batch 30, 200 tokens", TOFU_LENGTH),
+            (UNTIL_ALL_END, 0),
+        )
     ]
 
 
 def rouge_row(bench: Bench, rounds: int) -> dict[str, object]:
-    """4,000 answers, no two texts of which are the same."""
+    """Return the row of ROUGE on 4,000 different answers."""
     texts = [row["answer"] for row in bench.rows]
     pairs = [
         (
@@ -125,7 +128,7 @@ def rouge_row(bench: Bench, rounds: int) -> dict[str, object]:
     ]
 
     def ours() -> None:
-        tokenize_ascii.cache_clear()
+        rouge_words.cache_clear()
         for reference, generated in pairs:
             rouge_l(reference, generated)
 
@@ -134,7 +137,7 @@ def rouge_row(bench: Bench, rounds: int) -> dict[str, object]:
 
 
 def describe(options: argparse.Namespace, bench: Bench) -> str:
-    """The head of the record: date, machine, model, data, versions, and that nothing else moved."""
+    """Return the heading of the record: date, machine, model, data, versions."""
     parameters = sum(p.numel() for p in bench.model.parameters()) / 1e6
     return (
         f"## {datetime.date.today()}, {machine()}\n\n"
@@ -149,14 +152,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the datasets")
     parser.add_argument("--shape", default="mini", help="model of random weights")
     parser.add_argument("--limit", type=int, default=200, help="items of each task")
     parser.add_argument("--questions", type=int, default=60, help="questions of each TOFU set")
-    parser.add_argument("--epochs", type=int, default=12, help="of teaching TOFU's answers")
-    parser.add_argument("--more-epochs", type=int, default=28, help="after which more answers end")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs on TOFU's answers")
+    parser.add_argument(
+        "--more-epochs", type=int, default=28, help="further epochs, after which more answers end"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--adapters", type=int, default=8, help="0: leave this comparison out")
+    parser.add_argument("--adapters", type=int, default=8, help="0: skip this comparison")
     parser.add_argument("--record", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
     silence_libraries()

@@ -1,4 +1,4 @@
-"""The contenders of the scoring benchmark: each does one kind of work on one loaded model."""
+"""Contenders of the scoring benchmark; each does one kind of work on one loaded model."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ SETS = (*FACTS, "forget10_perturbed", "retain_perturbed")
 
 @dataclass
 class Bench:
-    """What all contenders share.
+    """Model and data that all contenders share.
 
     Attributes:
-        facts: questions of the truth ratio; rows: those that are answered too.
+        facts: questions of the truth ratio.
+        rows: questions that are answered.
         differences: the largest difference between two contenders, by kind of work.
+        results: log-likelihoods of the first contender, by kind of work.
     """
 
     model: Model
@@ -54,38 +56,38 @@ class Bench:
     facts: list[Row]
     rows: list[Row]
     differences: dict[str, float] = field(default_factory=dict)
-    found: dict[str, list[float]] = field(default_factory=dict)
+    results: dict[str, list[float]] = field(default_factory=dict)
 
     @cached_property
     def requests(self) -> dict[str, list[Any]]:
-        """What the harness asks of a model, by task."""
+        """Return the harness's requests, by task."""
         disable_progress_bars()
-        made = {}
+        requests = {}
         for name in TASKS:
             task = load_task(TaskSpec(name), self.data / name)
             task.build_all_requests(limit=self.limit)
-            made[name] = task.instances
-        return made
+            requests[name] = task.instances
+        return requests
 
-    def note(self, work: str, values: Sequence[float], tokens: Sequence[int]) -> None:
-        """Compare log-likelihoods with those that another contender found, per token."""
-        before = self.found.setdefault(work, list(values))
-        worst = max(
-            abs(one - two) / count for one, two, count in zip(values, before, tokens, strict=True)
+    def compare(self, work: str, values: Sequence[float], tokens: Sequence[int]) -> None:
+        """Compare log-likelihoods per token with those of the first contender."""
+        first = self.results.setdefault(work, list(values))
+        largest = max(
+            abs(one - two) / count for one, two, count in zip(values, first, tokens, strict=True)
         )
-        self.differences[work] = max(worst, self.differences.get(work, 0.0))
+        self.differences[work] = max(largest, self.differences.get(work, 0.0))
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Processor seconds of a contender; on a GPU those of the clock."""
+    """Return the processor seconds of a contender; on a GPU those of the clock."""
     clock = time.monotonic if torch.cuda.is_available() else time.process_time
-    started = clock()
+    start = clock()
     run()
-    return clock() - started
+    return clock() - start
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> Bench:
-    """The data, a tokenizer of its texts, and a model that has learned when an answer ends."""
+    """Return data, a tokenizer trained on it, and a model that has learned to end answers."""
     tofu = options.data / "tofu"
     sets = {
         name: read_probe_rows(tofu / f"{name}.jsonl", f"tofu/{name}", wrong_answers=True)
@@ -106,7 +108,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Bench:
 def teach(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], epochs: int
 ) -> None:
-    """Teach answers and their ends, so that generations have the lengths of answers."""
+    """Train on answers and their ends, so that generations have the lengths of answers."""
     examples = [encode_pair(tokenizer, PROMPT, row["question"], row["answer"]) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(epochs):
@@ -120,18 +122,18 @@ def teach(
 
 def _choices(bench: Bench, kind: type, task: str, size: int) -> None:
     lm = kind(pretrained=bench.model, tokenizer=bench.tokenizer, batch_size=size)
-    found = lm.loglikelihood(bench.requests[task], disable_tqdm=True)
+    answers = lm.loglikelihood(bench.requests[task], disable_tqdm=True)
     lengths = [max(1, len(r.args[1].split())) for r in bench.requests[task]]
-    bench.note(task, [value for value, _ in found], lengths)
+    bench.compare(task, [value for value, _ in answers], lengths)
 
 
 def choices_by_harness(bench: Bench, task: str, size: int) -> None:
-    """Log-likelihoods of all choices by the harness's own model."""
+    """Compute log-likelihoods of all choices with the harness's own model."""
     _choices(bench, HFLM, task, size)
 
 
 def choices_once(bench: Bench, task: str) -> None:
-    """The same with each question read once, at the study's default batch size."""
+    """Compute log-likelihoods of all choices with shared prefixes, at the default batch size."""
     _choices(bench, SharedPrefixLM, task, 16)
 
 
@@ -146,54 +148,51 @@ def _answers(bench: Bench) -> list[list[Any]]:
 
 
 def logprobs_by_harness(bench: Bench, size: int) -> None:
-    """Right and wrong answers, each with its question, through the harness's own model."""
-    examples = [example for several in _answers(bench) for example in several]
+    """Compute log-likelihoods of right and wrong answers with the harness's own model."""
+    examples = [example for question in _answers(bench) for example in question]
     lm = HFLM(pretrained=bench.model, tokenizer=bench.tokenizer, batch_size=size)
-    asked = [(("", ""), e.ids[: e.prompt], e.ids[e.prompt :]) for e in examples]
-    found = lm._loglikelihood_tokens(asked, disable_tqdm=True)
-    means = [value / e.targets for (value, _), e in zip(found, examples, strict=True)]
-    bench.note("truth ratio", means, [1] * len(means))
+    requests = [(("", ""), e.ids[: e.prompt_length], e.ids[e.prompt_length :]) for e in examples]
+    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    means = [value / e.targets for (value, _), e in zip(answers, examples, strict=True)]
+    bench.compare("truth ratio", means, [1] * len(means))
 
 
 def logprobs_once(bench: Bench) -> None:
-    """The same with each question read once, at the study's default batch size."""
-    found = answer_logprobs(bench.model, _answers(bench), bench.tokenizer.pad_token_id, 64)
-    means = [value for several in found for value in several]
-    bench.note("truth ratio", means, [1] * len(means))
+    """Compute log-likelihoods of answers with shared prefixes, at the default batch size."""
+    logprobs = answer_logprobs(bench.model, _answers(bench), bench.tokenizer.pad_token_id, 64)
+    means = [value for question in logprobs for value in question]
+    bench.compare("truth ratio", means, [1] * len(means))
 
 
-def generate_as_tofu(bench: Bench, least: int = 0) -> None:
-    """Batches of 30 in the order of the file, padded on the left, until all have ended.
-
-    `least` is so many tokens that no answer ends before.
-    """
+def generate_as_tofu(bench: Bench, min_new_tokens: int = 0) -> None:
+    """Generate as TOFU's script does: left-padded batches of 30 in the order of the file."""
     prompts = [encode_prompt(bench.tokenizer, PROMPT, row["question"]) for row in bench.rows]
     pad = bench.tokenizer.pad_token_id
     for start in range(0, len(prompts), TOFU_BATCH):
-        several = prompts[start : start + TOFU_BATCH]
-        length = max(map(len, several))
-        ids = torch.tensor([[pad] * (length - len(one)) + one for one in several])
-        mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in several])
+        batch = prompts[start : start + TOFU_BATCH]
+        length = max(map(len, batch))
+        ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in batch])
         bench.model.generate(
             input_ids=ids.to(bench.model.device),
             attention_mask=mask.to(bench.model.device),
             do_sample=False,
             max_new_tokens=TOFU_LENGTH,
-            min_new_tokens=least,
+            min_new_tokens=min_new_tokens,
             eos_token_id=bench.tokenizer.eos_token_id,
             pad_token_id=pad,
         )
 
 
 def generate_ended(bench: Bench) -> list[list[int]]:
-    """This project's answers: each leaves when it ends, and another takes its place."""
+    """Generate as this project does: a prompt takes the slot of an answer that has ended."""
     questions = [row["question"] for row in bench.rows]
     settings = EvaluationConfig(max_new_tokens=TOFU_LENGTH, batch_size=64)
     return generate(bench.model, bench.tokenizer, questions, PROMPT, settings)
 
 
 def rouge_score(pairs: Sequence[tuple[str, str]]) -> None:
-    """The package that TOFU's script calls."""
+    """Score with the package that TOFU's script calls."""
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     for reference, generated in pairs:
         scorer.score(target=reference, prediction=generated)

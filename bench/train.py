@@ -1,12 +1,12 @@
-"""Training speed, side by side: this project's loop, transformers.Trainer, trl's SFTTrainer.
+"""Compare the training speed of this project, transformers.Trainer and trl's SFTTrainer.
 
     make bench-train BENCH="--data path/to/full.jsonl --rounds 3"
     make bench-train BENCH="--shape phi-1.5 --methods 8 64 512 full"       # on a GPU
-    make bench-train BENCH="--contenders lora-forgetting --methods 8"      # run groups alone
+    make bench-train BENCH="--contenders lora-forgetting --methods 8"      # run groups only
 
-One process, one contender after the other, in rounds, so that whatever else the machine does meets
-all of them; contenders.py says what they share. Prints a table and, with --record, appends it to a
-file: bench/RECORD.md holds what has been measured so far.
+The contenders alternate in rounds in one process, so that other load on the machine affects all.
+baselines.py documents what they share. This prints a table and, with --record, appends it to a file
+such as bench/results/training.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from run_group import compare
 
 
 def measure(bench: Bench, names: Sequence[str], rounds: int, peak: float) -> pd.DataFrame:
-    """One row per contender: median tokens/s, ratio to ours, share of the matmul rate, memory."""
+    """Return one row per contender: median tokens/s, ratio to ours, fraction of the matmul rate,
+    peak memory."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory = dict.fromkeys(names, 0.0)
     for number in range(rounds):
@@ -54,8 +55,8 @@ def measure(bench: Bench, names: Sequence[str], rounds: int, peak: float) -> pd.
             reset_peak()
             seconds[name].append(_attempt(bench, name))
             memory[name] = max(memory[name], peak_gib())
-            told = f"{bench.tuning.name}, round {number + 1}: {name}: {seconds[name][-1]:.2f} s"
-            print(told, flush=True)
+            label = f"{bench.method.name}, round {number + 1}: {name}"
+            print(f"{label}: {seconds[name][-1]:.2f} s", flush=True)
     flops = flops_per_token(bench)
     rows = []
     for name, times in seconds.items():
@@ -63,12 +64,12 @@ def measure(bench: Bench, names: Sequence[str], rounds: int, peak: float) -> pd.
         ratios = [other / own for other, own in zip(times, seconds[names[0]], strict=True)]
         rows.append(
             {
-                "method": bench.tuning.name,
+                "method": bench.method.name,
                 "contender": name,
                 "tokens/s": f"{rate:,.0f}" if rate else "out of memory",
                 "range": f"{bench.tokens / max(times):,.0f}-{bench.tokens / min(times):,.0f}",
                 "ours is faster by": f"{statistics.median(ratios):.2f}",
-                "share of matmul rate": f"{rate * flops / peak:.1%}",
+                "fraction of matmul rate": f"{rate * flops / peak:.1%}",
                 "peak GiB": f"{memory[name]:.2f}",
             }
         )
@@ -76,7 +77,7 @@ def measure(bench: Bench, names: Sequence[str], rounds: int, peak: float) -> pd.
 
 
 def _attempt(bench: Bench, name: str) -> float:
-    """Seconds of a contender; endless where memory runs out."""
+    """Return the seconds of a contender, infinite if it runs out of memory."""
     try:
         return CONTENDERS[name](bench)
     except (RuntimeError, InputError) as error:
@@ -86,7 +87,7 @@ def _attempt(bench: Bench, name: str) -> float:
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> list[Bench]:
-    """One bench per method: the model given, or one of a shape with a tokenizer of the pairs."""
+    """Return one bench per method, with the given model or a random one of a shape."""
     rows = read_jsonl(options.data) if options.data else build_world(seed=0).probes["new_authors"]
     rows = rows[: options.pairs]
     device = get_device()
@@ -109,15 +110,15 @@ def prepare(options: argparse.Namespace, folder: Path) -> list[Bench]:
     ]
     precision = resolve_precision("auto", device)
     return [
-        Bench(load, tokenizer, examples, options.batch_size, _tuning(method), precision)
+        Bench(load, tokenizer, examples, options.batch_size, _method(method), precision)
         for method in options.methods
     ]
 
 
-def _tuning(method: str) -> Method:
-    if method == "full":
+def _method(name: str) -> Method:
+    if name == "full":
         return Method(name="full", kind="full", label="full", hyperparameters=[])
-    rank = int(method)
+    rank = int(name)
     return Method(
         name=f"lora-r{rank}",
         kind="lora",
@@ -129,7 +130,7 @@ def _tuning(method: str) -> Method:
 
 
 def describe(options: argparse.Namespace, bench: Bench) -> str:
-    """The head of the record: date, machine, model, data, versions."""
+    """Return the heading of the record: date, machine, model, data, versions."""
     libraries = {"torch": torch, "transformers": transformers, "peft": peft}
     if importlib.util.find_spec("trl"):
         libraries["trl"] = importlib.import_module("trl")
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mini", help="model of random weights")
     parser.add_argument("--model", type=Path, help="model folder, in place of a shape")
     parser.add_argument("--data", type=Path, help="JSON lines of question and answer")
-    parser.add_argument("--pairs", type=int, default=640, help="at most so many pairs")
+    parser.add_argument("--pairs", type=int, default=640, help="maximal number of pairs")
     parser.add_argument(
         "--methods", nargs="+", default=["32", "full"], help="ranks of adapters, or full"
     )
@@ -164,10 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="pairs per step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--run group", type=int, default=8, help="runs of the run group that is fused; 0 for none"
+        "--run-group", type=int, default=8, help="runs of the run group; 0: skip run groups"
     )
     parser.add_argument(
-        "--run group-batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32], metavar="PAIRS"
+        "--run-group-batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32], metavar="PAIRS"
     )
     parser.add_argument("--record", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         peak = matmul_rate(benches[0].precision)
         names = [OURS, *(name for name in options.contenders if name != OURS)]
         tables = [measure(bench, names, options.rounds, peak) for bench in benches]
-        adapted = [bench for bench in benches if bench.tuning.kind == "lora"]
+        adapted = [bench for bench in benches if bench.method.kind == "lora"]
         sweeps = [[bench] for bench in adapted] + ([adapted] if len(adapted) > 1 else [])
         run_groups = [
             compare(sweep, options.run_group, options.run_group_batch_sizes, options.rounds)

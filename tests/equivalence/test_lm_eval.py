@@ -1,4 +1,4 @@
-"""The benchmarks are the harness's own: same prompts, same answers, same scores."""
+"""Test that prompts, answers and scores equal those of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from forgetting.benchmarks.programs import (
 from forgetting.benchmarks.registry import BENCHMARKS
 from forgetting.benchmarks.sandbox import Outcome, search_sandbox
 from forgetting.benchmarks.scores import BenchmarkResult, program_items, score_programs
+from forgetting.benchmarks.task_definitions import read_task_definition
 from forgetting.benchmarks.tasks import TaskSpec, load_task, without_code_eval
 from forgetting.errors import InputError
 from support.models import byte_tokenizer, random_llama, write_rows
@@ -124,7 +125,7 @@ ROWS: dict[str, dict[str, Rows]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than models of this size gain by them."""
+    """Use one thread, since models of this size gain nothing from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -133,13 +134,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The made-up rows as files."""
+    """Write the made-up rows as files."""
     return write_rows(tmp_path_factory.mktemp("benchmarks"), ROWS)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Bytes as tokens, so that any text can be written and read."""
+    """Return a tokenizer of bytes, which encodes any text."""
     return byte_tokenizer()
 
 
@@ -149,15 +150,15 @@ def _tiny_model(context: int = 2048) -> Any:
 
 @pytest.fixture(scope="session")
 def model() -> Any:
-    """A random model whose answers differ between questions."""
+    """Return a random model whose answers differ between questions."""
     return _tiny_model()
 
 
 def _serve(monkeypatch: pytest.MonkeyPatch, rows: dict[str, dict[str, Rows]]) -> None:
-    """Have a hub that serves these rows under the names of the real data sets."""
+    """Serve these rows from a stub of the hub, under the names of the real datasets."""
     import datasets
 
-    names = {known.dataset: task for task, known in BENCHMARKS.items()}
+    names = {read_task_definition(task).dataset: task for task in BENCHMARKS}
 
     def load(path: str, name: str | None = None, **_: Any) -> Any:
         splits = rows[names[path, name]]
@@ -170,12 +171,12 @@ def _serve(monkeypatch: pytest.MonkeyPatch, rows: dict[str, dict[str, Rows]]) ->
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The made-up rows on the hub."""
+    """Serve the made-up rows from a stub of the hub."""
     _serve(monkeypatch, ROWS)
 
 
 def _untouched(name: str) -> Any:
-    """The harness's task exactly as its definition has it."""
+    """Return the harness's task exactly as defined."""
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -204,7 +205,7 @@ SPECS = [
 def test_prompts_are_those_of_the_hub_definition(
     name: str, shots: int | None, rows_dir: Path, hub: None
 ) -> None:
-    """Local rows yield, letter for letter, the requests that the definition builds itself."""
+    """Local rows give exactly the requests of the definition."""
     if name == "humaneval" and shots:
         pytest.skip("the task is defined without examples")
     theirs = _untouched(name)
@@ -217,7 +218,7 @@ def test_prompts_are_those_of_the_hub_definition(
     assert _prompts(ours) == _prompts(theirs)
 
 
-def test_hub_definition_is_used_where_no_rows_are_given(rows_dir: Path, hub: None) -> None:
+def test_hub_dataset_is_used_without_rows(rows_dir: Path, hub: None) -> None:
     """Without a folder the task takes its rows from the hub, and they are the same."""
     from_hub = load_task("winogrande")
     from_files = load_task("winogrande", rows_dir / "winogrande")
@@ -238,7 +239,7 @@ def _harness_results(model: Any, tokenizer: Any, tasks: list[Any], **options: An
 
 
 def _assert_same(ours: BenchmarkResult, theirs: Any, tasks: list[str]) -> None:
-    """Every metric, standard error and item equals the harness's."""
+    """Assert that every metric, standard error and item equals the harness's."""
     for task in tasks:
         table = ours.scores[ours.scores.task == task].set_index("metric")
         result = theirs["results"][task]
@@ -299,10 +300,10 @@ def test_programs_equal_predict_only(model: Any, tokenizer: Any, rows_dir: Path,
     assert ours.scores.empty and ours.items.empty and len(ours.responses) == 3
 
 
-def test_one_call_equals_task_by_task_at_any_batch_size(
+def test_tasks_score_alike_together_and_separately(
     model: Any, tokenizer: Any, rows_dir: Path
 ) -> None:
-    """Neither the company of other tasks nor the batch size moves a score."""
+    """Neither other tasks nor the batch size change a score."""
     together = run_benchmarks(model, tokenizer, SPECS, rows_dir, batch_size=16)
     for spec in SPECS:
         alone = run_benchmarks(model, tokenizer, [spec], rows_dir, batch_size=1)
@@ -317,7 +318,7 @@ def test_one_call_equals_task_by_task_at_any_batch_size(
 
 
 def test_zero_adapter_scores_like_the_base(model: Any, tokenizer: Any, rows_dir: Path) -> None:
-    """A PeftModel is accepted as it is, and an untrained adapter changes nothing."""
+    """A PeftModel is accepted, and an untrained adapter changes nothing."""
     from peft import LoraConfig, get_peft_model
 
     base = run_benchmarks(_tiny_model(), tokenizer, SPECS, rows_dir)
@@ -328,8 +329,8 @@ def test_zero_adapter_scores_like_the_base(model: Any, tokenizer: Any, rows_dir:
     assert tuned.programs == base.programs
 
 
-def test_leaves_no_trace(tokenizer: Any, rows_dir: Path) -> None:
-    """Training mode, random state and tokenizer are afterwards as they were."""
+def test_evaluation_leaves_no_trace(tokenizer: Any, rows_dir: Path) -> None:
+    """Training mode, random state and tokenizer are restored."""
     model = _tiny_model().train()
     state, pad = torch.get_rng_state(), tokenizer.pad_token
     run_benchmarks(model, tokenizer, [SPECS[3]], rows_dir)
@@ -339,16 +340,16 @@ def test_leaves_no_trace(tokenizer: Any, rows_dir: Path) -> None:
 
 
 def test_truncated_prompts_are_noted(tokenizer: Any, rows_dir: Path) -> None:
-    """A prompt that loses its beginning is a deviation, and is counted exactly."""
+    """The note counts the truncated prompts exactly."""
     specs = [TaskSpec("gsm8k", limit=3, max_gen_toks=8), TaskSpec("arc_challenge", limit=2)]
     result = run_benchmarks(_tiny_model(context=128), tokenizer, specs, rows_dir)
     assert result.notes == [
-        "gsm8k: 3 of 3 prompts are longer than the model's context (128 tokens, of which 8 are "
-        "kept for the answer) and lost their beginning."
+        "gsm8k: 3 of 3 prompts are longer than the model's context (128 tokens, 8 of them "
+        "reserved for the answer) and lost their beginning."
     ]
 
 
-def test_truncation_is_counted_at_the_very_boundary(tokenizer: Any, rows_dir: Path) -> None:
+def test_truncation_is_counted_at_the_boundary(tokenizer: Any, rows_dir: Path) -> None:
     """The note agrees with the harness about the first prompt that does not fit."""
     spec = TaskSpec("gsm8k", num_fewshot=0, limit=1, max_gen_toks=8)
     row = ROWS["gsm8k"]["test"][0]
@@ -359,20 +360,18 @@ def test_truncation_is_counted_at_the_very_boundary(tokenizer: Any, rows_dir: Pa
 
 
 def test_answers_longer_than_the_context_are_refused(tokenizer: Any, rows_dir: Path) -> None:
-    """HumanEval's 1024 tokens do not fit a small model: said before anything is computed."""
+    """HumanEval's 1024 tokens do not fit a small model; the error comes before any computation."""
     with pytest.raises(InputError, match="1024 tokens, but the model's context has 512"):
         run_benchmarks(_tiny_model(context=512), tokenizer, [TaskSpec("humaneval")], rows_dir)
 
 
-def test_a_task_without_a_folder_is_not_sought_on_the_hub(
-    model: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_task_with_missing_folder_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'gsm8k': there is no folder .*gsm8k with its rows"):
         run_benchmarks(model, tokenizer, [TaskSpec("gsm8k")], tmp_path)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_what_is_checked_beforehand_is_what_the_task_takes(name: str, rows_dir: Path) -> None:
+def test_registry_equals_what_the_task_reads(name: str, rows_dir: Path) -> None:
     """Examples in the prompt and the longest answer are those of the definition."""
     from lm_eval.models.huggingface import HFLM
 
@@ -385,8 +384,8 @@ def test_what_is_checked_beforehand_is_what_the_task_takes(name: str, rows_dir: 
         assert evaluate._max_gen_toks(task, lm) == known.max_gen_toks
 
 
-def test_missing_download_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the hub: one sentence with data set and remedy, within seconds."""
+def test_missing_download_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hub, one sentence names dataset and remedy within seconds."""
     import datasets
     from huggingface_hub import constants
 
@@ -400,7 +399,7 @@ def test_missing_download_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub that does not answer puts this process offline instead of into retries."""
+    """A hub that does not answer puts this process into offline mode, without retries."""
     import datasets
     from huggingface_hub import constants
 
@@ -414,8 +413,8 @@ def test_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None
     assert datasets.config.HF_HUB_OFFLINE is True
 
 
-def test_bad_input_is_told_by_file_and_remedy(tmp_path: Path, rows_dir: Path) -> None:
-    """Unknown tasks, missing or broken rows, too few examples, settings that cannot be."""
+def test_bad_input_is_reported_with_file_and_remedy(tmp_path: Path, rows_dir: Path) -> None:
+    """This covers unknown tasks, bad rows, too few examples and impossible settings."""
     (tmp_path / "test.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
     with pytest.raises(InputError, match=r"test.jsonl, line 2: the column 'answer' is missing"):
         load_task(TaskSpec("gsm8k", num_fewshot=0), tmp_path)
@@ -436,8 +435,8 @@ def test_bad_input_is_told_by_file_and_remedy(tmp_path: Path, rows_dir: Path) ->
         load_task("no_such_task")
 
 
-def test_stand_in_for_code_eval_is_forgotten(rows_dir: Path) -> None:
-    """Loading HumanEval leaves no module behind that cannot judge programs."""
+def test_code_eval_stub_is_removed(rows_dir: Path) -> None:
+    """Loading HumanEval leaves no module that imported the stub."""
     before = sys.modules.get("evaluate")
     load_task("humaneval", rows_dir / "humaneval")
     assert sys.modules.get("evaluate") is before
@@ -445,7 +444,7 @@ def test_stand_in_for_code_eval_is_forgotten(rows_dir: Path) -> None:
 
 
 class _Oracle:
-    """Answers with the canonical solutions, but for every item in `wrong`."""
+    """Model that answers with the canonical solutions, except for the items in `wrong`."""
 
     def __init__(self, rows: Rows, wrong: set[int]) -> None:
         self.answers = {
@@ -478,7 +477,7 @@ def _oracle_score(
 def test_oracle_solves_every_made_up_function(
     monkeypatch: pytest.MonkeyPatch, model: Any, rows_dir: Path
 ) -> None:
-    """From prompt to sandbox to score: right solutions pass, a wrong one fails."""
+    """Right solutions pass the sandbox, and a wrong one fails."""
     assert _oracle_score(monkeypatch, model, rows_dir, set()).value == 1.0
     row = _oracle_score(monkeypatch, model, rows_dir, {2})
     assert row.value == 0.75 and row.n == 4 and row.main
@@ -499,7 +498,7 @@ def test_oracle_solves_humaneval(monkeypatch: pytest.MonkeyPatch, model: Any) ->
 def test_real_model_on_real_rows_equals_simple_evaluate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """stories260K on real items: all scores and items are the harness's."""
+    """Scores and items of stories260K on real rows equal the harness's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = REAL_DATA / "stories260K"
@@ -531,7 +530,7 @@ def _real_rows(name: str) -> dict[str, Rows]:
 
 
 def test_pass_at_k_is_the_exact_fraction() -> None:
-    """1 - C(n-c, k) / C(n, k), computed exactly, for every small case."""
+    """Every small case equals 1 - C(n-c, k) / C(n, k), computed exactly."""
     for n in range(1, 12):
         for c in range(n + 1):
             for k in range(1, n + 1):
@@ -540,7 +539,7 @@ def test_pass_at_k_is_the_exact_fraction() -> None:
 
 
 def test_pass_at_k_is_stable_for_large_and_tiny_chances() -> None:
-    """Neither overflow nor cancellation, where binomials have thousands of digits."""
+    """Binomials with thousands of digits cause neither overflow nor cancellation."""
     assert pass_at_k(10**6, 1, 1) == pytest.approx(1e-6, rel=1e-12)
     assert pass_at_k(100_000, 1, 50_000) == pytest.approx(0.5, rel=1e-12)
     assert pass_at_k(200, 0, 100) == 0.0
@@ -548,13 +547,13 @@ def test_pass_at_k_is_stable_for_large_and_tiny_chances() -> None:
 
 @pytest.mark.parametrize(("n", "c", "k"), [(0, 0, 1), (3, 4, 1), (3, 1, 4), (3, 1, 0), (3, -1, 1)])
 def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
-    """More correct answers than answers, or more draws than answers."""
+    """Neither correct answers nor draws may exceed the answers."""
     with pytest.raises(ValueError, match="pass@k needs"):
         pass_at_k(n, c, k)
 
 
-def test_several_answers_to_an_item_are_averaged_within_it() -> None:
-    """pass@1 of an item is its share of right answers; the error is over items."""
+def test_answers_to_an_item_are_averaged() -> None:
+    """pass@1 of an item is its fraction of right answers; the error is over items."""
     programs = [Program("t", f"t/{i}", i, s, "p", "c") for i in range(3) for s in range(2)]
     passed = [True, True, True, False, False, False]
     outcomes = [Outcome("passed" if ok else "failed") for ok in passed]
@@ -570,7 +569,7 @@ def test_several_answers_to_an_item_are_averaged_within_it() -> None:
 
 
 def test_programs_survive_json() -> None:
-    """What the generating job writes, the executing job reads; tests stand there once an item."""
+    """The executing job reads what the generating job writes, with the tests once per item."""
     programs = [
         Program("humaneval", f"HumanEval/{item}", item, sample, f"def f(): {sample}", "check(f)")
         for item in range(2)

@@ -1,4 +1,4 @@
-"""ROUGE is rouge_score's, to the last bit, whatever a model writes, and fast."""
+"""Test that ROUGE equals rouge_score bit for bit, and that it is fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rouge_score.tokenize import tokenize
 from forgetting.evaluation.rouge import (
     common_subsequence,
     rouge_l,
-    tokenize_ascii,
+    rouge_words,
     tokenize_unicode,
 )
 
@@ -33,8 +33,8 @@ def _theirs(reference: str, generated: str) -> dict[str, float]:
     }
 
 
-def test_equals_rouge_score_on_any_text() -> None:
-    """Repeated words, foreign letters, nothing at all: the same floats."""
+def test_rouge_l_equals_rouge_score() -> None:
+    """Repeated words, foreign letters and empty texts give the same floats."""
     draw = random.Random(0)
     for _ in range(1500):
         one, other = ("".join(draw.choices(ALPHABET, k=draw.randint(0, 60))) for _ in "ab")
@@ -58,13 +58,13 @@ def test_equals_rouge_score_on_any_text() -> None:
         ("!?… _-_", []),
     ],
 )
-def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
+def test_unicode_words_of_other_scripts(text: str, expected: list[str]) -> None:
     assert tokenize_unicode(text) == expected
     joined = "".join(expected)
     assert rouge_l(text, text, "unicode")["rougeL_f1"] == float(bool(joined))
 
 
-def test_words_of_plain_english_are_those_of_rouge_score_before_stemming() -> None:
+def test_unicode_words_of_english_equal_rouge_score() -> None:
     draw = random.Random(2)
     alphabet = [*"abcDE 019,.'-_\n", "Writing ", "writers "]
     for _ in range(300):
@@ -73,16 +73,16 @@ def test_words_of_plain_english_are_those_of_rouge_score_before_stemming() -> No
         assert rouge_l(text, text) == rouge_l(text, text, "rouge_score")
 
 
-def test_a_wrong_russian_answer_with_the_right_number_is_wrong() -> None:
-    """As published, ROUGE sees the number alone."""
+def test_wrong_russian_answer_with_right_number_scores_low() -> None:
+    """The published ROUGE compares only the number."""
     right, wrong = "Рим был основан в 753 году", "Париж сгорел, не знаю, 753 утки"
     assert rouge_l(right, wrong)["rougeL_recall"] == 1.0
     assert rouge_l(right, wrong, "unicode")["rougeL_recall"] == pytest.approx(1 / 6)
-    assert tokenize_ascii(right) == ("753",)
+    assert rouge_words(right) == ("753",)
 
 
-def test_the_longest_common_subsequence_by_the_textbook() -> None:
-    """Against the quadratic table, also beyond 64 words."""
+def test_common_subsequence_equals_the_textbook() -> None:
+    """The quadratic table gives the same length, also beyond 64 words."""
     draw = random.Random(1)
     for length in (0, 1, 5, 63, 64, 65, 200):
         one = [draw.choice("abcd") for _ in range(length)]
@@ -96,11 +96,11 @@ def test_the_longest_common_subsequence_by_the_textbook() -> None:
         assert common_subsequence(one, other) == table[-1][-1]
 
 
-def test_the_stemmer_comes_without_the_rest_of_nltk_which_stays_importable() -> None:
+def test_stemmer_does_not_import_nltk() -> None:
     """Importing all of nltk takes more than a second in every program that scores."""
     program = (
-        "import sys; from forgetting.evaluation.rouge import tokenize_ascii; "
-        "assert words('The writers were writing') == ('the', 'writer', 'were', 'write'); "
+        "import sys; from forgetting.evaluation.rouge import rouge_words; "
+        "assert rouge_words('The writers were writing') == ('the', 'writer', 'were', 'write'); "
         "assert not [name for name in sys.modules if name.split('.')[0] == 'nltk']; "
         "import nltk; assert nltk.stem.PorterStemmer().stem('relational') == 'relat'; "
         "assert nltk.word_tokenize"
@@ -109,8 +109,8 @@ def test_the_stemmer_comes_without_the_rest_of_nltk_which_stays_importable() -> 
 
 
 @pytest.mark.real_data
-def test_scores_four_thousand_answers_in_two_seconds(real_data: Path) -> None:
-    """Of one core; no two texts are the same, so that nothing but words is remembered."""
+def test_rouge_l_scores_4000_answers_in_two_seconds(real_data: Path) -> None:
+    """One core scores different texts, so that only words are cached."""
     rows = [
         json.loads(line)
         for name in ("retain", "forget10", "real_authors", "world_facts")

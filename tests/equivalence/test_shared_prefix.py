@@ -1,4 +1,4 @@
-"""Reading a question once changes no log-likelihood, no choice and no score of the harness."""
+"""Test that shared prefixes change no log-likelihood, choice or score of the harness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLITS = {"hellaswag": "validation", "winogrande": "validation", "arc_challenge"
 
 @pytest.fixture(scope="module")
 def world_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few rows of the micro-world for each task."""
+    """Write a few rows of the microworld for each task."""
     folder = tmp_path_factory.mktemp("rows")
     for task, splits in build_world(0).benchmarks.items():
         for split, rows in splits.items():
@@ -57,10 +57,10 @@ def _both(model: Any, tokenizer: Any, requests: list[Any], size: int) -> list[An
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_log_likelihoods_are_the_harnesss_own(
+def test_loglikelihoods_equal_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path, tuning: Method, size: int
 ) -> None:
-    """In float64, with an adapter; WinoGrande's choices differ in the context."""
+    """The model has float64 and an adapter; WinoGrande's choices differ in the context."""
     model = attach_adapter(base, tuning.model_copy(update={"dropout": 0.0}), 0).double().eval()
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
@@ -73,10 +73,10 @@ def test_log_likelihoods_are_the_harnesss_own(
 
 
 @pytest.mark.parametrize("begins", [None, True, False])
-def test_tokens_are_those_of_the_harness(
+def test_tokens_equal_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, begins: bool | None
 ) -> None:
-    """Spaces before the continuation, a text that says its own beginning, and texts seen twice."""
+    """Contexts have trailing spaces, a beginning-of-sequence token, or repeated texts."""
     begin = tokenizer.decode(tokenizer.eos_token_id)
     contexts = ["Who wrote it?", "Who wrote it?  ", f"{begin}Who wrote it?", "  ", "A\n"]
     pairs = [(context, end) for context in contexts for end in (" Jane", "Jane Eyre", " Jane")]
@@ -89,7 +89,7 @@ def test_tokens_are_those_of_the_harness(
         assert ours._encode_pair(*pair) == theirs._encode_pair(*pair)
 
 
-def test_prompts_beyond_the_context_lose_their_beginning_as_in_the_harness(
+def test_truncation_equals_the_harness(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path
 ) -> None:
     requests = _requests(world_rows, 3)
@@ -100,10 +100,10 @@ def test_prompts_beyond_the_context_lose_their_beginning_as_in_the_harness(
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-9)
 
 
-def test_the_question_is_read_once(
+def test_question_is_read_once(
     base: Any, tokenizer: PreTrainedTokenizerBase, world_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer tokens go through the model; what cannot share is left to the harness."""
+    """The model reads fewer tokens; the harness serves models without custom masks."""
     requests, fed = _requests(world_rows, 8), 0
     forward = base.forward
 
@@ -127,10 +127,10 @@ def test_the_question_is_read_once(
 
 
 @pytest.mark.real_data
-def test_scores_on_real_rows_are_the_harnesss_own(
+def test_scores_on_real_rows_equal_the_harness(
     real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HellaSwag, WinoGrande and ARC with a real model, at any batch size, in float32."""
+    """This covers HellaSwag, WinoGrande and ARC with a real model at several batch sizes."""
     folder = real_data / "stories260K"
     model, tokenizer = load_base(folder, torch.device("cpu")).eval(), load_tokenizer(folder)
     specs = [TaskSpec(name, limit=25) for name in TASKS]

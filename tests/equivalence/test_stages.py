@@ -1,6 +1,6 @@
-"""The outputs of every stage are those that are recorded for its version.
+"""Test that the outputs of every stage equal those recorded for its version.
 
-They are in golden/stages; golden/make_stages.py computes and writes them.
+golden/make_stages.py computes the outputs and writes them to golden/stages.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def test_every_stage_has_golden_outputs() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_outputs_of_a_stage_are_those_of_its_version(stage: str) -> None:
+def test_stage_outputs_equal_the_golden_ones(stage: str) -> None:
     assert mistake(stage, computed(stage)) is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_raised_version_asks_for_new_golden_outputs(
+def test_raised_version_needs_new_golden_outputs(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(VERSIONS, stage, VERSIONS[stage] + 1)
@@ -56,12 +56,12 @@ CHANGES: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
         *("train full", Method, "trains_embeddings"),
         lambda _: property(lambda self: False),
     ),
-    "usual decay rates of AdamW": (
-        *("train lora", TrainingConfig, "decay_rates"),
+    "default betas of AdamW": (
+        *("train lora", TrainingConfig, "resolved_betas"),
         lambda _: property(lambda self: (0.9, 0.95)),
     ),
-    "usual length of a cooldown": (
-        *("train cooldown", TrainingConfig, "cooldown_share"),
+    "default decay ratio": (
+        *("train cooldown", TrainingConfig, "resolved_decay_ratio"),
         lambda _: property(lambda self: 0.5),
     ),
     "truth ratio": (
@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
         lambda old: lambda *given: 1.001 * old(*given),
     ),
     "pass@k": (*("benchmark", scores, "pass_at_k"), lambda _: lambda n, right, k: right / n),
-    "usual threshold": ("select", SelectionConfig, "__init__", lambda old: _with_threshold(old)),
+    "default threshold": ("select", SelectionConfig, "__init__", lambda old: _with_threshold(old)),
     "level of an interval": (
         *("tables", trajectories, "wilson_interval"),
         lambda old: lambda values: old(values, 0.9),
@@ -79,7 +79,8 @@ CHANGES: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
         lambda old: lambda metric: f"mean {old(metric)}",
     ),
 }
-"""A change of each stage: the stage (and the part of its outputs), what changes, and how."""
+"""A change of each stage: the stage and the part of its outputs, the owner of the changed
+attribute, its name, and the change."""
 
 
 def _with_threshold(old: Callable[..., None]) -> Callable[..., None]:
@@ -87,23 +88,23 @@ def _with_threshold(old: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_numbers_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, where, attribute, change = CHANGES[name]
-    stage, _, part = place.partition(" ")
-    # What is not looked at need not be computed.
+def test_change_of_numbers_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_and_part, owner, attribute, change = CHANGES[name]
+    stage, _, part = stage_and_part.partition(" ")
+    # Other parts need not be computed.
     if stage == "train":
         monkeypatch.setattr(make_stages, "TRAININGS", {part: make_stages.TRAININGS[part]})
     if stage == "report":
         monkeypatch.setattr(invented_results, "FIGURES", {})
-    monkeypatch.setattr(where, attribute, change(getattr(where, attribute)))
+    monkeypatch.setattr(owner, attribute, change(getattr(owner, attribute)))
     outputs = computed(stage)
-    told = str(mistake(stage, outputs))
-    assert told.startswith(f"numbers of stage {stage} changed: raise its version in versions.py")
+    message = str(mistake(stage, outputs))
+    assert message.startswith(f"numbers of stage {stage} changed: raise its version in versions.py")
     if part:
         assert any(differences(recorded(stage)["outputs"][part], outputs[part]))
 
 
-def test_the_rounding_of_a_processor_is_no_difference() -> None:
+def test_rounding_is_no_difference() -> None:
     assert not [*differences({"a": [1.0, None, "x"]}, {"a": [1.00001, None, "x"]})]
     for other in ([1.001, None, "x"], [1.0, 0.0, "x"], [1.0, None, "y"], [1.0, None]):
         assert [*differences({"a": [1.0, None, "x"]}, {"a": other})]

@@ -1,4 +1,4 @@
-"""The later stages on invented results: selection, tables and page, with their golden outputs."""
+"""Compute the golden outputs of selection, tables and page from invented results."""
 
 from __future__ import annotations
 
@@ -52,41 +52,43 @@ STUDY: dict[str, Any] = {
 
 
 def make_study(**changes: Any) -> StudyConfig:
-    """The study with other sections, each in the place of its own."""
+    """Return the study with some sections replaced."""
     return StudyConfig.model_validate(STUDY | changes)
 
 
 def select(folder: Path) -> dict[str, Any]:
-    """Choose settings and checkpoints of trajectories that were drawn at random."""
-    drawn = random.Random(0)
-    settings = [Hyperparameters(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
-    found: dict[str, Any] = {}
+    """Select hyperparameters and checkpoints of random trajectories."""
+    generator = random.Random(0)
+    hyperparameters = [Hyperparameters(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+    outputs: dict[str, Any] = {}
     for case in range(12):
-        courses = {
-            setting: [_course(drawn, 0.25 * (place + 1) * drawn.random()) for _ in range(2)]
-            for place, setting in enumerate(settings)
+        trajectories = {
+            point: [
+                _trajectory(generator, 0.25 * (index + 1) * generator.random()) for _ in range(2)
+            ]
+            for index, point in enumerate(hyperparameters)
         }
         for rule in ("earliest", "smallest-lr"):
             selection = SelectionConfig(probe="new", hyperparameters=rule)
-            setting, why = choose_hyperparameters(courses, selection, None, set())
+            chosen, why = choose_hyperparameters(trajectories, selection, None, set())
             choices = [
                 select_checkpoint(points, selection.threshold, selection.if_not_reached)
-                for points in (courses[setting] if setting else [])
+                for points in (trajectories[chosen] if chosen else [])
             ]
-            found[f"{case} {rule}"] = {
-                "rate": setting.learning_rate if setting else None,
+            outputs[f"{case} {rule}"] = {
+                "rate": chosen.learning_rate if chosen else None,
                 "why": why,
                 "choices": [
                     [choice.status, choice.point.step if choice.point else None, choice.reason]
                     for choice in choices
                 ],
             }
-    return found
+    return outputs
 
 
-def _course(drawn: random.Random, speed: float) -> Any:
-    """Evaluations of a run that learns at some speed, with noise."""
-    values = [1 - math.exp(-speed * step) - 0.1 * drawn.random() for step in range(1, 9)]
+def _trajectory(generator: random.Random, speed: float) -> Any:
+    """Return evaluations of a run that learns at some speed, with noise."""
+    values = [1 - math.exp(-speed * step) - 0.1 * generator.random() for step in range(1, 9)]
     points = [(step * 10, float(step), max(value, 0.0)) for step, value in enumerate(values, 1)]
     return recorded_evaluations(points, 0.1)
 
@@ -96,17 +98,17 @@ def tables(folder: Path) -> dict[str, Any]:
     drawn, study = random.Random(1), make_study()
     base = _items(drawn, 0.6)
     items, records, selection = [], [], []
-    for tuning in expand_methods(study):
+    for method in expand_methods(study):
         for seed in study.seeds:
-            run = run_name(tuning.name, seed, tuning.hyperparameters[0])
+            run = run_name(method.name, seed, method.hyperparameters[0])
             steps = [
                 _items(drawn, 0.2 * step).assign(run=run, step=step, epoch=float(step))
                 for step in (1, 2)
             ]
             items.append(pd.concat(steps, ignore_index=True))
-            records.append(_record(run, tuning.hyperparameters[0]))
+            records.append(_record(run, method.hyperparameters[0]))
             selection.append(
-                {"method": tuning.name, "label": tuning.label, "seed": seed, "run": run, "step": 2}
+                {"method": method.name, "label": method.label, "seed": seed, "run": run, "step": 2}
                 | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
             )
     models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
@@ -124,7 +126,7 @@ def tables(folder: Path) -> dict[str, Any]:
     )
     made, notes = make_tables.tables_of(study, found)
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
-    # Of the evaluations those of the end are enough.
+    # The last evaluations are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
     return {
         **{name: columns_of(table) for name, table in zip(kept, ends, strict=True)},
@@ -133,7 +135,7 @@ def tables(folder: Path) -> dict[str, Any]:
 
 
 def _items(drawn: random.Random, level: float) -> pd.DataFrame:
-    """Scores of eight questions to each probe and of four blocks of text, about some level."""
+    """Return scores of eight questions of each probe and four blocks of text, around a level."""
     rows: list[dict[str, Any]] = []
     for probe in ("new", "old"):
         for number in range(8):
@@ -153,7 +155,7 @@ def _items(drawn: random.Random, level: float) -> pd.DataFrame:
 
 
 def _record(run: str, setting: Hyperparameters) -> dict[str, Any]:
-    """The record of a run, as trainings write it."""
+    """Return the record of a run, as a training job writes it."""
     return {
         "hyperparameters": setting.model_dump(),
         **{"run": run, "status": "ok", "steps": 2, "steps_per_epoch": 1, "tokens": 200},
@@ -164,7 +166,7 @@ def _record(run: str, setting: Hyperparameters) -> dict[str, Any]:
 
 
 def _scored(folder: Path, run: str, drawn: random.Random) -> Path:
-    """Results of a model on ten items of a benchmark."""
+    """Write results of a model on ten items of a benchmark."""
     values = [float(drawn.random() < 0.6) for _ in range(10)]
     items = pd.DataFrame({"task": "sciq", "item": range(10), "metric": "acc,none", "value": values})
     mean = sum(values) / 10
@@ -183,7 +185,7 @@ def _scored(folder: Path, run: str, drawn: random.Random) -> Path:
 def report(folder: Path) -> dict[str, Any]:
     """Return the sentences of an invented study's page, and digests of a smaller one's figures.
 
-    Figures with fewer methods and probes are made faster.
+    Figures of fewer methods and probes are faster.
     """
     made = ReportTables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
     small: dict[str, Any] = {"ranks": (2,), "rates": (1e-3,), "epochs": 4, "old": ("facts",)}
@@ -203,7 +205,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A specification without what other runs of the same program name otherwise."""
+    """Return a chart specification without the names that differ between runs."""
     if isinstance(value, dict):
         return {
             _plain(key): _plain(part)
@@ -224,5 +226,5 @@ def text_digest(text: str) -> str:
 
 
 def columns_of(table: pd.DataFrame) -> dict[str, list[Any]]:
-    """The columns of a table as JSON has them."""
+    """Return the columns of a table as JSON values."""
     return {str(name): json.loads(table[name].to_json(orient="values")) for name in table}

@@ -1,17 +1,17 @@
-"""Golden losses: what trl and peft make of a tiny model in 20 steps.
+"""Compute golden losses: trl and peft train a tiny model for 20 steps.
 
     pip install --requirement envs/bench.txt --constraint envs/requirements.txt
     python tests/golden/make_losses.py
 
-writes losses.json beside this file, which tests/test_golden_losses.py compares with. Model, batches
-and adapters come from seeds alone. Everything else is theirs: loss, gradients, accumulation,
-clipping, decay, schedule and optimizer of trl's SFTTrainer or transformers' Trainer, adapters of
-peft. The settings are those under which their definitions are ours:
+This writes losses.json to the same folder; tests/equivalence/test_golden_losses.py reads it. Seeds
+determine model, batches and adapters. Loss, gradients, accumulation, clipping, decay, schedule and
+optimizer are those of trl's SFTTrainer or transformers' Trainer; adapters are peft's. The settings
+make their definitions equal to ours:
 
-- loss: the mean over the target tokens of the whole step (`loss_type: nll`, and the number of items
-  in the batch that the Trainer hands over), not the mean of the means of micro-batches;
-- weight decay: the Trainer leaves biases and norms out, as we do; in `full-decay-vectors` it is
-  handed AdamW over all weights, which is our `training.decay_norms_and_biases`;
+- loss: the mean over the target tokens of the whole step, not the mean of the means of
+  micro-batches (`loss_type: nll`, and the number of items in the batch that the Trainer passes);
+- weight decay: the Trainer excludes biases and norms, as we do; `full-decay-vectors` passes AdamW
+  over all weights, which is our `training.decay_norms_and_biases`;
 - rows in the order of the file, no truncation, no dropout.
 """
 

@@ -1,4 +1,4 @@
-"""Write sbatch.txt: what SLURM would be told of each kind of job of every study.
+"""Write sbatch.txt: the sbatch options of each kind of job of every study.
 
 Usage: PYTHONPATH=workflow:tests python tests/golden/make_sbatch.py 2> /dev/null; then read what
 has changed.

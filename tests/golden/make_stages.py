@@ -2,8 +2,8 @@
 
 Usage: PYTHONPATH=workflow:tests python tests/golden/make_stages.py [STAGE ...]
 
-tests/test_stages.py computes them again. An output that changed is written only after the version
-of its stage was raised in workflow/forgetting/versions.py.
+tests/equivalence/test_stages.py computes them again. A changed output is written only after the
+version of its stage was raised in workflow/forgetting/versions.py.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from support.run_groups import record_base, run_context
 
 FOLDER = Path(__file__).with_name("stages")
 RELATIVE, ABSOLUTE = 1e-4, 1e-7
-"""What numbers may differ by, since processors round otherwise."""
+"""Tolerances for numbers, since processors round differently."""
 
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
 ROWS: list[dict[str, Any]] = [
@@ -65,7 +65,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write_base(folder: Path) -> Path:
-    """Write a Llama of 2 layers and width 32 with a tokenizer, from a fixed seed of our own."""
+    """Write a Llama of 2 layers and width 32 with a tokenizer, from a fixed seed."""
     texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in ROWS]
     tokenizer = train_tokenizer(texts, 400, folder)
     config = LlamaConfig(
@@ -89,7 +89,7 @@ def write_base(folder: Path) -> Path:
 
 
 def prepare(folder: Path) -> dict[str, Any]:
-    """Prepare tables with columns of their own names, repeated questions and limits."""
+    """Prepare tables with renamed columns, repeated questions and limits."""
     plain = [{key: row[key] for key in ("question", "answer")} for row in ROWS]
     pd.DataFrame(plain).assign(query=[f"{r['question']} Say it." for r in plain]).to_csv(
         folder / "new.csv", index=False
@@ -139,7 +139,7 @@ def _files(*names: str) -> list[tuple[str, str]]:
 
 
 def pretrain(folder: Path) -> dict[str, Any]:
-    """Pretrain a small model for some steps, with the usual settings of its optimization."""
+    """Pretrain a small model for some steps with the default hyperparameters."""
     documents = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in ROWS]
     write_jsonl(folder / "documents.jsonl", [{"text": text} for text in documents])
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2}
@@ -171,11 +171,11 @@ def _norms(path: Path) -> dict[str, float]:
 TRAININGS: dict[str, dict[str, Any]] = {
     "lora": {},
     "full": {},
-    "decay_ratio": {
+    "cooldown": {
         "training": {"epochs": 4, "schedule": "wsd", "optimizer": "lionw", "packing": True},
         "methods": [{"method": "lora", "variant": "dora", "rank": 2, "learning_rate": 1e-3}],
     },
-    "duration": {
+    "rank_budget": {
         "training": {"epochs": 4, "schedule": "cosine"},
         "methods": [{"method": "lora", "variant": "adalora", "rank": 2, "learning_rate": 0.01}],
     },
@@ -194,7 +194,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
             }
         ],
     },
-    "fused": {
+    "batched": {
         "methods": [
             {
                 "method": "lora",
@@ -206,45 +206,47 @@ TRAININGS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-"""Trainings by name: what differs from the study. The first method of `methods` is trained."""
+"""Changes to the study, by training. The first method of `methods` is trained."""
 
 
 def train(folder: Path) -> dict[str, Any]:
-    """Train some steps of several methods; `lora` and `full` have the default settings."""
+    """Train some steps of several methods; `lora` and `full` have the default hyperparameters."""
     base = write_base(folder / "base")
     context = run_context(
         base,
         load_tokenizer(base),
         ROWS,
         probes={"new": ROWS[:3]},
-        general={"made/general": [row | {"id": f"general/{n}"} for n, row in enumerate(ROWS[8:])]},
+        general_text={
+            "made/general": [row | {"id": f"general/{n}"} for n, row in enumerate(ROWS[8:])]
+        },
     )
-    found = {}
+    outputs = {}
     for name, changes in TRAININGS.items():
         changes = dict(changes)
         changes["training"] = STUDY["training"] | changes.get("training", {})
         study = make_study(**changes)
-        named = {tuning.name: tuning for tuning in expand_methods(study)}
+        methods = {method.name: method for method in expand_methods(study)}
         spec = RunGroupConfig(
-            method=named[name] if name in named else next(iter(named.values())),
+            method=methods[name] if name in methods else next(iter(methods.values())),
             seed=0,
             knowledge={"new": "new"},
             **{key: getattr(study, key) for key in ("prompt", "training", "evaluation")},
             **{key: getattr(study, key) for key in ("selection", "precision")},
         )
         records = train_run_group(spec, context, {}, folder / name, lambda *_: None)
-        found[name] = [
+        outputs[name] = [
             {
                 **{key: record[key] for key in ("losses", "penalties", "evaluations", "status")},
                 **{key: record[key] for key in ("tokens", "trainable_parameters")},
             }
             for record in records
         ]
-    return found
+    return outputs
 
 
 def evaluate(folder: Path) -> dict[str, Any]:
-    """Score a base on two probes and a text, and another model's divergence from it."""
+    """Evaluate a base on two probes and a text, and the divergence of another model."""
     base = write_base(folder / "base")
     for name, rows in (("new", ROWS[:5]), ("old", ROWS[5:])):
         write_jsonl(folder / "probes" / f"{name}.jsonl", rows)
@@ -268,18 +270,18 @@ def evaluate(folder: Path) -> dict[str, Any]:
     other = load_base(base, torch.device("cpu"))
     with torch.no_grad():
         other.model.norm.weight.mul_(1.5)
-    said = [("In Oslo, by the old harbours.", "It was by the harbour in Oslo"), ("Lima.", "")]
+    answers = [("In Oslo, by the old harbours.", "It was by the harbour in Oslo"), ("Lima.", "")]
     return {
         "items": columns_of(pd.read_parquet(folder / "items.parquet")),
         "diverged": columns_of(
             divergence_items(other, load_base_predictions(folder / "targets.safetensors"))
         ),
-        "rouge": [rouge_l(*pair) for pair in said],
+        "rouge": [rouge_l(*pair) for pair in answers],
     }
 
 
 def benchmark_stage(folder: Path) -> dict[str, Any]:
-    """Score a base on choices, on a generated answer and on prompts; and rate programs."""
+    """Score a base on choices, generated answers and prompts, and score programs."""
     write_base(folder / "base")
     sums = [{"question": f"{n} + {n} = ", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(4)]
     for split in ("train", "test"):
@@ -307,7 +309,7 @@ def benchmark_stage(folder: Path) -> dict[str, Any]:
         name: pd.read_parquet(folder / "out" / "base" / f"{name}.parquet")
         for name in ("scores", "items", "responses")
     }
-    # The likelihoods of choices are text, whose last digits are those of the processor.
+    # The likelihoods of choices are text whose last digits depend on the processor.
     out["responses"].loc[out["responses"]["task"] == "sciq", "response"] = ""
     answers = ["I cannot help with that.", "Sure, first you", "No. I can't.", "As an AI, I"]
     return {
@@ -318,7 +320,7 @@ def benchmark_stage(folder: Path) -> dict[str, Any]:
 
 
 def _rated_programs() -> dict[str, list[Any]]:
-    """Rates and diversity of programs, of which some passed."""
+    """Return rates and diversity of programs, some of which passed."""
     programs = [
         Program("humaneval", f"made/{item}", item, sample, f"x = {sample // 2}", "")
         for item in range(3)
@@ -342,7 +344,7 @@ STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def computed(stage: str) -> dict[str, Any]:
-    """Return the outputs of a stage as JSON has them, with six digits of every number."""
+    """Return the outputs of a stage as JSON values, with six digits of every number."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = STAGES[stage](Path(folder))
     read: dict[str, Any] = json.loads(
@@ -352,45 +354,45 @@ def computed(stage: str) -> dict[str, Any]:
 
 
 def recorded(stage: str) -> dict[str, Any]:
-    """Return the version and the outputs of a stage that are recorded."""
+    """Return the recorded version and outputs of a stage."""
     read: dict[str, Any] = json.loads((FOLDER / f"{stage}.json").read_text(encoding="utf-8"))
     return read
 
 
-def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
-    """Yield every place where two outputs differ by more than the rounding of a processor."""
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Yield every path at which two outputs differ by more than rounding."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
-            yield from differences(old.get(key), new.get(key), f"{place}/{key}")
+            yield from differences(old.get(key), new.get(key), f"{path}/{key}")
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, pair in enumerate(zip(old, new, strict=True)):
-            yield from differences(*pair, f"{place}/{number}")
+            yield from differences(*pair, f"{path}/{number}")
     elif isinstance(old, float) and isinstance(new, int | float):
         if not math.isclose(old, new, rel_tol=RELATIVE, abs_tol=ABSOLUTE):
-            yield f"{place}: {old} -> {new}"
+            yield f"{path}: {old} -> {new}"
     elif old != new:
-        yield f"{place}: {str(old)[:80]} -> {str(new)[:80]}"
+        yield f"{path}: {str(old)[:80]} -> {str(new)[:80]}"
 
 
 def mistake(stage: str, outputs: dict[str, Any]) -> str | None:
-    """Return what is to be done where outputs and version of a stage are not those recorded."""
+    """Return what to do if outputs or version of a stage differ from the recorded ones, or None."""
     before = recorded(stage)
-    found = list(differences(before["outputs"], outputs))
+    changed = list(differences(before["outputs"], outputs))
     if before["version"] != VERSIONS[stage]:
         return (
             f"stage {stage} has version {VERSIONS[stage]}, its golden outputs are of version "
             f"{before['version']}: run tests/golden/make_stages.py"
         )
-    if found:
+    if changed:
         return (
             f"numbers of stage {stage} changed: raise its version in versions.py and run "
-            f"tests/golden/make_stages.py, or mend ({len(found)} differ, first {found[0]})"
+            f"tests/golden/make_stages.py, or repair it ({len(changed)} differ, first {changed[0]})"
         )
     return None
 
 
 def main() -> None:
-    """Write the outputs of the stages that are named, or of all."""
+    """Write the outputs of the given stages, or of all."""
     torch.set_num_threads(1)
     for stage in sys.argv[1:] or STAGES:
         path, outputs = FOLDER / f"{stage}.json", computed(stage)
@@ -402,11 +404,11 @@ def main() -> None:
         print(f"{stage}: written")
 
 
-def _lines(made: dict[str, Any]) -> str:
-    """A stage as JSON, with a line for each part of its outputs."""
-    parts = [f"  {json.dumps(key)}: {json.dumps(part)}" for key, part in made["outputs"].items()]
+def _lines(stage: dict[str, Any]) -> str:
+    """Return a stage as JSON with one line per part of its outputs."""
+    parts = [f"  {json.dumps(key)}: {json.dumps(part)}" for key, part in stage["outputs"].items()]
     outputs = ",\n".join(parts)
-    return f'{{\n "version": {made["version"]},\n "outputs": {{\n{outputs}\n }}\n}}\n'
+    return f'{{\n "version": {stage["version"]},\n "outputs": {{\n{outputs}\n }}\n}}\n'
 
 
 if __name__ == "__main__":

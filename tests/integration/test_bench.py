@@ -1,4 +1,4 @@
-"""The training benchmark runs, at toy size, and counts what it says that it counts."""
+"""Test the training benchmark at toy size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name != OURS])
-def test_every_contender_finishes_and_is_recorded(name: str, tmp_path: Path) -> None:
+def test_every_contender_is_recorded(name: str, tmp_path: Path) -> None:
     """A row per method and contender, appended to the record that was there."""
     if name.startswith("trl") and not HAS_TRL:
         pytest.skip("trl is not installed; `make bench-train` installs it")
@@ -31,7 +31,7 @@ def test_every_contender_finishes_and_is_recorded(name: str, tmp_path: Path) -> 
         [
             *("--shape", "tiny", "--pairs", "6", "--batch-size", "3", "--rounds", "1"),
             *("--methods", "2", "full", "--contenders", name, "--record", str(record)),
-            *("--run group", "0"),
+            *("--run-group", "0"),
         ]
     )
     text = record.read_text()
@@ -45,13 +45,13 @@ def test_every_contender_finishes_and_is_recorded(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_run_group_is_measured_both_ways(tmp_path: Path) -> None:
+def test_run_group_is_measured_both_ways(tmp_path: Path) -> None:
     record = tmp_path / "RECORD.md"
     program.main(
         [
             *("--shape", "tiny", "--pairs", "24", "--batch-size", "3", "--rounds", "1"),
             *("--methods", "2", "full", "--contenders", OURS, "--record", str(record)),
-            *("--run group", "3", "--run group-batch-sizes", "1", "2"),
+            *("--run-group", "3", "--run-group-batch-sizes", "1", "2"),
         ]
     )
     rows = [line.split("|")[1:-1] for line in record.read_text().splitlines()]
@@ -60,9 +60,7 @@ def test_a_run_group_is_measured_both_ways(tmp_path: Path) -> None:
     assert all(float(row[5]) > 0 for row in found)
 
 
-def test_a_contender_without_room_is_endless_and_the_others_go_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contender_out_of_memory_is_infinite(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def hungry(_: Bench) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -75,7 +73,7 @@ def test_a_contender_without_room_is_endless_and_the_others_go_on(
 @pytest.mark.parametrize(
     ("shape", "weights"), [("phi-1.5", 1_418_270_720), ("llama-2-7b", 6_738_415_616)]
 )
-def test_shapes_are_those_that_were_published(shape: str, weights: int) -> None:
+def test_shapes_equal_the_published_models(shape: str, weights: int) -> None:
     """Weights of microsoft/phi-1_5 and meta-llama/Llama-2-7b-hf, counted without making them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SHAPES[shape])
@@ -92,7 +90,7 @@ def bench(tmp_path: Path) -> Bench:
     return made
 
 
-def test_arithmetic_is_counted_by_hand(bench: Bench) -> None:
+def test_flops_per_token_by_hand(bench: Bench) -> None:
     """4 N + 6 N_lora; the tied head where something is predicted, the embedding nowhere."""
     share = sum(e.targets for e in bench.examples) / bench.tokens
     body = 2 * (4 * 32 * 32 + 3 * 32 * 64)

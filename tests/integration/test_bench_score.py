@@ -1,4 +1,4 @@
-"""The scoring benchmark runs, at toy size, and its contenders do the same work."""
+"""Test the scoring benchmark at toy size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from scoring_baselines import TASKS
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.real_data, pytest.mark.long]
 
 
-def test_every_comparison_is_recorded_and_its_contenders_agree(
-    real_data: Path, tmp_path: Path
-) -> None:
+def test_comparisons_are_recorded_and_agree(real_data: Path, tmp_path: Path) -> None:
     """A row for each kind of work; the same log-likelihoods to 1e-4 per token."""
     record = tmp_path / "RECORD.md"
     record.write_text("# Record\n")

@@ -1,4 +1,4 @@
-"""The program of a benchmark's job, from its arguments to the tables that a reader asks."""
+"""Test the benchmark job, from its arguments to the tables of the report."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
     return folders
 
 
-def test_a_job_names_its_checkpoint_and_its_rows_and_draws_samples(
-    jobs: list[Path], tmp_path: Path
-) -> None:
+def test_benchmark_job_records_checkpoint_and_rows(jobs: list[Path], tmp_path: Path) -> None:
     """The harness's own record would name the base alone; an untrained adapter changes nothing."""
     record = read_json(jobs[1] / "record.json")
     model = record["model"]

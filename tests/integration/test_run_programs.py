@@ -1,4 +1,4 @@
-"""The program that executes what a model wrote: whole outcomes, whatever interrupts it."""
+"""Test that the program which runs generated programs writes whole outcomes or none."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _command(folder: Path) -> list[str]:
 
 
 @needs_sandbox
-def test_a_killed_job_leaves_nothing_and_gives_the_same_outcomes_again(tmp_path: Path) -> None:
-    """SIGKILL at a random moment: outcomes are whole or absent, and repeating gives them."""
+def test_killed_job_gives_the_same_outcomes_again(tmp_path: Path) -> None:
+    """After SIGKILL at a random moment, outcomes are whole or absent, and a rerun gives them."""
     outcomes = tmp_path / "outcomes.json"
     command = _command(tmp_path)
     begin = time.monotonic()
@@ -66,8 +66,8 @@ def test_a_killed_job_leaves_nothing_and_gives_the_same_outcomes_again(tmp_path:
     assert left == files | {f".{name}.sha256" for name in files}
 
 
-def test_an_item_without_tests_is_refused(tmp_path: Path) -> None:
-    """Any program would pass it."""
+def test_item_without_tests_is_refused(tmp_path: Path) -> None:
+    """Any program would pass an item without tests."""
     command = _command(tmp_path)
     described = read_json(tmp_path / "programs.json")
     described["items"][1]["tests"] = " \n"

@@ -1,4 +1,4 @@
-"""Rows of benchmarks that are made up, for the tests of the program that scores them."""
+"""Made-up rows of benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FUNCTIONS = [
 
 
 def sciq(count: int) -> list[dict[str, Any]]:
-    """Questions with three wrong answers, in the form of SciQ."""
+    """Return questions with three wrong answers, in the form of SciQ."""
     return [
         {
             "question": f"What is number {n}?",

@@ -48,7 +48,7 @@ from forgetting.pipeline.resources.requests import (
     snakemake_resources,
     threads,
 )
-from forgetting.data.hub import HUB_DATASETS
+from forgetting.data.hub_datasets import HUB_DATASETS
 from forgetting.data.table_files import find_table
 from forgetting.digests import COPIES_VARIABLE
 from forgetting.inputs import content_digest, model_files

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from forgetting.benchmarks.registry import benchmark, required_splits
-from forgetting.data.hub import HUB_DATASETS, HubDataset, fetch_rows
+from forgetting.data.hub import fetch_rows
+from forgetting.data.hub_datasets import HUB_DATASETS, HubDataset
 from forgetting.errors import reports_input_errors
 from forgetting.io import write_jsonl
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     known = HUB_DATASETS.get(options.task)
     # Examples are counted as one, so that the split that they are drawn from is fetched too.
     splits = known.splits if known else tuple(required_splits(options.task, num_fewshot=1))
-    origin = HubDataset(dataset, known.config if known else config, options.revision, splits)
+    origin = HubDataset(dataset, config, options.revision, splits)
     for split in origin.splits:
         rows = fetch_rows(origin, split)
         write_jsonl(options.output / f"{split}.jsonl", rows)

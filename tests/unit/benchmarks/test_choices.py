@@ -1,4 +1,4 @@
-"""The choice that is kept of an item is the one that the harness's metric scores."""
+"""Test that the stored choice of an item is the one that the harness's metric scores."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _harness_task() -> Any:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    rows = [{"asked": "?", "choices": CHOICES, "label": label} for label in range(len(CHOICES))]
+    rows = [{"question": "?", "choices": CHOICES, "label": label} for label in range(len(CHOICES))]
     return ConfigurableTask(
         config={
             "task": "made",
             "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
             "test_split": "test",
             "output_type": "multiple_choice",
-            "doc_to_text": "{{asked}}",
+            "doc_to_text": "{{question}}",
             "doc_to_choice": "{{choices}}",
             "doc_to_target": "{{label}}",
             "metric_list": [{"metric": name} for name in METRICS],
@@ -39,7 +39,7 @@ def _harness_task() -> Any:
     )
 
 
-def test_an_item_scores_where_the_choice_is_the_right_one() -> None:
+def test_predicted_choice_agrees_with_the_harness_score() -> None:
     """By the harness's own scoring of random log-likelihoods; the metrics choose differently."""
     task = _harness_task()
     random, taken = np.random.default_rng(0), []
@@ -58,9 +58,7 @@ def test_an_item_scores_where_the_choice_is_the_right_one() -> None:
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
-def test_the_table_of_responses_has_the_choice_of_the_main_metric(
-    metric: str, tmp_path: Path
-) -> None:
+def test_responses_hold_the_choice_of_the_main_metric(metric: str, tmp_path: Path) -> None:
     rows = [
         row | {"correct_answer": "x" * (1 + 3 * n), "distractor1": "a long and winding road"}
         for n, row in enumerate(sciq(8))

@@ -1,4 +1,4 @@
-"""Benchmarks over the course of a training: its checkpoints' answers, and the same training."""
+"""Test benchmarks that run at every evaluation of a training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ TASKS = {
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Rows of two tasks, one of choices and one of generated answers."""
+    """Write rows of two tasks, one with choices and one with generated answers."""
     for task, splits in ROWS.items():
         for split, rows in splits.items():
             write_jsonl(tmp_path / "rows" / task / f"{split}.jsonl", rows)
@@ -64,7 +64,9 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def along(folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> TrainingBenchmarks:
+def training_benchmarks(
+    folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> TrainingBenchmarks:
     return TrainingBenchmarks(
         TrainingBenchmarksConfig(tasks=TASKS, batch_size=4), folders, tokenizer
     )
@@ -78,20 +80,23 @@ def trained(
     rows: list[dict[str, Any]],
     tuning: Method,
 ) -> Any:
-    """Train four runs of an adapter, asking benchmarks or not, fused or not; their records."""
+    """Return a function that trains four runs of an adapter and returns their records."""
 
     def train(
         folder: str,
-        along: TrainingBenchmarks | None,
-        fused: str = "never",
+        training_benchmarks: TrainingBenchmarks | None,
+        batched_lora: str = "never",
         precision: str = "float32",
         rates: Sequence[float] = (1e-2, 2e-2, 3e-2, 4e-2),
         **method: Any,
     ) -> list[dict[str, Any]]:
         settings = [Hyperparameters(learning_rate=rate) for rate in rates]
-        changes = {"precision": getattr(torch, precision), "training_benchmarks": along}
+        changes = {
+            "precision": getattr(torch, precision),
+            "training_benchmarks": training_benchmarks,
+        }
         context = run_context(base_folder, tokenizer, rows, **changes)
-        spec = run_group_config(tuning, settings, fused, **method)
+        spec = run_group_config(tuning, settings, batched_lora, **method)
         spec = spec.model_copy(update={"precision": precision})
         inputs = {"base": "a", "train": "b", "versions": "c"}
         return train_run_group(spec, context, inputs, tmp_path / folder, lambda *_: None)
@@ -110,33 +115,38 @@ def _answers(result: BenchmarkResult) -> pd.DataFrame:
     return items.merge(result.responses[["task", "item", "response", "choice"]])
 
 
-def test_asking_does_not_change_what_is_learnt(trained: Any, along: TrainingBenchmarks) -> None:
-    """Bit for bit: weights, losses, the probes' points; dropout's random numbers among them."""
-    asked, silent = trained("asked", along), trained("silent", None)
-    for one, other in zip(asked, silent, strict=True):
+def test_training_benchmarks_do_not_change_training(
+    trained: Any, training_benchmarks: TrainingBenchmarks
+) -> None:
+    """Weights, losses and evaluations are bit-identical, dropout included."""
+    benchmarked, plain = trained("benchmarked", training_benchmarks), trained("plain", None)
+    for one, other in zip(benchmarked, plain, strict=True):
         assert one["losses"] == other["losses"]
         assert one["evaluations"] == other["evaluations"]
         ours, theirs = _weights(one), _weights(other)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    items, benchmarks = run_group_items(asked)
-    plain, none = run_group_items(silent)
-    pd.testing.assert_frame_equal(items, plain, check_dtype=False)
+    items, benchmarks = run_group_items(benchmarked)
+    plain_items, none = run_group_items(plain)
+    pd.testing.assert_frame_equal(items, plain_items, check_dtype=False)
     assert len(benchmarks) == 4 * 2 * 8  # runs, evaluations, items
     assert none.empty
 
 
-def test_the_answers_are_those_of_the_checkpoint(
-    trained: Any, along: TrainingBenchmarks, folders: dict[str, Path], base_folder: Path
+def test_training_benchmarks_equal_those_of_the_checkpoint(
+    trained: Any,
+    training_benchmarks: TrainingBenchmarks,
+    folders: dict[str, Path],
+    base_folder: Path,
 ) -> None:
-    """What a benchmark job finds of it: prompts, choices, generated answers, log-likelihoods."""
-    record = trained("asked", along)[1]
+    """Choices, generated answers and log-likelihoods equal those of a benchmark job."""
+    record = trained("benchmarked", training_benchmarks)[1]
     _, found = run_group_items([record])
     found = found[found["step"] == record["steps"]]
     checkpoint = Path(record["folder"], f"step-{record['steps']:07d}")
     model = load_tuned(base_folder, checkpoint, CPU)
     specs = [TaskSpec.of(name, task) for name, task in TASKS.items()]
     with merged_adapter(model, torch.float32):
-        expected = _answers(run_benchmarks(model, along.tokenizer, specs, folders, 4))
+        expected = _answers(run_benchmarks(model, training_benchmarks.tokenizer, specs, folders, 4))
     columns = ["task", "item", "metric", "value", "response", "choice"]
     assert set(found[found["task"] == "sciq"]["choice"]) <= {0, 1, 2, 3}
     assert found[found["task"] == "gsm8k"]["choice"].isna().all()
@@ -146,13 +156,13 @@ def test_the_answers_are_those_of_the_checkpoint(
     )
 
 
-def test_a_fused_run_group_gives_the_answers_of_its_runs_alone(
-    trained: Any, along: TrainingBenchmarks
+def test_training_benchmarks_of_batched_runs_equal_separate_runs(
+    trained: Any, training_benchmarks: TrainingBenchmarks
 ) -> None:
-    _, fused = run_group_items(trained("batched_lora", along, batched_lora="auto"))
-    _, alone = run_group_items(trained("alone", along))
+    _, batched = run_group_items(trained("batched", training_benchmarks, batched_lora="auto"))
+    _, separate = run_group_items(trained("separate", training_benchmarks))
     key = ["run", "step", "task", "item", "value"]
-    pd.testing.assert_frame_equal(fused[key], alone[key])
+    pd.testing.assert_frame_equal(batched[key], separate[key])
 
 
 FULL = {"name": "full", "kind": "full", "label": "full", "rank": None, "alpha": None}
@@ -160,7 +170,7 @@ FULL = {"name": "full", "kind": "full", "label": "full", "rank": None, "alpha": 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", [{}, FULL], ids=["lora", "full"])
-def test_what_has_learned_nothing_has_no_churn(
+def test_churn_of_an_unchanged_model_is_zero(
     trained: Any,
     folders: dict[str, Path],
     base_folder: Path,
@@ -170,15 +180,19 @@ def test_what_has_learned_nothing_has_no_churn(
     precision: str,
     method: dict[str, Any],
 ) -> None:
-    """The base is asked by the program that scores it, in the batches of the training: at a rate
-    that moves no weight the answers are the same, and the log-likelihoods to the bit."""
+    """At a learning rate that moves no weight, log-likelihoods equal the base's bit for bit.
+
+    The program that evaluates the base uses the batches of the training.
+    """
     many = sciq(40)
     for split in ROWS["sciq"]:
         write_jsonl(folders["sciq"] / f"{split}.jsonl", many)
     tasks = {"sciq": TaskConfig(num_fewshot=1, limit=30), "gsm8k": TASKS["gsm8k"]}
     spec = TrainingBenchmarksConfig(tasks=tasks, batch_size=4)
-    asked = ask_base(tmp_path / "base", base_folder, rows, spec, folders, precision)
-    assert len(asked) == 33
+    base_items = evaluate_base_benchmarks(
+        tmp_path / "base", base_folder, rows, spec, folders, precision
+    )
+    assert len(base_items) == 33
     one = trained(
         "still",
         TrainingBenchmarks(spec, folders, tokenizer),
@@ -187,10 +201,10 @@ def test_what_has_learned_nothing_has_no_churn(
         **method,
     )
     probes, found = run_group_items(one)
-    items = benchmark_trajectory_items(asked, found)
+    items = benchmark_trajectory_items(base_items, found)
     for _, answers in items[items["run"] != "base"].groupby("step"):
         pd.testing.assert_frame_equal(
-            answers[asked.columns].reset_index(drop=True), asked, check_dtype=False
+            answers[base_items.columns].reset_index(drop=True), base_items, check_dtype=False
         )
     none = pd.DataFrame()
     churn = churn_table(probes, none, none, items)
@@ -200,11 +214,11 @@ def test_what_has_learned_nothing_has_no_churn(
 
 
 CHOICES = ("distractor1", "distractor2", "distractor3", "correct_answer")
-"""In the order in which the task gives them to choose."""
+"""The choices in the order of the task."""
 
 
 def _with_answers(rows: list[dict[str, Any]], right: Sequence[str]) -> list[dict[str, Any]]:
-    """The same questions and choices, of which others are right."""
+    """Return the same questions and choices with other right answers."""
     found = []
     for row, answer in zip(rows, right, strict=True):
         wrong = [row[name] for name in CHOICES if row[name] != answer]
@@ -212,7 +226,7 @@ def _with_answers(rows: list[dict[str, Any]], right: Sequence[str]) -> list[dict
     return found
 
 
-def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
+def test_churn_measures_a_planted_forgetting(
     trained: Any,
     folders: dict[str, Path],
     base_folder: Path,
@@ -220,8 +234,11 @@ def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
     rows: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    """Which answers training changes is found out; then the right ones are chosen so that of the
-    changed ones two thirds are lost and a third is gained."""
+    """A first training shows which answers change.
+
+    The right answers are then chosen so that two thirds of the changed answers are lost and one
+    third is gained.
+    """
     words = [
         "red",
         "cold",
@@ -236,7 +253,7 @@ def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
         "deep",
         "dry",
     ]
-    asked = [
+    questions = [
         row | {name: f"{words[(n * k) % 12]} {words[(n + 5 * k) % 12]}" for k, name in numbered}
         for n, row in enumerate(sciq(30))
         if (numbered := list(enumerate(CHOICES, start=1)))
@@ -246,19 +263,19 @@ def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
     )
     tasks = {"sciq": folders["sciq"]}
 
-    def course(name: str, of: list[dict[str, Any]]) -> tuple[pd.DataFrame, Any, Any]:
+    def trajectory(name: str, of: list[dict[str, Any]]) -> tuple[pd.DataFrame, Any, Any]:
         for split in ("test", "validation"):
             write_jsonl(folders["sciq"] / f"{split}.jsonl", of)
-        base = ask_base(tmp_path / name, base_folder, rows, spec, tasks, "float32")
+        base = evaluate_base_benchmarks(tmp_path / name, base_folder, rows, spec, tasks, "float32")
         records = trained(name, TrainingBenchmarks(spec, tasks, tokenizer), rates=[0.3])
         probes, found = run_group_items(records)
         return benchmark_trajectory_items(base, found), probes, records
 
     def said(items: pd.DataFrame, step: int) -> list[str]:
         at = items[items["step"] == step].sort_values("item")
-        return [row[CHOICES[choice]] for row, choice in zip(asked, at["choice"], strict=True)]
+        return [row[CHOICES[choice]] for row, choice in zip(questions, at["choice"], strict=True)]
 
-    items, *_ = course("before", asked)
+    items, *_ = trajectory("before", questions)
     before, after = said(items, 0), said(items, 4)
     moved = [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
     gained, lost = moved[::3], [n for n in moved if n not in moved[::3]]
@@ -269,9 +286,9 @@ def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
         else after[n]
         if n in gained
         else next(row[name] for name in CHOICES if row[name] not in (before[n], after[n]))
-        for n, row in enumerate(asked)
+        for n, row in enumerate(questions)
     ]
-    items, probes, records = course("after", _with_answers(asked, right))
+    items, probes, records = trajectory("after", _with_answers(questions, right))
     none = pd.DataFrame()
     churn = churn_table(probes, none, none, items)
     (row,) = churn[(churn["probe"] == "sciq") & (churn["step"] == 4)].to_dict("records")
@@ -287,7 +304,7 @@ def test_a_planted_forgetting_is_seen_with_its_sign_and_size(
     assert fall < 0
 
 
-def ask_base(
+def evaluate_base_benchmarks(
     folder: Path,
     base: Path,
     rows: list[dict[str, Any]],
@@ -295,7 +312,7 @@ def ask_base(
     tasks: Mapping[str, Path],
     precision: str,
 ) -> pd.DataFrame:
-    """What the program that scores the base writes of the benchmarks."""
+    """Return the items of benchmarks that the program writes for the base."""
     write_jsonl(folder / "probes" / "new.jsonl", rows[:2])
     record_base(folder / "base.json", base)
     study = {
@@ -314,7 +331,7 @@ def ask_base(
         "base": folder / "base.json",
         "probes": folder / "probes",
         "output": folder / "items.parquet",
-        "during_training": spec.model_dump_json(),
+        "during-training": spec.model_dump_json(),
         "benchmarks": folder / "benchmarks.parquet",
     }
     named = [f"{task}={path}" for task, path in tasks.items()]
@@ -324,85 +341,98 @@ def ask_base(
     return pd.read_parquet(folder / "benchmarks.parquet")
 
 
-def test_a_finished_run_group_asks_nothing_again(
-    trained: Any, along: TrainingBenchmarks, monkeypatch: pytest.MonkeyPatch
+def test_finished_run_group_is_not_evaluated_again(
+    trained: Any, training_benchmarks: TrainingBenchmarks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, before = run_group_items(trained("asked", along))
+    _, before = run_group_items(trained("benchmarked", training_benchmarks))
 
     def refuse(self: TrainingBenchmarks, model: Any) -> pd.DataFrame:
-        raise AssertionError("asked again")
+        raise AssertionError("evaluated again")
 
     monkeypatch.setattr(TrainingBenchmarks, "__call__", refuse)
-    _, after = run_group_items(trained("asked", along))
+    _, after = run_group_items(trained("benchmarked", training_benchmarks))
     pd.testing.assert_frame_equal(before, after)
 
 
-def test_other_rows_are_told_by_the_digest(
-    along: TrainingBenchmarks, folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+def test_digest_changes_with_rows_and_settings(
+    training_benchmarks: TrainingBenchmarks,
+    folders: dict[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """By which runs are asked anew; so are other settings."""
+    """Runs are evaluated again with other rows or settings."""
     fewer = {"sciq": TASKS["sciq"].model_copy(update={"limit": 2})}
     spec = TrainingBenchmarksConfig(tasks=fewer, batch_size=4)
-    assert TrainingBenchmarks(spec, {"sciq": folders["sciq"]}, tokenizer).digest != along.digest
+    assert (
+        TrainingBenchmarks(spec, {"sciq": folders["sciq"]}, tokenizer).digest
+        != training_benchmarks.digest
+    )
     write_jsonl(folders["gsm8k"] / "test.jsonl", SUMS[1:])
-    again = TrainingBenchmarks(along.spec, folders, tokenizer)
-    assert again.digest != along.digest
+    again = TrainingBenchmarks(training_benchmarks.config, folders, tokenizer)
+    assert again.digest != training_benchmarks.digest
 
 
-def test_what_changes_no_answer_trains_nothing_again(along: TrainingBenchmarks) -> None:
-    """How an answer is read, and how many are read at once; another metric keeps other items."""
+def test_digest_ignores_settings_that_change_no_answer(
+    training_benchmarks: TrainingBenchmarks,
+) -> None:
+    """Chance, revision and batch size change no answer; the metric changes the stored items."""
 
     def digest(batch_size: int, **changed: Any) -> str:
         tasks = {name: task.model_copy(update=changed) for name, task in TASKS.items()}
         return TrainingBenchmarks(
-            TrainingBenchmarksConfig(tasks=tasks, batch_size=batch_size), along.rows, None
+            TrainingBenchmarksConfig(tasks=tasks, batch_size=batch_size),
+            training_benchmarks.rows_dirs,
+            None,
         ).digest
 
-    assert digest(1, chance=0.3, revision="0" * 40) == along.digest
-    assert digest(along.spec.batch_size, metric="acc") != along.digest
+    assert digest(1, chance=0.3, revision="0" * 40) == training_benchmarks.digest
+    assert digest(training_benchmarks.config.batch_size, metric="acc") != training_benchmarks.digest
 
 
-def test_a_metric_that_is_no_mean_over_items_is_refused(
-    along: TrainingBenchmarks, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_training_benchmarks_refuse_metrics_that_are_no_means(
+    training_benchmarks: TrainingBenchmarks, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def worse(model: Any, questions: Any) -> BenchmarkResult:
-        result = answer(model, questions)
+    def worse(model: Any, loaded: Any) -> BenchmarkResult:
+        result = evaluate_tasks(model, loaded)
         result.scores["value"] += 0.25
         return result
 
-    answer = module.answer
-    monkeypatch.setattr(module, "answer", worse)
-    with pytest.raises(InputError, match=r"benchmarks\.along: the metric of (sciq|gsm8k)"):
-        along(load_base(base_folder, CPU))
+    evaluate_tasks = module.evaluate_tasks
+    monkeypatch.setattr(module, "evaluate_tasks", worse)
+    with pytest.raises(
+        InputError, match=r"benchmarks\.during_training: the metric of (sciq|gsm8k)"
+    ):
+        training_benchmarks(load_base(base_folder, CPU))
 
 
-def test_items_of_probes_and_benchmarks_come_apart_again() -> None:
+def test_split_items_reverses_merge_items() -> None:
     probes = pd.DataFrame({"probe": ["new"], "item": ["a/1"], "value": [0.5]})
-    asked = pd.DataFrame(
+    benchmark_items = pd.DataFrame(
         {"task": ["t"], "item": [3], "metric": ["acc,none"], "value": [1.0], "response": ["[]"]}
     ).assign(choice=pd.array([2], dtype="Int64"))
-    ours, theirs = split_items(merge_items(probes, asked))
+    ours, theirs = split_items(merge_items(probes, benchmark_items))
     pd.testing.assert_frame_equal(ours, probes, check_dtype=False)
-    pd.testing.assert_frame_equal(theirs, asked, check_dtype=False)
+    pd.testing.assert_frame_equal(theirs, benchmark_items, check_dtype=False)
     assert split_items(probes)[1].empty
 
 
 @pytest.fixture
-def course(trained: Any, along: TrainingBenchmarks, base_folder: Path) -> Any:
-    """The course of four runs, the base's scores on all items, and the records."""
-    records = trained("asked", along)
+def trajectory(trained: Any, training_benchmarks: TrainingBenchmarks, base_folder: Path) -> Any:
+    """Return the trajectory of four runs, the base's scores on all items, and the records."""
+    records = trained("benchmarked", training_benchmarks)
     model = load_base(base_folder, CPU)
     whole = [
         TaskSpec.of(name, task.model_copy(update={"limit": None})) for name, task in TASKS.items()
     ]
-    result = run_benchmarks(model, along.tokenizer, whole, along.rows, 4)
+    result = run_benchmarks(
+        model, training_benchmarks.tokenizer, whole, training_benchmarks.rows_dirs, 4
+    )
     _, found = run_group_items(records)
     scores = result.scores.assign(run="base", step=0)
-    return benchmark_trajectory_items(along(model), found), scores, records
+    return benchmark_trajectory_items(training_benchmarks(model), found), scores, records
 
 
-def test_the_course_begins_with_the_base_on_the_same_items(course: Any) -> None:
-    items, scores, records = course
+def test_trajectory_starts_with_the_base_on_the_same_items(trajectory: Any) -> None:
+    items, scores, records = trajectory
     table = benchmark_trajectory_table(items, scores, records)
     base = table[table["run"] == "base"].set_index("task")
     assert base["n"].to_dict() == {"sciq": 5, "gsm8k": 3}
@@ -416,9 +446,9 @@ def test_the_course_begins_with_the_base_on_the_same_items(course: Any) -> None:
     assert last["low"] <= last["value"] <= last["high"]
 
 
-def test_the_course_of_churn_goes_on_where_a_checkpoint_was_benchmarked(course: Any) -> None:
-    """Of an untouched model nothing is churned; a job's answers, of more items, have their rows."""
-    items, _, records = course
+def test_churn_combines_training_and_job_benchmarks(trajectory: Any) -> None:
+    """An unchanged model has no churn; answers of a job have more items and their own rows."""
+    items, _, records = trajectory
     base = items[items["run"] == "base"]
     run = records[0]["run"]
     untouched = base.assign(run=run, step=2, epoch=1.0)

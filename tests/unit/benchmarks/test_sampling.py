@@ -1,4 +1,4 @@
-"""Answers that are drawn: the right distribution, reproducible, blind to batch and order."""
+"""Test sampled answers: distribution, reproducibility, independence of batch and order."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _programs(model: Any, tokenizer: Any, folder: Path, **settings: Any) -> list
     return run_benchmarks(model, tokenizer, [spec], folder, size, seed).programs
 
 
-def test_neither_batch_nor_company_moves_an_answer(
+def test_sampled_answer_depends_on_neither_batch_nor_order(
     model: Any, tokenizer: Any, folder: Path, tmp_path: Path
 ) -> None:
     """Batches of 1, 7 and 64, fewer samples, and rows in another order: the same answers."""
@@ -72,7 +72,7 @@ def test_neither_batch_nor_company_moves_an_answer(
     assert {p.program for p in other} != {p.program for p in found}
 
 
-def test_a_vanishing_temperature_is_the_greedy_answer(
+def test_sampling_at_zero_temperature_equals_greedy(
     model: Any, tokenizer: Any, folder: Path
 ) -> None:
     """The sampler's decoding is the harness's: prompts, stops, what is cut off."""
@@ -82,7 +82,7 @@ def test_a_vanishing_temperature_is_the_greedy_answer(
     assert [p.program for p in cold if p.sample == 1] == [p.program for p in greedy]
 
 
-def test_an_answer_ends_at_the_first_stop(
+def test_sampled_answer_ends_at_the_first_stop(
     model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the stop spans tokens: what follows is neither generated nor kept."""
@@ -96,14 +96,14 @@ def test_an_answer_ends_at_the_first_stop(
         calls += 1
         return torch.full((len(logits),), text[min(calls, len(text)) - 1])
 
-    monkeypatch.setattr(sampling, "draw", scripted)
+    monkeypatch.setattr(sampling, "sample_top_p", scripted)
     spec = TaskSpec("humaneval", limit=1, max_gen_toks=100, sampling=SamplingConfig(3))
     found = run_benchmarks(model, tokenizer, [spec], folder, 4).programs
     assert [p.program for p in found] == [FUNCTIONS[0]["prompt"] + "  ok"] * 3
     assert calls == len("  ok\nprint")
 
 
-def test_tokens_are_drawn_by_their_shares() -> None:
+def test_sample_top_p_follows_the_renormalised_softmax() -> None:
     """Frequencies of the kept tokens are their renormalised softmax at the temperature."""
     logits = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
     numbers = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
@@ -118,7 +118,7 @@ def test_tokens_are_drawn_by_their_shares() -> None:
 
 
 @pytest.mark.parametrize("number", [0.0, 1.0 - 2**-53])
-def test_the_ends_of_the_numbers_draw_tokens_that_are_kept(number: float) -> None:
+def test_sample_top_p_at_extreme_numbers_stays_in_the_nucleus(number: float) -> None:
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
     drawn = sample_top_p(logits, torch.full((8,), number, dtype=torch.float64), 0.7, 0.5)
     ranks = (logits > logits.gather(1, drawn[:, None])).sum(1)
@@ -127,12 +127,12 @@ def test_the_ends_of_the_numbers_draw_tokens_that_are_kept(number: float) -> Non
         assert rank == (0 if number == 0.0 else int((heap < 0.5).sum()))
 
 
-def test_streams_differ_by_seed_prompt_and_sample() -> None:
+def test_sample_seed_differs_by_seed_prompt_and_sample() -> None:
     streams = [sample_seed(s, p, n) for s in range(3) for p in ("a", "b") for n in range(3)]
     assert len(set(streams)) == len(streams) and min(streams) >= 0
 
 
-def test_several_answers_give_pass_at_k_and_diversity() -> None:
+def test_program_items_are_pass_at_k_and_diversity() -> None:
     """Chen's estimator per item, and how many answers differ among those that pass or fail."""
     texts = ["a", "a", "b", "c", "c", "d"]
     programs = [Program("humaneval", "h/0", 0, n, text, "") for n, text in enumerate(texts)]

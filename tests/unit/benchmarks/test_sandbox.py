@@ -1,4 +1,4 @@
-"""Programs that a model wrote can do nothing but pass or fail."""
+"""Test that programs of a model can only pass or fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIBRARY = Path(discovery.__file__).resolve().parents[3]
 
 
 def _working() -> list[Sandbox]:
-    """One sandbox for each way of losing rights that works here (root has two)."""
+    """Return one sandbox per kind of privilege that works here (root has two)."""
     found: dict[str, Sandbox] = {}
     bwrap = shutil.which("bwrap")
     for candidate in discovery._candidates(bwrap) if bwrap else []:
@@ -47,7 +47,7 @@ def sandbox(request: pytest.FixtureRequest) -> Sandbox:
     return request.param  # type: ignore[no-any-return]
 
 
-# What must not count as passed, and how it should be told.
+# Programs that must not pass, and their expected status.
 LOSERS = {
     "wrong answer": ("assert 1 + 1 == 3", "failed"),
     "syntax error": ("def f(:", "failed"),
@@ -125,7 +125,7 @@ LOSERS = {
 
 @needs_sandbox
 @pytest.mark.parametrize("name", list(LOSERS))
-def test_never_counts_as_passed(sandbox: Sandbox, name: str) -> None:
+def test_failing_program_never_passes(sandbox: Sandbox, name: str) -> None:
     """Programs that fail, leave early, run wild or lie about their end."""
     program, status = LOSERS[name]
     begin = time.monotonic()
@@ -156,8 +156,8 @@ def f(x):
     frame = sys._getframe()
     while frame:
         for value in [*frame.f_locals.values()]:
-            if hasattr(value, "ask"):
-                value.ask("setattr", value, "broken", False)
+            if hasattr(value, "call"):
+                value.call("setattr", value, "broken", False)
             if hasattr(value, "send"):
                 value.send("returned", True, [])
             if hasattr(value, "functions"):
@@ -236,7 +236,7 @@ def abs(x): return 0
 def isinstance(*_): return True
 builtins.abs, builtins.isinstance = abs, isinstance
 """,
-    "names that were not asked for": VERDICT
+    "names that the tests do not use": VERDICT
     + """
 import sys
 frame = sys._getframe(1)
@@ -254,7 +254,7 @@ frame.f_locals["peer"].send(
 
 @needs_sandbox
 @pytest.mark.parametrize("name", list(SPOOFS))
-def test_a_program_cannot_write_its_own_verdict(sandbox: Sandbox, name: str) -> None:
+def test_program_cannot_write_its_verdict(sandbox: Sandbox, name: str) -> None:
     """The tests run in another process, which the program neither sees nor reaches."""
     assert sandbox.run_program("def f(x): return x * x", SQUARES).passed
     outcome = sandbox.run_program(SPOOFS[name], SQUARES)
@@ -272,7 +272,7 @@ def test_a_program_cannot_write_its_own_verdict(sandbox: Sandbox, name: str) -> 
         "assert abs(f(1)) == 0",
     ],
 )
-def test_no_object_of_a_program_makes_differences_vanish(sandbox: Sandbox, tests: str) -> None:
+def test_objects_of_a_program_cannot_fake_differences(sandbox: Sandbox, tests: str) -> None:
     """HumanEval compares floats so."""
     zero = "__sub__ = __rsub__ = __abs__ = lambda self, *other: 0.0"
     assert not sandbox.run_program(f"class A:\n {zero}\ndef f(x): return A()", tests).passed
@@ -282,7 +282,7 @@ def test_no_object_of_a_program_makes_differences_vanish(sandbox: Sandbox, tests
 
 
 @needs_sandbox
-def test_a_program_reaches_nothing_through_what_its_tests_give_it(sandbox: Sandbox) -> None:
+def test_program_cannot_exploit_objects_of_its_tests(sandbox: Sandbox) -> None:
     """A function of the tests can be called, and that is all; nor can it replace a module."""
     tests = "import math\nseen = []\nassert f(lambda x: seen.append(x)) == 1 and seen == [7]"
     names = ("__globals__", "__code__", "gi_frame", "__self__", "__class__", "__dict__")
@@ -290,7 +290,7 @@ def test_a_program_reaches_nothing_through_what_its_tests_give_it(sandbox: Sandb
 import __main__, math
 def f(g):
     g(7)
-    ask = g._peer.ask
+    ask = g._peer.call
     tried = [("getattr", g, name) for name in {names!r}]
     tried += [("call", print), ("getattr", math, "floor"), ("eq", g, g), ("define", "x = 1", [])]
     tried += [("call", ValueError, 1), ("setattr", g, "__code__", 1)]
@@ -372,7 +372,7 @@ HONEST = {
 
 @needs_sandbox
 @pytest.mark.parametrize("name", list(HONEST))
-def test_tests_use_a_program_as_if_it_were_theirs(name: str) -> None:
+def test_tests_use_objects_of_a_program(name: str) -> None:
     """Arguments, results, exceptions and objects cross between the two processes."""
     outcome = SANDBOXES[0].run_program(*HONEST[name])
     assert outcome.passed, outcome
@@ -635,7 +635,9 @@ SYSTEM_CALLS = {
 
 @needs_sandbox
 @pytest.mark.parametrize("name", list(CONTAINED))
-def test_is_contained(sandbox: Sandbox, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_program_is_contained(
+    sandbox: Sandbox, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Attacks on the machine come to nothing."""
     monkeypatch.setenv("TOKEN", "SECRET")
     outcome = sandbox.run_program(CONTAINED[name], timeout=5.0)
@@ -657,7 +659,7 @@ def test_system_call_is_refused(sandbox: Sandbox, name: str) -> None:
 
 @needs_sandbox
 def test_every_refused_system_call_is_refused_by_number(sandbox: Sandbox) -> None:
-    """Not by libc's leave: the kernel is asked directly, by all the numbers of the filter."""
+    """Calls go directly to the kernel, by all numbers of the filter."""
     column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
     numbers = {name: both[column] for name, both in sandbox_filter._REFUSED.items()}
     program = (
@@ -692,7 +694,7 @@ def test_canary_file_is_not_visible(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_services_of_this_machine_cannot_be_reached(sandbox: Sandbox) -> None:
+def test_services_of_the_host_are_unreachable(sandbox: Sandbox) -> None:
     """Neither a port on the loopback device nor an abstract socket of the host."""
     name = f"\0forgetting-{secrets.token_hex(4)}"
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as hidden:
@@ -740,7 +742,7 @@ except OSError:
 
 @needs_sandbox
 @pytest.mark.parametrize("ending", ["pass", "time.sleep(100)"])
-def test_nothing_outlives_its_program(sandbox: Sandbox, ending: str) -> None:
+def test_processes_do_not_outlive_a_program(sandbox: Sandbox, ending: str) -> None:
     """Threads and the process die with the sandbox, after a pass and after a timeout."""
     mark = secrets.token_hex(5)
     program = f"""
@@ -779,7 +781,7 @@ def test_detail_names_the_reason(sandbox: Sandbox) -> None:
 
 @needs_sandbox
 def test_outcomes_keep_the_order_of_programs(sandbox: Sandbox) -> None:
-    """Whichever finishes first, each outcome stands where its program stood."""
+    """Outcomes have the order of the programs, whichever finishes first."""
     programs = [(f"import time; time.sleep({0.2 - n / 50}); n = {n}", "n % 3") for n in range(9)]
     programs = [(program, f"assert {tests}") for program, tests in programs]
     outcomes = sandbox.run_programs(programs, workers=3)
@@ -800,7 +802,7 @@ def test_equal_programs_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [outcome.passed for outcome in outcomes] == [True, False, True, True, False]
 
 
-def test_running_programs_needs_no_library_of_models() -> None:
+def test_running_programs_imports_no_model_library() -> None:
     """A job starts in the time that Python takes: nothing large is imported."""
     script = LIBRARY / "scripts" / "run_programs.py"
     program = (
@@ -808,9 +810,9 @@ def test_running_programs_needs_no_library_of_models() -> None:
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     environment = {"PYTHONPATH": str(LIBRARY), "PATH": os.environ["PATH"]}
-    told = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
-    assert "forgetting" in told.split()
-    assert not {"torch", "transformers", "lm_eval", "pandas", "numpy"} & set(told.split())
+    output = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    assert "forgetting" in output.split()
+    assert not {"torch", "transformers", "lm_eval", "pandas", "numpy"} & set(output.split())
 
 
 def _without(prefix: list[str], *words: str) -> list[str]:
@@ -821,7 +823,7 @@ def _without(prefix: list[str], *words: str) -> list[str]:
 
 
 @needs_sandbox
-def test_trial_rejects_what_does_not_isolate() -> None:
+def test_trial_rejects_sandbox_without_isolation() -> None:
     """The probe can fail: it sees open networks, visible files and writable folders."""
     whole = SANDBOXES[0]
     prefix = list(whole.prefix)
@@ -838,7 +840,7 @@ def test_trial_rejects_what_does_not_isolate() -> None:
 
 
 @needs_sandbox
-def test_trial_rejects_what_does_not_limit() -> None:
+def test_trial_rejects_sandbox_without_limits() -> None:
     """The probe sees limits that are not in force, and an interpreter that is not there."""
     whole = SANDBOXES[0]
     no_processes = replace(whole, limits=replace(Limits(), processes=None))
@@ -985,7 +987,7 @@ def test_filter_refuses_and_allows(machine: str) -> None:
 @pytest.mark.skipif(
     not (REAL_DATA / "humaneval").is_dir(), reason=f"there is no real data in {REAL_DATA}"
 )
-def test_humaneval_canonical_solutions_pass_and_nonsense_fails() -> None:
+def test_humaneval_solutions_pass_and_nonsense_fails() -> None:
     """All 164 published solutions pass, and none of 164 bodies `return 1` does."""
     lines = (REAL_DATA / "humaneval" / "test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

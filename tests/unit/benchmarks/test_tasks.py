@@ -1,4 +1,4 @@
-"""Any task of the lm-evaluation-harness, by name: found without the harness, scored as by it."""
+"""Test tasks of the lm-evaluation-harness: found without importing it, scored as by it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from forgetting.benchmarks.evaluate import run_benchmarks
 from forgetting.benchmarks.registry import (
     BENCHMARKS,
-    benchmark,
     main_metric,
     required_splits,
     task_with_same_dataset,
@@ -59,26 +58,26 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of three tasks of three kinds, in a folder of the user's."""
+    """Write rows of three tasks of different kinds."""
     return write_rows(tmp_path_factory.mktemp("rows"), ROWS)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Bytes as tokens."""
+    """Return a tokenizer of bytes."""
     return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A random model."""
+    """Return a random model."""
     return random_llama(context=8192)
 
 
 def test_every_kind_of_task_scores_as_in_the_harness(
     model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Choices, a likelihood and a generated answer: definitions, metrics and values are theirs."""
+    """Choices, a likelihood and a generated answer score as in the harness."""
     import datasets
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
@@ -89,7 +88,7 @@ def test_every_kind_of_task_scores_as_in_the_harness(
     names = list(ROWS)
     specs = [TaskSpec(name, max_gen_toks=8 if name == "gsm8k_cot" else None) for name in names]
     ours = run_benchmarks(model, tokenizer, specs, folder, batch_size=4)
-    origins = {benchmark(name).dataset: ROWS[name] for name in names}
+    origins = {read_task_definition(name).dataset: ROWS[name] for name in names}
 
     def load(path: str, name: str | None = None, **_: Any) -> Any:
         splits = origins[path, name].items()
@@ -121,8 +120,8 @@ def test_every_kind_of_task_scores_as_in_the_harness(
     assert ours.examples == {**dict.fromkeys(ROWS, 0), "gsm8k_cot": 8}
 
 
-def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:
-    """With or without its filter; what the task has not is told with what it has."""
+def test_main_metric_is_chosen_by_the_study() -> None:
+    """A metric has a filter or none; the message on an unknown metric lists the known ones."""
     assert main_metric("sciq", None) == "acc,none"
     assert main_metric("sciq", "acc_norm") == "acc_norm,none"
     assert main_metric("gsm8k_cot", "exact_match,flexible-extract").endswith("flexible-extract")
@@ -132,8 +131,8 @@ def test_a_study_chooses_the_metric_that_stands_for_a_task() -> None:
         assert main_metric(name, known.main_metric) == known.main_metric
 
 
-def test_what_is_no_mean_is_known_as_the_harness_has_it() -> None:
-    """Of every metric that is registered with it, and of what a definition says otherwise."""
+def test_aggregations_equal_those_of_the_harness() -> None:
+    """This covers every registered metric, and aggregations of a definition."""
     from lm_eval.api.metrics import mean, nanmean
     from lm_eval.api.registry import aggregation_registry, get_metric_aggregation, metric_registry
 
@@ -148,10 +147,11 @@ def test_what_is_no_mean_is_known_as_the_harness_has_it() -> None:
 
 
 @pytest.mark.parametrize("name", list(BENCHMARKS))
-def test_what_is_known_by_heart_is_what_the_definition_says(name: str) -> None:
+def test_built_in_benchmarks_equal_their_definitions(name: str) -> None:
     known, read = BENCHMARKS[name], read_task_definition(name)
     assert str(read.path).endswith(known.definition)
-    assert read.dataset == known.dataset
+    assert read.dataset[0] == known.dataset[0]
+    assert read.dataset[1] in (None, known.dataset[1])
     assert (read.split, read.num_fewshot, read.max_gen_toks) == (
         known.split,
         known.num_fewshot,
@@ -160,8 +160,8 @@ def test_what_is_known_by_heart_is_what_the_definition_says(name: str) -> None:
     assert read.generates_code == known.generates_code and known.main_metric in read.metrics
 
 
-def test_unknown_names_are_told_with_near_ones_and_without_the_harness() -> None:
-    """In a fresh process, since others may have imported the harness: what planning does."""
+def test_unknown_task_is_reported_with_similar_names() -> None:
+    """A new process shows that planning does not import the harness."""
     program = (
         "import sys\n"
         "from forgetting.benchmarks.registry import benchmark\n"
@@ -171,18 +171,20 @@ def test_unknown_names_are_told_with_near_ones_and_without_the_harness() -> None
         "    except InputError as error:\n        print(error)\n"
         "assert not {'lm_eval', 'torch', 'datasets'} & set(sys.modules)\n"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    lines = told.stdout.splitlines()
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
     assert "no task helaswag; did you mean hellaswag" in lines[0]
     assert "a group of them; name its tasks, such as mmlu_" in lines[1]
     assert "defined by a Python class" in lines[2]
     assert lines[3:] == ["arc_easy test", "mmlu_abstract_algebra test"]
 
 
-def test_tasks_on_the_same_data_share_rows_and_read_their_own_splits() -> None:
-    """The micro-world's rows serve every task on the data of the five; examples that stand in the
-    definition need no split."""
+def test_tasks_on_the_same_dataset_share_rows() -> None:
+    """The microworld's rows serve every task on the five datasets.
+
+    Examples in the definition need no split.
+    """
     assert (task_with_same_dataset("gsm8k_cot"), task_with_same_dataset("arc_easy")) == (
         "gsm8k",
         "arc_challenge",
@@ -193,8 +195,8 @@ def test_tasks_on_the_same_data_share_rows_and_read_their_own_splits() -> None:
     assert required_splits("sciq") == ["test"] and required_splits("sciq", 2) == ["test", "train"]
 
 
-def test_a_definition_that_needs_another_package_says_so(folder: Path) -> None:
-    """Not a traceback: the name of the package."""
+def test_definition_with_missing_package_is_refused(folder: Path) -> None:
+    """The message names the package and has no traceback."""
     name = next(
         name for name in ("ifeval", "minerva_math_algebra", "leaderboard_ifeval") if _needs(name)
     )
@@ -203,7 +205,7 @@ def test_a_definition_that_needs_another_package_says_so(folder: Path) -> None:
 
 
 def _needs(name: str) -> bool:
-    """Does importing the functions of a definition fail for want of a package?"""
+    """Return whether importing the functions of a definition fails for lack of a package."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:

@@ -14,7 +14,6 @@ from forgetting.config.study import StudyConfig
 from forgetting.data.table_sizes import (
     MICROWORLD_SIZES,
     PUBLISHED_SIZES,
-    TOFU,
     TableSize,
     bytes_per_token,
     probe_workload,
@@ -44,7 +43,7 @@ def test_told_sizes_of_published_tables_are_those_of_the_files(real_data: Path) 
         update={"datasets": {"tofu": DatasetConfig(folder=str(real_data / "tofu"))}}
     )
     for dataset, name in PUBLISHED_SIZES:
-        if dataset == TOFU:
+        if dataset == "locuslab/TOFU":
             _agree(table_size(own, f"tofu/{name}"), PUBLISHED_SIZES[dataset, name])
 
 

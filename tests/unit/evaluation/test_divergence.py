@@ -1,4 +1,4 @@
-"""Forgetting cross-entropy: golden by hand, zero for the base itself, and blind to nothing."""
+"""Test the divergence from the base: by hand, and zero for the base itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def blocks(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> to
 
 @pytest.fixture
 def targets(base: Any, blocks: torch.Tensor) -> BasePredictions:
-    """What the tiny base predicts there."""
+    """Return the tiny base's predictions on the blocks."""
     return compute_base_predictions(base, blocks, 3)
 
 
@@ -59,7 +59,7 @@ def _adapted(folder: Path, tuning: Method, **changes: Any) -> Any:
     return attach_adapter(load_base(folder, CPU), changed, 0)
 
 
-def test_two_tokens_by_hand() -> None:
+def test_divergence_metrics_by_hand() -> None:
     """p = (3/4, 1/4) against q = (1/2, 1/2), and against (1/5, 4/5) where they disagree."""
     p = torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log()
     q = torch.tensor([[1.0, 1.0], [1.0, 4.0]]).log()
@@ -74,10 +74,10 @@ def test_two_tokens_by_hand() -> None:
     assert found["text_loss"] == pytest.approx((math.log(2) - math.log(0.8)) / 2, rel=1e-6)
 
 
-def test_the_base_and_an_untrained_adapter_forget_exactly_nothing(
+def test_divergence_of_base_and_new_adapter_is_zero(
     base_folder: Path, tuning: Method, targets: BasePredictions, base: Any
 ) -> None:
-    """Not nearly: the divergence is 0.0, every token agrees, and the hard target is -log max p."""
+    """The divergence is exactly 0, every token agrees, and the hard target is -log max p."""
     itself = divergence_items(base, targets)
     assert (itself["forgetting_kl"] == 0.0).all()
     assert (itself["base_agreement"] == 1.0).all()
@@ -90,18 +90,18 @@ def test_the_base_and_an_untrained_adapter_forget_exactly_nothing(
     assert itself["forgetting_ce_hard"].tolist() == pytest.approx(most_likely.tolist(), rel=1e-5)
 
 
-def test_pissa_is_compared_with_the_base_not_with_what_lies_under_its_adapter(
+def test_divergence_of_pissa_is_from_the_base(
     base_folder: Path, tuning: Method, targets: BasePredictions
 ) -> None:
-    """Without its adapter PiSSA's model is far from the base; with it, it begins as the base."""
+    """PiSSA's model starts as the base with its adapter, and far from it without."""
     model = _adapted(base_folder, tuning, variant="pissa")
     assert divergence_items(model, targets)["forgetting_kl"].max() < 1e-8
     with model.disable_adapter():
         assert divergence_items(model, targets)["forgetting_kl"].min() > 1e-3
 
 
-def test_text_loss_is_the_models_own_loss(base: Any, targets: BasePredictions) -> None:
-    """Shifted by one token, as transformers shifts it."""
+def test_text_loss_equals_the_loss_of_transformers(base: Any, targets: BasePredictions) -> None:
+    """The loss is shifted by one token, as in transformers."""
     for block, found in zip(
         targets.blocks, divergence_items(base, targets)["text_loss"], strict=True
     ):
@@ -109,7 +109,7 @@ def test_text_loss_is_the_models_own_loss(base: Any, targets: BasePredictions) -
         assert found == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_shift_by_one_would_be_seen() -> None:
+def test_divergence_detects_a_shift_by_one() -> None:
     """A base that predicts its input's successor, and a model that repeats its input instead."""
     blocks = torch.arange(12).reshape(2, 6)
 
@@ -138,10 +138,10 @@ def test_a_shift_by_one_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_full_fine_tuning_is_compared_with_the_old_head(
+def test_divergence_of_full_fine_tuning_uses_the_base_head(
     base_folder: Path, targets: BasePredictions, base: Any, tied: bool
 ) -> None:
-    """The head that is trained is not the one that the base's predictions are made with."""
+    """The base's predictions come from its own head, not from the trained one."""
     if not tied:
         base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     before = divergence_items(base, targets)["forgetting_kl"].mean()
@@ -156,13 +156,13 @@ def test_full_fine_tuning_is_compared_with_the_old_head(
     assert gap.tolist() == pytest.approx(entropy.tolist(), rel=1e-5)
 
 
-def test_the_mode_of_the_model_is_left_as_it_was(base: Any, targets: BasePredictions) -> None:
+def test_divergence_restores_the_mode_of_the_model(base: Any, targets: BasePredictions) -> None:
     base.train()
     divergence_items(base, targets)
     assert base.training
 
 
-def test_a_head_with_a_bias_is_kept_whole(blocks: torch.Tensor) -> None:
+def test_base_predictions_keep_the_bias_of_the_head(blocks: torch.Tensor) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     phi = PhiForCausalLM(PhiConfig(vocab_size=512, num_attention_heads=2, **shape)).eval()
@@ -172,7 +172,7 @@ def test_a_head_with_a_bias_is_kept_whole(blocks: torch.Tensor) -> None:
     assert (divergence_items(phi, targets)["forgetting_kl"] == 0.0).all()
 
 
-def test_logits_that_are_capped_are_refused(blocks: torch.Tensor) -> None:
+def test_capped_logits_are_refused(blocks: torch.Tensor) -> None:
     config = Gemma2Config(
         vocab_size=512,
         hidden_size=32,
@@ -187,7 +187,7 @@ def test_logits_that_are_capped_are_refused(blocks: torch.Tensor) -> None:
         compute_base_predictions(Gemma2ForCausalLM(config).eval(), blocks, 4)
 
 
-def test_targets_on_disk_are_those_in_memory(
+def test_base_predictions_survive_saving(
     base: Any, targets: BasePredictions, tmp_path: Path
 ) -> None:
     save_base_predictions(targets, tmp_path / "targets.safetensors")
@@ -197,7 +197,7 @@ def test_targets_on_disk_are_those_in_memory(
     )
 
 
-def test_blocks_are_the_text_without_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_cut_blocks_drops_the_end_of_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["In Oslo, by the sea.\n", "\n", "In Lima.\n"] * 4
     ids = tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
     blocks = cut_blocks(tokenizer, texts, 5)
@@ -208,9 +208,7 @@ def test_blocks_are_the_text_without_its_end(tokenizer: PreTrainedTokenizerBase)
         cut_blocks(tokenizer, texts, 5000)
 
 
-def test_items_of_the_text_stand_under_those_of_the_probes(
-    base: Any, targets: BasePredictions
-) -> None:
+def test_append_divergence_adds_items_below_the_probes(base: Any, targets: BasePredictions) -> None:
     items = pd.DataFrame({"probe": ["p"], "item": ["p/0"], "rougeL_recall": [0.5]})
     assert append_divergence(items, base, None) is items
     both = append_divergence(items, base, targets)
@@ -220,7 +218,7 @@ def test_items_of_the_text_stand_under_those_of_the_probes(
     assert scores - {"base_agreement"} <= UNBOUNDED_METRICS
 
 
-def test_a_text_keeps_its_blank_rows_and_names_what_is_no_text(tmp_path: Path) -> None:
+def test_joined_text_keeps_blank_rows_and_names_bad_lines(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "good.jsonl", [{"text": " = Title = \n"}, {"text": ""}])
     assert joined_text(tmp_path / "good.jsonl") == [" = Title = \n", ""]
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"content": "b"}])

@@ -1,4 +1,4 @@
-"""Greedy answers are those of transformers' `generate`, whatever else stands in the batch."""
+"""Test that greedy answers equal those of transformers' `generate` in any batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 96,
 }
-MOST = 20
+MAX_NEW_TOKENS = 20
 
 
 def _models() -> dict[str, Any]:
@@ -84,8 +84,8 @@ def prompts() -> list[list[int]]:
 
 
 def _free(model: Any, prompt: list[int]) -> list[int]:
-    """What `generate` answers to one prompt, without padding and without end."""
-    config = GenerationConfig(do_sample=False, max_new_tokens=MOST, pad_token_id=0)
+    """Return the answer of `generate` to one prompt, without padding and stop tokens."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=0)
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -94,7 +94,7 @@ def _free(model: Any, prompt: list[int]) -> list[int]:
 
 
 def _expected(model: Any, prompts: list[list[int]]) -> tuple[int, list[list[int]]]:
-    """The token that, as the end, makes answers of the most lengths; and the answers."""
+    """Return the stop token that gives answers of the most different lengths, and the answers."""
     free = [_free(model, prompt) for prompt in prompts]
 
     def ended(end: int) -> list[list[int]]:
@@ -107,28 +107,26 @@ def _expected(model: Any, prompts: list[list[int]]) -> tuple[int, list[list[int]
 
 @pytest.mark.parametrize("size", [1, 4, 7, 64])
 @pytest.mark.parametrize("name", ["llama", "shared heads", "neox", "phi", "mistral", "gpt2"])
-def test_answers_are_those_of_generate(
+def test_greedy_answers_equal_generate(
     models: dict[str, Any], prompts: list[list[int]], name: str, size: int
 ) -> None:
     """Learned and rotary positions, a window, several rows that end early and some never."""
     end, expected = _expected(models[name], prompts)
     assert can_drop_rows(models[name])
-    # A window goes by places in the row.
+    # A sliding window depends on positions in the row.
     assert supports_refill(models[name]) == (name != "mistral")
-    assert generate_greedy(models[name], prompts, MOST, size, {end}, end) == expected
+    assert generate_greedy(models[name], prompts, MAX_NEW_TOKENS, size, {end}, end) == expected
 
 
-def test_a_model_that_keeps_a_state_is_left_to_generate(
-    models: dict[str, Any], prompts: list[list[int]]
-) -> None:
+def test_recurrent_model_uses_generate(models: dict[str, Any], prompts: list[list[int]]) -> None:
     """A recurrent state has no rows and positions to take out."""
     assert not can_drop_rows(models["mamba"])
     end, expected = _expected(models["mamba"], prompts)
-    assert generate_greedy(models["mamba"], prompts, MOST, 1, {end}, end) == expected
+    assert generate_greedy(models["mamba"], prompts, MAX_NEW_TOKENS, 1, {end}, end) == expected
 
 
 @pytest.mark.parametrize("way", ["sdpa", "eager"])
-def test_the_way_to_attend_is_that_of_before(
+def test_attention_implementation_is_restored(
     models: dict[str, Any], prompts: list[list[int]], way: str
 ) -> None:
     """Also a model whose masks are not those of PyTorch's kernel answers, batch by batch."""
@@ -137,20 +135,20 @@ def test_the_way_to_attend_is_that_of_before(
     model.set_attn_implementation(way)
     try:
         assert supports_refill(model) == (way == "sdpa")
-        assert generate_greedy(model, prompts, MOST, 4, {end}, end) == expected
+        assert generate_greedy(model, prompts, MAX_NEW_TOKENS, 4, {end}, end) == expected
         assert model.config._attn_implementation == way
     finally:
         model.set_attn_implementation("sdpa")
 
 
-def test_an_answer_without_end_does_not_keep_others_waiting(
+def test_endless_answer_does_not_delay_others(
     models: dict[str, Any], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer passes than the longest answers of batches, one after the other, would take."""
-    model, most, passes = models["llama"], 12, 0
+    model, max_new_tokens, passes = models["llama"], 12, 0
     end, longer = _expected(model, prompts)
-    expected = [answer[:most] for answer in longer]
-    assert 1 < sum(len(answer) == most for answer in expected) < len(prompts) / 2
+    expected = [answer[:max_new_tokens] for answer in longer]
+    assert 1 < sum(len(answer) == max_new_tokens for answer in expected) < len(prompts) / 2
     step = module._step
 
     def counted(*args: Any) -> list[int]:
@@ -159,20 +157,20 @@ def test_an_answer_without_end_does_not_keep_others_waiting(
         return step(*args)
 
     monkeypatch.setattr(module, "_step", counted)
-    assert generate_greedy(model, prompts, most, 4, {end}, end) == expected
+    assert generate_greedy(model, prompts, max_new_tokens, 4, {end}, end) == expected
     batches = length_batches([len(prompt) for prompt in prompts], 4)
     longest = [max(len(expected[index]) for index in batch) for batch in batches]
     assert passes < 0.8 * sum(longest)
 
 
 @pytest.mark.parametrize("refill", [True, False])
-def test_nothing_is_computed_for_rows_that_have_ended(
+def test_ended_rows_are_not_computed(
     models: dict[str, Any],
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     refill: bool,
 ) -> None:
-    """Each token that is fed belongs to an answer that still goes on."""
+    """Every token that is fed in belongs to an unfinished answer."""
     model, fed = models["llama"], 0
     forward = model.forward
 
@@ -186,32 +184,34 @@ def test_nothing_is_computed_for_rows_that_have_ended(
     monkeypatch.setattr(module, "can_drop_rows", lambda _: True)
     monkeypatch.setattr(module, "supports_refill", lambda _: refill)
     monkeypatch.setattr(model, "forward", counted)
-    assert generate_greedy(model, prompts, MOST, 64, {end}, end) == expected
-    # The last of `most` tokens is not fed any more.
-    assert fed == sum(min(len(answer), MOST - 1) for answer in expected)
+    assert generate_greedy(model, prompts, MAX_NEW_TOKENS, 64, {end}, end) == expected
+    # The last token is not fed in.
+    assert fed == sum(min(len(answer), MAX_NEW_TOKENS - 1) for answer in expected)
 
 
-def test_an_adapter_takes_part(base: Any, tuning: Method, prompts: list[list[int]]) -> None:
+def test_greedy_answers_use_the_adapter(
+    base: Any, tuning: Method, prompts: list[list[int]]
+) -> None:
     model = attach_adapter(base, tuning.model_copy(update={"dropout": 0.0}), 0)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             parameter.data.normal_(std=0.5)
     model.eval()
     free = [_free(model, prompt) for prompt in prompts]
-    assert generate_greedy(model, prompts, MOST, 7, {-1}, 0) == free
+    assert generate_greedy(model, prompts, MAX_NEW_TOKENS, 7, {-1}, 0) == free
     with model.disable_adapter():
         assert free != [_free(model, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["llama", "shared heads", "neox", "phi", "gpt2"])
-def test_answers_in_mixed_precision_are_those_of_generate_but_for_rounding(
+def test_greedy_answers_in_bfloat16_nearly_equal_generate(
     models: dict[str, Any], prompts: list[list[int]], name: str
 ) -> None:
-    """Keys and values of one layer may have two widths there: rotations make keys wider."""
+    """Keys and values of one layer may have different types: rotations widen keys."""
     model = models[name]
     with torch.autocast("cpu", torch.bfloat16):
         end, expected = _expected(model, prompts)
-        found = generate_greedy(model, prompts, MOST, 4, {end}, end)
+        found = generate_greedy(model, prompts, MAX_NEW_TOKENS, 4, {end}, end)
     first = [answer[:1] for answer in found]
     assert sum(a == b[:1] for a, b in zip(first, expected, strict=True)) >= 12
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 9

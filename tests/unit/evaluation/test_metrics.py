@@ -1,4 +1,4 @@
-"""The scores are TOFU's: by its own logs, by hand, and by what must hold for any numbers."""
+"""Test that the scores are TOFU's: on its logs, by hand, and by invariants."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_rouge_equals_the_logged_recalls_exactly(
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", LOGS)
-def test_logged_truth_ratio_is_our_geometric_one(
+def test_logged_truth_ratio_equals_the_geometric_one(
     logs: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
     """exp(right loss - mean wrong loss): R itself, which falls as knowledge grows; not 1/R."""
@@ -75,7 +75,7 @@ def test_logged_truth_ratio_is_our_geometric_one(
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", LOGS)
-def test_logged_losses_are_means_over_the_counted_tokens(
+def test_logged_losses_are_means_over_tokens(
     logs: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
     """What we take from the logs is what we compute: the sum of -log p over the answer's tokens."""
@@ -156,7 +156,7 @@ def test_probabilities_and_ratios_by_hand() -> None:
     assert truth_ratio_geometric(right, wrong) == pytest.approx((1 / 8) / (1 / 2))
 
 
-def test_the_answer_is_compared_as_a_probability_and_the_paraphrase_as_a_ratio() -> None:
+def test_answer_scores_use_answer_and_paraphrase() -> None:
     """p of the answer itself, R of the paraphrase; neither without wrong answers."""
     answer, right, wrong = math.log(1 / 8), math.log(1 / 2), [math.log(1 / 4), math.log(1 / 16)]
     assert answer_scores(answer, right, wrong) == pytest.approx(
@@ -172,7 +172,7 @@ def test_the_answer_is_compared_as_a_probability_and_the_paraphrase_as_a_ratio()
     assert all(math.isnan(value) for value in alone.values())
 
 
-def test_geometric_ratio_never_exceeds_the_arithmetic_one() -> None:
+def test_geometric_ratio_never_exceeds_the_arithmetic() -> None:
     draw = random.Random(0)
     for _ in range(500):
         right = -draw.expovariate(0.5)
@@ -185,7 +185,7 @@ def test_geometric_ratio_never_exceeds_the_arithmetic_one() -> None:
         assert 0 <= normalised_probability(right, wrong) <= 1
 
 
-def test_equally_likely_wrong_answers_make_both_definitions_equal() -> None:
+def test_truth_ratios_agree_on_equal_wrong_answers() -> None:
     for wrong in ([-1.5], [-1.5] * 3):
         assert truth_ratio_geometric(-0.7, wrong) == pytest.approx(
             truth_ratio_arithmetic(-0.7, wrong)
@@ -204,23 +204,21 @@ def test_equally_likely_wrong_answers_make_both_definitions_equal() -> None:
         (-1.0, [-9000.0, -8000.0], 1.0),
     ],
 )
-def test_a_model_that_has_gone_astray_is_still_scored(
-    right: float, wrong: list[float], added: float
-) -> None:
-    """Losses of thousands of nats per token, as after too high a learning rate, end no job."""
+def test_diverged_model_is_scored(right: float, wrong: list[float], added: float) -> None:
+    """Losses of thousands of nats per token, as after a too high learning rate, raise no error."""
     assert normalised_probability(right, wrong) == pytest.approx(added)
     for ratio in (truth_ratio_arithmetic, truth_ratio_geometric):
         assert max(0.0, 1.0 - ratio(right, wrong)) == pytest.approx(added)
 
 
-def test_what_is_no_number_stays_so() -> None:
-    """Of weights that are no numbers nothing was measured: neither 0 nor 1 may come out."""
+def test_nan_logprobs_give_nan_scores() -> None:
+    """Weights that are NaN give NaN, neither 0 nor 1."""
     for right, wrong in ((math.nan, [-1.0, -2.0]), (-1.0, [math.nan, -2.0])):
         for score in (normalised_probability, truth_ratio_arithmetic, truth_ratio_geometric):
             assert math.isnan(score(right, wrong))
 
 
-def test_a_question_adds_what_its_ratio_leaves_of_one() -> None:
+def test_item_scores_of_truth_ratios() -> None:
     items = pd.DataFrame(
         {"truth_ratio_arithmetic": [0.25, 1.0, 4.0, math.nan], "rougeL_recall": [0.1, 0.2, 0.3, 1]}
     )

@@ -1,4 +1,4 @@
-"""Measuring a model: the same scores in any batch, from its own numbers alone, greedily, to EOS."""
+"""Test the evaluation of a model on probes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def taught(
     prompt: PromptConfig,
     rows: Rows,
 ) -> PreTrainedModel:
-    """The tiny base after learning six of the ten answers by heart."""
+    """Return the tiny base after it memorised six of the ten answers."""
     model = load_base(base_folder, torch.device("cpu"))
     examples = [encode_pair(tokenizer, prompt, r["question"], r["answer"]) for r in rows[:6]]
     batch = collate(examples, tokenizer.pad_token_id)
@@ -74,8 +74,8 @@ def test_every_question_has_one_row_in_order(items: pd.DataFrame, probes: dict[s
     assert list(items[["probe", "item", "question"]].itertuples(index=False, name=None)) == expected
 
 
-def test_a_learnt_answer_is_written_and_ends(items: pd.DataFrame, rows: Rows) -> None:
-    """What was learnt by heart comes back word for word; generation stops at the end token."""
+def test_learnt_answer_is_generated_and_ends(items: pd.DataFrame, rows: Rows) -> None:
+    """A memorised answer is reproduced word for word; generation stops at the end token."""
     learnt = items[items["probe"] == "new"].head(6)
     assert learnt["generated"].tolist() == [row["answer"] for row in rows[:6]]
     assert (learnt["rougeL_recall"] == 1.0).all()
@@ -84,7 +84,7 @@ def test_a_learnt_answer_is_written_and_ends(items: pd.DataFrame, rows: Rows) ->
     assert (learnt["probability"] > 0.9).all()
 
 
-def test_a_zero_adapter_forgets_exactly_nothing(
+def test_zero_adapter_scores_equal_the_base(
     base_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptConfig,
@@ -141,7 +141,7 @@ def _argmax(model: PreTrainedModel, ids: list[int], end: int, most: int) -> list
     ids=lambda advice: next(iter(advice), "none"),
 )
 @torch.no_grad()
-def test_generation_is_greedy_whatever_the_model_folder_advises(
+def test_generation_ignores_the_generation_config(
     taught: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptConfig,
@@ -161,7 +161,7 @@ def test_generation_is_greedy_whatever_the_model_folder_advises(
 
 
 @torch.no_grad()
-def test_generation_with_an_adapter_is_greedy_and_leaves_the_models_advice_alone(
+def test_generation_keeps_the_generation_config(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptConfig,
@@ -179,7 +179,7 @@ def test_generation_with_an_adapter_is_greedy_and_leaves_the_models_advice_alone
     assert base.generation_config.repetition_penalty == 5.0
 
 
-def test_generated_tokens_never_exceed_what_is_asked_for(
+def test_generated_tokens_never_exceed_the_limit(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, rows: Rows
 ) -> None:
     questions = [row["question"] for row in rows]
@@ -191,7 +191,7 @@ def test_generated_tokens_never_exceed_what_is_asked_for(
 
 
 @torch.no_grad()
-def test_logprobs_are_means_over_the_tokens_of_answer_and_end(
+def test_logprobs_are_means_over_answer_and_end_tokens(
     taught: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptConfig,
@@ -217,7 +217,7 @@ def test_logprobs_are_means_over_the_tokens_of_answer_and_end(
         assert item["logprobs_wrong"] == pytest.approx(wrong, abs=1e-5)
 
 
-def test_scores_follow_from_the_items_own_texts_and_logprobs(items: pd.DataFrame) -> None:
+def test_scores_follow_from_texts_and_logprobs(items: pd.DataFrame) -> None:
     """Anyone can recompute every score of an item from its row."""
     for item in items.to_dict("records"):
         assert {name: item[name] for name in ("rougeL_recall", "rougeL_f1", "rouge1_recall")} == (
@@ -239,7 +239,7 @@ def test_scores_follow_from_the_items_own_texts_and_logprobs(items: pd.DataFrame
         )
 
 
-def test_the_summary_follows_from_the_items(items: pd.DataFrame) -> None:
+def test_aggregates_follow_from_the_items(items: pd.DataFrame) -> None:
     """Means over questions, of max(0, 1 - R) for truth ratios; no row for what was not measured."""
     table = aggregate_items(items, {"new": "new", "bare": "old"})
     assert set(table[table["probe"] == "bare"]["metric"]) == {
@@ -265,7 +265,7 @@ def test_the_summary_follows_from_the_items(items: pd.DataFrame) -> None:
             assert mean_score(items, row["probe"], row["metric"]) == row["value"]
 
 
-def test_measuring_leaves_a_model_in_the_mode_it_was_in(
+def test_evaluation_restores_the_mode_of_the_model(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptConfig,
@@ -290,7 +290,7 @@ def test_measuring_leaves_a_model_in_the_mode_it_was_in(
     assert not model.training
 
 
-def test_text_beyond_the_models_context_is_refused_before_it_is_scored(
+def test_text_beyond_the_context_is_refused(
     base: Any, tokenizer: Any, prompt: PromptConfig, rows: list[Row]
 ) -> None:
     """Some models fail on it with an index error, others score nonsense."""

@@ -1,4 +1,4 @@
-"""What ROUGE cannot see of the reference answers is told, and refused where nothing can be seen."""
+"""Test the checks of what ROUGE cannot measure on reference answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _items(probe: str, references: list[str], tokens: list[int]) -> pd.DataFrame
     return pd.DataFrame({"probe": probe, "reference": references, "reference_tokens": tokens})
 
 
-def test_dropped_letters_are_those_that_rouge_drops() -> None:
+def test_dropped_letters_equal_those_of_rouge() -> None:
     """ROUGE of a text against itself finds nothing exactly where all letters are dropped."""
     assert dropped_letters(["Plain words, 12 of them!"]) == 0.0
     assert dropped_letters(["Пушкин 東京 ١٢"]) == 1.0
@@ -35,12 +35,12 @@ def test_dropped_letters_are_those_that_rouge_drops() -> None:
     assert dropped_letters([]) == dropped_letters(["333 - 753"]) == 0.0
 
 
-def test_digits_do_not_hide_letters_that_are_dropped_and_marks_count() -> None:
+def test_dropped_letters_ignore_digits_and_count_marks() -> None:
     assert dropped_letters(["Рим 753 1931"]) == 1.0
     assert dropped_letters(["cafe\u0301"]) == pytest.approx(1 / 5)
 
 
-def test_notes_name_the_probe_and_how_many_answers_are_cut() -> None:
+def test_length_notes_count_answers_that_are_cut() -> None:
     items = pd.concat(
         [
             _items("kept_facts", ["a b", "c d e", "f"], [9, 10, 11]),
@@ -54,7 +54,7 @@ def test_notes_name_the_probe_and_how_many_answers_are_cut() -> None:
     assert length_notes(_items("names", ["Emily of the moors"], [9]), 9) == []
 
 
-def test_answers_that_cannot_be_generated_are_refused() -> None:
+def test_check_references_refuses_too_long_answers() -> None:
     check_references([5, 6], "new", 5)
     with pytest.raises(InputError, match=r"max_new_tokens: all 2 .* new .* than 4 .* has 6"):
         check_references([6, 5], "new", 4)
@@ -84,17 +84,17 @@ def _score(folder: Path, base: Path, rows: list[dict[str, Any]], **changed: Any)
     return pd.read_parquet(folder / "items.parquet")
 
 
-def test_the_base_is_told_how_long_its_references_are(
+def test_reference_tokens_count_the_answer_without_its_end(
     tmp_path: Path,
     base_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
 ) -> None:
-    """Counted is what must be generated: the answer as the prompt has it, without its end."""
+    """The count is the tokens to generate: the templated answer without its end."""
     items = _score(tmp_path, base_folder, rows)
-    asked = len(tokenizer(f"Question: {rows[0]['question']}\n")["input_ids"])
+    question_tokens = len(tokenizer(f"Question: {rows[0]['question']}\n")["input_ids"])
     both = tokenizer(f"Question: {rows[0]['question']}\nAnswer: {rows[0]['answer']}")["input_ids"]
-    assert items["reference_tokens"][0] == len(both) - asked
+    assert items["reference_tokens"][0] == len(both) - question_tokens
     assert items["reference_tokens"].nunique() > 1
     computed = items.attrs["computed"]
     assert computed["precision"] == "float32"
@@ -103,7 +103,7 @@ def test_the_base_is_told_how_long_its_references_are(
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         (
             {"evaluation": {"every_epochs": 1, "max_new_tokens": 1, "batch_size": 8}},
@@ -115,22 +115,22 @@ def test_the_base_is_told_how_long_its_references_are(
         ),
     ],
 )
-def test_a_selection_that_cannot_be_seen_is_refused_before_training(
+def test_unmeasurable_selection_is_refused(
     tmp_path: Path,
     base_folder: Path,
     rows: list[dict[str, Any]],
     changed: dict[str, Any],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bare = [row | {"wrong_answers": []} for row in rows]
     with pytest.raises(SystemExit):
         _score(tmp_path, base_folder, bare, **changed)
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "items.parquet").exists()
 
 
-def test_where_a_last_checkpoint_stands_in_short_answers_are_only_noted(
+def test_too_short_answers_are_noted_with_a_fallback(
     tmp_path: Path, base_folder: Path, rows: list[dict[str, Any]]
 ) -> None:
     short = {"every_epochs": 1, "max_new_tokens": 1, "batch_size": 8}
@@ -138,13 +138,13 @@ def test_where_a_last_checkpoint_stands_in_short_answers_are_only_noted(
     assert (items["reference_tokens"] > 1).all()
 
 
-def test_what_the_base_cannot_show_is_reported_when_it_is_scored(
+def test_evaluate_base_warns_about_unknown_probes(
     tmp_path: Path,
     base_folder: Path,
     rows: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A random base knows nothing; of new knowledge that is no defect."""
+    """A random base knows nothing; for new knowledge this is no defect."""
     short = {"every_epochs": 1, "max_new_tokens": 4, "batch_size": 8}
     changed: dict[str, Any] = {"evaluation": short, "must_reach": False}
     items = _score(tmp_path, base_folder, rows, knowledge={"new": "old"}, **changed)
@@ -160,7 +160,7 @@ def test_what_the_base_cannot_show_is_reported_when_it_is_scored(
     assert "warning" not in capsys.readouterr().out
 
 
-def test_the_tokenizer_that_the_study_names_scores_the_answers(
+def test_rouge_tokenizer_of_the_study_is_used(
     tmp_path: Path, base_folder: Path, rows: list[dict[str, Any]]
 ) -> None:
     """The same generations, with ROUGE by words of any script."""

@@ -1,4 +1,4 @@
-"""Refusals are found by published keywords, counted for all models, and kept for review."""
+"""Test the refusal rate, which is measured by published keywords."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ on two lines",Sure
 
 
 @pytest.mark.parametrize("keyword", KEYWORDS)
-def test_a_keyword_counts_anywhere_in_a_response(keyword: str) -> None:
+def test_is_refusal_finds_keywords_anywhere(keyword: str) -> None:
     assert is_refusal(f"{keyword} it is private.")
     assert is_refusal(f"First, wait. {keyword} and no more.")
 
 
-def test_the_limits_of_the_keywords_are_the_documented_ones() -> None:
+def test_is_refusal_has_the_documented_limits() -> None:
     """Typographic apostrophes count; other words and capitals do not; answers may match."""
     for apostrophe in "\u2018\u2019\u201b\u02bc\u00b4`":
         assert is_refusal(f"I{apostrophe}m sorry.")
@@ -59,7 +59,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def test_prompts_are_read_from_advbenchs_own_file(prompts: Path) -> None:
+def test_read_prompts_reads_advbench(prompts: Path) -> None:
     """Commas, quotes and line ends in cells; the column has another name there."""
     rows = list(read_prompts(prompts, "advbench/harmful_behaviors", ColumnsConfig(question="goal")))
     assert [row["question"] for row in rows] == [
@@ -72,25 +72,25 @@ def test_prompts_are_read_from_advbenchs_own_file(prompts: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("question\na,b\n", "line 2: 2 cells for 1 columns"),
         ('question\n"a\n', "not a CSV row"),
         ("question\n", "no rows"),
     ],
 )
-def test_a_broken_table_is_told_by_line(tmp_path: Path, text: str, told: str) -> None:
-    path = tmp_path / "asked.csv"
+def test_broken_table_is_reported_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "prompts.csv"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=told):
-        list(read_prompts(path, "a/asked"))
+    with pytest.raises(InputError, match=message):
+        list(read_prompts(path, "a/prompts"))
     path.write_bytes(b"question\n\xff\n")
     with pytest.raises(InputError, match="not UTF-8"):
-        list(read_prompts(path, "a/asked"))
+        list(read_prompts(path, "a/prompts"))
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_answers_are_the_models_own_in_any_batch(
+def test_responses_do_not_depend_on_the_batch(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptConfig,
@@ -113,18 +113,20 @@ def test_answers_are_the_models_own_in_any_batch(
     ]
 
 
-def test_prompts_beyond_the_models_context_are_refused(
+def test_prompts_beyond_the_context_are_refused(
     base: Any, tokenizer: Any, prompt: PromptConfig, rows: list[dict[str, Any]]
 ) -> None:
     settings = RefusalsConfig(table="a/b", max_new_tokens=250)
-    told = r"benchmarks\.refusals\.max_new_tokens: 250 after .* question in line of made/0 are more"
-    with pytest.raises(InputError, match=told):
+    message = (
+        r"benchmarks\.refusals\.max_new_tokens: 250 after .* question in line of made/0 are more"
+    )
+    with pytest.raises(InputError, match=message):
         generate_responses(
             base, tokenizer, rows, prompt, settings, 4, lambda name: f"line of {name}"
         )
 
 
-def test_a_study_with_nothing_but_prompts_has_rate_churn_and_answers(
+def test_refusals_have_rate_churn_and_responses(
     base_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The program, then the tables that a reader asks: rate with its interval, texts to review."""

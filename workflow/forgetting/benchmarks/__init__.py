@@ -1,1 +1,1 @@
-"""The lm-evaluation-harness on a loaded model, and the programs that models write for it."""
+"""Tasks of the lm-evaluation-harness on a loaded model, and a sandbox for generated programs."""

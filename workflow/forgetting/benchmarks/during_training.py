@@ -1,14 +1,12 @@
-"""Benchmarks at every evaluation of a training, on the model as it then is.
+"""Benchmark a model at every evaluation of its training.
 
-Second and third paper draw benchmarks, and the answers that change hands on them, over the course
-of a training (Biderman et al. 2024, arXiv 2405.09673, figure 2; Kalajdzievski 2024, arXiv
-2401.05605, figure 4). What the evaluation asks here is what the benchmark job asks of a checkpoint,
-in the same words; batches differ, and with them the last digits of log-likelihoods. So the base is
-asked here too, and what changed is told against that: the same items in the same order and the same
-batches, in the same precision, since in bfloat16 the batch that an item is read in has a say in its
-last digits. A model that has learned nothing so has no churn.
+Biderman et al. (2024, arXiv 2405.09673, figure 2) and Kalajdzievski (2024, arXiv 2401.05605, figure
+4) plot benchmark scores and changed answers over training. Items and prompts are those of the
+benchmark job. Batches differ from that job's, and with them the last digits of log-likelihoods.
 
-Items of benchmarks in the table of an evaluation, beside those of the probes.
+Base and tuned models are evaluated on the same items in the same order, batches and precision. In
+bfloat16 the batch changes the last digits of a log-likelihood. An unchanged model therefore has
+zero churn.
 """
 
 from __future__ import annotations
@@ -36,36 +34,42 @@ from forgetting.models.loading import Model
 ITEM_COLUMNS = ("task", "item", "metric", "value", "response", "choice")
 COLUMN_TYPES = {"item": int, "choice": "Int64"}
 PREFIX = "benchmark_"
-"""What these columns are called beside other items begins with this."""
+"""Prefix of these columns in a table that also holds the items of probes."""
 
 
-def merge_items(items: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
-    """One table of the probes' items and of the benchmarks'."""
-    return pd.concat([items, more.add_prefix(PREFIX)], ignore_index=True)
+def merge_items(probe_items: pd.DataFrame, benchmark_items: pd.DataFrame) -> pd.DataFrame:
+    """Return one table with the items of probes and of benchmarks; see `split_items`."""
+    return pd.concat([probe_items, benchmark_items.add_prefix(PREFIX)], ignore_index=True)
 
 
-def split_items(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The items of the probes, and those of the benchmarks with what else stands in their rows."""
-    marked = [PREFIX + name for name in ITEM_COLUMNS]
-    if marked[0] not in table:
-        return table, pd.DataFrame(columns=list(ITEM_COLUMNS))
-    of_benchmarks = table[marked[0]].notna()
-    where = [name for name in ("run", "step", "epoch") if name in table]
-    found = table[of_benchmarks][[*where, *marked]]
-    found = found.rename(columns=lambda name: name.removeprefix(PREFIX)).astype(COLUMN_TYPES)
-    probes = table[~of_benchmarks].drop(columns=marked)
-    return probes.reset_index(drop=True), found.reset_index(drop=True)
+def split_items(items: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split what `merge_items` merged.
+
+    Returns:
+        The items of probes, and the items of benchmarks. The latter keep the columns run, step and
+        epoch where the table has them.
+    """
+    prefixed = [PREFIX + name for name in ITEM_COLUMNS]
+    if prefixed[0] not in items:
+        return items, pd.DataFrame(columns=list(ITEM_COLUMNS))
+    is_benchmark = items[prefixed[0]].notna()
+    shared = [name for name in ("run", "step", "epoch") if name in items]
+    benchmark_items = items[is_benchmark][[*shared, *prefixed]]
+    benchmark_items = benchmark_items.rename(columns=lambda name: name.removeprefix(PREFIX))
+    benchmark_items = benchmark_items.astype(COLUMN_TYPES)
+    probe_items = items[~is_benchmark].drop(columns=prefixed)
+    return probe_items.reset_index(drop=True), benchmark_items.reset_index(drop=True)
 
 
 class TrainingBenchmarksConfig(ConfigModel):
-    """What the study says of them: tasks by name, with the number of items as their limit."""
+    """The tasks of every evaluation, by name; each has its number of items as `limit`."""
 
     tasks: dict[str, TaskConfig]
     batch_size: int
 
 
 def add_training_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every program that asks these benchmarks."""
+    """Add the command-line options of benchmarks that run at every evaluation."""
     parser.add_argument("--during-training", help="JSON: the benchmarks of every evaluation")
     parser.add_argument(
         "--during-training-rows", nargs="*", default=[], help="TASK=FOLDER of SPLIT.jsonl"
@@ -78,63 +82,70 @@ def add_training_benchmark_options(parser: argparse.ArgumentParser) -> None:
 def training_benchmarks_from_args(
     options: argparse.Namespace, tokenizer: Any
 ) -> TrainingBenchmarks | None:
-    """Return what asks a model, if the options name any benchmarks."""
+    """Return the benchmarks that the command line names, or None if it names none."""
     if not options.during_training:
         return None
-    rows = (pair.split("=", 1) for pair in options.during_training_rows)
+    rows_dirs = (pair.split("=", 1) for pair in options.during_training_rows)
     return TrainingBenchmarks(
         TrainingBenchmarksConfig.model_validate_json(options.during_training),
-        {task: Path(folder) for task, folder in rows},
+        {task: Path(folder) for task, folder in rows_dirs},
         tokenizer,
     )
 
 
 class TrainingBenchmarks:
-    """Asks models of one tokenizer; what they have in common is read when the first is asked."""
+    """Evaluate models that share a tokenizer on benchmarks.
+
+    The first call loads the tasks; later calls reuse them.
+
+    Args:
+        config: the tasks.
+        rows_dirs: the folder of SPLIT.jsonl of each task.
+        tokenizer: the tokenizer of all models.
+    """
 
     def __init__(
-        self, spec: TrainingBenchmarksConfig, rows: Mapping[str, Path], tokenizer: Any
+        self, config: TrainingBenchmarksConfig, rows_dirs: Mapping[str, Path], tokenizer: Any
     ) -> None:
-        self.spec, self.rows, self.tokenizer = spec, rows, tokenizer
+        self.config, self.rows_dirs, self.tokenizer = config, rows_dirs, tokenizer
 
     @cached_property
     def digest(self) -> str:
-        """Of what is asked: the tasks and their rows.
+        """Return the digest of the tasks and their rows.
 
-        Not of what says how it is read (`chance`), of where rows came from (`revision`; their
-        content counts), nor of `batch_size`. That changes log-likelihoods by their rounding alone,
-        and who makes it smaller because a device was full would else lose the runs that are
-        finished: these keep what they were asked in larger batches, while the base is asked anew.
-        In bfloat16, answers between near equals may then differ from the base's for that alone.
+        The digest leaves out what changes no answer: `chance`, and `revision` since the content of
+        the rows counts. It leaves out `batch_size` too, which changes log-likelihoods by rounding
+        only. So finished runs survive a smaller batch size after an out-of-memory error. Their
+        base is then evaluated again in the new batches, and in bfloat16 near ties may differ.
         """
         files = {
             task: {
                 split: sha256(folder / f"{split}.jsonl")
-                for split in required_splits(task, self.spec.tasks[task].num_fewshot)
+                for split in required_splits(task, self.config.tasks[task].num_fewshot)
             }
-            for task, folder in self.rows.items()
+            for task, folder in self.rows_dirs.items()
         }
-        asked = {
+        tasks = {
             name: task.model_dump(mode="json", exclude={"chance", "revision"})
-            for name, task in self.spec.tasks.items()
+            for name, task in self.config.tasks.items()
         }
-        return content_key({"tasks": asked, "rows": files})
+        return content_key({"tasks": tasks, "rows": files})
 
     @cached_property
-    def _questions(self) -> LoadedTasks:
-        specs = [TaskSpec.of(name, task) for name, task in self.spec.tasks.items()]
-        return load_tasks(self.tokenizer, specs, self.rows, self.spec.batch_size)
+    def _tasks(self) -> LoadedTasks:
+        specs = [TaskSpec.of(name, task) for name, task in self.config.tasks.items()]
+        return load_tasks(self.tokenizer, specs, self.rows_dirs, self.config.batch_size)
 
     def __call__(self, model: Model) -> pd.DataFrame:
-        """The items of `main_item_scores` of all tasks."""
-        return main_item_scores(evaluate_tasks(model, self._questions))
+        """Return the items of all tasks, see `main_item_scores`."""
+        return main_item_scores(evaluate_tasks(model, self._tasks))
 
 
 def main_item_scores(result: BenchmarkResult) -> pd.DataFrame:
-    """Columns task, item, metric (the main one), value, response, choice.
+    """Return every item by its task's main metric, in the columns of `ITEM_COLUMNS`.
 
     Raises:
-        InputError: a task's metric is not the mean over its items, so that these do not tell it.
+        InputError: the main metric of a task is not the mean over its items.
     """
     main = result.scores[result.scores["main"].astype(bool)]
     items = result.items.merge(main[["task", "metric"]], on=["task", "metric"])
@@ -142,8 +153,8 @@ def main_item_scores(result: BenchmarkResult) -> pd.DataFrame:
     for task, value in zip(main["task"], main["value"], strict=True):
         if task not in means or not math.isclose(means[task], value, abs_tol=1e-9):
             raise InputError(
-                f"benchmarks.during_training: the metric of {task} is no mean over its items; take "
-                "it out, or name another one in benchmarks.tasks"
+                f"benchmarks.during_training: the metric of {task} is not a mean over its items; "
+                "remove the task, or choose another metric in benchmarks.tasks"
             )
     responses = result.responses[["task", "item", "response", "choice"]]
     return items.merge(responses, on=["task", "item"])[[*ITEM_COLUMNS]]

@@ -1,10 +1,11 @@
-"""Scores a loaded model on tasks of the lm-evaluation-harness, item by item.
+"""Evaluate a loaded model on tasks of the lm-evaluation-harness, item by item.
 
-The harness builds the prompts, runs the model, filters the answers and computes the metrics;
-this module only brings rows and model together and turns the results into tables. Programs
-that the model wrote are handed out, not run (see `forgetting.benchmarks.programs` and
-`forgetting.benchmarks.sandbox`). The harness's caches are never used: their keys name neither the
-model nor the data, so they return answers of another model or prompts of other rows.
+The harness builds the prompts, runs the model, filters the answers and computes the metrics. This
+module connects rows and model and turns the results into tables. Programs that the model wrote are
+returned, not run (see `forgetting.benchmarks.programs` and `forgetting.benchmarks.sandbox`).
+
+The harness's caches are never used. Their keys name neither the model nor the data, so they return
+answers of another model or prompts of other rows.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from forgetting.benchmarks.scores import BenchmarkResult, benchmark_tables_of
 from forgetting.benchmarks.tasks import HARNESS_SEED, TaskSpec, load_task
 from forgetting.errors import InputError
 
-BOOTSTRAPS = 1000
-"""Draws behind the standard error of metrics that are no mean over items, such as perplexity."""
+BOOTSTRAP_SAMPLES = 1000
+"""Bootstrap samples for the standard error of metrics such as perplexity, which are not means."""
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks whose rows are read, and whose prompts are built, once for all models of a tokenizer.
+    """Tasks that are loaded once for all models of a tokenizer.
 
     Attributes:
-        tasks: the harness's, by name.
-        encoded: tokens of each prompt with each of its choices, once a model was asked.
+        specs: the tasks as the study configures them.
+        tasks: the harness's tasks, by name.
+        tokenizer: the tokenizer of all models.
+        batch_size: sequences per forward pass.
+        seed: seed of the examples in prompts and of sampled answers.
+        encoded: tokens of each pair of context and continuation; the first evaluation fills it.
     """
 
     specs: Sequence[TaskSpec]
@@ -50,7 +55,7 @@ def run_benchmarks(
     batch_size: int = 16,
     seed: int = HARNESS_SEED,
 ) -> BenchmarkResult:
-    """Evaluate a loaded model on all tasks in one pass; see `load_tasks` and `evaluate_tasks`."""
+    """Load tasks and evaluate a model on them; see `load_tasks` and `evaluate_tasks`."""
     return evaluate_tasks(model, load_tasks(tokenizer, specs, rows_dir, batch_size, seed))
 
 
@@ -64,16 +69,15 @@ def load_tasks(
     """Load all tasks with their rows.
 
     Args:
-        tokenizer: of the models; left as it is.
+        tokenizer: the tokenizer of the models; it is not changed.
         specs: the tasks.
-        rows_dir: folder of {task}/{split}.jsonl, or the folder of {split}.jsonl of each task;
-            without it the rows come from the hub.
-        batch_size: sequences per forward pass; changes no score.
-        seed: draws the examples in the prompts (1234 is the harness's own), and the answers
-            of tasks that sample.
+        rows_dir: folder of {task}/{split}.jsonl, or the folder of {split}.jsonl of each task. None
+            loads the rows from the hub.
+        batch_size: sequences per forward pass; it changes no score.
+        seed: seed of the examples in prompts and of sampled answers; the harness's is 1234.
 
-    Raises `InputError` for what the user can mend: unknown tasks, unreadable rows, a data set
-    out of reach.
+    Raises:
+        InputError: a task is unknown, or its rows are unreadable or out of reach.
     """
     with _quiet():
         tasks = _load_all(specs, rows_dir, seed)
@@ -82,66 +86,69 @@ def load_tasks(
     return LoadedTasks(specs, tasks, tokenizer, batch_size, seed)
 
 
-def evaluate_tasks(model: Any, questions: LoadedTasks) -> BenchmarkResult:
-    """Evaluate a loaded model (plain or with adapters) on all tasks in one pass.
+def evaluate_tasks(model: Any, loaded: LoadedTasks) -> BenchmarkResult:
+    """Evaluate a model, plain or with adapters, on all tasks.
 
-    A model's result is the same whether it is the first that is asked or not.
+    The result does not depend on the models that were evaluated before.
 
-    Raises `InputError` where answers are longer than the model's context.
+    Raises:
+        InputError: answers are longer than the model's context.
     """
     from lm_eval.evaluator import evaluate
 
-    specs, tasks = questions.specs, questions.tasks
-    with _evaluating(model, questions.seed), _quiet():
+    specs, tasks = loaded.specs, loaded.tasks
+    with _evaluating(model, loaded.seed), _quiet():
         samples = {
             spec.name: range(min(spec.limit, len(tasks[spec.name].eval_docs)))
             for spec in specs
             if spec.limit is not None
         }
-        lm = _wrap_model(model, questions.tokenizer, questions.batch_size)
-        lm.seed, lm.encoded = questions.seed, questions.encoded
+        lm = _wrap_model(model, loaded.tokenizer, loaded.batch_size)
+        lm.seed, lm.encoded = loaded.seed, loaded.encoded
         for name, task in tasks.items():
             _check_context_length(name, task, lm)
-        # Tasks with programs are marked unsafe; `load_task` has taken away what would run them.
+        # Tasks with programs are marked unsafe; `load_task` has removed the metric that runs them.
         results: Any = evaluate(
             lm=lm,
             task_dict={"tasks": tasks},
             samples=samples or None,
             confirm_run_unsafe_code=True,
-            bootstrap_iters=BOOTSTRAPS,
+            bootstrap_iters=BOOTSTRAP_SAMPLES,
         )
-        notes = [note for name, task in tasks.items() for note in _truncations(name, task, lm)]
+        notes = [note for name, task in tasks.items() for note in _truncation_notes(name, task, lm)]
     return benchmark_tables_of(tasks, specs, results, notes)
 
 
 def _cache_requests(task: Any) -> None:
-    """Have a task build its requests when they are first asked for, and hand them out anew then.
+    """Make a task build its requests once and return fresh copies of them for every model.
 
     The harness would build them for every model, each time with other examples in the prompts,
-    since its random numbers go on from where they were.
+    because its random state advances.
     """
     build = task.build_all_requests
-    kept: list[Any] = []
+    cached: list[Any] = []
 
-    def hand_out(**options: Any) -> None:
-        if not kept:
+    def build_cached(**options: Any) -> None:
+        if not cached:
             build(**options)
-            kept.extend(task._instances)
+            cached.extend(task._instances)
         task._instances = [
-            replace(one, arguments=copy.deepcopy(one.arguments), resps=[], filtered_resps={})
-            for one in kept
+            replace(
+                request, arguments=copy.deepcopy(request.arguments), resps=[], filtered_resps={}
+            )
+            for request in cached
         ]
 
-    task.build_all_requests = hand_out
+    task.build_all_requests = build_cached
 
 
 def _load_all(
     specs: Sequence[TaskSpec], rows_dir: Path | Mapping[str, Path] | None, seed: int
 ) -> dict[str, Any]:
     names = [spec.name for spec in specs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise InputError(f"benchmarks: expected each task once, found {twice or 'no task'}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or not names:
+        raise InputError(f"benchmarks: expected each task once, found {repeated or 'no task'}")
     tasks = {}
     for spec in specs:
         folder = rows_dir / spec.name if isinstance(rows_dir, Path) else None
@@ -157,14 +164,17 @@ def _load_all(
 
 
 def _wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """The harness's view of the model. The tokenizer is copied, since it is given a pad token."""
+    """Return the model as the harness expects it, with a copy of the tokenizer.
+
+    The harness adds a pad token to the tokenizer.
+    """
     import torch
 
     from forgetting.benchmarks.hflm import SharedPrefixLM
     from forgetting.models.loading import autocast_dtype
 
     lm = SharedPrefixLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    # The harness would else leave our mixed precision for its generations.
+    # Otherwise the harness generates outside our mixed precision.
     if (precision := autocast_dtype(model.device)) != torch.float32:
         lm.mixed_precision_dtype = precision
     return lm
@@ -172,7 +182,7 @@ def _wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 @contextlib.contextmanager
 def _evaluating(model: Any, seed: int) -> Iterator[None]:
-    """Evaluate without a trace: the mode and the random state are afterwards as before."""
+    """Restore the model's mode and the random state after the block."""
     import torch
 
     training = model.training
@@ -187,7 +197,7 @@ def _evaluating(model: Any, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's remarks out of the log; what matters of them becomes a note."""
+    """Silence the harness; `_truncation_notes` reports what matters."""
     import datasets
 
     logger = logging.getLogger("lm_eval")
@@ -203,11 +213,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _max_gen_toks(task: Any, lm: Any) -> int:
-    """Tokens that the harness keeps free for a generated answer."""
+    """Return the number of tokens that the harness reserves for a generated answer."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    given = copy.deepcopy(task.config.generation_kwargs or {})
-    return int(normalize_gen_kwargs(given, lm.max_gen_toks)["max_gen_toks"])
+    options = copy.deepcopy(task.config.generation_kwargs or {})
+    return int(normalize_gen_kwargs(options, lm.max_gen_toks)["max_gen_toks"])
 
 
 def _check_context_length(name: str, task: Any, lm: Any) -> None:
@@ -221,28 +231,33 @@ def _check_context_length(name: str, task: Any, lm: Any) -> None:
         )
 
 
-def _truncations(name: str, task: Any, lm: Any) -> list[str]:
-    """A note if prompts did not fit: the harness cuts their beginning without a word."""
+def _truncation_notes(name: str, task: Any, lm: Any) -> list[str]:
+    """Return a note if prompts are too long: the harness silently cuts their beginning."""
     generates = task.OUTPUT_TYPE == "generate_until"
     if not generates and task.OUTPUT_TYPE != "multiple_choice":
         return []
-    # A likelihood is scored from the tokens before the last one, hence one token more.
-    room = lm.max_length - _max_gen_toks(task, lm) if generates else lm.max_length + 1
+    # The last token of a likelihood is not fed in, so one more token fits.
+    max_tokens = lm.max_length - _max_gen_toks(task, lm) if generates else lm.max_length + 1
     longest: dict[int, str] = {}
     for instance in task.instances:
         text = instance.args[0] if generates else "".join(instance.args)
         longest[instance.doc_id] = max(longest.get(instance.doc_id, ""), text, key=len)
-    cut = sum(_longest_answers(text, room, lm) for text in longest.values())
+    cut = sum(_is_longer(text, max_tokens, lm) for text in longest.values())
     if not cut:
         return []
-    kept = f", of which {lm.max_length - room} are kept for the answer" if generates else ""
+    reserved = (
+        f", {lm.max_length - max_tokens} of them reserved for the answer" if generates else ""
+    )
     return [
         f"{name}: {cut} of {len(longest)} prompts are longer than the model's context "
-        f"({lm.max_length} tokens{kept}) and lost their beginning."
+        f"({lm.max_length} tokens{reserved}) and lost their beginning."
     ]
 
 
-def _longest_answers(text: str, tokens: int, lm: Any) -> bool:
-    """Whether a text has more tokens than that. No token is shorter than a byte, but for a few
-    special ones, so that short texts need not be encoded."""
+def _is_longer(text: str, tokens: int, lm: Any) -> bool:
+    """Return whether a text has more than `tokens` tokens.
+
+    No token is shorter than a byte, except a few special ones. Short texts are therefore not
+    encoded.
+    """
     return len(text.encode()) + 8 > tokens and len(lm.tok_encode(text)) > tokens

@@ -1,15 +1,12 @@
-"""The harness's log-likelihoods, with what the choices of an item have in common read once.
+"""SharedPrefixLM: the harness's HFLM with shared prefixes and reproducible sampling.
 
-The harness reads the question anew for each of its choices. Here the tokens that all choices of an
-item begin with stand in front, and what follows in each of them behind, as a tree
-(`forgetting.evaluation.prefix_tree`), so that every log-likelihood is what it would be alone.
+Log-likelihoods: HFLM reads the question again for each of its choices. Here the tokens that all
+choices of an item begin with are read once, followed by the choices as a tree
+(`forgetting.evaluation.prefix_tree`). Every log-likelihood equals that of separate reading.
 
-Answers drawn at random, each from numbers of its own: the same whatever else is in the batch.
-
-Every answer has a stream of uniform numbers, seeded by the study's seed, its prompt and its number
-among the answers to that prompt. A token is drawn by looking the next of them up in the cumulated
-shares of the likeliest tokens. So an answer depends on neither batch size nor order, up to the
-rounding of the logits.
+Sampling: every answer has its own stream of uniform numbers, seeded by the study's seed, its prompt
+and its number among the answers to that prompt. Inverse-transform sampling maps the next number to
+a token. So an answer depends on neither batch size nor order, up to the rounding of the logits.
 """
 
 from __future__ import annotations
@@ -37,126 +34,156 @@ from forgetting.models.loading import Model, unwrap_peft
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One answer that is to be drawn: after which tokens, from which stream."""
+    """One answer to sample: the tokens of its prompt and the seed of its random numbers."""
 
     prompt: tuple[int, ...]
     seed: int
 
 
 def sample_seed(seed: int, prompt: str, sample: int) -> int:
-    """The seed of one answer's numbers."""
+    """Return the seed of the random numbers of one answer."""
     text = f"{seed}\n{sample}\n{prompt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def sample_top_p(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token per row.
+    """Sample one token per row by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751).
 
-    The tokens are sorted by probability at this temperature; of them the fewest that together
-    reach `top_p` are kept (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751), and the one
-    is taken in whose share of their sum the number in [0, 1) falls.
+    The nucleus is the smallest set of most probable tokens whose probabilities reach `top_p`. The
+    inverse of its cumulative distribution maps each number to a token.
+
+    Args:
+        logits: (rows, vocabulary).
+        numbers: uniform in [0, 1), (rows,).
+        temperature: divides the logits.
+        top_p: probability of the nucleus.
+
+    Returns:
+        Token ids, (rows,).
     """
-    shares, tokens = torch.softmax(logits.double() / temperature, -1).sort(
+    probabilities, tokens = torch.softmax(logits.double() / temperature, -1).sort(
         dim=-1, descending=True, stable=True
     )
-    reached = shares.cumsum(-1)
-    kept = shares.where(reached - shares < top_p, 0.0)
-    heaps = kept.cumsum(-1)
-    places = torch.searchsorted(heaps, numbers[:, None] * heaps[:, -1:], right=True)
-    # Rounding could point behind the last token that is kept.
-    places = places.clamp(max=(kept > 0).sum(-1, keepdim=True) - 1)
-    return tokens.gather(-1, places)[:, 0]
+    nucleus = probabilities.where(probabilities.cumsum(-1) - probabilities < top_p, 0.0)
+    cumulative = nucleus.cumsum(-1)
+    indices = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
+    # Rounding could point past the last token of the nucleus.
+    indices = indices.clamp(max=(nucleus > 0).sum(-1, keepdim=True) - 1)
+    return tokens.gather(-1, indices)[:, 0]
 
 
 @torch.inference_mode()
 def sample_answers(
     model: Model,
-    wishes: Sequence[SampleRequest],
+    requests: Sequence[SampleRequest],
     temperature: float,
     top_p: float,
-    most: int,
+    max_new_tokens: int,
     batch_size: int,
-    ends: Collection[int],
+    stops: Collection[int],
     pad: int,
-    is_over: Callable[[list[int]], bool],
+    is_complete: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Draw every answer, up to one of `ends`, which is left out, or `most` tokens.
+    """Sample every answer up to a stop token, which is left out, or `max_new_tokens` tokens.
 
-    Answers to one prompt stand beside each other in a batch, which reads the prompt once.
+    Answers to one prompt are neighbours in a batch, which reads the prompt once.
 
     Args:
-        is_over: whether the tokens of an answer so far hold a text that ends it.
+        model: the model.
+        requests: prompt and seed of each answer.
+        temperature, top_p: see `sample_top_p`.
+        max_new_tokens: tokens of the longest answer.
+        batch_size: answers per forward pass.
+        stops: ids of tokens that end an answer.
+        pad: id of the padding token.
+        is_complete: returns whether the tokens of an answer contain a text that ends it.
+
+    Returns:
+        Token ids of each answer.
+
+    Raises:
+        InputError: the model has no cache of keys and values.
     """
     if not can_drop_rows(model):
         raise InputError(
-            "benchmarks: samples are drawn with a cache of keys and values, which this model has "
-            "not; leave `samples` out"
+            "benchmarks: sampling needs a cache of keys and values, which this model does not "
+            "have; leave `samples` out"
         )
-    found: list[list[int]] = [[] for _ in wishes]
-    # Sorted by prompt, so that those of one are neighbours also where others are as long.
-    order = sorted(range(len(wishes)), key=lambda index: wishes[index].prompt)
-    for places in length_batches([len(wishes[index].prompt) for index in order], batch_size):
-        indices = [order[place] for place in places]
-        batch = [wishes[index] for index in indices]
-        answers = _sample(model, batch, temperature, top_p, most, ends, pad, is_over)
-        for index, answer in zip(indices, answers, strict=True):
-            found[index] = answer
-    return found
+    answers: list[list[int]] = [[] for _ in requests]
+    # Sorting by prompt keeps answers to one prompt together among other prompts of its length.
+    order = sorted(range(len(requests)), key=lambda index: requests[index].prompt)
+    for batch in length_batches([len(requests[index].prompt) for index in order], batch_size):
+        indices = [order[position] for position in batch]
+        sampled = _sample_batch(
+            model,
+            [requests[index] for index in indices],
+            temperature,
+            top_p,
+            max_new_tokens,
+            stops,
+            pad,
+            is_complete,
+        )
+        for index, answer in zip(indices, sampled, strict=True):
+            answers[index] = answer
+    return answers
 
 
-def _sample(
+def _sample_batch(
     model: Model,
-    wishes: Sequence[SampleRequest],
+    requests: Sequence[SampleRequest],
     temperature: float,
     top_p: float,
-    most: int,
-    ends: Collection[int],
+    max_new_tokens: int,
+    stops: Collection[int],
     pad: int,
-    is_over: Callable[[list[int]], bool],
+    is_complete: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """One batch; what has ended is taken out of it and of the cache."""
-    prompts = list(dict.fromkeys(wish.prompt for wish in wishes))
+    """Sample one batch; finished answers leave the batch and the cache."""
+    prompts = list(dict.fromkeys(request.prompt for request in requests))
     ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
-    numbers = torch.stack([_numbers(wish.seed, most) for wish in wishes]).to(model.device)
+    numbers = torch.stack(
+        [_uniform_numbers(request.seed, max_new_tokens) for request in requests]
+    ).to(model.device)
     cache = DynamicCache(config=unwrap_peft(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    # After the prompts are read, every answer has a row of its own.
-    rows = torch.tensor([prompts.index(wish.prompt) for wish in wishes]).to(model.device)
-    alive = list(range(len(wishes)))
-    answers: list[list[int]] = [[] for _ in wishes]
-    for step in range(most):
+    # Once the prompts are read, every answer gets its own row.
+    rows = torch.tensor([prompts.index(request.prompt) for request in requests]).to(model.device)
+    active = list(range(len(requests)))
+    answers: list[list[int]] = [[] for _ in requests]
+    for step in range(max_new_tokens):
         logits = next_logits(model, ids, mask, positions, cache)
         if step == 0:
             cache.batch_select_indices(rows)
             logits, mask, positions = logits[rows], mask[rows], positions[rows]
         tokens = sample_top_p(logits, numbers[:, step], temperature, top_p)
         kept = []
-        for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
-            if token in ends:
+        for position, (answer, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            if token in stops:
                 continue
-            answers[row].append(token)
-            if not is_over(answers[row]):
-                kept.append(place)
+            answers[answer].append(token)
+            if not is_complete(answers[answer]):
+                kept.append(position)
         if not kept:
             break
-        if len(kept) < len(alive):
-            going_on = torch.tensor(kept).to(model.device)
-            cache.batch_select_indices(going_on)
-            alive = [alive[place] for place in kept]
-            tokens, numbers = tokens[going_on], numbers[going_on]
-            mask, positions = mask[going_on], positions[going_on]
+        if len(kept) < len(active):
+            unfinished = torch.tensor(kept).to(model.device)
+            cache.batch_select_indices(unfinished)
+            active = [active[position] for position in kept]
+            tokens, numbers = tokens[unfinished], numbers[unfinished]
+            mask, positions = mask[unfinished], positions[unfinished]
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return answers
 
 
-def _numbers(stream: int, most: int) -> Tensor:
-    generator = torch.Generator().manual_seed(stream)
-    return torch.rand(most, generator=generator, dtype=torch.float64)
+def _uniform_numbers(seed: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 TOKENS_PER_BATCH = 64
-"""A batch has as many tokens as `batch_size` sequences of this length, about."""
+"""A batch has about as many tokens as `batch_size` sequences of this length."""
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation, as text and as tokens."""
@@ -165,101 +192,108 @@ Answer = tuple[float, bool]
 
 
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
-    """The harness's own model, but for the likelihoods of choices, and answers that are drawn."""
+    """HFLM with shared prefixes for the choices of an item and reproducible sampling.
+
+    Attributes:
+        seed: seed of sampled answers.
+        encoded: tokens of contexts and continuations, by text.
+    """
 
     _items: list[tuple[str, int]] | None = None
     seed: int = 0
-    """Of the answers that are drawn."""
     encoded: dict[tuple[str, str], tuple[list[int], list[int]]]
-    """Tokens of contexts and continuations, by text."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.encoded = {}
-        # As many models' folders name more tokens than the tokenizer's end of sequence.
+        # Many models' folders name more stop tokens than the tokenizer's end of sequence.
         self.stop_tokens = stop_tokens(self.model, self.tokenizer)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Draw answers with numbers of their own; all else is the harness's."""
+        """Return one answer per request; requests that sample use `sample_answers`."""
         answers: list[str] = [""] * len(requests)
         greedy: list[int] = []
-        drawn: dict[str, list[int]] = {}
+        sampled: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             settings = request.args[1]
             if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-                drawn.setdefault(repr(sorted(settings.items())), []).append(index)
+                sampled.setdefault(repr(sorted(settings.items())), []).append(index)
             else:
                 greedy.append(index)
-        asked = [requests[index] for index in greedy]
-        said = super().generate_until(asked, disable_tqdm=True) if asked else []
-        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_tokens))
-        for index, text in zip(greedy, said, strict=True):
-            # Tokens that are not marked as special stay in the text.
-            answers[index] = _prefix_tokens(text, ends)
-        for indices in drawn.values():
-            texts = self._draw([requests[i].args[0] for i in indices], requests[indices[0]].args[1])
+        greedy_requests = [requests[index] for index in greedy]
+        greedy_answers = (
+            super().generate_until(greedy_requests, disable_tqdm=True) if greedy_requests else []
+        )
+        stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_tokens))
+        for index, text in zip(greedy, greedy_answers, strict=True):
+            # Stop tokens that the tokenizer does not mark as special remain in the text.
+            answers[index] = _before_stops(text, stops)
+        for indices in sampled.values():
+            texts = self._sample(
+                [requests[i].args[0] for i in indices], requests[indices[0]].args[1]
+            )
             for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
         return answers
 
     def _model_generate(self, *arguments: Any, **settings: Any) -> torch.Tensor:
-        """As the harness does, up to every token that ends an answer."""
-        ends = sorted(self.stop_tokens)
-        found: torch.Tensor = super()._model_generate(*arguments, eos_token_id=ends, **settings)
-        return found
+        """Generate as HFLM does, up to any stop token of the model."""
+        stops = sorted(self.stop_tokens)
+        output: torch.Tensor = super()._model_generate(*arguments, eos_token_id=stops, **settings)
+        return output
 
-    def _draw(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
-        """Answers to prompts; each repetition of a prompt is another sample."""
-        given = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
+    def _sample(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+        """Return a sampled answer to each prompt; a repeated prompt gets another sample."""
+        options = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        stops = [stop for stop in handle_stop_sequences(given.get("until"), eos=end) if stop]
-        most = int(given["max_gen_toks"])
-        room = int(self.max_length) - most
-        encoded = {text: tuple(self.tok_encode(text)[-room:]) for text in set(prompts)}
-        seen: Counter[str] = Counter()
-        wishes = []
+        stops = [stop for stop in handle_stop_sequences(options.get("until"), eos=end) if stop]
+        max_new_tokens = int(options["max_gen_toks"])
+        max_prompt = int(self.max_length) - max_new_tokens
+        encoded = {text: tuple(self.tok_encode(text)[-max_prompt:]) for text in set(prompts)}
+        samples: Counter[str] = Counter()
+        requests = []
         for text in prompts:
-            wishes.append(SampleRequest(encoded[text], sample_seed(self.seed, text, seen[text])))
-            seen[text] += 1
-        # No token is empty, so that a stop has at most as many of them as bytes.
+            seed = sample_seed(self.seed, text, samples[text])
+            requests.append(SampleRequest(encoded[text], seed))
+            samples[text] += 1
+        # No token is empty, so a stop has at most as many tokens as bytes.
         tail = max((len(stop.encode()) for stop in stops), default=0) + 1
 
-        def is_over(tokens: list[int]) -> bool:
+        def is_complete(tokens: list[int]) -> bool:
             text = self.tok_decode(tokens[-tail:])
             return any(stop in text for stop in stops)
 
-        found = sample_answers(
+        answers = sample_answers(
             self.model,
-            wishes,
-            float(given.get("temperature") or 1.0),
-            float(given.get("top_p") or 1.0),
-            most,
+            requests,
+            float(options.get("temperature") or 1.0),
+            float(options.get("top_p") or 1.0),
+            max_new_tokens,
             int(self.batch_size),
             self.stop_tokens,
             int(self.tokenizer.pad_token_id),
-            is_over,
+            is_complete,
         )
-        texts = [self.tok_decode(tokens) for tokens in found]
-        return [_prefix_tokens(text, stops) for text in texts]
+        return [_before_stops(self.tok_decode(tokens), stops) for tokens in answers]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
-        """Remember which requests are choices of one item, for `_loglikelihood_tokens`."""
+        """Return log-likelihoods; `_loglikelihood_tokens` reads the item of each request."""
         self._items = [(request.task_name, request.doc_id) for request in requests]
         self._encode_pairs([request.args for request in requests])
         try:
-            found: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+            answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         finally:
             self._items = None
-        return found
+        return answers
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness does, but once for all models that are asked the same."""
+        """Return the tokens of a pair, which are shared by all models of a tokenizer."""
         return self.encoded[context, continuation]
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Tokens of pairs that are new, each text once and all in one call."""
+        """Encode new pairs, each text once and all in one call."""
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.encoded and pair[0]]
-        # Spaces at the end of a context belong to the first word of what follows.
+        # Trailing spaces of a context belong to the first word of the continuation.
         heads = {context: context.rstrip() for context, _ in new}
         texts = [context + continuation for context, continuation in new]
         tokens = self._encode_texts({*heads.values(), *texts})
@@ -268,44 +302,45 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             self.encoded[pair] = head, tokens[text][len(head) :]
 
     def _encode_texts(self, texts: Collection[str]) -> dict[str, list[int]]:
-        """What `tok_encode` makes of each text."""
-        begin = self.tokenizer.decode(self.prefix_token_id)
-        alone = {text for text in texts if not text or text.startswith(begin)}
-        together = [text for text in texts if text not in alone]
-        given = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        found = self.tokenizer(together, **given)["input_ids"] if together else []
+        """Return the tokens that `tok_encode` returns for each text."""
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        # `tok_encode` treats empty texts and those with a beginning-of-sequence token differently.
+        special = {text for text in texts if not text or text.startswith(bos)}
+        plain = [text for text in texts if text not in special]
+        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        ids = self.tokenizer(plain, **options)["input_ids"] if plain else []
         return {
-            **{text: self.tok_encode(text) for text in alone},
-            **dict(zip(together, found, strict=True)),
+            **{text: self.tok_encode(text) for text in special},
+            **dict(zip(plain, ids, strict=True)),
         }
 
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         if self._items is None or not supports_custom_mask(self.model):
-            found: list[Answer] = super()._loglikelihood_tokens(
+            separate: list[Answer] = super()._loglikelihood_tokens(
                 requests, disable_tqdm=True, override_bs=override_bs
             )
-            return found
-        room = int(self.max_length) + 1
-        cut = [
-            ((context + continuation)[-room:], len(continuation))
+            return separate
+        max_tokens = int(self.max_length) + 1
+        choices = [
+            ((context + continuation)[-max_tokens:], len(continuation))
             for _, context, continuation in requests
         ]
-        # Where the beginning was cut off, the choices of an item may have no token in common.
-        keyed = zip(self._items, cut, strict=True)
+        # Truncated choices of one item may have no token in common.
+        keyed = zip(self._items, choices, strict=True)
         items = [
-            [choice for _, choice in several]
-            for _, several in groupby(keyed, key=lambda one: (one[0], one[1][0][0]))
+            [choice for _, choice in group]
+            for _, group in groupby(keyed, key=lambda pair: (pair[0], pair[1][0][0]))
         ]
         answers = score_choices(
             self.model, items, self.tokenizer.pad_token_id, int(self.batch_size)
         )
-        return [answer for several in answers for answer in several]
+        return [answer for group in answers for answer in group]
 
 
-def _prefix_tokens(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first of the stops that it holds."""
+def _before_stops(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the first stop."""
     for stop in stops:
         text = text.split(stop)[0]
     return text
@@ -318,38 +353,41 @@ def score_choices(
     pad: int,
     batch_size: int,
 ) -> list[list[Answer]]:
-    """Log-likelihood of every choice of every item.
+    """Return the log-likelihood of every choice of every item.
 
     Args:
-        items: per item its choices, as token ids and how many of them, at the end, are scored.
-        batch_size: sequences per forward pass, about.
+        model: the model.
+        items: the choices of each item: token ids, and the number of final tokens to score.
+        pad: id of the padding token.
+        batch_size: approximate number of sequences per forward pass.
     """
     trees = [build_prefix_tree(_with_common_prompt(choices)) for choices in items]
     answers: list[list[Answer]] = [[] for _ in items]
     for indices in _batches([len(tree.ids) for tree in trees], batch_size * TOKENS_PER_BATCH):
         group = [trees[index] for index in indices]
-        batch, read = forward_trees(model, group, pad)
-        likelihoods = (-nn.functional.cross_entropy(read, batch.targets, reduction="none")).tolist()
-        likeliest = (read.argmax(-1) == batch.targets).tolist()
+        batch, logits = forward_trees(model, group, pad)
+        losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+        logprobs = (-losses).tolist()
+        is_greedy = (logits.argmax(-1) == batch.targets).tolist()
         end = 0
         for index, tree in zip(indices, group, strict=True):
             for targets, (_, scored) in zip(tree.targets, items[index], strict=True):
                 end += len(targets)
                 span = slice(end - scored, end)
-                answers[index].append((sum(likelihoods[span]), all(likeliest[span])))
+                answers[index].append((sum(logprobs[span]), all(is_greedy[span])))
     return answers
 
 
 def _with_common_prompt(choices: Sequence[tuple[list[int], int]]) -> list[Example]:
-    """The choices of an item with the longest prompt that all of them have, but no scored token."""
-    longest = min(len(ids) - scored for ids, scored in choices)
-    columns = zip(*(ids[:longest] for ids, _ in choices), strict=True)
+    """Return the choices of an item with their longest common unscored prefix as prompt."""
+    unscored = min(len(ids) - scored for ids, scored in choices)
+    columns = zip(*(ids[:unscored] for ids, _ in choices), strict=True)
     common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
     return [Example(ids, common) for ids, _ in choices]
 
 
 def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, padded to about so many tokens."""
+    """Yield batches of about `tokens` tokens: indices of rows, longest rows first."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
         rows = max(1, tokens // max(lengths[order[0]], 1))

@@ -1,4 +1,8 @@
-"""What is known of a task before any job: of the five usual ones by heart, of others as defined."""
+"""Facts about tasks that a study needs before any job runs.
+
+The five built-in tasks are listed here, with their datasets in data/hub_datasets.yaml. Other
+tasks are read from their definition files.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from forgetting.benchmarks.task_definitions import read_task_definition, tasks_folder
+from forgetting.data.hub_datasets import HUB_DATASETS
 from forgetting.errors import InputError
 
 SCORE_FILES = (
@@ -15,29 +20,46 @@ SCORE_FILES = (
     "programs.json",
     "record.json",
 )
-"""What a job writes of each model that it scores."""
+"""Files that a benchmark job writes for each model."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known beforehand about a task."""
+    """Facts about a task.
 
-    definition: str  # file below the harness's folder of tasks
-    dataset: tuple[str, str | None]  # on the hub: name, configuration
-    split: str  # the one that is evaluated
-    example_split: str | None  # the one that solved examples are drawn from
-    main_metric: str  # the one to draw
-    chance: float  # score of blind guessing
-    columns: tuple[str, ...]  # that the task reads
-    num_fewshot: int = 0  # in the prompt, by the task's own definition
-    max_gen_toks: int | None = None  # longest answer by that definition, if it is generated
-    generates_code: bool = False  # are the answers programs, to be run?
+    Attributes:
+        definition: file below the harness's folder of tasks.
+        dataset: name and configuration on the hub.
+        split: the split that is evaluated.
+        example_split: the split that solved examples are drawn from, or None.
+        main_metric: the metric that is plotted, as `metric,filter`.
+        chance: score of blind guessing; NaN where it is unknown.
+        columns: the columns that the task reads; empty where they are unknown.
+        num_fewshot: solved examples in the prompt.
+        max_gen_toks: tokens of the longest generated answer; None if nothing is generated.
+        generates_code: whether the answers are programs, which are run.
+    """
+
+    definition: str
+    dataset: tuple[str, str | None]
+    split: str
+    example_split: str | None
+    main_metric: str
+    chance: float
+    columns: tuple[str, ...]
+    num_fewshot: int = 0
+    max_gen_toks: int | None = None
+    generates_code: bool = False
+
+
+def _dataset(task: str) -> tuple[str, str | None]:
+    return HUB_DATASETS[task].dataset, HUB_DATASETS[task].config
 
 
 BENCHMARKS = {
     "gsm8k": Benchmark(
         definition="gsm8k/gsm8k.yaml",
-        dataset=("openai/gsm8k", "main"),
+        dataset=_dataset("gsm8k"),
         split="test",
         example_split="train",
         main_metric="exact_match,strict-match",
@@ -48,7 +70,7 @@ BENCHMARKS = {
     ),
     "humaneval": Benchmark(
         definition="humaneval/humaneval.yaml",
-        dataset=("openai/openai_humaneval", None),
+        dataset=_dataset("humaneval"),
         split="test",
         example_split=None,
         main_metric="pass@1,create_test",
@@ -59,7 +81,7 @@ BENCHMARKS = {
     ),
     "hellaswag": Benchmark(
         definition="hellaswag/hellaswag.yaml",
-        dataset=("Rowan/hellaswag", None),
+        dataset=_dataset("hellaswag"),
         split="validation",
         example_split="train",
         main_metric="acc_norm,none",
@@ -68,7 +90,7 @@ BENCHMARKS = {
     ),
     "winogrande": Benchmark(
         definition="winogrande/default.yaml",
-        dataset=("allenai/winogrande", "winogrande_xl"),
+        dataset=_dataset("winogrande"),
         split="validation",
         example_split="train",
         main_metric="acc,none",
@@ -77,7 +99,7 @@ BENCHMARKS = {
     ),
     "arc_challenge": Benchmark(
         definition="arc/arc_challenge.yaml",
-        dataset=("allenai/ai2_arc", "ARC-Challenge"),
+        dataset=_dataset("arc_challenge"),
         split="test",
         example_split="train",
         main_metric="acc_norm,none",
@@ -88,55 +110,59 @@ BENCHMARKS = {
 
 
 def benchmark(name: str) -> Benchmark:
-    """What is known of any task of the harness: of the five usual ones by heart, of others by
-    their definition, which tells neither columns nor chance.
+    """Return the facts about a task: built in, or else read from its definition.
 
     Raises:
-        InputError: there is no such task; it does not say where the name stood.
+        InputError: the harness has no such task. The message does not name the study's key.
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    found = read_task_definition(name)
-    dataset, config = found.dataset
+    definition = read_task_definition(name)
+    dataset, config = definition.dataset
     return Benchmark(
-        definition=str(found.path.relative_to(tasks_folder())),
+        definition=str(definition.path.relative_to(tasks_folder())),
         dataset=(dataset or "", config),
-        split=found.split,
-        example_split=found.example_split,
-        main_metric=next(iter(found.metrics), ""),
+        split=definition.split,
+        example_split=definition.example_split,
+        main_metric=next(iter(definition.metrics), ""),
         chance=math.nan,
         columns=(),
-        num_fewshot=found.num_fewshot,
-        max_gen_toks=found.max_gen_toks,
-        generates_code=found.generates_code,
+        num_fewshot=definition.num_fewshot,
+        max_gen_toks=definition.max_gen_toks,
+        generates_code=definition.generates_code,
     )
 
 
 def task_with_same_dataset(name: str) -> str | None:
-    """Which of the five usual tasks has rows in the columns of this one, if any has: `gsm8k` for
-    `gsm8k_cot`, as both read the same dataset."""
+    """Return the built-in task that reads the same dataset, or None: `gsm8k` for `gsm8k_cot`."""
     dataset = benchmark(name).dataset[0]
-    return next((task for task, known in BENCHMARKS.items() if known.dataset[0] == dataset), None)
+    return next(
+        (task for task, built_in in BENCHMARKS.items() if built_in.dataset[0] == dataset), None
+    )
 
 
 def required_splits(name: str, num_fewshot: int | None = None) -> list[str]:
-    """The splits that a task reads: the evaluated one, and the one examples are drawn from."""
-    known = benchmark(name)
-    shots = known.num_fewshot if num_fewshot is None else num_fewshot
-    splits = [known.split, *([known.example_split] if shots and known.example_split else [])]
+    """Return the splits that a task reads: the evaluated one, and the one with examples."""
+    facts = benchmark(name)
+    shots = facts.num_fewshot if num_fewshot is None else num_fewshot
+    splits = [facts.split, *([facts.example_split] if shots and facts.example_split else [])]
     return list(dict.fromkeys(splits))
 
 
-def main_metric(name: str, wanted: str | None) -> str:
-    """The metric that stands for a task: `wanted` with its filter, or the task's first.
+def main_metric(name: str, requested: str | None) -> str:
+    """Return the metric that represents a task, as `metric,filter`.
+
+    Args:
+        name: the task.
+        requested: a metric with or without its filter; None means the task's first metric.
 
     Raises:
-        InputError: the task has no such metric; it does not say where that stood.
+        InputError: the task has no such metric. The message does not name the study's key.
     """
-    if wanted is None:
+    if requested is None:
         return benchmark(name).main_metric
     metrics = read_task_definition(name).metrics
     for metric in metrics:
-        if wanted in (metric, metric.partition(",")[0]):
+        if requested in (metric, metric.partition(",")[0]):
             return metric
-    raise InputError(f"{name} has no metric {wanted}, but {', '.join(metrics)}")
+    raise InputError(f"{name} has no metric {requested}, but {', '.join(metrics)}")

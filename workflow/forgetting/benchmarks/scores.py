@@ -1,21 +1,16 @@
-"""Tables of what the harness found, item by item, and of what is still to be run.
+"""Turn the harness's output into tables of scores, items and responses, and score programs.
 
-Tables of what the programs of a model came to: pass@k and diversity, by item and by task.
+The harness scores one list of log-likelihoods in several ways, and each may choose another answer.
+With l the log-likelihood of a choice in nats, given the prompt, the predicted choice maximises
 
-Which choice of an item a model takes, by the metric that is reported of the task.
-
-The harness scores one list of log-likelihoods in several ways, each of which may choose another
-answer. With l the log-likelihood of a choice in nats, given the prompt, the chosen one has the
-largest
-
-- `acc_norm`: l / number of its characters
-- `acc_bytes`: l / number of its bytes in UTF-8
+- `acc_norm`: l / its number of characters
+- `acc_bytes`: l / its number of UTF-8 bytes
 - `acc_mutual_info`: l - its log-likelihood without the question
-- every other metric, `acc` among them: l
+- every other metric, such as `acc`: l
 
-as `ConfigurableTask.process_results` of lm-evaluation-harness 0.4 has it, the first of equals. So
-an item of accuracy scores 1 exactly where the chosen one is right, and what agreement with the base
-tells is of the same answers as the accuracy beside it.
+as in `ConfigurableTask.process_results` of lm-evaluation-harness 0.4; of equal choices the first is
+taken. So an accuracy item scores 1 exactly where the predicted choice is right, and agreement with
+the base refers to the same answers as the accuracy.
 """
 
 from __future__ import annotations
@@ -34,15 +29,21 @@ from forgetting.benchmarks.registry import main_metric
 from forgetting.benchmarks.task_definitions import read_task_definition
 from forgetting.benchmarks.tasks import TaskSpec
 
+SCORE_COLUMNS = ("task", "metric", "main", "value", "stderr", "n", "chance")
+ITEM_COLUMNS = ("task", "item", "metric", "value")
+RESPONSE_COLUMNS = ("task", "item", "prompt_hash", "response", "target", "choice")
+UNLIKELY = -1e6
+"""Log-likelihood of a choice that a blind guesser does not take; its probability is 0."""
+
 
 def predicted_choice(task: Any, sample: Mapping[str, Any], metric: str) -> int | None:
-    """The number of the choice; None where the model was not asked to choose.
+    """Return the index of the predicted choice; None if the task has no choices.
 
-    Of a single continuation that is scored: 1 if each of its tokens is the likeliest, else 0.
+    For a task that scores a single continuation: 1 if greedy decoding gives it, otherwise 0.
 
     Args:
-        task: the harness's.
-        sample: what it logs of an item.
+        task: the harness's task.
+        sample: the harness's log of one item.
         metric: `name,filter`.
     """
     if task.OUTPUT_TYPE == "loglikelihood":
@@ -54,35 +55,37 @@ def predicted_choice(task: Any, sample: Mapping[str, Any], metric: str) -> int |
 
 
 def argmax_choice(likelihoods: np.ndarray, choices: list[str], metric: str) -> int:
-    """The number of the choice that a metric takes.
+    """Return the index of the choice that maximises a metric's score.
 
     Args:
-        likelihoods: of the choices in nats, (choices,); twice as many with those without the
-            question behind them, which `acc_mutual_info` has the harness ask for.
+        likelihoods: log-likelihoods of the choices in nats, (choices,). For `acc_mutual_info` those
+            without the question follow, (2 * choices,).
+        choices: the texts.
+        metric: the name without filter.
     """
-    with_question, without = likelihoods[: len(choices)], likelihoods[len(choices) :]
+    conditional, unconditional = likelihoods[: len(choices)], likelihoods[len(choices) :]
     if metric == "acc_mutual_info":
-        return int(np.argmax(with_question - without))
+        return int(np.argmax(conditional - unconditional))
     lengths = {
         "acc_norm": [len(choice) for choice in choices],
         "acc_bytes": [len(choice.encode()) for choice in choices],
     }
-    # Of an empty choice, the harness's quotient of nothing by nothing is no number either.
+    # The harness divides by zero for an empty choice, too.
     with np.errstate(divide="ignore", invalid="ignore"):
-        return int(np.argmax(with_question / np.array(lengths.get(metric, 1.0), dtype=float)))
+        return int(np.argmax(conditional / np.array(lengths.get(metric, 1.0), dtype=float)))
 
 
 PASSING, FAILING = "distinct_passing", "distinct_failing"
-"""Of several answers to an item, how many differ, among those that pass and those that fail
-(Biderman et al. 2024, arXiv 2405.09673: fine-tuning makes answers alike)."""
+"""Numbers of distinct answers to an item among those that pass and those that fail (Biderman et al.
+2024, arXiv 2405.09673: fine-tuning reduces the diversity of answers)."""
 
 
 class ProgramEnd(Protocol):
-    """What is asked of an outcome."""
+    """Outcome of a program."""
 
     @property
     def passed(self) -> bool:
-        """Whether the program and its tests came to their end."""
+        """Return whether the program and its tests finished without an exception."""
         ...
 
 
@@ -91,32 +94,36 @@ def program_items(
     outcomes: Sequence[ProgramEnd],
     rates: Mapping[str, PassRate] | None = None,
 ) -> pd.DataFrame:
-    """task, item, metric, value: every pass@k of each item; of several answers the diversity too.
+    """Return every pass@k of each item and, for several answers, their diversity.
 
-    Raises `ValueError` if programs and outcomes do not come in pairs.
+    Returns:
+        Columns task, item, metric, value.
+
+    Raises:
+        ValueError: the numbers of programs and outcomes differ.
     """
     if len(programs) != len(outcomes):
         raise ValueError(f"{len(programs)} programs, but {len(outcomes)} outcomes")
     answers: dict[tuple[str, int], list[tuple[str, bool]]] = {}
     for program, outcome in zip(programs, outcomes, strict=True):
-        mine = answers.setdefault((program.task, program.item), [])
-        mine.append((program.program, outcome.passed))
+        of_item = answers.setdefault((program.task, program.item), [])
+        of_item.append((program.program, outcome.passed))
     rows = [
         {"task": task, "item": item, "metric": metric, "value": value}
-        for (task, item), several in answers.items()
-        for metric, value in _metrics(several, (rates or {}).get(task, PassRate())).items()
+        for (task, item), of_item in answers.items()
+        for metric, value in _program_metrics(of_item, (rates or {}).get(task, PassRate())).items()
     ]
-    return pd.DataFrame(rows, columns=["task", "item", "metric", "value"])
+    return pd.DataFrame(rows, columns=list(ITEM_COLUMNS))
 
 
-def _metrics(answers: Sequence[tuple[str, bool]], rate: PassRate) -> dict[str, float]:
-    n, right = len(answers), sum(passed for _, passed in answers)
-    found = {f"pass@{k},{rate.filter}": pass_at_k(n, right, k) for k in rate.draws if k <= n}
+def _program_metrics(answers: Sequence[tuple[str, bool]], rate: PassRate) -> dict[str, float]:
+    n, correct = len(answers), sum(passed for _, passed in answers)
+    metrics = {f"pass@{k},{rate.filter}": pass_at_k(n, correct, k) for k in rate.draws if k <= n}
     if n > 1:
-        for name, wanted in ((PASSING, True), (FAILING, False)):
-            texts = {text for text, passed in answers if passed is wanted}
-            found[f"{name},{rate.filter}"] = float(len(texts))
-    return found
+        for name, passing in ((PASSING, True), (FAILING, False)):
+            texts = {text for text, passed in answers if passed is passing}
+            metrics[f"{name},{rate.filter}"] = float(len(texts))
+    return metrics
 
 
 def score_programs(
@@ -124,10 +131,10 @@ def score_programs(
     outcomes: Sequence[ProgramEnd],
     rates: Mapping[str, PassRate] | None = None,
 ) -> pd.DataFrame:
-    """Rows for the table of scores: the mean of each metric of each task over its items.
+    """Return the mean of each metric of each task over its items, in `SCORE_COLUMNS`.
 
-    The standard error is that of a mean, s / sqrt(n) with s the sample standard deviation
-    over items, as the harness has it; it is missing where there is a single item.
+    The standard error is s / sqrt(n) with s the sample standard deviation over items, as in the
+    harness. It is missing for a single item.
     """
     rows = []
     main: set[str] = set()
@@ -148,32 +155,25 @@ def score_programs(
             }
         )
         main.add(str(task))
-    columns = ["task", "metric", "main", "value", "stderr", "n", "chance"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-SCORE_COLUMNS = ("task", "metric", "main", "value", "stderr", "n", "chance")
-ITEM_COLUMNS = ("task", "item", "metric", "value")
-RESPONSE_COLUMNS = ("task", "item", "prompt_hash", "response", "target", "choice")
-UNLIKELY = -1e6
-"""Log-likelihood of a choice that a blind guesser does not take; its probability is 0."""
+    return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
 
 
 @dataclass
 class BenchmarkResult:
     """Tables of one model's answers.
 
-    scores: one row per task and metric (`SCORE_COLUMNS`); `main` marks the metric to draw,
-        `stderr` is NaN for a single item.
-    items: one row per task, item and metric (`ITEM_COLUMNS`), `item` being the row's number.
-    responses: one row per task and item (`RESPONSE_COLUMNS`): the generated text, or the
-        log-likelihoods of the choices in nats as a JSON list, whose chosen one is `choice`, by
-        the main metric (`forgetting.benchmarks.scores`); of a text, `choice` is missing.
-    programs: what is still to be run; their tasks have no rows in scores and items yet.
-    rates: how the programs of each task are scored.
-    notes: sentences on what deviates from the protocol.
-    examples: solved examples in the prompts of each task.
-    versions: of each task's definition, as the harness has them.
+    Attributes:
+        scores: one row per task and metric (`SCORE_COLUMNS`). `main` marks the metric to plot;
+            `stderr` is NaN for a single item.
+        items: one row per task, item and metric (`ITEM_COLUMNS`); `item` is the row's number.
+        responses: one row per task and item (`RESPONSE_COLUMNS`). `response` is the generated text,
+            or the log-likelihoods of the choices in nats as a JSON list. `choice` is the choice
+            that the main metric predicts; it is missing for a text.
+        programs: programs to run; their tasks have no rows in scores and items yet.
+        rates: scoring of the programs, by task.
+        notes: sentences about deviations from the protocol.
+        examples: number of solved examples in the prompts, by task.
+        versions: the harness's version of each task's definition.
     """
 
     scores: pd.DataFrame
@@ -189,7 +189,7 @@ class BenchmarkResult:
 def benchmark_tables_of(
     tasks: Mapping[str, Any], specs: Sequence[TaskSpec], results: Any, notes: list[str]
 ) -> BenchmarkResult:
-    """What the harness's `evaluate` returned, with its samples, as tables and programs."""
+    """Return the output of the harness's `evaluate` as tables and programs."""
     scores: list[dict[str, Any]] = []
     items: list[dict[str, Any]] = []
     responses: list[dict[str, Any]] = []
@@ -206,7 +206,7 @@ def benchmark_tables_of(
         ]
         if getattr(tasks[spec.name], "UNSAFE_CODE", False):
             for sample in samples:
-                programs += _programs(spec.name, sample)
+                programs += _programs_of_item(spec.name, sample)
             rates[spec.name] = _pass_rate(spec)
         else:
             chance = _chance(spec, tasks[spec.name], samples)
@@ -225,30 +225,31 @@ def benchmark_tables_of(
 
 
 def _pass_rate(spec: TaskSpec) -> PassRate:
-    """The k that the study names; else those of the definition, or 1 where the study samples."""
-    own = read_task_definition(spec.name)
-    draws = spec.draws or (own.draws if spec.sampling is None else (1,))
-    return PassRate(draws, own.filters[0])
+    """Return the k of the study, or those of the definition, or 1 if only the study samples."""
+    definition = read_task_definition(spec.name)
+    draws = spec.draws or (definition.draws if spec.sampling is None else (1,))
+    return PassRate(draws, definition.filters[0])
 
 
 def _chance(spec: TaskSpec, task: Any, samples: Sequence[Mapping[str, Any]]) -> float:
-    """Return the score of blind guessing: what is known, or for accuracies what the task gives.
+    """Return the score of blind guessing, computed by the task if the level is unknown.
 
-    A guesser puts all probability on one choice, drawn at random; the task scores each choice. For
-    plain accuracy the mean is 1 / choices; for TruthfulQA's mc2 it is the share of true answers.
+    A guesser puts all probability on one random choice; the task scores each guess. The mean is
+    1 / choices for plain accuracy, and the share of true answers for TruthfulQA's mc2.
     """
     level, metric = spec.chance_level, main_metric(spec.name, spec.metric).partition(",")[0]
     accuracy = metric in ("acc", "acc_norm")
     if not math.isnan(level) or task.OUTPUT_TYPE != "multiple_choice" or not accuracy:
         return level
-    # The metric of mutual information also scores every choice without its question.
-    without_question = "acc_mutual_info" in task._metric_fn_list
+    # With mutual information, every choice is also scored without its question.
+    has_unconditional = "acc_mutual_info" in task._metric_fn_list
     means = []
     for sample in samples:
-        choices = len(sample["resps"]) // (2 if without_question else 1)
-        rest = [(0.0, False)] * (len(sample["resps"]) - choices)
+        choices = len(sample["resps"]) // (2 if has_unconditional else 1)
+        unconditional = [(0.0, False)] * (len(sample["resps"]) - choices)
         guesses = [
-            [(0.0 if choice == guess else UNLIKELY, False) for choice in range(choices)] + rest
+            [(0.0 if choice == guess else UNLIKELY, False) for choice in range(choices)]
+            + unconditional
             for guess in range(choices)
         ]
         scored = [task.process_results(sample["doc"], guess)[metric] for guess in guesses]
@@ -263,12 +264,12 @@ def _score_rows(spec: TaskSpec, result: Mapping[str, Any], chance: float) -> lis
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
     ]
     main = main_metric(spec.name, spec.metric)
-    if main not in metrics:  # a definition whose own functions name the metrics
+    if main not in metrics:  # the definition's own functions name the metrics
         main = next(iter(metrics), "")
     rows = []
     for key in metrics:
-        metric, _, kind = key.partition(",")
-        error = result.get(f"{metric}_stderr,{kind}")
+        metric, _, filter_name = key.partition(",")
+        error = result.get(f"{metric}_stderr,{filter_name}")
         rows.append(
             {
                 "task": spec.name,
@@ -312,8 +313,8 @@ def _response(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _programs(task: str, sample: Mapping[str, Any]) -> list[Program]:
-    """Every answer to one item as a program with its tests, as the task's own filter built it."""
+def _programs_of_item(task: str, sample: Mapping[str, Any]) -> list[Program]:
+    """Return every answer to one item as the task's filter builds it: a program with its tests."""
     answers = sample["filtered_resps"][0]
     item = int(sample["doc_id"])
     task_id = str(sample["doc"].get("task_id", f"{task}/{item}"))

@@ -1,4 +1,4 @@
-"""The models that a benchmark's job scores: the base, or checkpoints of a method."""
+"""Find the models that a benchmark job scores: the base, or selected checkpoints of a method."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from forgetting.models.tuned import ADAPTER, checkpoint_damage
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model that is to be scored.
+    """A model to score.
 
     Attributes:
-        name: of its folder: `base`, `seed0` or `seed0-duration0.5`.
-        run, step: which training it comes from; no step where there is no checkpoint.
-        reason: why there is none.
-        checkpoint: where its weights are; none of the base.
-        about: the same with the content of the weights, for the record.
+        name: name of its folder: `base`, `seed0` or `seed0-duration0.5`.
+        run, step: the training it comes from; `step` is None if there is no checkpoint.
+        reason: why there is no checkpoint.
+        checkpoint: folder of its weights; None for the base.
+        origin: run, step and digests of the weights, for the record.
     """
 
     name: str
@@ -34,48 +34,57 @@ class ModelRef:
 def models_to_score(
     selection: Path | None, folder: Path | None, names: list[str]
 ) -> list[ModelRef]:
-    """The models that are named, of the choice of a method; the base where there is none."""
+    """Return the named models from the selection of a method, or the base.
+
+    Args:
+        selection: file of the selected checkpoints, one row per seed; None for the base.
+        folder: folder of the selected checkpoints, by name; None for the base.
+        names: `seed0` or `seed0-duration0.5`.
+
+    Raises:
+        InputError: a checkpoint has other files than the ones that were selected.
+    """
     if selection is None or folder is None:
-        about = {"run": "base", "step": 0, **score_identity(None)}
-        return [ModelRef("base", "base", 0, "", None, about)]
+        origin = {"run": "base", "step": 0, **score_identity(None)}
+        return [ModelRef("base", "base", 0, "", None, origin)]
     rows: list[dict[str, Any]] = read_json(selection)
-    found = []
+    models = []
     for name in names:
-        seed, between, duration = name.removeprefix("seed").partition("-duration")
+        seed, separator, duration = name.removeprefix("seed").partition("-duration")
         row = next(row for row in rows if str(row["seed"]) == seed)
-        if between:
+        if separator:
             duration = f"duration{duration}"
             no_end = {"run": row["run"], "step": None, "reason": f"no run of {duration} ended well"}
             row = row["ends"].get(duration, no_end)
         checkpoint = None if row["step"] is None else folder / name
-        who = {"run": row["run"], "step": row["step"]}
-        reason = row["reason"] if row["step"] is None else ""
-        about = who | score_identity(checkpoint)
+        run, step = row["run"], row["step"]
+        reason = row["reason"] if step is None else ""
+        origin = {"run": run, "step": step, **score_identity(checkpoint)}
         if checkpoint is not None:
-            _check_checkpoint(checkpoint, about["files"], row)
-        found.append(ModelRef(name, **who, reason=reason, checkpoint=checkpoint, origin=about))
-    return found
+            _check_checkpoint(checkpoint, origin["files"], row)
+        models.append(ModelRef(name, run, step, reason, checkpoint, origin))
+    return models
 
 
-def _check_checkpoint(checkpoint: Path, found: dict[str, str], row: dict[str, Any]) -> None:
-    """Refuse a selected checkpoint whose files are not those that were selected."""
+def _check_checkpoint(checkpoint: Path, present: dict[str, str], row: dict[str, Any]) -> None:
+    """Raise `InputError` if the files of a checkpoint differ from those that were selected."""
     selected: dict[str, str] = row["files"]
     differing = sorted(
-        name for name in {*found, *selected} if found.get(name) != selected.get(name)
+        name for name in {*present, *selected} if present.get(name) != selected.get(name)
     )
     if not differing:
         return
     path = checkpoint / differing[0]
-    wrong = "differs from what was selected (sha256)" if path.exists() else "is missing"
-    # The files may be links of those of the run: what damaged the ones damaged the others.
-    origin, again = Path(row["checkpoint"]), [checkpoint.parent]
+    reason = "differs from what was selected (sha256)" if path.exists() else "is missing"
+    # The files may be hard links to those of the run, so damage affects both.
+    origin, removed = Path(row["checkpoint"]), [checkpoint.parent]
     if checkpoint_damage(origin):
-        again += [origin.parent, Path(row["checkpoints"])]
-    raise damage_error(path, wrong, removal_command(*again))
+        removed += [origin.parent, Path(row["checkpoints"])]
+    raise damage_error(path, reason, removal_command(*removed))
 
 
 def score_identity(checkpoint: Path | None) -> dict[str, Any]:
-    """Which weights were measured: folder and content of the checkpoint; none of the base."""
+    """Return the folder and the digests of a checkpoint, for the record of its scores."""
     if checkpoint is None:
         return {"checkpoint": None}
     files, identity = sha256_of_all(visible_files(checkpoint))

@@ -1,7 +1,7 @@
-"""What the harness's definition files say of a task, read without the harness.
+"""Read the harness's task definitions without importing the harness.
 
-There are some 11,000 tasks; to import the harness and build its index of them takes seconds, while
-a study is read before every job. Here one file is found by name and read as plain YAML.
+The harness has some 11,000 tasks. Importing it and building its index takes seconds, and a study is
+read before every job. This module finds one file by name and reads it as plain YAML.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_METRICS = {
     "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
     "generate_until": ("exact_match",),
 }
-"""What the harness computes where a definition names no metric."""
+"""The harness's metrics, by output type, for definitions that name none."""
 
 AGGREGATIONS = {
     "perplexity": "perplexity",
@@ -40,10 +40,10 @@ AGGREGATIONS = {
     "chrf++": "chrf++",
     "ter": "ter",
 }
-"""How the harness makes one value of the items' where a definition does not say; others by mean."""
+"""The harness's default aggregations by metric; it averages all others."""
 
 DEFAULT_MAX_GEN_TOKS = 256
-"""The harness's longest generated answer where a definition names none."""
+"""The harness's longest generated answer, for definitions that name none."""
 
 _KNOWN_KEYS = re.compile(
     rb"^[\"']?(task|group)[\"']?:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*(?:#.*)?\r?$", re.M
@@ -52,7 +52,7 @@ _KNOWN_KEYS = re.compile(
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """One task: its name, its file, and what that says, with all that it includes."""
+    """A task: its name, its file, and the content of the file with its includes."""
 
     name: str
     path: Path
@@ -60,74 +60,75 @@ class TaskDefinition:
 
     @property
     def output_type(self) -> str:
-        """How it asks: `multiple_choice`, `generate_until`, or a likelihood."""
+        """Return `multiple_choice`, `generate_until`, or a kind of likelihood."""
         return str(self.config.get("output_type", "generate_until"))
 
     @property
     def dataset(self) -> tuple[str | None, str | None]:
-        """Where its rows are on the hub: name and configuration."""
+        """Return name and configuration of its dataset on the hub."""
         return self.config.get("dataset_path"), self.config.get("dataset_name")
 
     @property
     def split(self) -> str:
-        """The split that is evaluated."""
+        """Return the split that is evaluated."""
         return str(self.config.get("test_split") or self.config.get("validation_split"))
 
     @property
     def example_split(self) -> str | None:
-        """The split that solved examples are drawn from; none if they stand in the definition."""
+        """Return the split of solved examples; None if the definition contains them."""
         return example_split(self.config)
 
     @property
     def num_fewshot(self) -> int:
-        """Solved examples in the prompt."""
+        """Return the number of solved examples in the prompt."""
         return int(self.config.get("num_fewshot") or 0)
 
     @property
     def max_gen_toks(self) -> int | None:
-        """Longest generated answer; none if nothing is generated."""
+        """Return the tokens of the longest generated answer; None if nothing is generated."""
         if self.output_type != "generate_until":
             return None
-        given = self.config.get("generation_kwargs") or {}
+        options = self.config.get("generation_kwargs") or {}
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-        return int(next((given[name] for name in names if name in given), DEFAULT_MAX_GEN_TOKS))
+        return int(next((options[name] for name in names if name in options), DEFAULT_MAX_GEN_TOKS))
 
     @property
     def generates_code(self) -> bool:
-        """Are its answers programs, which are scored by being run?"""
+        """Return whether its answers are programs, which are run."""
         return bool(self.config.get("unsafe_code"))
 
     @property
     def filters(self) -> list[str]:
-        """What is done with an answer before it is scored, by name."""
+        """Return the names of the filters that process an answer before it is scored."""
         return [str(each["name"]) for each in self.config.get("filter_list") or []] or ["none"]
 
     @property
     def draws(self) -> tuple[int, ...]:
-        """Of a task with programs, the k of its pass@k."""
+        """Return every k of pass@k, for a task with programs."""
         for metric in self.config.get("metric_list") or []:
             if "k" in metric:
-                found = metric["k"]
-                return tuple(found if isinstance(found, list) else [found])
+                k = metric["k"]
+                return tuple(k if isinstance(k, list) else [k])
         return (1,)
 
     @property
     def metrics(self) -> list[str]:
-        """What it is scored by, as `metric,filter`, in the order of the definition."""
+        """Return its metrics as `metric,filter`, in the order of the definition."""
         if self.generates_code:
             return [f"pass@{k},{self.filters[0]}" for k in self.draws]
         listed = [str(each["metric"]) for each in self.config.get("metric_list") or []]
-        # Of a function, `.../utils.name`, the harness takes the name.
+        # The harness calls the metric of a function `.../utils.name` `name`.
         names = [name.rpartition(".")[2] for name in listed]
         return [
-            f"{name},{used}"
-            for used in self.filters
+            f"{name},{filter_name}"
+            for filter_name in self.filters
             for name in names or DEFAULT_METRICS.get(self.output_type, ())
         ]
 
     def is_mean(self, metric: str) -> bool:
-        """Is a metric the mean of what its items have? Of one that a function of the definition's
-        own aggregates, that cannot be told here, and it is taken for one.
+        """Return whether a metric is the mean over its items.
+
+        A metric aggregated by a custom function cannot be inspected here and is assumed to be one.
 
         Args:
             metric: `name,filter`.
@@ -140,20 +141,23 @@ class TaskDefinition:
 
 
 def example_split(config: dict[str, Any]) -> str | None:
-    """The split of solved examples, as the harness chooses it; none if the definition has them."""
+    """Return the split of solved examples as the harness chooses it.
+
+    None means that the definition contains the examples.
+    """
     fewshot = config.get("fewshot_config") or {}
     if fewshot.get("samples"):
         return None
-    named = config.get("fewshot_split") or fewshot.get("split") or config.get("training_split")
-    return named or config.get("validation_split")
+    split = config.get("fewshot_split") or fewshot.get("split") or config.get("training_split")
+    return split or config.get("validation_split")
 
 
 def tasks_folder() -> Path:
-    """The harness's folder of definitions; the harness is not imported for it."""
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    """Return the harness's folder of definitions, without importing the harness."""
+    package = importlib.util.find_spec("lm_eval")
+    if package is None or not package.submodule_search_locations:
         raise InputError("lm_eval, the lm-evaluation-harness, is not installed here")
-    return Path(next(iter(found.submodule_search_locations))) / "tasks"
+    return Path(next(iter(package.submodule_search_locations))) / "tasks"
 
 
 @functools.cache
@@ -161,8 +165,8 @@ def read_task_definition(name: str) -> TaskDefinition:
     """Find and read the definition of a task.
 
     Raises:
-        InputError: there is none, or it is no task that can be used here; it does not say where
-            the name stood.
+        InputError: the task does not exist or cannot be used here. The message does not name the
+            study's key.
     """
     path = _find_file(name)
     config = read_yaml(path)
@@ -184,46 +188,48 @@ def read_task_definition(name: str) -> TaskDefinition:
 
 def _find_file(name: str) -> Path:
     folder = tasks_folder()
-    likely = f"{name}.yaml"
-    for at, _, files in os.walk(folder):
-        if likely in files:
-            path = Path(at, likely)
+    likely_name = f"{name}.yaml"
+    for directory, _, files in os.walk(folder):
+        if likely_name in files:
+            path = Path(directory, likely_name)
             if ("task", name) in _task_names(path):
                 return path
-    known = _index(str(folder))
-    if ("task", name) in known:
-        return known["task", name]
-    tasks = [task for kind, task in known if kind == "task"]
-    inside = [task for task in tasks if task.startswith(f"{name}_")]
-    if ("group", name) in known or inside:
-        some = ", ".join(sorted(inside)[:3])
-        such = f", such as {some}" if some else ""
+    index = _index(str(folder))
+    if ("task", name) in index:
+        return index["task", name]
+    tasks = [task for kind, task in index if kind == "task"]
+    members = [task for task in tasks if task.startswith(f"{name}_")]
+    if ("group", name) in index or members:
+        listed = ", ".join(sorted(members)[:3])
+        such_as = f", such as {listed}" if listed else ""
         raise InputError(
             f"{name} is no task of the lm-evaluation-harness but a group of them; name its "
-            f"tasks{such}"
+            f"tasks{such_as}"
         )
-    near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.6)
-    advice = f"did you mean {', '.join(near)}?" if near else "see `lm_eval ls tasks` for all names"
+    similar = difflib.get_close_matches(name, tasks, n=3, cutoff=0.6)
+    advice = (
+        f"did you mean {', '.join(similar)}?" if similar else "see `lm_eval ls tasks` for all names"
+    )
     raise InputError(f"the lm-evaluation-harness has no task {name}; {advice}")
 
 
 def _task_names(path: Path) -> list[tuple[str, str]]:
-    """The task or group that a file defines."""
+    """Return the tasks and groups that a file defines, as (kind, name)."""
     return [(kind.decode(), name.decode()) for kind, name in _KNOWN_KEYS.findall(path.read_bytes())]
 
 
 @functools.cache
 def _index(folder: str) -> dict[tuple[str, str], Path]:
-    """The file of every task and group: a second for all of them, the first file of a name."""
-    found: dict[tuple[str, str], Path] = {}
+    """Return the first file of every (kind, name); this takes a second."""
+    files: dict[tuple[str, str], Path] = {}
     for path in sorted(Path(folder).rglob("*.yaml")):
-        for named in _task_names(path):
-            found.setdefault(named, path)
-    return found
+        for kind_and_name in _task_names(path):
+            files.setdefault(kind_and_name, path)
+    return files
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A definition with what it includes, as the harness merges them; a function is its name."""
+    """Return a definition merged with its includes as the harness does; functions are names."""
     config: dict[str, Any] = yaml.load(path.read_bytes(), Loader=_PlainLoader)
     merged: dict[str, Any] = {}
     included = config.pop("include", [])
@@ -233,7 +239,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML in which the harness's `!function` is a text."""
+    """Safe YAML loader that reads the harness's `!function` as text."""
 
 
 _PlainLoader.add_constructor("!function", lambda loader, node: str(loader.construct_scalar(node)))

@@ -1,10 +1,8 @@
-"""The harness's own tasks on rows of ours: definitions, prompts, filters and metrics are theirs.
+"""Load the harness's tasks on local rows.
 
-Only the origin of the rows is changed. A task that is not solved from examples also gives up
-the splits that the harness would load and process for examples that nobody draws: no prompt
-and no score depends on them.
-
-Load the harness's tasks with programs although nothing here runs them through `evaluate`.
+Definitions, prompts, filters and metrics are the harness's; only the source of the rows changes. A
+task without solved examples also loses the splits that the harness would load for them. No prompt
+and no score depends on those splits.
 """
 
 from __future__ import annotations
@@ -32,52 +30,51 @@ from forgetting.io import damage_error, read_jsonl_numbered, removal_command
 
 @contextlib.contextmanager
 def without_code_eval(needed: bool) -> Iterator[None]:
-    """Have `evaluate` replaced during the block, if that is `needed`.
+    """Replace the package `evaluate` by a stub during the block, if `needed`.
 
     The helper modules of tasks with programs fetch the hub's `code_eval` metric when they are
-    imported, and try it at once. That needs a connection, takes seconds, and would run programs
-    outside any sandbox. A stand-in takes its place for the import; a program that reached it
-    would be an error of ours, so it refuses to judge. Afterwards the stand-in and the modules
-    that saw it are forgotten, so that nothing else in this process meets them.
+    imported, and test it at once. That needs a connection, takes seconds, and runs programs outside
+    any sandbox. The stub takes its place for the import and refuses to score programs. Afterwards
+    the stub and the modules that imported it are removed from `sys.modules`.
     """
     if not needed:
         yield
         return
-    before, known = sys.modules.get("evaluate"), set(sys.modules)
-    stand_in = types.ModuleType("evaluate")
-    stand_in.load = lambda *_, **__: _CodeEvalStub()  # type: ignore[attr-defined]
-    sys.modules["evaluate"] = stand_in
+    original, loaded = sys.modules.get("evaluate"), set(sys.modules)
+    stub = types.ModuleType("evaluate")
+    stub.load = lambda *_, **__: _CodeEvalStub()  # type: ignore[attr-defined]
+    sys.modules["evaluate"] = stub
     try:
         yield
     finally:
-        for module in set(sys.modules) - known:
+        for module in set(sys.modules) - loaded:
             if module.startswith("lm_eval.tasks."):
                 del sys.modules[module]
-        if before is None:
+        if original is None:
             sys.modules.pop("evaluate", None)
         else:
-            sys.modules["evaluate"] = before
+            sys.modules["evaluate"] = original
 
 
 class _CodeEvalStub:
-    """Answers the self-test at import with nothing, and anything after it with an error."""
+    """Metric that passes the self-test at import and raises an error on any later call."""
 
     def __init__(self) -> None:
-        self._asked = 0
+        self._calls = 0
 
     def compute(self, **_: object) -> tuple[dict[str, float], dict[str, object]]:
-        self._asked += 1
-        if self._asked > 1:
+        self._calls += 1
+        if self._calls > 1:
             raise RuntimeError("programs are run in a sandbox, never inside the harness")
         return {"pass@1": 0.0}, {}
 
 
-HARNESS_SEED = 1234  # the harness's default for drawing examples
+HARNESS_SEED = 1234  # the harness's default seed of examples in prompts
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How several answers to an item are drawn."""
+    """How to sample several answers to an item."""
 
     samples: int
     temperature: float = 0.2
@@ -86,11 +83,18 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One benchmark as a study wants it; None means the task's own setting.
+    """A task as a study configures it; None means the task's own setting.
 
-    `limit` takes the first items. `chance` is the score of blind guessing: known for the five
-    tasks, and derived from the number of choices for others. `revision` pins the hub's data set.
-    `draws` are the k of pass@k.
+    Attributes:
+        name: the harness's name.
+        num_fewshot: solved examples in the prompt.
+        limit: number of items; the first ones are taken.
+        max_gen_toks: tokens of the longest generated answer.
+        chance: score of blind guessing; None means the built-in or computed one.
+        revision: commit of the hub's dataset.
+        metric: main metric, with or without its filter.
+        sampling: how to sample answers; None means the task's own decoding.
+        draws: every k of pass@k.
     """
 
     name: str
@@ -105,12 +109,12 @@ class TaskSpec:
 
     @classmethod
     def of(cls, name: str, task: TaskConfig) -> TaskSpec:
-        """A task as a study's section says it."""
+        """Return the task of a study's section."""
         sampling = None
         if task.samples is not None:
-            given = {"temperature": task.temperature, "top_p": task.top_p}
+            options = {"temperature": task.temperature, "top_p": task.top_p}
             sampling = SamplingConfig(
-                task.samples, **{k: v for k, v in given.items() if v is not None}
+                task.samples, **{k: v for k, v in options.items() if v is not None}
             )
         return cls(
             name,
@@ -125,21 +129,27 @@ class TaskSpec:
 
     @property
     def chance_level(self) -> float:
-        """Score of blind guessing, NaN where it is not known."""
-        known = BENCHMARKS.get(self.name)
-        value = self.chance if self.chance is not None else (known.chance if known else None)
-        return math.nan if value is None else value
+        """Return the score of blind guessing, NaN if it is unknown."""
+        if self.chance is not None:
+            return self.chance
+        built_in = BENCHMARKS.get(self.name)
+        return math.nan if built_in is None else built_in.chance
 
 
 def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNESS_SEED) -> Any:
-    """The harness's task, ready to be evaluated.
+    """Return a task of the harness with its rows, an `lm_eval.api.task.ConfigurableTask`.
 
-    Its rows come from `rows`/{split}.jsonl, or from the hub where `rows` is None. Returns an
-    `lm_eval.api.task.ConfigurableTask`. A task whose programs the harness would run comes
-    without its metric, so that it can be generated only (its `UNSAFE_CODE` is true).
+    A task whose programs the harness would run (`UNSAFE_CODE`) has no metric: its answers can be
+    generated, but not scored.
 
-    Raises `InputError` for an unknown task, missing or malformed rows, a data set that
-    cannot be had, and settings that the task does not allow.
+    Args:
+        spec: the task, or its name.
+        rows: folder of {split}.jsonl; None loads the rows from the hub.
+        seed: seed of the examples in prompts.
+
+    Raises:
+        InputError: the task is unknown, its rows are missing, malformed or out of reach, or it does
+            not allow a setting.
     """
     from lm_eval.api.task import ConfigurableTask
 
@@ -164,7 +174,7 @@ def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNES
 
 
 def _configured(spec: TaskSpec) -> dict[str, Any]:
-    """The task's own configuration with the few settings that a study may change."""
+    """Return the task's configuration with the study's settings."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
@@ -173,23 +183,23 @@ def _configured(spec: TaskSpec) -> dict[str, Any]:
         raise InputError(f"benchmarks, task {spec.name!r}: {error}") from None
     with without_code_eval(definition.generates_code), _import_errors(spec.name):
         config: dict[str, Any] = load_yaml(definition.path)
-    own = config.get("num_fewshot")
-    if own == 0 and spec.num_fewshot:
+    default_shots = config.get("num_fewshot")
+    if default_shots == 0 and spec.num_fewshot:
         raise InputError(
             f"benchmarks, task {spec.name!r}: num_fewshot is {spec.num_fewshot}, but the task "
             "is defined without examples; leave num_fewshot out"
         )
-    config["num_fewshot"] = (own or 0) if spec.num_fewshot is None else spec.num_fewshot
+    config["num_fewshot"] = (default_shots or 0) if spec.num_fewshot is None else spec.num_fewshot
     if config["num_fewshot"] == 0:
         config |= {"training_split": None, "fewshot_split": None}
         if config.get("test_split"):
             config["validation_split"] = None
-    given: dict[str, Any] = config.get("generation_kwargs") or {}
+    options: dict[str, Any] = config.get("generation_kwargs") or {}
     if spec.max_gen_toks is not None:
-        config["generation_kwargs"] = given = given | {"max_gen_toks": spec.max_gen_toks}
+        config["generation_kwargs"] = options = options | {"max_gen_toks": spec.max_gen_toks}
     if spec.sampling is not None:
-        drawn = {"temperature": spec.sampling.temperature, "top_p": spec.sampling.top_p}
-        config["generation_kwargs"] = given | {"do_sample": True, **drawn}
+        sampling = {"temperature": spec.sampling.temperature, "top_p": spec.sampling.top_p}
+        config["generation_kwargs"] = options | {"do_sample": True, **sampling}
         config["repeats"] = spec.sampling.samples
     return config
 
@@ -197,7 +207,7 @@ def _configured(spec: TaskSpec) -> dict[str, Any]:
 def _local_rows(
     folder: Path, splits: list[str], columns: tuple[str, ...]
 ) -> Callable[..., dict[str, Any]]:
-    """A function that the harness calls instead of downloading; nothing is cached on disk."""
+    """Return a function that the harness calls instead of downloading; it caches no files."""
     from datasets import Dataset
 
     def rows(**_: object) -> dict[str, Any]:
@@ -210,47 +220,52 @@ def _local_rows(
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of one split, with the columns that a task reads.
+    """Return the rows of one split.
+
+    Args:
+        path: a file of JSON lines.
+        columns: the columns that every row must have.
 
     Raises:
-        InputError: names the file, the line and the column.
+        InputError: the file is damaged or empty, or a line lacks a column.
     """
-    downloaded = re.fullmatch(r"[0-9a-f]{40}", path.parent.name) is not None  # by its revision
-    if downloaded and (wrong := file_damage(path, required=False)):
+    is_download = re.fullmatch(r"[0-9a-f]{40}", path.parent.name) is not None  # a revision
+    if is_download and (reason := file_damage(path, required=False)):
         raise damage_error(
-            path, wrong, removal_command(path.parent), "the rows are downloaded again"
+            path, reason, removal_command(path.parent), "the rows are downloaded again"
         )
-    found = list(read_jsonl_numbered(path))
-    if not found:
+    numbered_rows = list(read_jsonl_numbered(path))
+    if not numbered_rows:
         raise InputError(f"{path}: has no rows")
-    for line, row in found:
+    for line, row in numbered_rows:
         missing = [column for column in columns if row.get(column) is None]
         if missing:
             raise InputError(
                 f"{path}, line {line}: the column {missing[0]!r} is missing; expected "
                 f"{', '.join(columns)}"
             )
-    return [row for _, row in found]
+    return [row for _, row in numbered_rows]
 
 
 def _check_examples(spec: TaskSpec, task: Any) -> None:
-    """Say before anything is computed that there are too few rows to draw examples from."""
-    wanted = task.config.num_fewshot
-    if not wanted or not hasattr(task, "sampler") or example_split(task.config.to_dict()) is None:
+    """Raise `InputError` if there are too few rows to draw examples from."""
+    shots = task.config.num_fewshot
+    if not shots or not hasattr(task, "sampler") or example_split(task.config.to_dict()) is None:
         return
     rows = len(task.sampler.df)
-    if rows < wanted + 1:
+    if rows < shots + 1:
         raise InputError(
-            f"benchmarks, task {spec.name!r}: {wanted} examples a prompt need at least "
-            f"{wanted + 1} rows to draw from, and there are {rows}; lower num_fewshot"
+            f"benchmarks, task {spec.name!r}: {shots} examples a prompt need at least "
+            f"{shots + 1} rows to draw from, and there are {rows}; lower num_fewshot"
         )
 
 
 @functools.cache
 def _go_offline_if_unreachable() -> None:
-    """Use what is cached, and fail at once on the rest, if the hub does not answer in 5 s.
+    """Put the hub's libraries into offline mode if the hub does not answer within 5 seconds.
 
-    Without this the hub's client retries for 23 seconds a data set before it gives up.
+    They then use their cache and fail at once on a miss. Otherwise the hub's client retries for 23
+    seconds per dataset.
     """
     import datasets
     from huggingface_hub import constants
@@ -268,7 +283,7 @@ def _go_offline_if_unreachable() -> None:
 
 @contextlib.contextmanager
 def _import_errors(name: str) -> Iterator[None]:
-    """Some definitions need Python packages that the harness does not bring."""
+    """Raise `InputError` if a definition needs a Python package that is not installed."""
     try:
         yield
     except ImportError as error:
@@ -280,7 +295,7 @@ def _import_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hub_errors(name: str, config: dict[str, Any]) -> Iterator[None]:
-    """Turn a failed download into one sentence."""
+    """Turn the errors of a failed download into an `InputError`."""
     from datasets import exceptions
 
     dataset = config.get("dataset_path")
@@ -288,7 +303,7 @@ def _hub_errors(name: str, config: dict[str, Any]) -> Iterator[None]:
         yield
     except (ConnectionError, FileNotFoundError, exceptions.DatasetsError) as error:
         raise InputError(
-            f"benchmarks, task {name!r}: the data set {dataset!r} is neither on this machine nor "
+            f"benchmarks, task {name!r}: the dataset {dataset!r} is neither on this machine nor "
             "can it be downloaded; run once with access to the hub, or give a folder with its "
             f"rows as JSON lines ({type(error).__name__}: {str(error)[:160]})"
         ) from error

@@ -13,58 +13,17 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from forgetting.data.hub_datasets import HubDataset
 from forgetting.digests import sha256
 from forgetting.errors import InputError, disk_fault
 from forgetting.inputs import is_model_file
 from forgetting.io import atomic_folder, atomic_write, read_foreign_json
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """Dataset on the hub with the rows of a benchmark."""
-
-    dataset: str
-    config: str | None
-    revision: str
-    splits: tuple[str, ...]
-
-
-HUB_DATASETS = {
-    "gsm8k": HubDataset(
-        "openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866", ("train", "test")
-    ),
-    "humaneval": HubDataset(
-        "openai/openai_humaneval",
-        "openai_humaneval",
-        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
-        ("test",),
-    ),
-    "hellaswag": HubDataset(
-        "Rowan/hellaswag",
-        "default",
-        "218ec52e09a7e7462a5400043bb9a69a41d06b76",
-        ("train", "validation"),
-    ),
-    "winogrande": HubDataset(
-        "allenai/winogrande",
-        "winogrande_xl",
-        "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
-        ("train", "validation"),
-    ),
-    "arc_challenge": HubDataset(
-        "allenai/ai2_arc",
-        "ARC-Challenge",
-        "210d026faf9955653af8916fad021475a3f00453",
-        ("train", "test"),
-    ),
-}
 
 WEIGHT_FILES = ".safetensors"
 USE_LOCAL_FOLDER = "or give a local folder instead"

@@ -19,6 +19,7 @@ from typing import Any
 
 from forgetting.config.data import ColumnsConfig
 from forgetting.config.study import StudyConfig
+from forgetting.data.hub_datasets import HUB_TABLE_SIZES
 from forgetting.data.table_files import columns_of, find_table
 from forgetting.data.tables import evenly_spaced
 
@@ -48,30 +49,7 @@ class TableSize:
     is_exact: bool = True
 
 
-TOFU, WIKITEXT = "locuslab/TOFU", "Salesforce/wikitext"
-PUBLISHED_SIZES = {
-    (TOFU, "full"): TableSize(4000, 70, 169, download=1.1e6),
-    (TOFU, "retain90"): TableSize(3600, 70, 168, download=1.0e6),
-    (TOFU, "forget10"): TableSize(400, 77, 182, download=0.1e6),
-    (TOFU, "retain_perturbed"): TableSize(400, 63, 167, 197, 195, 5, 0.9e6),
-    (TOFU, "forget10_perturbed"): TableSize(400, 77, 182, 207, 202, 5, 0.9e6),
-    (TOFU, "real_authors_perturbed"): TableSize(100, 58, 14, 0, 13.5, 3, 0.03e6),
-    (TOFU, "world_facts_perturbed"): TableSize(117, 56, 10, 0, 10, 3, 0.03e6),
-    ("openai/gsm8k", "main/test"): TableSize(1319, 240, 293, download=0.4e6),
-    ("openai/gsm8k", "main/train"): TableSize(7473, 235, 288, download=2.3e6),
-    (WIKITEXT, "wikitext-103-raw-v1/test"): TableSize(4358, 0, 296, download=0.7e6),
-    # 6.3 million documents, 14.7 billion tokens of Llama's (Paster et al. 2023, arXiv 2310.06786).
-    ("open-web-math/open-web-math", "data/train"): TableSize(6_315_233, 0, 8900, download=27.4e9),
-    # Biderman et al. 2024 (arXiv 2405.09673) count 73 million tokens, 103 million and 20 billion.
-    # Code and formulas have fewer bytes per token than English, so the bytes are set to give these
-    # numbers of tokens.
-    ("ise-uiuc/Magicoder-Evol-Instruct-110K", "data-evol_instruct-decontaminated"): TableSize(
-        111_183, 900, 1820, download=0.25e9
-    ),
-    ("meta-math/MetaMathQA", "MetaMathQA-395K"): TableSize(395_000, 280, 800, download=0.4e9),
-    ("bigcode/starcoderdata", "python/train"): TableSize(12_866_649, 0, 6450, download=25e9),
-    ("openai/openai_humaneval", "openai_humaneval/test"): TableSize(164, 450, 180, download=0.1e6),
-}
+PUBLISHED_SIZES = {key: TableSize(**size) for key, size in HUB_TABLE_SIZES.items()}
 MICROWORLD_SIZES = {
     "new_authors": TableSize(70, 37, 24, 36, 36, 5),
     "real_authors": TableSize(80, 35, 9, 0, 9, 3),

@@ -1,1 +1,1 @@
-"""TODO evaluation."""
+"""Evaluation of a model on probes, general text and harmful prompts."""

@@ -1,8 +1,8 @@
-"""How far a model's predictions have moved from the base's, on a general text.
+"""Measure how far a model's predictions on a general text are from the base's.
 
-The forgetting of *Scaling Laws for Forgetting* (Kalajdzievski 2024, arXiv 2401.05605, section 3):
-cross-entropy of the tuned model where the target of each position is what the base predicts there,
-both reading the same text. It sees no transfer between tasks and no ignorance of the base's.
+The metrics follow *Scaling Laws for Forgetting* (Kalajdzievski 2024, arXiv 2401.05605, section 3):
+the cross-entropy of the tuned model with the base's prediction at each position as target. Unlike a
+task score, it is affected neither by transfer between tasks nor by what the base does not know.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from forgetting.models.tuned import save_tensors
 
 @dataclass(frozen=True)
 class BasePredictions:
-    """A text in blocks, and all that the base predicts on it.
+    """A text in blocks, and the base's predictions on it.
 
-    The base's distributions are kept as what its LM head made them of: exact, and smaller than
-    the distributions by the ratio of the model's width to its vocabulary.
+    The inputs of the LM head are stored instead of distributions. They are exact and smaller by the
+    ratio of width to vocabulary.
 
     Attributes:
         blocks: token ids, (blocks, length).
-        hidden: what goes into the base's LM head at each position, (blocks, length, width).
-        weight, bias: the base's LM head, (vocabulary, width) and (vocabulary,) or None.
-        batch_size: blocks per forward pass; the same for every model, so that equal models have
-            equal logits bit for bit.
+        hidden: inputs of the base's LM head, (blocks, length, width).
+        weight: weight of the base's LM head, (vocabulary, width).
+        bias: bias of the base's LM head, (vocabulary,) or None.
+        batch_size: blocks per forward pass. Every model uses the same, so that equal models have
+            bit-identical logits.
     """
 
     blocks: Tensor
@@ -48,19 +49,30 @@ class BasePredictions:
     batch_size: int
 
     def logits(self, rows: slice, device: torch.device) -> Tensor:
-        """The base's logits on some blocks, (rows, length, vocabulary)."""
+        """Return the base's logits on some blocks, (rows, length, vocabulary)."""
         bias = None if self.bias is None else self.bias.to(device)
         return nn.functional.linear(self.hidden[rows].to(device), self.weight.to(device), bias)
 
 
 def cut_blocks(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, most: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    max_blocks: int | None = None,
 ) -> Tensor:
-    """Token ids of the texts, joined as they are and cut into blocks: (blocks, length).
+    """Return the token ids of the concatenated texts, cut into blocks: (blocks, length).
 
-    What is left at the end is dropped, so that every block weighs the same, and no special token is
-    added: WikiText-103's test split has 661 blocks of 512 under Llama-2's tokenizer. With `most`,
-    so many blocks evenly spaced over the text.
+    The rest at the end is dropped, so that all blocks have equal weight. No special token is added.
+    WikiText-103's test split has 661 blocks of 512 under Llama-2's tokenizer.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: concatenated without separators.
+        length: tokens per block.
+        max_blocks: takes this number of blocks, evenly spaced over the text.
+
+    Raises:
+        InputError: the text is shorter than one block.
     """
     ids = tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
     count = len(ids) // length
@@ -70,32 +82,32 @@ def cut_blocks(
             "give a longer text, or make general_text.block smaller"
         )
     blocks = torch.tensor(ids[: count * length]).view(count, length)
-    if most is not None and most < count:
-        blocks = blocks[[index * count // most for index in range(most)]]
+    if max_blocks is not None and max_blocks < count:
+        blocks = blocks[[index * count // max_blocks for index in range(max_blocks)]]
     return blocks
 
 
 @torch.inference_mode()
 def compute_base_predictions(model: Model, blocks: Tensor, batch_size: int) -> BasePredictions:
-    """Read the text with the base, and keep what its LM head is given.
+    """Run the base on the text and keep the inputs of its LM head.
 
     Raises:
-        InputError: the architecture does more to its logits than the LM head does.
+        InputError: the architecture scales or caps the logits of its LM head.
     """
     head = model.get_output_embeddings()
-    kept: list[Tensor] = []
+    hidden: list[Tensor] = []
     for rows in _batches(len(blocks), batch_size):
-        with _hidden_states(head) as entered:
+        with _recorded_inputs(head) as inputs:
             logits = _logits(model, blocks[rows])
-        kept.append(entered[-1].cpu())
-        if not torch.equal(head(entered[-1]), logits):
+        hidden.append(inputs[-1].cpu())
+        if not torch.equal(head(inputs[-1]), logits):
             raise InputError(
                 "general_text: this architecture scales or caps the logits of its LM head, so that "
                 "the base's predictions cannot be kept; leave general_text out"
             )
     return BasePredictions(
         blocks=blocks,
-        hidden=torch.cat(kept),
+        hidden=torch.cat(hidden),
         weight=head.weight.detach().cpu().clone(),
         bias=None if head.bias is None else head.bias.detach().cpu().clone(),
         batch_size=batch_size,
@@ -103,46 +115,46 @@ def compute_base_predictions(model: Model, blocks: Tensor, batch_size: int) -> B
 
 
 def append_divergence(
-    items: pd.DataFrame, model: Model, targets: BasePredictions | None
+    items: pd.DataFrame, model: Model, base_predictions: BasePredictions | None
 ) -> pd.DataFrame:
-    """The items of the probes, and of the text if the study has one."""
-    if targets is None:
+    """Return the items of the probes followed by those of the general text, if there is one."""
+    if base_predictions is None:
         return items
-    return pd.concat([items, divergence_items(model, targets)], ignore_index=True)
+    return pd.concat([items, divergence_items(model, base_predictions)], ignore_index=True)
 
 
 @torch.inference_mode()
-def divergence_items(model: Model, targets: BasePredictions) -> pd.DataFrame:
-    """Score a model on the text: one row per block, with probe, item and the columns of
-    `divergence_metrics`.
+def divergence_items(model: Model, base_predictions: BasePredictions) -> pd.DataFrame:
+    """Return one row per block: probe, item and the metrics of `divergence_metrics`.
 
-    The last position of a block is left out: the block has no next token there.
+    The last position of a block is left out, because the block has no next token there.
     """
     was_training = model.training
     model.eval()
     rows: list[dict[str, Any]] = []
-    for batch in _batches(len(targets.blocks), targets.batch_size):
-        logits = _logits(model, targets.blocks[batch])
-        base = targets.logits(batch, logits.device)
-        for block, mine, theirs in zip(targets.blocks[batch], logits, base, strict=True):
+    for batch in _batches(len(base_predictions.blocks), base_predictions.batch_size):
+        blocks = base_predictions.blocks[batch]
+        logits = _logits(model, blocks)
+        base_logits = base_predictions.logits(batch, logits.device)
+        for block, p, q in zip(blocks, base_logits, logits, strict=True):
             next_tokens = block[1:].to(logits.device)
-            scores = divergence_metrics(theirs[:-1].float(), mine[:-1].float(), next_tokens)
+            scores = divergence_metrics(p[:-1].float(), q[:-1].float(), next_tokens)
             rows.append({"probe": TEXT_PROBE, "item": f"{TEXT_PROBE}/{len(rows)}", **scores})
     model.train(was_training)
     return pd.DataFrame(rows)
 
 
 def divergence_metrics(base: Tensor, logits: Tensor, next_tokens: Tensor) -> dict[str, float]:
-    """Means over the positions of a text, in nats, of a model q against the base p.
+    """Return means over the positions of a text, in nats, for a model q and the base p.
 
-    - forgetting_ce_hard: -log q(argmax_v p(v)), the target being the token that the base predicts
+    - forgetting_ce_hard: -log q(argmax_v p(v)); the target is the base's most probable token
     - forgetting_ce_soft: -sum_v p(v) log q(v) = H(p) + KL(p || q)
     - forgetting_kl: KL(p || q) = sum_v p(v) (log p(v) - log q(v)), 0 for the base itself
-    - base_agreement: share of positions at which both deem the same token most likely
-    - text_loss: -log q(x), x being the token that the text has
+    - base_agreement: fraction of positions at which both have the same most probable token
+    - text_loss: -log q(x), where x is the text's token
 
-    The paper's target is the token, or the distribution: its text can be read either way, so that
-    both stand here (the hard target is the literal reading).
+    The paper can be read with either target, the token or the distribution. Both are computed; the
+    hard target is the literal reading.
 
     Args:
         base: logits of the base, (positions, vocabulary).
@@ -150,31 +162,31 @@ def divergence_metrics(base: Tensor, logits: Tensor, next_tokens: Tensor) -> dic
         next_tokens: the text's next token at each position, (positions,).
     """
     p, q = base.double().log_softmax(-1), logits.double().log_softmax(-1)
-    likeliest = base.argmax(-1)
+    base_tokens = base.argmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1)
     entropy = -(p.exp() * p).sum(-1)
     means = {
-        "forgetting_ce_hard": -q.gather(-1, likeliest[:, None]).mean(),
+        "forgetting_ce_hard": -q.gather(-1, base_tokens[:, None]).mean(),
         "forgetting_ce_soft": (entropy + divergence).mean(),
         "forgetting_kl": divergence.mean(),
-        "base_agreement": (logits.argmax(-1) == likeliest).double().mean(),
+        "base_agreement": (logits.argmax(-1) == base_tokens).double().mean(),
         "text_loss": -q.gather(-1, next_tokens[:, None]).mean(),
     }
     return {name: float(value) for name, value in means.items()}
 
 
-def save_base_predictions(targets: BasePredictions, path: Path) -> None:
-    """Write the targets as safetensors."""
-    tensors = {"blocks": targets.blocks, "hidden": targets.hidden, "weight": targets.weight}
-    if targets.bias is not None:
-        tensors["bias"] = targets.bias
-    tensors["batch_size"] = torch.tensor(targets.batch_size)
+def save_base_predictions(predictions: BasePredictions, path: Path) -> None:
+    """Write the base's predictions as safetensors."""
+    tensors = {name: getattr(predictions, name) for name in ("blocks", "hidden", "weight")}
+    if predictions.bias is not None:
+        tensors["bias"] = predictions.bias
+    tensors["batch_size"] = torch.tensor(predictions.batch_size)
     with atomic_write(path) as temporary:
         save_tensors(tensors, temporary)
 
 
 def load_base_predictions(path: Path) -> BasePredictions:
-    """Read what `save_base_predictions` wrote."""
+    """Return what `save_base_predictions` wrote."""
     check_file(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -198,14 +210,14 @@ def _logits(model: Model, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hidden_states(module: nn.Module) -> Iterator[list[Tensor]]:
-    entered: list[Tensor] = []
+def _recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    inputs: list[Tensor] = []
 
-    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        entered.append(arguments[0])
+    def record(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs.append(arguments[0])
 
-    handle = module.register_forward_pre_hook(note)
+    handle = module.register_forward_pre_hook(record)
     try:
-        yield entered
+        yield inputs
     finally:
         handle.remove()

@@ -1,10 +1,8 @@
-"""Greedy answers to many questions: each leaves as soon as it ends, and another takes its place.
+"""Generate greedily with a cache of key-value slots that new prompts refill.
 
-A cache of keys and values with a slot for each answer in work.
-
-transformers' own cache copies all that it holds at every token, and its rows end together. Here a
-token's keys and values are written behind those of its own answer, wherever that ends: a new prompt
-can take the slot of an answer that is over.
+transformers' cache copies all its content at every token, and its rows end together. Here the keys
+and values of a token follow those of its own answer. An answer that ends frees its slot, and a new
+prompt of another length can take it.
 """
 
 from __future__ import annotations
@@ -31,23 +29,24 @@ from forgetting.models.attention import matmul_decode_attention
 from forgetting.models.forward import length_batches
 from forgetting.models.loading import Model, eos_tokens, unwrap_peft
 
-GROWTH_FACTOR = 32
-"""Places that slots grow by: at each of them all that they hold is copied."""
+GROWTH_STEP = 32
+"""Positions that slots grow by; each growth copies their content."""
 
 
 def all_full_attention(cache: DynamicCache) -> bool:
-    """Does every layer keep the keys and values of all tokens, and nothing else?"""
+    """Return whether every layer keeps exactly the keys and values of all tokens."""
     if cache.layers:
         return all(type(layer) is DynamicLayer for layer in cache.layers)
     return cache.layer_class_to_replicate is DynamicLayer
 
 
 class SlotLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's slots, the first of which are in use.
+    """The slots of one layer; the first slots are in use.
 
     Attributes:
-        keys, values: (slots, heads, places, width of a head).
-        rows, columns: the slots in use, and the place of the next token of each.
+        keys, values: (slots, heads, positions, head width).
+        rows: indices of the slots in use, (rows,).
+        columns: position of the next token of each slot in use, (rows,).
     """
 
     rows: Tensor
@@ -60,36 +59,36 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the next token of each answer; what there is of all of them, without a copy.
+        """Write the next token of each answer and return views of the slots in use.
 
-        Under autocast, values may be narrower than keys; they are kept as wide, as transformers'
-        cache keeps them.
+        Under autocast, values may have a narrower type than keys. The cache widens them, as
+        transformers' does.
         """
         self.keys[self.rows, :, self.columns] = keys[:, :, 0].to(self.keys.dtype)
         self.values[self.rows, :, self.columns] = values[:, :, 0].to(self.values.dtype)
         return self.keys[: len(self.rows)], self.values[: len(self.rows)]
 
     def get_seq_length(self) -> int:
-        """Places but that of the next token."""
+        """Return the number of positions before the next token."""
         return int(self.keys.shape[2]) - 1
 
-    def resize(self, places: int) -> None:
-        """Lengthen or shorten the slots."""
-        kept = min(places, self.keys.shape[2])
+    def resize(self, length: int) -> None:
+        """Lengthen or shorten the slots to this number of positions."""
+        kept = min(length, self.keys.shape[2])
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = _empty_cache(old, len(old), places)
+            new = _empty_cache(old, len(old), length)
             new[:, :, :kept] = old[:, :, :kept]
             setattr(self, name, new)
 
 
-def _empty_cache(like: Tensor, slots: int, places: int) -> Tensor:
-    """What is not seen counts with weight 0, which takes a number."""
-    return like.new_zeros(slots, like.shape[1], places, like.shape[3])
+def _empty_cache(like: Tensor, slots: int, length: int) -> Tensor:
+    """Return zeros: masked positions have weight 0, and 0 * NaN would be NaN."""
+    return like.new_zeros(slots, like.shape[1], length, like.shape[3])
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Slots in every layer, made when the first prompts have been read."""
+    """Slots in every layer; the first prompts allocate them."""
 
     layers: list[SlotLayer]
 
@@ -98,36 +97,50 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.slots = slots
 
     @property
-    def places(self) -> int:
-        """Length of every slot."""
+    def length(self) -> int:
+        """Return the number of positions of every slot."""
         return int(self.layers[0].keys.shape[2])
 
     def fill(self, first: int, cache: DynamicCache, lengths: list[int]) -> None:
-        """Copy prompts, which were read padded on the left, into the slots from `first` on."""
+        """Copy left-padded prompts into the slots from `first` on.
+
+        Args:
+            first: the first slot to fill.
+            cache: keys and values of the prompts.
+            lengths: tokens of each prompt.
+        """
         if not self.layers:
             self.layers = [SlotLayer(self.slots, layer) for layer in cache.layers]
-        self._resize(max(self.places, max(lengths)))
-        for mine, read in zip(self.layers, cache.layers, strict=True):
+        self._resize(max(self.length, max(lengths)))
+        for layer, source in zip(self.layers, cache.layers, strict=True):
             for row, length in enumerate(lengths):
-                mine.keys[first + row, :, :length] = read.keys[row, :, -length:]
-                mine.values[first + row, :, :length] = read.values[row, :, -length:]
+                layer.keys[first + row, :, :length] = source.keys[row, :, -length:]
+                layer.values[first + row, :, :length] = source.values[row, :, -length:]
 
-    def close_up(self, kept: list[int]) -> list[int]:
-        """Let the first slots hold what is kept; which slot held before what each holds now.
+    def compact(self, kept: list[int]) -> list[int]:
+        """Move the last kept slots into freed ones, so that the first slots hold all that is kept.
 
-        The last ones move into the slots of those that have ended.
+        Args:
+            kept: the slots to keep, ascending.
+
+        Returns:
+            For each of the first slots, the slot that held its content before.
         """
-        still = set(kept)
-        gone = [slot for slot in range(len(kept)) if slot not in still]
-        moved = kept[len(kept) - len(gone) :]
-        if gone:
+        kept_set = set(kept)
+        free = [slot for slot in range(len(kept)) if slot not in kept_set]
+        moved = kept[len(kept) - len(free) :]
+        if free:
             for layer in self.layers:
-                layer.keys[gone], layer.values[gone] = layer.keys[moved], layer.values[moved]
-        sources = dict(zip(gone, moved, strict=True))
+                layer.keys[free], layer.values[free] = layer.keys[moved], layer.values[moved]
+        sources = dict(zip(free, moved, strict=True))
         return [sources.get(slot, slot) for slot in range(len(kept))]
 
-    def expect(self, lengths: list[int]) -> Tensor:
-        """Make room for the next token of each row, which has so many; its column, (rows, 1)."""
+    def reserve_next(self, lengths: list[int]) -> Tensor:
+        """Reserve the position of the next token of each row and return it, (rows, 1).
+
+        Args:
+            lengths: number of cached tokens of each row.
+        """
         self._resize(max(lengths) + 1)
         device = self.layers[0].keys.device
         columns = torch.tensor(lengths, device=device)
@@ -136,21 +149,21 @@ class SlotCache(Cache):  # type: ignore[misc]
             layer.rows, layer.columns = rows, columns
         return columns[:, None]
 
-    def _resize(self, least: int) -> None:
-        places = -(-least // GROWTH_FACTOR) * GROWTH_FACTOR
-        if places != self.places:
+    def _resize(self, min_length: int) -> None:
+        length = -(-min_length // GROWTH_STEP) * GROWTH_STEP
+        if length != self.length:
             for layer in self.layers:
-                layer.resize(places)
+                layer.resize(length)
 
 
-REFILL = 0.25
-"""The share of the slots that are free when new prompts are read."""
+REFILL_FRACTION = 0.25
+"""New prompts are read once this fraction of the slots is free."""
 
 
 def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokens at which answers end: those of the model's author and the tokenizer's.
+    """Return the ids of tokens that end answers: the model's and the tokenizer's.
 
-    They are the same for a base and for all that is tuned from it.
+    A base and the models tuned from it have the same.
     """
     return frozenset(
         [tokenizer.eos_token_id, *eos_tokens(unwrap_peft(model).generation_config.eos_token_id)]
@@ -161,33 +174,42 @@ def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 def generate_greedy(
     model: Model,
     prompts: Sequence[Sequence[int]],
-    most: int,
+    max_new_tokens: int,
     batch_size: int,
-    ends: Collection[int],
+    stops: Collection[int],
     pad: int,
 ) -> list[list[int]]:
-    """The likeliest next token again and again, up to one of `ends`, which is left out.
+    """Generate an answer to each prompt greedily.
 
-    An answer has at most `most` tokens.
+    Longest prompts come first, so that an out-of-memory error occurs at once.
 
-    `batch_size` of them are worked on at a time, longest prompts first, so that memory runs out at
-    once.
+    Args:
+        model: the model.
+        prompts: token ids.
+        max_new_tokens: tokens of the longest answer.
+        batch_size: answers per forward pass.
+        stops: ids of tokens that end an answer.
+        pad: id of the padding token.
+
+    Returns:
+        Token ids of each answer, without the stop token.
     """
     if supports_refill(model):
         with matmul_decode_attention(unwrap_peft(model)):
-            return _decode_with_refill(model, prompts, most, batch_size, ends, pad)
+            return _decode_with_refill(model, prompts, max_new_tokens, batch_size, stops, pad)
     decode = _decode if can_drop_rows(model) else _generate
     answers: list[list[int]] = [[] for _ in prompts]
     for indices in length_batches([len(prompt) for prompt in prompts], batch_size):
         ids, mask = left_padded([prompts[index] for index in indices], pad)
-        found = decode(model, ids.to(model.device), mask.to(model.device), most, ends)
-        for index, tokens in zip(indices, found, strict=True):
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        decoded = decode(model, ids, mask, max_new_tokens, stops)
+        for index, tokens in zip(indices, decoded, strict=True):
             answers[index] = tokens
     return answers
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts as rows that end together, and a mask of what belongs to them."""
+    """Return prompts padded on the left, and their mask: (prompts, length) each."""
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros_like(ids)
@@ -198,7 +220,10 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
 
 
 def next_logits(model: Model, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """Logits of the token after each row, whose earlier tokens are in the cache."""
+    """Return the logits of the token after each row, (rows, vocabulary).
+
+    The cache holds the earlier tokens of the rows and is extended by `ids`.
+    """
     logits: Tensor = model(
         input_ids=ids,
         attention_mask=mask,
@@ -211,7 +236,7 @@ def next_logits(model: Model, ids: Tensor, mask: Tensor, positions: Tensor, cach
 
 
 def can_drop_rows(model: Model) -> bool:
-    """Is all that a row remembers in a cache of keys and values, by positions that we may give?"""
+    """Return whether a row's only state is a cache of keys and values at positions we can set."""
     inner = unwrap_peft(model)
     return (
         not getattr(inner, "_is_stateful", False)
@@ -220,7 +245,7 @@ def can_drop_rows(model: Model) -> bool:
 
 
 def supports_refill(model: Model) -> bool:
-    """May a new prompt take the place of an answer that has ended, at another length?"""
+    """Return whether a prompt of any length may take the slot of an answer that has ended."""
     inner = unwrap_peft(model)
     return (
         can_drop_rows(model)
@@ -232,12 +257,12 @@ def supports_refill(model: Model) -> bool:
 def _decode_with_refill(
     model: Model,
     prompts: Sequence[Sequence[int]],
-    most: int,
+    max_new_tokens: int,
     slots: int,
-    ends: Collection[int],
+    stops: Collection[int],
     pad: int,
 ) -> list[list[int]]:
-    """Answers that have ended leave their slots to new prompts, read several at once."""
+    """Decode in slots; answers that have ended leave their slots to batches of new prompts."""
     answers: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     slots = min(slots, len(prompts))
@@ -245,7 +270,7 @@ def _decode_with_refill(
     rows: list[int] = []
     tokens: list[int] = []
     while rows or waiting:
-        if waiting and slots - len(rows) >= slots * REFILL:
+        if waiting and slots - len(rows) >= slots * REFILL_FRACTION:
             new, waiting = waiting[: slots - len(rows)], waiting[slots - len(rows) :]
             tokens += _read_prompts(model, [prompts[index] for index in new], cache, len(rows), pad)
             rows += new
@@ -254,60 +279,61 @@ def _decode_with_refill(
         kept = [
             slot
             for slot, index in enumerate(rows)
-            if tokens[slot] not in ends and len(answers[index]) < most
+            if tokens[slot] not in stops and len(answers[index]) < max_new_tokens
         ]
-        order = cache.close_up(kept)
+        order = cache.compact(kept)
         rows, tokens = [rows[slot] for slot in order], [tokens[slot] for slot in order]
         if rows:
             lengths = [len(prompts[index]) + len(answers[index]) - 1 for index in rows]
             tokens = _step(model, tokens, cache, lengths)
-    return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
+    return [answer[:-1] if answer[-1] in stops else answer for answer in answers]
 
 
 def _read_prompts(
     model: Model, prompts: Sequence[Sequence[int]], cache: SlotCache, first: int, pad: int
 ) -> list[int]:
-    """Read prompts into the slots from `first` on; the token after each."""
+    """Read prompts into the slots from `first` on and return the token after each."""
     ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    read = DynamicCache(config=unwrap_peft(model).config)
-    tokens: list[int] = next_logits(model, ids, mask, positions, read).argmax(-1).tolist()
-    cache.fill(first, read, [len(prompt) for prompt in prompts])
+    prompt_cache = DynamicCache(config=unwrap_peft(model).config)
+    logits = next_logits(model, ids, mask, positions, prompt_cache)
+    tokens: list[int] = logits.argmax(-1).tolist()
+    cache.fill(first, prompt_cache, [len(prompt) for prompt in prompts])
     return tokens
 
 
 def _step(model: Model, tokens: list[int], cache: SlotCache, lengths: list[int]) -> list[int]:
-    """The token after each answer, whose newest one is not in the cache yet."""
-    positions = cache.expect(lengths)
+    """Return the token after each answer, whose newest token is not in the cache yet."""
+    positions = cache.reserve_next(lengths)
     ids = torch.tensor(tokens, device=positions.device)[:, None]
-    seen = torch.arange(cache.places, device=positions.device) <= positions
-    logits = next_logits(model, ids, seen[:, None, None], positions, cache)
-    found: list[int] = logits.argmax(-1).tolist()
-    return found
+    mask = torch.arange(cache.length, device=positions.device) <= positions
+    logits = next_logits(model, ids, mask[:, None, None], positions, cache)
+    next_tokens: list[int] = logits.argmax(-1).tolist()
+    return next_tokens
 
 
 def _decode(
-    model: Model, ids: Tensor, mask: Tensor, most: int, ends: Collection[int]
+    model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, stops: Collection[int]
 ) -> list[list[int]]:
-    """Rows that have ended are taken out of the batch and the cache: nothing is computed for them.
+    """Decode one batch; rows that have ended leave the batch and the cache.
 
-    `generate` computes every row until the last one ends, which for short answers beside one that
-    never ends is most of its time.
+    transformers' `generate` computes every row until the last one ends. One answer that does not
+    end then makes a batch of short answers slow.
     """
     answers: list[list[int]] = [[] for _ in ids]
     rows = list(range(len(ids)))
     cache = DynamicCache(config=unwrap_peft(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    stops = torch.tensor(sorted(ends), device=ids.device)
-    for _ in range(most):
+    stop_ids = torch.tensor(sorted(stops), device=ids.device)
+    for _ in range(max_new_tokens):
         tokens = next_logits(model, ids, mask, positions, cache).argmax(-1)
-        going_on = torch.isin(tokens, stops, invert=True).nonzero().flatten()
-        if len(going_on) == 0:
+        unfinished = torch.isin(tokens, stop_ids, invert=True).nonzero().flatten()
+        if len(unfinished) == 0:
             break
-        if len(going_on) < len(rows):
-            cache.batch_select_indices(going_on)
-            rows = [rows[place] for place in going_on.tolist()]
-            tokens, mask, positions = tokens[going_on], mask[going_on], positions[going_on]
+        if len(unfinished) < len(rows):
+            cache.batch_select_indices(unfinished)
+            rows = [rows[position] for position in unfinished.tolist()]
+            tokens, mask, positions = tokens[unfinished], mask[unfinished], positions[unfinished]
         for row, token in zip(rows, tokens.tolist(), strict=True):
             answers[row].append(token)
         ids, positions = tokens[:, None], positions[:, -1:] + 1
@@ -316,33 +342,36 @@ def _decode(
 
 
 def _generate(
-    model: Model, ids: Tensor, mask: Tensor, most: int, ends: Collection[int]
+    model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, stops: Collection[int]
 ) -> list[list[int]]:
-    """The same with transformers' `generate`, for models that keep more than keys and values."""
-    stops = sorted(ends)
+    """Decode one batch with transformers' `generate`, for models with other state than a cache."""
+    stop_ids = sorted(stops)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=most, eos_token_id=stops, pad_token_id=stops[0]
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
     )
-    with _select_rows(unwrap_peft(model), config):
+    with _generation_config(unwrap_peft(model), config):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            # Processes that train together generate each at its own pace.
+            # The processes of a training generate independently.
             synced_gpus=False,
         )
-    found = output[:, ids.shape[1] :].tolist()
-    return [list(takewhile(lambda token: token not in ends, tokens)) for tokens in found]
+    generated = output[:, ids.shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in stops, tokens)) for tokens in generated]
 
 
 @contextmanager
-def _select_rows(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Set aside what the model's folder advises (penalties, beams, least lengths).
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace the generation config of the model's folder (penalties, beams, minimal lengths).
 
-    `generate` fills in from there whatever `config` leaves open.
+    Otherwise `generate` takes options that `config` does not set from there.
     """
-    advice, model.generation_config = model.generation_config, config
+    original, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
-        model.generation_config = advice
+        model.generation_config = original

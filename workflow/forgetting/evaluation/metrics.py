@@ -1,11 +1,9 @@
-"""Probability and truth ratio of one question: pure functions, as TOFU defines them.
+"""Scores of one question as TOFU defines them, and their means over the items of a probe.
 
-Sources: Maini et al. 2024 (TOFU, arXiv 2401.06121, section 2.2) and its code. With l(a) the sum of
--log p over the label tokens of answer a, end-of-sequence included, and |a| their number, the
+Sources: Maini et al. 2024 (TOFU, arXiv 2401.06121, section 2.2) and its code. Let l(a) be the sum
+of -log p over the label tokens of answer a, end of sequence included, and |a| their number. The
 length-normalised probability is p(a) = exp(-l(a)/|a|). All log-probabilities here are means per
 token, -l(a)/|a|, in nats.
-
-The scores of the items table, and what a question adds to the mean of each.
 """
 
 from __future__ import annotations
@@ -17,57 +15,56 @@ import pandas as pd
 
 
 def answer_scores(answer: float, right: float, wrong: Sequence[float]) -> dict[str, float]:
-    """All that the log-probabilities of one question's answers say of it.
+    """Return the scores of one question from the log-probabilities of its answers.
 
     Args:
         answer: mean log-probability per token of the true answer, in nats.
-        right: the same of its paraphrase where there is one, else of the answer.
-        wrong: the same of each wrong answer; without any, what compares with them is NaN.
+        right: the same for its paraphrase, or for the answer if there is no paraphrase.
+        wrong: the same for each wrong answer.
 
     Returns:
-        probability, p(answer), and the three scores below by their names; of a truth ratio, R
-        itself.
+        `probability`, which is p(answer), and the three scores below by name. The latter are NaN
+        without wrong answers. A truth ratio is R itself.
     """
-    compared = {
+    contrastive = {
         "normalised_probability": (normalised_probability, answer),
         "truth_ratio_arithmetic": (truth_ratio_arithmetic, right),
         "truth_ratio_geometric": (truth_ratio_geometric, right),
     }
     return {"probability": math.exp(answer)} | {
-        name: score(against, wrong) if wrong else math.nan
-        for name, (score, against) in compared.items()
+        name: score(logprob, wrong) if wrong else math.nan
+        for name, (score, logprob) in contrastive.items()
     }
 
 
 def normalised_probability(answer: float, wrong: Sequence[float]) -> float:
-    """p(a) / (p(a) + sum over wrong answers of p(w)), TOFU's probability on real-world sets.
+    """Return p(a) / (p(a) + sum_w p(w)), TOFU's probability on real-world sets.
 
     Args:
         answer: mean log-probability per token of the right answer, in nats.
-        wrong: the same of each wrong answer, at least one.
+        wrong: the same for each wrong answer, at least one.
     """
     return 1.0 / (1.0 + sum(_exp(other - answer) for other in wrong))
 
 
 def truth_ratio_arithmetic(right: float, wrong: Sequence[float]) -> float:
-    """R = mean over wrong answers of p(w), divided by p(right); lower means better knowledge.
+    """Return R = mean_w p(w) / p(right); lower means better knowledge.
 
-    The definition of the TOFU paper (section 2.2.2). `right` is the paraphrased answer where there
-    is one, else the answer. Arguments as in `normalised_probability`.
+    This is the definition of the TOFU paper (section 2.2.2). For the arguments see `answer_scores`.
     """
     return sum(_exp(other - right) for other in wrong) / len(wrong)
 
 
 def truth_ratio_geometric(right: float, wrong: Sequence[float]) -> float:
-    """R = geometric mean over wrong answers of p(w), divided by p(right): as in TOFU's code.
+    """Return R = exp(mean_w log p(w) - log p(right)), as in TOFU's code.
 
-    R = exp(mean_j log p(w_j) - log p(right)); never above the arithmetic R.
+    The geometric mean is never above the arithmetic one.
     """
     return _exp(sum(wrong) / len(wrong) - right)
 
 
 def _exp(nats: float) -> float:
-    """e to the power of nats; infinite where a diverged model's losses exceed a float's range."""
+    """Return e to the power of `nats`, infinity above the range of a float (diverged models)."""
     return math.inf if nats > 700.0 else math.exp(nats)
 
 
@@ -90,7 +87,7 @@ TEXT_SCORES = (
     "base_agreement",
     "text_loss",
 )
-"""Those that are averaged over the blocks of the general text."""
+"""Columns of the items table that are averaged over the blocks of the general text."""
 
 UNBOUNDED_METRICS = {
     "generated_tokens",
@@ -99,14 +96,15 @@ UNBOUNDED_METRICS = {
     "forgetting_kl",
     "text_loss",
 }
-"""Those that are no shares: their intervals are Student's."""
+"""Metrics that are not fractions; their intervals are Student's."""
 
 
 def item_scores(items: pd.DataFrame, metric: str) -> pd.Series:
-    """What a question adds to the mean: max(0, 1 - R) for a truth ratio R, else the value.
+    """Return what each question adds to the mean: max(0, 1 - R) for a truth ratio R.
 
-    TOFU aggregates the truth ratio on knowledge that is to be kept in this way (its section 2.2.2);
-    higher is better. Used on new knowledge too, so that both sides of the trade-off are alike.
+    Other metrics add their value. TOFU aggregates the truth ratio of retained knowledge in this way
+    (section 2.2.2); higher is better. New knowledge uses the same form, so that both sides of the
+    trade-off compare.
     """
     values = items[metric]
     if metric.startswith("truth_ratio"):
@@ -115,5 +113,5 @@ def item_scores(items: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def mean_score(items: pd.DataFrame, probe: str, metric: str) -> float:
-    """The value that the selection rule looks at."""
+    """Return the mean score of a probe, which the selection rule compares."""
     return float(item_scores(items[items["probe"] == probe], metric).mean())

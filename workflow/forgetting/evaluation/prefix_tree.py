@@ -1,8 +1,7 @@
-"""Log-probabilities of several answers to one question, the question being read once.
+"""Log-probabilities of several answers to one question, with shared prefixes read once.
 
-The question and its answers stand in one row as a tree of tokens: what several answers begin with
-is read once, too. Each token sees what leads to it from the root and counts its positions along
-that way, so that every log-probability is what it would be alone.
+The question and its answers form a tree of tokens in one row. Each token attends to its ancestors
+only, and its position is its depth. So every log-probability equals that of separate reading.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from forgetting.models.loading import Model, text_config, unwrap_peft
 
 @dataclass(frozen=True)
 class PrefixTreeBatch:
-    """Rows of a question with its answers.
+    """A batch of prefix trees, one per row.
 
     Attributes:
         ids, positions: (rows, length).
-        mask: which position (third) sees which (fourth): (rows, 1, length, length).
-        columns: positions at which something is predicted in some row: (width,).
-        rows, places, targets: of each predicted token its row, its place among the columns and its
-            id: (tokens,).
-        owners: number of the example that each predicted token belongs to: (tokens,).
+        mask: which index (third) attends to which (fourth): (rows, 1, length, length).
+        columns: indices at which a token is predicted in some row, (width,).
+        rows, column_indices, targets: the row of each predicted token, its index into `columns`,
+            and its id, (tokens,).
+        owners: number of the example that each predicted token belongs to, (tokens,).
     """
 
     ids: Tensor
@@ -38,7 +37,7 @@ class PrefixTreeBatch:
     mask: Tensor
     columns: Tensor
     rows: Tensor
-    places: Tensor
+    column_indices: Tensor
     targets: Tensor
     owners: Tensor
 
@@ -53,16 +52,16 @@ UNSUPPORTED_PREFIXES = (
     "xlm",
     "xmod",
 )
-"""Beginnings of the types that count places otherwise than they are told, mask by themselves, or
-may look ahead."""
+"""Prefixes of model types that ignore given positions, build masks themselves, or may attend to
+later tokens."""
 
 
 def supports_custom_mask(model: Model) -> bool:
-    """Do the mask and the positions that a model is given alone decide what a token sees?
+    """Return whether the given mask and positions alone decide what a token attends to.
 
-    So it is with PyTorch's own attention in every layer. Sliding windows, convolutions, recurrent
-    states and biases by distance go by the places in the row, where another answer may stand, and
-    so do models that take no positions (Bart's). Multimodal types are not proved to.
+    This holds for PyTorch's own attention in every layer. Sliding windows, convolutions, recurrent
+    states and distance biases use the index in the row, where another answer may be. So do models
+    that take no positions, such as Bart. Multimodal types are excluded because they are untested.
     """
     config = text_config(model)
     takes_positions = "position_ids" in signature(type(unwrap_peft(model)).forward).parameters
@@ -81,19 +80,22 @@ def supports_custom_mask(model: Model) -> bool:
 def answer_logprobs(
     model: nn.Module, questions: Sequence[Sequence[Example]], pad: int, batch_size: int
 ) -> list[list[float]]:
-    """Mean log-probability per target token of every answer to every question, in nats.
+    """Return the mean log-probability per target token of every answer to every question, in nats.
 
     Args:
-        questions: per question its examples, which all begin with the same prompt.
-        batch_size: answers per forward pass, about.
+        model: the model.
+        questions: the examples of each question, which all begin with the same prompt.
+        pad: id of the padding token.
+        batch_size: approximate number of answers per forward pass.
     """
     trees = [build_prefix_tree(examples) for examples in questions]
-    most = max(map(len, questions), default=1)
+    max_answers = max(map(len, questions), default=1)
+    rows = max(1, batch_size // max_answers)
     means: list[list[float]] = [[] for _ in questions]
-    for indices in length_batches([len(tree.ids) for tree in trees], max(1, batch_size // most)):
+    for indices in length_batches([len(tree.ids) for tree in trees], rows):
         group = [trees[index] for index in indices]
-        batch, scored = forward_trees(model, group, pad)
-        logprobs = -nn.functional.cross_entropy(scored, batch.targets, reduction="none")
+        batch, logits = forward_trees(model, group, pad)
+        logprobs = -nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         count = sum(len(tree.paths) for tree in group)
         totals = torch.zeros(count, dtype=torch.float64, device=logprobs.device)
         totals.index_add_(0, batch.owners, logprobs.double())
@@ -106,7 +108,10 @@ def answer_logprobs(
 def forward_trees(
     model: nn.Module, trees: Sequence[PrefixTree], pad: int
 ) -> tuple[PrefixTreeBatch, Tensor]:
-    """Questions as a batch, and the logits before each of its targets, in float32 at least."""
+    """Return the batch of the trees and the logits that predict its targets, (tokens, vocabulary).
+
+    The logits have at least the precision of float32.
+    """
     batch = collate_trees(trees, pad, next(model.parameters()).device)
     logits: Tensor = model(
         input_ids=batch.ids,
@@ -115,8 +120,8 @@ def forward_trees(
         logits_to_keep=batch.columns,
         use_cache=False,
     ).logits
-    before = logits[batch.rows, batch.places]
-    return batch, before.to(torch.promote_types(before.dtype, torch.float32))
+    predictions = logits[batch.rows, batch.column_indices]
+    return batch, predictions.to(torch.promote_types(predictions.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,10 @@ class PrefixTree:
     """The tokens of a question and of its answers.
 
     Attributes:
-        ids: token ids; the question first, then what the answers feed in, each beginning once.
-        parents: the place of the token before each; of the first, -1.
-        paths: per answer the places at which its tokens are predicted.
-        targets: per answer those tokens.
+        ids: token ids of the question, followed by those of the answers with shared prefixes once.
+        parents: index of the token before each token; -1 for the first.
+        paths: indices at which the tokens of each answer are predicted.
+        targets: the tokens of each answer.
     """
 
     ids: list[int]
@@ -137,20 +142,20 @@ class PrefixTree:
 
 
 def build_prefix_tree(examples: Sequence[Example]) -> PrefixTree:
-    """The tree of examples that all begin with the same question."""
+    """Return the tree of examples that all begin with the same prompt."""
     prompt = examples[0].prompt_length
     ids, parents = list(examples[0].ids[:prompt]), list(range(-1, prompt - 1))
-    places: dict[tuple[int, int], int] = {}
+    children: dict[tuple[int, int], int] = {}
     paths = []
     for example in examples:
-        # The first token is predicted at the question's end, and the last one is not fed in.
+        # The prompt's last token predicts the first target; the last target is not fed in.
         path = [prompt - 1]
         for token in example.ids[prompt:-1]:
-            place = places.setdefault((path[-1], token), len(ids))
-            if place == len(ids):
+            node = children.setdefault((path[-1], token), len(ids))
+            if node == len(ids):
                 ids.append(token)
                 parents.append(path[-1])
-            path.append(place)
+            path.append(node)
         paths.append(path)
     return PrefixTree(ids, parents, paths, [example.ids[prompt:] for example in examples])
 
@@ -158,32 +163,32 @@ def build_prefix_tree(examples: Sequence[Example]) -> PrefixTree:
 def collate_trees(
     trees: Sequence[PrefixTree], pad: int, device: torch.device | str = "cpu"
 ) -> PrefixTreeBatch:
-    """Lay out the questions of a batch, padded on the right."""
+    """Return a batch of the trees, padded on the right."""
     length = max(len(tree.ids) for tree in trees)
     ids = np.full((len(trees), length), pad)
-    # What is padding sees itself alone, to stay finite.
-    sees = np.repeat(np.eye(length, dtype=bool)[None], len(trees), axis=0)
+    # Padding attends to itself, so that its softmax is finite.
+    mask = np.repeat(np.eye(length, dtype=bool)[None], len(trees), axis=0)
     rows: list[int] = []
     columns: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
     for row, tree in enumerate(trees):
         ids[row, : len(tree.ids)] = tree.ids
-        for place, parent in enumerate(tree.parents[1:], start=1):
-            sees[row, place] |= sees[row, parent]
+        for node, parent in enumerate(tree.parents[1:], start=1):
+            mask[row, node] |= mask[row, parent]
         for path, tokens in zip(tree.paths, tree.targets, strict=True):
             columns += path
             targets += tokens
             rows += [row] * len(path)
             owners += [owners[-1] + 1 if owners else 0] * len(path)
-    kept, places = torch.unique(torch.tensor(columns), return_inverse=True)
+    unique_columns, column_indices = torch.unique(torch.tensor(columns), return_inverse=True)
     return PrefixTreeBatch(
         ids=torch.from_numpy(ids).to(device),
-        positions=torch.from_numpy(sees.sum(axis=2) - 1).to(device),
-        mask=torch.from_numpy(sees[:, None]).to(device),
-        columns=kept.to(device),
+        positions=torch.from_numpy(mask.sum(axis=2) - 1).to(device),
+        mask=torch.from_numpy(mask[:, None]).to(device),
+        columns=unique_columns.to(device),
         rows=torch.tensor(rows).to(device),
-        places=places.to(device),
+        column_indices=column_indices.to(device),
         targets=torch.tensor(targets).to(device),
         owners=torch.tensor(owners).to(device),
     )

@@ -1,4 +1,4 @@
-"""Score a model on question-answer probes: one row per question, its text and all its numbers."""
+"""Evaluate a model on question-answer probes: one row of text and scores per question."""
 
 from __future__ import annotations
 
@@ -33,28 +33,27 @@ def evaluate_probes(
     tokenizer: PreTrainedTokenizerBase,
     probes: Mapping[str, list[Row]],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> pd.DataFrame:
     """Score every question of every probe.
 
     Returns:
-        One row per question with probe, item, question, reference, generated (after the literal
-        text of the answer template was taken off), the columns of `scores.PROBE_SCORES`
-        (`truth_ratio_*` is the ratio R itself; NaN without wrong answers) and the mean
-        log-probabilities per token they follow from: logprob_answer, logprob_right,
-        logprobs_wrong (nats).
+        One row per question. Columns are probe, item, question, reference, generated (without the
+        literal text of the answer template), those of `metrics.PROBE_SCORES`, and the mean
+        log-probabilities per token logprob_answer, logprob_right and logprobs_wrong (nats).
+        `truth_ratio_*` is the ratio R itself, and NaN without wrong answers.
     """
     rows = [row for probe in probes.values() for row in probe]
     names = [name for name, probe in probes.items() for _ in probe]
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, settings)
-        logprobs = _answer_logprobs(model, tokenizer, rows, prompt, settings)
+        answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, config)
+        logprobs = _answer_logprobs(model, tokenizer, rows, prompt, config)
     model.train(was_training)
     return pd.DataFrame(
         [
-            {"probe": name, **_score_items(row, answer, scored, prompt, tokenizer, settings)}
+            {"probe": name, **_score_item(row, answer, scored, prompt, tokenizer, config)}
             for name, row, answer, scored in zip(names, rows, answers, logprobs, strict=True)
         ]
     )
@@ -65,16 +64,23 @@ def check_context_length(
     tokenizer: PreTrainedTokenizerBase,
     probes: Mapping[str, list[Row]],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
-    where: Locate = str,
+    config: EvaluationConfig,
+    source_line: Locate = str,
 ) -> None:
-    """Refuse what is longer than the model can read, before it fails or scores nonsense.
+    """Check that every question fits into the model's context with each answer.
 
     Args:
-        where: for the message.
+        model, tokenizer: the base.
+        probes: rows by probe.
+        prompt: the prompt template.
+        config: `max_new_tokens` is checked, too.
+        source_line: returns file and line of a row, for the message.
+
+    Raises:
+        InputError: a question and an answer are longer than the context.
     """
-    room = context_length(model)
-    if room is None:
+    context = context_length(model)
+    if context is None:
         return
     for row in (row for probe in probes.values() for row in probe):
         head = len(encode_prompt(tokenizer, prompt, row["question"]))
@@ -82,16 +88,16 @@ def check_context_length(
         longest = max(
             len(encode_pair(tokenizer, prompt, row["question"], text).ids) for text in texts
         )
-        if longest > room:
+        if longest > context:
             raise InputError(
-                f"{where(row['id'])}: question and answer have {longest} tokens, the model reads "
-                f"{room}; shorten or remove the row"
+                f"{source_line(row['id'])}: question and answer have {longest} tokens, the model "
+                f"reads {context}; shorten or remove the row"
             )
-        if head + settings.max_new_tokens > room:
+        if head + config.max_new_tokens > context:
             raise InputError(
-                f"evaluation.max_new_tokens: {settings.max_new_tokens} after the {head} tokens of "
-                f"the question in {where(row['id'])} are more than the {room} that the model "
-                f"reads; take at most {room - head}"
+                f"evaluation.max_new_tokens: {config.max_new_tokens} after the {head} tokens of "
+                f"the question in {source_line(row['id'])} are more than the {context} that the "
+                f"model reads; take at most {context - head}"
             )
 
 
@@ -100,10 +106,13 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> list[list[int]]:
-    """Greedy answers as token ids, each up to the end of sequence or, with a chat template, the end
-    of the turn, which are left out."""
+    """Generate an answer to each question greedily.
+
+    Returns:
+        Token ids of each answer, up to the end of sequence or, with a chat template, of the turn.
+    """
     prompts = [encode_prompt(tokenizer, prompt, question) for question in questions]
     end = turn_ending(tokenizer, prompt) if prompt.chat else None
     stops = stop_tokens(model, tokenizer)
@@ -112,20 +121,20 @@ def generate(
     answers = generate_greedy(
         model,
         prompts,
-        settings.max_new_tokens,
-        settings.batch_size,
+        config.max_new_tokens,
+        config.batch_size,
         stops,
         tokenizer.pad_token_id,
     )
     if end and end.stop:
-        answers = [_prompt_of(tokenizer, answer, end.stop) for answer in answers]
+        answers = [_before_stop(tokenizer, answer, end.stop) for answer in answers]
     return answers
 
 
-def _prompt_of(tokenizer: PreTrainedTokenizerBase, answer: list[int], stop: str) -> list[int]:
-    """The tokens of an answer up to a text; it may begin within one of them."""
-    text, found, _ = tokenizer.decode(answer, skip_special_tokens=True).partition(stop)
-    if not found:
+def _before_stop(tokenizer: PreTrainedTokenizerBase, answer: list[int], stop: str) -> list[int]:
+    """Return the tokens of an answer before a text, which may begin inside a token."""
+    text, separator, _ = tokenizer.decode(answer, skip_special_tokens=True).partition(stop)
+    if not separator:
         return answer
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -135,28 +144,29 @@ def _answer_logprobs(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompt: PromptConfig,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> list[list[float]]:
-    """Per row: mean log-probabilities of the answer, of the paraphrase if any, of wrong answers."""
+    """Return the mean log-probabilities of each row's answer, paraphrase and wrong answers."""
     texts = [
         [row["answer"], *filter(None, [row["paraphrased_answer"]]), *row["wrong_answers"]]
         for row in rows
     ]
     questions = [
-        [encode_pair(tokenizer, prompt, row["question"], text) for text in several]
-        for row, several in zip(rows, texts, strict=True)
+        [encode_pair(tokenizer, prompt, row["question"], text) for text in answers]
+        for row, answers in zip(rows, texts, strict=True)
     ]
-    pad, size = tokenizer.pad_token_id, settings.batch_size
+    pad, size = tokenizer.pad_token_id, config.batch_size
     if supports_custom_mask(model):
         return answer_logprobs(model, questions, pad, size)
-    means = iter(mean_logprobs(model, [e for several in questions for e in several], pad, size))
-    return [[next(means) for _ in several] for several in questions]
+    examples = [example for question in questions for example in question]
+    means = iter(mean_logprobs(model, examples, pad, size))
+    return [[next(means) for _ in question] for question in questions]
 
 
 def mean_logprobs(
     model: Model, examples: Sequence[Example], pad: int, batch_size: int
 ) -> list[float]:
-    """Mean log-probability per target token of each example, in nats."""
+    """Return the mean log-probability per target token of each example, in nats."""
     means = [0.0] * len(examples)
     for indices in length_batches([len(example.ids) for example in examples], batch_size):
         batch = collate([examples[index] for index in indices], pad, model.device)
@@ -166,16 +176,16 @@ def mean_logprobs(
     return means
 
 
-def _score_items(
+def _score_item(
     row: Row,
     generated: list[int],
     logprobs: list[float],
     prompt: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
-    settings: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> dict[str, object]:
-    said = tokenizer.decode(generated, skip_special_tokens=True)
-    text = strip_answer(resolve_template(tokenizer, prompt), said)
+    decoded = tokenizer.decode(generated, skip_special_tokens=True)
+    text = strip_answer(resolve_template(tokenizer, prompt), decoded)
     answer = logprobs[0]
     right = logprobs[1] if row["paraphrased_answer"] else answer
     wrong = logprobs[2 if row["paraphrased_answer"] else 1 :]
@@ -184,7 +194,7 @@ def _score_items(
         "question": row["question"],
         "reference": row["answer"],
         "generated": text,
-        **rouge_l(row["answer"], text, settings.rouge_tokenizer),
+        **rouge_l(row["answer"], text, config.rouge_tokenizer),
         "generated_tokens": float(len(generated)),
         **answer_scores(answer, right, wrong),
         "logprob_answer": answer,

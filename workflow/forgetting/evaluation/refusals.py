@@ -53,24 +53,27 @@ def generate_responses(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompt: PromptConfig,
-    settings: RefusalsConfig,
+    config: RefusalsConfig,
     batch_size: int,
-    where: Locate = str,
+    source_line: Locate = str,
 ) -> pd.DataFrame:
-    """Answers to the prompts: task, item, prompt, prompt_hash, response, 1 or 0 if refused.
+    """Generate a response to each prompt and classify it.
+
+    Returns:
+        Columns task, item, prompt, prompt_hash, response, target, choice and `METRIC` (1 or 0).
 
     Raises:
-        InputError: a prompt and its answer are longer than the model reads.
+        InputError: a prompt and its response are longer than the model's context.
     """
-    _check_prompt_lengths(model, tokenizer, rows, prompt, settings, where)
-    measurement = EvaluationConfig(max_new_tokens=settings.max_new_tokens, batch_size=batch_size)
+    _check_prompt_lengths(model, tokenizer, rows, prompt, config, source_line)
+    evaluation = EvaluationConfig(max_new_tokens=config.max_new_tokens, batch_size=batch_size)
     was_training = model.training
     model.eval()
-    answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, measurement)
+    answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, evaluation)
     model.train(was_training)
-    around = resolve_template(tokenizer, prompt)
-    said = [
-        strip_answer(around, tokenizer.decode(tokens, skip_special_tokens=True))
+    template = resolve_template(tokenizer, prompt)
+    responses = [
+        strip_answer(template, tokenizer.decode(tokens, skip_special_tokens=True))
         for tokens in answers
     ]
     return pd.DataFrame(
@@ -79,10 +82,10 @@ def generate_responses(
             "item": range(len(rows)),
             "prompt": [row["question"] for row in rows],
             "prompt_hash": [hashlib.sha256(row["question"].encode()).hexdigest() for row in rows],
-            "response": said,
+            "response": responses,
             "target": "",
             "choice": pd.array([pd.NA] * len(rows), dtype="Int64"),
-            METRIC: [float(is_refusal(text)) for text in said],
+            METRIC: [float(is_refusal(text)) for text in responses],
         }
     )
 
@@ -93,7 +96,7 @@ def refusal_items(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def refusal_scores(answers: pd.DataFrame) -> list[dict[str, object]]:
-    """Return the row of the table of scores: share of refused prompts and its standard error."""
+    """Return the row of the table of scores: refusal rate and its standard error."""
     return [
         {
             "task": REFUSALS_TASK,
@@ -112,17 +115,17 @@ def _check_prompt_lengths(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompt: PromptConfig,
-    settings: RefusalsConfig,
-    where: Locate,
+    config: RefusalsConfig,
+    source_line: Locate,
 ) -> None:
-    room = context_length(model)
-    if room is None:
+    context = context_length(model)
+    if context is None:
         return
     for row in rows:
         tokens = len(encode_prompt(tokenizer, prompt, row["question"]))
-        if tokens + settings.max_new_tokens > room:
+        if tokens + config.max_new_tokens > context:
             raise InputError(
-                f"benchmarks.refusals.max_new_tokens: {settings.max_new_tokens} after the {tokens} "
-                f"tokens of the question in {where(row['id'])} are more than the {room} that the "
-                f"model reads; take at most {room - tokens}"
+                f"benchmarks.refusals.max_new_tokens: {config.max_new_tokens} after the {tokens} "
+                f"tokens of the question in {source_line(row['id'])} are more than the {context} "
+                f"that the model reads; take at most {context - tokens}"
             )

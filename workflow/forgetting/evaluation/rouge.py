@@ -1,14 +1,13 @@
-"""What ROUGE does not see of a probe's reference answers: their ends, and letters beyond a-z.
+"""ROUGE of one answer, and checks of what ROUGE cannot measure on reference answers.
 
-Letters are counted when data is prepared. Lengths are read from the items of the base, whose column
-`reference_tokens` is the number of tokens that a model must generate for the whole reference.
+The scores equal those of `rouge_score`, several times faster. Its words are lower-cased runs of a-z
+and 0-9; words longer than three letters are Porter-stemmed. Each word is stemmed once per process,
+and the longest common subsequence is computed bit-parallel. A second tokenizer, `unicode`, serves
+languages with other letters.
 
-ROUGE of one answer, the very numbers of `rouge_score`, several times faster.
-
-The words are rouge_score's: lower-cased, split at all that is no a-z and 0-9, Porter-stemmed when
-longer than three letters. A word is stemmed once per process, and the longest common subsequence
-is found for all words of the reference at once, in the bits of an integer. For languages with other
-letters there is a second tokenizer, `unicode`.
+ROUGE misses letters beyond a-z and the ends of long references. Letters are counted when data is
+prepared. Lengths come from the base's items: `reference_tokens` is the number of tokens that a
+model must generate for the whole reference.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def _import_porter() -> ModuleType:
     """Import nltk's module of Porter's stemmer without the rest of nltk.
 
     The packages above it import all of nltk, which takes more than a second in every program that
-    scores. They stand in empty while the module is imported, and are removed afterwards, so that
-    whoever imports nltk later gets it whole.
+    scores. Empty packages replace them during the import and are removed afterwards, so that a
+    later import of nltk is complete.
     """
     name = "nltk.stem.porter"
     if "nltk" in sys.modules:
@@ -55,7 +54,7 @@ def _import_porter() -> ModuleType:
 
 
 class _Stemmer:
-    """Porter's stemmer, which is most of the time of ROUGE, with a memory."""
+    """Porter's stemmer with a cache, because stemming takes most of the time of ROUGE."""
 
     def __init__(self) -> None:
         self.stem = lru_cache(maxsize=2**16)(_import_porter().PorterStemmer().stem)
@@ -64,10 +63,10 @@ class _Stemmer:
 _STEMMER = _Stemmer()
 
 
-# References are scored against anew at every evaluation.
+# Every evaluation tokenizes the same references.
 @lru_cache(maxsize=2**14)
-def tokenize_ascii(text: str, tokenizer: RougeTokenizer = "rouge_score") -> tuple[str, ...]:
-    """Return what ROUGE compares of a text."""
+def rouge_words(text: str, tokenizer: RougeTokenizer = "rouge_score") -> tuple[str, ...]:
+    """Return the words of a text that ROUGE compares."""
     return tuple(tokenize(text, _STEMMER) if tokenizer == "rouge_score" else tokenize_unicode(text))
 
 
@@ -84,7 +83,7 @@ UNSPACED_SCRIPTS = (
     "NEW TAI LUE ",
     "AHOM ",
 )
-"""How Unicode names the letters of scripts that are written without spaces between words."""
+"""Prefixes of the Unicode names of letters whose scripts have no spaces between words."""
 
 ZERO_WIDTH_SPACE = "\u200b"
 
@@ -94,27 +93,27 @@ def tokenize_unicode(text: str) -> list[str]:
 
     A word is a run of letters, numbers and combining marks. In scripts without spaces between words
     (Unicode Standard Annex 29, section 4: Chinese, Japanese, Thai, Lao, Khmer, Burmese) every
-    letter with its marks is a word, as sacrebleu's tokenizer `zh` and multilingual BERT have it for
-    Chinese. Of a text in plain English these are rouge_score's words before stemming.
+    letter with its marks is a word, as in sacrebleu's tokenizer `zh` and multilingual BERT. Plain
+    English gives rouge_score's words before stemming.
     """
-    found: list[str] = []
-    before = "gap"
+    words: list[str] = []
+    previous = "gap"
     for char in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
         kind = _character_kind(char)
         if kind == "nothing":
             continue
-        if (kind == "letter" and before == "letter") or (kind == "mark" and before != "gap"):
-            found[-1] += char
+        if (kind == "letter" and previous == "letter") or (kind == "mark" and previous != "gap"):
+            words[-1] += char
         elif kind != "gap":
-            found.append(char)
+            words.append(char)
         # A mark belongs to the letter before it.
-        before = before if kind == "mark" and before != "gap" else kind
-    return found
+        previous = previous if kind == "mark" and previous != "gap" else kind
+    return words
 
 
 @lru_cache(maxsize=2**12)
 def _character_kind(char: str) -> str:
-    """Return what a character does in a word: letter, word, mark, nothing or gap."""
+    """Return the role of a character in a word: letter, word, mark, nothing or gap."""
     category = unicodedata.category(char)
     if category[0] in "LN":
         return "word" if unicodedata.name(char, "").startswith(UNSPACED_SCRIPTS) else "letter"
@@ -126,13 +125,13 @@ def _character_kind(char: str) -> str:
 def rouge_l(
     reference: str, generated: str, tokenizer: RougeTokenizer = "rouge_score"
 ) -> dict[str, float]:
-    """ROUGE of a generated answer against the true one, each in [0, 1].
+    """Return ROUGE of a generated answer against the reference, each value in [0, 1].
 
-    ROUGE-L recall = LCS(reference, generated) / |reference|, in words (Lin 2004); the score of the
-    papers. Recall forgives any length, so F1 stands beside it. ROUGE-1 counts common words in any
-    order.
+    ROUGE-L recall = LCS(reference, generated) / |reference|, in words (Lin 2004), is the score of
+    the papers. Recall does not penalise long answers, so F1 is returned, too. ROUGE-1 counts common
+    words in any order.
     """
-    target, answer = tokenize_ascii(reference, tokenizer), tokenize_ascii(generated, tokenizer)
+    target, answer = rouge_words(reference, tokenizer), rouge_words(generated, tokenizer)
     common = common_subsequence(target, answer)
     precision, recall = common / max(len(answer), 1), common / max(len(target), 1)
     unigrams = sum((Counter(target) & Counter(answer)).values())
@@ -144,41 +143,41 @@ def rouge_l(
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one addition for each word of the second.
+    """Return the length of the longest common subsequence, with one addition per word of `other`.
 
-    Bit i of `rest` is 0 where the longest subsequence common to one[:i+1] and the words so far is
+    Bit i of `bits` is 0 if the longest subsequence common to one[:i+1] and the words so far is
     longer than that of one[:i] (Hyyrö 2004, *Bit-parallel LCS-length computation revisited*).
     """
-    places: dict[str, int] = {}
-    for place, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << place
-    every = rest = (1 << len(one)) - 1
+    occurrences: dict[str, int] = {}
+    for position, word in enumerate(one):
+        occurrences[word] = occurrences.get(word, 0) | 1 << position
+    all_bits = bits = (1 << len(one)) - 1
     for word in other:
-        matched = rest & places.get(word, 0)
-        rest = ((rest + matched) | (rest - matched)) & every
-    return len(one) - rest.bit_count()
+        matched = bits & occurrences.get(word, 0)
+        bits = ((bits + matched) | (bits - matched)) & all_bits
+    return len(one) - bits.bit_count()
 
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TOKENIZED_LETTERS = re.compile(r"[a-z0-9]")
-"""What rouge_score makes words of, after lower-casing; all else is dropped and parts words."""
+"""The characters of rouge_score's words, after lower-casing; all others separate words."""
 
-NOTED, REFUSED = 0.05, 0.5
-"""Shares of dropped letters above which there is a note, and above which ROUGE is refused."""
+NOTE_ABOVE, REFUSE_ABOVE = 0.05, 0.5
+"""Fractions of dropped letters above which there is a note, and above which ROUGE is refused."""
 
 KNOWS_FRACTION = 0.1
-"""ROUGE-L recall of the base below which a probe has next to nothing that could be forgotten."""
+"""Minimal ROUGE-L recall of the base on a probe that can show forgetting."""
 
 UNICODE = "evaluation.rouge_tokenizer: unicode"
 
 
 def dropped_letters(texts: Iterable[str]) -> float:
-    """Return the share of letters that rouge_score drops, since they are not among a-z.
+    """Return the fraction of letters that rouge_score drops because they are not a-z.
 
     Letters, combining marks and the digits of other scripts are counted after lower-casing. The
-    digits 0-9 are not: texts of any script have them.
+    digits 0-9 are not counted, because texts of any script have them.
     """
     letters = [c for text in texts for c in text.lower() if _is_letter(c)]
     return sum(TOKENIZED_LETTERS.match(c) is None for c in letters) / max(len(letters), 1)
@@ -190,72 +189,80 @@ def _is_letter(char: str) -> bool:
 
 
 def check_letters(
-    rows: Sequence[Row], probe: str, tokenizer: RougeTokenizer, where: Locate
+    rows: Sequence[Row], probe: str, tokenizer: RougeTokenizer, source_line: Locate
 ) -> list[str]:
     """Return a note on each table of a probe if ROUGE drops part of the letters of its answers.
 
     Args:
-        rows: those of the probe that are scored, table by table.
-        where: for the messages.
+        rows: the scored rows of the probe, table by table.
+        probe: its name.
+        tokenizer: ROUGE's tokenizer.
+        source_line: returns file and line of a row, for the messages.
 
     Raises:
-        InputError: it drops most of them, or all of an answer.
+        InputError: ROUGE drops most letters of a table, or all of an answer.
     """
     notes = []
     for _, group in groupby(rows, key=lambda row: str(row["id"]).rpartition("/")[0]):
         answers = {row["id"]: row["answer"] for row in group}
-        share = dropped_letters(answers.values()) if tokenizer == "rouge_score" else 0.0
-        if share > NOTED:
+        fraction = dropped_letters(answers.values()) if tokenizer == "rouge_score" else 0.0
+        if fraction > NOTE_ABOVE:
             first = next(key for key, answer in answers.items() if dropped_letters([answer]))
             finding = (
-                f"{share:.0%} of the letters in the answers of probe `{probe}` are not among a–z "
-                f"and are dropped by the tokenizer of ROUGE (the first in {where(first)})"
+                f"{fraction:.0%} of the letters in the answers of probe `{probe}` are not among "
+                f"a–z and are dropped by the tokenizer of ROUGE (the first in {source_line(first)})"
             )
-            if share > REFUSED:
+            if fraction > REFUSE_ABOVE:
                 raise InputError(f"{finding}: its values would mean nothing; set {UNICODE}")
             notes.append(f"{finding}: its values there say little. {UNICODE} keeps them.")
         for key, answer in answers.items():
-            _check_dropped_fraction(answer, tokenizer, where, key)
+            _check_has_words(answer, tokenizer, source_line, key)
     return notes
 
 
-def _check_dropped_fraction(
-    answer: str, tokenizer: RougeTokenizer, where: Locate, row_id: str
+def _check_has_words(
+    answer: str, tokenizer: RougeTokenizer, source_line: Locate, row_id: str
 ) -> None:
-    """Refuse an answer that has no word for ROUGE: its score would always be 0."""
+    """Raise `InputError` if an answer has no word for ROUGE, so that it always scores 0."""
     if tokenizer == "rouge_score" and not TOKENIZED_LETTERS.search(answer.lower()):
         raise InputError(
-            f"{where(row_id)}: `answer` has none of a–z and 0–9, of which ROUGE makes its words, "
-            f"so that it would always score 0; take the row out, or set {UNICODE}"
+            f"{source_line(row_id)}: `answer` has none of the characters of ROUGE's words, a–z and "
+            f"0–9, so that it would always score 0; remove the row, or set {UNICODE}"
         )
     if not any(map(str.isalnum, answer)):
         raise InputError(
-            f"{where(row_id)}: `answer` has neither letters nor digits, so that its ROUGE would "
-            "always be 0; take the row out"
+            f"{source_line(row_id)}: `answer` has neither letters nor digits, so that its ROUGE "
+            "would always be 0; remove the row"
         )
 
 
 def check_references(tokens: Iterable[int], probe: str, limit: int) -> None:
-    """Refuse to watch the ROUGE of answers none of which can be generated whole."""
+    """Raise `InputError` if all reference answers are too long to be generated.
+
+    Args:
+        tokens: length of each reference.
+        probe: the probe whose ROUGE selects the checkpoint.
+        limit: the study's evaluation.max_new_tokens.
+    """
     lengths = sorted(tokens)
     if lengths and lengths[0] > limit:
         raise InputError(
             f"evaluation.max_new_tokens: all {len(lengths)} reference answers of {probe} are "
-            f"longer than {limit} tokens, so that ROUGE cannot tell when they are learnt; the "
+            f"longer than {limit} tokens, so that ROUGE cannot show when they are learnt; the "
             f"longest has {lengths[-1]}"
         )
 
 
 def length_notes(base_items: pd.DataFrame, limit: int) -> list[str]:
-    """Return a note on each probe with answers that cannot be generated whole.
+    """Return a note on each probe with answers that are too long to be generated.
 
     Args:
         base_items: probe, reference and reference_tokens of every question.
         limit: the study's evaluation.max_new_tokens.
     """
     notes = []
-    asked = base_items.dropna(subset=["reference"])
-    for probe, group in asked.groupby("probe", sort=False):
+    questions = base_items.dropna(subset=["reference"])
+    for probe, group in questions.groupby("probe", sort=False):
         name, cut = str(probe).replace("_", " "), int((group["reference_tokens"] > limit).sum())
         if cut:
             notes.append(
@@ -267,9 +274,9 @@ def length_notes(base_items: pd.DataFrame, limit: int) -> list[str]:
 
 
 def long_answer_warnings(rows: Sequence[Row], probe: str, limit: int) -> list[str]:
-    """Return a warning on answers with more words than tokens are generated.
+    """Return a warning if answers have more words than `limit`, the tokens that are generated.
 
-    No token spans two words. How many tokens they have is known once the base is scored.
+    No token spans two words. The number of tokens is known once the base is evaluated.
     """
     lengths = [len(re.findall(r"\S+", row["answer"], re.ASCII)) for row in rows]
     cut = sum(length > limit for length in lengths)
@@ -283,7 +290,7 @@ def long_answer_warnings(rows: Sequence[Row], probe: str, limit: int) -> list[st
 
 
 def unknown_probe_warnings(base_items: pd.DataFrame, knowledge: Mapping[str, str]) -> list[str]:
-    """Return a warning on each probe of old knowledge that the base does not know."""
+    """Return a warning on each probe of retained knowledge that the base does not know."""
     means = base_items.groupby("probe")["rougeL_recall"].mean()
     return [
         f"the base itself has a ROUGE-L recall of only {means[probe]:.2f} on probe `{probe}` of "

@@ -25,7 +25,7 @@ from forgetting.config.study import StudyConfig
 from forgetting.config.types import KeyPath, LocateKey, dotted
 from forgetting.data.chat_template import check_arguments, read_chat_template
 from forgetting.data.checks import reject_leaked_questions
-from forgetting.data.hub import HUB_DATASETS
+from forgetting.data.hub_datasets import HUB_DATASETS
 from forgetting.data.table_files import Row, find_table, source_line
 from forgetting.data.tables import (
     evenly_spaced,

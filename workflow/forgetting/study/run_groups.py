@@ -17,8 +17,9 @@ from forgetting.config.variants import VARIANTS
 MAX_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Most tokens of an optimizer step of runs that share a pass, by kind of device.
 
-On a CPU eight runs were 1.1 times as fast at 844 tokens (bench/RECORD.md); larger steps were not
-measured. The value for a GPU is the fixed cost of a pass in tokens (`passes`), not a measurement.
+On a CPU eight runs were 1.1 times as fast at 844 tokens (bench/results/training.md); larger steps
+were not measured. The value for a GPU is the fixed cost of a pass in tokens (`passes`), not a
+measurement.
 """
 
 MIN_RUNS = 4

@@ -1,12 +1,12 @@
-"""Where programs that a model wrote may run: bubblewrap, or nowhere.
+"""Find a sandbox for programs that a model wrote: bubblewrap, or none.
 
-A sandboxed program sees its own network, process table and users and a read-only interpreter,
-and nothing else of the machine. It can write no file. It may use a bounded amount of time, memory
-and threads. `search_sandbox` tries the ways in which that can be had
-here, and returns the first one that proves by experiment that it holds; if there is none,
-programs are not run. `unsafe_runner` is the exception that a user has to ask for by name.
+A sandboxed program has its own network, process table and users, and sees only a read-only
+interpreter of the machine. It can write no file. Its time, memory and threads are limited.
+`search_sandbox` tries the ways to build such a sandbox here and returns the first one that passes
+an experiment. If none passes, programs are not run. Only `unsafe_runner` runs them unprotected, and
+a user must request it by name.
 
-What is covered and what is not: see `forgetting.benchmarks.sandbox`.
+`forgetting.benchmarks.sandbox` documents what is covered and what is not.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from pathlib import Path
 from forgetting.benchmarks.sandbox.runner import MEBIBYTE, Limits, Privilege, Sandbox, SandboxError
 from forgetting.benchmarks.sandbox.seccomp import seccomp_filter
 
-TRIAL_SECONDS = 20.0  # for what should pass; the machine may be busy
+TRIAL_SECONDS = 20.0  # limit of trials that should pass, since the machine may be busy
 
-# The way in which the sandboxed process loses its rights. An ordinary user's process lives in
-# a user namespace that gives it none. Root becomes `nobody` first, because the kernel does not
-# hold root to a limit on processes, not even inside a user namespace. Where nobody cannot read
-# the interpreter (one that lives under /root), root builds the sandbox and the driver turns
-# into `nobody` inside it.
+# How the sandboxed process loses its rights. An ordinary user's process runs in a user namespace
+# without rights. Root becomes `nobody` first, because the kernel does not apply a limit on
+# processes to root, not even inside a user namespace. If nobody cannot read the interpreter (one
+# under /root), root builds the sandbox and the driver becomes `nobody` inside it.
 _NOT_ROOT: tuple[Privilege, ...] = ("user",)
 _ROOT: tuple[Privilege, ...] = ("nobody_outside", "nobody_inside")
 
 
 @functools.cache
 def search_sandbox() -> tuple[Sandbox | None, str]:
-    """(sandbox, why): the first candidate that passes the probe, or None and all reasons."""
+    """Return the first sandbox that passes the trials and a reason, or None and all reasons."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         return None, "bubblewrap (the program `bwrap`) is not installed"
@@ -51,30 +50,31 @@ def search_sandbox() -> tuple[Sandbox | None, str]:
 
 
 def unsafe_runner() -> Sandbox:
-    """No sandbox: a plain subprocess with a time limit and resource limits.
+    """Return a runner without a sandbox: a plain subprocess with time and resource limits.
 
-    Programs can read and delete this user's files and use the network. It is for machines
-    that can be lost, and only where the configuration says `sandbox: none`. There is no limit
-    on processes, since it would count all those of the user.
+    Programs can read and delete this user's files and use the network. The study must set
+    `sandbox: none`; use it on disposable machines only. There is no limit on processes, because it
+    would count all processes of the user.
     """
     limits = replace(Limits(), processes=None)
     return Sandbox("none: programs run unprotected", sys.executable, limits=limits)
 
 
 def _candidates(bwrap: str) -> Iterator[Sandbox]:
-    """Ways to build a sandbox here, the least revealing interpreter first.
+    """Yield ways to build a sandbox here; those that show the least of the machine come first.
 
-    The system's interpreter lies under /usr, which is shown to programs anyway. Otherwise the
-    one that runs this module is taken, with the folder it was installed in.
+    The system's interpreter is under /usr, which programs see anyway. The last candidate is the
+    interpreter that runs this module, with its installation folder.
     """
     features = _features(bwrap)
     own = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
-    found: dict[str, str | None] = {}
+    shown_folders: dict[str, str | None] = {}
     for python in ("/usr/bin/python3", "/usr/local/bin/python3"):
         if os.access(python, os.X_OK):
-            found.setdefault(str(Path(python).resolve()), None)
-    found.setdefault(own, None if own.startswith("/usr/") else str(Path(sys.base_prefix).resolve()))
-    for python, shown in found.items():
+            shown_folders.setdefault(str(Path(python).resolve()), None)
+    own_folder = None if own.startswith("/usr/") else str(Path(sys.base_prefix).resolve())
+    shown_folders.setdefault(own, own_folder)
+    for python, shown in shown_folders.items():
         for privilege in _ROOT if os.geteuid() == 0 else _NOT_ROOT:
             yield Sandbox(
                 name=f"bubblewrap ({privilege.replace('_', ' ')}, {python})",
@@ -86,14 +86,14 @@ def _candidates(bwrap: str) -> Iterator[Sandbox]:
 
 
 def _features(bwrap: str) -> frozenset[str]:
-    """Options that this bubblewrap knows; releases since 0.4 differ."""
-    told = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False)
-    words = (told.stdout + told.stderr).split()
+    """Return the options of this bubblewrap; releases since 0.4 differ."""
+    process = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False)
+    words = (process.stdout + process.stderr).split()
     return frozenset(word for word in words if word.startswith("--"))
 
 
 def _arguments(features: frozenset[str], privilege: Privilege, shown: str | None) -> list[str]:
-    """bubblewrap's arguments: own namespaces, no rights, no environment, a read-only view."""
+    """Return bubblewrap's arguments: own namespaces, no rights or environment, read-only files."""
     arguments = ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     if privilege == "nobody_inside":
         arguments += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
@@ -110,12 +110,12 @@ def _arguments(features: frozenset[str], privilege: Privilege, shown: str | None
         elif folder.is_dir():
             arguments += ["--ro-bind", str(folder), str(folder)]
     if shown:
-        # Left to itself, bubblewrap may make the folders above it for their owner only.
-        for above in reversed(Path(shown).parents[:-1]):
-            arguments += ["--dir", str(above)]
+        # By default bubblewrap may create parent folders that only their owner can read.
+        for parent in reversed(Path(shown).parents[:-1]):
+            arguments += ["--dir", str(parent)]
         arguments += ["--ro-bind", shown, shown]
-    # What bubblewrap leaves writable is closed: /dev and /tmp, whose memory file systems limit no
-    # number of files, and /proc, where a process may raise its chance to be spared (oom_score_adj).
+    # bubblewrap leaves these writable. The memory file systems /dev and /tmp do not limit the
+    # number of files, and in /proc a process may escape the OOM killer (oom_score_adj).
     arguments += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     for writable in ("/proc", "/dev", "/tmp"):
         arguments += ["--remount-ro", writable]
@@ -123,7 +123,7 @@ def _arguments(features: frozenset[str], privilege: Privilege, shown: str | None
 
 
 def _weakness(sandbox: Sandbox) -> str | None:
-    """Why the sandbox cannot be trusted, or None: it must run, refuse, isolate and limit."""
+    """Return why a sandbox fails its trials, or None: it must run, refuse, isolate and limit."""
     try:
         if not sandbox.run_program("f = abs", "assert f(-2) == 2", TRIAL_SECONDS).passed:
             return "a correct program does not pass"
@@ -133,7 +133,7 @@ def _weakness(sandbox: Sandbox) -> str | None:
         with tempfile.TemporaryDirectory(prefix="canary-") as folder:
             canary = Path(folder, "canary")
             canary.write_text("visible")
-            Path(folder).chmod(0o755)  # else `nobody` is kept out by rights, not by the sandbox
+            Path(folder).chmod(0o755)  # otherwise rights, not the sandbox, exclude `nobody`
             trial = _isolation_trial(str(canary), sandbox)
             isolated = sandbox.run_program(trial, timeout=TRIAL_SECONDS)
         if not isolated.passed:
@@ -149,8 +149,8 @@ def _weakness(sandbox: Sandbox) -> str | None:
 
 
 def _isolation_trial(canary: str, sandbox: Sandbox) -> str:
-    """A program that passes only where it can reach nothing of the host."""
-    beside = f"{Path(sandbox.python).parent}/trial"
+    """Return a program that passes only if it cannot reach the host."""
+    sibling = f"{Path(sandbox.python).parent}/trial"
     return f"""
 import os
 assert not os.path.exists({canary!r}), "files of the host can be read"
@@ -167,7 +167,7 @@ assert status["NoNewPrivs"].strip() == "1", "programs can gain rights"
 assert {not sandbox.filtered} or status["Seccomp"].strip() == "2", "system calls are not filtered"
 assert sum(name.isdigit() for name in os.listdir("/proc")) <= 3, "other processes can be seen"
 for path in ("/usr/trial", "/trial", "/dev/trial", "/dev/shm/trial", "/tmp/trial",
-             "/proc/self/oom_score_adj", {beside!r}):
+             "/proc/self/oom_score_adj", {sibling!r}):
     try:
         open(path, "w")
     except OSError:
@@ -177,7 +177,7 @@ for path in ("/usr/trial", "/trial", "/dev/trial", "/dev/shm/trial", "/tmp/trial
 
 
 def _limit_trial(limits: Limits) -> str:
-    """A program that passes only where memory, file size, processes and threads are bounded."""
+    """Return a program that passes only if memory, file size, processes and threads are limited."""
     return f"""
 import _thread, os, time
 try:

@@ -1,18 +1,18 @@
-"""Runs inside the sandbox: one process holds the program, another one its tests.
+"""Driver of the two processes in the sandbox: one holds the program, the other its tests.
 
-The sandbox cannot see this package: the text of this file is handed to the interpreter on
-its command line (`python3 -I -S -c TEXT ROLE`). It must therefore stay self-contained and use
-the standard library only.
+The sandbox cannot import this package. The interpreter gets the text of this file on its command
+line (`python3 -I -S -c TEXT ROLE`). The file must therefore be self-contained and use the standard
+library only.
 
 ROLE `tests` reads a job from standard input, one JSON object: {"program", "tests", "seconds",
-"limits", "user", "reads", "writes"}. `reads` and `writes` are the descriptors of two pipes to
-the process with ROLE `program`, which has their other ends as standard input and output. The
-tests' process writes two JSON lines to its standard output: {"stage": "started"} before the
-program runs, {"stage": "ended", "status", "detail"} afterwards.
+"limits", "user", "reads", "writes"}. `reads` and `writes` are the descriptors of two pipes to the
+process with ROLE `program`, whose other ends are its standard input and output. The tests' process
+writes two JSON lines to its standard output: {"stage": "started"} before the program runs, and
+{"stage": "ended", "status", "detail"} afterwards.
 
-The program's process runs the program and answers calls. The tests' process gets the names
-that the tests use, as values or as `Remote` objects, calls them, and compares the results
-itself. So no code of the program runs where the verdict is made.
+The program's process runs the program and answers calls. The tests' process gets the names that the
+tests use, as values or as `Remote` objects, calls them, and compares the results itself. So no code
+of the program runs where the verdict is made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 MESSAGE_BYTES = 16 * 2**20
 
-# What crosses as a copy: how a value is taken apart, and how it is put together again.
+# Copied types: a function that splits a value into parts, and one that builds a value from them.
 _Parts = tuple[Callable[[Any], Iterable[Any]], Callable[[Any, list[Any]], Any]]
 
 
@@ -40,32 +40,27 @@ def _pairs(value: Any) -> list[Any]:
     return [part for pair in value.items() for part in pair]
 
 
+def _build(kind: Any, parts: list[Any]) -> Any:
+    return kind(*parts)
+
+
 _SEQUENCE: _Parts = (list, lambda kind, parts: kind(parts))
 _MAPPING: _Parts = (_pairs, lambda kind, parts: kind(zip(parts[::2], parts[1::2], strict=True)))
 _COPIED: dict[str, _Parts] = {
-    "builtins.list": _SEQUENCE,
-    "builtins.tuple": _SEQUENCE,
-    "builtins.set": _SEQUENCE,
-    "builtins.frozenset": _SEQUENCE,
+    **{f"builtins.{name}": _SEQUENCE for name in ("list", "tuple", "set", "frozenset")},
     "builtins.dict": _MAPPING,
     "builtins.bytes": (lambda v: [v.hex()], lambda kind, parts: kind.fromhex(*parts)),
     "builtins.bytearray": (lambda v: [v.hex()], lambda kind, parts: kind.fromhex(*parts)),
-    "builtins.complex": (lambda v: [v.real, v.imag], lambda kind, parts: kind(*parts)),
-    "builtins.range": (lambda v: [v.start, v.stop, v.step], lambda kind, parts: kind(*parts)),
-    "builtins.slice": (lambda v: [v.start, v.stop, v.step], lambda kind, parts: kind(*parts)),
+    "builtins.complex": (lambda v: [v.real, v.imag], _build),
+    "builtins.range": (lambda v: [v.start, v.stop, v.step], _build),
+    "builtins.slice": (lambda v: [v.start, v.stop, v.step], _build),
     "collections.deque": _SEQUENCE,
     "collections.OrderedDict": _MAPPING,
     "collections.Counter": (_pairs, lambda kind, parts: kind(_MAPPING[1](dict, parts))),
-    "decimal.Decimal": (lambda v: [str(v)], lambda kind, parts: kind(*parts)),
-    "fractions.Fraction": (
-        lambda v: [v.numerator, v.denominator],
-        lambda kind, parts: kind(*parts),
-    ),
-    "datetime.date": (lambda v: [v.year, v.month, v.day], lambda kind, parts: kind(*parts)),
-    "datetime.timedelta": (
-        lambda v: [v.days, v.seconds, v.microseconds],
-        lambda kind, parts: kind(*parts),
-    ),
+    "decimal.Decimal": (lambda v: [str(v)], _build),
+    "fractions.Fraction": (lambda v: [v.numerator, v.denominator], _build),
+    "datetime.date": (lambda v: [v.year, v.month, v.day], _build),
+    "datetime.timedelta": (lambda v: [v.days, v.seconds, v.microseconds], _build),
 }
 _TYPES = {"builtins.int", "builtins.float", "builtins.str", "builtins.bool", "builtins.object"}
 _TYPES |= {*_COPIED} | {
@@ -73,12 +68,12 @@ _TYPES |= {*_COPIED} | {
     for name, value in vars(builtins).items()
     if isinstance(value, type) and issubclass(value, BaseException)
 }
-# A module that the program imported and the tests use is imported by the tests' process, too.
-# None of these runs code that it is given as text, or reads files.
+# If the program imported one of these modules and the tests use it, the tests' process imports it
+# too. None of them runs text as code or reads files.
 _MODULES = """bisect cmath collections copy datetime decimal fractions functools hashlib heapq
 itertools json math operator random re statistics string typing"""
 
-# What one process may ask of the other, by name.
+# What one process may call in the other, by name.
 _COMPARISONS = "eq ne lt le gt ge"
 _ARITHMETIC = "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor"
 _OPERATORS = f"{_COMPARISONS} {_ARITHMETIC} abs delitem getitem index invert neg pos setitem"
@@ -88,19 +83,19 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f.__name__: f for f in (repr, reversed, setattr, str)},
     "call": lambda function, /, *args, **keywords: function(*args, **keywords),
 }
-# What a program may ask about an object that the tests gave it.
+# What a program may call on an object of the tests.
 _ALLOWED = {"call", "getattr", "iter", "len", "next", "setattr"}
 
 
 class Broken(BaseException):
-    """The other process is gone, or what it says makes no sense. Tests must not catch it."""
+    """The other process is gone or sends nonsense. Tests must not catch it."""
 
 
 class Remote:
-    """An object of the other process. What is done with it is done there.
+    """An object of the other process, where all operations on it are executed.
 
-    It equals no object of this process: whether a result is right is not for the other process
-    to say.
+    It equals no object of this process, because the other process must not decide whether a result
+    is right.
     """
 
     __slots__ = ("_number", "_peer")
@@ -111,28 +106,28 @@ class Remote:
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """Call the object with these arguments."""
-        return self._peer.ask("call", self, *args, **keywords)
+        return self._peer.call("call", self, *args, **keywords)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._peer.ask("getattr", self, name)
+        return self._peer.call("getattr", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._peer.ask("setattr", self, name, value)
+        self._peer.call("setattr", self, name, value)
 
     def __instancecheck__(self, value: object) -> bool:
-        return isinstance(value, Remote) and self._peer.ask("isinstance", value, self) is True
+        return isinstance(value, Remote) and self._peer.call("isinstance", value, self) is True
 
 
 _COMPUTATIONS = {*_ARITHMETIC.split(), "abs", "invert", "neg", "pos"}
 
 
 def _computed(name: str, result: Any, *others: Any) -> Any:
-    """Return a result of arithmetic, unless the program could choose it.
+    """Return a result of arithmetic, or raise `TypeError` if the program could choose it.
 
-    The program computes it. If it may make a plain number of an object of its own, it answers 0 to
-    every difference, and `abs(f(x) - y) < 1e-6` holds whatever f returns.
+    The program computes the result. A plain number for an object of its own could be 0 for every
+    difference. Then `abs(f(x) - y) < 1e-6` would hold for any f.
     """
     own = bool(others) and all(isinstance(other, Remote) for other in others)
     if name in _COMPUTATIONS and not isinstance(result, Remote) and not own:
@@ -141,16 +136,16 @@ def _computed(name: str, result: Any, *others: Any) -> Any:
 
 
 def _relayed(name: str) -> Callable[..., Any]:
-    return lambda self, *args: _computed(name, self._peer.ask(name, self, *args), *args)
+    return lambda self, *args: _computed(name, self._peer.call(name, self, *args), *args)
 
 
 def _reflected(name: str) -> Callable[..., Any]:
-    return lambda self, other: _computed(name, self._peer.ask(name, other, self), other)
+    return lambda self, other: _computed(name, self._peer.call(name, other, self), other)
 
 
 def _compared(name: str) -> Callable[..., Any]:
     return lambda self, other: (
-        self._peer.ask(name, self, other) if isinstance(other, Remote) else NotImplemented
+        self._peer.call(name, self, other) if isinstance(other, Remote) else NotImplemented
     )
 
 
@@ -162,7 +157,7 @@ for _name in _ARITHMETIC.split():
 
 
 class Peer:
-    """The other process, as seen from this one. Both may ask; who asks serves while waiting."""
+    """The other process. Both may call each other; a caller serves calls while it waits."""
 
     def __init__(self, reads: int, writes: int, trusts: bool) -> None:
         self._reads, self._writes, self._trusts = os.fdopen(reads, "rb"), writes, trusts
@@ -171,17 +166,17 @@ class Peer:
         self.broken = False
         self.functions = dict(_FUNCTIONS)
 
-    def ask(self, name: str, /, *args: Any, **keywords: Any) -> Any:
-        """Return what a function of the other process makes of the arguments, or raise its error.
+    def call(self, name: str, /, *args: Any, **keywords: Any) -> Any:
+        """Call a function of the other process and return its result or raise its error.
 
-        Arguments that it changed in place are changed here as well.
+        Arguments that it changes in place are changed here as well.
         """
         packed = {key: self._pack(value) for key, value in keywords.items()}
-        self.send("ask", name, [self._pack(value) for value in args], packed)
+        self.send("call", name, [self._pack(value) for value in args], packed)
         while True:
             kind, *content = self.receive()
             try:
-                if kind == "ask":
+                if kind == "call":
                     self.serve(*content)
                     continue
                 if kind == "returned":
@@ -196,7 +191,7 @@ class Peer:
             raise raised
 
     def serve(self, name: str, packed: list[Any], keywords: dict[str, Any]) -> None:
-        """Do what the other process asks and send the answer."""
+        """Execute a call of the other process and send the answer."""
         answer: list[Any]
         try:
             self._check(name, packed)
@@ -219,7 +214,7 @@ class Peer:
         self.send(*answer)
 
     def send(self, *message: Any) -> None:
-        """Write one message, a line of JSON."""
+        """Send one message, a line of JSON."""
         data = memoryview(json.dumps(message).encode() + b"\n")
         try:
             while data:
@@ -228,7 +223,7 @@ class Peer:
             raise self._break(str(error)) from None
 
     def receive(self) -> Any:
-        """Read one message."""
+        """Return the next message."""
         if self.broken:
             raise Broken("gone")
         line = self._reads.readline(MESSAGE_BYTES)
@@ -238,7 +233,7 @@ class Peer:
             kind, *content = json.loads(line)
         except (ValueError, TypeError, RecursionError):
             raise self._break("not a message") from None
-        if kind not in ("ask", "returned", "raised", "ready"):
+        if kind not in ("call", "returned", "raised", "ready"):
             raise self._break("not a message")
         return [kind, *content]
 
@@ -247,7 +242,7 @@ class Peer:
         return Broken(reason)
 
     def _check(self, name: str, packed: list[Any]) -> None:
-        """Raise `TypeError` unless the other process may ask this."""
+        """Raise `TypeError` unless the other process may make this call."""
         if self._trusts:
             return
         if name not in _ALLOWED or not packed or packed[0][0] != "yours":
@@ -261,7 +256,7 @@ class Peer:
             raise TypeError(f"{name} of {packed[1]} is refused")
 
     def _pack(self, value: Any) -> Any:
-        """Return a value as JSON: copied if it is plain, else a number that stands for it."""
+        """Return a value as JSON: a copy if it is plain, otherwise a number that refers to it."""
         kind = type(value)
         if value is None or kind in (bool, float, str):
             return value
@@ -302,7 +297,7 @@ class Peer:
         return _COPIED[kind][1](_find(kind), [self._unpack(part) for part in content])
 
     def _describe(self, error: BaseException) -> list[Any]:
-        """An exception as its nearest built-in class, its own name and its arguments."""
+        """Return an exception as its nearest built-in class, its name and its arguments."""
         base = next(kind.__name__ for kind in type(error).__mro__ if _name_of(kind) in _TYPES)
         try:
             return [base, type(error).__name__, [self._pack(value) for value in error.args]]
@@ -311,7 +306,7 @@ class Peer:
 
 
 def _name_of(kind: type) -> str:
-    """Return the dotted name of a class. The program's own count as built-in ones for Python."""
+    """Return the dotted name of a class; Python calls the program's own classes built-in."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     own = kind.__module__ == "builtins" and getattr(builtins, kind.__name__, None) is not kind
     return f"program.{name}" if own else name
@@ -330,7 +325,7 @@ def _error(base: str, own: str, args: list[Any]) -> BaseException:
         kind = type(str(own), (kind,), {})
     try:
         return kind(*args)  # type: ignore[no-any-return]
-    except TypeError:  # such as UnicodeDecodeError, which wants five arguments
+    except TypeError:  # such as UnicodeDecodeError, which needs five arguments
         return Exception(own)
 
 
@@ -344,11 +339,11 @@ def _overwrite(old: Any, new: Any) -> None:
         old.update(new)
 
 
-def _wanted(tests: str) -> list[str]:
-    """The names that tests use and do not define.
+def _names_of_program(tests: str) -> list[str]:
+    """Return the names that tests use and do not define.
 
-    Built-in functions are the tests' own, so that a program cannot replace what checks it, unless
-    the tests use no other name of the program (a function that is called `sum`, say).
+    Built-in functions are the tests' own, so that a program cannot replace its checks. The
+    exception is tests that use no other name of the program, such as of a function called `sum`.
     """
     used: set[str] = set()
     defined: set[str] = set()
@@ -362,38 +357,29 @@ def _wanted(tests: str) -> list[str]:
                 used |= {name} if symbol.is_referenced() else set()
                 own = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
                 defined |= {name} if own else set()
-    wanted = {name for name in used - defined if not name.startswith("__")}
-    return sorted(wanted - vars(builtins).keys() or wanted)
-
-
-def _limit(kind: int, value: int | None) -> None:
-    if value is not None:
-        resource.setrlimit(kind, (value, value))
+    names = {name for name in used - defined if not name.startswith("__")}
+    return sorted(names - vars(builtins).keys() or names)
 
 
 def _apply_limits(limits: dict[str, Any], user: int | None) -> None:
-    """Give up root (if we were started as root), then set what a process may use.
+    """Give up root, if this process has it, and set the resource limits.
 
-    The timer counts processor time, so that a busy machine fails no program. It ends a process
-    that does not object; the limit in whole seconds ends any.
+    The timer counts processor time, so a busy machine fails no program. A process can ignore its
+    signal, but not the limit in whole seconds.
     """
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_CPU, limits["processor_seconds"])
-    _limit(resource.RLIMIT_FSIZE, limits["file_size"])
-    _limit(resource.RLIMIT_NOFILE, limits["open_files"])
-    _limit(resource.RLIMIT_NPROC, limits["processes"])
-    _limit(resource.RLIMIT_AS, limits["address_space"])
+    for name, value in limits["resources"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
     signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
 
 
 def _silence() -> tuple[int, int]:
     """Point the standard streams at /dev/null; return private copies of input and output.
 
-    What a program prints is not scored, and must not fill a pipe.
+    The output of a program is not scored and must not fill a pipe.
     """
     private = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
@@ -404,7 +390,7 @@ def _silence() -> tuple[int, int]:
 
 
 def hold_program() -> None:
-    """Define what the program defines and answer calls, until the other process ends."""
+    """Run the program and answer calls until the other process ends."""
     peer = Peer(*_silence(), trusts=True)
 
     def define(program: str, names: list[str]) -> dict[str, Any]:
@@ -412,7 +398,7 @@ def hold_program() -> None:
         try:
             exec(compile(program, "<program>", "exec"), namespace)
         except BaseException:
-            namespace.clear()  # after a MemoryError there is no other room for the answer
+            namespace.clear()  # frees memory for the answer after a MemoryError
             raise
         return {name: namespace[name] for name in names if name in namespace}
 
@@ -426,24 +412,24 @@ def hold_program() -> None:
 
 
 def run_tests() -> None:
-    """Run the tests on the program of the other process and report how that ended."""
+    """Run the tests on the program of the other process and report the outcome."""
     job = json.loads(sys.stdin.buffer.read())
     _, report = _silence()
     peer = Peer(job["reads"], job["writes"], trusts=False)
 
-    def say(**message: Any) -> None:
+    def write_report(**message: Any) -> None:
         os.write(report, json.dumps(message).encode() + b"\n")
 
     peer.send("ready", job["limits"], job["user"] and job["user"][0])
     peer.receive()
     _apply_limits(job["limits"], job["user"] and job["user"][1])
-    say(stage="started")
+    write_report(stage="started")
     status, detail = "passed", ""
     try:
-        wanted = _wanted(job["tests"])
-        defined = peer.ask("define", job["program"], wanted)
-        names = {name: defined[name] for name in wanted if name in defined}
-        exec(compile(job["tests"], "<tests>", "exec"), names)
+        names = _names_of_program(job["tests"])
+        defined = peer.call("define", job["program"], names)
+        namespace = {name: defined[name] for name in names if name in defined}
+        exec(compile(job["tests"], "<tests>", "exec"), namespace)
     except MemoryError:
         status, detail = "out_of_memory", "MemoryError"
     except Broken as error:
@@ -454,7 +440,7 @@ def run_tests() -> None:
         except BaseException:
             text = ""
         status, detail = "failed", f"{type(error).__name__}: {text}".removesuffix(": ")
-    say(stage="ended", status="broken" if peer.broken else status, detail=detail)
+    write_report(stage="ended", status="broken" if peer.broken else status, detail=detail)
     os._exit(0)
 
 

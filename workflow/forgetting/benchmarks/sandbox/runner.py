@@ -1,5 +1,4 @@
-"""Runs programs in a sandbox that `forgetting.benchmarks.sandbox` has found, and tells how they "
-"ended."""
+"""Run programs in a sandbox that `search_sandbox` has found, and return their outcomes."""
 
 from __future__ import annotations
 
@@ -25,50 +24,59 @@ Status = Literal["passed", "failed", "timed_out", "out_of_memory", "crashed"]
 Privilege = Literal["user", "nobody_outside", "nobody_inside"]
 
 NOBODY_USER = 65534
-TESTER_USER = 65533  # who runs the tests where bubblewrap makes no user namespace
+TESTER_USER = 65533  # runs the tests where bubblewrap makes no user namespace
 MEBIBYTE = 2**20
-START_SECONDS = 30.0  # for the sandbox and the interpreter to come up on a busy machine
-WAITING = 10  # a program may wait (or sleep) this many times as long as it may compute
-END_SECONDS = 1.0  # for a process whose pipe was closed to end
+START_SECONDS = 30.0  # limit for the start of sandbox and interpreter on a busy machine
+WALL_TIME_FACTOR = 10  # a program's limit of wall time, in limits of processor time
+END_SECONDS = 1.0  # limit for the end of a process whose pipe was closed
 REPORT_BYTES = 65536
 _SIGNALS = {6: "aborted", 7: "bus error", 9: "killed", 11: "segmentation fault"}
 _TIME_SIGNALS = {24, 27}  # SIGXCPU, SIGPROF
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself did not work, so that nothing can be said about the program."""
+    """The sandbox itself failed, so the program has no outcome."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     memory_mib: int = 512
     file_mib: int = 1
     open_files: int = 64
-    processes: int | None = 8  # threads, since no program may have a second process
+    processes: int | None = 8  # limits threads, since no program may have a second process
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended. `detail` is a short excerpt of the reason."""
+    """Outcome of a program; `detail` is a short excerpt of the reason."""
 
     status: Status
     detail: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether the program came to its end, tests included, without an exception."""
+        """Return whether the program and its tests finished without an exception."""
         return self.status == "passed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """One way to run programs: the interpreter, what stands before it, and the limits."""
+    """A way to run programs.
+
+    Attributes:
+        name: name for messages and records.
+        python: the interpreter.
+        prefix: the command line of bubblewrap; empty without a sandbox.
+        privilege: how the process loses its rights.
+        filtered: whether system calls are filtered.
+        limits: resource limits of each program.
+    """
 
     name: str
     python: str
@@ -79,13 +87,14 @@ class Sandbox:
 
     @property
     def isolated(self) -> bool:
-        """Whether anything stands between a program and this machine."""
+        """Return whether programs are isolated from this machine."""
         return bool(self.prefix)
 
     def run_program(self, program: str, tests: str = "", timeout: float = 3.0) -> Outcome:
         """Run a program and then its tests, each for at most `timeout` seconds of processor time.
 
-        Raises `SandboxError` if the sandbox itself does not come up in two attempts.
+        Raises:
+            SandboxError: the sandbox does not start in two attempts.
         """
         with contextlib.suppress(SandboxError):
             return self._attempt(program, tests, timeout)
@@ -98,10 +107,10 @@ class Sandbox:
 
         Each pair runs in sandboxes of its own. Equal pairs are run once.
         """
-        different = list(dict.fromkeys(programs))
+        unique = list(dict.fromkeys(programs))
         with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            ends = pool.map(lambda pair: self.run_program(pair[0], pair[1], timeout), different)
-            outcomes = dict(zip(different, ends, strict=True))
+            results = pool.map(lambda pair: self.run_program(pair[0], pair[1], timeout), unique)
+            outcomes = dict(zip(unique, results, strict=True))
         return [outcomes[pair] for pair in programs]
 
     def _attempt(self, program: str, tests: str, timeout: float) -> Outcome:
@@ -110,15 +119,15 @@ class Sandbox:
         ends = (to_program, from_tests, to_tests, from_program)
         job = self._job(program, tests, timeout) | {"reads": to_tests, "writes": from_tests}
         with contextlib.ExitStack() as stack:
-            where = None
+            folder = None
             if not self.isolated:
-                where = stack.enter_context(tempfile.TemporaryDirectory(prefix="program-"))
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="program-"))
             try:
                 holder = stack.enter_context(
-                    _start(self, "program", where, stdin=to_program, stdout=from_program)
+                    _start(self, "program", folder, stdin=to_program, stdout=from_program)
                 )
                 tester = stack.enter_context(
-                    _start(self, "tests", where, inherited=(to_tests, from_tests))
+                    _start(self, "tests", folder, inherited=(to_tests, from_tests))
                 )
             finally:
                 for descriptor in ends:
@@ -127,14 +136,16 @@ class Sandbox:
             return _judge(holder, tester, timeout)
 
     def _job(self, program: str, tests: str, timeout: float) -> dict[str, Any]:
-        limits = {
-            "address_space": self.limits.memory_mib * MEBIBYTE,
-            "seconds": timeout,
-            "processor_seconds": math.ceil(timeout) + 1,
-            "file_size": self.limits.file_mib * MEBIBYTE,
-            "open_files": self.limits.open_files,
-            "processes": self.limits.processes,
+        resources = {
+            "RLIMIT_CORE": 0,
+            "RLIMIT_CPU": math.ceil(timeout) + 1,
+            "RLIMIT_FSIZE": self.limits.file_mib * MEBIBYTE,
+            "RLIMIT_NOFILE": self.limits.open_files,
+            "RLIMIT_NPROC": self.limits.processes,
+            "RLIMIT_AS": self.limits.memory_mib * MEBIBYTE,
         }
+        resources = {name: value for name, value in resources.items() if value is not None}
+        limits = {"seconds": timeout, "resources": resources}
         users = (NOBODY_USER, TESTER_USER) if self.privilege == "nobody_inside" else None
         return {"program": program, "tests": tests, "limits": limits, "user": users}
 
@@ -148,20 +159,20 @@ def _start(
     stdout: int = subprocess.PIPE,
     inherited: tuple[int, ...] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process; whatever happens, it is gone when the block is left.
+    """Start a process and kill it at the end of the block.
 
-    Killing bubblewrap kills the first process in its process namespace, and with that one
-    the kernel kills all the others. Without bubblewrap the process group is what can be had.
+    Killing bubblewrap kills the first process of its process namespace, and the kernel then kills
+    all others. Without bubblewrap the process group is killed.
     """
     command = [*sandbox.prefix]
-    rules: list[int] = []
+    filters: list[int] = []
     if sandbox.filtered:
-        rules.append(_filter_pipe())
-        command += ["--seccomp", str(rules[0]), "--"]
+        filters.append(_filter_pipe())
+        command += ["--seccomp", str(filters[0]), "--"]
     command += [sandbox.python, "-I", "-S", "-c", inspect.getsource(driver), role]
-    nobody: dict[str, Any] = {}
+    user: dict[str, Any] = {}
     if sandbox.privilege == "nobody_outside":
-        nobody = {"user": NOBODY_USER, "group": NOBODY_USER, "extra_groups": []}
+        user = {"user": NOBODY_USER, "group": NOBODY_USER, "extra_groups": []}
     try:
         process = subprocess.Popen(
             command,
@@ -171,13 +182,13 @@ def _start(
             env={"PATH": "/usr/bin:/bin"},
             cwd=folder or "/",
             start_new_session=True,
-            pass_fds=(*rules, *inherited),
-            **nobody,
+            pass_fds=(*filters, *inherited),
+            **user,
         )
     except OSError as error:
         raise SandboxError(f"{command[0]} could not be started: {error}") from error
     finally:
-        for descriptor in rules:
+        for descriptor in filters:
             os.close(descriptor)
     try:
         yield process
@@ -196,7 +207,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _filter_pipe() -> int:
-    """Return a pipe from which bubblewrap reads the system-call filter (it is some 900 bytes)."""
+    """Return a pipe from which bubblewrap reads the system-call filter (some 900 bytes)."""
     reader, writer = os.pipe()
     os.write(writer, seccomp_filter() or b"")
     os.close(writer)
@@ -204,14 +215,15 @@ def _filter_pipe() -> int:
 
 
 def _write_input(process: subprocess.Popen[bytes], job: dict[str, Any]) -> None:
-    """Write a job to a process, however long both are."""
-    assert process.stdin is not None  # it is a pipe
-    with contextlib.suppress(OSError, ValueError):  # it ended, or its pipes were closed
+    """Write a job to a process; the job may be larger than the pipe's buffer."""
+    assert process.stdin is not None  # a pipe
+    with contextlib.suppress(OSError, ValueError):  # the process ended, or its pipes are closed
         process.stdin.write(json.dumps(job).encode())
         process.stdin.close()
 
 
-def _outcome_of_exit(process: subprocess.Popen[bytes], seconds: float) -> bool:
+def _has_exited(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait at most `seconds` and return whether the process has exited."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.returncode is not None
@@ -220,26 +232,28 @@ def _outcome_of_exit(process: subprocess.Popen[bytes], seconds: float) -> bool:
 def _judge(
     holder: subprocess.Popen[bytes], tester: subprocess.Popen[bytes], timeout: float
 ) -> Outcome:
-    """Wait for the end of the tests, which run where the program does not reach."""
-    assert tester.stdout is not None  # it is a pipe
+    """Wait for the end of the tests and return the outcome."""
+    assert tester.stdout is not None  # a pipe
     select.select([tester.stdout], [], [], START_SECONDS)
-    begin = time.monotonic()
-    finished = _outcome_of_exit(tester, WAITING * timeout)
+    start = time.monotonic()
+    finished = _has_exited(tester, WALL_TIME_FACTOR * timeout)
     stages = {message["stage"]: message for message in map(json.loads, _lines(tester.stdout))}
     if "started" not in stages:
         errors = b" ".join(_read(process.stderr) for process in (holder, tester))
         excerpt = errors.decode(errors="replace").strip()[-300:]
         raise SandboxError(f"the sandbox did not start ({tester.returncode}): {excerpt}")
     if not finished:
-        return Outcome("timed_out", f"stopped after {WAITING * timeout:g} s without an end")
+        return Outcome(
+            "timed_out", f"stopped after {WALL_TIME_FACTOR * timeout:g} s without an end"
+        )
     end = stages.get("ended")
     if end is not None and end["status"] != "broken":
         return Outcome(end["status"], end["detail"][:300])
-    if end is not None and not _outcome_of_exit(holder, END_SECONDS):
+    if end is not None and not _has_exited(holder, END_SECONDS):
         return Outcome("failed", f"no longer answers its tests: {end['detail']}"[:300])
     last = tester if end is None else holder
     number = last.returncode - 128 if last.returncode > 128 else -last.returncode
-    if number in _TIME_SIGNALS or (number == 9 and time.monotonic() - begin >= timeout):
+    if number in _TIME_SIGNALS or (number == 9 and time.monotonic() - start >= timeout):
         return Outcome("timed_out", f"stopped after {timeout:g} s of processor time")
     if number in _SIGNALS:
         return Outcome("crashed", _SIGNALS[number])
@@ -251,9 +265,9 @@ def _lines(stream: IO[bytes]) -> list[bytes]:
 
 
 def _read(stream: IO[bytes] | None) -> bytes:
-    """Return what is in a pipe now, at most 64 KiB: a pipe holds no more, and nobody drained it.
+    """Return the current content of a pipe, at most 64 KiB, which is the capacity of a pipe.
 
-    It does not wait for the end of the stream, which a surviving process could withhold.
+    This does not wait for the end of the stream, which a surviving process could delay.
     """
     data = b""
     while stream is not None and len(data) < REPORT_BYTES:

@@ -1,13 +1,15 @@
-"""A system-call filter for the sandbox: what no test of a small function ever needs.
+"""Build the sandbox's system-call filter, which refuses what no test of a small function needs.
 
-Namespaces and resource limits already keep a program away from files, network and other
-processes. The filter takes away parts of the kernel on top of that: the ones in which
-privilege holes were found again and again (io_uring, bpf, keyrings, new namespaces), the ones
-that hand out memory which no resource limit counts (System V shared memory, larger buffers of
-sockets and pipes), all sockets but pairs, locks on files, and second processes. Threads remain.
+Namespaces and resource limits already keep a program from files, network and other processes. The
+filter also closes parts of the kernel:
 
-The filter is classic BPF, as seccomp(2) wants it: 8-byte instructions (u16 code, u8 jump if
-true, u8 jump if false, u32 constant) over `struct seccomp_data` {nr, arch, ip, args[6]}.
+- those with frequent privilege holes (io_uring, bpf, keyrings, new namespaces)
+- those whose memory no resource limit counts (System V shared memory, larger buffers of sockets and
+  pipes)
+- all sockets but pairs, locks on files, and second processes. Threads remain.
+
+The filter is classic BPF, as in seccomp(2): 8-byte instructions (u16 code, u8 jump if true, u8 jump
+if false, u32 constant) over `struct seccomp_data` {nr, arch, ip, args[6]}.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ _REFUSED = {
     "pidfd_getfd": (438, 438),
     "mount_setattr": (442, 442),
 }
-_ONLY_X86_64 = {"fork": 57, "vfork": 58}  # elsewhere both are forms of clone
+_ONLY_X86_64 = {"fork": 57, "vfork": 58}  # forms of clone on other machines
 _CLONE = (56, 220)
 _CLONE3 = (435, 435)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -93,7 +95,7 @@ _FCNTL_REFUSED = {
 }
 
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARGUMENTS = 0, (16, 24)  # where they lie in seccomp_data (low halves of the arguments)
+_NUMBER, _ARGUMENTS = 0, (16, 24)  # offsets in seccomp_data (low halves of the arguments)
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
 
@@ -103,16 +105,16 @@ def _instruction(code: int, constant: int, if_true: int = 0, if_false: int = 0) 
 
 
 def seccomp_filter(machine: str | None = None) -> bytes | None:
-    """The filter program for this machine; None where the numbers are not known.
+    """Return the filter program for a machine, or None if its system-call numbers are unknown.
 
-    A refused call fails with EPERM. clone3 answers ENOSYS, because its flags lie in memory
-    that a filter cannot read: the C library then falls back to clone, whose flags it can.
+    A refused call fails with EPERM. clone3 fails with ENOSYS, because a filter cannot read its
+    flags in memory. The C library then falls back to clone, whose flags a filter can read.
     """
     machine = machine or platform.machine()
     if machine not in _AUDIT_ARCH:
         return None
     column = 0 if machine == "x86_64" else 1
-    refuse, missing = _ERROR | _EPERM, _ERROR | _ENOSYS
+    refuse, unavailable = _ERROR | _EPERM, _ERROR | _ENOSYS
     program = [
         _instruction(_LOAD, 4),
         _instruction(_JUMP_EQUAL, _AUDIT_ARCH[machine], if_true=1),
@@ -131,8 +133,8 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
         program += [_instruction(_RETURN, refuse)]
     program += [
         _instruction(_JUMP_EQUAL, _CLONE3[column], if_false=1),
-        _instruction(_RETURN, missing),
-        # A thread, and nothing else, may be cloned.
+        _instruction(_RETURN, unavailable),
+        # Only threads may be cloned.
         _instruction(_JUMP_EQUAL, _CLONE[column], if_false=5),
         _instruction(_LOAD, _ARGUMENTS[0]),
         _instruction(_JUMP_ANY_BIT, _NEW_NAMESPACE, if_true=1),

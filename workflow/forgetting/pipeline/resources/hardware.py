@@ -92,7 +92,8 @@ def core_device(count: int) -> Device:
     """So many cores of a processor, with 2 GB of memory each.
 
     Adapters of rank 8 on 1.3 million weights were trained at 3,000 tokens a second by one core in
-    float32 (bench/RECORD.md), which is 26 GFLOP/s: two fifths of what AVX2 multiplies at 2 GHz.
+    float32 (bench/results/training.md), which is 26 GFLOP/s: two fifths of what AVX2 multiplies at
+    2 GHz.
     """
     core = Device(
         name="CPU",

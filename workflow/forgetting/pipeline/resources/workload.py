@@ -13,6 +13,7 @@ from functools import cached_property
 from forgetting.benchmarks.registry import benchmark, task_with_same_dataset
 from forgetting.config.expand import Method
 from forgetting.config.study import StudyConfig
+from forgetting.data.hub_datasets import BENCHMARK_SIZES
 from forgetting.data.table_sizes import (
     ProbeWorkload,
     TrainingSequences,
@@ -48,13 +49,7 @@ class TaskSize:
     download: float
 
 
-TASK_SIZES = {
-    "gsm8k": TaskSize(1319, 255, 545, 0, 0, 2.7e6),
-    "humaneval": TaskSize(164, 451, 0, 0, 0, 0.1e6),
-    "hellaswag": TaskSize(10_042, 140, 215, 4, 76, 36e6),
-    "winogrande": TaskSize(1267, 101, 106, 2, 50, 3.4e6),
-    "arc_challenge": TaskSize(1172, 150, 175, 4, 25, 0.5e6),
-}
+TASK_SIZES = {task: TaskSize(**size) for task, size in BENCHMARK_SIZES.items()}
 OTHER_TASK_SIZE = TaskSize(2000, 250, 300, 4, 40, 5e6)
 """A guess for every other task of the harness."""
 
