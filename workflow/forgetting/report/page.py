@@ -90,7 +90,7 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
     kinds = _method_kinds(tables)
     scripts = [_vega(), _asset("page.js")]
     answer, qualified = narrative(tables)
-    numbers = numbered_figures(tables)
+    numbers = figure_numbers(tables)
     settings = {
         "themes": {mode: theme(kinds, mode) for mode in MODES},
         "figures": {name: spec for name, spec in specs.items() if name in numbers},
@@ -113,7 +113,7 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
         labels=frames.method_labels(tables),
         numbers=numbers,
         colours=list(zip(*(palette(kinds, mode) for mode in MODES), strict=True)),
-        downloads=figure_downloads(tables),
+        downloads=table_downloads(tables),
         settings=script_json(settings),
         bundle=scripts[0],
         script=scripts[1],
@@ -123,7 +123,7 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
     return html
 
 
-def numbered_figures(tables: ReportTables) -> dict[str, int]:
+def figure_numbers(tables: ReportTables) -> dict[str, int]:
     """Return the number of each figure; figures of what the study does not measure are left out."""
     benchmarks = tables.config.get("benchmarks", {})
     left_out = {
@@ -150,7 +150,7 @@ def task_rows(tables: ReportTables) -> list[dict[str, Any]]:
     ]
 
 
-def figure_downloads(tables: ReportTables) -> list[dict[str, str]]:
+def table_downloads(tables: ReportTables) -> list[dict[str, str]]:
     """Return the tables that the page offers as CSV, as data URLs."""
     downloads = {
         "summary": summary.summary_frame(tables),

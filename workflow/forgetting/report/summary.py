@@ -1,4 +1,4 @@
-"""The numbers of the page, derived from the tables alone, and the selection rule in words."""
+"""The numbers of the page, derived from the tables, and the selection rule in words."""
 
 from __future__ import annotations
 

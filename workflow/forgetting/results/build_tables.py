@@ -221,8 +221,8 @@ def caveats(
     if durations:
         lengths = ", ".join(f"{duration:g}" for duration in sorted(durations))
         notes.append(
-            "Every point of a trajectory is the end of a training of that length, in which the "
-            f"learning rate has fallen to its end: {lengths} epochs."
+            "Every point of a trajectory is the end of a training of its own duration, after the "
+            f"decay of the learning rate: {lengths} epochs."
         )
     if len(seeds) == 1:
         notes.append(
@@ -236,12 +236,12 @@ def caveats(
     cut = max((record["cut_rows"] for record in records), default=0)
     if cut:
         notes.append(
-            f"{cut} training answers are longer than training.max_length and were cut, without an "
-            "end of sequence."
+            f"{cut} training answers are longer than training.max_length and were cut, so that they "
+            "have no end of sequence."
         )
     diverged = [record["run"] for record in records if record["status"] == "diverged"]
     if diverged:
-        notes.append(f"Diverged, and kept as such: {', '.join(diverged)}.")
+        notes.append(f"Runs that diverged: {', '.join(diverged)}.")
     return notes
 
 
