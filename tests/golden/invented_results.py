@@ -189,7 +189,7 @@ def report(folder: Path) -> dict[str, Any]:
     """
     made = ReportTables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
     small: dict[str, Any] = {"ranks": (2,), "rates": (1e-3,), "epochs": 4, "old": ("facts",)}
-    drawn = ReportTables(**synthetic_tables.tables(**small, tasks=synthetic_tables.ALONG))
+    drawn = ReportTables(**synthetic_tables.tables(**small, tasks=synthetic_tables.TRAINING_TASKS))
     said, qualified = narrative(made)
     return {
         "answer": said,

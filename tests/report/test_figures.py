@@ -1,4 +1,4 @@
-"""The figures: what they encode, how many marks, and what they do where data are missing."""
+"""Tests of the figures: encodings, numbers of marks, and missing data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from forgetting.report.charts import FIGURES
 from forgetting.report.frames import ReportTables
 from forgetting.report.page import chart_spec, static_svg
 from forgetting.report.theme import MODES, palette, theme
-from support import result_tables as synthetic
-
-
-def _tables(**options: Any) -> ReportTables:
-    return ReportTables(**synthetic.tables(**options))
+from support.result_tables import report_tables
+from support.result_tables import tables as make_tables
 
 
 def _spec(name: str, tables: ReportTables) -> dict[str, Any]:
@@ -30,20 +27,20 @@ def _spec(name: str, tables: ReportTables) -> dict[str, Any]:
 
 @cache
 def _usual(name: str) -> dict[str, Any]:
-    """The figure of the usual tables, to look at: it takes seconds to make."""
-    return _spec(name, _tables())
+    """Return the figure of the default tables; it takes seconds to make."""
+    return _spec(name, report_tables())
 
 
 def _layers(spec: dict[str, Any], panel: int, mark: str, style: str | None = None) -> list[Any]:
-    found = spec["concat"][panel]["layer"]
-    found = [layer for layer in found if layer["mark"]["type"] == mark]
-    return [layer for layer in found if style is None or layer["mark"].get("style") == style]
+    layers = spec["concat"][panel]["layer"]
+    layers = [layer for layer in layers if layer["mark"]["type"] == mark]
+    return [layer for layer in layers if style is None or layer["mark"].get("style") == style]
 
 
 def _rows(
     spec: dict[str, Any], layer: dict[str, Any], score: str = "ROUGE-L recall"
 ) -> list[dict[str, Any]]:
-    """What a layer shows; of those with a menu of scores what it shows of this one."""
+    """Return the rows that a layer shows, with a menu of scores those of this score."""
     rows: list[dict[str, Any]] = spec["datasets"][layer["data"]["name"]]
     if not any("score" in row for row in rows):
         return rows
@@ -55,7 +52,7 @@ def _field(layer: dict[str, Any], channel: str) -> Any:
     return layer["encoding"][channel].get("field")
 
 
-def test_trajectories_draw_rouge_by_epoch_with_a_panel_per_probe() -> None:
+def test_trajectories_have_a_panel_per_probe() -> None:
     spec = _usual("trajectories")
     assert [" ".join(panel["title"]["text"]) for panel in spec["concat"]] == [
         "new authors",
@@ -76,9 +73,9 @@ def test_trajectories_draw_rouge_by_epoch_with_a_panel_per_probe() -> None:
 @pytest.mark.parametrize(
     "name", ["trajectories", pytest.param("old_versus_new", marks=pytest.mark.slow)]
 )
-def test_a_large_sweep_is_drawn_in_part_and_the_page_says_so(name: str) -> None:
-    """Altair would refuse more than 5,000 rows, at 114 other runs of 21 evaluations."""
-    tables = _tables(rates=tuple(np.geomspace(1e-4, 1e-2, 61)), epochs=21)
+def test_large_sweep_is_drawn_in_part(name: str) -> None:
+    """Altair's limit of 5,000 rows is passed at 114 other runs of 21 evaluations."""
+    tables = report_tables(rates=tuple(np.geomspace(1e-4, 1e-2, 61)), epochs=21)
     spec = _spec(name, tables)
     runs = {row["run"] for rows in spec["datasets"].values() for row in rows if "run" in row}
     chosen = set(tables.runs[tables.runs["chosen"].astype(bool)]["run"])
@@ -89,9 +86,9 @@ def test_a_large_sweep_is_drawn_in_part_and_the_page_says_so(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["trajectories", "old_versus_new"])
-def test_a_menu_shows_f1_in_place_of_recall(name: str) -> None:
-    """The same marks with the other values, named on the axes; the threshold is one of recall."""
-    made = synthetic.tables()
+def test_score_menu_switches_to_f1(name: str) -> None:
+    """The marks are the same with other values and axis titles; the threshold is of recall."""
+    made = make_tables()
     f1 = made["trajectory"]["metric"] == "rougeL_f1"
     made["trajectory"].loc[f1, ["value", "low", "high"]] *= 0.5
     spec = _spec(name, ReportTables(**made))
@@ -116,24 +113,24 @@ def test_a_menu_shows_f1_in_place_of_recall(name: str) -> None:
         assert shown not in svg
 
 
-def test_every_trajectory_starts_at_the_base() -> None:
-    rows = frames.measured_probes(_tables(), frames.ROUGE, "real_authors")
+def test_trajectories_start_at_the_base() -> None:
+    rows = frames.measured_probes(report_tables(), frames.ROUGE, "real_authors")
     starts = rows[rows["step"] == 0]
     assert sorted(starts["run"]) == sorted(set(rows["run"]))
     assert set(starts["value"]) == {0.85}
 
 
-def test_a_measured_step_zero_is_not_doubled_by_the_base() -> None:
-    made = synthetic.tables(ranks=(2,), full=False, rates=(1e-3,))
+def test_measured_probes_keep_a_measured_step_zero() -> None:
+    made = make_tables(ranks=(2,), full=False, rates=(1e-3,))
     rows = made["trajectory"]
     run = made["selection"]["run"].iloc[0]
     zero = rows[rows["run"] == "base"].assign(run=run, value=0.5)
-    tables = ReportTables(**{**made, "trajectory": pd.concat([rows, zero], ignore_index=True)})
-    measured = frames.measured_probes(tables, frames.ROUGE, "real_authors")
+    made["trajectory"] = pd.concat([rows, zero], ignore_index=True)
+    measured = frames.measured_probes(ReportTables(**made), frames.ROUGE, "real_authors")
     assert list(measured[measured["step"] == 0]["value"]) == [0.5]
 
 
-def test_threshold_is_drawn_on_the_new_knowledge_only_and_the_base_on_the_old_only() -> None:
+def test_trajectories_draw_threshold_on_new_and_base_on_old() -> None:
     spec = _usual("trajectories")
     levels = [
         [_rows(spec, layer)[0] for layer in _layers(spec, panel, "rule", "reference")]
@@ -143,15 +140,15 @@ def test_threshold_is_drawn_on_the_new_knowledge_only_and_the_base_on_the_old_on
     assert [row.get("value") for (row,) in levels] == [None, 0.85, 0.85]
 
 
-def test_a_rule_on_another_metric_draws_no_threshold_on_rouge() -> None:
-    made = synthetic.tables()
+def test_trajectories_draw_no_threshold_of_another_metric() -> None:
+    made = make_tables()
     made["study"]["study"]["selection"]["metric"] = "probability"
     spec = _spec("trajectories", ReportTables(**made))
     assert not _layers(spec, 0, "rule", "reference")
 
 
-def test_several_seeds_are_thin_lines_around_their_mean() -> None:
-    tables = _tables(seeds=(0, 1, 2))
+def test_trajectories_draw_seeds_thin_and_their_mean() -> None:
+    tables = report_tables(seeds=(0, 1, 2))
     spec = _spec("trajectories", tables)
     _, chosen, means = _layers(spec, 1, "line")
     assert len(_rows(spec, chosen)) == 3 * 5 * 13
@@ -181,15 +178,15 @@ def test_mean_over_seeds_stops_where_a_seed_is_missing() -> None:
     assert list(means["value"]) == [pytest.approx(0.3)]
 
 
-def test_a_diverged_run_ends_in_a_cross() -> None:
-    spec = _spec("trajectories", _tables(diverged=("full",)))
+def test_diverged_run_ends_in_a_cross() -> None:
+    spec = _spec("trajectories", report_tables(diverged=("full",)))
     (cross,) = _layers(spec, 1, "point", "broken")
     (row,) = _rows(spec, cross)
     assert (row["label"], row["status"], row["epoch"]) == ("full", "diverged", 4.0)
 
 
-def test_values_that_are_not_numbers_are_left_out() -> None:
-    made = synthetic.tables(diverged=("full",))
+def test_trajectories_leave_out_nan() -> None:
+    made = make_tables(diverged=("full",))
     rows = made["trajectory"]
     broken = rows["run"].isin(made["runs"].query("status == 'diverged'")["run"])
     rows.loc[broken & (rows["step"] > 80), ["value", "low", "high"]] = np.nan
@@ -198,7 +195,7 @@ def test_values_that_are_not_numbers_are_left_out() -> None:
     assert _rows(spec, cross)[0]["epoch"] == 2.0
 
 
-def test_old_versus_new_is_a_path_in_time_order_with_intervals_at_the_selected_points() -> None:
+def test_old_versus_new_is_a_path_over_time_with_intervals() -> None:
     spec = _usual("old_versus_new")
     assert len(spec["concat"]) == 2
     _, path = _layers(spec, 0, "line")
@@ -215,7 +212,7 @@ def test_old_versus_new_is_a_path_in_time_order_with_intervals_at_the_selected_p
     assert (row["value_new"], row["value_old"]) == (0.12, 0.85)
 
 
-def test_truth_ratio_has_both_definitions_and_a_menu_of_them() -> None:
+def test_truth_ratio_has_a_menu_of_definitions() -> None:
     spec = _usual("truth_ratio")
     (menu,) = [param for param in spec["params"] if param["name"] == "definition"]
     assert menu["value"] == "arithmetic"
@@ -240,7 +237,7 @@ def test_benchmarks_draw_every_task_with_intervals_and_chance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "chance", "said"),
+    ("base", "chance", "names"),
     [
         (0.004, 0.0, ["base, above chance"]),
         (0.25, 0.25, ["base and chance"]),
@@ -249,30 +246,31 @@ def test_benchmarks_draw_every_task_with_intervals_and_chance() -> None:
         (0.6, None, ["base"]),
     ],
 )
-def test_names_of_level_lines_do_not_overprint_each_other(
-    base: float, chance: float | None, said: list[str]
-) -> None:
-    """As they lie in the drawn picture: of 11 pixels of height, and some six to a letter."""
-    tables = _tables()
-    course = tables.benchmark_trajectory
-    course = course[course["task"] == "arc_challenge"].assign(chance=chance)
-    first = course["step"] == 0
-    course.loc[first, ["value", "low", "high"]] = [base, max(base - 0.05, 0.0), base + 0.05]
-    course.loc[~first, ["value", "low", "high"]] = [0.1, 0.05, 0.15]
-    spec = _spec("course", replace(tables, benchmark_trajectory=course.astype({"chance": float})))
+def test_level_names_do_not_overlap(base: float, chance: float | None, names: list[str]) -> None:
+    """In the SVG a name is 11 pixels high and about six pixels wide per letter."""
+    tables = report_tables()
+    rows = tables.benchmark_trajectory
+    rows = rows[rows["task"] == "arc_challenge"].assign(chance=chance)
+    first = rows["step"] == 0
+    rows.loc[first, ["value", "low", "high"]] = [base, max(base - 0.05, 0.0), base + 0.05]
+    rows.loc[~first, ["value", "low", "high"]] = [0.1, 0.05, 0.15]
+    spec = _spec(
+        "benchmark_trajectory",
+        replace(tables, benchmark_trajectory=rows.astype({"chance": float})),
+    )
     drawn = re.findall(
         r'translate\(([\d.-]+),([\d.-]+)\)"[^>]*>((?:base|chance)[a-z, ]*)<',
         static_svg(spec, ["lora"]),
     )
-    assert sorted(text for *_, text in drawn) == said
+    assert sorted(text for *_, text in drawn) == names
     for one in range(len(drawn)):
         for other in range(one):
             (x, y, text), (right, below, _) = drawn[one], drawn[other]
             assert abs(float(y) - float(below)) > 11 or abs(float(x) - float(right)) > 6 * len(text)
 
 
-def test_a_score_without_interval_is_a_dot_without_bar() -> None:
-    made = synthetic.tables(tasks=("gsm8k",))
+def test_score_without_interval_has_no_bar() -> None:
+    made = make_tables(tasks=("gsm8k",))
     made["benchmarks"][["stderr", "low", "high"]] = np.nan
     spec = _spec("benchmarks", ReportTables(**made))
     assert not [layer for layer in _layers(spec, 0, "rule") if "style" not in layer["mark"]]
@@ -280,8 +278,8 @@ def test_a_score_without_interval_is_a_dot_without_bar() -> None:
     assert len(_rows(spec, dots)) == 5
 
 
-def test_only_the_main_metric_of_a_task_is_drawn() -> None:
-    made = synthetic.tables(tasks=("gsm8k",))
+def test_available_scores_are_main_metrics() -> None:
+    made = make_tables(tasks=("gsm8k",))
     second = made["benchmarks"].assign(metric="exact_match,flexible-extract", main=False)
     made["benchmarks"] = pd.concat([made["benchmarks"], second], ignore_index=True)
     assert set(frames.available_scores(ReportTables(**made))["metric"]) == {
@@ -289,20 +287,20 @@ def test_only_the_main_metric_of_a_task_is_drawn() -> None:
     }
 
 
-def test_a_method_without_checkpoint_keeps_its_row_and_says_so() -> None:
-    spec = _spec("truth_ratio", _tables(never=("lora-r8",)))
+def test_method_without_checkpoint_keeps_its_row() -> None:
+    spec = _spec("truth_ratio", report_tables(never=("lora-r8",)))
     (words,) = _layers(spec, 0, "text", "absent")
     assert _rows(spec, words) == [{"label": "rank 8"}]
 
 
 def test_methods_are_ordered_by_rank_with_full_last() -> None:
-    tables = _tables(ranks=(128, 2, 32))
+    tables = report_tables(ranks=(128, 2, 32))
     assert frames.method_labels(tables) == ["rank 2", "rank 32", "rank 128", "full"]
     domain = _layers(_spec("trajectories", tables), 0, "line")[0]["encoding"]["color"]["scale"]
     assert domain["domain"] == frames.method_labels(tables)
 
 
-# Several of what may be missing, many or odd in one study: a figure takes a second to make.
+# Each study combines several unusual properties, since a figure takes a second to make.
 CASES = {
     "one of each": {"ranks": (), "rates": (1e-5,), "old": ("kept",), "tasks": ("winogrande",)},
     "no full, no old probe, no benchmark": {"full": False, "old": (), "tasks": ()},
@@ -323,10 +321,10 @@ SLOW = {"nothing selected", "many"}
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
 )
-def test_each_figure_survives(case: str) -> None:
-    """Every figure renders, whatever is missing, many, or oddly named."""
+def test_figures_render_unusual_studies(case: str) -> None:
+    """Figures render with missing data, many methods and odd names."""
     small = {"ranks": (2, 128), "rates": (1e-3, 5e-3), "epochs": 5}
-    tables = _tables(**{**small, **CASES[case]})
+    tables = report_tables(**{**small, **CASES[case]})
     kinds = [str(kind) for kind in frames.methods_in_order(tables)["kind"]]
     for name in FIGURES:
         svg = static_svg(_spec(name, tables), kinds)
@@ -335,22 +333,22 @@ def test_each_figure_survives(case: str) -> None:
 
 
 def test_hybrids_are_drawn_between_adapters_and_full() -> None:
-    tables = _tables(ranks=(2, 8, 32))
+    tables = report_tables(ranks=(2, 8, 32))
     tables.runs.loc[tables.runs["method"] == "lora-r2", "kind"] = "hybrid"
     order = list(frames.methods_in_order(tables)["method"])
     assert order == ["lora-r8", "lora-r32", "lora-r2", "full"]
 
 
-def test_a_figure_without_data_says_why() -> None:
-    tables = _tables(old=(), tasks=())
+def test_figure_without_data_says_why() -> None:
+    tables = report_tables(old=(), tasks=())
     for name in ("old_versus_new", "truth_ratio", "benchmarks"):
         spec = _spec(name, tables)
         (rows,) = spec["datasets"].values()
         assert "No " in rows[0]["text"]
 
 
-def test_a_study_without_any_finished_training_still_renders() -> None:
-    made = synthetic.tables()
+def test_figures_render_without_finished_runs() -> None:
+    made = make_tables()
     base = made["runs"]["kind"] == "base"
     made["trajectory"] = made["trajectory"][made["trajectory"]["run"] == "base"]
     made["runs"] = made["runs"][base | made["runs"]["chosen"]].assign(status="failed")
@@ -361,7 +359,7 @@ def test_a_study_without_any_finished_training_still_renders() -> None:
         assert static_svg(_spec(name, tables), ["lora"] * 4 + ["full"]).startswith("<svg")
 
 
-def test_grid_encloses_its_values_in_round_ticks() -> None:
+def test_grid_encloses_values_in_round_ticks() -> None:
     assert grid([pd.Series([0.31, 0.62])]) == [0.3, 0.4, 0.5, 0.6, 0.7]
     assert grid([pd.Series([0.12, 0.97])], 0.9) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert grid([pd.Series([0.9])]) == [0.9, 1.0]
@@ -382,10 +380,10 @@ def _contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 10])
 @pytest.mark.parametrize(("mode", "paper"), [("light", "#ffffff"), ("dark", "#1a1e25")])
-def test_method_colours_stand_out_and_ranks_are_ordered_by_lightness(
+def test_palette_has_contrast_and_orders_ranks_by_lightness(
     ranks: int, mode: str, paper: str
 ) -> None:
-    """WCAG asks 3:1 of graphics; order must survive without hue."""
+    """WCAG demands 3:1 for graphics, and the order must not depend on hue."""
     colours = palette(["lora"] * ranks + ["full"], mode)
     assert len(set(colours)) == ranks + 2
     assert min(_contrast(colour, paper) for colour in colours) >= 3
@@ -393,6 +391,6 @@ def test_method_colours_stand_out_and_ranks_are_ordered_by_lightness(
     assert lightness == sorted(lightness, reverse=mode == "light")
 
 
-def test_both_themes_give_every_method_a_colour() -> None:
+def test_themes_have_a_colour_per_method() -> None:
     for mode in MODES:
         assert len(theme(["lora", "lora", "full"], mode)["range"]["category"]) == 4

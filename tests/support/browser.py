@@ -1,4 +1,4 @@
-"""Chromium without a head and without a network, spoken to through a pipe (DevTools protocol)."""
+"""Headless Chromium without a network, controlled through a pipe (DevTools protocol)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _ARGUMENTS = (
 
 
 class Page:
-    """One page of one browser, which ends with the `with` block.
+    """A browser with one page, for a `with` block.
 
     Attributes:
-        errors: what the console was told as an error, and exceptions nobody caught.
-        requests: every address the page asked for, but `data:` and `blob:`.
+        errors: errors and warnings of the console, and uncaught exceptions.
+        requests: every requested address, without `data:` and `blob:`.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -49,8 +49,8 @@ class Page:
         self._read, outward = os.pipe()
 
         def place_pipes() -> None:
-            # The browser reads from descriptor 3 and writes to 4; go by way of high numbers, lest
-            # one pipe end lies where another belongs.
+            # The browser reads from descriptor 3 and writes to 4. Copies with high numbers prevent
+            # one end of a pipe from overwriting another.
             os.dup2(inward, 103)
             os.dup2(outward, 104)
             os.dup2(103, 3)
@@ -91,13 +91,13 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
-            reply = self._next()
+            reply = self._read_message()
             if reply.get("id") == self._serial:
                 if "error" in reply:
                     raise RuntimeError(f"{method}: {reply['error']}")
                 result: dict[str, Any] = reply["result"]
                 return result
-            self._note(reply)
+            self._record(reply)
 
     def open(self, url: str, width: int, height: int, dark: bool = False) -> None:
         """Load a page into a window of this size and wait until its figures are drawn."""
@@ -117,13 +117,13 @@ class Page:
         )
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
-        told = self.call(
+        """Return the value of a JavaScript expression, awaited."""
+        reply = self.call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
-        if "exceptionDetails" in told:
-            raise RuntimeError(json.dumps(told["exceptionDetails"])[:2000])
-        return told["result"].get("value")
+        if "exceptionDetails" in reply:
+            raise RuntimeError(json.dumps(reply["exceptionDetails"])[:2000])
+        return reply["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 60) -> None:
         """Wait until an expression holds."""
@@ -134,14 +134,14 @@ class Page:
             time.sleep(0.05)
 
     def picture(self, path: Path, whole: bool = True) -> None:
-        """Save what the page looks like as PNG."""
+        """Save a screenshot of the page as PNG."""
         taken = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(taken["data"]))
 
-    def _next(self) -> dict[str, Any]:
+    def _read_message(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             if not select.select([self._read], [], [], 60)[0]:
-                raise TimeoutError("the browser says nothing")
+                raise TimeoutError("the browser does not answer")
             part = os.read(self._read, 1 << 20)
             if not part:
                 raise RuntimeError("the browser has ended")
@@ -150,12 +150,12 @@ class Page:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def _note(self, event: dict[str, Any]) -> None:
+    def _record(self, event: dict[str, Any]) -> None:
         params = event.get("params", {})
         match event.get("method"):
             case "Runtime.consoleAPICalled" if params["type"] in ("error", "warning", "warn"):
-                said = [str(part.get("value", part)) for part in params["args"]]
-                self.errors.append(" ".join(said))
+                words = [str(part.get("value", part)) for part in params["args"]]
+                self.errors.append(" ".join(words))
             case "Runtime.exceptionThrown":
                 self.errors.append(json.dumps(params["exceptionDetails"])[:2000])
             case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from forgetting.io import write_json, write_table
+from forgetting.report.frames import ReportTables
 
 METRICS = (
     "rougeL_recall",
@@ -32,8 +33,15 @@ TASKS = {
 REFUSALS = {"refusals": ("refused", float("nan"), 0.64)}
 THRESHOLD = 0.9
 
+TRAINING_TASKS = ("hellaswag", "arc_challenge")
 
-ALONG = ("hellaswag", "arc_challenge")
+
+HOSTILE_TEXT = "</script><script>window.hostile = 1</script><img src=x onerror='window.hostile=2'>"
+
+
+def report_tables(**options: Any) -> ReportTables:
+    """Return the tables that `tables` makes with these options, as the report reads them."""
+    return ReportTables(**tables(**options))
 
 
 def tables(
@@ -48,38 +56,40 @@ def tables(
     diverged: tuple[str, ...] = (),
     epochs: int = 12,
 ) -> dict[str, Any]:
-    """All tables of a study by name; methods in `never` stay under the threshold."""
+    """Return all tables of a study by name; methods in `never` stay below the threshold."""
     random = np.random.default_rng(7)
     methods = [(f"lora-r{rank}", "lora", rank, f"rank {rank}") for rank in ranks]
     methods += [("full", "full", None, "full")] if full else []
     runs = [_run("base", "base", "base", None, "base", np.nan, None, False, 0)]
-    points: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
     chosen: list[dict[str, Any]] = []
     probes = {new: "new", **dict.fromkeys(old, "old")}
-    points += _measured("base", 0, probes, {name: 0.12 if name == new else 0.85 for name in probes})
-    for place, (method, kind, rank, label) in enumerate(methods):
-        for rate_place, rate in enumerate(rates):
+    evaluations += _measured(
+        "base", 0, probes, {name: 0.12 if name == new else 0.85 for name in probes}
+    )
+    for index, (method, kind, rank, label) in enumerate(methods):
+        for rate_index, rate in enumerate(rates):
             for seed in seeds:
                 run = f"{method}/seed{seed}/lr{rate:g}-wd0"
-                best = rate_place == min(1, len(rates) - 1)
-                speed = (0.30 + 0.35 * rate_place) * (0.9 + 0.05 * place) + 0.02 * seed
+                best = rate_index == min(1, len(rates) - 1)
+                speed = (0.30 + 0.35 * rate_index) * (0.9 + 0.05 * index) + 0.02 * seed
                 speed = 0.08 if method in never else speed
-                broken = method in diverged and rate_place == len(rates) - 1
-                loss = 0.55 - 0.08 * place
+                broken = method in diverged and rate_index == len(rates) - 1
+                loss = 0.55 - 0.08 * index
                 end = 4 if broken else epochs
                 learnt = [_learnt(speed, epoch) for epoch in range(1, end + 1)]
                 for epoch, value in enumerate(learnt, start=1):
                     values = {
-                        name: value if name == new else _kept(value, loss, spot, random)
-                        for spot, name in enumerate(probes)
+                        name: value if name == new else _kept(value, loss, position, random)
+                        for position, name in enumerate(probes)
                     }
-                    points += _measured(run, epoch, probes, values)
-                above = [place for place, value in enumerate(learnt) if value >= THRESHOLD]
+                    evaluations += _measured(run, epoch, probes, values)
+                above = [number for number, value in enumerate(learnt) if value >= THRESHOLD]
                 step = 40 * above[0] if above and above[0] > 0 else None
                 status = "diverged" if broken else "ok"
                 row = _run(run, method, kind, rank, label, rate, seed, best, 40 * end)
-                picked = step if best else None
-                runs.append({**row, "status": status, "selected_step": picked})
+                selected_step = step if best else None
+                runs.append({**row, "status": status, "selected_step": selected_step})
                 if best:
                     chosen.append(_chosen(method, seed, run, step))
     selected: list[tuple[Any, ...]] = [("base", "base", "base", None, 0)] + [
@@ -95,21 +105,21 @@ def tables(
     columns = [*_score("", "", "", 0, 0, "gsm8k", random)]
     return {
         "runs": _integers(pd.DataFrame(runs), "rank", "seed", "selected_step"),
-        "trajectory": pd.DataFrame(points),
+        "trajectory": pd.DataFrame(evaluations),
         "selection": _integers(pd.DataFrame(chosen), "step"),
         "comparisons": _comparisons(
             probes, [_label(row["method"]) for row in chosen if row["step"]]
         ),
         "benchmarks": pd.DataFrame(scores, columns=columns),
-        "benchmark_trajectory": _course(runs, ALONG)
-        if set(ALONG) <= set(tasks)
+        "benchmark_trajectory": _benchmark_trajectory(runs, TRAINING_TASKS)
+        if set(TRAINING_TASKS) <= set(tasks)
         else pd.DataFrame(),
         "study": _study(new, seeds, tasks),
     }
 
 
-def _course(runs: list[dict[str, Any]], tasks: Sequence[str]) -> pd.DataFrame:
-    """Benchmarks at every other epoch, falling from the base's score."""
+def _benchmark_trajectory(runs: list[dict[str, Any]], tasks: Sequence[str]) -> pd.DataFrame:
+    """Return benchmark scores at every other epoch, which fall from the base's."""
     rows = []
     for task in tasks:
         metric, chance, base = TASKS[task]
@@ -136,17 +146,32 @@ def _course(runs: list[dict[str, Any]], tasks: Sequence[str]) -> pd.DataFrame:
 
 
 def write(folder: Path, made: dict[str, Any]) -> Path:
-    """Write the tables where the report looks for them."""
-    write_table(folder / "benchmark_course.parquet", made["benchmark_trajectory"])
+    """Write the tables as the report expects them, and return the folder."""
+    write_table(folder / "benchmark_trajectory.parquet", made["benchmark_trajectory"])
     for name in ("runs", "trajectory", "selection", "comparisons", "benchmarks"):
         write_table(folder / f"{name}.parquet", made[name])
     write_json(folder / "study.json", made["study"])
     return folder
 
 
+def hostile_tables() -> dict[str, Any]:
+    """Return a small study whose names and notes try to break out of the page."""
+    made = tables(ranks=(2,), rates=(1e-3,), old=(f"old {HOSTILE_TEXT}",), epochs=5)
+    for name in ("runs", "trajectory", "selection", "benchmarks"):
+        made[name].loc[made[name]["run"] != "base", "run"] += HOSTILE_TEXT
+    made["runs"].loc[made["runs"]["kind"] != "base", "label"] += HOSTILE_TEXT
+    made["selection"]["reason"] = HOSTILE_TEXT
+    made["study"]["study"].update(title=HOSTILE_TEXT, description=HOSTILE_TEXT, name=HOSTILE_TEXT)
+    made["study"]["notes"] = [HOSTILE_TEXT]
+    made["study"]["provenance"]["hardware"] = {HOSTILE_TEXT: HOSTILE_TEXT}
+    return made
+
+
 def _comparisons(probes: Any, labels: list[str]) -> pd.DataFrame:
-    """On old knowledge every later method is 0.2 better than every earlier one, give or take 0.1;
-    on the new they do not differ."""
+    """Return comparisons in which every later method keeps 0.2 (0.1 to 0.3) more of the old.
+
+    On new knowledge the methods do not differ.
+    """
     columns = ["probe", "metric", "label", "other", "difference", "low", "high"]
     rows = [
         (probe, "rougeL_recall", label, other, *bounds, *bounds[1:], 200)
@@ -161,9 +186,9 @@ def _learnt(speed: float, epoch: int) -> float:
     return 0.12 + 0.86 * (1 - np.exp(-speed * epoch))
 
 
-def _kept(learnt: float, loss: float, spot: int, random: np.random.Generator) -> float:
+def _kept(learnt: float, loss: float, position: int, random: np.random.Generator) -> float:
     share = (learnt - 0.12) / 0.86
-    return float(np.clip(0.85 - loss * share**3 / spot + random.normal(0, 0.008), 0, 1))
+    return float(np.clip(0.85 - loss * share**3 / position + random.normal(0, 0.008), 0, 1))
 
 
 def _label(method: str) -> str:
@@ -230,9 +255,9 @@ def _measured(
                     "n": 200,
                 }
             )
-    drift = 0.02 * epoch**1.5 * (1.5 - rouge[next(reversed(probes))])
+    divergence = 0.02 * epoch**1.5 * (1.5 - rouge[next(reversed(probes))])
     text = rows[0] | {"probe": "general_text", "knowledge": "text", "metric": "forgetting_kl"}
-    return [*rows, text | {"value": drift, "low": 0.9 * drift, "high": 1.1 * drift}]
+    return [*rows, text | {"value": divergence, "low": 0.9 * divergence, "high": 1.1 * divergence}]
 
 
 def _chosen(method: str, seed: int, run: str, step: int | None) -> dict[str, Any]:
@@ -305,7 +330,9 @@ def _study(new: str, seeds: tuple[int, ...], tasks: tuple[str, ...]) -> dict[str
             "general_text": {"table": "world/held_out"},
             "benchmarks": {
                 "tasks": {task: {"num_fewshot": None} for task in tasks},
-                "during_training": {task: 100 for task in ALONG if set(ALONG) <= set(tasks)},
+                "during_training": {
+                    task: 100 for task in TRAINING_TASKS if set(TRAINING_TASKS) <= set(tasks)
+                },
             },
         },
         "provenance": {

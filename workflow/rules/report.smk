@@ -18,7 +18,7 @@ TABLES = [
 if STUDY.selection.wise_ft:
     TABLES.append("wise_ft")
 if ALONG:
-    TABLES += ["benchmark_course", "benchmark_course_items"]
+    TABLES += ["benchmark_trajectory", "benchmark_trajectory_items"]
 
 
 rule make_tables:

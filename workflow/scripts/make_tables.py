@@ -33,10 +33,13 @@ from forgetting.results.build_tables import (
     main_metric_items,
     responses_table,
     runs_table,
-    trajectory_table,
 )
 from forgetting.results.churn import churn_table
-from forgetting.results.trajectories import benchmark_trajectory_items, benchmark_trajectory_table
+from forgetting.results.trajectories import (
+    benchmark_trajectory_items,
+    benchmark_trajectory_table,
+    trajectory_table,
+)
 from forgetting.study.load import load_study
 from forgetting.system import code_revision
 from forgetting.versions import VERSIONS, stage_versions
@@ -164,7 +167,7 @@ def tables_of(study: StudyConfig, found: Found) -> tuple[dict[str, pd.DataFrame]
     }
     benchmarks, scored, missing = benchmark_tables(found.models, labels | {"base": BASE})
     responses = responses_table(found.models)
-    course = benchmark_trajectory_items(*found.along) if found.along else None
+    trajectory_items = benchmark_trajectory_items(*found.along) if found.along else None
     every = pd.concat([found.base_items.assign(run="base", step=0, epoch=0.0), *found.items])
     tables = {
         "runs": runs,
@@ -172,14 +175,18 @@ def tables_of(study: StudyConfig, found: Found) -> tuple[dict[str, pd.DataFrame]
         "items": every,
         "selection": found.selection,
         "comparisons": compare_methods(every, found.selection),
-        "churn": churn_table(every, responses, main_metric_items(benchmarks, scored), course),
+        "churn": churn_table(
+            every, responses, main_metric_items(benchmarks, scored), trajectory_items
+        ),
         "benchmarks": benchmarks,
         "benchmark_items": scored,
         "benchmark_responses": responses,
     }
-    if course is not None:
-        tables["benchmark_course"] = benchmark_trajectory_table(course, benchmarks, found.records)
-        tables["benchmark_course_items"] = course
+    if trajectory_items is not None:
+        tables["benchmark_trajectory"] = benchmark_trajectory_table(
+            trajectory_items, benchmarks, found.records
+        )
+        tables["benchmark_trajectory_items"] = trajectory_items
     notes = [
         *found.data_notes,
         *caveats(found.selection, found.records, study.seeds, durations),

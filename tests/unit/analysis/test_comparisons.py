@@ -1,4 +1,4 @@
-"""Differences between methods: paired by question, means over seeds, known intervals."""
+"""Tests of differences between methods: pairing, means over seeds, intervals."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _items(run: str, values: list[float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_a_difference_is_paired_by_question_after_the_mean_over_seeds() -> None:
-    """A small steady difference is seen where two separate intervals would overlap."""
+def test_compare_methods_pairs_means_over_seeds() -> None:
+    """A small constant difference is found where two separate intervals would overlap."""
     hard_and_easy = [0.1, 0.9, 0.2, 0.8, 0.3] * 8
     items = pd.concat(
         [
@@ -53,26 +53,28 @@ def test_a_difference_is_paired_by_question_after_the_mean_over_seeds() -> None:
     assert set(table["metric"]) == {"rougeL_recall", "truth_ratio_arithmetic"}
 
 
-def test_the_interval_is_that_of_the_differences() -> None:
+def test_compare_methods_has_the_interval_of_differences() -> None:
     first, second = [1.0, 0.5, 0.75, 1.0], [0.5, 0.5, 0.25, 0.75]
     items = pd.concat([_items("a", first), _items("b", second)])
     selection = pd.DataFrame({"label": ["a", "b"], "run": ["a", "b"], "step": [5, 5]})
     row = compare_methods(items, selection).iloc[0]
     expected = tango_interval([one - two for one, two in zip(first, second, strict=True)])
     assert (row["low"], row["high"]) == pytest.approx(expected)
-    assert (row["low_all"], row["high_all"]) == pytest.approx(expected), "one pair is all pairs"
+    assert (row["low_all"], row["high_all"]) == pytest.approx(expected), (
+        "the only pair needs no correction"
+    )
 
 
 def _methods(draw: np.random.Generator, better: float, n: int = 60) -> pd.DataFrame:
-    """Five methods that get half of the same questions right, but for the first: `better` more.
+    """Return items of five methods that get half of the questions right, the first `better` more.
 
-    Of the questions 60 % are hard or easy for all, as an old probe's are.
+    As in an old probe, 60 % of the questions are hard or easy for all methods.
     """
     shared, luck = draw.random(n), draw.random((5, n))
     tables = []
-    for place, label in enumerate("abcde"):
-        share = 0.5 + better * (place == 0)
-        own = (luck[place] < share).astype(float)
+    for index, label in enumerate("abcde"):
+        share = 0.5 + better * (index == 0)
+        own = (luck[index] < share).astype(float)
         tables.append(
             _items(label, np.where(shared < 0.6, shared < 0.3, own).astype(float).tolist())
         )
@@ -82,36 +84,36 @@ def _methods(draw: np.random.Generator, better: float, n: int = 60) -> pd.DataFr
 FIVE = pd.DataFrame({"label": list("abcde"), "run": list("abcde"), "step": [5] * 5})
 
 
-def test_of_five_equal_methods_few_studies_find_an_unequal_pair() -> None:
-    """At most 6 % of 200 studies by the bounds for all pairs, a fifth and more by each pair's own.
+def test_compare_methods_rarely_separates_equal_methods() -> None:
+    """At most 6 % of 200 studies do by the simultaneous bounds, over 20 % by the bounds of a pair.
 
-    The standard error of a true 5 % is 1.5.
+    The standard error of a true 5 % is 1.5 %.
     """
     draw = np.random.default_rng(5)
-    alone, at_once = [], []
+    single, simultaneous = [], []
     for _ in range(200):
         table = compare_methods(_methods(draw, 0.0), FIVE)
         assert len(table) == 10
-        alone.append(((table["low"] > 0) | (table["high"] < 0)).any())
-        at_once.append(((table["low_all"] > 0) | (table["high_all"] < 0)).any())
+        single.append(((table["low"] > 0) | (table["high"] < 0)).any())
+        simultaneous.append(((table["low_all"] > 0) | (table["high_all"] < 0)).any())
         assert (table["low_all"] < table["low"]).all()
         assert (table["high_all"] > table["high"]).all()
-    assert np.mean(alone) > 0.2
-    assert np.mean(at_once) <= 0.06
+    assert np.mean(single) > 0.2
+    assert np.mean(simultaneous) <= 0.06
 
 
-def test_a_real_difference_is_still_found_among_five() -> None:
-    """The one better method, by 40 of 100 questions that are not the same for all."""
+def test_compare_methods_finds_a_real_difference() -> None:
+    """One method is better by 40 % of the questions that are not hard or easy for all."""
     draw = np.random.default_rng(6)
-    found = []
+    separated = []
     for _ in range(30):
         table = compare_methods(_methods(draw, 0.4, 200), FIVE)
         pairs = table[table["label"] == "a"]
-        found.append((pairs["low_all"] > 0).any())
-    assert np.mean(found) >= 0.9
+        separated.append((pairs["low_all"] > 0).any())
+    assert np.mean(separated) >= 0.9
 
 
-def test_nothing_selected_gives_an_empty_table_with_its_columns() -> None:
+def test_compare_methods_keeps_columns_without_selection() -> None:
     selection = pd.DataFrame({"label": ["a"], "run": [None], "step": [None]})
     table = compare_methods(_items("a", [1.0]), selection)
     assert table.empty

@@ -1,4 +1,4 @@
-"""Intervals cover what they claim: simulated on the kinds of values that the scores have."""
+"""Tests of the intervals: coverage on simulated scores, and published examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _beta(a: float, b: float) -> tuple[float, object]:
 
 
 def _mixture(zeros: float, ones: float, a: float, b: float) -> tuple[float, object]:
-    """Like ROUGE recall: none, all, or something between."""
+    """Return scores like ROUGE recall: none, all, or between."""
 
     def sample(draw: Generator, size: tuple[int, int]) -> np.ndarray:
         kind = draw.random(size)
@@ -47,11 +47,11 @@ CASES = {
 
 @pytest.mark.parametrize("n", [20, 60, 117, 300])
 @pytest.mark.parametrize("case", CASES)
-def test_share_interval_covers_the_mean_as_often_as_it_says(case: str, n: int) -> None:
-    """Between 92 % and 99 % of 1500 samples, where 95 % are claimed.
+def test_wilson_interval_covers(case: str, n: int) -> None:
+    """Between 92 % and 99 % of 1500 samples are covered at level 95 %.
 
-    The score interval of few, nearly certain values is known to swing by two points around what it
-    claims; 1500 samples add a standard error of 0.6.
+    The coverage of a score interval is known to vary by two points around its level for few values
+    near 0 or 1. 1500 samples add a standard error of 0.6 points.
     """
     mean, sample = CASES[case]
     draw = np.random.default_rng(7)
@@ -63,8 +63,8 @@ def test_share_interval_covers_the_mean_as_often_as_it_says(case: str, n: int) -
 
 @pytest.mark.parametrize("n", [60, 117, 300])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("right")])
-def test_share_interval_is_no_wider_than_it_must_be(case: str, n: int) -> None:
-    """On values that vary less than right-or-wrong ones it is near Student's interval."""
+def test_wilson_interval_is_near_students(case: str, n: int) -> None:
+    """Values vary less than right-or-wrong ones."""
     _, sample = CASES[case]
     draw = np.random.default_rng(8)
     ratios = []
@@ -76,7 +76,7 @@ def test_share_interval_is_no_wider_than_it_must_be(case: str, n: int) -> None:
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (0, 20), (1, 20), (50, 100), (117, 117)])
-def test_share_interval_of_right_or_wrong_is_wilsons(right: int, n: int, level: float) -> None:
+def test_wilson_interval_of_right_or_wrong_is_wilsons(right: int, n: int, level: float) -> None:
     z = stats.norm.ppf(0.5 + level / 2)
     share = right / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -86,29 +86,29 @@ def test_share_interval_of_right_or_wrong_is_wilsons(right: int, n: int, level: 
     assert wilson_interval(values, level) == pytest.approx(expected, abs=1e-12)
 
 
-def test_few_or_equal_values_do_not_pretend_to_certainty() -> None:
+def test_wilson_interval_of_few_or_equal_values_has_a_width() -> None:
     for value in (0.0, 0.5, 1.0):
         low, high = wilson_interval([value] * 5)
         assert high - low > 0.1
         assert 0.0 <= low <= value <= high <= 1.0
 
 
-def test_none_right_may_be_none_and_all_right_may_be_all() -> None:
-    """The bound is 0 or 1 itself, not 7e-18."""
+def test_wilson_interval_is_exact_at_none_and_all_right() -> None:
+    """The bound is exactly 0 or 1, not 7e-18."""
     for n in range(1, 200):
         assert wilson_interval([0.0] * n)[0] == 0.0
         assert wilson_interval([1.0] * n)[1] == 1.0
 
 
-def test_no_values_have_no_interval() -> None:
+def test_intervals_of_no_values_are_nan() -> None:
     assert all(math.isnan(bound) for bound in wilson_interval([]))
     assert all(math.isnan(bound) for bound in tango_interval([]))
     assert all(math.isnan(bound) for bound in t_interval([]))
     assert all(math.isnan(bound) for bound in t_interval([3.0]))
 
 
-def test_mean_interval_is_students() -> None:
-    """For 1..5: mean 3, standard error sqrt(2.5/5), and 2.776 from the table at 4 degrees."""
+def test_t_interval_is_students() -> None:
+    """1 to 5 have mean 3 and standard error sqrt(2.5/5); t is 2.776 at 4 degrees of freedom."""
     half = 2.7764451 * math.sqrt(0.5)
     assert t_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - half, 3 + half), abs=1e-6)
     draw = np.random.default_rng(9)
@@ -119,7 +119,7 @@ def test_mean_interval_is_students() -> None:
 
 
 def _changed(lost: float, gained: float) -> tuple[float, object]:
-    """Right or wrong before and after: most answers are what they were."""
+    """Return differences of right-or-wrong scores, most of them 0."""
 
     def sample(draw: Generator, size: tuple[int, int]) -> np.ndarray:
         kind = draw.random(size)
@@ -129,7 +129,7 @@ def _changed(lost: float, gained: float) -> tuple[float, object]:
 
 
 def _recall(changed: float) -> tuple[float, object]:
-    """Recall of six words before and after: where an answer changes, they are drawn anew."""
+    """Return differences of recall of six words, which is redrawn where an answer changes."""
 
     def sample(draw: Generator, size: tuple[int, int]) -> np.ndarray:
         before = np.where(draw.random(size) < 0.6, 1.0, draw.integers(0, 7, size) / 6)
@@ -140,7 +140,7 @@ def _recall(changed: float) -> tuple[float, object]:
 
 
 def _probabilities(noise: float) -> tuple[float, object]:
-    """Of two models that find the same questions hard; their difference is 0 in the mean."""
+    """Return differences of two models that find the same questions hard, with mean 0."""
 
     def sample(draw: Generator, size: tuple[int, int]) -> np.ndarray:
         ease = draw.normal(0, 1.5, size)
@@ -160,17 +160,17 @@ DIFFERENCES = {
     "recall, 2 % changed": _recall(0.02),
     "recall, 20 % changed": _recall(0.2),
     "recall, all changed": _recall(1.0),
-    "probabilities, little apart": _probabilities(0.3),
-    "probabilities, far apart": _probabilities(3.0),
+    "probabilities, small difference": _probabilities(0.3),
+    "probabilities, large difference": _probabilities(3.0),
 }
 
 
 @pytest.mark.parametrize("n", [20, 80, 400, 1319])
 @pytest.mark.parametrize("case", DIFFERENCES)
-def test_difference_interval_covers_also_where_few_items_differ(case: str, n: int) -> None:
-    """At least 92.5 % of 600 samples, where 95 % are claimed and 600 samples err by 0.9.
+def test_tango_interval_covers_if_few_items_differ(case: str, n: int) -> None:
+    """At least 92.5 % of 600 samples are covered at level 95 %.
 
-    Student's interval, which this one replaces, covers 56 % where 1 % of 80 items are lost.
+    The standard error is 0.9 points. Student's interval covers 56 % where 1 % of 80 items are lost.
     """
     mean, sample = DIFFERENCES[case]
     samples = sample(np.random.default_rng(7), (600, n))  # type: ignore[operator]
@@ -185,10 +185,15 @@ def test_difference_interval_covers_also_where_few_items_differ(case: str, n: in
 @pytest.mark.parametrize("n", [80, 400])
 @pytest.mark.parametrize(
     "case",
-    ["30 % lost", "30 % lost, 30 % gained", "recall, all changed", "probabilities, far apart"],
+    [
+        "30 % lost",
+        "30 % lost, 30 % gained",
+        "recall, all changed",
+        "probabilities, large difference",
+    ],
 )
-def test_difference_interval_is_no_wider_than_it_must_be(case: str, n: int) -> None:
-    """Where many items differ it is near Student's, which covers there."""
+def test_tango_interval_is_near_students(case: str, n: int) -> None:
+    """Where many items differ, Student's interval covers."""
     _, sample = DIFFERENCES[case]
     ratios = []
     for values in sample(np.random.default_rng(8), (50, n)):  # type: ignore[operator]
@@ -212,18 +217,17 @@ def _pairs(gained: int, lost: int, n: int) -> list[float]:
         (48, 41, 549, 0.9, -0.0157, 0.0414),
     ],
 )
-def test_difference_interval_of_right_or_wrong_is_tangos(
+def test_tango_interval_equals_published_examples(
     gained: int, lost: int, n: int, level: float, low: float, high: float | None
 ) -> None:
-    found = tango_interval(_pairs(gained, lost, n), level)
+    interval = tango_interval(_pairs(gained, lost, n), level)
     digits = 4 if n == 549 else 3
-    assert round(found[0], digits) == low
-    assert high is None or round(found[1], digits) == high
+    assert round(interval[0], digits) == low
+    assert high is None or round(interval[1], digits) == high
 
 
-def test_the_ends_of_a_difference_solve_the_score_equation() -> None:
-    """With the likeliest shares under the end as the true difference found by trying, not by
-    formula."""
+def test_tango_interval_solves_the_score_equation() -> None:
+    """The maximum-likelihood shares come from a grid search, not from the formula."""
     for gained, lost, n in ((9, 2, 30), (3, 13, 400), (0, 5, 25)):
         for end in tango_interval(_pairs(gained, lost, n)):
             shares = np.linspace(max(0.0, -end), (1 - end) / 2, 200_001)[1:-1]
@@ -238,13 +242,13 @@ def test_the_ends_of_a_difference_solve_the_score_equation() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 20, 80])
-def test_where_nothing_changed_little_may_have(n: int) -> None:
-    """As far as 0 of n reaches, as of Wilson's interval, either way."""
+def test_tango_interval_of_no_change_is_wilsons(n: int) -> None:
+    """It reaches as far as Wilson's interval of 0 of n, either way."""
     reach = wilson_interval([0.0] * n)[1]
     assert tango_interval([0.0] * n) == pytest.approx((-reach, reach), abs=1e-12)
 
 
-def test_differences_the_other_way_round_have_the_interval_the_other_way_round() -> None:
+def test_tango_interval_is_symmetric() -> None:
     draw = np.random.default_rng(3)
     for n in (2, 20, 80):
         values = draw.integers(-1, 2, n) * draw.choice([0.5, 1.0], n)
@@ -252,7 +256,7 @@ def test_differences_the_other_way_round_have_the_interval_the_other_way_round()
         assert tango_interval(-values) == pytest.approx((-high, -low), abs=1e-12)
 
 
-def test_fewer_items_and_higher_levels_have_wider_differences() -> None:
+def test_tango_interval_widens_with_level_and_fewer_items() -> None:
     values = [1.0, 0.5, 0.0, 0.0, -0.25]
     widths = [high - low for low, high in (tango_interval(values * k) for k in (1, 2, 8, 64))]
     assert widths == sorted(widths, reverse=True)
@@ -261,8 +265,8 @@ def test_fewer_items_and_higher_levels_have_wider_differences() -> None:
     assert lower < low < high < upper
 
 
-def test_a_difference_leaves_out_0_where_mcnemar_rejects() -> None:
-    """(b - c)^2 / (b + c) > z^2 of those that were gained and lost."""
+def test_tango_interval_excludes_0_where_mcnemar_rejects() -> None:
+    """McNemar's test rejects if (b - c)^2 / (b + c) > z^2, with b gained and c lost."""
     for gained in range(13):
         for lost in range(13 - gained):
             low, high = tango_interval(_pairs(gained, lost, 40))
@@ -271,9 +275,12 @@ def test_a_difference_leaves_out_0_where_mcnemar_rejects() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])
-def test_no_change_is_promised_beyond_what_the_base_leaves(n: int) -> None:
-    """Nothing is gained where the base is right, or lost where it is wrong: within -1 and 1, and
-    within the interval of the base's score, for every table of right and wrong."""
+def test_tango_interval_is_within_what_the_base_allows(n: int) -> None:
+    """Nothing is gained where the base is right, or lost where it is wrong.
+
+    For every table of right and wrong answers the interval is within [-1, 1] and within what the
+    interval of the base's score allows.
+    """
     for gained in range(n + 1):
         for lost in range(n + 1 - gained):
             low, high = tango_interval(_pairs(gained, lost, n))
@@ -287,9 +294,12 @@ def test_no_change_is_promised_beyond_what_the_base_leaves(n: int) -> None:
     assert tango_interval([-1.0] * n)[0] == -1.0
 
 
-def test_a_bound_cut_at_the_bases_own_mean_would_not_cover() -> None:
-    """Why a gain may pass 1 - base: of 80 questions, of which the base knows 90 % of all there are,
-    a model that has learnt all but 2 % gains 0.08, more than is left in every third sample."""
+def test_tango_interval_cut_at_the_base_mean_undercovers() -> None:
+    """A gain may exceed 1 - base of the sample.
+
+    The base knows 90 % of all questions, and a model that knows 98 % gains 0.08. In every third
+    sample of 80 questions, less than that is left to gain.
+    """
     draw = np.random.default_rng(4)
     covered, cut = [], []
     for _ in range(600):

@@ -463,8 +463,8 @@ def test_churn_combines_training_and_job_benchmarks(trajectory: Any) -> None:
     assert set(still["probe"]) == set(TASKS)
     assert (still["agreement"] == 1.0).all()
     assert (still["gained"] + still["lost"] == 0.0).all()
-    last = churn[churn["step"] == 4].groupby(["asked", "probe"])["n"].sum()
+    last = churn[churn["step"] == 4].groupby(["evaluated_by", "probe"])["n"].sum()
     assert last["training"].to_dict() == {"sciq": 5, "gsm8k": 3}
     assert last["job"].to_dict() == {"sciq": 10, "gsm8k": 6}
     assert set(churn["epoch"]) == {1.0, 2.0}
-    assert not churn.duplicated(["run", "step", "probe", "answer", "asked"]).any()
+    assert not churn.duplicated(["run", "step", "probe", "answer", "evaluated_by"]).any()

@@ -1,4 +1,4 @@
-"""Results of jobs on disk become the tables of the report."""
+"""Tests of the tables that are built from the results of jobs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from forgetting.errors import InputError
 from forgetting.io import read_json, write_json, write_table
 from forgetting.results.build_tables import benchmark_tables, main_metric_items
 
-WHO = {"base": {"run": "base", "method": "base", "label": "base"}}
+LABELS = {"base": {"run": "base", "method": "base", "label": "base"}}
 
 PROGRAM = Program("humaneval", "h/0", 0, 0, "", "check()")
 
 
 def _model(folder: Path) -> Path:
-    """Results of a model on two tasks: one scored, and one whose programs are still to be."""
+    """Write results of a model on a scored task and on one with generated programs."""
     scores = pd.DataFrame([("arc", "acc,none", True, 0.0, 0.0, 50, 0.25)], columns=SCORE_COLUMNS)
     items = pd.DataFrame(
         [("arc", item, "acc,none", 0.0) for item in range(50)], columns=ITEM_COLUMNS
@@ -42,8 +42,8 @@ def _model(folder: Path) -> Path:
     return folder
 
 
-def test_scores_tell_how_many_examples_the_loaded_tasks_had(tmp_path: Path) -> None:
-    scores, _, notes = benchmark_tables([_model(tmp_path / "base")], WHO)
+def test_benchmark_tables_have_the_number_of_examples(tmp_path: Path) -> None:
+    scores, _, notes = benchmark_tables([_model(tmp_path / "base")], LABELS)
     assert dict(zip(scores["task"], scores["num_fewshot"], strict=True)) == {
         "arc": 25,
         "humaneval": 0,
@@ -51,20 +51,20 @@ def test_scores_tell_how_many_examples_the_loaded_tasks_had(tmp_path: Path) -> N
     assert not notes
 
 
-def test_programs_that_were_not_run_come_with_the_remedy(tmp_path: Path) -> None:
-    """What to install, what to type, and what it risks to do without."""
+def test_benchmark_tables_say_how_to_run_programs(tmp_path: Path) -> None:
+    """The note names what to install, what to type, and the risk of no sandbox."""
     folder = _model(tmp_path / "base")
     write_json(folder / "outcomes.json", {"sandbox": None, "why": "no bwrap", "outcomes": []})
-    scores, _, (note,) = benchmark_tables([folder], WHO)
+    scores, _, (note,) = benchmark_tables([folder], LABELS)
     assert set(scores["task"]) == {"arc"}
-    assert note.startswith("humaneval is not scored, for want of a sandbox: no bwrap. ")
+    assert note.startswith("humaneval is not scored, because there is no sandbox: no bwrap. ")
     for part in ("bubblewrap", "run the study again", "`benchmarks.sandbox: none`", "delete"):
         assert part in note
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one short", "of another item", "no list"])
-def test_damaged_outcomes_are_refused_in_one_line(tmp_path: Path, damage: str) -> None:
-    """The message names the file and says how to heal it."""
+def test_benchmark_tables_refuse_damaged_outcomes(tmp_path: Path, damage: str) -> None:
+    """The message names the file and the remedy."""
     folder = _model(tmp_path / "base")
     outcomes = folder / "outcomes.json"
     whole = read_json(outcomes)
@@ -76,15 +76,15 @@ def test_damaged_outcomes_are_refused_in_one_line(tmp_path: Path, damage: str) -
         write_json(outcomes, whole | {"outcomes": [whole["outcomes"][0] | {"item": 7}]})
     else:
         write_json(outcomes, [])
-    with pytest.raises(InputError) as told:
-        benchmark_tables([folder], WHO)
-    message = str(told.value)
+    with pytest.raises(InputError) as error:
+        benchmark_tables([folder], LABELS)
+    message = str(error.value)
     assert message.startswith(str(outcomes)) and "run `rm -rf " in message
     assert "\n" not in message
 
 
-def test_counts_and_perplexities_have_intervals_of_their_own(tmp_path: Path) -> None:
-    """Also where all counts happen to be 0 or 1: Student's; what is no mean has the harness's."""
+def test_benchmark_intervals_of_counts_and_perplexities(tmp_path: Path) -> None:
+    """Counts have Student's interval, also if all are 0 or 1; others the harness's error."""
     folder = _model(tmp_path / "base")
     programs = [
         Program("humaneval", f"h/{n}", n, s, f"{s}", "") for n in range(3) for s in range(2)
@@ -102,19 +102,21 @@ def test_counts_and_perplexities_have_intervals_of_their_own(tmp_path: Path) -> 
     write_table(folder / "items.parquet", items)
     record = read_json(folder / "record.json")
     write_json(folder / "record.json", record | {"tasks": {"humaneval": {"num_fewshot": 0}}})
-    table, every, _ = benchmark_tables([folder], WHO)
+    table, every, _ = benchmark_tables([folder], LABELS)
     table = table.set_index("metric")
     assert table.loc["perplexity,none", ["low", "high"]].tolist() == [20 - 3.92, 20 + 3.92]
-    # 2, 0 and 0 different answers pass: 2/3 with t(0.975, 2) = 4.303 times 1.1547 / sqrt(3); no
-    # count is below 0.
+    # 2, 0 and 0 different answers pass: 2/3 with t(0.975, 2) = 4.303 times 1.1547 / sqrt(3). The
+    # lower bound is cut at 0.
     bounds = table.loc["distinct_passing,create_test", ["low", "high"]].tolist()
     assert bounds == pytest.approx([0.0, 2 / 3 + 4.30265 * 2 / 3], rel=1e-5)
     assert (
         0 <= table.loc["pass@1,create_test", "low"] < table.loc["pass@1,create_test", "high"] <= 1
     )
-    assert main_metric_items(table.reset_index(), every).empty  # neither is the model's one answer
+    assert main_metric_items(
+        table.reset_index(), every
+    ).empty  # neither is the only answer of the model
 
 
-def test_none_right_has_a_bound_of_zero(tmp_path: Path) -> None:
-    scores, _, _ = benchmark_tables([_model(tmp_path / "base")], WHO)
+def test_benchmark_interval_of_none_right_starts_at_zero(tmp_path: Path) -> None:
+    scores, _, _ = benchmark_tables([_model(tmp_path / "base")], LABELS)
     assert scores["low"][0] == 0.0

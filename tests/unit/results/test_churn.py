@@ -1,4 +1,4 @@
-"""Churn: which answers changed hands, by hand-made tables."""
+"""Tests of churn on small tables made by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _item(run: str, item: str, generated: str, recall: float, right: float, wron
 
 @pytest.fixture
 def items() -> pd.DataFrame:
-    """The run says one thing as before, one better, one worse; it picks another wrong answer."""
+    """Return items of which one is unchanged, one better, one worse, and one wrong otherwise."""
     return pd.DataFrame(
         [
             _item("base", "a", "In Oslo.", 1.0, -1.0, [-2.0, -3.0]),
@@ -43,8 +43,8 @@ def items() -> pd.DataFrame:
     )
 
 
-def test_gains_and_losses_do_not_cancel(items: pd.DataFrame) -> None:
-    """The mean score stands still on `choice`, while two of four answers changed hands."""
+def test_churn_gains_and_losses_do_not_cancel(items: pd.DataFrame) -> None:
+    """The mean score of `choice` is unchanged, while two of four answers changed."""
     table = churn_table(items, NOTHING, NOTHING).set_index("answer")
     generated, choice = table.loc["generated"], table.loc["choice"]
     assert (generated["n"], generated["agreement"]) == (4, 0.25)
@@ -57,14 +57,14 @@ def test_gains_and_losses_do_not_cancel(items: pd.DataFrame) -> None:
         assert row["agreement_low"] <= row["agreement"] <= row["agreement_high"]
 
 
-def test_a_copy_of_the_base_has_none(items: pd.DataFrame) -> None:
+def test_churn_of_a_copy_of_the_base_is_zero(items: pd.DataFrame) -> None:
     base = items[items["run"] == "base"]
     table = churn_table(pd.concat([base, base.assign(run="copy", step=4)]), NOTHING, NOTHING)
     assert (table["agreement"] == 1.0).all()
     assert (table[["gained", "lost"]] == 0.0).all(axis=None)
 
 
-def test_the_general_text_is_no_answer(items: pd.DataFrame) -> None:
+def test_churn_ignores_the_general_text(items: pd.DataFrame) -> None:
     text = {
         "run": "run",
         "step": 4,
@@ -78,10 +78,15 @@ def test_the_general_text_is_no_answer(items: pd.DataFrame) -> None:
     )
 
 
-def _answers(said: dict[tuple[str, int], Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Responses and scores of base and run, of (task, item): text or choice, then both scores."""
+def _answers(answers: dict[tuple[str, int], Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return responses and scores of base and run.
+
+    Args:
+        answers: by (task, item), the answers of base and run (text, or text and choice), then their
+            scores.
+    """
     responses, scores = [], []
-    for (task, item), (before, after, base, tuned) in said.items():
+    for (task, item), (before, after, base, tuned) in answers.items():
         for run, step, answer, value in (("base", 0, before, base), ("run", 4, after, tuned)):
             key = {"run": run, "step": step, "task": task, "item": item}
             text, choice = answer if isinstance(answer, tuple) else (answer, None)
@@ -90,16 +95,16 @@ def _answers(said: dict[tuple[str, int], Any]) -> tuple[pd.DataFrame, pd.DataFra
     return pd.DataFrame(responses).astype({"choice": "Int64"}), pd.DataFrame(scores)
 
 
-def test_benchmarks_by_choice_and_by_text(items: pd.DataFrame) -> None:
-    """A choice is the one that the metric took, be it the likeliest as a whole or not."""
-    said = {
+def test_churn_of_benchmarks_by_choice_and_by_text(items: pd.DataFrame) -> None:
+    """The choice is the metric's, which need not have the highest total likelihood."""
+    answers = {
         ("arc", 0): (("[-1.0, -2.0]", 0), ("[-1.5, -2.5]", 0), 1.0, 1.0),
         ("arc", 1): (("[-1.0, -2.0]", 0), ("[-1.5, -2.5]", 1), 1.0, 0.0),
         ("gsm8k", 0): ("#### 4", "#### 4", 1.0, 1.0),
         ("gsm8k", 1): ("17", "#### 5", 0.0, 1.0),
     }
-    table = churn_table(items, *_answers(said))
-    rows = table[table["asked"] == "job"].set_index("probe")
+    table = churn_table(items, *_answers(answers))
+    rows = table[table["evaluated_by"] == "job"].set_index("probe")
     assert (rows["epoch"] == 2.0).all()  # that of the same checkpoint's evaluation
     assert rows.loc["arc", ["answer", "agreement", "gained", "lost"]].tolist() == [
         "choice", 0.5, 0.0, 0.5,
@@ -109,16 +114,16 @@ def test_benchmarks_by_choice_and_by_text(items: pd.DataFrame) -> None:
     ]  # fmt: skip
 
 
-def test_a_list_of_numbers_that_was_written_is_a_text(items: pd.DataFrame) -> None:
-    """Of `[0.5, 1.5]` and `[0.6, 1.6]` the second is the larger, but they are two answers."""
+def test_churn_compares_generated_numbers_as_text(items: pd.DataFrame) -> None:
+    """`[0.5, 1.5]` and `[0.6, 1.6]` have the same largest entry, but are two answers."""
     table = churn_table(items, *_answers({("sums", 0): ("[0.5, 1.5]", "[0.6, 1.6]", 0.0, 0.0)}))
     (row,) = table[table["probe"] == "sums"].to_dict("records")
     assert (row["answer"], row["agreement"]) == ("generated", 0.0)
 
 
-def test_scores_that_are_no_shares_have_no_churn(items: pd.DataFrame) -> None:
-    """Such as BLEU, asked in training: the others of the course stay."""
-    course = pd.DataFrame(
+def test_churn_leaves_out_unbounded_scores(items: pd.DataFrame) -> None:
+    """BLEU is left out; other in-training benchmarks stay."""
+    trajectory_items = pd.DataFrame(
         [
             {"run": run, "step": step, "epoch": step / 2, "task": task, "metric": "m", "item": item,
              "value": value, "response": "x", "choice": None}
@@ -130,6 +135,6 @@ def test_scores_that_are_no_shares_have_no_churn(items: pd.DataFrame) -> None:
             for item, value in zip("ab", values, strict=True)
         ]
     )  # fmt: skip
-    table = churn_table(items, NOTHING, NOTHING, course).set_index("probe")
+    table = churn_table(items, NOTHING, NOTHING, trajectory_items).set_index("probe")
     assert set(table.index) == {"p", "exact"}
     assert (table.loc["exact", "gained"], table.loc["exact", "lost"]) == (0.5, 0.0)

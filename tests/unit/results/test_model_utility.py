@@ -1,4 +1,4 @@
-"""Model utility: TOFU's harmonic mean by hand, with intervals that cover what they claim."""
+"""Tests of TOFU's model utility: values by hand, and coverage of the intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UTILITY = "model_utility_arithmetic"
 
 
 def _items(draw: np.random.Generator, n: int = 60, knows: float = 4.0) -> pd.DataFrame:
-    """Three probes, whose questions are harder or easier in all scores at once."""
+    """Return items of three probes, whose questions are hard or easy in all scores."""
     tables = []
     for probe in ("new", "authors", "facts"):
         ease = draw.normal(size=n)
@@ -45,27 +45,29 @@ def _items(draw: np.random.Generator, n: int = 60, knows: float = 4.0) -> pd.Dat
     return pd.concat(tables, ignore_index=True)
 
 
-def test_utility_by_hand() -> None:
-    """New knowledge brings its plain probability, old knowledge the normalised one; R as 1 - R."""
+def test_model_utility_equals_values_by_hand() -> None:
+    """New knowledge has the plain probability, old the normalised one; R counts as 1 - R."""
     row: dict[str, Any] = {"rougeL_recall": 1.0, "probability": 0.5, "normalised_probability": 0.25}
     row |= {RATIO: 0.5, "truth_ratio_geometric": 0.75}
     items = pd.DataFrame(
         [{"probe": probe, "item": "a", **row} for probe in ("new", "authors", "facts")]
     )
-    found = model_utility(items, KNOWLEDGE, RATIO)
-    # 1/1, 1/0.5, 1/0.5 of the new, twice 1/1, 1/0.25, 1/0.5 of the old.
-    assert found is not None
-    assert found.value == pytest.approx(9 / (1 + 2 + 2 + 2 * (1 + 4 + 2)))
-    assert found.n == 3
+    arithmetic = model_utility(items, KNOWLEDGE, RATIO)
+    # 1/1, 1/0.5, 1/0.5 for the new probe, twice 1/1, 1/0.25, 1/0.5 for the old probes.
+    assert arithmetic is not None
+    assert arithmetic.value == pytest.approx(9 / (1 + 2 + 2 + 2 * (1 + 4 + 2)))
+    assert arithmetic.n == 3
     geometric = model_utility(items, KNOWLEDGE, "truth_ratio_geometric")
     assert geometric is not None
     assert geometric.value == pytest.approx(9 / (1 + 2 + 4 + 2 * (1 + 4 + 4)))
     assert harmonic_mean([0.5, 0.0, 1.0]) == 0.0
 
 
-def test_intervals_cover_the_utility_and_its_change_as_often_as_they_say() -> None:
-    """At least 92 % of 300 samples, where 95 % are claimed; of sixty questions a probe and three
-    probes the intervals are on the safe side."""
+def test_model_utility_intervals_cover() -> None:
+    """At least 92 % of 300 samples are covered at level 95 %.
+
+    With three probes of sixty questions the intervals are conservative.
+    """
     draw = np.random.default_rng(0)
     many = 200_000
     truth, before = (model_utility(_items(draw, many, k), KNOWLEDGE, RATIO) for k in (4.0, 5.0))
@@ -83,8 +85,8 @@ def test_intervals_cover_the_utility_and_its_change_as_often_as_they_say() -> No
     assert 0.92 <= np.mean(changed) <= 0.98
 
 
-def test_the_interval_of_the_change_covers_where_few_answers_change() -> None:
-    """2 % of sixty questions a probe: at least 90 % of 300 samples; of variances alone, 78 %."""
+def test_model_utility_change_covers_if_few_answers_change() -> None:
+    """With 2 % of 60 questions changed, 90 % are covered; with variances only, 78 %."""
 
     def pair(draw: np.random.Generator, n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         base, other = _items(draw, n, 5.0), _items(draw, n, 4.0)
@@ -106,8 +108,8 @@ def test_the_interval_of_the_change_covers_where_few_answers_change() -> None:
     assert np.mean(covered) >= 0.90
 
 
-def test_the_same_answers_change_nothing() -> None:
-    """Paired by question, in whatever order they stand; other questions might have changed."""
+def test_model_utility_of_equal_answers_does_not_change() -> None:
+    """Items are paired by question in any order; the interval is not empty."""
     items = _items(np.random.default_rng(1))
     row = utility_row(items, KNOWLEDGE, UTILITY, items.sample(frac=1, random_state=0))
     assert row is not None
@@ -117,8 +119,8 @@ def test_the_same_answers_change_nothing() -> None:
     assert row["low"] < row["value"] < row["high"]
 
 
-def test_a_model_that_knows_nothing_of_one_kind_has_none() -> None:
-    """Zero, without an interval: the harmonic mean has no slope there."""
+def test_model_utility_is_zero_without_one_kind_of_knowledge() -> None:
+    """There is no interval, because the harmonic mean has no slope at zero."""
     items = _items(np.random.default_rng(2))
     items.loc[items["probe"] == "facts", "rougeL_recall"] = 0.0
     row = utility_row(items, KNOWLEDGE, UTILITY, items)
@@ -128,12 +130,12 @@ def test_a_model_that_knows_nothing_of_one_kind_has_none() -> None:
     assert math.isnan(row["change_high"])
 
 
-def test_changes_of_shares_are_possible_ones_and_of_counts_students() -> None:
-    """Of a share within -1 and 1, and wide also where no answer is another; of counts Student's."""
+def test_aggregate_items_changes_of_shares_and_counts() -> None:
+    """Shares have intervals in [-1, 1], with a width if nothing changed; counts Student's."""
     base = _items(np.random.default_rng(4), 20).assign(generated_tokens=9.0)
-    told = base.assign(rougeL_recall=1.0, probability=base["probability"] ** 0.5)
-    told["generated_tokens"] = 30.0 + np.arange(60) % 3
-    table = aggregate_items(told, KNOWLEDGE, base)
+    tuned = base.assign(rougeL_recall=1.0, probability=base["probability"] ** 0.5)
+    tuned["generated_tokens"] = 30.0 + np.arange(60) % 3
+    table = aggregate_items(tuned, KNOWLEDGE, base)
     table = table[table["probe"] == "new"].set_index("metric")
     shares = table.drop(index="generated_tokens")
     assert (shares["change_low"] < shares["change_high"]).all()
@@ -144,11 +146,11 @@ def test_changes_of_shares_are_possible_ones_and_of_counts_students() -> None:
     assert same["change_high"] == pytest.approx(1.959964**2 / (20 + 1.959964**2))
     counts = table.loc["generated_tokens"]
     assert (counts["change_low"], counts["change_high"]) == pytest.approx(
-        t_interval((told["generated_tokens"] - base["generated_tokens"])[:20])
+        t_interval((tuned["generated_tokens"] - base["generated_tokens"])[:20])
     )
 
 
-def test_the_trajectory_has_a_row_of_each_where_every_probe_has_wrong_answers() -> None:
+def test_aggregate_items_has_both_model_utilities() -> None:
     items = _items(np.random.default_rng(3))
     text = pd.DataFrame([{"probe": "general_text", "item": "t", "text_loss": 1.0}])
     both = pd.concat([items, text])

@@ -1,1 +1,1 @@
-"""TODO analysis."""
+"""Statistics of results: confidence intervals and comparisons of methods."""

@@ -1,10 +1,9 @@
-"""Which method keeps more: differences on the same questions, at the selected checkpoints.
+"""Differences between methods on the same questions, at the selected checkpoints.
 
-Who looks for the largest of the k differences of a probe and metric finds one whose own interval
-of 95 % leaves out 0 far more often than once in 20: of five equal methods, in a quarter of all
-studies. `low_all` and `high_all` are for that: of level 1 - 0.05/k each (Bonferroni), so that all k
-hold at once in at least 95 % of studies, and with them whatever is said of the largest. (Of that
-one, Holm's steps would say the same: the first of them is this.)
+The largest of k pairwise differences excludes 0 far more often than 5 % of the time under the null
+(in 25 % of studies with five equal methods). `low_all` and `high_all` are Bonferroni-corrected,
+with level 1 - 0.05/k: they hold for all k pairs simultaneously in at least 95 % of studies, and so
+for the largest difference. Holm's procedure gives the largest difference the same bounds.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ MISS_PROBABILITY = 0.05
 
 
 def compare_methods(items: pd.DataFrame, selection: pd.DataFrame) -> pd.DataFrame:
-    """Every pair of methods on every probe.
+    """Return the difference of every pair of methods on every probe.
 
-    Two models that answer the same questions share what makes a question hard, so that the
-    difference is known better than either value: two separate intervals may overlap where the
-    interval of the difference is far from 0. A question's score is its mean over the seeds that
-    have a checkpoint; the intervals are Tango's (`statistics.difference_interval`).
+    Two models that answer the same questions share what makes a question hard. Their difference is
+    therefore known better than either value: two separate intervals may overlap where the interval
+    of the difference is far from 0. A question's score is its mean over the seeds that have a
+    checkpoint. The intervals are Tango's (`forgetting.analysis.intervals.tango_interval`).
 
     Args:
         items: the items of all runs (run, step, probe, item and scores).
         selection: label, run and step of each method and seed.
 
     Returns:
-        probe, metric, label, other, difference (label minus other), low, high (95 %, of the
-        pair alone), low_all, high_all (95 % for all pairs of the probe and metric at once), n.
+        probe, metric, label, other, difference (label minus other), low, high (95 % for this pair),
+        low_all, high_all (95 % for all pairs of the probe and metric simultaneously), n.
     """
     chosen = selection.dropna(subset=["step"])[["label", "run", "step"]]
     scored = items.merge(chosen, on=["run", "step"], how="inner")
@@ -52,8 +51,9 @@ def compare_methods(items: pd.DataFrame, selection: pd.DataFrame) -> pd.DataFram
             pairs = list(combinations(labels, 2))
             for label, other in pairs:
                 differences = (table[label] - table[other]).dropna().to_numpy()
-                alone = tango_interval(differences, 1 - MISS_PROBABILITY)
-                at_once = tango_interval(differences, 1 - MISS_PROBABILITY / len(pairs))
-                found = (differences.mean(), *alone, *at_once, len(differences))
-                rows.append(dict(zip(COLUMNS, (probe, metric, label, other, *found), strict=True)))
+                single = tango_interval(differences, 1 - MISS_PROBABILITY)
+                simultaneous = tango_interval(differences, 1 - MISS_PROBABILITY / len(pairs))
+                numbers = (differences.mean(), *single, *simultaneous, len(differences))
+                row = (probe, metric, label, other, *numbers)
+                rows.append(dict(zip(COLUMNS, row, strict=True)))
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -1,8 +1,8 @@
-"""Intervals for means over the items of a probe or benchmark, and for differences of such means.
+"""Confidence intervals for means over items and for differences of such means.
 
-Scores and differences have no unit; their bounds speak of the mean over all items of the kind, of
-which those measured are a sample. Each interval is for one mean alone: of several at once, level
-1 - 0.05/k for each of k holds for all together (Bonferroni).
+Scores and differences have no unit. The measured items are a sample of all items of their kind, and
+the bounds are for the mean over all of them. Each interval is for one mean. Intervals of level
+1 - 0.05/k for k means hold simultaneously (Bonferroni).
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ PSEUDO_ITEMS = 2.0
 """Weight, in items, of the assumption that values vary as much as right-or-wrong ones would."""
 
 ROUNDING = 1e-12
-"""A variance below which values are as good as equal, and none or all of what they may be."""
+"""A largest possible variance below this counts as 0."""
 
 HALVINGS = 50
-"""Of a distance of at most 2: leaves 2e-15."""
+"""Bisection steps. From a distance of at most 2 they leave 2e-15."""
 
 
 def wilson_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the mean of values in [0, 1], items taken as independent.
+    """Return a confidence interval of the mean of independent values in [0, 1].
 
-    Wilson's score interval (1927) with n' = n / v items, where v is the variance of the values
-    relative to m(1-m), the largest that values in [0, 1] with mean m can have. For right-or-wrong
-    values v = 1 and it is Wilson's own interval; for values that vary less it is narrower. v is
-    shrunk towards 1 by `PSEUDO_ITEMS`, so that few or equal values do not pretend to certainty.
-    Its coverage is simulated in tests/test_statistics.py.
+    Wilson's score interval (1927) with n' = n / v items. v is the variance of the values relative
+    to m(1-m), the largest variance of values in [0, 1] with mean m. Right-or-wrong values have
+    v = 1 and Wilson's own interval. Values that vary less have a narrower interval. v is shrunk
+    towards 1 by `PSEUDO_ITEMS`, so that few or equal values do not give an interval without width.
+    tests/unit/analysis/test_intervals.py simulates the coverage.
+
+    Args:
+        values: scores of the items; without any, both bounds are NaN.
+        level: confidence level.
     """
     x = np.asarray(values, dtype=float)
     n = len(x)
@@ -43,33 +47,37 @@ def wilson_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z * math.sqrt(widest / effective + z * z / (4 * effective**2))
     half /= 1 + z * z / effective
-    # At the ends the bound is the end itself, which rounding would miss by a hair.
+    # A mean of 0 or 1 is its own bound. The formula would miss it by rounding.
     low = 0.0 if mean == 0 else max(0.0, centre - half)
     high = 1.0 if mean == 1 else min(1.0, centre + half)
     return low, high
 
 
 def tango_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the mean difference of two scores in [0, 1] of the same items.
+    """Return a confidence interval of the mean difference of two scores of the same items.
 
     Tango's score interval (1998, Statistics in Medicine 17:891, equations 24 to 26) for paired
-    proportions. With g and l the means of max(0, d) and max(0, -d), it holds every delta for which
-    |g - l - delta| <= z sqrt((2q + delta(1 - delta)) / n), where q is the likeliest share of losses
-    were the true difference delta: the root of 2q^2 + Bq + C with B = (2 - g + l) delta - g - l and
-    C = -l delta (1 - delta). For values between right and wrong n is n / v, v being their variance
-    relative to g + l - (g-l)^2, the largest that differences with this g and l can have, and shrunk
-    towards 1, as in `wilson_interval`.
+    proportions. Let g and l be the means of max(0, d) and max(0, -d). The interval holds every
+    delta with |g - l - delta| <= z sqrt((2q + delta(1 - delta)) / n). q is the maximum-likelihood
+    share of losses under the true difference delta. It is the root of 2q^2 + Bq + C with
+    B = (2 - g + l) delta - g - l and C = -l delta (1 - delta). For scores between right and wrong,
+    n is replaced by n / v. v is the variance of the differences relative to g + l - (g-l)^2, the
+    largest for this g and l, shrunk towards 1 as in `wilson_interval`.
 
-    Where few items differ, Student's interval covers far less than it claims, and has no width
-    where none does; this one then reaches to what 0 of n leaves possible, z^2 / (n + z^2) either
-    way. It stays within [-1, 1], and 0 lies outside it where McNemar's test rejects. Of scores that
-    are right or wrong it promises no gain beyond 1 - low of the second, with low of
-    `wilson_interval`. It may pass 1 less the second's mean over these items, which other items
-    would change too: cut there, it covers as little as half of the time. Simulations and published
-    examples are in tests/test_statistics.py.
+    Where few items differ, Student's interval covers far less than its level, and where none
+    differs it has no width. This interval then reaches z^2 / (n + z^2) either way, which 0 of n
+    items leave possible. It stays within [-1, 1] and excludes 0 where McNemar's test rejects.
+    For right-or-wrong scores the gain is at most 1 - low, with low from `wilson_interval` of the
+    second score. The gain may exceed 1 minus the second score's mean over these items, since other
+    items would change that mean too. An interval cut there covers as little as half of the time.
+    tests/unit/analysis/test_intervals.py has simulations and published examples.
 
-    What no few items can show it does not know: where all differ a little and one in a hundred by
-    nearly 1, samples of 80 without such a one give narrow intervals, as Student's do.
+    Limitation: rare large differences are missed. If 1 % of items differ by nearly 1, a sample of
+    80 without such an item gives too narrow an interval (Student's t does too).
+
+    Args:
+        differences: of scores in [0, 1], one per item; without any, both bounds are NaN.
+        level: confidence level.
     """
     d = np.asarray(differences, dtype=float)
     if len(d) == 0:
@@ -90,7 +98,7 @@ def tango_interval(differences: Sequence[float], level: float = 0.95) -> tuple[f
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of unbounded values; NaN below two values."""
+    """Return Student's t interval of the mean of unbounded values; NaN for fewer than two."""
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
         return math.nan, math.nan
@@ -99,14 +107,14 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
 
 
 def _effective_items(values: np.ndarray, widest: float) -> float:
-    """How many items of variance `widest` would fix the mean as well as these do."""
+    """Return the number of items of variance `widest` that would fix the mean as precisely."""
     n = len(values)
     relative = float(values.var()) / widest if widest > ROUNDING else 1.0
     return n * (n + PSEUDO_ITEMS) / (n * relative + PSEUDO_ITEMS)
 
 
 def _interval_edge(outside: float, inside: float, is_outside: Callable[[float], bool]) -> float:
-    """Where an interval ends, between a point beyond it (or its end) and one within, by halving."""
+    """Return the edge of an interval between a point outside and a point inside, by bisection."""
     for _ in range(HALVINGS):
         middle = (outside + inside) / 2
         if is_outside(middle):

@@ -1,1 +1,1 @@
-"""The page and its figures: tables in, one HTML file and SVG and PNG figures out."""
+"""The report of a study: figures and an HTML page, rendered from the tables."""

@@ -1,8 +1,6 @@
-"""The tables that the report reads, and the frames its figures draw: pandas in, pandas out.
+"""The tables that the report reads, and the data frames that its figures draw.
 
-Studies with durations: the branches of a trunk are drawn as one run with a point for each.
-
-Tasks to which several answers were drawn: pass@k, and how many of the answers differ.
+Cooldown branches of a trunk are drawn as one run with a point for each duration.
 """
 
 from __future__ import annotations
@@ -17,97 +15,6 @@ import pandas as pd
 from forgetting.benchmarks.scores import FAILING, PASSING
 from forgetting.errors import InputError
 from forgetting.io import read_json, read_table
-
-
-def per_duration(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The same tables where branches of a trunk are one run, measured at the end of each duration.
-
-    That run is named and described as its longest branch without the duration. What was measured
-    before the end of a branch, and benchmarks of ends that are not selected, are left out.
-    """
-    runs = frames["runs"]
-    if "duration" not in runs or runs["duration"].isna().all():
-        return frames
-    branches = runs.dropna(subset=["duration"])
-    trunk = {run: run.rsplit("/", 1)[0] for run in branches["run"]}
-    ends = dict(zip(branches["run"], branches["steps"], strict=True))
-    trajectory, selection = frames["trajectory"], frames["selection"]
-    at_end = [
-        run not in ends or ends[run] == step
-        for run, step in zip(trajectory["run"], trajectory["step"], strict=True)
-    ]
-    # Two durations may be so near that they have as many steps, and then they end alike.
-    points = _renamed(trajectory[at_end], trunk)
-    points = points.drop_duplicates(["run", "step", "probe", "metric"])
-    benchmarks = frames["benchmarks"]
-    shown = {"base", *selection.dropna(subset=["step"])["run"]}
-    return frames | {
-        "runs": pd.concat([runs[runs["duration"].isna()], _merged_methods(branches, trunk)]),
-        "trajectory": points.reset_index(drop=True),
-        "selection": _renamed(selection, trunk),
-        "benchmarks": _renamed(benchmarks[benchmarks["run"].isin(shown)], trunk),
-    }
-
-
-def _renamed(table: pd.DataFrame, trunk: dict[str, str]) -> pd.DataFrame:
-    named = table.assign(run=[trunk.get(run, run) for run in table["run"]])
-    return named.reset_index(drop=True)
-
-
-def _merged_methods(branches: pd.DataFrame, trunk: dict[str, str]) -> pd.DataFrame:
-    """One row for the branches of a trunk."""
-    rows = []
-    renamed = _renamed(branches.sort_values("duration", kind="stable"), trunk)
-    for _, group in renamed.groupby("run", sort=False):
-        diverged = (group["status"] == "diverged").any()
-        rows.append(
-            group.iloc[-1:].assign(
-                chosen=bool(group["chosen"].any()),
-                selected_step=group["selected_step"].max(),
-                status="diverged" if diverged else group["status"].iloc[-1],
-                seconds=group["seconds"].sum(),
-            )
-        )
-    return pd.concat(rows)
-
-
-@dataclass(frozen=True)
-class SampledTask:
-    """One task: its pass@k by name, and a line per method with mean and interval of each metric,
-    the last two of which count the different answers to an item that pass and that fail."""
-
-    task: str
-    drawn: str
-    rates: list[str]
-    lines: list[tuple[str, list[tuple[float, float, float] | None]]]
-
-
-def sampled_tasks(tables: ReportTables) -> list[SampledTask]:
-    """Every task of which answers were drawn; seeds are averaged."""
-    scores = tables.benchmarks
-    if scores.empty:
-        return []
-    names = scores["metric"].str.partition(",")[0]
-    drawn = scores[names == PASSING]["task"].drop_duplicates()
-    return [_sampled_task(tables, str(task), scores[scores["task"] == task]) for task in drawn]
-
-
-def _sampled_task(tables: ReportTables, task: str, scores: pd.DataFrame) -> SampledTask:
-    scores = scores.assign(name=scores["metric"].str.partition(",")[0])
-    rates = [str(name) for name in scores["name"].unique() if name.startswith("pass@")]
-    settings = tables.config.get("benchmarks", {}).get("tasks", {}).get(task) or {}
-    count = settings.get("samples")
-    means = scores.groupby(["label", "name"])[["value", "low", "high"]].mean()
-    lines = []
-    for label in ["base", *method_labels(tables)]:
-        cells: list[tuple[float, float, float] | None] = []
-        for name in [*rates, PASSING, FAILING]:
-            found = means.loc[label, name].tolist() if (label, name) in means.index else None
-            cells.append(tuple(found) if found else None)
-        if any(cells):
-            lines.append((label, cells))
-    return SampledTask(humanize(task), f"{count} answers" if count else "answers", rates, lines)
-
 
 ROUGE = "rougeL_recall"
 F1 = "rougeL_f1"
@@ -125,13 +32,13 @@ COLUMNS = {
     "comparisons": "probe metric label other difference low high low_all high_all n",
     "benchmarks": "run method label seed step task metric main value low high n chance num_fewshot",
 }
-
 BENCHMARK_TRAJECTORY_COLUMNS = "run step epoch task metric value low high n chance"
+_MEASURES = ["value", "low", "high", "epoch", "chance"]
 
 
 @dataclass(frozen=True)
 class ReportTables:
-    """One finished study; every frame is long (tidy), `study` is study.json as it was written."""
+    """One finished study. Every frame is long (tidy); `study` is the content of study.json."""
 
     runs: pd.DataFrame
     trajectory: pd.DataFrame
@@ -140,17 +47,17 @@ class ReportTables:
     benchmarks: pd.DataFrame
     study: dict[str, Any]
     benchmark_trajectory: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """Benchmarks at every evaluation, where the study asks for them."""
+    """In-training benchmarks; empty in a study without them."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved study file."""
+        """Return the resolved study file."""
         config: dict[str, Any] = self.study.get("study", {})
         return config
 
     @property
     def threshold(self) -> float | None:
-        """Where the selection rule stops, if it is a rule about ROUGE-L recall."""
+        """Return the threshold of the selection rule, if the rule is about ROUGE-L recall."""
         rule = self.config.get("selection", {})
         if rule.get("metric", ROUGE) != ROUGE or rule.get("threshold") is None:
             return None
@@ -158,30 +65,31 @@ class ReportTables:
 
     @property
     def rouge_tokenizer(self) -> str:
-        """What ROUGE takes for words."""
+        """Return the name of the tokenizer that ROUGE uses."""
         return str(self.config.get("evaluation", {}).get("rouge_tokenizer", "rouge_score"))
 
     @property
     def tuned(self) -> pd.DataFrame:
-        """The runs without the base."""
+        """Return the runs without the base."""
         return self.runs[self.runs["kind"] != "base"]
 
 
 def read_tables(folder: Path) -> ReportTables:
-    """Read a study's tables, branches of a trunk as one run (`durations.by_duration`).
+    """Read a study's tables, with the branches of a trunk as one run (`per_duration`).
 
-    A missing file or column is an `InputError` that names it.
+    Raises:
+        InputError: if a file or a column is missing; the message names it.
     """
-    frames = {name: _read(folder / f"{name}.parquet", COLUMNS[name].split()) for name in COLUMNS}
+    tables = {name: _read(folder / f"{name}.parquet", COLUMNS[name].split()) for name in COLUMNS}
     path = folder / "study.json"
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; it holds the study and its provenance")
-    course = folder / "benchmark_course.parquet"
+    benchmarks = folder / "benchmark_trajectory.parquet"
     return ReportTables(
-        **per_duration(frames),
+        **per_duration(tables),
         study=read_json(path),
-        benchmark_trajectory=_read(course, BENCHMARK_TRAJECTORY_COLUMNS.split())
-        if course.is_file()
+        benchmark_trajectory=_read(benchmarks, BENCHMARK_TRAJECTORY_COLUMNS.split())
+        if benchmarks.is_file()
         else pd.DataFrame(),
     )
 
@@ -196,43 +104,100 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     return frame
 
 
+def per_duration(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return the tables with the branches of a trunk as one run, measured at the end of each.
+
+    That run has the name and description of its longest branch, without the duration. Evaluations
+    before the end of a branch are left out, and so are benchmarks of ends that are not selected.
+    """
+    runs = tables["runs"]
+    if "duration" not in runs or runs["duration"].isna().all():
+        return tables
+    branches = runs.dropna(subset=["duration"])
+    trunk = {run: run.rsplit("/", 1)[0] for run in branches["run"]}
+    last_step = dict(zip(branches["run"], branches["steps"], strict=True))
+    trajectory, selection = tables["trajectory"], tables["selection"]
+    is_end = [
+        run not in last_step or last_step[run] == step
+        for run, step in zip(trajectory["run"], trajectory["step"], strict=True)
+    ]
+    # Two durations may round to the same number of steps. Their ends are then equal.
+    ends = _renamed(trajectory[is_end], trunk)
+    ends = ends.drop_duplicates(["run", "step", "probe", "metric"])
+    benchmarks = tables["benchmarks"]
+    shown = {"base", *selection.dropna(subset=["step"])["run"]}
+    return tables | {
+        "runs": pd.concat([runs[runs["duration"].isna()], _merged_branches(branches, trunk)]),
+        "trajectory": ends.reset_index(drop=True),
+        "selection": _renamed(selection, trunk),
+        "benchmarks": _renamed(benchmarks[benchmarks["run"].isin(shown)], trunk),
+    }
+
+
+def _renamed(table: pd.DataFrame, trunk: dict[str, str]) -> pd.DataFrame:
+    named = table.assign(run=[trunk.get(run, run) for run in table["run"]])
+    return named.reset_index(drop=True)
+
+
+def _merged_branches(branches: pd.DataFrame, trunk: dict[str, str]) -> pd.DataFrame:
+    """Return one row for the branches of each trunk."""
+    rows = []
+    renamed = _renamed(branches.sort_values("duration", kind="stable"), trunk)
+    for _, group in renamed.groupby("run", sort=False):
+        has_diverged = (group["status"] == "diverged").any()
+        rows.append(
+            group.iloc[-1:].assign(
+                chosen=bool(group["chosen"].any()),
+                selected_step=group["selected_step"].max(),
+                status="diverged" if has_diverged else group["status"].iloc[-1],
+                seconds=group["seconds"].sum(),
+            )
+        )
+    return pd.concat(rows)
+
+
 def methods_in_order(tables: ReportTables) -> pd.DataFrame:
-    """Columns method, label, kind, one row per tuning: adapters by rank, hybrids, full."""
+    """Return method, label and kind of every method: adapters by rank, hybrids, full."""
     order = tables.tuned.drop_duplicates("method").copy()
-    order["last"] = order["kind"].map({"lora": 0, "hybrid": 1, "full": 2})
-    order = order.sort_values(["last", "rank", "method"], na_position="last", kind="stable")
+    order["kind_order"] = order["kind"].map({"lora": 0, "hybrid": 1, "full": 2})
+    order = order.sort_values(["kind_order", "rank", "method"], na_position="last", kind="stable")
     return order[["method", "label", "kind"]].reset_index(drop=True)
 
 
 def method_labels(tables: ReportTables) -> list[str]:
-    """What the methods are called, in the order in which they are drawn."""
+    """Return the labels of the methods, in the order of `methods_in_order`."""
     return [str(label) for label in methods_in_order(tables)["label"]]
 
 
 def probes_in_order(tables: ReportTables, knowledge: str) -> list[str]:
-    """The probes of new or old knowledge, in the order of the table."""
-    known = tables.trajectory[tables.trajectory["knowledge"] == knowledge]
-    return [str(name) for name in known["probe"].drop_duplicates()]
+    """Return the probes of new or old knowledge, in the order of the table."""
+    rows = tables.trajectory[tables.trajectory["knowledge"] == knowledge]
+    return [str(name) for name in rows["probe"].drop_duplicates()]
 
 
-def watched_tasks(tables: ReportTables) -> str | None:
-    """The probe that the selection rule watches, or else the first of new knowledge."""
-    known = probes_in_order(tables, "new")
-    named = tables.config.get("selection", {}).get("probe")
-    return named if named in known else next(iter(known), None)
+def all_probes(tables: ReportTables) -> list[str]:
+    """Return the probes of new knowledge, then those of old."""
+    return probes_in_order(tables, "new") + probes_in_order(tables, "old")
+
+
+def watched_probe(tables: ReportTables) -> str | None:
+    """Return the probe of the selection rule, or the first of new knowledge."""
+    probes = probes_in_order(tables, "new")
+    watched = tables.config.get("selection", {}).get("probe")
+    return watched if watched in probes else next(iter(probes), None)
 
 
 def humanize(name: str) -> str:
-    """A key of the configuration as words."""
+    """Return a key of the configuration as words."""
     return name.replace("_", " ").strip()
 
 
 def measured_probes(
     tables: ReportTables, metric: str, probe: str, extra: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """One metric on one probe: a row per run and step, the base as step 0 of every run.
+    """Return one metric on one probe: a row per run and step, with the base as step 0 of every run.
 
-    Values that are not finite are left out, so that a diverged run ends where it broke.
+    Values that are not finite are left out, so that a diverged run ends where it diverged.
     """
     rows = tables.trajectory
     rows = rows[(rows["metric"] == metric) & (rows["probe"] == probe)]
@@ -240,12 +205,9 @@ def measured_probes(
 
 
 def training_benchmarks(tables: ReportTables, task: str) -> pd.DataFrame:
-    """A benchmark at every evaluation, like `measured_probes`."""
-    return _with_base_row(
-        tables,
-        tables.benchmark_trajectory[tables.benchmark_trajectory["task"] == task],
-        ("chance",),
-    )
+    """Return an in-training benchmark at every evaluation, with columns as `measured_probes`."""
+    rows = tables.benchmark_trajectory
+    return _with_base_row(tables, rows[rows["task"] == task], ("chance",))
 
 
 def _with_base_row(tables: ReportTables, rows: pd.DataFrame, extra: Sequence[str]) -> pd.DataFrame:
@@ -253,25 +215,26 @@ def _with_base_row(tables: ReportTables, rows: pd.DataFrame, extra: Sequence[str
     rows = rows.dropna(subset=["value"])
     base = rows[rows["run"] == "base"].assign(step=0, epoch=0.0)
     tuned = rows[rows["run"] != "base"]
-    starts = tuned.groupby("run")["step"].min()
-    lacking = starts.index[starts > 0]
-    zero = [base.assign(run=name) for name in lacking] if len(base) else []
+    first_steps = tuned.groupby("run")["step"].min()
+    without_zero = first_steps.index[first_steps > 0]
+    zero = [base.assign(run=name) for name in without_zero] if len(base) else []
     joined = pd.concat([*zero, tuned], ignore_index=True)
-    about = ["run", "method", "label", "learning_rate", "weight_decay", "seed", "status", "chosen"]
-    joined = joined.merge(tables.tuned[about], on="run", how="inner")
+    columns = ["run", "method", "label", "learning_rate", "weight_decay", "seed"]
+    columns += ["status", "chosen"]
+    joined = joined.merge(tables.tuned[columns], on="run", how="inner")
     return _rounded_values(joined.sort_values(["method", "run", "step"], kind="stable"))
 
 
 def base_row(tables: ReportTables, metric: str, probe: str) -> pd.DataFrame:
-    """The base's one row of a metric on a probe (none, if it was not measured)."""
+    """Return the base's row of a metric on a probe, or no row if it was not measured."""
     rows = tables.trajectory
-    found = rows[(rows["run"] == "base") & (rows["metric"] == metric) & (rows["probe"] == probe)]
-    found = found.dropna(subset=["value"])[["run", "value", "low", "high", "n"]]
-    return _rounded_values(found.assign(label="base").head(1))
+    rows = rows[(rows["run"] == "base") & (rows["metric"] == metric) & (rows["probe"] == probe)]
+    rows = rows.dropna(subset=["value"])[["run", "value", "low", "high", "n"]]
+    return _rounded_values(rows.assign(label="base").head(1))
 
 
 def selected_runs(tables: ReportTables) -> pd.DataFrame:
-    """One row per method and seed that has a checkpoint: run, step, status."""
+    """Return run, step and status of every method and seed that has a checkpoint."""
     rows = tables.selection.dropna(subset=["step"])
     return rows[["run", "step", "status"]].rename(columns={"status": "selection"})
 
@@ -279,60 +242,61 @@ def selected_runs(tables: ReportTables) -> pd.DataFrame:
 def at_selected(
     tables: ReportTables, metric: str, probe: str, extra: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """The rows of `measured_probes` at the selected checkpoints."""
+    """Return the rows of `measured_probes` at the selected checkpoints."""
     rows = measured_probes(tables, metric, probe, extra)
     return rows.merge(selected_runs(tables), on=["run", "step"], how="inner")
 
 
 def mean_over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean value of the chosen runs of a method, at steps at which each of its seeds was measured.
+    """Return the mean over seeds of a method's chosen runs, at steps that every seed has.
 
-    Empty where no method has several seeds: one run is its own mean.
+    The result is empty where no method has several seeds.
     """
     chosen = rows[rows["chosen"].astype(bool)]
     seeds = chosen.groupby("method")["seed"].nunique().rename("seeds")
-    kept = [name for name in ("score",) if name in chosen]
-    grouped = chosen.groupby(["method", "label", "step", "epoch", *kept], as_index=False).agg(
+    score = [name for name in ("score",) if name in chosen]
+    grouped = chosen.groupby(["method", "label", "step", "epoch", *score], as_index=False).agg(
         value=("value", "mean"), measured=("seed", "nunique")
     )
     grouped = grouped.merge(seeds, on="method")
-    whole = (grouped["measured"] == grouped["seeds"]) & (grouped["seeds"] > 1)
-    return _rounded_values(grouped[whole].drop(columns="measured"))
+    is_complete = (grouped["measured"] == grouped["seeds"]) & (grouped["seeds"] > 1)
+    return _rounded_values(grouped[is_complete].drop(columns="measured"))
 
 
 def last_evaluations(rows: pd.DataFrame) -> pd.DataFrame:
-    """Where diverged and failed runs ended."""
-    broken = rows[rows["status"] != "ok"]
-    apart = ["run", *(name for name in ("score",) if name in broken)]
-    return broken.sort_values("step").groupby(apart, as_index=False).tail(1)
+    """Return the last evaluations of diverged and failed runs."""
+    failed = rows[rows["status"] != "ok"]
+    key = ["run", *(name for name in ("score",) if name in failed)]
+    return failed.sort_values("step").groupby(key, as_index=False).tail(1)
 
 
 def old_versus_new(tables: ReportTables, metric: str, new: str, old: str) -> pd.DataFrame:
-    """A metric on the new knowledge (suffix _new) beside that on one old probe (suffix _old)."""
+    """Return a metric on the new knowledge (suffix _new) and on one old probe (suffix _old)."""
     key = ["run", "step"]
-    fresh = measured_probes(tables, metric, new)
-    kept = measured_probes(tables, metric, old)[[*key, "value", "low", "high", "n"]]
-    return fresh.merge(kept, on=key, suffixes=("_new", "_old"))
+    on_new = measured_probes(tables, metric, new)
+    on_old = measured_probes(tables, metric, old)[[*key, "value", "low", "high", "n"]]
+    return on_new.merge(on_old, on=key, suffixes=("_new", "_old"))
 
 
 def difference(tables: ReportTables, probe: str, label: str, other: str) -> pd.Series | None:
-    """ROUGE of one method minus that of another on the same questions, with low and high.
+    """Return the ROUGE of a method minus another's on the same questions, with low and high.
 
-    The bounds hold for all pairs of methods on the probe at once: the largest of them is told.
+    The bounds hold for all pairs of methods on the probe simultaneously, because the page reports
+    the largest of the differences.
     """
     rows = tables.comparisons
     rows = rows[(rows["probe"] == probe) & (rows["metric"] == ROUGE)]
-    for one, two, sign in ((label, other, 1), (other, label, -1)):
-        found = rows[(rows["label"] == one) & (rows["other"] == two)]
-        if len(found):
-            bounds = found.iloc[0][["difference", "low_all", "high_all"]].astype(float)
+    for first, second, sign in ((label, other, 1), (other, label, -1)):
+        pair = rows[(rows["label"] == first) & (rows["other"] == second)]
+        if len(pair):
+            bounds = pair.iloc[0][["difference", "low_all", "high_all"]].astype(float)
             bounds = bounds.set_axis(["difference", "low", "high"])
             return bounds if sign == 1 else (-bounds).set_axis(["difference", "high", "low"])
     return None
 
 
 def truth_ratios(tables: ReportTables, probe: str) -> pd.DataFrame:
-    """Both truth ratios of one probe at the base and the selected checkpoints, long."""
+    """Return both truth ratios of a probe at the base and the selected checkpoints (long)."""
     parts = []
     for definition, metric in TRUTH_RATIOS.items():
         rows = pd.concat([base_row(tables, metric, probe), at_selected(tables, metric, probe)])
@@ -341,15 +305,57 @@ def truth_ratios(tables: ReportTables, probe: str) -> pd.DataFrame:
 
 
 def available_scores(tables: ReportTables) -> pd.DataFrame:
-    """The main metric of each benchmark, scored models only."""
+    """Return the main metric of each benchmark for the models that were scored."""
     rows = tables.benchmarks
     rows = rows[rows["main"].astype(bool)].dropna(subset=["value"])
     return _rounded_values(rows)
 
 
 def _rounded_values(rows: pd.DataFrame) -> pd.DataFrame:
-    """Five decimals are more than any figure shows, and keep the page small."""
+    """Round to five decimals: more than any figure shows, and the page stays small."""
     return rows.round(dict.fromkeys(rows.columns.intersection(_MEASURES), 5)).reset_index(drop=True)
 
 
-_MEASURES = ["value", "low", "high", "epoch", "chance"]
+@dataclass(frozen=True)
+class SampledTask:
+    """A benchmark with several sampled answers to each item.
+
+    Attributes:
+        task: the name in words.
+        samples: the number of answers to an item, as text.
+        rates: the names of its pass@k.
+        rows: for each model its label, and mean and interval of every rate, then of the numbers of
+            different answers to an item that pass and that fail.
+    """
+
+    task: str
+    samples: str
+    rates: list[str]
+    rows: list[tuple[str, list[tuple[float, float, float] | None]]]
+
+
+def sampled_tasks(tables: ReportTables) -> list[SampledTask]:
+    """Return every task with sampled answers; values are means over seeds."""
+    scores = tables.benchmarks
+    if scores.empty:
+        return []
+    names = scores["metric"].str.partition(",")[0]
+    tasks = scores[names == PASSING]["task"].drop_duplicates()
+    return [_sampled_task(tables, str(task), scores[scores["task"] == task]) for task in tasks]
+
+
+def _sampled_task(tables: ReportTables, task: str, scores: pd.DataFrame) -> SampledTask:
+    scores = scores.assign(name=scores["metric"].str.partition(",")[0])
+    rates = [str(name) for name in scores["name"].unique() if name.startswith("pass@")]
+    settings = tables.config.get("benchmarks", {}).get("tasks", {}).get(task) or {}
+    count = settings.get("samples")
+    means = scores.groupby(["label", "name"])[["value", "low", "high"]].mean()
+    rows = []
+    for label in ["base", *method_labels(tables)]:
+        cells: list[tuple[float, float, float] | None] = []
+        for name in [*rates, PASSING, FAILING]:
+            is_measured = (label, name) in means.index
+            cells.append(tuple(means.loc[label, name].tolist()) if is_measured else None)
+        if any(cells):
+            rows.append((label, cells))
+    return SampledTask(humanize(task), f"{count} answers" if count else "answers", rates, rows)

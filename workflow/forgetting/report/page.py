@@ -1,8 +1,8 @@
 """The report: one HTML file that needs nothing but a browser, and its figures as files.
 
-The page loads nothing: Vega is inlined, and a content security policy forbids every request and
-every script but the two whose digests it names. Text from models, data and configuration is escaped
-by the template; what goes into a script element is JSON without `<`.
+The page loads nothing: Vega is inlined. A content security policy forbids every request, and every
+script except the two whose digests it names. The template escapes text from models, data and
+configuration. Data in a script element is JSON without `<`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 
 
 def write_report(tables: ReportTables, page: Path, folder: Path) -> None:
-    """Write the figures (SVG and PNG) and then the page, each file whole or not at all."""
+    """Write the figures (SVG and PNG) and then the page, each file atomically."""
     specs = {
         name: chart_spec(figure(tables))
         for name, figure in FIGURES.items()
-        if name != "course" or len(tables.benchmark_trajectory)
+        if name != "benchmark_trajectory" or len(tables.benchmark_trajectory)
     }
     for name, spec in specs.items():
         svg = static_svg(spec, _method_kinds(tables))
@@ -52,33 +52,33 @@ def write_report(tables: ReportTables, page: Path, folder: Path) -> None:
 
 
 def chart_spec(chart: alt.ConcatChart) -> dict[str, Any]:
-    """A chart as Vega-Lite JSON without configuration: the theme is applied where it is drawn."""
-    # Altair refuses more than 5,000 rows, since notebooks keep them; a page is made to hold them.
+    """Return a chart as Vega-Lite JSON without configuration; drawing adds the theme."""
+    # Altair limits charts to 5,000 rows for the sake of notebooks. A page may hold more.
     with alt.data_transformers.disable_max_rows():
         spec: dict[str, Any] = chart.to_dict()
     spec.pop("config", None)
     datasets = spec.pop("datasets", {})
     spec = switching_titles(spec)
     spec["datasets"] = {
-        name: [_missing_figure(row) for row in rows] for name, rows in datasets.items()
+        name: [_without_nan(row) for row in rows] for name, rows in datasets.items()
     }
     return spec
 
 
-def _missing_figure(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without its NaN, which JSON cannot say (text columns keep them through Altair)."""
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without NaN, which JSON lacks and Altair keeps in text columns."""
     return {key: value for key, value in row.items() if value is not None and value == value}
 
 
 def static_svg(spec: dict[str, Any], kinds: list[str]) -> str:
-    """A figure on white paper, with its parameters at their defaults."""
+    """Return a figure as SVG on white paper, with its parameters at their defaults."""
     themed = {**spec, "config": theme(kinds, "light")}
     svg: str = vl_convert.vegalite_to_svg(themed, vl_version=VEGA_LITE)
     return svg
 
 
 def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -88,12 +88,9 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
     )
     environment.filters.update(FILTERS)
     kinds = _method_kinds(tables)
-    scripts = [
-        _vega(),
-        _asset("page.js"),
-    ]
-    said, qualified = narrative(tables)
-    numbers = numbered_figures(tables)
+    scripts = [_vega(), _asset("page.js")]
+    answer, qualified = narrative(tables)
+    numbers = figure_numbers(tables)
     settings = {
         "themes": {mode: theme(kinds, mode) for mode in MODES},
         "figures": {name: spec for name, spec in specs.items() if name in numbers},
@@ -104,7 +101,7 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
         computed=summary.computed_on(tables),
         notes=tables.study.get("notes", []),
         forecast=tables.study.get("forecast", []),
-        answer=said,
+        answer=answer,
         qualified=qualified,
         rouge_tokenizer=tables.rouge_tokenizer,
         rule=[sentence for sentence in summary.selection_rule(tables) if sentence],
@@ -116,7 +113,7 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
         labels=frames.method_labels(tables),
         numbers=numbers,
         colours=list(zip(*(palette(kinds, mode) for mode in MODES), strict=True)),
-        downloads=figure_downloads(tables),
+        downloads=table_downloads(tables),
         settings=script_json(settings),
         bundle=scripts[0],
         script=scripts[1],
@@ -126,20 +123,20 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
     return html
 
 
-def numbered_figures(tables: ReportTables) -> dict[str, int]:
-    """The number of each figure on the page, without those of what the study does not measure."""
-    asked = tables.config.get("benchmarks", {})
+def figure_numbers(tables: ReportTables) -> dict[str, int]:
+    """Return the number of each figure; figures of what the study does not measure are left out."""
+    benchmarks = tables.config.get("benchmarks", {})
     left_out = {
-        "distance": not tables.config.get("general_text"),
-        "benchmarks": not (asked.get("tasks") or asked.get("refusals")),
-        "course": not asked.get("during_training"),
+        "divergence": not tables.config.get("general_text"),
+        "benchmarks": not (benchmarks.get("tasks") or benchmarks.get("refusals")),
+        "benchmark_trajectory": not benchmarks.get("during_training"),
     }
     shown = [name for name in FIGURES if not left_out.get(name)]
     return {name: number for number, name in enumerate(shown, start=1)}
 
 
 def task_rows(tables: ReportTables) -> list[dict[str, Any]]:
-    """What is known of each scored benchmark: metric, examples in the prompt, items, chance."""
+    """Return metric, examples in the prompt, items and chance of each scored benchmark."""
     rows = frames.available_scores(tables).drop_duplicates("task")
     return [
         {
@@ -153,20 +150,22 @@ def task_rows(tables: ReportTables) -> list[dict[str, Any]]:
     ]
 
 
-def figure_downloads(tables: ReportTables) -> list[dict[str, str]]:
-    """The tables that the page carries as CSV, as data URLs."""
-    frames = {
+def table_downloads(tables: ReportTables) -> list[dict[str, str]]:
+    """Return the tables that the page offers as CSV, as data URLs."""
+    downloads = {
         "summary": summary.summary_frame(tables),
         "selection": tables.selection,
         "runs": tables.runs,
         "benchmarks": tables.benchmarks,
-        "benchmark_course": tables.benchmark_trajectory,
+        "benchmark_trajectory": tables.benchmark_trajectory,
     }
-    return [{"name": name, "url": _data_url(frame)} for name, frame in frames.items() if len(frame)]
+    return [
+        {"name": name, "url": _data_url(frame)} for name, frame in downloads.items() if len(frame)
+    ]
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that is safe inside a script element: no `<`, hence neither `</script` nor `<!--`."""
+    """Return JSON for a script element: without `<`, hence without `</script` and `<!--`."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
 
@@ -182,7 +181,7 @@ def _inline_asset(script: str) -> Markup:
 
 @cache
 def _vega() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed as one script, the same on every page."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script."""
     return _inline_asset(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE))
 
 
@@ -218,7 +217,7 @@ def _count(value: Any) -> str:
 
 
 def _emphasized(text: str) -> Markup:
-    """Text with *words* between asterisks as emphasis, and all else escaped."""
+    """Return escaped text with *words* between asterisks as emphasis."""
     return Markup(re.sub(r"\*([^*]+)\*", r"<em>\1</em>", str(escape(text))))
 
 

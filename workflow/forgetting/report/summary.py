@@ -1,7 +1,4 @@
-"""What the page says in numbers, derived from the tables alone, and the rule they follow.
-
-What the base itself cannot do: there no method can be said to keep more than another.
-"""
+"""The numbers of the page, derived from the tables, and the selection rule in words."""
 
 from __future__ import annotations
 
@@ -17,16 +14,16 @@ from forgetting.report.frames import ReportTables
 
 
 def is_known(base: SummaryRow, probe: str) -> bool:
-    """Does the base answer a probe of old knowledge well enough for forgetting to show?
+    """Return whether the base knows a probe of old knowledge well enough to forget it.
 
-    A probe without the base's value is not judged.
+    A probe without the base's value counts as known.
     """
     cell = base.cells.get(probe)
     return cell is None or cell.value >= KNOWS_FRACTION
 
 
 def unknown_probes(tables: ReportTables, base: SummaryRow) -> list[str]:
-    """A sentence for each probe of old knowledge that the base does not know."""
+    """Return a sentence for each probe of old knowledge that the base does not know."""
     return [
         f"On {frames.humanize(name)} the base itself has only {base.cells[name].value:.2f}: "
         "there is next to nothing to forget, and no method is ranked by it."
@@ -36,7 +33,7 @@ def unknown_probes(tables: ReportTables, base: SummaryRow) -> list[str]:
 
 
 def unknown_benchmarks(tables: ReportTables) -> str:
-    """Names the benchmarks at which the base's 95 % interval reaches down to chance."""
+    """Return a sentence on the benchmarks at which the base's 95 % interval includes chance."""
     rows = frames.available_scores(tables)
     rows = rows[(rows["run"] == "base") & (rows["low"] <= rows["chance"])]
     names = [frames.humanize(str(task)) for task in rows["task"]]
@@ -50,7 +47,7 @@ def unknown_benchmarks(tables: ReportTables) -> str:
 
 @dataclass(frozen=True)
 class SummaryCell:
-    """A method's value on a probe: mean over its seeds of value and of 95 % interval bounds."""
+    """A method's value on a probe: means over its seeds of the value and its 95 % bounds."""
 
     value: float
     low: float
@@ -63,13 +60,13 @@ class SummaryCell:
 
     @property
     def interval(self) -> str:
-        """The bounds as text."""
+        """Return the bounds as text."""
         return f"{self.low:.2f}–{self.high:.2f}"
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """A line of the summary: the base, or a method at its selected checkpoints."""
+    """A row of the summary: the base, or a method at its selected checkpoints."""
 
     label: str
     cells: dict[str, SummaryCell]
@@ -84,29 +81,31 @@ class SummaryRow:
 
 
 def summary(tables: ReportTables) -> list[SummaryRow]:
-    """The base, then every method in the order of the figures: ROUGE-L recall, and F1 beside it."""
+    """Return the base and every method in the order of the figures, with ROUGE-L recall and F1."""
     recall, f1 = _summary_cells(tables, frames.ROUGE), _summary_cells(tables, frames.F1)
-    lines = [SummaryRow("base", recall["base"], f1["base"])]
+    rows = [SummaryRow("base", recall["base"], f1["base"])]
     for method in frames.methods_in_order(tables).to_dict("records"):
         name = method["method"]
-        lines.append(_summary_row(tables, method, recall[name], f1[name]))
-    return lines
+        rows.append(_summary_row(tables, method, recall[name], f1[name]))
+    return rows
 
 
 def _summary_cells(tables: ReportTables, metric: str) -> dict[str, dict[str, SummaryCell]]:
-    """By method (and `base`) and probe, where it was measured."""
-    names = frames.probes_in_order(tables, "new") + frames.probes_in_order(tables, "old")
-    paired = ("change_low", "change_high")
-    by_probe = {name: frames.at_selected(tables, metric, name, paired) for name in names}
-    bases = {name: frames.base_row(tables, metric, name) for name in names}
-    base = {name: _summary_cell(rows, None) for name, rows in bases.items() if len(rows)}
-    found = {"base": base}
+    """Return the cells of a metric by method (and `base`) and probe, where it was measured."""
+    names = frames.all_probes(tables)
+    changes = ("change_low", "change_high")
+    by_probe = {name: frames.at_selected(tables, metric, name, changes) for name in names}
+    base_rows = {name: frames.base_row(tables, metric, name) for name in names}
+    base = {name: _summary_cell(rows, None) for name, rows in base_rows.items() if len(rows)}
+    cells = {"base": base}
     for method in frames.methods_in_order(tables)["method"]:
-        mine = {name: rows[rows["method"] == method] for name, rows in by_probe.items()}
-        found[str(method)] = {
-            name: _summary_cell(rows, base.get(name)) for name, rows in mine.items() if len(rows)
+        of_method = {name: rows[rows["method"] == method] for name, rows in by_probe.items()}
+        cells[str(method)] = {
+            name: _summary_cell(rows, base.get(name))
+            for name, rows in of_method.items()
+            if len(rows)
         }
-    return found
+    return cells
 
 
 def _summary_cell(rows: pd.DataFrame, base: SummaryCell | None) -> SummaryCell:
@@ -129,7 +128,7 @@ def _summary_row(
     cells: dict[str, SummaryCell],
     f1: dict[str, SummaryCell],
 ) -> SummaryRow:
-    picked = tables.selection[tables.selection["method"] == method["method"]]
+    selection = tables.selection[tables.selection["method"] == method["method"]]
     runs = tables.tuned[tables.tuned["chosen"].astype(bool)]
     runs = runs[runs["method"] == method["method"]]
     first = runs.iloc[0] if len(runs) else None
@@ -140,35 +139,35 @@ def _summary_row(
         f1=f1,
         learning_rate=None if first is None else float(first["learning_rate"]),
         weight_decay=None if first is None else float(first["weight_decay"]),
-        steps=tuple(int(step) for step in picked["step"].dropna()),
-        seeds=max(len(picked), 1),
-        statuses=tuple(str(status) for status in picked["status"]),
-        reason=" ".join(dict.fromkeys(str(reason) for reason in picked["reason"].dropna())),
+        steps=tuple(int(step) for step in selection["step"].dropna()),
+        seeds=max(len(selection), 1),
+        statuses=tuple(str(status) for status in selection["status"]),
+        reason=" ".join(dict.fromkeys(str(reason) for reason in selection["reason"].dropna())),
     )
 
 
 def selection_rule(tables: ReportTables) -> list[str]:
-    """The rule of the study in sentences."""
+    """Return the selection rule of the study in sentences."""
     rule = tables.config.get("selection", {})
-    what, probe = metric_words(rule.get("metric", frames.ROUGE)), rule.get("probe", "new knowledge")
-    chosen = str(rule.get("hyperparameters", ""))
-    within = rule.get("deadline_epochs")
-    deadline = f" within {within:g} epochs" if within else ""
+    metric = metric_words(rule.get("metric", frames.ROUGE))
+    probe = frames.humanize(str(rule.get("probe", "new knowledge")))
+    deadline = rule.get("deadline_epochs")
+    within = f" within {deadline:g} epochs" if deadline else ""
     choice = {
-        "earliest": "Of a method's settings, the one that reaches it at the earliest step stands "
-        "for the method.",
-        "smallest-lr": f"Of a method's settings, the smallest learning rate that reaches it"
-        f"{deadline} stands for the method.",
-        "fixed": "The setting that stands for a method is named in the study.",
+        "earliest": "Each method is represented by the hyperparameters that reach it at the "
+        "earliest step.",
+        "smallest-lr": "Each method is represented by the smallest learning rate that reaches it"
+        f"{within}.",
+        "fixed": "The study names the hyperparameters that represent each method.",
     }
     fallback = {
         "none": "A run that never reaches it has no selected checkpoint.",
         "last": "A run that never reaches it is represented by its last checkpoint, marked so.",
     }
     return [
-        f"The last evaluation before {what} on {frames.humanize(str(probe))} first reaches "
+        f"The last evaluation before {metric} on {probe} first reaches "
         f"{rule.get('threshold', 'its threshold')} is selected.",
-        choice.get(chosen, ""),
+        choice.get(str(rule.get("hyperparameters", "")), ""),
         fallback.get(str(rule.get("if_not_reached", "")), ""),
     ]
 
@@ -187,12 +186,12 @@ def computed_on(tables: ReportTables) -> str:
 
 
 def run_rows(tables: ReportTables) -> list[dict[str, Any]]:
-    """The table of runs, each with its ROUGE at the last evaluation on every probe."""
-    names = frames.probes_in_order(tables, "new") + frames.probes_in_order(tables, "old")
+    """Return the table of runs, with the ROUGE of the last evaluation on every probe."""
+    names = frames.all_probes(tables)
     rows = tables.trajectory
     rouge = rows[rows["metric"] == frames.ROUGE].sort_values("step")
     last = rouge.groupby(["run", "probe"])["value"].last()
-    order = {label: place for place, label in enumerate(frames.method_labels(tables))}
+    order = {label: index for index, label in enumerate(frames.method_labels(tables))}
     keys = ["method_order", "learning_rate", "weight_decay", "seed"]
     table = tables.tuned.assign(method_order=tables.tuned["label"].map(order)).sort_values(keys)
     return [
@@ -205,27 +204,27 @@ def run_rows(tables: ReportTables) -> list[dict[str, Any]]:
 
 
 def summary_frame(tables: ReportTables) -> pd.DataFrame:
-    """The summary as a table to download: a row per method and probe."""
+    """Return the summary as a table to download, with a row per method and probe."""
     return pd.DataFrame(
         [
             {
-                "method": line.label,
-                "learning_rate": line.learning_rate,
-                "weight_decay": line.weight_decay,
-                "selected_steps": " ".join(map(str, line.steps)),
-                "seeds": len(line.steps) if line.label != "base" else None,
+                "method": row.label,
+                "learning_rate": row.learning_rate,
+                "weight_decay": row.weight_decay,
+                "selected_steps": " ".join(map(str, row.steps)),
+                "seeds": len(row.steps) if row.label != "base" else None,
                 "probe": name,
                 **_columns("rougeL_recall", cell),
-                **_columns("rougeL_f1", line.f1.get(name)),
+                **_columns("rougeL_f1", row.f1.get(name)),
             }
-            for line in summary(tables)
-            for name, cell in line.cells.items()
+            for row in summary(tables)
+            for name, cell in row.cells.items()
         ]
     )
 
 
 def _columns(metric: str, cell: SummaryCell | None) -> dict[str, float | None]:
-    """A cell in columns named after its metric."""
+    """Return the columns of a cell, named after its metric."""
     if cell is None:
         return {}
     change = None if cell.change is None else round(cell.change, 5)
@@ -242,7 +241,7 @@ def _finite(value: Any) -> float | None:
 
 
 def metric_words(metric: str) -> str:
-    """A score of the probes as words."""
+    """Return the name of a probe metric as words."""
     words = {
         "rougeL_recall": "ROUGE-L recall",
         "rougeL_f1": "ROUGE-L F1",
@@ -252,5 +251,5 @@ def metric_words(metric: str) -> str:
 
 
 def join_words(names: list[str]) -> str:
-    """Names in a sentence; at least one."""
+    """Return one name or several as part of a sentence."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

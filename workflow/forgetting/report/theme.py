@@ -1,4 +1,4 @@
-"""Colours and configuration of the figures, on light and on dark paper."""
+"""Colours and Vega-Lite configuration of the figures, for light and dark paper."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
-# Ranks run along one ramp, whose lightness alone orders them; a rank has the same hue on light and
-# dark. Full fine-tuning has the opposite hue: blue against orange survives every common
+# Ranks follow one ramp, which is ordered by lightness. A rank has the same hue on light and dark
+# paper. Full fine-tuning has the opposite hue: blue and orange remain distinct under every common
 # colour-vision deficiency.
 _RAMPS = {
     "light": ["#35a07c", "#2a8fb8", "#3d63bd", "#4a2f9e", "#24124f"],
@@ -22,38 +22,39 @@ MODES = ("light", "dark")
 
 
 def palette(kinds: list[str], mode: str) -> list[str]:
-    """One colour per method, in their order; the base's comes last.
+    """Return one colour per method, in their order, and the base's colour at the end.
 
     Args:
         kinds: `lora`, `hybrid` or `full` for each method.
         mode: `light` or `dark`.
     """
-    adapters = [place for place, kind in enumerate(kinds) if kind != "full"]
-    ramp = dict(zip(adapters, _ramp_colour(_RAMPS[mode], len(adapters)), strict=True))
-    return [ramp.get(place, _FULL[mode]) for place in range(len(kinds))] + [_BASE[mode]]
+    adapters = [index for index, kind in enumerate(kinds) if kind != "full"]
+    ramp = dict(zip(adapters, _ramp_colours(_RAMPS[mode], len(adapters)), strict=True))
+    return [ramp.get(index, _FULL[mode]) for index in range(len(kinds))] + [_BASE[mode]]
 
 
-def _ramp_colour(stops: list[str], count: int) -> list[str]:
-    """`count` colours, evenly spaced along a ramp of stops."""
+def _ramp_colours(stops: list[str], count: int) -> list[str]:
+    """Return `count` colours, evenly spaced along a ramp of stops."""
     if count == 1:
         return [stops[1]]
-    places = [place * (len(stops) - 1) / (count - 1) for place in range(count)]
-    return [_mix(stops, place) for place in places]
+    positions = [index * (len(stops) - 1) / (count - 1) for index in range(count)]
+    return [_mix(stops, position) for position in positions]
 
 
-def _mix(stops: list[str], place: float) -> str:
-    first = min(int(place), len(stops) - 2)
-    share = place - first
-    mixed = (
-        round((1 - share) * int(stops[first][at : at + 2], 16) + share * int(nxt, 16))
+def _mix(stops: list[str], position: float) -> str:
+    """Return the colour at a position on the ramp, in units of stops."""
+    first = min(int(position), len(stops) - 2)
+    weight = position - first
+    channels = (
+        round((1 - weight) * int(stops[first][at : at + 2], 16) + weight * int(second, 16))
         for at in (1, 3, 5)
-        for nxt in [stops[first + 1][at : at + 2]]
+        for second in [stops[first + 1][at : at + 2]]
     )
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+    return "#" + "".join(f"{channel:02x}" for channel in channels)
 
 
 def theme(kinds: list[str], mode: str) -> dict[str, Any]:
-    """Vega-Lite configuration; the method colours are its category range."""
+    """Return the Vega-Lite configuration, with the methods' colours as its category range."""
     ink, quiet, grid = _INK[mode], _MUTED[mode], _GRID[mode]
     return {
         "background": "transparent" if mode == "dark" else "white",

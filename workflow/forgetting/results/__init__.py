@@ -1,1 +1,1 @@
-"""From the records of all jobs to tidy tables."""
+"""Tables of results, built from the records of all jobs."""

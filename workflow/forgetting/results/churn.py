@@ -1,16 +1,17 @@
-"""Churn: how many answers are no longer the base's own, with gains and losses apart.
+"""Churn: the share of answers that differ from the base's, with gains and losses.
 
-A score may stand still while half the answers change hands (Kalajdzievski 2024, arXiv 2401.05605,
-figure 4). Of the items that a model and the base answered, with v and b their scores in [0, 1]:
+A mean score may stay the same while half of the answers change (Kalajdzievski 2024, arXiv
+2401.05605, figure 4). Let v and b be the scores in [0, 1] of a model and of the base on the items
+that both answered:
 
-- agreement: share of items with the same answer, be it right or wrong
+- agreement: share of items with the same answer, right or wrong
 - gained: mean of max(0, v - b)
 - lost: mean of max(0, b - v), so that gained - lost is the change of the mean score
 
-A benchmark may be asked twice of a checkpoint: of all its items by a benchmark job (column `asked`:
-`job`), and of its first items by the training, at every evaluation (`training`, as the probes
-are). Both have rows of their own, each against the base's answers to the same items, so that
-neither the course has a gap at the selected checkpoint nor its items change there.
+A checkpoint may be evaluated on a benchmark twice. A benchmark job evaluates all items (column
+`evaluated_by`: `job`). The training evaluates the first items at every evaluation, and the probes
+(`training`). Each has rows of its own, against the base's answers to the same items, so that a
+trajectory has no gap at the selected checkpoint and its items do not change there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from forgetting.analysis.intervals import wilson_interval
 
 BOUNDED = ("agreement", "gained", "lost")
 COLUMNS = (
-    *("run", "step", "epoch", "probe", "answer", "asked", "n", "value", "base_value"),
+    *("run", "step", "epoch", "probe", "answer", "evaluated_by", "n", "value", "base_value"),
     *(f"{share}{end}" for share in BOUNDED for end in ("", "_low", "_high")),
 )
 
@@ -34,100 +35,105 @@ def churn_table(
     items: pd.DataFrame,
     responses: pd.DataFrame,
     benchmark_items: pd.DataFrame,
-    course: pd.DataFrame | None = None,
+    trajectory_items: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """One row per evaluation of a run, probe (or benchmark) and kind of answer.
+    """Return one row per evaluation of a run, probe (or benchmark) and kind of answer.
 
-    Kinds of answer: `generated`, scored by ROUGE-L recall (on benchmarks by the main metric), and
-    the same only if the text is; `choice`, the likeliest per token of the right answer and the
-    wrong ones, scored 1 if right. Of a benchmark's choices it is the one that the reported metric
-    takes (`forgetting.benchmarks.scores`): of `acc_norm` the likeliest per character.
+    Kinds of answer: `generated` answers are scored by ROUGE-L recall, or by a benchmark's main
+    metric, and agree if their texts are equal. `choice` is the answer with the highest mean
+    log-probability per token among the right answer and the wrong ones, scored 1 if right. For a
+    benchmark it is the choice of the reported metric (`forgetting.benchmarks.scores`): for
+    `acc_norm` the one with the highest log-probability per character.
 
     Args:
-        items: the items of all runs, the base among them as run `base`.
+        items: the items of all runs and of the base, which is run `base`.
         responses: run, step, task, item, response, choice of the benchmark jobs.
         benchmark_items: run, step, task, item, value of their main metric.
-        course: what benchmarks were asked at every evaluation (`course.course_items`).
+        trajectory_items: the items of in-training benchmarks (`benchmark_trajectory_items`).
     """
     parts = [
         _generated_answers(items),
         _choice_answers(items),
-        _benchmarks(responses, benchmark_items, items),
+        _benchmark_answers(responses, benchmark_items, items),
     ]
-    if course is not None:
-        asked = _response_rows(bounded_metrics(course).rename(columns={"task": "probe"}))
-        parts.append(asked.assign(asked="training"))
-    answered = pd.concat([part for part in parts if len(part)])
-    is_base = answered["run"] == "base"
-    key = ["probe", "answer", "asked", "item"]
-    base = answered[is_base][[*key, "said", "score"]]
-    paired = answered[~is_base].merge(base, on=key, suffixes=("", "_base"))
-    place = ["run", "step", "epoch", "probe", "answer", "asked"]
-    groups = paired.groupby(place, sort=False, dropna=False)
-    rows = [dict(zip(COLUMNS, (*where, *_bounded(group)), strict=True)) for where, group in groups]
+    if trajectory_items is not None:
+        bounded = bounded_metrics(trajectory_items).rename(columns={"task": "probe"})
+        parts.append(_response_answers(bounded, "training"))
+    answers = pd.concat([part for part in parts if len(part)])
+    is_base = answers["run"] == "base"
+    key = ["probe", "answer", "evaluated_by", "item"]
+    base = answers[is_base][[*key, "text", "score"]]
+    paired = answers[~is_base].merge(base, on=key, suffixes=("", "_base"))
+    group_columns = ["run", "step", "epoch", "probe", "answer", "evaluated_by"]
+    groups = paired.groupby(group_columns, sort=False, dropna=False)
+    rows = [
+        dict(zip(COLUMNS, (*names, *_churn_values(group)), strict=True)) for names, group in groups
+    ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def bounded_metrics(items: pd.DataFrame) -> pd.DataFrame:
-    """The items of benchmarks and metrics all of whose values are shares of right answers.
+    """Return the items of those tasks and metrics whose values all lie in [0, 1].
 
-    Others, such as perplexities and BLEU of 0 to 100, are neither gained nor lost.
+    Other values, such as perplexities and BLEU of 0 to 100, are neither gained nor lost.
     """
-    others = ~items["value"].between(0.0, 1.0)
-    return items[~others.groupby([items["task"], items["metric"]]).transform("any")]
+    outside = ~items["value"].between(0.0, 1.0)
+    return items[~outside.groupby([items["task"], items["metric"]]).transform("any")]
 
 
-def _bounded(group: pd.DataFrame) -> list[float]:
+def _churn_values(group: pd.DataFrame) -> list[float]:
+    """Return n, both means, and each of `BOUNDED` with its interval."""
     change = (group["score"] - group["score_base"]).to_numpy(dtype=float)
-    found: list[float] = [len(group), group["score"].mean(), group["score_base"].mean()]
-    agreement = (group["said"] == group["said_base"]).to_numpy(dtype=float)
+    agreement = (group["text"] == group["text_base"]).to_numpy(dtype=float)
+    numbers: list[float] = [len(group), group["score"].mean(), group["score_base"].mean()]
     for values in (agreement, change.clip(min=0.0), (-change).clip(min=0.0)):
-        found += [float(values.mean()), *wilson_interval(values)]
-    return found
+        numbers += [float(values.mean()), *wilson_interval(values)]
+    return numbers
 
 
-def _answers(rows: pd.DataFrame, kind: str, said: Sequence[Any], score: Any) -> pd.DataFrame:
-    kept = rows[["run", "step", "epoch", "probe", "item"]]
-    return kept.assign(answer=kind, asked="training", said=said, score=score)
+def _answers(rows: pd.DataFrame, kind: str, texts: Sequence[Any], scores: Any) -> pd.DataFrame:
+    key = rows[["run", "step", "epoch", "probe", "item"]]
+    return key.assign(answer=kind, evaluated_by="training", text=texts, score=scores)
 
 
 def _generated_answers(items: pd.DataFrame) -> pd.DataFrame:
     rows = items.dropna(subset=["rougeL_recall"])
-    said = rows["generated"].str.split().str.join(" ")
-    return _answers(rows, "generated", said, rows["rougeL_recall"])
+    texts = rows["generated"].str.split().str.join(" ")
+    return _answers(rows, "generated", texts, rows["rougeL_recall"])
 
 
 def _choice_answers(items: pd.DataFrame) -> pd.DataFrame:
-    """Answer 0 is the right one."""
-    asked = [
+    """Return the choices of the model; choice 0 is the right answer."""
+    has_choices = [
         isinstance(wrong, list | np.ndarray) and len(wrong) > 0 for wrong in items["logprobs_wrong"]
     ]
-    rows = items[asked]
+    rows = items[has_choices]
     choices = [
         int(np.argmax([right, *wrong]))
         for right, wrong in zip(rows["logprob_right"], rows["logprobs_wrong"], strict=True)
     ]
-    said = [str(choice) for choice in choices]
-    return _answers(rows, "choice", said, [float(choice == 0) for choice in choices])
+    texts = [str(choice) for choice in choices]
+    return _answers(rows, "choice", texts, [float(choice == 0) for choice in choices])
 
 
-def _benchmarks(
-    responses: pd.DataFrame, items: pd.DataFrame, evaluated: pd.DataFrame
+def _benchmark_answers(
+    responses: pd.DataFrame, items: pd.DataFrame, evaluations: pd.DataFrame
 ) -> pd.DataFrame:
-    """The answers that benchmark jobs have, with the epochs of the evaluations of these models."""
+    """Return the answers of the benchmark jobs, with the epochs of the models' evaluations."""
     if responses.empty or items.empty:
         return pd.DataFrame()
     key = ["run", "step", "task", "item"]
     rows = responses.merge(items[[*key, "value"]], on=key).rename(columns={"task": "probe"})
-    epochs = evaluated[["run", "step", "epoch"]].drop_duplicates(["run", "step"])
+    epochs = evaluations[["run", "step", "epoch"]].drop_duplicates(["run", "step"])
     rows = rows.merge(epochs.astype({"step": rows["step"].dtype}), on=["run", "step"], how="left")
-    return _response_rows(rows).assign(asked="job")
+    return _response_answers(rows, "job")
 
 
-def _response_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """What benchmarks were answered: the number of a choice, or what was written."""
-    was_choice = rows["choice"].notna()
+def _response_answers(rows: pd.DataFrame, evaluated_by: str) -> pd.DataFrame:
+    """Return the answers to benchmarks: the number of the choice, or the generated text."""
+    is_choice = rows["choice"].notna()
     texts = rows["response"].str.split().str.join(" ")
-    said = texts.where(~was_choice, rows["choice"].astype("string"))
-    answered = _answers(rows, "generated", said, rows["value"])
-    return answered.assign(answer=np.where(was_choice, "choice", "generated"))
+    texts = texts.where(~is_choice, rows["choice"].astype("string"))
+    answers = _answers(rows, "generated", texts, rows["value"])
+    kinds = np.where(is_choice, "choice", "generated")
+    return answers.assign(answer=kinds, evaluated_by=evaluated_by)

@@ -1,9 +1,10 @@
-"""TOFU's model utility: one number for all that a model should know.
+"""TOFU's model utility: one number for everything that a model should know.
 
-The harmonic mean over probes of their mean ROUGE-L recall, probability and truth ratio (Maini et
-al. 2024, arXiv 2401.06121, section 2.2.2): three probes give its nine numbers. Of new knowledge,
-which the model was trained on as TOFU's on the retain set, the probability is that of the answer;
-of old knowledge, as on real authors and world facts, it is normalised by those of the wrong ones.
+The model utility is the harmonic mean, over probes, of the mean ROUGE-L recall, probability and
+truth ratio (Maini et al. 2024, arXiv 2401.06121, section 2.2.2). Three probes give nine numbers.
+New knowledge is trained on like TOFU's retain set, and its probability is that of the answer. Old
+knowledge is like TOFU's real authors and world facts, and its probability is normalised by those of
+the wrong answers.
 """
 
 from __future__ import annotations
@@ -23,66 +24,66 @@ UTILITIES = {
     "model_utility_arithmetic": "truth_ratio_arithmetic",
     "model_utility_geometric": "truth_ratio_geometric",
 }
-"""By the name of a utility, the truth ratio that it takes: the paper's, and that of TOFU's code."""
+"""The truth ratio of each utility: that of TOFU's paper, and that of TOFU's code."""
 
 
 @dataclass(frozen=True)
 class ModelUtility:
-    """A model utility, and what each question has to do with it.
+    """A model utility and the contributions of the questions.
 
     Attributes:
         value: in [0, 1]; 0 where one of the means is 0.
-        shares: by probe, for each question, the utility's derivative by its scores times these
-            scores. The mean over a probe's questions varies as the utility does with them, to
-            first order (delta method).
-        largest: by probe, what a question would have to do with it that scored 1 throughout.
+        contributions: for each probe, the derivative of the utility by a question's scores times
+            these scores. To first order, the mean over a probe's questions varies as the utility
+            does with them (delta method).
+        largest: for each probe, the contribution of a question whose scores are all 1.
     """
 
     value: float
-    shares: Mapping[str, pd.Series]
+    contributions: Mapping[str, pd.Series]
     largest: Mapping[str, float]
 
     @property
     def n(self) -> int:
         """Number of questions."""
-        return sum(map(len, self.shares.values()))
+        return sum(map(len, self.contributions.values()))
 
 
 def model_utility(
     items: pd.DataFrame, knowledge: Mapping[str, str], truth_ratio: str
 ) -> ModelUtility | None:
-    """The utility of a model; None where a probe has no wrong answers.
+    """Return the utility of a model, or None where a probe has no wrong answers.
 
     Args:
-        items: what `probes.measure` returned; other rows are left out.
-        knowledge: `new` or `old` for each probe.
-        truth_ratio: the column of R.
+        items: the items that `evaluate_probes` returns.
+        knowledge: `new` or `old` for each probe; items of other probes are ignored.
+        truth_ratio: the column of the truth ratio.
     """
-    asked, names = items["probe"].to_numpy(dtype=object), items["item"].to_numpy(dtype=object)
-    # What each question adds to the three means of its probe, (questions, 3).
+    probes, names = items["probe"].to_numpy(dtype=object), items["item"].to_numpy(dtype=object)
+    # The three scores of each question, (questions, 3).
     scores = {kind: _utility_scores(items, kind, truth_ratio) for kind in ("new", "old")}
-    values = {
-        name: (names[asked == name], scores[kind][asked == name])
+    by_probe = {
+        name: (names[probes == name], scores[kind][probes == name])
         for name, kind in knowledge.items()
-        if kind in scores and (asked == name).any()
+        if kind in scores and (probes == name).any()
     }
-    means = {name: added.mean(axis=0) for name, (_, added) in values.items()}
-    every = [float(mean) for several in means.values() for mean in several]
-    if not every or not np.isfinite(every).all():
+    means = {name: rows.mean(axis=0) for name, (_, rows) in by_probe.items()}
+    all_means = [float(mean) for probe_means in means.values() for mean in probe_means]
+    if not all_means or not np.isfinite(all_means).all():
         return None
-    value = harmonic_mean(every)
+    value = harmonic_mean(all_means)
     # d value / d m = value^2 / (k m^2) for each of the k means m.
     with np.errstate(divide="ignore", invalid="ignore"):
-        slopes = {name: value**2 / len(every) / mean**2 for name, mean in means.items()}
+        slopes = {name: value**2 / len(all_means) / mean**2 for name, mean in means.items()}
     return ModelUtility(
         value,
-        {name: pd.Series(added @ slopes[name], item) for name, (item, added) in values.items()},
+        {name: pd.Series(rows @ slopes[name], index) for name, (index, rows) in by_probe.items()},
         {name: float(slope.sum()) for name, slope in slopes.items()},
     )
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """k / sum of 1/x; 0 where a value is 0."""
+    """Return k / sum of 1/x, or 0 where a value is 0."""
     if min(values) <= 0:
         return 0.0
     return len(values) / math.fsum(1 / value for value in values)
@@ -100,33 +101,32 @@ def utility_row(
     metric: str,
     base: pd.DataFrame | None = None,
 ) -> dict[str, float] | None:
-    """Value, low, high, n and the change against the base, as `trajectory.aggregate` has them.
+    """Return value, low, high, n and the change against the base, as `aggregate_items` has them.
 
-    The intervals are those of the delta method, questions of a probe taken as independent: what the
-    probes have to do with the utility, each with an interval of its own, is added up by
-    `_summed_counts`. The change is paired by question. NaN where a mean is 0, since nothing is
-    linear there.
+    The intervals use the delta method and take questions as independent. `_sum_interval` adds the
+    probes' contributions, each with an interval of its own. The change is paired by question.
+    Bounds are NaN where a mean is 0, since the harmonic mean has no slope there.
     """
-    mine = model_utility(items, knowledge, UTILITIES[metric])
-    if mine is None:
+    tuned = model_utility(items, knowledge, UTILITIES[metric])
+    if tuned is None:
         return None
-    parts = [(shares, mine.largest[name]) for name, shares in mine.shares.items()]
-    low, high = _summed_counts(mine.value, parts, wilson_interval)
+    parts = [(values, tuned.largest[name]) for name, values in tuned.contributions.items()]
+    low, high = _sum_interval(tuned.value, parts, wilson_interval)
     row = {
-        "value": mine.value,
+        "value": tuned.value,
         "low": float(np.clip(low, 0.0, 1.0)),
         "high": float(np.clip(high, 0.0, 1.0)),
-        "n": mine.n,
+        "n": tuned.n,
         **dict.fromkeys(("change", "change_low", "change_high"), math.nan),
     }
-    theirs = None if base is None else model_utility(base, knowledge, UTILITIES[metric])
-    if theirs is not None:
-        change = mine.value - theirs.value
+    before = None if base is None else model_utility(base, knowledge, UTILITIES[metric])
+    if before is not None:
+        change = tuned.value - before.value
         parts = [
-            (shares - theirs.shares[name], max(mine.largest[name], theirs.largest[name]))
-            for name, shares in mine.shares.items()
+            (values - before.contributions[name], max(tuned.largest[name], before.largest[name]))
+            for name, values in tuned.contributions.items()
         ]
-        low, high = _summed_counts(change, parts, tango_interval)
+        low, high = _sum_interval(change, parts, tango_interval)
         row |= {
             "change": change,
             "change_low": float(np.clip(low, -1.0, 1.0)),
@@ -135,15 +135,21 @@ def utility_row(
     return row
 
 
-def _summed_counts(
+def _sum_interval(
     total: float,
     parts: Iterable[tuple[pd.Series, float]],
     interval: Callable[[Any], tuple[float, float]],
 ) -> tuple[float, float]:
-    """95 % interval of a sum of independent means, of values between 0 (or its negative) and a
-    largest one: total - sqrt(sum of (m - low)^2), and likewise upwards.
+    """Return the 95 % interval of a sum of independent means m.
 
-    Zou and Donner 2008 (Statistics in Medicine 27:1693), with the interval of each mean.
+    The lower bound is total - sqrt(sum of (m - low)^2), with low from the interval of each mean;
+    the upper bound likewise (Zou and Donner 2008, Statistics in Medicine 27:1693).
+
+    Args:
+        total: the sum.
+        parts: the values of each mean, and the largest that a value may be. The interval sees the
+            values divided by it.
+        interval: the interval of one mean.
     """
     below, above = 0.0, 0.0
     for values, largest in parts:

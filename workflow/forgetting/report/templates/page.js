@@ -4,13 +4,13 @@
   const root = document.documentElement;
   const charts = [...document.querySelectorAll(".chart")];
   const views = new Map();
-  const kept = new Map(); // a chart's menu and checkbox settings, which outlive its redrawing
+  const kept = new Map(); // menu and checkbox settings of each chart, kept when it is redrawn
   const focused = new Set();
   const GAP = 28;
   const AXIS = 60;
   const WIDEST = 640;
 
-  // Theme: the system's, until the reader chooses; a browser may forbid storage to local files.
+  // The system's theme until the reader chooses one. A browser may forbid storage for local files.
   const stored = (() => { try { return localStorage.getItem("theme"); } catch { return null; } })();
   const system = matchMedia("(prefers-color-scheme: dark)");
   let mode = stored || (system.matches ? "dark" : "light");
@@ -35,7 +35,7 @@
     drawAll();
   });
 
-  // As many columns as fit; what axes really take is measured, so a second pass may narrow panels.
+  // As many columns as fit. The width of axes is known only after drawing: a second pass corrects it.
   function laidOut(spec, room, excess) {
     const { narrowest, columns } = spec.usermeta.layout;
     const fit = Math.floor((room + GAP) / (narrowest + AXIS + GAP));
@@ -47,7 +47,7 @@
     return { ...spec, columns: count, concat: panels };
   }
 
-  // On the page the chips are the legend; a saved figure has its own. `ast` does without eval.
+  // On the page the chips are the legend; a saved figure has a legend. `ast` avoids eval.
   async function embed(element, spec, forFile = false) {
     const paper = getComputedStyle(document.querySelector(".figure")).backgroundColor;
     const config = { ...settings.themes[mode], background: forFile ? paper : "transparent" };
@@ -100,13 +100,13 @@
     ));
   }
 
-  // One after the other, and never two drawings of the same chart at once.
+  // Charts are drawn one after the other, so that no chart is drawn twice at the same time.
   let queue = Promise.resolve();
   function drawAll(only = charts) {
     queue = queue.then(async () => {
       for (const chart of only) {
         await draw(chart);
-        // The window may have changed its size meanwhile.
+        // The window may have been resized meanwhile.
         if (chart.clientWidth !== Number(chart.dataset.drawn)) await draw(chart);
       }
     });
@@ -122,7 +122,7 @@
     }, 150);
   }).observe(document.getElementById("figures"));
 
-  // Singling out methods, in all figures at once.
+  // Highlighting methods in all figures.
   const chips = [...document.querySelectorAll(".chip[data-label]")];
   const all = document.querySelector(".chip.all");
 
@@ -140,7 +140,7 @@
   for (const chip of chips) chip.addEventListener("click", () => toggle(chip.dataset.label));
   all.addEventListener("click", () => { focused.clear(); showFocus(); chips[0]?.focus(); });
 
-  // Saving a figure as it is seen.
+  // Saving a figure as shown.
   for (const button of document.querySelectorAll("[data-save]")) {
     button.addEventListener("click", async () => {
       const { save, of } = button.dataset;
