@@ -172,7 +172,7 @@ def _questions() -> list[list[Example]]:
 
 def _assert_sharing_changes_nothing(model: PreTrainedModel) -> None:
     questions = _questions()
-    separate = mean_logprobs(model, [e for several in questions for e in several], 0, 1)
+    separate = mean_logprobs(model, [e for group in questions for e in group], 0, 1)
     for batch_size in (1, 4, 64):
         shared = answer_logprobs(model, questions, 0, batch_size)
         assert [len(several) for several in shared] == [3, 2, 4, 5]

@@ -75,10 +75,10 @@ def _benchmarks(seed: int, sizes: WorldSizes) -> dict[str, dict[str, list[Row]]]
     )
     rng = random_stream(seed, "hellaswag")
     fresh_scenes = scenes(sizes.hellaswag_test, "val", rng, frozenset())
-    shown = frozenset(row["ctx_a"] for row in fresh_scenes)
+    test_beginnings = frozenset(row["ctx_a"] for row in fresh_scenes)
     rng_pronouns = random_stream(seed, "winogrande")
     fresh_pronouns = pronoun_sentences(sizes.winogrande_test, rng_pronouns, frozenset())
-    asked = frozenset(row["sentence"] for row in fresh_pronouns)
+    test_sentences = frozenset(row["sentence"] for row in fresh_pronouns)
     rng_science = random_stream(seed, "arc_challenge")
     science, fresh_science = science_items(sizes.arc_test, rng_science)
     return {
@@ -91,11 +91,11 @@ def _benchmarks(seed: int, sizes: WorldSizes) -> dict[str, dict[str, list[Row]]]
             "test": functions[: sizes.humaneval_test],
         },
         "hellaswag": {
-            "train": scenes(sizes.hellaswag_train, "train", rng, shown),
+            "train": scenes(sizes.hellaswag_train, "train", rng, test_beginnings),
             "validation": fresh_scenes,
         },
         "winogrande": {
-            "train": pronoun_sentences(sizes.winogrande_train, rng_pronouns, asked),
+            "train": pronoun_sentences(sizes.winogrande_train, rng_pronouns, test_sentences),
             "validation": fresh_pronouns,
         },
         "arc_challenge": {
