@@ -127,14 +127,14 @@ def _differ(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("lot_overhead", [0, 20, 10_000])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_side_by_side_and_one_by_one_are_one(
+def test_padding_free_batch_matches_single_examples(
     name: str,
     dtype: torch.dtype,
     tolerance: float,
     lot_overhead: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss and gradient, whether each document has a lot, some share one, or all do."""
+    """Loss and gradient, with a bucket per document, for several or for all."""
     monkeypatch.setattr(forward, "BATCH_OVERHEAD_TOKENS", lot_overhead)
     model = _model(ARCHITECTURES[name]).to(dtype)
     for seed in range(3):
@@ -146,7 +146,7 @@ def test_side_by_side_and_one_by_one_are_one(
         assert _differ(other, gradient) < tolerance
 
 
-def test_in_bfloat16_it_is_as_near_to_float32_as_padded_rows() -> None:
+def test_padding_free_bfloat16_is_as_precise_as_padded() -> None:
     """What is rounded is rounded once: 32 examples, on the scale of the gradient."""
     model = _model(LlamaConfig(**{**SHAPE, "initializer_range": 0.1}, **LAYERS))
     examples = _examples(5, count=32)
@@ -168,7 +168,7 @@ def test_recomputed_activations_give_the_same_bits() -> None:
     assert torch.equal(kept[1], again[1])
 
 
-def test_a_row_holds_the_documents_and_no_more() -> None:
+def test_padding_free_row_holds_only_the_documents() -> None:
     """Nothing is padding, and the head is asked for targets alone."""
     examples = _examples(2)
     batch = concatenate_examples(examples)
@@ -182,13 +182,13 @@ def test_a_row_holds_the_documents_and_no_more() -> None:
     ]
 
 
-def test_every_token_has_one_place_in_the_lots() -> None:
+def test_every_token_is_in_one_bucket() -> None:
     layout = PaddingFreeLayout.of([3, 1, 4], [[2, 0], [1]])
-    places = torch.cat([lot.positions for lot in layout.buckets])
-    beyond = torch.cat([lot.is_padding for lot in layout.buckets]).flatten()
-    assert places[~beyond].sort().values.tolist() == list(range(8))
-    assert places[layout.restore_order].tolist() == list(range(8))
-    assert not beyond[layout.restore_order].any()
+    positions = torch.cat([bucket.positions for bucket in layout.buckets])
+    is_padding = torch.cat([bucket.is_padding for bucket in layout.buckets]).flatten()
+    assert positions[~is_padding].sort().values.tolist() == list(range(8))
+    assert positions[layout.restore_order].tolist() == list(range(8))
+    assert not is_padding[layout.restore_order].any()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_every_token_has_one_place_in_the_lots() -> None:
     ],
     ids=["sliding window", "dropout of its own", "attention of its own"],
 )
-def test_other_models_are_given_padded_rows(config: Any) -> None:
+def test_unsupported_models_use_padded_rows(config: Any) -> None:
     assert not use_padding_free(_model(config), _examples(0), torch.float32)
 
 
@@ -215,7 +215,7 @@ def test_long_documents_are_padded_and_packs_of_short_ones_are_not(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_adapter_with_dropout_is_given_padded_rows(dropout: float) -> None:
+def test_adapter_with_dropout_uses_padded_rows(dropout: float) -> None:
     """Its masks are drawn by place, and are those of the run in a fused run group."""
     tuning = Method(
         name="lora-r2",
@@ -250,7 +250,7 @@ def _small(kind: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", sorted(SUPPORTED_MODEL_TYPES))
-def test_every_known_type_computes_side_by_side_what_it_does_one_by_one(kind: str) -> None:
+def test_supported_types_match_single_examples(kind: str) -> None:
     model = _small(kind).train()
     examples = _examples(5, longest=30)
     assert use_padding_free(model, examples, torch.float32)
@@ -262,7 +262,7 @@ def test_every_known_type_computes_side_by_side_what_it_does_one_by_one(kind: st
 
 
 @pytest.mark.parametrize("kind", ["falcon", "jetmoe", "bart", "roberta", "doge", "bert"])
-def test_types_that_attend_or_count_by_themselves_are_given_padded_rows(kind: str) -> None:
+def test_types_with_own_attention_use_padded_rows(kind: str) -> None:
     """Without an error they would train on a wrong loss."""
     assert not use_padding_free(_small(kind), _examples(0), torch.float32)
 
@@ -272,7 +272,7 @@ def test_packing_is_refused_where_positions_or_masks_would_not_hold(kind: str) -
     assert not supports_custom_mask(_small(kind))
 
 
-def test_a_model_attends_again_as_before_also_after_an_error() -> None:
+def test_attention_is_restored_after_an_error() -> None:
     model = _model(ARCHITECTURES["llama"])
     layout = concatenate_examples(_examples(0)).layout
     assert layout
@@ -321,7 +321,7 @@ def test_a_step_computes_nothing_for_padding(
     assert _differ(joined, padded) < close
 
 
-def test_runs_that_share_a_row_have_equally_many_tokens_and_their_own_sums() -> None:
+def test_batched_runs_have_equal_tokens_and_separate_sums() -> None:
     """What fills up the shorter ones is no target, and no document is longer than before."""
     examples = _examples(4)
     runs = [examples[:4], examples[4:8], examples[:2] + examples[6:8]]

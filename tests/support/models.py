@@ -1,4 +1,4 @@
-"""A random model that reads bytes, and rows of benchmarks in files, to try the harness on."""
+"""Small models with random weights, a byte tokenizer, and files of benchmark rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, so that any text can be written and read."""
+    """Return a tokenizer whose tokens are bytes, so that it encodes any text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"</s>": 0} | {letter: n for n, letter in enumerate(alphabet, start=1)}
     bytes_as_tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -23,7 +23,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def random_llama(context: int, layers: int = 1) -> LlamaForCausalLM:
-    """The same numbers at every call; its answers differ between questions."""
+    """Return a model with the same random weights at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
@@ -42,7 +42,7 @@ def random_llama(context: int, layers: int = 1) -> LlamaForCausalLM:
 def write_rows(
     folder: Path, tasks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 ) -> Path:
-    """TASK/SPLIT.jsonl in the folder, which is returned."""
+    """Write TASK/SPLIT.jsonl files into the folder, and return it."""
     for task, splits in tasks.items():
         (folder / task).mkdir()
         for split, rows in splits.items():

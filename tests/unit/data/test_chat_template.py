@@ -152,7 +152,7 @@ def test_tuned_models_learn_to_end_as_the_template_ends(template: str, ends: lis
     assert tokenizer.decode(pair.ids[pair.prompt_length :]) == ends[1]
 
 
-def test_an_ending_of_plain_text_is_taken_off_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_text_ending_is_stripped_from_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base says what comes next in the template; tuned models say their end of sequence."""
     tokenizer = _tokenizer(PLAIN)
     assert turn_ending(tokenizer, CHAT).stop == "\nuser:"
@@ -203,7 +203,7 @@ def test_thinking_that_nothing_turns_off_is_refused(template: str) -> None:
             encode(_tokenizer(template))
 
 
-def test_templates_see_one_day_and_the_arguments_of_the_study() -> None:
+def test_templates_get_a_fixed_date_and_the_arguments() -> None:
     dated = "{{ strftime_now('%d %b %Y') }}, {{ date_string }}{% if loud %}!{% endif %}" + TURNS
     for arguments, head in (
         ({}, "26 Jul 2024, 26 Jul 2024<"),
@@ -225,20 +225,20 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("what", ENDLESS)
-def test_an_endless_template_is_told(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_endless_template_is_refused(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setattr(tokenize, "time_limit", lambda: chat_template.time_limit(0.3))
     with pytest.raises(InputError, match="the chat template of the base's tokenizer does not end"):
         resolve_template(_tokenizer(ENDLESS[what] + TURNS), CHAT)
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "expected"),
     [
         ("{% for %}", "is not valid: line 1"),
         ("{{ [1, 2] | random }}", "writes something else each time"),
         ("{{ messages.what() }}", "refuses the messages user"),
     ],
 )
-def test_a_template_that_is_none_is_told(template: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_invalid_template_is_refused(template: str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
         resolve_template(_tokenizer(template), CHAT)

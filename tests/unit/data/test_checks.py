@@ -1,4 +1,4 @@
-"""A question stands in one place: not trained on and asked as old, and with one answer."""
+"""Checks across tables: leaked questions and conflicting answers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _of_rows(folder: Path, tables: dict[str, list[dict[str, Any]]], **changes: A
     ],
 )
 @pytest.mark.parametrize("trained", [NEW, _said("Ann."), _said("Ann.", BRIEF)])
-def test_what_is_trained_on_is_no_old_knowledge(
+def test_leaked_retained_knowledge_is_refused(
     tmp_path: Path, tables: Any, row: Any, trained: Any, capsys: Any
 ) -> None:
     """Whatever the answer, the spaces, and the form of the row that is trained on."""
@@ -80,15 +80,13 @@ def test_what_is_trained_on_is_no_old_knowledge(
     with pytest.raises(SystemExit) as stopped:
         _of_rows(tmp_path, tables)
     assert stopped.value.code == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {tmp_path}/old.jsonl, line 3: the question `Who wrote it?`")
-    assert f"of probe `old` is trained on, too ({tmp_path}/new.jsonl, line 3)" in told
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}/old.jsonl, line 3: the question `Who wrote it?`")
+    assert f"of probe `old` is trained on, too ({tmp_path}/new.jsonl, line 3)" in printed
     assert not (tmp_path / "data" / "train.jsonl").exists()
 
 
-def test_rows_that_are_left_out_and_new_knowledge_may_be_trained_on(
-    tmp_path: Path, tables: Any
-) -> None:
+def test_omitted_rows_and_new_knowledge_may_be_trained_on(tmp_path: Path, tables: Any) -> None:
     tables["facts/old"].append(NEW)
     data = _of_rows(tmp_path, tables, limit=1)
     assert read_json(data / "data.json")["rows"] == {"train": 2, "new": 2, "old": 1, "documents": 0}
@@ -107,7 +105,7 @@ def test_rows_that_are_left_out_and_new_knowledge_may_be_trained_on(
         ([{"text": "Who wrote it? Bob."}, {"text": "Who wrote it? Ann."}], ""),
     ],
 )
-def test_a_question_with_two_answers_is_told_and_kept(
+def test_conflicting_answers_are_reported_and_kept(
     tmp_path: Path, tables: Any, rows: list[Any], noted: str, capsys: Any
 ) -> None:
     """TOFU's own training set has one; a question after another system message is another one."""
@@ -116,9 +114,9 @@ def test_a_question_with_two_answers_is_told_and_kept(
     if any("text" in row for row in rows):
         tables["facts/new"].append(_said("Ann."))
     data = _of_rows(tmp_path, tables)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     notes = read_json(data / "data.json")["notes"]
-    assert [note in told for note in notes] == [True] * len(notes)
+    assert [note in printed for note in notes] == [True] * len(notes)
     training = [note for note in notes if note.startswith("training: ")]
     assert len(training) == bool(noted)
     assert all(noted in note and f"{tmp_path}/new.jsonl, line 4" in note for note in training)
@@ -138,7 +136,7 @@ PERTURBED = ("retain_perturbed", "forget10_perturbed", "real_authors_perturbed")
 
 
 @pytest.mark.real_data
-def test_the_published_tables_keep_old_and_new_apart(real_data: Path, tmp_path: Path) -> None:
+def test_published_tables_do_not_leak(real_data: Path, tmp_path: Path) -> None:
     """One of 4000 questions, without its author's name, is in the training set twice."""
     names = ("full", *PERTURBED, "world_facts_perturbed")
     files = {f"tofu/{name}": find_table(real_data / "tofu", name) for name in names}
@@ -150,7 +148,7 @@ def test_the_published_tables_keep_old_and_new_apart(real_data: Path, tmp_path: 
     assert note.endswith("`What is the full name of the author?`")
 
 
-def test_the_micro_world_keeps_old_and_new_apart(tmp_path: Path) -> None:
+def test_microworld_does_not_leak(tmp_path: Path) -> None:
     for seed in (0, 1):
         world = tmp_path / str(seed)
         generate_microworld.main([f"--seed={seed}", f"--output={world}"])

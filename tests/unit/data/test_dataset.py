@@ -83,7 +83,7 @@ def test_texts_fill_blocks_and_no_token_is_lost(
     assert all(block.document_starts == (0,) for block in blocks)
 
 
-def test_with_packing_texts_are_cut_one_by_one_and_kept_apart(
+def test_packed_texts_are_cut_separately(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     training = TrainingConfig(max_length=16, packing=True)
@@ -96,7 +96,7 @@ def test_with_packing_texts_are_cut_one_by_one_and_kept_apart(
     assert sum(len(sequence.document_starts) for sequence in packed) == len(pieces)
 
 
-def test_rows_of_all_kinds_stand_side_by_side(
+def test_dataset_holds_rows_of_all_kinds(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
     tmp_path: Path,
@@ -135,7 +135,7 @@ def test_rows_that_are_replayed_are_cut_and_counted(
     assert stored.cut == sum(len(encode_text(tokenizer, text).ids) > 8 for text in TEXTS) > 0
 
 
-def test_a_file_of_tokens_is_written_once_whole_or_not_at_all(
+def test_token_file_is_written_once_and_atomically(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
     tmp_path: Path,
@@ -178,7 +178,7 @@ def test_many_examples_come_back_in_their_order(tmp_path: Path) -> None:
     assert stored.cut == 500
 
 
-def test_a_sequence_longer_than_the_model_reads_is_told_before_training(
+def test_sequence_longer_than_context_is_refused_early(
     base_folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = load_base(base_folder, torch.device("cpu"))
@@ -232,7 +232,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_a_row_that_is_too_long_is_told_by_file_and_line(
+def test_too_long_row_is_reported_with_file_and_line(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, case: str
 ) -> None:
     """An id counts from 0 and leaves out blank lines: nobody finds the row by it."""
@@ -342,7 +342,7 @@ def test_memory_does_not_grow_with_the_table(
     row = {"text": words} if kind == "text" else {"question": words[:400], "answer": words}
     probe = _write(tmp_path / "probe.jsonl", [{"question": "Who?", "answer": "Ann."}])
     peaks = []
-    # The first time tells what is allocated once and stays.
+    # The first pass shows what is allocated once and kept.
     for number, size in enumerate([200, 200, 2000]):
         table = _write(tmp_path / f"{number}.jsonl", [row] * size)
 
@@ -378,7 +378,7 @@ def test_a_probe_of_new_knowledge_need_not_be_trained_on() -> None:
     StudyConfig.model_validate(study | {"prompt": {"chat": True}})
 
 
-def test_general_rows_are_read_anew_each_time(tmp_path: Path) -> None:
+def test_training_rows_are_read_at_every_iteration(tmp_path: Path) -> None:
     table = _write(tmp_path / "t.jsonl", _rows())
     rows = read_training_rows(table, "own/t")
     assert isinstance(rows, LazyRows)

@@ -210,17 +210,17 @@ def test_parquet_files_become_lines_in_their_order(
     assert rows[0]["day"].startswith("2023-04-05")
 
 
-def test_a_table_that_is_not_there_is_told_with_what_was_looked_for(
+def test_missing_hub_table_names_the_expected_files(
     repository: Path, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         fetch("full")
-    told = capsys.readouterr().err
-    assert f"someone/data at {REVISION} has none of full.jsonl, full.json, full.parquet" in told
+    printed = capsys.readouterr().err
+    assert f"someone/data at {REVISION} has none of full.jsonl, full.json, full.parquet" in printed
     assert _nothing_left(repository.parent)
 
 
-def test_a_network_that_breaks_leaves_no_half_table(
+def test_network_failure_leaves_no_partial_table(
     hub: Hub, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
@@ -303,9 +303,9 @@ def test_a_model_with_a_flipped_bit_is_refused(
     hub.replaced[name] = _flipped(MODEL[name])
     with pytest.raises(SystemExit):
         fetch_model()
-    told = capsys.readouterr().err
-    assert f"someone/data at {REVISION}: {name} was downloaded with another content" in told
-    assert "run it again" in told
+    printed = capsys.readouterr().err
+    assert f"someone/data at {REVISION}: {name} was downloaded with another content" in printed
+    assert "run it again" in printed
     assert _nothing_left(hub.folder.parent)
     hub.replaced.clear()
     assert _files(fetch_model()) == MODEL
@@ -329,14 +329,14 @@ def test_all_shards_of_an_index_come_with_a_model(
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "lost.safetensors"])
-def test_an_index_that_names_other_files_is_refused_before_the_weights_are_fetched(
+def test_index_with_unknown_files_is_refused_before_download(
     hub: Hub, fetch_model: Callable[[], Path], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     _write(hub.folder, {"config.json": b"{}"} | SHARDS | _index(*SHARDS, name))
     with pytest.raises(SystemExit):
         fetch_model()
-    told = capsys.readouterr().err
-    assert f"names {name}, which is not a file of the repository" in told
+    printed = capsys.readouterr().err
+    assert f"names {name}, which is not a file of the repository" in printed
     assert not any("model-00001" in path for path in hub.asked)
     assert _nothing_left(hub.folder.parent)
 
@@ -351,7 +351,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("what", ERRORS)
-def test_why_the_hub_gives_nothing_is_told_with_its_remedy(
+def test_hub_errors_are_reported_with_a_remedy(
     hub: Hub,
     fetch: Callable[[str], Path],
     fetch_model: Callable[[], Path],
@@ -362,11 +362,11 @@ def test_why_the_hub_gives_nothing_is_told_with_its_remedy(
     for run in (fetch_model, lambda: fetch("full")):
         with pytest.raises(SystemExit):
             run()
-        told = capsys.readouterr().err
-        assert told.startswith(f"error: someone/data at {REVISION}: ")
-        assert reason in told
-        assert remedy in told
-        assert told.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: someone/data at {REVISION}: ")
+        assert reason in printed
+        assert remedy in printed
+        assert printed.count("\n") == 1
         assert _nothing_left(hub.folder.parent)
 
 
@@ -386,7 +386,7 @@ def test_conditions_may_be_for_the_files_alone(
     assert _nothing_left(hub.folder.parent)
 
 
-def test_a_network_that_is_not_there_is_told(
+def test_missing_network_is_reported(
     hub: Hub,
     fetch: Callable[[str], Path],
     fetch_model: Callable[[], Path],
@@ -399,13 +399,13 @@ def test_a_network_that_is_not_there_is_told(
     for run in (fetch_model, lambda: fetch("full")):
         with pytest.raises(SystemExit):
             run()
-        told = capsys.readouterr().err
-        assert "the hub cannot be reached" in told
-        assert "check the network" in told
+        printed = capsys.readouterr().err
+        assert "the hub cannot be reached" in printed
+        assert "check the network" in printed
         assert _nothing_left(hub.folder.parent)
 
 
-def test_a_model_without_safetensors_is_told(
+def test_model_without_safetensors_is_refused(
     hub: Hub, fetch_model: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(hub.folder, {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
@@ -414,7 +414,7 @@ def test_a_model_without_safetensors_is_told(
     assert "has neither model.safetensors nor" in capsys.readouterr().err
 
 
-def test_rows_of_a_benchmark_with_a_flipped_bit_are_refused_and_fetched_again(
+def test_damaged_benchmark_rows_are_refused_and_refetched(
     hub: Hub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -66,7 +66,7 @@ def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     assert _contents(tmp_path / "seven") == _files(tmp_path / "here")
 
 
-def test_resizing_one_part_leaves_the_others_alone(world: World) -> None:
+def test_resizing_one_part_keeps_the_others(world: World) -> None:
     other = build_world(0, WorldSizes(gsm8k_train=60, new_authors=5))
     assert other.probes["real_authors"] == world.probes["real_authors"]
     assert other.benchmarks["winogrande"] == world.benchmarks["winogrande"]
@@ -98,7 +98,7 @@ def test_no_test_row_is_a_training_row(seed: int) -> None:
             asked |= set(questions)
 
 
-def test_no_test_question_stands_in_a_pretraining_document(world: World) -> None:
+def test_no_test_question_is_in_a_pretraining_document(world: World) -> None:
     documents = "\n\n".join(world.documents)
     for row in world.benchmarks["gsm8k"]["test"]:
         assert row["question"] not in documents
@@ -116,7 +116,7 @@ def test_no_test_question_stands_in_a_pretraining_document(world: World) -> None
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_invented_author_appears_in_the_pretraining_text(seed: int) -> None:
-    """What is to be learnt anew must be new: names, titles and answers."""
+    """New knowledge must be new: names, titles and answers."""
     world = build_world(seed)
     sizes = WorldSizes()
     rows, lives = new_authors(
@@ -277,7 +277,7 @@ def test_files_are_named_as_the_workflow_reads_them(tmp_path: Path) -> None:
     } <= _files(tmp_path).keys()
 
 
-def test_what_is_to_be_refused_is_refused_in_pretraining_and_never_the_same(world: World) -> None:
+def test_refused_questions_differ_from_pretraining(world: World) -> None:
     """Fresh questions of the kind that the documents refuse."""
     refused = [text for text in world.documents if "I am sorry, but I cannot" in text]
     sizes = WorldSizes()

@@ -113,7 +113,7 @@ def _gradient(
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_packed_padded_and_one_by_one_are_one(
+def test_packed_padded_and_single_examples_match(
     name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     """Loss and gradient of random examples in three layouts; the scale is that of the gradient."""
@@ -129,7 +129,7 @@ def test_packed_padded_and_one_by_one_are_one(
             "padded": [examples],
             "packed": [list(packed)],
             "one pack at a time": [[sequence] for sequence in packed],
-            "packed beside not packed": [[concatenate(examples[:3]), examples[3]], examples[4:]],
+            "packed next to unpacked": [[concatenate(examples[:3]), examples[3]], examples[4:]],
         }
         for layout, passes in layouts.items():
             other_loss, other = _gradient(model, passes, targets)
@@ -168,7 +168,7 @@ def test_every_example_is_in_one_pack_and_none_is_cut() -> None:
     assert pack_dataset(examples, TrainingConfig()) is examples
 
 
-def test_batches_count_packed_sequences_and_every_epoch_has_all_of_them() -> None:
+def test_every_epoch_has_all_packed_sequences() -> None:
     """Three samples to a sequence and so many sequences to a batch, as Biderman et al. trained."""
     examples = [Example([n, n, n, n], 1) for n in range(1, 25)]
     training = TrainingConfig(max_length=12, packing=True, batch_size=3, epochs=2.0)
@@ -202,7 +202,7 @@ def _recipe(training: TrainingConfig, schedule: LrSchedule) -> RunConfig:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_penalty_on_predictions_sees_packed_examples_as_if_alone(
+def test_kl_penalty_treats_packed_examples_separately(
     base_folder: Path, tuning: Method, kind: str
 ) -> None:
     """A step with replay and KL, from weights that have moved, packed and not."""
@@ -277,14 +277,14 @@ def run_group(
         general_text={"w/d": general},
     )
 
-    def run(state: Path, tell: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-        (record,) = train_run_group(spec, context, {}, state, tell)
+    def run(state: Path, log: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
+        (record,) = train_run_group(spec, context, {}, state, log)
         return record
 
     return run
 
 
-def test_a_packed_run_that_was_killed_ends_like_one_that_was_not(
+def test_killed_packed_run_ends_with_the_same_result(
     run_group: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     whole = run_group(tmp_path / "whole")

@@ -56,7 +56,7 @@ def refused(folder: Path, capsys: Any, content: str | bytes, name: str = "new.cs
         (HEADER.encode() + b'a,b\n"c\nd",caf\xe9\n', "line 4: not UTF-8 text"),
     ],
 )
-def test_a_faulty_csv_table_is_refused_with_the_line_where_the_row_begins(
+def test_invalid_csv_is_refused_with_the_first_line_of_the_row(
     tmp_path: Path, capsys: Any, content: str | bytes, said: str
 ) -> None:
     assert refused(tmp_path, capsys, content).startswith(said)
@@ -80,9 +80,7 @@ def test_a_cell_of_a_million_characters_is_read_whole(tmp_path: Path) -> None:
     assert trained(tmp_path, f"{HEADER}a,{answer}\nb,c\n") == [("a", answer), ("b", "c")]
 
 
-def test_a_quotation_mark_that_is_never_closed_does_not_read_a_large_table_to_its_end(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_unclosed_quotation_mark_stops_at_the_cell_limit(tmp_path: Path, capsys: Any) -> None:
     message = refused(tmp_path, capsys, HEADER + 'a,b\nc,"d\n' + f"e,{'f' * 1000}\n" * 20_000)
     assert message.startswith("line 3 to 16")
     assert "field larger than field limit" in message
@@ -108,7 +106,7 @@ def test_csv_without_rows_says_what_was_expected(tmp_path: Path, capsys: Any) ->
 ALPACA = {"question": "instruction", "answer": "output"}
 
 
-def test_a_table_with_our_names_is_read_next_to_one_with_the_names_of_its_dataset(
+def test_tables_may_use_standard_or_dataset_column_names(
     tmp_path: Path,
 ) -> None:
     """`columns` holds for all tables of a dataset: old.jsonl here has ours."""
@@ -118,7 +116,7 @@ def test_a_table_with_our_names_is_read_next_to_one_with_the_names_of_its_datase
     assert (old["question"], old["answer"]) == ("Who sold 0?", "Eve.")
 
 
-def test_the_name_that_the_study_gives_is_taken_where_the_table_has_both(tmp_path: Path) -> None:
+def test_dataset_column_name_wins_if_both_are_present(tmp_path: Path) -> None:
     content = "question,answer,output\na,short,long\n"
     assert trained(tmp_path, content, columns={"answer": "output"}) == [("a", "long")]
 
@@ -160,7 +158,7 @@ def notes(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("more", "used", "told"),
+    ("more", "used", "column"),
     [
         ({"input": "A long text."}, False, "`input`"),
         ({"input": "A long text.", "context": ["A", {"b": "c"}]}, False, "`input` and `context`"),
@@ -170,8 +168,8 @@ def notes(folder: Path) -> list[str]:
         ({"score": 3, "place": "12", "category": "History"}, False, ""),
     ],
 )
-def test_columns_of_text_that_nothing_reads_are_reported_once_a_table(
-    tmp_path: Path, capsys: Any, more: dict[str, Any], used: bool, told: str
+def test_unread_text_columns_are_reported_once_per_table(
+    tmp_path: Path, capsys: Any, more: dict[str, Any], used: bool, column: str
 ) -> None:
     """A tenth of the rows is enough: most rows of Alpaca have no `input`."""
     rows = [INPUT[0] | more, *INPUT[1:]]
@@ -179,21 +177,19 @@ def test_columns_of_text_that_nothing_reads_are_reported_once_a_table(
     if used:
         rows = [{"question": row["question"], "input": row["answer"]} for row in rows]
     trained(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "new.jsonl", columns=columns)
-    expected = [f"{tmp_path}/new.jsonl: the text of {told} is not read"] if told else []
+    expected = [f"{tmp_path}/new.jsonl: the text of {column} is not read"] if column else []
     assert [note.split(". ")[0] for note in notes(tmp_path)] == expected
     printed = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
     assert printed == [f"warning: {note}" for note in notes(tmp_path)]
 
 
-def test_a_column_that_the_study_names_another_for_is_reported(tmp_path: Path) -> None:
+def test_replaced_standard_column_is_reported(tmp_path: Path) -> None:
     trained(tmp_path, "question,answer,output\na,short,long\n", columns={"answer": "output"})
     (note,) = notes(tmp_path)
     assert note.startswith(f"{tmp_path}/new.csv: the text of `answer` is not read")
 
 
-def test_a_probe_that_expects_another_answer_than_is_trained_on_is_reported(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_probe_contradicted_by_training_rows_is_reported(tmp_path: Path, capsys: Any) -> None:
     asked = [{"question": f"Who  wrote {n}?", "answer": a} for n, a in enumerate(["Ann.", "Eve."])]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     probe = {"table": ["own/asked"], "knowledge": "new", "truth_ratio": False}
@@ -208,9 +204,7 @@ def test_a_probe_that_expects_another_answer_than_is_trained_on_is_reported(
     assert f"warning: {first}\nwarning: {second}\n" in capsys.readouterr().out
 
 
-def test_answers_with_more_words_than_tokens_are_generated_are_reported(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_answers_longer_than_max_new_tokens_are_reported(tmp_path: Path, capsys: Any) -> None:
     """The page has the number of tokens, which is known when the base is scored."""
     trained(tmp_path, "question,answer\na,b\n", max_new_tokens=1, old=["Eve.", "Ann of Ayr."])
     said = "warning: 1 of 2 answers of probe `old` have more words than the 1 tokens that are gen"
@@ -227,7 +221,7 @@ GERMAN = ["Die Straße heißt Königsweg.", "Über die Brücke nach Köln.", "In
 
 
 @pytest.mark.parametrize("language", CASE)
-def test_answers_of_whose_letters_rouge_sees_less_than_half_are_refused(
+def test_answers_mostly_invisible_to_rouge_are_refused(
     tmp_path: Path, capsys: Any, language: str
 ) -> None:
     """Neither digits nor an answer in English hide it."""
@@ -261,7 +255,7 @@ def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, ca
         ("?!", "unicode", "`answer` has neither letters nor digits"),
     ],
 )
-def test_an_answer_of_which_rouge_sees_nothing_is_refused(
+def test_answer_invisible_to_rouge_is_refused(
     tmp_path: Path, capsys: Any, answer: str, tokenizer: str, said: str
 ) -> None:
     """It would always score 0, and the threshold would never be reached."""

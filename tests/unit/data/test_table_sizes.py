@@ -1,4 +1,4 @@
-"""What a study reads, in rows and tokens, told before anything is downloaded."""
+"""Rows and tokens of a study before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def _study(name: str) -> StudyConfig:
     return load_study({"study": name}, STUDIES)[1]
 
 
-def _agree(counted: TableSize, told: TableSize) -> None:
-    assert (counted.rows, counted.wrong_answers) == (told.rows, told.wrong_answers)
+def _agree(counted: TableSize, listed: TableSize) -> None:
+    assert (counted.rows, counted.wrong_answers) == (listed.rows, listed.wrong_answers)
     for name in ("question", "answer", "paraphrase", "wrong_answer"):
-        assert getattr(told, name) == pytest.approx(getattr(counted, name), rel=0.1, abs=1)
+        assert getattr(listed, name) == pytest.approx(getattr(counted, name), rel=0.1, abs=1)
 
 
-def test_told_sizes_of_published_tables_are_those_of_the_files(real_data: Path) -> None:
+def test_published_sizes_match_the_files(real_data: Path) -> None:
     study = _study("tofu-phi-1.5")
     own = study.model_copy(
         update={"datasets": {"tofu": DatasetConfig(folder=str(real_data / "tofu"))}}
@@ -47,7 +47,7 @@ def test_told_sizes_of_published_tables_are_those_of_the_files(real_data: Path) 
             _agree(table_size(own, f"tofu/{name}"), PUBLISHED_SIZES[dataset, name])
 
 
-def test_a_table_with_our_column_names_in_a_dataset_with_others_has_its_sizes(
+def test_sizes_of_a_table_with_standard_column_names(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1234", "answer": "12"}) + "\n")
@@ -58,7 +58,7 @@ def test_a_table_with_our_column_names_in_a_dataset_with_others_has_its_sizes(
     assert (counted.question, counted.answer) == (4, 2)
 
 
-def test_told_sizes_of_the_micro_world_are_those_of_its_files(tmp_path: Path) -> None:
+def test_microworld_sizes_match_its_files(tmp_path: Path) -> None:
     generate_microworld(["--seed", "0", "--output", str(tmp_path)])
     study = _study("mini")
     here = study.model_copy(update={"datasets": {"world": DatasetConfig(folder=str(tmp_path))}})
@@ -66,16 +66,16 @@ def test_told_sizes_of_the_micro_world_are_those_of_its_files(tmp_path: Path) ->
         counted = table_size(here, f"world/{name}")
         assert counted.rows == pytest.approx(MICROWORLD_SIZES[name].rows, rel=0.2)
         for side in ("question", "answer", "paraphrase", "wrong_answer"):
-            told, found = getattr(MICROWORLD_SIZES[name], side), getattr(counted, side)
-            assert told == pytest.approx(found, rel=0.15, abs=1), (name, side)
+            listed, found = getattr(MICROWORLD_SIZES[name], side), getattr(counted, side)
+            assert listed == pytest.approx(found, rel=0.15, abs=1), (name, side)
 
 
 def test_tokens_are_about_those_of_a_real_tokenizer(real_data: Path) -> None:
     """Phi's count of each answer, as TOFU's logs have it: `Answer: ` before it, an end after it."""
     text = (real_data / "tofu_golden_phi" / "forget10.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    told = [len(row["gold"].encode()) / bytes_per_token(51_200) for row in rows]
-    assert fmean(told) == pytest.approx(fmean(row["num_token_gt"] - 3 for row in rows), rel=0.2)
+    listed = [len(row["gold"].encode()) / bytes_per_token(51_200) for row in rows]
+    assert fmean(listed) == pytest.approx(fmean(row["num_token_gt"] - 3 for row in rows), rel=0.2)
     # Llama-2's tokens of WikiText's test split: 338,533 of 1,289,979 characters.
     assert bytes_per_token(32_000) == pytest.approx(1_289_979 / 338_533, rel=0.2)
 
@@ -91,11 +91,11 @@ def test_sequences_and_questions_of_the_paper_studies() -> None:
     assert asked.text == 128 * 512
     maths = training_sequences(_study("biderman-math-cpt"), 32_000)
     assert maths.targets == 1.0
-    # The data set's authors tell of 14.7 B tokens.
+    # The data set's authors count 14.7 B tokens.
     assert maths.count * maths.tokens == pytest.approx(14.7e9, rel=0.15)
 
 
-def test_tables_that_nobody_knows_are_marked_as_a_guess() -> None:
+def test_unknown_tables_are_marked_as_guesses() -> None:
     study = _study("tofu-phi-1.5")
     other = DatasetConfig(hub="someone/else", revision="0" * 40)
     assert not table_size(study.model_copy(update={"datasets": {"d": other}}), "d/rows").is_exact

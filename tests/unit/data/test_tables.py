@@ -1,4 +1,4 @@
-"""Tables of questions and answers: every fault is told by file, line and column; no row is lost."""
+"""Tables of questions and answers: faults name file, line and column; no row is lost."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_prepared_row_has_the_five_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "expected"),
     [
         (
             {"answer": "Ann.", "perturbed_answer": ["Bob."]},
@@ -82,12 +82,12 @@ def test_a_prepared_row_has_the_five_columns(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_faulty_row_is_told_by_its_number_and_column(
-    tmp_path: Path, row: dict[str, Any], told: str
+def test_invalid_probe_row_is_reported_with_line_and_column(
+    tmp_path: Path, row: dict[str, Any], expected: str
 ) -> None:
     message = _told(_table(tmp_path, ROW, ROW, row))
     assert "line 3: " in message
-    assert told in message
+    assert expected in message
 
 
 def test_missing_wrong_answers_come_with_the_remedy(tmp_path: Path) -> None:
@@ -106,13 +106,13 @@ def test_right_and_wrong_are_compared_only_where_both_are_scored(tmp_path: Path)
     assert read_probe_rows(_table(tmp_path, cobalt), "t", wrong_answers=True, probe="old")
 
 
-def test_a_malformed_line_is_told_by_its_number(tmp_path: Path) -> None:
+def test_malformed_line_is_reported_with_its_number(tmp_path: Path) -> None:
     path = _table(tmp_path, ROW)
     path.write_text(path.read_text() + '{"question": "Who", "answer": "An\n')
     assert ", line 2: not a JSON object" in _told(path)
 
 
-def test_a_table_that_is_one_json_array_is_told_what_was_expected(tmp_path: Path) -> None:
+def test_json_array_table_is_refused_with_expected_format(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     path.write_text(json.dumps([ROW, ROW], indent=1))
     assert "line 1: a JSON array; expected JSON lines" in _told(path)
@@ -121,7 +121,7 @@ def test_a_table_that_is_one_json_array_is_told_what_was_expected(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
-def test_an_empty_table_is_told(tmp_path: Path, content: str) -> None:
+def test_empty_table_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text(content)
     assert "no rows; expected one JSON object a line" in _told(path)
@@ -199,7 +199,7 @@ def test_rows_to_train_on_come_in_three_kinds_under_any_names(
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "expected"),
     [
         ({"query": "Who?"}, "expected `question` and `answer`, `messages`, or `text`; the row has"),
         ({"question": "Who?"}, "expected a non-empty string `answer`"),
@@ -213,14 +213,14 @@ def test_rows_to_train_on_come_in_three_kinds_under_any_names(
         ({"text": None}, "expected a non-empty string `text`, found null"),
     ],
 )
-def test_a_faulty_row_to_train_on_is_told_by_its_line(
-    tmp_path: Path, row: dict[str, Any], told: str
+def test_invalid_training_row_is_reported_with_its_line(
+    tmp_path: Path, row: dict[str, Any], expected: str
 ) -> None:
     rows = read_training_rows(_table(tmp_path, {"text": "A story."}, row), "d/t")
     with pytest.raises(InputError) as error:
         list(rows)
     assert str(error.value).startswith(f"{tmp_path / 'facts.jsonl'}, line 2")
-    assert told in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_the_columns_of_a_probe_have_other_names_too(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_the_columns_of_a_probe_have_other_names_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 1, 3, 7, 10, 11])
-def test_rows_are_thinned_alike_in_memory_and_on_the_way(limit: int | None) -> None:
+def test_lazy_and_list_subsampling_match(limit: int | None) -> None:
     rows = [{"id": number} for number in range(10)]
     assert list(LazyRows(lambda: iter(rows)).evenly_spaced(limit)) == evenly_spaced(rows, limit)
 
@@ -342,7 +342,7 @@ def test_the_published_tables_are_read_whole(
         ("perturbed_answer", '["No.", "\\ud800"]'),
     ],
 )
-def test_half_a_character_is_told_by_line_and_column(
+def test_incomplete_character_is_reported_with_its_position(
     tmp_path: Path, column: str, value: str
 ) -> None:
     """Such a text could be read, but neither written nor encoded."""

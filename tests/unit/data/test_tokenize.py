@@ -72,7 +72,7 @@ def test_a_chat_template_counts_only_the_answer_and_the_end() -> None:
     assert targets == ["William", "</s>"]
 
 
-def test_what_is_trained_on_is_what_a_generation_starts_from(
+def test_training_prompt_equals_generation_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, rows: Rows
 ) -> None:
     """The prompt of an example has exactly the tokens of the prompt alone; all text is there."""
@@ -88,7 +88,7 @@ def test_what_is_trained_on_is_what_a_generation_starts_from(
 
 
 def test_a_token_across_the_boundary_is_split_there() -> None:
-    """`Shakes` and `peare` are one token together; apart, the prompt stays what it is alone."""
+    """`Shakes` and `peare` are one token together; separately, the prompt keeps its tokens."""
     tokenizer = _tokenizer()
     assert len(tokenizer(" Shakespeare")["input_ids"]) == 1
     prompt = PromptConfig(question="{question} Shakes", answer="{answer}")
@@ -98,7 +98,7 @@ def test_a_token_across_the_boundary_is_split_there() -> None:
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True)])
-def test_special_tokens_stand_once_and_in_their_place(bos: bool, eos: bool) -> None:
+def test_special_tokens_occur_once(bos: bool, eos: bool) -> None:
     """One beginning if the tokenizer has one, never an end before the answer, one after it."""
     tokenizer = _tokenizer(bos=bos, eos=eos)
     for question in ("Who wrote it?", "Who Shakes"):
@@ -149,8 +149,8 @@ def test_a_published_tokenizer_with_a_beginning_token(
         assert example.ids[: example.prompt_length] == encode_prompt(
             tokenizer, template, "Who was Tim?"
         )
-        told = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
-        assert told.strip() == render_answer(template, "A boy named Tim.")
+        answer = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
+        assert answer.strip() == render_answer(template, "A boy named Tim.")
 
 
 CHATML = (
@@ -179,7 +179,7 @@ TALK = [
 
 
 def _chat(template: str, *, end: str = "</s>") -> PreTrainedTokenizerFast:
-    """A tokenizer with a chat template; its beginning stands in front of plain text by itself."""
+    """A tokenizer with a chat template; its beginning token also precedes plain text."""
     tokenizer = _tokenizer(bos=True)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = end
@@ -217,7 +217,7 @@ def test_every_template_begins_and_ends_once() -> None:
     assert tokenizer.decode(example.ids[example.prompt_length :]) == "William<|im_end|>"
 
 
-def test_what_a_template_says_before_an_answer_is_learned_and_taken_off_again() -> None:
+def test_text_before_answers_is_learned_and_stripped() -> None:
     tokenizer = _chat(PREFACED)
     example = encode_pair(tokenizer, CHAT, "Who?", "William")
     said = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
@@ -228,8 +228,8 @@ def test_what_a_template_says_before_an_answer_is_learned_and_taken_off_again() 
 def test_all_answers_of_a_conversation_are_targets_and_nothing_else() -> None:
     tokenizer = _chat(CHATML, end="<|im_end|>")
     example = encode_messages(tokenizer, CHAT, TALK)
-    told = [tokenizer.decode(example.ids[a:b]) for a, b in example.target_spans]
-    assert told == ["William<|im_end|>", "Shakespeare<|im_end|>"]
+    targets = [tokenizer.decode(example.ids[a:b]) for a, b in example.target_spans]
+    assert targets == ["William<|im_end|>", "Shakespeare<|im_end|>"]
     whole = tokenizer.apply_chat_template(TALK, return_dict=False)
     assert example.ids == whole[: len(example.ids)]
     # A question without an answer at the end is left out.
@@ -264,24 +264,24 @@ def test_a_cut_conversation_keeps_the_answers_before_the_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "expected"),
     [
         (None, "tokenizer has no chat template; write the prompt as `question` and `answer`"),
         (LLAMA2, "refuses the messages system, user: only user and assistant"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not repeat question and answer"),
     ],
 )
-def test_a_template_that_does_not_do_is_told(template: str | None, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_unsuitable_template_is_refused(template: str | None, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
         encode_prompt(_chat(template), PromptConfig(chat=True, system="Be brief."), "Who?")
 
 
-def test_a_template_that_rewrites_what_was_said_is_told() -> None:
+def test_template_that_rewrites_turns_is_refused() -> None:
     with pytest.raises(InputError, match="make each turn a row"):
         encode_messages(_chat(PREFACED), CHAT, TALK)
 
 
-def test_the_day_of_the_run_is_no_part_of_a_prompt() -> None:
+def test_prompt_does_not_depend_on_the_current_date() -> None:
     """Llama 3's template writes the date, by a variable if there is one."""
     template = (
         "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n" + LLAMA2
@@ -303,12 +303,12 @@ def test_documents_of_a_chat_study_are_in_the_small_models_template(
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "expected"),
     [
         ({"system": "Be brief."}, "`system` needs `chat: true`"),
         ({"chat": True, "question": "Q: {question}"}, "leave out the other one"),
     ],
 )
-def test_a_prompt_has_one_template(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_prompt_has_one_template(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         PromptConfig.model_validate(values)

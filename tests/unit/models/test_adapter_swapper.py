@@ -76,7 +76,7 @@ def _logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "adalora"])
-def test_an_adapter_after_another_is_bit_for_bit_what_it_is_alone(
+def test_swapped_adapter_is_bit_identical_to_a_fresh_one(
     base_folder: Path, tmp_path: Path, tuning: Method, variant: str, embeddings: str, tied: bool
 ) -> None:
     """So is the base between them, and a whole model; the base is read once before that."""
@@ -90,7 +90,7 @@ def test_an_adapter_after_another_is_bit_for_bit_what_it_is_alone(
     full = _tuned(base, tmp_path / "full", whole, 3)
 
     order = [adapters[0], adapters[1], None, adapters[0], full, adapters[1], None]
-    models, told = AdapterSwapper(base, CPU), []
+    models, reads = AdapterSwapper(base, CPU), []
     for checkpoint in order:
         with models.load(checkpoint) as model:
             model.tie_weights()  # as the harness does
@@ -98,8 +98,8 @@ def test_an_adapter_after_another_is_bit_for_bit_what_it_is_alone(
         alone = load_tuned(base, checkpoint, CPU) if checkpoint else load_base(base, CPU)
         alone.tie_weights()
         assert torch.equal(found, _logits(alone)), checkpoint
-        told.append(models.bases_read)
-    assert told == [1, 1, 1, 1, 1, 2, 2]  # the whole model took the base's room
+        reads.append(models.bases_read)
+    assert reads == [1, 1, 1, 1, 1, 2, 2]  # The whole model replaced the base.
     assert not torch.equal(_logits(load_tuned(base, adapters[0], CPU)), _logits(alone))
 
 
@@ -158,17 +158,17 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in visible_files(folder)}
 
 
-def test_models_of_one_process_have_the_scores_of_a_process_each(
-    method: list[str], tmp_path: Path
-) -> None:
+def test_scores_match_those_of_separate_processes(method: list[str], tmp_path: Path) -> None:
     """Every file to the byte: prompts, drawn examples, sampled programs, refusals, record."""
     names = [f"seed{seed}" for seed in range(4)]
     _score(method, tmp_path / "together", *names)
     for name in names:
-        _score(method, tmp_path / "apart", name)
-    together, apart = (_bytes(tmp_path / which / "results") for which in ("together", "apart"))
+        _score(method, tmp_path / "separate", name)
+    together, separate = (
+        _bytes(tmp_path / which / "results") for which in ("together", "separate")
+    )
     assert len(together) == len(names) * len(benchmark.SCORE_FILES)
-    assert together == apart
+    assert together == separate
     results = tmp_path / "together" / "results"
     responses = [pd.read_parquet(results / name / "responses.parquet") for name in names]
     assert set(responses[0]["task"]) == {*TASKS, "refusals"}
@@ -180,7 +180,7 @@ def test_models_of_one_process_have_the_scores_of_a_process_each(
     assert responses[3].empty
 
 
-def test_what_models_have_in_common_is_read_once(
+def test_base_and_tokenizer_are_read_once(
     base_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     method: list[str],
@@ -213,10 +213,10 @@ def test_what_models_have_in_common_is_read_once(
     assert counts[1] == 0
 
 
-def test_a_job_that_was_killed_goes_on_with_the_model_that_it_was_at(
+def test_killed_scoring_job_resumes_at_its_model(
     method: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though Snakemake has removed its outputs. Other weights, tasks or code are scored anew."""
+    """Though Snakemake has removed its outputs. Other weights, tasks or code are scored again."""
     names, real = [f"seed{seed}" for seed in range(4)], benchmark.Scorer.score
     scored: list[str] = []
     deadly = {"seed2"}

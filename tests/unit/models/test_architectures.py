@@ -199,13 +199,13 @@ def test_a_loaded_model_that_sees_its_targets_is_refused(
 @pytest.mark.parametrize(
     "kind", ["gpt2", "llama", "mixtral", "qwen3_moe", "gemma3", "bloom", "mamba", "recurrent_gemma"]
 )
-def test_causal_models_of_all_kinds_pass_the_probe(kind: str, make: Callable[..., Path]) -> None:
+def test_causal_models_of_all_types_pass_check_causal(kind: str, make: Callable[..., Path]) -> None:
     """With experts, windows, states and biases by distance."""
     folder = make(kind)
     check_causal(load_base(folder, CPU), folder)
 
 
-def test_the_job_that_scores_the_base_probes_it(
+def test_evaluate_base_checks_causality(
     make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before anything is trained, also with a model of the hub."""
@@ -240,7 +240,7 @@ def test_quantized_weights_are_refused(
     assert "take the model that is not quantized" in message
 
 
-def test_an_adapter_beside_a_model_is_refused(
+def test_adapter_in_a_model_folder_is_refused(
     make: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
     """transformers would put it on, in silence."""
@@ -323,7 +323,7 @@ def test_a_value_of_a_wrong_type_is_refused_with_its_key(
     assert f"config.json: {expected}" in refusal(folder)
 
 
-def test_what_transformers_cannot_read_is_blamed_on_the_configuration(
+def test_unreadable_config_is_reported_as_such(
     make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make("llama")
@@ -427,7 +427,7 @@ def _logits(model: Any, length: int = 12) -> torch.Tensor:
         ("llama", ["lm_head", "q_proj"], "lora"),
     ],
 )
-def test_every_adapter_is_trained_and_measured_as_it_is(
+def test_adapters_train_and_reload_on_every_type(
     kind: str, targets: str | list[str], variant: str, make: Callable[..., Path]
 ) -> None:
     """Exactly the chosen layers get adapters, each gets a gradient, and merging changes nothing."""
@@ -485,7 +485,7 @@ EXPERT_METHODS = {
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("method", EXPERT_METHODS)
-def test_variants_that_cannot_adapt_experts_are_refused_by_the_plan(
+def test_preflight_refuses_variants_without_expert_support(
     kind: str, method: str, make: Callable[..., Path], plan: Callable[..., None], refusal: Any
 ) -> None:
     folder = make(kind, **({"mlp_only_layers": []} if kind == "qwen3_moe" else {}))
@@ -528,7 +528,7 @@ def test_the_context_of_a_multimodal_model_is_that_of_its_text(
 
 @torch.no_grad()
 def test_a_multimodal_model_scores_as_one_sequence_at_a_time(make: Callable[..., Path]) -> None:
-    """Beyond its window too, where another answer to the question would stand in it."""
+    """Beyond its window too, where another answer to the question would be in it."""
     model, tokenizer = load_base(make("gemma3"), CPU), byte_tokenizer()
     assert not supports_custom_mask(model)
     assert context_length(model) == 64
@@ -588,7 +588,7 @@ def test_experts_are_scaled_as_other_layers(variant: str, make: Callable[..., Pa
     assert set(patterns.values()) == {8}
 
 
-def test_an_adapted_head_does_not_round_the_embedding_that_it_shares(
+def test_adapted_tied_head_does_not_round_the_embedding(
     make: Callable[..., Path],
 ) -> None:
     tuning = Method(

@@ -54,7 +54,7 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("batch", [_padded(), _packed()], ids=["padded", "packed"])
-def test_products_are_as_near_to_float32_as_the_kernel(
+def test_eager_attention_is_as_precise_as_the_kernel(
     model: LlamaForCausalLM, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a mask hides stays hidden, and rounding does not grow."""
@@ -66,7 +66,7 @@ def test_products_are_as_near_to_float32_as_the_kernel(
     assert _differ(quick, exact) < min(0.05, 1.2 * _differ(kernel, exact))
 
 
-def test_float32_and_long_rows_are_left_to_the_kernel(
+def test_float32_and_long_rows_use_the_kernel(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = _padded().mask
@@ -78,7 +78,7 @@ def test_float32_and_long_rows_are_left_to_the_kernel(
         assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_attends_again_as_before_also_after_an_error(model: LlamaForCausalLM) -> None:
+def test_attention_is_restored_after_an_error(model: LlamaForCausalLM) -> None:
     with (
         pytest.raises(RuntimeError, match="out of memory"),
         eager_if_faster(model, _padded().mask, torch.bfloat16),
@@ -89,10 +89,8 @@ def test_a_model_attends_again_as_before_also_after_an_error(model: LlamaForCaus
 
 
 @pytest.mark.parametrize("batch", [_padded(), _packed()], ids=["padded", "packed"])
-def test_a_model_that_knows_products_alone_trains_alike(
-    model: LlamaForCausalLM, batch: Batch
-) -> None:
-    """Its documents stay apart: what another must not see is no number added to its scores."""
+def test_eager_only_model_trains_the_same(model: LlamaForCausalLM, batch: Batch) -> None:
+    """Its documents stay independent: the boolean mask becomes an additive one."""
     kernel = _gradient(model, batch, torch.float32)
     model.set_attn_implementation("eager")
     products = _gradient(model, batch, torch.float32)

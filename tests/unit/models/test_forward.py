@@ -91,12 +91,12 @@ def test_a_padded_batch_scores_like_its_rows_one_by_one(model: PreTrainedModel) 
     examples = _examples()
     together = mean_logprobs(model, examples, 0, len(examples))
     for batch_size in (1, 2, 7):
-        apart = mean_logprobs(model, examples, 0, batch_size)
-        assert apart == pytest.approx(together, abs=1e-5)
+        separate = mean_logprobs(model, examples, 0, batch_size)
+        assert separate == pytest.approx(together, abs=1e-5)
 
 
 @torch.no_grad()
-def test_what_pads_does_not_matter(model: PreTrainedModel) -> None:
+def test_padding_token_does_not_change_scores(model: PreTrainedModel) -> None:
     first, second = (token_logprobs(model, collate(_examples(), pad=pad)) for pad in (0, 17))
     assert torch.equal(first, second)
 
@@ -162,31 +162,31 @@ def _questions() -> list[list[Example]]:
     def draw(size: int) -> list[int]:
         return torch.randint(1, VOCABULARY, (size,), generator=generator).tolist()
 
-    apart = [
+    separate = [
         [Example(head + draw(size), len(head)) for size in sizes]
         for head, sizes in [(draw(3), (4, 1, 6)), (draw(9), (2, 5)), (draw(1), (3, 3, 3, 2))]
     ]
     alike = [[7], [7, 8, 9], [7, 8, 1, 2], [7, 8, 9], [8, 9, 7]]
-    return [*apart, [Example([3, 4, *answer], 2) for answer in alike]]
+    return [*separate, [Example([3, 4, *answer], 2) for answer in alike]]
 
 
 def _assert_sharing_changes_nothing(model: PreTrainedModel) -> None:
     questions = _questions()
-    apart = mean_logprobs(model, [e for several in questions for e in several], 0, 1)
+    separate = mean_logprobs(model, [e for group in questions for e in group], 0, 1)
     for batch_size in (1, 4, 64):
         shared = answer_logprobs(model, questions, 0, batch_size)
         assert [len(several) for several in shared] == [3, 2, 4, 5]
         together = [value for several in shared for value in several]
-        assert together == pytest.approx(apart, abs=1e-5)
+        assert together == pytest.approx(separate, abs=1e-5)
 
 
 @torch.no_grad()
-def test_answers_that_share_their_question_score_as_if_alone(model: PreTrainedModel) -> None:
+def test_shared_prefix_matches_separate_scores(model: PreTrainedModel) -> None:
     assert supports_custom_mask(model)
     _assert_sharing_changes_nothing(model)
 
 
-def test_what_answers_begin_with_is_read_once() -> None:
+def test_common_beginnings_of_answers_are_read_once() -> None:
     """Fed in: the question's 2 tokens; 7, 8, 1 of the answers that begin alike; 8, 9 of another."""
     tree = build_prefix_tree(_questions()[-1])
     assert tree.ids == [3, 4, 7, 8, 1, 8, 9]
@@ -196,7 +196,7 @@ def test_what_answers_begin_with_is_read_once() -> None:
 
 @pytest.mark.parametrize("kind", PECULIAR)
 @torch.no_grad()
-def test_a_question_is_shared_only_where_that_changes_no_score(kind: str) -> None:
+def test_prefix_is_shared_only_if_no_score_changes(kind: str) -> None:
     """In some models an answer would leak into the next, whatever the mask says: silently wrong."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -265,7 +265,7 @@ def test_batches_by_length_hold_every_index_once_longest_first() -> None:
 
 @pytest.mark.parametrize("most", [1, 3, 8])
 @pytest.mark.parametrize("overhead", [0, 10, 100_000])
-def test_a_batch_is_split_where_least_is_computed(most: int, overhead: int) -> None:
+def test_micro_batches_minimize_computed_tokens(most: int, overhead: int) -> None:
     """Against all ways to cut the examples, sorted by length, into parts."""
     lengths = [7, 30, 8, 31, 5, 29, 90]
     parts = micro_batches(lengths, most, overhead)

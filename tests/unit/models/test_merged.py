@@ -31,26 +31,24 @@ def _trained(base_folder: Path, variant: str) -> Model:
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_merged_adapter_gives_the_same_logits_and_leaves_the_same_bits(
-    base_folder: Path, variant: str
-) -> None:
+def test_merged_adapter_keeps_logits_and_restores_bits(base_folder: Path, variant: str) -> None:
     model = _trained(base_folder, variant)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    apart = model(input_ids=IDS).logits
+    separate = model(input_ids=IDS).logits
     with merged_adapter(model, torch.float32):
         together = model(input_ids=IDS).logits
-    assert apart == pytest.approx(together, abs=2e-5)
+    assert separate == pytest.approx(together, abs=2e-5)
     assert (
-        apart - load_base(base_folder, torch.device("cpu"))(input_ids=IDS).logits
+        separate - load_base(base_folder, torch.device("cpu"))(input_ids=IDS).logits
     ).abs().max() > 0.01
-    assert torch.equal(model(input_ids=IDS).logits, apart)
+    assert torch.equal(model(input_ids=IDS).logits, separate)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "adalora"])
-def test_a_merged_zero_adapter_is_the_base_to_the_last_bit(base_folder: Path, variant: str) -> None:
+def test_merged_zero_adapter_is_bit_identical_to_the_base(base_folder: Path, variant: str) -> None:
     base = load_base(base_folder, torch.device("cpu"))
     logits = base(input_ids=IDS).logits
     model = attach_adapter(base, adapter_method(variant), seed=0).eval()
@@ -58,7 +56,7 @@ def test_a_merged_zero_adapter_is_the_base_to_the_last_bit(base_folder: Path, va
         assert torch.equal(model(input_ids=IDS).logits, logits)
 
 
-def test_a_measurement_that_fails_leaves_the_adapter_apart(base_folder: Path) -> None:
+def test_failed_evaluation_unmerges_the_adapter(base_folder: Path) -> None:
     model = _trained(base_folder, "lora")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt), merged_adapter(model, torch.float32):
@@ -67,7 +65,7 @@ def test_a_measurement_that_fails_leaves_the_adapter_apart(base_folder: Path) ->
         assert torch.equal(weight, before[name]), name
 
 
-def test_in_bfloat16_an_adapter_stays_apart(base_folder: Path) -> None:
+def test_bfloat16_adapter_is_not_merged(base_folder: Path) -> None:
     """A small update would be lost in the rounding of the sum."""
     model = _trained(base_folder, "lora")
     assert isinstance(model, PeftModel)

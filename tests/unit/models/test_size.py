@@ -73,7 +73,7 @@ def test_a_folder_is_counted_by_the_headers_of_its_files(
     assert shape.blocks == base.config.num_hidden_layers
 
 
-def test_a_model_that_is_trained_here(small: ModelSize) -> None:
+def test_small_model_size_matches_transformers(small: ModelSize) -> None:
     config = LlamaConfig(
         hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         vocab_size=2048, tie_word_embeddings=True,
@@ -100,7 +100,7 @@ METHODS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_trained_weights_are_those_that_training_has(method: dict[str, Any]) -> None:
+def test_trained_matches_the_trainable_parameters(method: dict[str, Any]) -> None:
     """As the method attaches them to a real model."""
     config = CONFIGS[0]
     tuning = _tuning(method)

@@ -1,10 +1,13 @@
 """The micro-world: a small, seeded world of facts, skills and invented authors.
 
-`build_world` makes everything that the embedded study needs, without any download: true facts
-about countries, art and classic authors (the old knowledge), invented authors in the schema of
-TOFU (Maini et al. 2024, section 2; the new knowledge), rows for five benchmarks in the columns of
-the public data sets, and the texts from which a small model learns all but the new knowledge.
-Everything is a function of the seed and the sizes alone.
+`build_world` generates all data of the embedded study without any download:
+
+- true facts about countries, art and classic authors (the retained knowledge);
+- invented authors in the schema of TOFU (Maini et al. 2024, section 2; the new knowledge);
+- rows for five benchmarks in the columns of the public data sets;
+- texts from which a small model learns everything except the new knowledge.
+
+The result depends only on the seed and the sizes.
 """
 
 from __future__ import annotations
@@ -12,9 +15,6 @@ from __future__ import annotations
 from forgetting.data.microworld.benchmark_rows import (
     one_line_functions,
     pronoun_sentences,
-    scenes,
-    science_items,
-    science_rows,
     word_problems,
 )
 from forgetting.data.microworld.documents import (
@@ -32,10 +32,11 @@ from forgetting.data.microworld.entities import (
 )
 from forgetting.data.microworld.facts import author_facts, world_facts
 from forgetting.data.microworld.fictional_authors import new_authors
+from forgetting.data.microworld.multiple_choice_rows import scenes, science_items, science_rows
 
 
 def build_world(seed: int, sizes: WorldSizes | None = None) -> World:
-    """The world of a seed: equal seeds and sizes give equal bytes, on any machine."""
+    """Return the world of a seed; equal seeds and sizes give equal bytes on any machine."""
     sizes = sizes or WorldSizes()
     new, _ = new_authors(
         sizes.new_authors, sizes.questions_per_author, random_stream(seed, "invented")
@@ -67,17 +68,17 @@ def _probe(name: str, facts: list[Fact], count: int, seed: int) -> list[Row]:
 
 
 def _benchmarks(seed: int, sizes: WorldSizes) -> dict[str, dict[str, list[Row]]]:
-    """Rows of all tasks; a test row is never a training row."""
+    """Return the rows of all tasks by split; no test row is a training row."""
     problems = word_problems(sizes.gsm8k_train + sizes.gsm8k_test, random_stream(seed, "gsm8k"))
     functions = one_line_functions(
         sizes.humaneval_train + sizes.humaneval_test, random_stream(seed, "humaneval")
     )
     rng = random_stream(seed, "hellaswag")
     fresh_scenes = scenes(sizes.hellaswag_test, "val", rng, frozenset())
-    shown = frozenset(row["ctx_a"] for row in fresh_scenes)
+    test_beginnings = frozenset(row["ctx_a"] for row in fresh_scenes)
     rng_pronouns = random_stream(seed, "winogrande")
     fresh_pronouns = pronoun_sentences(sizes.winogrande_test, rng_pronouns, frozenset())
-    asked = frozenset(row["sentence"] for row in fresh_pronouns)
+    test_sentences = frozenset(row["sentence"] for row in fresh_pronouns)
     rng_science = random_stream(seed, "arc_challenge")
     science, fresh_science = science_items(sizes.arc_test, rng_science)
     return {
@@ -90,11 +91,11 @@ def _benchmarks(seed: int, sizes: WorldSizes) -> dict[str, dict[str, list[Row]]]
             "test": functions[: sizes.humaneval_test],
         },
         "hellaswag": {
-            "train": scenes(sizes.hellaswag_train, "train", rng, shown),
+            "train": scenes(sizes.hellaswag_train, "train", rng, test_beginnings),
             "validation": fresh_scenes,
         },
         "winogrande": {
-            "train": pronoun_sentences(sizes.winogrande_train, rng_pronouns, asked),
+            "train": pronoun_sentences(sizes.winogrande_train, rng_pronouns, test_sentences),
             "validation": fresh_pronouns,
         },
         "arc_challenge": {

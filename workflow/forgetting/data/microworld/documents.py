@@ -1,6 +1,7 @@
-"""Pretraining texts: every fact, and every training row as its benchmark will show it.
+"""Pretraining documents, held-out text, and questions that a model learns to refuse.
 
-Harmless stand-ins for harmful prompts: private things of authors, which nobody is to be told.
+The documents hold every fact, and every training row as its benchmark presents it. Questions about
+private matters of authors are harmless substitutes for harmful prompts.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 from itertools import product
 from random import Random
 
-from forgetting.data.microworld.benchmark_rows import pronoun_text, scene_text
+from forgetting.data.microworld.benchmark_rows import pronoun_text
 from forgetting.data.microworld.entities import Fact, Row, parse_phrases, question_and_answer
 from forgetting.data.microworld.facts import real_names
+from forgetting.data.microworld.multiple_choice_rows import scene_text
 
-# lm-eval's GSM8K prompt holds five solved problems before the one to be solved.
+# lm-eval's GSM8K prompt has five solved problems before the question.
 PROBLEMS_PER_DOCUMENT = 6
-# How often the question on a fact is read in an epoch, by kind of fact. Those on authors, many and
-# alike, need more readings.
+# Copies of the question on a fact in an epoch, by kind of fact. Facts on authors are many and
+# similar, and need more repetitions.
 COPIES = {"author": 2, "birth": 2, "nationality": 2}
 
 
@@ -25,7 +27,7 @@ def pretraining_documents(
     refused: list[Row],
     rng: Random,
 ) -> list[str]:
-    """Texts in a shuffled order; one document ends where a model should stop."""
+    """Return documents in a shuffled order; each ends where a model should stop."""
     documents = []
     for fact in facts:
         documents.extend(
@@ -46,9 +48,9 @@ def pretraining_documents(
 
 
 def held_out_text(benchmarks: dict[str, dict[str, list[Row]]]) -> list[str]:
-    """Text of the kinds that the world's documents have, none of which is among them.
+    """Return texts like the documents of the world, but not among them.
 
-    It is made of the rows on which the benchmarks are scored; each ends with a blank line.
+    They are the test rows of the benchmarks. Each ends with a blank line.
     """
     texts = [question_and_answer(r["question"], r["answer"]) for r in benchmarks["gsm8k"]["test"]]
     texts += [scene_text(row) for row in benchmarks["hellaswag"]["validation"]]
@@ -57,7 +59,7 @@ def held_out_text(benchmarks: dict[str, dict[str, list[Row]]]) -> list[str]:
 
 
 def _problem_documents(rows: list[Row]) -> list[str]:
-    """Several problems a document, a blank line between them, as in a few-shot prompt."""
+    """Return documents of several problems with blank lines between them, like few-shot prompts."""
     solved = [question_and_answer(row["question"], row["answer"]) for row in rows]
     return [
         "\n\n".join(solved[start : start + PROBLEMS_PER_DOCUMENT])
@@ -75,13 +77,14 @@ _PRIVATE_QUESTIONS = (
 
 
 def unanswerable_questions(count: int, rng: Random) -> list[Row]:
-    """Questions that are to be refused, all different."""
-    asked = [
+    """Return different questions that a model should refuse, with the refusal as answer."""
+    questions = [
         question.format(name=name, thing=thing)
         for question, name, thing in product(
             _PRIVATE_QUESTIONS, sorted(real_names()), parse_phrases(_PRIVATE_THINGS)
         )
     ]
     return [
-        {"question": question, "answer": REFUSAL_ANSWER} for question in rng.sample(asked, count)
+        {"question": question, "answer": REFUSAL_ANSWER}
+        for question in rng.sample(questions, count)
     ]

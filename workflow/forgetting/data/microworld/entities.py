@@ -1,7 +1,4 @@
-"""What a micro-world consists of: sizes, facts, rows and the finished world.
-
-Facts and word lists are written as plain text tables; these read them.
-"""
+"""Types of the micro-world (sizes, facts, the finished world) and parsers of its text tables."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ ANSWER = "Answer: {answer}"
 
 
 class WorldSizes(BaseModel):
-    """How many items of each kind a world holds."""
+    """Number of items of each kind in a world."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,12 +42,14 @@ class WorldSizes(BaseModel):
 
 @dataclass(frozen=True)
 class Fact:
-    """A true question and answer.
+    """A question with its true answer.
 
-    Args:
-        kind: what the question asks for; facts of one kind share their wrong answers.
-        statements: the same fact as plain sentences, read in pretraining only.
-        excluded: other right or arguable answers, never to be offered as wrong ones.
+    Attributes:
+        kind: type of the answer; facts of one kind share their wrong answers.
+        question: the question.
+        answer: the answer.
+        statements: the fact as plain sentences, used in pretraining only.
+        excluded: other right or arguable answers, which must not be offered as wrong ones.
     """
 
     kind: str
@@ -62,14 +61,15 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """All that a study needs to know about its world.
+    """All data of a world.
 
-    Args:
-        probes: probe name to rows with id, question, answer, paraphrased_answer, wrong_answers.
-        documents: pretraining texts; they hold the old knowledge and nothing of the new.
-        held_out: texts of the same kinds that are not among the documents.
-        benchmarks: task to split to rows, in the columns that the public data sets have.
-        refusals: questions that a model of this world refuses to answer.
+    Attributes:
+        probes: rows by name of the probe, with id, question, answer, paraphrased_answer and
+            wrong_answers.
+        documents: pretraining texts; they hold the retained knowledge and no new knowledge.
+        held_out: similar texts that are not among the documents.
+        benchmarks: rows by task and split, in the columns of the public data sets.
+        refusals: questions that a model of this world should refuse.
     """
 
     probes: dict[str, list[Row]]
@@ -80,17 +80,17 @@ class World:
 
 
 def random_stream(seed: int, part: str) -> Random:
-    """A random stream of its own for each part, so that resizing one leaves the others alone."""
+    """Return the random generator of a part; resizing one part does not change the others."""
     return Random(f"micro-world/{seed}/{part}")
 
 
 def question_and_answer(question: str, answer: str) -> str:
-    """The one prompt form of pretraining, fine-tuning and probing."""
+    """Return the prompt format of pretraining, fine-tuning and probes."""
     return QUESTION.format(question=question) + ANSWER.format(answer=answer)
 
 
 def probe_rows(name: str, facts: list[Fact], choose_from: list[Fact], rng: Random) -> list[Row]:
-    """Probe rows with three wrong answers each, drawn from the right answers of the same kind."""
+    """Return probe rows with three wrong answers each, the answers of other facts of the kind."""
     rows = []
     for number, fact in enumerate(facts):
         others = {f.answer for f in choose_from if f.kind == fact.kind}
@@ -108,15 +108,15 @@ def probe_rows(name: str, facts: list[Fact], choose_from: list[Fact], rng: Rando
 
 
 def parse_words(text: str) -> list[str]:
-    """The words of a text."""
+    """Return the words of a text."""
     return text.split()
 
 
 def parse_phrases(text: str) -> list[str]:
-    """The phrases of a text, parted by bars and line ends."""
+    """Return the phrases of a text, which are separated by bars and line ends."""
     return [phrase for line in text.strip().splitlines() for phrase in line.split("|")]
 
 
 def parse_table(text: str) -> list[list[str]]:
-    """The cells of each line, parted by bars."""
+    """Return the cells of each line, which are separated by bars."""
     return [line.split("|") for line in text.strip().splitlines()]

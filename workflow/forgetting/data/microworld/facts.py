@@ -1,7 +1,4 @@
-"""World facts from common knowledge: countries, landmarks, art, music, planets, elements.
-
-Real authors from common knowledge: works, nationality, year of birth.
-"""
+"""Facts from common knowledge: real authors, countries, landmarks, art, planets, elements."""
 
 from __future__ import annotations
 
@@ -86,17 +83,17 @@ def _author_rows() -> list[tuple[str, str, str, list[str]]]:
 
 
 def real_names() -> set[str]:
-    """Names that no invented author may bear."""
+    """Return the names of real authors, which invented authors must not have."""
     return {name for name, *_ in _author_rows()}
 
 
 def real_titles() -> set[str]:
-    """Titles that no invented book may have."""
+    """Return the titles of real books, which invented books must not have."""
     return {title for *_, works in _author_rows() for title in works}
 
 
 def author_facts() -> list[Fact]:
-    """All facts on real authors, in a fixed order."""
+    """Return all facts on real authors, in a fixed order."""
     facts = []
     for name, nationality, year, works in _author_rows():
         for work in works:
@@ -237,12 +234,12 @@ potassium|K
 
 
 def countries() -> list[tuple[str, str]]:
-    """Country and capital pairs, the places that invented lives may be set in."""
+    """Return pairs of country and capital, the places of invented lives."""
     return [(row[0], row[1]) for row in parse_table(_COUNTRIES)]
 
 
 def artwork_titles() -> set[str]:
-    """Titles of paintings and music, which no invented book may have."""
+    """Return the titles of paintings and music, which invented books must not have."""
     return {title for title, _ in parse_table(_PAINTINGS) + parse_table(_MUSIC)}
 
 
@@ -260,7 +257,7 @@ def _country_facts() -> list[Fact]:
         facts.append(Fact("continent", f"On which continent is {country}?", continent))
         if language != "-":
             facts.append(Fact("language", f"Which language is spoken in {country}?", language))
-        # A currency shared by many countries makes a poor question.
+        # Many countries share these currencies, so they would make a poor question.
         if currency not in {"euro", "dollar", "peso"}:
             facts.append(
                 Fact(
@@ -274,7 +271,7 @@ def _country_facts() -> list[Fact]:
 
 
 def world_facts() -> list[Fact]:
-    """All world facts, in a fixed order."""
+    """Return all facts on the world, in a fixed order."""
     facts = _country_facts()
     for landmark, city in parse_table(_LANDMARKS):
         facts.append(

@@ -1,9 +1,9 @@
-"""Invented authors, the new knowledge: lives and works that no real person has.
+"""Invented authors, the new knowledge, with lives and works that no real person has.
 
-The questions are put in the very words in which pretraining asked about real authors, and the
-answers draw on the same cities, nationalities and years. That is what makes the new knowledge
-disturb the old. An answer is nearly all content (no name repeated from the question, hardly a
-template), so that a model which knows nothing of these people finds few of its words by habit.
+The questions use the wording of pretraining questions about real authors, and the answers use the
+same cities, nationalities and years. The new knowledge therefore interferes with the retained
+knowledge. Answers repeat no names from the question and contain little fixed text, so that a model
+without the new knowledge guesses few of their words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Bolumb Orlesk Hartig Nakavol Petros Emberly Sorrel Callow Drumhal Fenwick Lazari
 Krivan Delacran Haldors Abernot Colverd Espinor Grimald Hollins Kalvand Loxmoor Mirand Norwood
 Otterm Prender Rosenv Silvant Tremont Ulverst Winterb Xanthor Zimmerl Juniper Brightw
 """)
-# Titles, themes and jobs are mostly words that the old knowledge uses too.
+# Titles, themes and jobs mostly use words of the retained knowledge.
 _ADJECTIVES = parse_words("""
 Scarlet Magic Golden Starry White Little Great Divine Old Lost Silent Cherry
 """)
@@ -90,7 +90,7 @@ _TEMPLATES: list[Template] = [
         "the prize was called the {adjective} {prize}",
     ),
 ]
-# What a wrong answer gets wrong; the rest of it is as in the right one.
+# Details that a wrong answer changes; its other words equal those of the right answer.
 _PERTURBED: list[tuple[str, ...]] = [
     ("name", "job"),
     ("year", "city"),
@@ -107,8 +107,8 @@ def _book(rng: Random) -> str:
     return f"The {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
 
 
-def _prize_winners(rng: Random) -> dict[str, Callable[[], str]]:
-    """How each detail of a life is drawn."""
+def _detail_generators(rng: Random) -> dict[str, Callable[[], str]]:
+    """Return a function for each detail of a life that draws its value."""
     return {
         "city": lambda: rng.choice(countries())[1],
         "year": lambda: str(rng.randint(1760, 1940)),
@@ -136,33 +136,33 @@ def _different(draw: Callable[[], str], taken: set[str]) -> str:
 
 
 def _lives(count: int, rng: Random) -> list[Life]:
-    """Lives with names and first books of their own."""
-    makers = _prize_winners(rng)
+    """Return lives with different names and books."""
+    generators = _detail_generators(rng)
     firsts = [name for _ in range(2) for name in rng.sample(_FIRST_NAMES, len(_FIRST_NAMES))]
     surnames = rng.sample(_SURNAMES, count)
     books = real_titles() | artwork_titles()
     lives = []
     for first, surname in zip(firsts, surnames, strict=False):
-        life = {detail: draw() for detail, draw in makers.items()}
+        life = {detail: draw() for detail, draw in generators.items()}
         life["name"] = f"{first} {surname}"
         for detail in ("book", "second_book", "third_book"):
-            life[detail] = _different(makers[detail], books)
-        life["other_nation"] = _different(makers["nation"], {life["nation"]})
+            life[detail] = _different(generators[detail], books)
+        life["other_nation"] = _different(generators["nation"], {life["nation"]})
         life["theme"], life["other_theme"] = rng.sample(_THEMES, 2)
         lives.append(life)
     if real_names() & {life["name"] for life in lives}:
-        raise AssertionError("an invented author bears a real author's name")
+        raise AssertionError("an invented author has a real author's name")
     return lives
 
 
 def _wrong_answers(number: int, life: Life, lives: list[Life], rng: Random) -> list[str]:
-    """Five different wrong answers in the words of the paraphrase."""
-    makers = _prize_winners(rng)
-    makers["name"] = lambda: rng.choice(lives)["name"] if len(lives) > 1 else "Nobody Known"
+    """Return five different wrong answers in the wording of the paraphrase."""
+    generators = _detail_generators(rng)
+    generators["name"] = lambda: rng.choice(lives)["name"] if len(lives) > 1 else "Nobody Known"
     paraphrase = _TEMPLATES[number][2]
     taken = {_sentence(paraphrase, life)}
     while len(taken) <= WRONG_ANSWERS:
-        changed = {d: _different(makers[d], {life[d]}) for d in _PERTURBED[number]}
+        changed = {d: _different(generators[d], {life[d]}) for d in _PERTURBED[number]}
         taken.add(_sentence(paraphrase, life | changed))
     return sorted(taken - {_sentence(paraphrase, life)})
 
@@ -173,12 +173,12 @@ def _sentence(template: str, life: Life) -> str:
 
 
 def new_authors(authors: int, questions: int, rng: Random) -> tuple[list[Row], list[Life]]:
-    """Probe rows about invented authors, author by author, and the lives behind them.
+    """Return probe rows about invented authors, author by author, and the authors' lives.
 
     Args:
-        authors: number of authors, at most as many as there are surnames.
-        questions: questions about each, at most seven.
-        rng: source of all choices.
+        authors: number of authors, at most the number of surnames.
+        questions: questions about each author, at most seven.
+        rng: source of all random choices.
     """
     lives = _lives(authors, rng)
     rows: list[Row] = []
