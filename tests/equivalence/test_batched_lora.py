@@ -21,7 +21,7 @@ from transformers import (
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.training import TrainingConfig
@@ -40,7 +40,7 @@ from forgetting.training import trainer as module
 from forgetting.training.checkpoints import ResumePoints, TrainState, resume_groups
 from forgetting.training.mitigations import Mitigations
 from forgetting.training.run_config import RunConfig
-from forgetting.training.run_group import RunContext, RunGroupConfig, run_key, train_run_group
+from forgetting.training.run_group import RunContext, run_key, train_run_group
 from forgetting.training.trainer import train_batched, train_run
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
 from support.run_groups import examples_in, materials_of, spec_of

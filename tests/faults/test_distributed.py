@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from forgetting.benchmarks.during_training import TrainingBenchmarks, TrainingBenchmarksConfig
+from forgetting.benchmarks.during_training import TrainingBenchmarks
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig, TaskConfig
-from forgetting.config.expand import Method
+from forgetting.config.evaluation import EvaluationConfig, TaskConfig, TrainingBenchmarksConfig
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.selection import SelectionConfig
@@ -45,10 +45,11 @@ from forgetting.training.distributed import (
     ProcessGroup,
     split_by_tokens,
 )
-from forgetting.training.run_group import RunContext, RunGroupConfig, run_group_items, run_key
+from forgetting.training.run_group import RunContext, run_group_items, run_key
 from support.benchmark_rows import sciq
+from support.params import finetune_params
 from support.processes import FORKS, Stopped, together, train, train_together, weights
-from support.run_groups import examples_in, record_base, told
+from support.run_groups import examples_in, record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -579,8 +580,7 @@ def launched(
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         options = {
-            "spec": told(spec),
-            "versions": "c",
+            "params": finetune_params(tmp_path, spec),
             "base": tmp_path / "base.json",
             "base-items": tmp_path / "base.parquet",
             "data": data,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
@@ -22,7 +21,7 @@ from forgetting.inputs import model_identity
 from forgetting.io import write_json
 from forgetting.models.forward import Batch
 from forgetting.models.loading import model_parameters
-from forgetting.training.run_group import RunContext, RunGroupConfig
+from forgetting.training.run_group import RunContext
 
 
 def record_base(path: Path, folder: Path, identity: str = "b") -> None:
@@ -78,11 +77,3 @@ def spec_of(
 def examples_in(batch: Batch) -> int:
     """How many examples a pass has, in rows of their own or side by side in one."""
     return int((batch.positions == 0).sum()) if batch.layout else len(batch.ids)
-
-
-def told(*specs: RunGroupConfig) -> str:
-    """What the program is told of a run group: what its methods and seeds have in common, "
-    "and each."""
-    common = specs[0].model_dump(mode="json", exclude={"method", "seed"})
-    members = [spec.model_dump(mode="json", include={"method", "seed"}) for spec in specs]
-    return json.dumps(common | {"members": members})

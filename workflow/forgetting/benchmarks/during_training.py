@@ -13,7 +13,6 @@ Items of benchmarks in the table of an evaluation, beside those of the probes.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -26,8 +25,7 @@ from forgetting.benchmarks.evaluate import LoadedTasks, evaluate_tasks, load_tas
 from forgetting.benchmarks.registry import required_splits
 from forgetting.benchmarks.scores import BenchmarkResult
 from forgetting.benchmarks.tasks import TaskSpec
-from forgetting.config.evaluation import TaskConfig
-from forgetting.config.types import ConfigModel
+from forgetting.config.evaluation import TrainingBenchmarksConfig
 from forgetting.digests import sha256
 from forgetting.errors import InputError
 from forgetting.io import content_key
@@ -57,36 +55,11 @@ def split_items(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return probes.reset_index(drop=True), found.reset_index(drop=True)
 
 
-class TrainingBenchmarksConfig(ConfigModel):
-    """What the study says of them: tasks by name, with the number of items as their limit."""
-
-    tasks: dict[str, TaskConfig]
-    batch_size: int
-
-
-def add_training_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every program that asks these benchmarks."""
-    parser.add_argument("--during-training", help="JSON: the benchmarks of every evaluation")
-    parser.add_argument(
-        "--during-training-rows", nargs="*", default=[], help="TASK=FOLDER of SPLIT.jsonl"
-    )
-    parser.add_argument(
-        "--benchmarks", type=Path, nargs="?", help="output: items of benchmarks (parquet)"
-    )
-
-
-def training_benchmarks_from_args(
-    options: argparse.Namespace, tokenizer: Any
+def training_benchmarks(
+    config: TrainingBenchmarksConfig | None, rows: Mapping[str, Path], tokenizer: Any
 ) -> TrainingBenchmarks | None:
-    """Return what asks a model, if the options name any benchmarks."""
-    if not options.during_training:
-        return None
-    rows = (pair.split("=", 1) for pair in options.during_training_rows)
-    return TrainingBenchmarks(
-        TrainingBenchmarksConfig.model_validate_json(options.during_training),
-        {task: Path(folder) for task, folder in rows},
-        tokenizer,
-    )
+    """Return what evaluates a model on the benchmarks of trainings, if a study has any."""
+    return TrainingBenchmarks(config, rows, tokenizer) if config else None
 
 
 class TrainingBenchmarks:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetting.config.expand import duration_name, run_name
+from forgetting.config.expand import RunGroupConfig, duration_name, run_name
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.training import TrainingConfig
 from forgetting.digests import file_damage
@@ -30,13 +30,7 @@ from forgetting.io import (
 from forgetting.models.tuned import checkpoint_damage
 from forgetting.schedule import branch_step
 from forgetting.training.checkpoints import BRANCH_CHECKPOINTS
-from forgetting.training.run_group import (
-    Log,
-    RunContext,
-    RunFolder,
-    RunGroupConfig,
-    train_run_group,
-)
+from forgetting.training.run_group import Log, RunContext, RunFolder, train_run_group
 
 
 def single_duration(spec: RunGroupConfig, duration: float) -> RunGroupConfig:

@@ -21,17 +21,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.benchmarks.during_training import merge_items, split_items
-from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method, run_name
+from forgetting.config.expand import RunGroupConfig, run_name
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
-from forgetting.config.types import ConfigModel
 from forgetting.data.dataset import TokenizedDataset, example_lengths, pack_dataset, tokenize
 from forgetting.data.table_files import Locate, Row
 from forgetting.data.tokenize import (
@@ -122,20 +117,6 @@ def run_key(spec: RunGroupConfig, setting: Hyperparameters, inputs: Mapping[str,
     # A trunk is the same for any shorter durations: one more is a branch more.
     described["training"]["durations"] = bool(spec.training.durations)
     return content_key({"spec": described, "hyperparameters": setting.model_dump(), **inputs})
-
-
-class RunGroupConfig(ConfigModel):
-    """What the study says of the runs of one method and seed."""
-
-    method: Method
-    seed: int
-    prompt: PromptConfig
-    training: TrainingConfig
-    evaluation: EvaluationConfig
-    selection: SelectionConfig
-    precision: str
-    knowledge: dict[str, str]
-    columns: dict[str, ColumnsConfig] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

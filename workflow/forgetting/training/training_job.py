@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgetting.benchmarks.during_training import (
-    add_training_benchmark_options,
-    training_benchmarks_from_args,
-)
+from forgetting.benchmarks.during_training import training_benchmarks
+from forgetting.config.evaluation import TrainingBenchmarksConfig
+from forgetting.config.expand import RunGroupConfig
 from forgetting.data.checks import SourceLocator
 from forgetting.data.tables import prepared_rows, read_prepared, read_training_rows
 from forgetting.digests import sha256
@@ -23,7 +22,7 @@ from forgetting.models.loading import get_device, load_tokenizer, read_base, res
 from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.distributed import ProcessGroup
-from forgetting.training.run_group import RunContext, RunGroupConfig
+from forgetting.training.run_group import RunContext
 
 
 @dataclass(frozen=True)
@@ -36,32 +35,46 @@ class TrainingJob:
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every job that trains."""
-    parser.add_argument("--spec", required=True, help="JSON: the study, and methods with seeds")
-    parser.add_argument("--versions", required=True, help="versions of the stages that it runs")
+    """Add the options of every program that trains."""
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
     parser.add_argument(
-        "--general", type=Path, action="append", default=[], help="file of a mitigation's table"
+        "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
     )
-    parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
-    add_training_benchmark_options(parser)
+    parser.add_argument(
+        "--targets", type=Path, nargs="?", help="the base's predictions on the general text"
+    )
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
+    parser.add_argument(
+        "--benchmarks", type=Path, nargs="?", help="output: items of benchmarks (parquet)"
+    )
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
     parser.add_argument(
         "--checkpoints", type=Path, required=True, help="output: folders of the runs (JSON)"
     )
 
 
-def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) -> TrainingJob:
-    """Read all files that the options name."""
-    told = json.loads(options.spec)
-    members = told.pop("members")
-    specs = [RunGroupConfig.model_validate(told | member) for member in members]
-    # But for method and seed all are alike.
-    spec = specs[0]
+def read_training_job(
+    spec: RunGroupConfig,
+    versions: str,
+    benchmarks: TrainingBenchmarksConfig | None,
+    benchmark_rows: Mapping[str, Path],
+    options: argparse.Namespace,
+    process_group: ProcessGroup,
+) -> TrainingJob:
+    """Read all files that the options of a program name.
+
+    Args:
+        spec: the runs of a method and seed.
+        versions: versions of the stages that the job runs.
+        benchmarks: benchmarks of every evaluation.
+        benchmark_rows: folder of SPLIT.jsonl by task.
+        options: see `add_training_options`.
+        process_group: of the processes that train together.
+    """
     base = read_base(options.base)
     device = get_device()
     precision = resolve_precision(spec.precision, device)
@@ -69,7 +82,7 @@ def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) 
     named = spec.method.mitigation.tables if spec.method.mitigation else []
     general = dict(zip(named, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    along = training_benchmarks_from_args(options, tokenizer)
+    along = training_benchmarks(benchmarks, benchmark_rows, tokenizer)
     context = RunContext(
         base=Path(base["path"]),
         parameters=base["parameters"],
@@ -94,13 +107,13 @@ def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) 
         "base": base["identity"],
         "train": sha256(options.data / "train.jsonl"),
         "precision": str(precision),
-        "versions": options.versions,
+        "versions": versions,
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
         **({"text": sha256(options.targets)} if options.targets else {}),
         **({"benchmarks": along.digest} if along else {}),
     }
-    return TrainingJob(specs, context, inputs)
+    return TrainingJob([spec], context, inputs)
 
 
 class ProgressLogger:
