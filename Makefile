@@ -61,8 +61,8 @@ plan: $(READY) ## forecast jobs, GPU-hours, time, memory, disk: STUDY=... GPUS=3
 	@$(OPTIONS); python -m forgetting.pipeline.resources.forecast_cli $(if $(GPUS),--gpus "$$GPUS") \
 		$(if $(DEVICE),--device "$$DEVICE") -- $(GIVEN)
 
-.PHONY: queue
-queue: $(READY) ## jobs of a study that are finished, running, pending, to come: STUDY=...
+.PHONY: status
+status: $(READY) ## jobs of a study that are finished, running, pending, to come: STUDY=...
 	@$(OPTIONS); python -m forgetting.pipeline.status -- $(GIVEN)
 
 .PHONY: dry-runs

@@ -16,20 +16,15 @@ configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/cohorts.smk"
 
 
 onstart:
-    # Nobody else may write what this one writes: no other snakemake, no job of one that was killed.
     try:
-        lock_results(Path(RESULTS), ORIGIN)
-        for message in cancel_orphaned_jobs(
-            Path.cwd(), Path("logs/slurm"), Path(RESULTS)
+        for message in PIPELINE.start(
+            jobs=() if workflow.touch else workflow.dag.needrun_jobs(),
+            outputs=workflow.persistence.all_outputfiles(),
         ):
             logger.warning(message)
-        check_no_running_jobs(Path(RESULTS))
-        planned = [str(path) for path in workflow.persistence.all_outputfiles()]
-        lock_downloads(path for path in planned if path.startswith("resources/"))
     except InputError as error:
         raise WorkflowError(str(error)) from None
 
@@ -43,7 +38,6 @@ rule all:
 include: "workflow/rules/data.smk"
 include: "workflow/rules/base.smk"
 include: "workflow/rules/finetune.smk"
-include: "workflow/rules/train_cooldown.smk"
 include: "workflow/rules/select.smk"
 include: "workflow/rules/benchmark.smk"
 include: "workflow/rules/report.smk"

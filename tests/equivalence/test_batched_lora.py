@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.training import TrainingConfig
@@ -39,7 +39,7 @@ from forgetting.training.batched_lora import meta_model, trained_weights
 from forgetting.training.checkpoints import ResumePoints, TrainState, resume_groups
 from forgetting.training.mitigations import Mitigations
 from forgetting.training.run_config import RunConfig
-from forgetting.training.run_group import RunContext, RunGroupConfig, run_key, train_run_group
+from forgetting.training.run_group import RunContext, run_key, train_run_group
 from forgetting.training.trainer import train_batched, train_run
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
 from support.run_groups import examples_in, run_context, run_group_config

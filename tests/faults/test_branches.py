@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method, duration_name
+from forgetting.config.expand import Method, RunGroupConfig, duration_name
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
@@ -28,12 +28,7 @@ from forgetting.training import checkpoints, train_step
 from forgetting.training import run_group as run_group_module
 from forgetting.training import trainer as train_module
 from forgetting.training.branches import single_duration, train_cooldowns, train_trunks
-from forgetting.training.run_group import (
-    RunContext,
-    RunGroupConfig,
-    run_key,
-    train_run_group,
-)
+from forgetting.training.run_group import RunContext, run_key, train_run_group
 from forgetting.training.train_step import StepLoss
 from forgetting.training.training_job import run_group_items
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at

@@ -21,7 +21,7 @@ from forgetting.benchmarks.programs import PassRate, Program, describe
 from forgetting.benchmarks.scoring_job import models_to_score
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
@@ -32,17 +32,19 @@ from forgetting.io import (
     read_json,
     read_jsonl,
     read_table,
+    write_atomically,
     write_json,
     write_jsonl,
     write_table,
 )
 from forgetting.models.loading import PRETRAINED, model_parameters, read_base
+from forgetting.pipeline.params import SelectCheckpointParams
 from forgetting.report.frames import read_tables
 from forgetting.results.build_tables import benchmark_tables
 from forgetting.training.checkpoints import run_damage
-from forgetting.training.run_group import RunGroupConfig
 from scripts import finetune, run_programs, select_checkpoint
 from support.damage import flip, truncate
+from support.params import finetune_params
 from support.result_tables import tables, write
 from support.run_groups import record_base
 
@@ -119,8 +121,7 @@ class Chain:
             knowledge={"new": "new"},
         )
         options = {
-            "spec": spec.model_dump_json(),
-            "versions": "c",
+            "params": str(finetune_params(Path(), spec)),
             "base": "base.json",
             "base-items": "base_items.parquet",
             "data": "data",
@@ -132,9 +133,10 @@ class Chain:
         finetune.main([part for key, value in options.items() for part in (f"--{key}", value)])
 
     def select(self) -> None:
-        spec = select_checkpoint.Spec(method=self.method, selection=RULE, seeds=[3], durations=[])
+        params = SelectCheckpointParams(method=self.method, selection=RULE, seeds=[3], durations=[])
+        write_atomically(Path("select.json"), params.model_dump_json())
         options = {
-            "spec": spec.model_dump_json(),
+            "params": "select.json",
             "base-items": "base_items.parquet",
             "runs": "runs.json",
             "stored": "state/checkpoints/lora-r4.json",

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from forgetting.benchmarks.during_training import TrainingBenchmarks, TrainingBenchmarksConfig
+from forgetting.benchmarks.during_training import TrainingBenchmarks
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig, TaskConfig
-from forgetting.config.expand import Method
+from forgetting.config.evaluation import EvaluationConfig, TaskConfig, TrainingBenchmarksConfig
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.selection import SelectionConfig
@@ -45,9 +45,10 @@ from forgetting.training.distributed import (
     ProcessGroup,
     split_by_tokens,
 )
-from forgetting.training.run_group import RunContext, RunGroupConfig, run_key
+from forgetting.training.run_group import RunContext, run_key
 from forgetting.training.training_job import run_group_items
 from support.benchmark_rows import sciq
+from support.params import finetune_params
 from support.processes import FORKS, Stopped, run_in_processes, train, train_in_group, weights
 from support.run_groups import examples_in, record_base
 
@@ -578,8 +579,7 @@ def launched(
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         options = {
-            "spec": spec.model_dump_json(),
-            "versions": "c",
+            "params": finetune_params(tmp_path, spec),
             "base": tmp_path / "base.json",
             "base-items": tmp_path / "base.parquet",
             "data": data,

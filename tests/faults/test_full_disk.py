@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from forgetting.io import (
     disk_errors_as_input_errors,
     write_jsonl,
 )
+from support.params import write_params
 from support.small_disk import read_only_disk, small_disk
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow" / "scripts"
@@ -144,7 +144,8 @@ def _arguments(name: str, work: Path, target: Path) -> list[str]:
     documents = work / "documents.jsonl"
     write_jsonl(documents, [{"text": f"Number {n} is {n}."} for n in range(20)])
     return [
-        *("--spec", json.dumps(SMALL), "--documents", str(documents), "--precision", "float32"),
+        *("--params", str(write_params(work, model=SMALL, seed=0, precision="float32"))),
+        *("--documents", str(documents)),
         *("--folder", str(target / "model"), "--state", str(target / "state")),
         *("--output", str(target / "base.json")),
     ]

@@ -24,16 +24,16 @@ import psutil
 import pytest
 
 from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.evaluation import EvaluationConfig, TaskConfig, TrainingBenchmarksConfig
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.digests import is_record
 from forgetting.io import write_jsonl, write_table
-from forgetting.training.run_group import RunGroupConfig
 from support.benchmark_rows import sciq
+from support.params import finetune_params
 from support.run_groups import record_base
 from support.small_disk import small_disk
 
@@ -112,11 +112,17 @@ class Program:
         """Return the file with the output of the last start."""
         return self.folder.with_suffix(".log")
 
+    def params(self) -> Path:
+        """Write the file of the program's parameters."""
+        tasks = {name: TaskConfig(num_fewshot=0, limit=6) for name in self.benchmarks}
+        benchmarks = TrainingBenchmarksConfig(tasks=tasks, batch_size=2) if tasks else None
+        folder = self.folder.with_suffix(".params")
+        return finetune_params(folder, self.config, "c", benchmarks, self.benchmarks)
+
     def start(self) -> int:
         """Start the program and return its process id."""
         options = {
-            "spec": self.config.model_dump_json(),
-            "versions": "c",
+            "params": self.params(),
             "base": self.inputs / "base.json",
             "base-items": self.inputs / "base_items.parquet",
             "data": self.inputs,
@@ -129,14 +135,8 @@ class Program:
         if not self.config.method.mitigation:
             del options["general"]
         if self.benchmarks:
-            tasks = {name: {"num_fewshot": 0, "limit": 6} for name in self.benchmarks}
-            options["during-training"] = json.dumps({"tasks": tasks, "batch_size": 2})
             options["benchmarks"] = self.folder / "benchmarks.parquet"
         arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-        arguments += [
-            "--during-training-rows",
-            *(f"{name}={rows}" for name, rows in self.benchmarks.items()),
-        ]
         return self.fork_server.start(arguments, self.log)
 
     def run(self) -> int:

@@ -24,14 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetting.benchmarks.programs import PassRate, Program
 from forgetting.benchmarks.scores import score_programs
-from forgetting.config.expand import expand_methods
+from forgetting.config.expand import RunGroupConfig, expand_methods
 from forgetting.evaluation.divergence import divergence_items, load_base_predictions
 from forgetting.evaluation.refusals import is_refusal
 from forgetting.evaluation.rouge import rouge_l
-from forgetting.io import read_json, read_jsonl, write_json, write_jsonl
+from forgetting.io import read_json, read_jsonl, write_jsonl
 from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.training.pretrain import train_tokenizer
-from forgetting.training.run_group import RunGroupConfig, train_run_group
+from forgetting.training.run_group import train_run_group
 from forgetting.versions import VERSIONS
 from golden.invented_results import (
     STUDY,
@@ -45,6 +45,7 @@ from golden.invented_results import (
 from golden.make_losses import draw
 from scripts import benchmark, evaluate_base, generate_microworld, prepare_data, pretrain_base
 from support.benchmark_rows import sciq
+from support.params import write_params
 from support.run_groups import record_base, run_context
 
 FOLDER = Path(__file__).with_name("stages")
@@ -101,10 +102,6 @@ def prepare(folder: Path) -> dict[str, Any]:
     write_jsonl(folder / "old.jsonl", old)
     twice = [plain[0], plain[0] | {"answer": "Nowhere."}, *plain[1:], {"text": "A plain text."}]
     write_jsonl(folder / "more.jsonl", twice)
-    write_json(
-        folder / "tables.json",
-        {f"made/{n}": str(folder / f) for n, f in _files("new.csv", "old.jsonl", "more.jsonl")},
-    )
     study = make_study(
         train=["made/more", "made/new"],
         train_limit=12,
@@ -117,10 +114,10 @@ def prepare(folder: Path) -> dict[str, Any]:
     spec = study.model_dump(mode="json", include={"prompt", "train", "train_limit", "probes"})
     spec |= {"columns": columns, "documents": ["made/more"], "documents_limit": 5}
     spec |= {"rouge_tokenizer": "rouge_score", "max_new_tokens": 8}
+    files = _files("new.csv", "old.jsonl", "more.jsonl")
+    spec["tables"] = {f"made/{name}": str(folder / file) for name, file in files}
     out = folder / "out"
-    prepare_data.main(
-        [f"--spec={json.dumps(spec)}", f"--tables={folder / 'tables.json'}", f"--output={out}"]
-    )
+    prepare_data.main([f"--params={write_params(folder, **spec)}", f"--output={out}"])
     generate_microworld.main(["--seed=0", f"--output={folder / 'world'}"])
     record = read_json(out / "data.json")
     return {
@@ -146,9 +143,8 @@ def pretrain(folder: Path) -> dict[str, Any]:
     spec = shape | {"vocab_size": 320, "block_size": 64, "batch_tokens": 128, "epochs": 2.5}
     pretrain_base.main(
         [
-            f"--spec={json.dumps(spec)}",
+            f"--params={write_params(folder, model=spec, seed=0, precision='float32')}",
             f"--documents={folder / 'documents.jsonl'}",
-            "--precision=float32",
             f"--folder={folder / 'model'}",
             f"--state={folder / 'state'}",
             f"--output={folder / 'base.json'}",
@@ -257,11 +253,13 @@ def evaluate(folder: Path) -> dict[str, Any]:
     )
     spec |= {"knowledge": {"new": "new", "old": "old"}, "watched": "new", "metric": "probability"}
     spec |= {"must_reach": False, "columns": {"made/text": {}}}
+    spec |= {"training_benchmarks": None, "benchmark_rows": {}}
     evaluate_base.main(
         [
-            f"--spec={json.dumps(spec)}",
+            f"--params={write_params(folder, **spec)}",
             f"--base={folder / 'base.json'}",
-            f"--probes={folder / 'probes'}",
+            "--probes",
+            *(str(folder / "probes" / f"{name}.jsonl") for name in ("new", "old")),
             f"--text={folder / 'text.jsonl'}",
             f"--targets={folder / 'targets.safetensors'}",
             f"--output={folder / 'items.parquet'}",
@@ -292,14 +290,14 @@ def benchmark_stage(folder: Path) -> dict[str, Any]:
     tasks = {"sciq": {"num_fewshot": 1, "limit": 3}, "gsm8k": {"num_fewshot": 1, "limit": 2}}
     tasks["gsm8k"]["max_new_tokens"] = 6
     refusals = {"table": "made/prompts", "max_new_tokens": 6}
-    asking = {"prompt": make_study().prompt.model_dump(mode="json"), "columns": {}}
+    prompting = {"prompt": make_study().prompt.model_dump(mode="json"), "columns": {}}
     spec = {"benchmarks": {"tasks": tasks, "refusals": refusals}, "precision": "float32"}
+    spec |= {"refusal_prompts": prompting, "versions": str(VERSIONS["benchmark"]), "models": []}
+    spec |= {"rows": {task: str(folder / task) for task in tasks}}
     benchmark.main(
         [
-            f"--spec={json.dumps(spec | {'asking': asking})}",
-            f"--versions={VERSIONS['benchmark']}",
+            f"--params={write_params(folder, **spec)}",
             f"--base={folder / 'base.json'}",
-            *(f"--rows={task}={folder / task}" for task in tasks),
             f"--prompts={folder / 'prompts.jsonl'}",
             f"--state={folder / 'state'}",
             f"--output={folder / 'out'}",

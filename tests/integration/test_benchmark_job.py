@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from forgetting.results.build_tables import benchmark_tables, main_metric_items,
 from forgetting.results.churn import churn_table
 from scripts import benchmark, run_programs
 from support.benchmark_rows import FUNCTIONS, sciq
+from support.params import write_params
 from support.run_groups import digests_in, record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,20 +42,21 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
     chosen = {"method": "lora-r2", "seed": 0, "run": "lora-r2/seed0/lr1-wd0", "step": 7}
     chosen["files"] = digests_in(tmp_path / "checkpoints" / "seed0")
     write_json(tmp_path / "selection.json", [chosen])
-    spec = {"benchmarks": {"tasks": TASKS}, "precision": "float32", "asking": None}
-    tuned = [f"--selection={tmp_path / 'selection.json'}", "--models", "seed0"]
+    spec = {"benchmarks": {"tasks": TASKS}, "precision": "float32", "refusal_prompts": None}
+    spec |= {"rows": {task: str(tmp_path / "rows" / task) for task in TASKS}}
+    spec |= {"versions": "benchmark 1"}
+    tuned = [f"--selection={tmp_path / 'selection.json'}"]
     tuned.append(f"--checkpoints={tmp_path / 'checkpoints'}")
     folders = []
     for name, more in (("base", []), ("seed0", tuned)):
         folder = tmp_path / "results" / name
         folders.append(folder)
+        params = write_params(tmp_path, **spec, models=["seed0"] if more else [])
         benchmark.main(
             [
-                f"--spec={json.dumps(spec)}",
+                f"--params={params}",
                 f"--base={tmp_path / 'base.json'}",
-                *(f"--rows={task}={tmp_path / 'rows' / task}" for task in TASKS),
                 *more,
-                "--versions=benchmark 1",
                 f"--state={tmp_path / 'state'}",
                 f"--output={tmp_path / 'results'}",
             ]

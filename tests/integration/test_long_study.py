@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
-import pytest
 import yaml
 
-from forgetting.errors import InputError
-from forgetting.io import content_key
+from forgetting.pipeline.params import MakeTablesParams, StudyParams
+from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
-from scripts.make_tables import resolved
 from support.snakemake import ROOT, planned, undone
 
 
-def _long(folder: Path, entries: int) -> Path:
-    """The study `mini` with so many separate entries of one rank each, all of them scored."""
+def _long_study(folder: Path, entries: int) -> Path:
+    """Write the study `mini` with separate entries of one rank each, all of them scored."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["methods"] = [
@@ -32,9 +29,9 @@ def _long(folder: Path, entries: int) -> Path:
 
 def test_hundreds_of_entries_are_gathered(tmp_path: Path) -> None:
     """Linux starts no program with an argument of 128 KiB, and a job's command is one argument."""
-    study = _long(tmp_path, 420)
+    path = _long_study(tmp_path, 420)
     with undone():
-        jobs = {job.rule.name: job for job in planned(tmp_path, study)}
+        jobs = {job.rule.name: job for job in planned(tmp_path, path)}
     for name in (
         "make_tables",
         "report",
@@ -44,19 +41,20 @@ def test_hundreds_of_entries_are_gathered(tmp_path: Path) -> None:
         "benchmark",
     ):
         subprocess.run(["bash", "-n", "-c", jobs[name].shellcmd], check=True)
-    (digest,) = {str(jobs["make_tables"].params.digest)}
-    asked = json.loads(jobs["make_tables"].params.asked)
-    name, found = resolved(asked, digest)
-    assert (name, len(found.methods)) == ("long", 420)
-    assert len(found.model_dump_json()) > 2**17
+    name, study = load_study({"study": str(path)}, tmp_path)
+    params = StudyParams(study, name, Paths(study, name)).of("make_tables", {})
+    text = params.model_dump_json()
+    assert len(text) > 2**17
+    assert MakeTablesParams.model_validate_json(text) == params
 
 
-def test_a_study_that_was_changed_meanwhile_is_not_gathered(tmp_path: Path) -> None:
-    """Its jobs trained something else than the tables would tell."""
-    study = _long(tmp_path, 2)
-    asked = {"study": str(study)}
-    digest = content_key(load_study(asked, tmp_path)[1].model_dump(mode="json"))
-    assert resolved(asked, digest)[0] == "long"
-    _long(tmp_path, 3)
-    with pytest.raises(InputError, match="was changed while jobs ran; give the same command again"):
-        resolved(asked, digest)
+def test_tables_are_of_the_study_that_was_planned(tmp_path: Path) -> None:
+    """Although its file is changed while jobs run."""
+    path = _long_study(tmp_path, 2)
+    name, study = load_study({"study": str(path)}, tmp_path)
+    params = StudyParams(study, name, Paths(study, name))
+    params.paths.results = str(tmp_path / "results")
+    params.write("make_tables", None)
+    _long_study(tmp_path, 3)
+    read = MakeTablesParams.read(tmp_path / "results" / "params" / "make_tables.json")
+    assert (read.name, len(read.study.methods)) == ("long", 2)

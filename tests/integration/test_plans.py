@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,9 @@ import pytest
 import yaml
 from snakemake.jobs import Job
 
+from forgetting.pipeline.params import StudyParams
+from forgetting.pipeline.paths import Paths
+from forgetting.study.load import load_study
 from support.snakemake import (
     GOLDEN,
     ROOT,
@@ -130,6 +132,12 @@ def plan(tmp_path: Path) -> Iterator[Plan]:
         yield partial(planned, tmp_path)
 
 
+def params_of(study: Path) -> StudyParams:
+    """Return the parameters of the jobs of a study file."""
+    name, config = load_study({"study": str(study)}, ROOT / "config" / "studies")
+    return StudyParams(config, name, Paths(config, name))
+
+
 def _counts(jobs: list[Job]) -> dict[str, int]:
     return dict(Counter(job.rule.name for job in jobs))
 
@@ -197,12 +205,12 @@ def test_a_learning_rate_more_is_no_job_more(plan: Plan, tmp_path: Path) -> None
     changed = {
         key
         for key, job in after.items()
-        if job.params.get("spec") != before[key].params.get("spec")
+        if job.params.get("digest") != before[key].params.get("digest")
     }
-    methods = ("lora-r2",)
     assert changed == {
-        *(("finetune", method, "0") for method in methods),
-        *(("select_checkpoint", method) for method in methods),
+        ("finetune", "lora-r2", "0"),
+        ("select_checkpoint", "lora-r2"),
+        ("make_tables",),
     }
 
 
@@ -213,30 +221,32 @@ def test_asking_benchmarks_along_changes_no_score_of_a_checkpoint(
     course begins."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    document["benchmarks"]["along"] = {"arc_challenge": 20}
+    document["benchmarks"]["during_training"] = {"arc_challenge": 20}
     asking = tmp_path / "asking.yaml"
     asking.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
     before = {(job.rule.name, *job.wildcards): job for job in plan("mini")}
     after = {(job.rule.name, *job.wildcards): job for job in plan(asking)}
     assert before.keys() == after.keys()
-    keys = ("spec", "during_training", "code")
     changed = {
         key
         for key, job in after.items()
-        if any(str(job.params.get(name)) != str(before[key].params.get(name)) for name in keys)
+        if job.params.get("digest") != before[key].params.get("digest")
     }
-    assert {key[0] for key in changed} == {"finetune", "evaluate_base"}
+    assert {key[0] for key in changed} == {"finetune", "evaluate_base", "make_tables"}
+    params = params_of(asking)
     asked = {}
     for rule in ("finetune", "evaluate_base"):
         (job, *_) = (job for key, job in after.items() if key[0] == rule)
         assert any("benchmarks/arc_challenge" in str(path) for path in job.input)
         (output,) = (path for path in job.output if str(path).endswith("benchmarks.parquet"))
-        asked[rule] = list(job.params.along)
+        asked[rule] = params.of(rule, dict(job.wildcards.items()))
         assert f"--benchmarks {output}" in job.shellcmd
         (gather,) = (job for key, job in after.items() if key[0] == "make_tables")
         assert str(output) in list(map(str, gather.input))
-    assert asked["finetune"] == asked["evaluate_base"]  # the same items in the same batches
+    # The same items in the same batches.
+    assert asked["finetune"].training_benchmarks == asked["evaluate_base"].training_benchmarks
+    assert asked["finetune"].benchmark_rows == asked["evaluate_base"].benchmark_rows
 
     def asked_anew(**changed: Any) -> set[str]:
         """The rules that Snakemake sees a change of, which is not in what is made from outputs."""
@@ -252,7 +262,7 @@ def test_asking_benchmarks_along_changes_no_score_of_a_checkpoint(
 
     tasks = document["benchmarks"]["tasks"]
     assert not asked_anew(tasks=tasks | {"arc_challenge": {"chance": 0.3}})
-    assert asked_anew(along={"arc_challenge": 21}) == {"finetune", "evaluate_base"}
+    assert asked_anew(during_training={"arc_challenge": 21}) == {"finetune", "evaluate_base"}
 
 
 def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:
@@ -354,10 +364,10 @@ def test_prompts_that_should_be_refused_are_asked_beside_the_benchmarks_or_alone
     assert _counts(jobs) == {k: v for k, v in JOBS["mini"].items() if k != "run_programs"}
     for job in jobs:
         if job.rule.name == "benchmark":
-            assert job.params.prompts == [f"--prompts={tmp_path / 'harm' / 'behaviors.csv'}"]
+            assert job.input.prompts == [str(tmp_path / "harm" / "behaviors.csv")]
             assert not job.input.get("rows")
-            asking = json.loads(job.params.spec)["asking"]
-            assert asking["columns"]["question"] == "goal"
+    params = params_of(study).of("benchmark", {"method": "full"})
+    assert params.refusal_prompts.columns.question == "goal"
 
 
 def test_other_tasks_take_their_rows_from_the_hub_or_from_rows_of_the_same_kind(
@@ -373,8 +383,8 @@ def test_other_tasks_take_their_rows_from_the_hub_or_from_rows_of_the_same_kind(
     folders = [job.output[0] for job in jobs if job.rule.name == "download_benchmark"]
     assert sorted(folder.split("/")[2] for folder in folders) == ["hellaswag", "sciq"]
     assert f"resources/benchmarks/sciq/{commit}" in folders
-    job = next(job for job in jobs if job.rule.name == "benchmark")
-    assert f"--rows=sciq=resources/benchmarks/sciq/{commit}" in job.params.rows
+    rows = params_of(study).of("benchmark", {"method": "full"}).rows
+    assert rows["sciq"] == Path("resources/benchmarks/sciq", commit)
     document["benchmarks"] = {
         "dataset": "world",
         "tasks": {"arc_easy": {}, "humaneval": {"samples": 50, "max_new_tokens": 9}},
@@ -383,27 +393,25 @@ def test_other_tasks_take_their_rows_from_the_hub_or_from_rows_of_the_same_kind(
     jobs = plan(study)
     job = next(job for job in jobs if job.rule.name == "benchmark")
     world = "results/other/world/world/benchmarks"
-    assert f"--rows=arc_easy={world}/arc_challenge" in job.params.rows
+    rows = params_of(study).of("benchmark", {"method": "full"}).rows
+    assert rows["arc_easy"] == Path(world, "arc_challenge")
     assert f"{world}/arc_challenge/test.jsonl" in job.input.rows
     (threads,) = {job.threads for job in jobs if job.rule.name == "run_programs"}
     assert threads > 1  # 7, or what the machine has
 
 
 def test_every_duration_is_benchmarked_where_the_study_says_so(plan: Plan, tmp_path: Path) -> None:
-    jobs = plan(
-        _durations(tmp_path, benchmarks={"models": "durations"}, selection={"wise_ft": [0.5]})
-    )
+    study = _durations(tmp_path, benchmarks={"models": "durations"}, selection={"wise_ft": [0.5]})
+    jobs = plan(study)
     expected = DURATIONS | {"run_programs": 7, "evaluate_wise_ft": 2}
     assert _counts(jobs) == expected
     (job,) = (
         job for job in jobs if job.rule.name == "benchmark" and job.wildcards.method == "full"
     )
-    assert list(job.params.chosen) == [
-        "--selection=results/durations/selection/full.json",
-        "--checkpoints=results/durations/selected/full",
-        "--models",
-        *(f"seed0-duration{duration}" for duration in ("0.5", "2", "8")),
-    ]
+    assert job.input.selection == "results/durations/selection/full.json"
+    assert job.params.checkpoints == "results/durations/selected/full"
+    params = params_of(study).of("benchmark", {"method": "full"})
+    assert params.models == [f"seed0-duration{duration}" for duration in ("0.5", "2", "8")]
 
 
 def test_one_more_duration_is_one_more_branch(plan: Plan, tmp_path: Path) -> None:
@@ -528,14 +536,20 @@ def test_a_dry_run_shows_the_sizes() -> None:
     """Before anything is submitted: GPUs, memory, time, cores and disk of every job."""
     told = _snakemake("--profile", "slurm", "--config", "study=tofu-llama-2-7b")
     assert told.returncode == 0, told.stderr
-    blocks = (told.stdout + told.stderr).split("rule finetune:")[1:]
-    (full,) = {
-        block.split("    resources:")[1].splitlines()[0]
-        for block in blocks
-        if "wildcards: method=full" in block.split("    resources:")[0]
-    }
+    printed = told.stdout + told.stderr
+    full = re.findall(r"Job \d+: Fine-tune full, seed \d \((.*)\)", printed)
+    assert len(full) == 3
     for size in ("gpu=4", "nodes=1", "mem_mb=", "runtime=", "cpus_per_task=32", "disk_mb="):
-        assert size in full
+        assert all(size in sizes for sizes in full)
+
+
+@pytest.mark.parametrize("study", ["mini", "biderman-math-cpt"])
+def test_dry_run_prints_at_most_10_lines_a_job(study: str) -> None:
+    done = _snakemake("--config", f"study={study}")
+    assert done.returncode == 0, done.stderr
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) <= 10 * sum(JOBS[study].values())
+    assert not [line for line in lines if '{"' in line]
 
 
 def test_a_job_that_is_tried_again_asks_for_more(plan: Plan) -> None:

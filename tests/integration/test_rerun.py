@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import pytest
 from forgetting.benchmarks.programs import Program, describe
 from forgetting.benchmarks.sandbox import search_sandbox
 from forgetting.io import read_json, write_json
+from forgetting.pipeline.paths import Paths
+from forgetting.study.load import load_study
 from support.snakemake import pretend_finished, undone
 from support.user_files import write_files
 
@@ -69,7 +70,7 @@ def test_programs_that_no_sandbox_ran_are_run_when_there_is_one(run: Run, tmp_pa
     assert NOTHING in run("-n", *asked)
 
     told = run("-n", *asked, bwrap=True)
-    assert "run_programs" in told and "Params have changed" in told
+    assert "Run the programs of base" in told and "Params have changed" in told
     run(*asked, bwrap=True)
     outcomes = read_json(tmp_path / OUTCOMES)
     assert outcomes["sandbox"] and outcomes["outcomes"][0]["status"] == "passed"
@@ -79,13 +80,12 @@ def test_programs_that_no_sandbox_ran_are_run_when_there_is_one(run: Run, tmp_pa
 
 def test_a_changed_template_renders_the_page_again(run: Run, tmp_path: Path) -> None:
     """Every character of a template may be on the page."""
-    planned = run("-n", "reports/mini.html")
-    block = re.search(r"rule report:\n    input: (.*)\n    output: (.*)\n", planned)
-    assert block
-    for path in ", ".join(block.groups()).split(", "):
+    name, study = load_study({"study": "mini"}, ROOT / "config" / "studies")
+    paths = Paths(study, name)
+    for path in [*paths.tables, paths.tables_file("study.json"), paths.page]:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        # The figures are a folder.
-        (tmp_path / path).touch() if Path(path).suffix else (tmp_path / path).mkdir()
+        (tmp_path / path).touch()
+    (tmp_path / paths.figures).mkdir()
     report = ("reports/mini.html", "--allowed-rules", "report")
     run("--touch", "--force", *report)
     for name in ("page.html.j2", "page.css"):
@@ -131,18 +131,18 @@ def test_renaming_and_formatting_rerun_nothing(finished: Run, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("training", "Positive | None = Field(1.0,", "Positive | None = Field(0.5,"),
-        ("method", "NotNegative = Field(0.0,", "NotNegative = Field(0.1,"),
-        ("mitigation", '] = Field(\n        "all",', '] = Field(\n        "replay",'),
+        ("training", "PositiveFloat | None = Field(1.0,", "PositiveFloat | None = Field(0.5,"),
+        ("methods", "NonNegativeFloat = Field(0.0,", "NonNegativeFloat = Field(0.1,"),
+        ("mitigations", '] = Field(\n        "all",', '] = Field(\n        "replay",'),
     ],
 )
 def test_a_changed_default_reruns_what_reads_it(
     finished: Run, tmp_path: Path, file: str, old: str, new: str
 ) -> None:
     """Though the study does not name it: of the training, of a setting and of a mitigation."""
-    path = tmp_path / "workflow" / "forgetting" / "sections" / f"{file}.py"
+    path = tmp_path / "workflow" / "forgetting" / "config" / f"{file}.py"
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1
     path.write_text(text.replace(old, new), encoding="utf-8")
     planned = finished()
-    assert "finetune" in planned and "prepare_data" not in planned
+    assert "Fine-tune" in planned and "prepare the tables" not in planned

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import string
 import subprocess
@@ -18,6 +17,8 @@ from snakemake.iocontainers import Namedlist
 from snakemake.rules import Rule
 
 from forgetting.errors import InputError
+from forgetting.pipeline.params import PrepareDataParams, StudyParams
+from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
 from support.snakemake import ROOT, planned, undone
 
@@ -158,13 +159,16 @@ def test_users_may_name_their_folders_as_they_like(tmp_path: Path) -> None:
         os.chdir(tmp_path)
         jobs = planned(tmp_path, "mine.yaml")
         (command,) = {job.shellcmd for job in jobs if job.rule.name == "prepare_data"}
-    given = next(word for word in shlex.split(command) if word.startswith("{") and "jsonl" in word)
-    files = [path for path in json.loads(given).values() if "world/" not in path]
+        name, study = load_study({"study": "mine.yaml"}, studies)
+        params = StudyParams(study, name, Paths(study, name)).of("prepare_data", {})
+    assert "pwned" not in command
+    assert isinstance(params, PrepareDataParams)
+    files = [path for path in params.tables.values() if "world" not in path.parts]
     assert files
-    assert all(str(Path(path).parent) == HOSTILE_FOLDER for path in files)
+    assert all(str(path.parent) == HOSTILE_FOLDER for path in files)
 
 
-@pytest.mark.parametrize("target", ["report", "plan", "queue"])
+@pytest.mark.parametrize("target", ["report", "plan", "status"])
 def test_what_make_is_given_is_no_code(target: str, tmp_path: Path) -> None:
     """STUDY is one word; CONFIG is several, which may be in quotes, and a quote must end."""
     shutil.copy(ROOT / "Makefile", tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import prepare_data
+from support.params import write_params
 
 
 def prepare(
@@ -29,7 +30,6 @@ def prepare(
     rows = [{"question": f"Who sold {n}?", "answer": answer} for n, answer in enumerate(old)]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"own/new": train, "own/old": table, **(more or {})}
-    (folder / "tables.json").write_text(json.dumps(files, default=str))
     probe = {"table": ["own/old"], "knowledge": "old", "truth_ratio": False}
     defaults: dict[str, Any] = {
         "prompt": {},
@@ -41,7 +41,8 @@ def prepare(
         "columns": {table: columns or {} for table in files},
         "rouge_tokenizer": "rouge_score",
         "max_new_tokens": 200,
+        "tables": {table: str(path) for table, path in files.items()},
     }
-    options = ["--tables", f"{folder}/tables.json", "--output", str(output)]
-    prepare_data.main(["--spec", json.dumps(defaults | spec), *options])
+    params = write_params(folder, **(defaults | spec))
+    prepare_data.main([f"--params={params}", f"--output={output}"])
     return output

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from forgetting.config.expand import RunGroupConfig
 from forgetting.models.loading import silence_libraries
 from forgetting.training.distributed import ProcessGroup
-from forgetting.training.run_group import RunContext, RunGroupConfig, train_run_group
+from forgetting.training.run_group import RunContext, train_run_group
 
 PATIENCE = 600.0
 """Seconds after which a process group is considered to hang, and is ended."""

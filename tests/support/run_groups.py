@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
@@ -20,7 +20,7 @@ from forgetting.inputs import model_identity
 from forgetting.io import write_json
 from forgetting.models.forward import Batch
 from forgetting.models.loading import model_parameters
-from forgetting.training.run_group import RunContext, RunGroupConfig
+from forgetting.training.run_group import RunContext
 
 
 def record_base(path: Path, folder: Path, identity: str = "b") -> None:

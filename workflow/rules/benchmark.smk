@@ -1,7 +1,7 @@
 """Benchmarks: lm-evaluation-harness runs on the base and on every selected checkpoint.
 
 A job scores the models of a method one after the other. Those that are finished stay in
-results/STUDY/state/benchmarks, which is no output: a retry goes on with the next.
+results/STUDY/state/benchmarks, which is no output: a retry resumes with the next.
 
 Outputs: results/STUDY/benchmarks/MODEL/{scores,items,responses}.parquet, programs.json, record.json
 (model, tasks, rows) and outcomes.json, where MODEL is `base` or METHOD/seedN; METHOD/seedN-durationD
@@ -18,6 +18,8 @@ rule download_benchmark:
     localrule: True
     conda:
         "../../envs/environment.yaml"
+    message:
+        "Download benchmark {wildcards.task}"
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -32,51 +34,39 @@ rule download_benchmark:
 rule benchmark:
     """Run all tasks on the models of a method in one process: the harness's prompts, our rows."""
     input:
-        base=BASE,
-        rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=table_inputs(prompt_tables()),
-        selection=f"{RESULTS}/selection/{{method}}.json",
-        # The digests in the selection tell whether they are others.
-        checkpoints=ancient(f"{RESULTS}/selected/{{method}}/index.json"),
+        base=PATHS.base_record,
+        rows=PATHS.task_inputs(PATHS.tasks),
+        prompts=PATHS.table_inputs(PATHS.prompt_tables),
+        selection=PATHS.selection(),
+        # The digests in the selection show whether the checkpoints are others.
+        checkpoints=ancient(PATHS.selected_index()),
     output:
-        results=expand(
-            f"{RESULTS}/benchmarks/{{{{method}}}}/{{name}}/{{file}}",
-            name=SCORED,
-            file=SCORE_FILES,
-        ),
+        results=PATHS.method_benchmarks,
     log:
-        f"{LOGS}/benchmark/{{method}}.log",
+        f"{PATHS.logs}/benchmark/{{method}}.log",
     conda:
         "../../envs/environment.yaml"
-    threads: threads("benchmark", COSTS)
+    threads: RESOURCES.threads("benchmark")
     resources:
-        **snakemake_resources("benchmark", COSTS),
+        **RESOURCES.of("benchmark"),
     params:
-        version=version("benchmark"),
-        contents=lambda wildcards: [
-            rows_contents(TASKS),
-            table_contents(prompt_tables()),
-        ],
-        spec=lambda wildcards: benchmark_spec(),
-        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
-        prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
-        chosen=lambda wildcards, input: [
-            f"--selection={input.selection}",
-            f"--checkpoints={RESULTS}/selected/{wildcards.method}",
-            "--models",
-            *SCORED,
-        ],
-        state=f"{RESULTS}/state/benchmarks",
-        folder=lambda wildcards, output: str(Path(output.results[0]).parents[1]),
+        file=PATHS.params("benchmark"),
+        digest=PARAMS.digest("benchmark"),
+        checkpoints=PATHS.selected(),
+        state=f"{PATHS.state}/benchmarks",
+        folder=scored_models_folder,
+    message:
+        "Run the benchmarks on {wildcards.method}" + RESOURCES.text("benchmark")
     shell:
         r"""
         exec &> >(tee {log:q})
 
         python "$SCRIPTS"/benchmark.py \
-            --spec {params.spec:q} \
-            --versions {params.version:q} \
+            --params {params.file:q} \
             --base {input.base:q} \
-            {params.rows:q} {params.prompts:q} {params.chosen:q} \
+            --prompts {input.prompts:q} \
+            --selection {input.selection:q} \
+            --checkpoints {params.checkpoints:q} \
             --state {params.state:q} \
             --output {params.folder:q}
         """
@@ -85,49 +75,47 @@ rule benchmark:
 use rule benchmark as benchmark_base with:
     """The same on the base."""
     input:
-        base=BASE,
-        rows=lambda wildcards: rows_inputs(TASKS),
-        prompts=table_inputs(prompt_tables()),
+        base=PATHS.base_record,
+        rows=PATHS.task_inputs(PATHS.tasks),
+        prompts=PATHS.table_inputs(PATHS.prompt_tables),
+        selection=[],
     output:
-        results=expand(f"{RESULTS}/benchmarks/base/{{file}}", file=SCORE_FILES),
+        results=PATHS.base_benchmark_results,
     log:
-        f"{LOGS}/benchmark/base.log",
-    threads: threads("benchmark_base", COSTS)
+        f"{PATHS.logs}/benchmark/base.log",
+    threads: RESOURCES.threads("benchmark_base")
     resources:
-        **snakemake_resources("benchmark_base", COSTS),
+        **RESOURCES.of("benchmark_base"),
     params:
-        version=version("benchmark"),
-        contents=lambda wildcards: [
-            rows_contents(TASKS),
-            table_contents(prompt_tables()),
-        ],
-        spec=lambda wildcards: benchmark_spec(),
-        rows=[f"--rows={task}={task_folder(task)}" for task in TASKS],
-        prompts=lambda wildcards, input: [f"--prompts={path}" for path in input.prompts],
-        chosen=[],
-        state=f"{RESULTS}/state/benchmarks",
-        folder=lambda wildcards, output: str(Path(output.results[0]).parents[1]),
+        file=PATHS.params("benchmark_base"),
+        digest=PARAMS.digest("benchmark_base"),
+        checkpoints=[],
+        state=f"{PATHS.state}/benchmarks",
+        folder=scored_models_folder,
+    message:
+        "Run the benchmarks on the base model" + RESOURCES.text("benchmark_base")
 
 
 rule run_programs:
-    """Run the programs that a model wrote for HumanEval, in a sandbox, apart from the model."""
+    """Run the programs that a model wrote for HumanEval, in a sandbox, without the model."""
     input:
-        f"{RESULTS}/benchmarks/{{model}}/programs.json",
+        PATHS.benchmarks("programs.json"),
     output:
-        f"{RESULTS}/benchmarks/{{model}}/outcomes.json",
+        PATHS.benchmarks("outcomes.json"),
     log:
-        f"{LOGS}/run_programs/{{model}}.log",
+        f"{PATHS.logs}/run_programs/{{model}}.log",
     conda:
         "../../envs/environment.yaml"
-    # One core starts some 19 programs a second; the models' jobs run beside each other.
-    threads: COSTS.program_cores
+    threads: RESOURCES.program_cores
     resources:
-        **snakemake_resources("run_programs", COSTS),
+        **RESOURCES.of("run_programs"),
     params:
-        version=version("benchmark"),
+        version=PARAMS.version("benchmark"),
         sandbox=STUDY.benchmarks.sandbox,
         # What was left unscored for want of a sandbox is run again once there may be one.
-        hope=sandbox_hope,
+        sandbox_state=PARAMS.sandbox_state,
+    message:
+        "Run the programs of {wildcards.model}" + RESOURCES.text("run_programs")
     shell:
         r"""
         exec &> >(tee {log:q})

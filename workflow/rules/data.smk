@@ -7,23 +7,19 @@ Outputs: results/STUDY/data/{train,documents}.jsonl, probes/NAME.jsonl, data.jso
 rule generate_microworld:
     """Make the micro-world: true facts, invented authors, small benchmarks."""
     output:
-        tables=expand(
-            f"{RESULTS}/world/{{{{dataset}}}}/{{table}}.jsonl", table=MICROWORLD_TABLES
-        ),
-        rows=[
-            f"{RESULTS}/world/{{dataset}}/benchmarks/{task}/{split}.jsonl"
-            for task, rows in HUB_DATASETS.items()
-            for split in rows.splits
-        ],
+        tables=PATHS.microworld_tables,
+        rows=PATHS.microworld_rows,
     log:
-        f"{LOGS}/generate_microworld/{{dataset}}.log",
+        f"{PATHS.logs}/generate_microworld/{{dataset}}.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
     params:
-        version=version("prepare"),
-        seed=lambda wildcards: STUDY.datasets[wildcards.dataset].seed,
-        folder=lambda wildcards, output: str(Path(output.tables[0]).parent),
+        version=PARAMS.version("prepare"),
+        seed=PARAMS.microworld_seed,
+        folder=first_output_folder,
+    message:
+        "Generate dataset {wildcards.dataset}"
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -43,6 +39,8 @@ rule download_table:
     localrule: True
     conda:
         "../../envs/environment.yaml"
+    message:
+        "Download table {wildcards.table} of {wildcards.owner}/{wildcards.repository}"
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -56,40 +54,30 @@ rule download_table:
 
 
 rule prepare_data:
-    """Check every table and write what training, pretraining and measuring read."""
+    """Check every table and write what training, pretraining and evaluation read."""
     input:
-        table_inputs(tables()),
+        PATHS.prepared_table_inputs,
     output:
-        tables=f"{RESULTS}/data/tables.json",
-        train=f"{RESULTS}/data/train.jsonl",
-        documents=f"{RESULTS}/data/documents.jsonl",
-        probes=expand(f"{RESULTS}/data/probes/{{probe}}.jsonl", probe=STUDY.probes),
-        record=f"{RESULTS}/data/data.json",
+        train=PATHS.data("train.jsonl"),
+        documents=PATHS.data("documents.jsonl"),
+        probes=PATHS.probes,
+        record=PATHS.data("data.json"),
     log:
-        f"{LOGS}/prepare_data.log",
+        f"{PATHS.logs}/prepare_data.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
     params:
-        version=version("prepare"),
-        contents=lambda wildcards: table_contents(tables()),
-        tables=lambda wildcards: json.dumps(tables()),
+        file=PATHS.params("prepare_data"),
+        digest=PARAMS.digest("prepare_data"),
         folder=subpath(output.record, parent=True),
-        spec=lambda wildcards: as_json(
-            sections("prompt", "train", "train_limit", "probes"),
-            columns=columns(tables()),
-            rouge_tokenizer=STUDY.evaluation.rouge_tokenizer,
-            max_new_tokens=STUDY.evaluation.max_new_tokens,
-            documents=STUDY.base.pretrain.documents if STUDY.base.pretrain else [],
-            documents_limit=STUDY.base.pretrain.limit if STUDY.base.pretrain else None,
-        ),
+    message:
+        "Check and prepare the tables"
     shell:
         r"""
         exec &> >(tee {log:q})
 
-        printf '%s\n' {params.tables:q} >{output.tables:q}
         python "$SCRIPTS"/prepare_data.py \
-            --spec {params.spec:q} \
-            --tables {output.tables:q} \
+            --params {params.file:q} \
             --output {params.folder:q}
         """

@@ -1,67 +1,107 @@
-"""Fine-tuning: one job per method and seed trains and measures all its learning rates and decays.
+"""Fine-tuning: one job for each method and seed trains and evaluates all its hyperparameters.
 
-Where the study gives a method several processes, they train each of its runs together.
+Where the study gives a method several processes, they train each of its runs together. In a study
+with training.durations these runs are trunks, and a job for each duration trains the cooldown
+branches that leave them.
 
-Outputs: results/STUDY/runs/METHOD/seedN/{items.parquet,runs.json}, and
-benchmarks.parquet where the study asks benchmarks at every evaluation. Runs and checkpoints lie in
-results/STUDY/state, which is no output: Snakemake deletes the outputs of a job that it retries, and
-a job that was killed goes on from there.
+Outputs: results/STUDY/runs/METHOD/seedN/{items.parquet,runs.json}; benchmarks.parquet there, where
+the study evaluates benchmarks during training; results/STUDY/branches/METHOD/seedN/durationD with the
+same files. Runs and checkpoints are in results/STUDY/state, which is no output: Snakemake deletes the
+outputs of a job that it retries, and a job that was killed resumes from there.
 """
 
 
 rule finetune:
-    """Train every learning rate and weight decay of one method and seed, measuring as it learns."""
+    """Train all hyperparameters of one method and seed; evaluate while training."""
     input:
-        base=BASE,
-        base_items=rules.evaluate_base.output.scored,
-        train=rules.prepare_data.output.train,
-        probes=rules.prepare_data.output.probes,
-        general=general_files,
-        targets=TARGETS,
-        rows=lambda wildcards: rows_inputs(ALONG),
+        base=PATHS.base_record,
+        base_items=PATHS.base_items,
+        train=PATHS.data("train.jsonl"),
+        probes=PATHS.probes,
+        general=PATHS.mitigation_inputs,
+        targets=PATHS.base_predictions,
+        rows=PATHS.task_inputs(PATHS.training_tasks),
     output:
-        scored=f"{RESULTS}/runs/{{method}}/seed{{seed}}/items.parquet",
-        benchmarks=(
-            f"{RESULTS}/runs/{{method}}/seed{{seed}}/benchmarks.parquet"
-            if ALONG
-            else []
-        ),
-        runs=f"{RESULTS}/runs/{{method}}/seed{{seed}}/runs.json",
+        scored=PATHS.run_group("items.parquet"),
+        benchmarks=PATHS.run_group_benchmarks,
+        runs=PATHS.run_group("runs.json"),
         # In the state: where that is deleted, what needs a checkpoint trains the runs again.
-        checkpoints=f"{RESULTS}/state/checkpoints/{{method}}/seed{{seed}}.json",
+        checkpoints=PATHS.checkpoints,
     log:
-        f"{LOGS}/finetune/{{method}}-seed{{seed}}.log",
+        f"{PATHS.logs}/finetune/{{method}}-seed{{seed}}.log",
     conda:
         "../../envs/environment.yaml"
-    threads: threads("finetune", COSTS)
+    threads: RESOURCES.threads("finetune")
     resources:
-        **SEVERAL_NODES,
-        **snakemake_resources("finetune", COSTS),
+        **RESOURCES.of("finetune"),
     params:
-        version=version("train", "evaluate", *(["benchmark"] if ALONG else [])),
-        contents=lambda wildcards: [
-            table_contents(general_tables(wildcards)),
-            rows_contents(ALONG),
-        ],
-        tunings=whole_tunings,
-        spec=run_group_spec,
-        general=general_options,
-        targets=target_options,
+        file=PATHS.params("finetune"),
+        digest=PARAMS.digest("finetune"),
         data=subpath(input.train, parent=True),
-        state=lambda wildcards: f"{RESULTS}/state",
-        along=along_options(),
+        state=PATHS.state,
+    message:
+        "Fine-tune {wildcards.method}, seed {wildcards.seed}"
+        + RESOURCES.text("finetune")
     shell:
         r"""
         exec &> >(tee {log:q})
 
         python -m forgetting.training.launch {resources.gpu:q} {resources.nodes:q} "$SCRIPTS"/finetune.py \
-            --spec {params.spec:q} \
-            --versions {params.version:q} \
+            --params {params.file:q} \
             --base {input.base:q} \
             --base-items {input.base_items:q} \
             --data {params.data:q} \
-            {params.general:q} {params.targets:q} \
-            {params.along:q} --benchmarks {output.benchmarks:q} \
+            --general {input.general:q} \
+            --targets {input.targets:q} \
+            --state {params.state:q} \
+            --items {output.scored:q} \
+            --benchmarks {output.benchmarks:q} \
+            --runs {output.runs:q} \
+            --checkpoints {output.checkpoints:q}
+        """
+
+
+rule train_cooldown:
+    """Train every trunk of one method and seed to the end of one duration, through its cooldown."""
+    input:
+        base=PATHS.base_record,
+        base_items=PATHS.base_items,
+        train=PATHS.data("train.jsonl"),
+        probes=PATHS.probes,
+        general=PATHS.mitigation_inputs,
+        targets=PATHS.base_predictions,
+        trunks=PATHS.run_group("runs.json"),
+    output:
+        scored=PATHS.cooldown("items.parquet"),
+        runs=PATHS.cooldown("runs.json"),
+        checkpoints=PATHS.cooldown_checkpoints,
+    log:
+        f"{PATHS.logs}/train_cooldown/{{method}}-seed{{seed}}-{{duration}}.log",
+    conda:
+        "../../envs/environment.yaml"
+    threads: RESOURCES.threads("train_cooldown")
+    resources:
+        **RESOURCES.of("train_cooldown"),
+    params:
+        file=PATHS.params("train_cooldown"),
+        digest=PARAMS.digest("train_cooldown"),
+        data=subpath(input.train, parent=True),
+        state=PATHS.state,
+    message:
+        "Cool down {wildcards.method}, seed {wildcards.seed}, {wildcards.duration}"
+        + RESOURCES.text("train_cooldown")
+    shell:
+        r"""
+        exec &> >(tee {log:q})
+
+        python -m forgetting.training.launch {resources.gpu:q} {resources.nodes:q} "$SCRIPTS"/train_cooldown.py \
+            --params {params.file:q} \
+            --base {input.base:q} \
+            --base-items {input.base_items:q} \
+            --data {params.data:q} \
+            --general {input.general:q} \
+            --targets {input.targets:q} \
+            --trunks {input.trunks:q} \
             --state {params.state:q} \
             --items {output.scored:q} \
             --runs {output.runs:q} \

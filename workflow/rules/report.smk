@@ -4,52 +4,34 @@ Outputs: results/STUDY/tables/, reports/STUDY.html, reports/STUDY-figures/, and 
 the page of the study that was run last.
 """
 
-TABLES = [
-    "runs",
-    "trajectory",
-    "items",
-    "selection",
-    "comparisons",
-    "churn",
-    "benchmarks",
-    "benchmark_items",
-    "benchmark_responses",
-]
-if STUDY.selection.wise_ft:
-    TABLES.append("wise_ft")
-if ALONG:
-    TABLES += ["benchmark_trajectory", "benchmark_trajectory_items"]
-
 
 rule make_tables:
-    """Gather what all jobs found in the tables that anyone can ask with pandas."""
+    """Gather the results of all jobs in tables that pandas reads."""
     input:
-        unpack(job_results),
+        unpack(PATHS.job_results),
     output:
-        tables=expand(f"{RESULTS}/tables/{{table}}.parquet", table=TABLES),
-        runs=f"{RESULTS}/tables/runs.json",
-        study=f"{RESULTS}/tables/study.json",
-        resolved=f"{RESULTS}/study.json",
+        tables=PATHS.tables,
+        runs=PATHS.tables_file("runs.json"),
+        study=PATHS.tables_file("study.json"),
+        resolved=PATHS.resolved_study,
     log:
-        f"{LOGS}/make_tables.log",
+        f"{PATHS.logs}/make_tables.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
     params:
-        version=version("tables"),
-        # A study may be longer than an argument of a program, 128 KiB: it is resolved once more.
-        # Where it lies is no reason to run again, so the parameter is made from the output.
-        asked=lambda wildcards, output: json.dumps(config),
-        digest=content_key(STUDY.model_dump(mode="json")),
+        file=PATHS.params("make_tables"),
+        digest=PARAMS.digest("make_tables"),
         results=subpath(output.resolved, parent=True),
         folder=subpath(output.study, parent=True),
+    message:
+        "Gather all results in tables"
     shell:
         r"""
         exec &> >(tee {log:q})
 
         python "$SCRIPTS"/make_tables.py \
-            --asked {params.asked:q} \
-            --digest {params.digest:q} \
+            --params {params.file:q} \
             --results {params.results:q} \
             --output {params.folder:q}
         """
@@ -58,24 +40,23 @@ rule make_tables:
 rule report:
     """Render the study as one page that opens offline, and its figures as SVG and PNG."""
     input:
-        tables=rules.make_tables.output.tables,
-        study=rules.make_tables.output.study,
+        tables=PATHS.tables,
+        study=PATHS.tables_file("study.json"),
     output:
-        page=f"reports/{NAME}.html",
-        # As a whole, for they are not the same of every study.
-        figures=directory(f"reports/{NAME}-figures"),
+        page=PATHS.page,
+        # As a folder, since studies differ in their figures.
+        figures=directory(PATHS.figures),
     log:
-        f"{LOGS}/report.log",
+        f"{PATHS.logs}/report.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
     params:
-        version=version("report"),
-        # Templates, style sheet and script of the page.
-        assets=sha256_of_all(
-            sorted(Path(LIBRARY, "forgetting", "report", "templates").iterdir())
-        )[1],
+        version=PARAMS.version("report"),
+        assets=PIPELINE.assets,
         tables=subpath(input.study, parent=True),
+    message:
+        "Render the report"
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -90,15 +71,17 @@ rule report:
 rule publish:
     """Copy the study's page to where the page of the study that was run last is."""
     input:
-        page=rules.report.output.page,
-        lost=lost_results,
+        page=PATHS.page,
+        lost=PATHS.lost_results,
     output:
         "reports/tradeoff.html",
     log:
-        f"{LOGS}/publish.log",
+        f"{PATHS.logs}/publish.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
+    message:
+        "Copy the report to reports/tradeoff.html"
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -1,4 +1,4 @@
-"""Selection: of each method's hyper-parameters, and of each seed's checkpoint.
+"""Selection: of each method's hyperparameters, and of each seed's checkpoint.
 
 Outputs: results/STUDY/selection/METHOD.json and results/STUDY/selected/METHOD/index.json. The
 checkpoints in that folder are not declared, since Snakemake deletes outputs before their replacement
@@ -10,34 +10,29 @@ scaled updates.
 rule select_checkpoint:
     """Apply the study's rules to the trajectories of one method."""
     input:
-        base_items=rules.evaluate_base.output.scored,
-        runs=lambda wildcards: finished("runs.json", [wildcards.method]),
-        # The digests of what is selected tell whether it is another.
-        stored=lambda wildcards: [
-            ancient(path) for path in checkpoint_records([wildcards.method])
-        ],
+        base_items=PATHS.base_items,
+        runs=PATHS.selection_runs,
+        stored=PATHS.selection_checkpoints,
     output:
-        selection=f"{RESULTS}/selection/{{method}}.json",
-        index=f"{RESULTS}/selected/{{method}}/index.json",
+        selection=PATHS.selection(),
+        index=PATHS.selected_index(),
     log:
-        f"{LOGS}/select_checkpoint/{{method}}.log",
+        f"{PATHS.logs}/select_checkpoint/{{method}}.log",
     localrule: True
     conda:
         "../../envs/environment.yaml"
     params:
-        version=version("select"),
-        folder=lambda wildcards: f"{RESULTS}/selected/{wildcards.method}",
-        spec=lambda wildcards: as_json(
-            sections("selection", "seeds"),
-            method=TUNINGS[wildcards.method].model_dump(mode="json"),
-            durations=STUDY.training.durations,
-        ),
+        file=PATHS.params("select_checkpoint"),
+        digest=PARAMS.digest("select_checkpoint"),
+        folder=PATHS.selected(),
+    message:
+        "Select the checkpoints of {wildcards.method}"
     shell:
         r"""
         exec &> >(tee {log:q})
 
         python "$SCRIPTS"/select_checkpoint.py \
-            --spec {params.spec:q} \
+            --params {params.file:q} \
             --base-items {input.base_items:q} \
             --runs {input.runs:q} \
             --selection {output.selection:q} \
@@ -48,39 +43,40 @@ rule select_checkpoint:
 
 
 rule evaluate_wise_ft:
-    """Measure a selected checkpoint with shares of its update, from the base to the whole."""
+    """Evaluate a selected checkpoint with shares of its update, from the base to the whole."""
     input:
-        unpack(chosen_inputs),
-        base=BASE,
-        probes=rules.prepare_data.output.probes,
-        targets=TARGETS,
+        selection=PATHS.wise_ft_selection,
+        # The digests in the selection show whether the checkpoint is another.
+        checkpoints=PATHS.wise_ft_index,
+        base=PATHS.base_record,
+        probes=PATHS.probes,
+        targets=PATHS.base_predictions,
     output:
-        f"{RESULTS}/wise_ft/{{model}}/items.parquet",
+        PATHS.wise_ft,
     log:
-        f"{LOGS}/evaluate_wise_ft/{{model}}.log",
+        f"{PATHS.logs}/evaluate_wise_ft/{{model}}.log",
     conda:
         "../../envs/environment.yaml"
-    threads: threads("evaluate_wise_ft", COSTS)
+    threads: RESOURCES.threads("evaluate_wise_ft")
     resources:
-        **snakemake_resources("evaluate_wise_ft", COSTS),
+        **RESOURCES.of("evaluate_wise_ft"),
     params:
-        version=version("evaluate"),
-        chosen=chosen_options,
-        targets=target_options,
-        folder=lambda wildcards, input: str(Path(input.probes[0]).parent),
-        spec=lambda wildcards: as_json(
-            sections("prompt", "evaluation", "precision"),
-            probes=list(STUDY.probes),
-            shares=STUDY.selection.wise_ft,
-        ),
+        file=PATHS.params("evaluate_wise_ft"),
+        digest=PARAMS.digest("evaluate_wise_ft"),
+        checkpoints=PATHS.wise_ft_checkpoints,
+    message:
+        "Evaluate {wildcards.model} with shares of its update"
+        + RESOURCES.text("evaluate_wise_ft")
     shell:
         r"""
         exec &> >(tee {log:q})
 
         python "$SCRIPTS"/evaluate_wise_ft.py \
-            --spec {params.spec:q} \
+            --params {params.file:q} \
             --base {input.base:q} \
-            --probes {params.folder:q} \
-            {params.chosen:q} {params.targets:q} \
+            --probes {input.probes:q} \
+            --targets {input.targets:q} \
+            --selection {input.selection:q} \
+            --checkpoints {params.checkpoints:q} \
             --output {output:q}
         """

@@ -27,9 +27,7 @@ from forgetting.benchmarks.scores import (
 )
 from forgetting.benchmarks.scoring_job import ModelRef, models_to_score
 from forgetting.benchmarks.tasks import HARNESS_SEED, TaskSpec
-from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import REFUSALS_TASK, BenchmarksConfig
-from forgetting.config.types import ConfigModel
+from forgetting.config.evaluation import REFUSALS_TASK
 from forgetting.data.table_files import Row, source_line
 from forgetting.data.tables import evenly_spaced, read_prompts
 from forgetting.digests import folder_damage, sha256
@@ -55,22 +53,8 @@ from forgetting.models.loading import (
     silence_libraries,
 )
 from forgetting.models.tuned import AdapterSwapper, merged_adapter
+from forgetting.pipeline.params import BenchmarkParams
 from forgetting.system import describe_computation
-
-
-class Asking(ConfigModel):
-    """How prompts are asked that a model should refuse."""
-
-    prompt: PromptConfig
-    columns: ColumnsConfig
-
-
-class Spec(ConfigModel):
-    """What the study says of the benchmarks."""
-
-    benchmarks: BenchmarksConfig
-    precision: str
-    asking: Asking | None
 
 
 @reports_input_errors
@@ -80,26 +64,24 @@ def main(argv: list[str] | None = None) -> None:
     Of each model that is named, in a folder of its name; without a selection, of the base.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", required=True, help="JSON: tasks, batch size, precision")
-    parser.add_argument("--versions", required=True, help="version of the stage")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument(
-        "--rows", action="append", default=[], help="TASK=FOLDER, its folder of SPLIT.jsonl"
+        "--prompts", type=Path, nargs="?", help="table of the prompts that should be refused"
     )
-    parser.add_argument("--prompts", type=Path, help="table of the prompts that should be refused")
-    parser.add_argument("--selection", type=Path, help="choice of the method; none: the base")
-    parser.add_argument("--checkpoints", type=Path, help="folder of the method's checkpoints")
     parser.add_argument(
-        "--models", nargs="*", default=[], help="of the method: seed0, or seed0-duration0.5"
+        "--selection", type=Path, nargs="?", help="choice of the method; none: the base"
+    )
+    parser.add_argument(
+        "--checkpoints", type=Path, nargs="?", help="folder of the method's checkpoints"
     )
     parser.add_argument("--state", type=Path, required=True, help="folder of finished models")
     parser.add_argument("--output", type=Path, required=True, help="folder of the models' folders")
     options = parser.parse_args(argv)
     silence_libraries()
-    spec = Spec.model_validate_json(options.spec)
-    rows = {task: Path(folder) for task, folder in (named.split("=", 1) for named in options.rows)}
-    scorer = Scorer(spec, read_base(options.base), rows, options.prompts, options.versions)
-    for chosen in models_to_score(options.selection, options.checkpoints, options.models):
+    params = BenchmarkParams.read(options.params)
+    scorer = Scorer(params, read_base(options.base), options.prompts)
+    for chosen in models_to_score(options.selection, options.checkpoints, params.models):
         finished: Path = options.state / scorer.key(chosen)
         if finished.exists() and (wrong := folder_damage(finished)):
             warn_damaged(*wrong, "the model is scored again")
@@ -120,33 +102,29 @@ class Scorer:
 
     def __init__(
         self,
-        spec: Spec,
+        spec: BenchmarkParams,
         base: Mapping[str, Any],
-        rows: Mapping[str, Path],
         prompts: Path | None,
-        versions: str,
     ) -> None:
         self.spec, self.base, self.prompts = spec, base, prompts
-        self.rows = rows
         self.digests = {
             task: {
                 str(path): sha256(path)
                 for split in required_splits(task, spec.benchmarks.tasks[task].num_fewshot)
                 for path in [folder / f"{split}.jsonl"]
             }
-            for task, folder in rows.items()
+            for task, folder in spec.rows.items()
         }
         self.device = get_device()
         self.precision = resolve_precision(spec.precision, self.device)
         self.models = AdapterSwapper(Path(base["path"]), self.device, base["parameters"])
         self.depends = {
-            "spec": spec.model_dump(mode="json"),
+            "params": spec.model_dump(mode="json", exclude={"rows", "models"}),
             "base": {key: base.get(key) for key in ("origin", "identity")},
             # Where they are does not matter.
             "rows": {task: [*files.values()] for task, files in self.digests.items()},
             "prompts": sha256(prompts) if prompts else None,
             "precision": str(self.precision),
-            "versions": versions,
         }
 
     def key(self, chosen: ModelRef) -> str:
@@ -158,7 +136,7 @@ class Scorer:
         result = nothing()
         if chosen.step is None:
             result.notes.append(f"no benchmarks: {chosen.reason}")
-        elif self.spec.benchmarks.tasks or self.spec.asking:
+        elif self.spec.benchmarks.tasks or self.spec.refusal_prompts:
             with (
                 self.models.load(chosen.checkpoint) as model,
                 autocast(self.device, self.precision),
@@ -166,7 +144,7 @@ class Scorer:
             ):
                 if self.spec.benchmarks.tasks:
                     result = evaluate_tasks(model, self.questions)
-                if self.spec.asking:
+                if self.spec.refusal_prompts:
                     self.add_refusals(result, model)
         record = {
             "model": chosen.origin,
@@ -179,7 +157,7 @@ class Scorer:
 
     def add_refusals(self, result: BenchmarkResult, model: Model) -> None:
         """Ask the prompts too, and add what comes of it to the tables of the benchmarks."""
-        asking, settings = self.spec.asking, self.spec.benchmarks.refusals
+        asking, settings = self.spec.refusal_prompts, self.spec.benchmarks.refusals
         assert asking and settings and self.prompts
         answers = refusals.generate_responses(
             model,
@@ -205,12 +183,12 @@ class Scorer:
         """The tasks with their rows, prompts and tokens."""
         benchmarks = self.spec.benchmarks
         specs = [TaskSpec.of(*named) for named in benchmarks.tasks.items()]
-        return load_tasks(self.tokenizer, specs, self.rows, benchmarks.batch_size)
+        return load_tasks(self.tokenizer, specs, self.spec.rows, benchmarks.batch_size)
 
     @cached_property
     def prompt_rows(self) -> Sequence[Row]:
         """The prompts that should be refused."""
-        asking, settings = self.spec.asking, self.spec.benchmarks.refusals
+        asking, settings = self.spec.refusal_prompts, self.spec.benchmarks.refusals
         assert asking and settings and self.prompts
         found = list(read_prompts(self.prompts, settings.table, asking.columns))
         return evenly_spaced(found, settings.limit)
@@ -226,7 +204,7 @@ def write_results(folder: Path, result: BenchmarkResult, record: dict[str, Any])
 
 
 def about_tasks(
-    spec: Spec, digests: Mapping[str, dict[str, str]], result: BenchmarkResult
+    spec: BenchmarkParams, digests: Mapping[str, dict[str, str]], result: BenchmarkResult
 ) -> dict[str, dict[str, Any]]:
     """What each score rests on: definition, settings and the content of the rows."""
     told: dict[str, dict[str, Any]] = {}

@@ -6,13 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from forgetting.benchmarks.during_training import (
-    add_training_benchmark_options,
-    training_benchmarks_from_args,
-)
-from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import EvaluationConfig, GeneralTextConfig
-from forgetting.config.types import ConfigModel
+from forgetting.benchmarks.during_training import training_benchmarks
 from forgetting.data.checks import SourceLocator
 from forgetting.data.tables import joined_text, read_prepared
 from forgetting.data.tokenize import encode_pair
@@ -37,21 +31,8 @@ from forgetting.models.loading import (
     resolve_precision,
     silence_libraries,
 )
+from forgetting.pipeline.params import EvaluateBaseParams
 from forgetting.system import describe_computation
-
-
-class Spec(ConfigModel):
-    """What the study says of measuring."""
-
-    prompt: PromptConfig
-    evaluation: EvaluationConfig
-    precision: str
-    knowledge: dict[str, str]
-    watched: str
-    metric: str
-    must_reach: bool
-    general_text: GeneralTextConfig | None
-    columns: dict[str, ColumnsConfig]
 
 
 @reports_input_errors
@@ -59,23 +40,27 @@ def main(argv: list[str] | None = None) -> None:
     """Write the items of the base, what it predicts on the general text, and what it answers to
     the benchmarks that trainings ask at every evaluation."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", required=True, help="JSON: prompt, evaluation, precision")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
-    parser.add_argument("--probes", type=Path, required=True, help="folder of NAME.jsonl")
-    parser.add_argument("--text", type=Path, help="table of the general text")
-    parser.add_argument("--targets", type=Path, help="output: the base's predictions on the text")
+    parser.add_argument("--probes", type=Path, nargs="+", required=True, help="NAME.jsonl")
+    parser.add_argument("--text", type=Path, nargs="?", help="table of the general text")
+    parser.add_argument(
+        "--targets", type=Path, nargs="?", help="output: the base's predictions on the text"
+    )
+    parser.add_argument(
+        "--benchmarks", type=Path, nargs="?", help="output: items of benchmarks (parquet)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
-    add_training_benchmark_options(parser)
     options = parser.parse_args(argv)
     silence_libraries()
-    spec = Spec.model_validate_json(options.spec)
+    spec = EvaluateBaseParams.read(options.params)
     device = get_device()
     base = read_base(options.base)
     folder = Path(base["path"])
-    probes = {name: read_prepared(options.probes / f"{name}.jsonl") for name in spec.knowledge}
+    probes = {path.stem: read_prepared(path) for path in options.probes}
     model, tokenizer = load_base(folder, device, base["parameters"]), load_tokenizer(folder)
     check_causal(model, folder)
-    where = SourceLocator(options.probes.parent)
+    where = SourceLocator(options.probes[0].parents[1])
     check_context_length(model, tokenizer, probes, spec.prompt, spec.evaluation, where)
     # One of the targets is the end of the sequence, which nobody has to generate.
     lengths = {
@@ -90,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     targets, text, along = (
         None,
         spec.general_text,
-        training_benchmarks_from_args(options, tokenizer),
+        training_benchmarks(spec.training_benchmarks, spec.benchmark_rows, tokenizer),
     )
     precision = resolve_precision(spec.precision, device)
     with autocast(device, precision):

@@ -8,9 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from forgetting.benchmarks.scoring_job import models_to_score
-from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.types import ConfigModel
 from forgetting.data.tables import read_prepared
 from forgetting.errors import reports_input_errors
 from forgetting.evaluation.divergence import append_divergence, load_base_predictions
@@ -27,35 +24,26 @@ from forgetting.models.loading import (
 )
 from forgetting.models.tuned import load_tuned
 from forgetting.models.wise_ft import interpolated_models
-
-
-class Spec(ConfigModel):
-    """What the study says of measuring, and the shares of the update."""
-
-    prompt: PromptConfig
-    evaluation: EvaluationConfig
-    precision: str
-    probes: list[str]
-    shares: list[float]
+from forgetting.pipeline.params import EvaluateWiseFtParams
 
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the items at every share; none if the run has no selected checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", required=True, help="JSON: prompt, evaluation, shares")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
-    parser.add_argument("--probes", type=Path, required=True, help="folder of NAME.jsonl")
-    parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
+    parser.add_argument("--probes", type=Path, nargs="+", required=True, help="NAME.jsonl")
+    parser.add_argument(
+        "--targets", type=Path, nargs="?", help="the base's predictions on the general text"
+    )
     parser.add_argument("--selection", type=Path, required=True, help="choice of the method")
     parser.add_argument("--checkpoints", type=Path, required=True, help="its checkpoints")
-    parser.add_argument("--seed", type=int, required=True, help="which of the method's seeds")
     parser.add_argument("--output", type=Path, required=True, help="items (parquet)")
     options = parser.parse_args(argv)
     silence_libraries()
-    spec = Spec.model_validate_json(options.spec)
-    seed = f"seed{options.seed}"
-    (chosen,) = models_to_score(options.selection, options.checkpoints, [seed])
+    params = EvaluateWiseFtParams.read(options.params)
+    (chosen,) = models_to_score(options.selection, options.checkpoints, [params.model])
     if chosen.checkpoint is None:
         write_table(options.output, pd.DataFrame())
         print(f"nothing to scale: {chosen.reason}")
@@ -63,14 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     device = get_device()
     base = read_base(options.base)
     folder, count = Path(base["path"]), base["parameters"]
-    probes = {name: read_prepared(options.probes / f"{name}.jsonl") for name in spec.probes}
+    probes = {path.stem: read_prepared(path) for path in options.probes}
     tokenizer, model = load_tokenizer(folder), load_base(folder, device, count)
     tuned = load_tuned(folder, chosen.checkpoint, device, count)
     targets = load_base_predictions(options.targets) if options.targets else None
     tables = []
-    for share, scaled in interpolated_models(model, tuned, spec.shares):
-        with autocast(device, resolve_precision(spec.precision, device)):
-            items = evaluate_probes(scaled, tokenizer, probes, spec.prompt, spec.evaluation)
+    for share, scaled in interpolated_models(model, tuned, params.shares):
+        with autocast(device, resolve_precision(params.precision, device)):
+            items = evaluate_probes(scaled, tokenizer, probes, params.prompt, params.evaluation)
             items = append_divergence(items, scaled, targets)
         about = {"run": chosen.run, "step": chosen.step, "share": share}
         tables.append(items.assign(**about)[[*about, *items.columns]])

@@ -12,6 +12,7 @@ import argparse
 from forgetting.errors import reports_input_errors
 from forgetting.io import write_json, write_table
 from forgetting.models.loading import silence_libraries
+from forgetting.pipeline.params import FinetuneParams
 from forgetting.training.branches import train_trunks
 from forgetting.training.distributed import ProcessGroup
 from forgetting.training.run_group import train_run_group
@@ -33,7 +34,15 @@ def main(argv: list[str] | None = None) -> None:
     silence_libraries()
     process_group = ProcessGroup.init()
     with process_group.report_once():
-        job = read_training_job(options, process_group)
+        params = FinetuneParams.read(options.params)
+        job = read_training_job(
+            params.run_group,
+            params.versions,
+            params.training_benchmarks,
+            params.benchmark_rows,
+            options,
+            process_group,
+        )
         train = train_trunks if job.config.training.durations else train_run_group
         records = train(
             job.config, job.context, job.inputs, options.state, ProgressLogger(process_group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,16 @@ from forgetting.analysis.comparisons import compare_methods
 from forgetting.config.evaluation import TEXT_PROBE
 from forgetting.config.expand import duration_name, expand_methods, scored_models, selected_models
 from forgetting.config.study import StudyConfig
-from forgetting.errors import InputError, reports_input_errors
+from forgetting.errors import reports_input_errors
 from forgetting.evaluation.rouge import length_notes
 from forgetting.io import (
-    content_key,
     read_json,
     read_table,
     write_atomically,
     write_json,
     write_table,
 )
+from forgetting.pipeline.params import MakeTablesParams
 from forgetting.pipeline.resources.forecast import forecast_against_measured
 from forgetting.results.build_tables import (
     BASE,
@@ -40,23 +39,20 @@ from forgetting.results.trajectories import (
     benchmark_trajectory_table,
     trajectory_table,
 )
-from forgetting.study.load import load_study
 from forgetting.system import code_revision
 from forgetting.versions import VERSIONS, stage_versions
-
-STUDIES = Path(__file__).parents[2] / "config" / "studies"
 
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write runs, trajectory, items, selection, benchmarks (parquet), and study.json twice."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--asked", required=True, help="JSON: what --config says")
-    parser.add_argument("--digest", required=True, help="of the study that was planned")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--results", type=Path, required=True, help="folder of the results")
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
     options = parser.parse_args(argv)
-    name, study = resolved(json.loads(options.asked), options.digest)
+    params = MakeTablesParams.read(options.params)
+    name, study = params.name, params.study
     models = scored_models(study)
     found = read_found(study, options.results, models)
     tables, notes = tables_of(study, found)
@@ -80,17 +76,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     scored = len(tables["items"])
     print(f"{len(tables['runs']) - 1} runs, {scored:,} scored answers: {options.output}")
-
-
-def resolved(asked: dict[str, Any], digest: str) -> tuple[str, StudyConfig]:
-    """The study and its name, if it still is what the jobs were planned for."""
-    name, study = load_study(asked, STUDIES)
-    if content_key(study.model_dump(mode="json")) != digest:
-        raise InputError(
-            f"study={asked.get('study', name)}: its file was changed while jobs ran; "
-            "give the same command again"
-        )
-    return name, study
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import ProbeConfig, RougeTokenizer
-from forgetting.config.types import ConfigModel
 from forgetting.data.checks import (
     conflict_note,
     conflicting_answer_notes,
@@ -31,28 +28,15 @@ from forgetting.data.tables import (
 from forgetting.digests import sha256
 from forgetting.errors import reports_input_errors
 from forgetting.evaluation.rouge import check_letters, long_answer_warnings
-from forgetting.io import read_foreign_json, write_json, write_jsonl
-
-
-class Spec(ConfigModel):
-    """What the study says of its data."""
-
-    prompt: PromptConfig
-    train: list[str]
-    train_limit: int | None
-    probes: dict[str, ProbeConfig]
-    documents: list[str]
-    documents_limit: int | None
-    columns: dict[str, ColumnsConfig]
-    rouge_tokenizer: RougeTokenizer
-    max_new_tokens: int
+from forgetting.io import write_json, write_jsonl
+from forgetting.pipeline.params import PrepareDataParams
 
 
 @dataclass(frozen=True)
 class Tables:
     """The study's tables, checked as they are read."""
 
-    spec: Spec
+    spec: PrepareDataParams
     files: dict[str, Path]
 
     def probe(self, name: str, notes: list[str]) -> list[Row]:
@@ -138,12 +122,11 @@ class Tables:
 def main(argv: list[str] | None = None) -> None:
     """Write train.jsonl, probes/NAME.jsonl, documents.jsonl and data.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", required=True, help="JSON: prompt, tables and limits")
-    parser.add_argument("--tables", type=Path, required=True, help="JSON: file of each table")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(argv)
-    spec = Spec.model_validate_json(options.spec)
-    files = {table: Path(path) for table, path in read_foreign_json(options.tables).items()}
+    spec = PrepareDataParams.read(options.params)
+    files = spec.tables
     tables = Tables(spec, files)
     notes = tables.unused()
     probes = {name: tables.probe(name, notes) for name in spec.probes}

@@ -6,12 +6,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from forgetting.config.base_model import SmallModelConfig
 from forgetting.data.tables import read_prepared
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
 from forgetting.io import write_json
 from forgetting.models.loading import PRETRAINED, get_device, resolve_precision, silence_libraries
+from forgetting.pipeline.params import PretrainBaseParams
 from forgetting.system import describe_computation
 from forgetting.training.distributed import SINGLE_PROCESS
 from forgetting.training.pretrain import pretrain
@@ -22,22 +22,20 @@ from forgetting.training.training_job import ProgressLogger
 def main(argv: list[str] | None = None) -> None:
     """Write the model's folder, then the record that names it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", required=True, help="JSON: shape and training of the model")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--documents", type=Path, required=True, help="JSON lines with `text`")
-    parser.add_argument("--precision", default="auto", help="arithmetic, as the study has it")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="of the model")
     parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     silence_libraries()
-    spec = SmallModelConfig.model_validate_json(options.spec)
+    params = PretrainBaseParams.read(options.params)
     folder = options.folder
     documents = [row["text"] for row in read_prepared(options.documents)]
     device = get_device()
-    precision = resolve_precision(options.precision, device)
-    tell = partial(ProgressLogger(SINGLE_PROCESS), "pretraining")
-    done = pretrain(documents, spec, folder, options.state, options.seed, tell, precision)
+    precision = resolve_precision(params.precision, device)
+    log = partial(ProgressLogger(SINGLE_PROCESS), "pretraining")
+    done = pretrain(documents, params.model, folder, options.state, params.seed, log, precision)
     files, identity = model_identity(folder)
     record = {
         "path": str(folder),

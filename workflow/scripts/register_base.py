@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.config.data import PromptConfig
 from forgetting.data.tokenize import chat_template_text, turn_ending
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
@@ -19,42 +18,41 @@ from forgetting.models.loading import (
     model_parameters,
     silence_libraries,
 )
+from forgetting.pipeline.params import RegisterBaseParams
 
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the record that names the model's folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder in Hugging Face form")
-    parser.add_argument("--origin", required=True, help="how the study names the model")
-    parser.add_argument("--downloaded", action="store_true", help="the workflow downloaded it")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
-    parser.add_argument("--prompt", help="JSON: the study's prompt, if it is a chat template's")
     options = parser.parse_args(argv)
     silence_libraries()
-    architecture = read_model_layers(options.model)
-    check_config(options.model)
-    tokenizer = load_tokenizer(options.model)
-    check_stops(options.model, tokenizer)
+    params = RegisterBaseParams.read(options.params)
+    folder = params.folder
+    architecture = read_model_layers(folder)
+    check_config(folder)
+    tokenizer = load_tokenizer(folder)
+    check_stops(folder, tokenizer)
     if architecture.rows is not None:
-        unused = placeholders(options.model)
-        check_ids(options.model, tokenizer.get_vocab(), architecture.rows, unused)
-    if options.prompt:
-        # What its chat template is not fit for is found before anything is trained.
-        prompt = PromptConfig.model_validate_json(options.prompt)
-        chat_template_text(tokenizer, prompt)
-        turn_ending(tokenizer, prompt)
-    files, identity = model_identity(options.model)
+        unused = placeholders(folder)
+        check_ids(folder, tokenizer.get_vocab(), architecture.rows, unused)
+    if params.prompt:
+        # Errors of the chat template are found before anything is trained.
+        chat_template_text(tokenizer, params.prompt)
+        turn_ending(tokenizer, params.prompt)
+    files, identity = model_identity(folder)
     record = {
-        "path": str(options.model),
-        "origin": options.origin,
+        "path": str(folder),
+        "origin": params.origin,
         "identity": identity,
         "files": files,
-        "parameters": model_parameters(options.model),
-        "downloaded": options.downloaded,
+        "parameters": model_parameters(folder),
+        "downloaded": params.downloaded,
     }
     write_json(options.output, record)
-    print(f"{options.origin}: {record['parameters']:,} parameters")
+    print(f"{params.origin}: {record['parameters']:,} parameters")
 
 
 if __name__ == "__main__":

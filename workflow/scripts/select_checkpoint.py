@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetting.config.expand import Method, duration_name, run_name
-from forgetting.config.selection import SelectionConfig
-from forgetting.config.types import ConfigModel
+from forgetting.config.expand import duration_name, run_name
 from forgetting.digests import sha256_of_all, visible_files
 from forgetting.errors import InputError, reports_input_errors
 from forgetting.evaluation.metrics import mean_score
@@ -25,6 +23,7 @@ from forgetting.io import (
     write_json,
 )
 from forgetting.models.tuned import METHOD_FILE, OPTIMIZER_FILE, checkpoint_damage
+from forgetting.pipeline.params import SelectCheckpointParams
 from forgetting.selection import (
     CheckpointChoice,
     Trajectory,
@@ -32,15 +31,6 @@ from forgetting.selection import (
     select_checkpoint,
     trajectory_of,
 )
-
-
-class Spec(ConfigModel):
-    """What the study says of the choice."""
-
-    method: Method
-    selection: SelectionConfig
-    seeds: list[int]
-    durations: list[float]
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class Stored:
 def main(argv: list[str] | None = None) -> None:
     """Write the selection (JSON) and a folder with the checkpoint of each seed that has one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", required=True, help="JSON: method, rule, seeds")
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="records of the runs")
     parser.add_argument(
@@ -69,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         "--index", type=Path, required=True, help="output: the choice again, in that folder"
     )
     options = parser.parse_args(argv)
-    spec = Spec.model_validate_json(options.spec)
+    spec = SelectCheckpointParams.read(options.params)
     rule = spec.selection
     base = mean_score(read_table(options.base_items), rule.probe, rule.metric)
     if not math.isfinite(base):
@@ -121,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _select(
-    spec: Spec,
+    spec: SelectCheckpointParams,
     course: Trajectory | None,
     why: str,
     seed: int,

@@ -11,6 +11,7 @@ from pathlib import Path
 from forgetting.errors import reports_input_errors
 from forgetting.io import read_json, write_json, write_table
 from forgetting.models.loading import silence_libraries
+from forgetting.pipeline.params import TrainCooldownParams
 from forgetting.training.branches import train_cooldowns
 from forgetting.training.distributed import ProcessGroup
 from forgetting.training.training_job import (
@@ -27,16 +28,23 @@ def main(argv: list[str] | None = None) -> None:
     """Write the items of all evaluations, the trunk's among them, and the records of all runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_training_options(parser)
-    parser.add_argument("--duration", type=float, required=True, help="epochs of the branch")
     parser.add_argument("--trunks", type=Path, required=True, help="records of the trunks")
     options = parser.parse_args(argv)
     silence_libraries()
     process_group = ProcessGroup.init()
     with process_group.report_once():
-        job = read_training_job(options, process_group)
+        params = TrainCooldownParams.read(options.params)
+        job = read_training_job(
+            params.run_group,
+            params.versions,
+            params.training_benchmarks,
+            params.benchmark_rows,
+            options,
+            process_group,
+        )
         records = train_cooldowns(
             job.config,
-            options.duration,
+            params.duration,
             read_json(options.trunks),
             job.context,
             job.inputs,

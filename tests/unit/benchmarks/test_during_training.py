@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.benchmarks import during_training as module
-from forgetting.benchmarks.during_training import (
-    TrainingBenchmarks,
-    TrainingBenchmarksConfig,
-    merge_items,
-    split_items,
-)
+from forgetting.benchmarks.during_training import TrainingBenchmarks, merge_items, split_items
 from forgetting.benchmarks.evaluate import run_benchmarks
 from forgetting.benchmarks.scores import BenchmarkResult
 from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import TaskConfig
+from forgetting.config.evaluation import TaskConfig, TrainingBenchmarksConfig
 from forgetting.config.expand import Method
 from forgetting.config.methods import Hyperparameters
 from forgetting.errors import InputError
@@ -37,6 +31,7 @@ from forgetting.training.run_group import train_run_group
 from forgetting.training.training_job import run_group_items
 from scripts import evaluate_base
 from support.benchmark_rows import sciq
+from support.params import write_params
 from support.run_groups import record_base, run_context, run_group_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -325,19 +320,17 @@ def evaluate_base_benchmarks(
         "must_reach": False,
         "general_text": None,
         "columns": {},
+        "training_benchmarks": spec.model_dump(mode="json"),
+        "benchmark_rows": {task: str(path) for task, path in tasks.items()},
     }
     options = {
-        "spec": json.dumps(study),
+        "params": write_params(folder, **study),
         "base": folder / "base.json",
-        "probes": folder / "probes",
+        "probes": folder / "probes" / "new.jsonl",
         "output": folder / "items.parquet",
-        "during-training": spec.model_dump_json(),
         "benchmarks": folder / "benchmarks.parquet",
     }
-    named = [f"{task}={path}" for task, path in tasks.items()]
-    evaluate_base.main(
-        [*(f"--{key}={value}" for key, value in options.items()), "--during-training-rows", *named]
-    )
+    evaluate_base.main([f"--{key}={value}" for key, value in options.items()])
     return pd.read_parquet(folder / "benchmarks.parquet")
 
 

@@ -30,6 +30,7 @@ from forgetting.evaluation.generation import generate_greedy
 from forgetting.models.loading import load_base, load_tokenizer
 from scripts import register_base
 from support.models import byte_tokenizer, random_llama
+from support.params import write_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,8 +113,14 @@ def test_answers_end_where_the_models_author_says(folder: Path, where: str) -> N
 
 
 def _adopt(folder: Path, prompt: PromptConfig | None = None) -> None:
-    options = ["--model", str(folder), "--origin", "x", "--output", str(folder / "../base.json")]
-    register_base.main([*options, *(["--prompt", prompt.model_dump_json()] if prompt else [])])
+    params = write_params(
+        folder.parent,
+        folder=str(folder),
+        origin="x",
+        downloaded=False,
+        prompt=prompt.model_dump(mode="json") if prompt else None,
+    )
+    register_base.main([f"--params={params}", "--output", str(folder / "../base.json")])
 
 
 def test_text_is_no_end_of_an_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from forgetting.data.table_files import find_table, source_line
 from forgetting.io import read_json, read_jsonl
 from scripts import generate_microworld, prepare_data
+from support.params import write_params
 
 NEW = {"question": "Who wrote it?", "answer": "Ann."}
 OLD = {"question": "Who sold it?", "answer": "Eve."}
@@ -31,7 +32,6 @@ def tables(tmp_path: Path) -> dict[str, list[dict[str, Any]]]:
 def _prepare(folder: Path, files: dict[str, Path], probes: Any, train: list[str]) -> Path:
     """Run the program as the rule does."""
     folder.mkdir()
-    (folder / "tables.json").write_text(json.dumps({t: str(p) for t, p in files.items()}))
     spec = {
         "prompt": {},
         "train": train,
@@ -42,10 +42,9 @@ def _prepare(folder: Path, files: dict[str, Path], probes: Any, train: list[str]
         "columns": {table: {} for table in files},
         "rouge_tokenizer": "rouge_score",
         "max_new_tokens": 200,
+        "tables": {table: str(path) for table, path in files.items()},
     }
-    prepare_data.main(
-        ["--spec", json.dumps(spec), f"--tables={folder}/tables.json", f"--output={folder}"]
-    )
+    prepare_data.main([f"--params={write_params(folder, **spec)}", f"--output={folder}"])
     return folder
 
 

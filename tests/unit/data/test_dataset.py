@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
@@ -36,12 +36,8 @@ from forgetting.digests import visible_files
 from forgetting.errors import InputError
 from forgetting.io import read_json
 from forgetting.models.loading import load_base
-from forgetting.training.run_group import (
-    RunContext,
-    RunGroupConfig,
-    check_model_inputs,
-    train_run_group,
-)
+from forgetting.training.run_group import RunContext, check_model_inputs, train_run_group
+from support.params import write_params
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "workflow" / "scripts"))
 import prepare_data
@@ -201,7 +197,6 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def _prepare(folder: Path, tables: dict[str, Path], **spec: Any) -> Path:
     """Run the program that prepares data, with one probe."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tables.json").write_text(json.dumps({t: str(p) for t, p in tables.items()}))
     probe = {"table": ["own/probe"], "knowledge": "new", "truth_ratio": False}
     asked = {
         "prompt": {},
@@ -212,11 +207,10 @@ def _prepare(folder: Path, tables: dict[str, Path], **spec: Any) -> Path:
         "columns": {table: {} for table in tables},
         "rouge_tokenizer": "rouge_score",
         "max_new_tokens": 200,
+        "tables": {table: str(path) for table, path in tables.items()},
         **spec,
     }
-    prepare_data.main(
-        ["--spec", json.dumps(asked), f"--tables={folder}/tables.json", f"--output={folder}"]
-    )
+    prepare_data.main([f"--params={write_params(folder, **asked)}", f"--output={folder}"])
     return folder
 
 

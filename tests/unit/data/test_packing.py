@@ -25,7 +25,7 @@ from transformers import (
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.selection import SelectionConfig
@@ -40,12 +40,7 @@ from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.mitigations import Mitigations, token_kl
 from forgetting.training.run_config import RunConfig, loss_groups
-from forgetting.training.run_group import (
-    RunContext,
-    RunGroupConfig,
-    check_model_inputs,
-    train_run_group,
-)
+from forgetting.training.run_group import RunContext, check_model_inputs, train_run_group
 from forgetting.training.train_step import compute_gradients
 from support.kill import Killed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from forgetting.errors import InputError
 from forgetting.evaluation.rouge import check_references, dropped_letters, length_notes, rouge_l
 from forgetting.io import write_jsonl
 from scripts import evaluate_base
+from support.params import write_params
 from support.run_groups import record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,11 +73,13 @@ def _score(folder: Path, base: Path, rows: list[dict[str, Any]], **changed: Any)
         "must_reach": True,
         "general_text": None,
         "columns": {},
+        "training_benchmarks": None,
+        "benchmark_rows": {},
     }
     arguments = {
-        "spec": json.dumps(spec | changed),
+        "params": write_params(folder, **(spec | changed)),
         "base": folder / "base.json",
-        "probes": folder / "probes",
+        "probes": folder / "probes" / "new.jsonl",
         "output": folder / "items.parquet",
     }
     evaluate_base.main([f"--{key}={value}" for key, value in arguments.items()])

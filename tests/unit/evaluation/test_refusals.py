@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from forgetting.io import read_json
 from forgetting.results.build_tables import benchmark_tables, main_metric_items, responses_table
 from forgetting.results.churn import churn_table
 from scripts import benchmark
+from support.params import write_params
 from support.run_groups import record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,12 +135,13 @@ def test_refusals_have_rate_churn_and_responses(
     spec = {
         "benchmarks": {"refusals": {"table": "advbench/harmful_behaviors", "max_new_tokens": 4}},
         "precision": "float32",
-        "asking": {"prompt": PromptConfig().model_dump(), "columns": {"question": "goal"}},
+        "refusal_prompts": {"prompt": PromptConfig().model_dump(), "columns": {"question": "goal"}},
+        **{"rows": {}, "models": [], "versions": "abc"},
     }
     folder = tmp_path / "benchmarks" / "base"
-    arguments = {"spec": json.dumps(spec), "base": tmp_path / "base.json"}
+    arguments = {"params": write_params(tmp_path, **spec), "base": tmp_path / "base.json"}
     arguments |= {"prompts": prompts, "output": folder.parent}
-    arguments |= {"versions": "abc", "state": tmp_path / "state"}
+    arguments |= {"state": tmp_path / "state"}
     benchmark.main([f"--{name}={value}" for name, value in arguments.items()])
     assert read_json(folder / "record.json")["tasks"] == {"refusals": {"num_fewshot": 0}}
     scores, items, notes = benchmark_tables([folder], {"base": {"label": "base"}})

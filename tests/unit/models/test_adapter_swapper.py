@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from forgetting.models.loading import load_base
 from forgetting.models.tuned import AdapterSwapper, load_tuned, merged_adapter, save_weights
 from scripts import benchmark
 from support.benchmark_rows import FUNCTIONS, sciq
+from support.params import write_params
 from support.run_groups import digests_in, record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,8 +102,12 @@ def test_swapped_adapter_is_bit_identical_to_a_fresh_one(
     assert not torch.equal(_logits(load_tuned(base, adapters[0], CPU)), _logits(alone))
 
 
+Scored = tuple[dict[str, Any], list[str]]
+"""Parameters of the program, and its options."""
+
+
 @pytest.fixture
-def method(base_folder: Path, tmp_path: Path, tuning: Method) -> list[str]:
+def method(base_folder: Path, tmp_path: Path, tuning: Method) -> Scored:
     """Two adapters, a whole model, and a run that has no checkpoint, as one method; options."""
     for task, splits in ROWS.items():
         for split, rows in splits.items():
@@ -129,27 +132,27 @@ def method(base_folder: Path, tmp_path: Path, tuning: Method) -> list[str]:
     spec = {
         "benchmarks": {"tasks": TASKS, "refusals": refusals},
         "precision": "float32",
-        "asking": ASKING,
+        "refusal_prompts": ASKING,
+        "rows": {task: str(tmp_path / "rows" / task) for task in TASKS},
     }
-    return [
-        f"--spec={json.dumps(spec)}",
+    options = [
         f"--base={tmp_path / 'base.json'}",
         f"--prompts={tmp_path / 'harm.jsonl'}",
-        *(f"--rows={task}={tmp_path / 'rows' / task}" for task in TASKS),
         f"--selection={tmp_path / 'selection.json'}",
         f"--checkpoints={tmp_path / 'checkpoints'}",
     ]
+    return spec, options
 
 
-def _score(method: Sequence[str], folder: Path, *names: str, versions: str = "0") -> None:
+def _score(method: Scored, folder: Path, *names: str, versions: str = "0") -> None:
+    spec, options = method
+    params = write_params(folder, **spec, models=list(names), versions=versions)
     benchmark.main(
         [
-            *method,
-            f"--versions={versions}",
+            *options,
+            f"--params={params}",
             f"--state={folder / 'state'}",
             f"--output={folder / 'results'}",
-            "--models",
-            *names,
         ]
     )
 
@@ -158,7 +161,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in visible_files(folder)}
 
 
-def test_scores_match_those_of_separate_processes(method: list[str], tmp_path: Path) -> None:
+def test_scores_match_those_of_separate_processes(method: Scored, tmp_path: Path) -> None:
     """Every file to the byte: prompts, drawn examples, sampled programs, refusals, record."""
     names = [f"seed{seed}" for seed in range(4)]
     _score(method, tmp_path / "together", *names)
@@ -183,7 +186,7 @@ def test_scores_match_those_of_separate_processes(method: list[str], tmp_path: P
 def test_base_and_tokenizer_are_read_once(
     base_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    method: list[str],
+    method: Scored,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -214,7 +217,7 @@ def test_base_and_tokenizer_are_read_once(
 
 
 def test_killed_scoring_job_resumes_at_its_model(
-    method: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though Snakemake has removed its outputs. Other weights, tasks or code are scored again."""
     names, real = [f"seed{seed}" for seed in range(4)], benchmark.Scorer.score

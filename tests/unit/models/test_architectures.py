@@ -32,6 +32,7 @@ from forgetting.study.preflight import check_inputs
 from forgetting.training.stages import select_trainable_layers
 from scripts import evaluate_base, register_base
 from support.models import byte_tokenizer
+from support.params import write_params
 from support.run_groups import record_base
 
 CPU = torch.device("cpu")
@@ -221,8 +222,10 @@ def test_evaluate_base_checks_causality(
             "watched": "new",
         },
         **{"metric": "rougeL_recall", "must_reach": False, "general_text": None, "columns": {}},
+        **{"training_benchmarks": None, "benchmark_rows": {}},
     }
-    options = ["--spec", json.dumps(spec), "--base", str(record), "--probes", str(tmp_path)]
+    options = ["--params", str(write_params(tmp_path, **spec)), "--base", str(record)]
+    options += ["--probes", str(tmp_path / "new.jsonl")]
     with pytest.raises(SystemExit):
         evaluate_base.main([*options, "--output", str(tmp_path / "items.parquet")])
     assert "sees the tokens that it should predict" in capsys.readouterr().err
@@ -296,12 +299,16 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
     assert "tokenizer.json: the token '<d>' has id 260, but the embedding" in refusal(folder)
     with pytest.raises(SystemExit):
         register_base.main(
-            ["--model", str(folder), "--origin", "x", "--output", str(tmp_path / "base.json")]
+            ["--params", str(_register(tmp_path, folder)), "--output", str(tmp_path / "base.json")]
         )
     assert "the token '<d>' has id 260" in capsys.readouterr().err
     # Gemma 3's small models have such a token: no text holds it.
     _edit(folder / "tokenizer_config.json", image_token="<d>")
     plan(folder)
+
+
+def _register(folder: Path, model: Path) -> Path:
+    return write_params(folder, folder=str(model), origin="x", downloaded=False, prompt=None)
 
 
 TYPES: dict[str, tuple[dict[str, Any], str]] = {
@@ -330,7 +337,7 @@ def test_unreadable_config_is_reported_as_such(
     _edit(folder / "config.json", hidden_act=7)
     with pytest.raises(SystemExit):
         register_base.main(
-            ["--model", str(folder), "--origin", "x", "--output", str(tmp_path / "base.json")]
+            ["--params", str(_register(tmp_path, folder)), "--output", str(tmp_path / "base.json")]
         )
     message = capsys.readouterr().err
     assert "config.json: no configuration of a model can be read" in message

@@ -21,6 +21,7 @@ from forgetting.study.load import load_study, study_source
 from forgetting.study.preflight import check_inputs
 from forgetting.training.pretrain import _new_model
 from scripts import register_base
+from support.params import write_params
 
 STUDY = """\
 title: A small study
@@ -362,7 +363,8 @@ def test_a_broken_tokenizer_is_told_by_the_first_job(
     """Libraries end in errors of any type, which say nothing of the folder."""
     name, content = BROKEN[file]
     (model / name).write_bytes(content)
-    options = ["--model", str(model), "--origin", "x", "--output", str(tmp_path / "base.json")]
+    params = {"folder": str(model), "origin": "x", "downloaded": False, "prompt": None}
+    options = [f"--params={write_params(tmp_path, **params)}", f"--output={tmp_path / 'base.json'}"]
     with pytest.raises(SystemExit):
         register_base.main(options)
     told = capsys.readouterr().err

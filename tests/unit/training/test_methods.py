@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ge
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig, SecondStageConfig
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.selection import SelectionConfig
@@ -36,7 +36,7 @@ from forgetting.training import trainer as module
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.mitigations import Mitigations, build_mitigations
 from forgetting.training.run_config import RunConfig, batch_indices
-from forgetting.training.run_group import RunContext, RunGroupConfig, train_run_group
+from forgetting.training.run_group import RunContext, train_run_group
 from forgetting.training.stages import (
     RunFactory,
     second_stage_step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method, expand_methods
+from forgetting.config.expand import Method, RunGroupConfig, expand_methods
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.selection import SelectionConfig
@@ -51,11 +50,12 @@ from forgetting.training.mitigations import (
     token_kl,
 )
 from forgetting.training.run_config import RunConfig, batch_indices, loss_groups
-from forgetting.training.run_group import RunContext, RunGroupConfig, run_key, train_run_group
+from forgetting.training.run_group import RunContext, run_key, train_run_group
 from forgetting.training.train_step import compute_gradients
 from forgetting.training.trainer import train_run
 from scripts import evaluate_wise_ft
 from support.kill import Killed
+from support.params import write_params
 from support.run_groups import digests_in, record_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -595,18 +595,17 @@ def test_wise_ft_evaluates_every_share_of_the_selected(gym: Gym, rows: Rows) -> 
     chosen = {"seed": 1, "run": "full/seed1/lr1-wd0", "step": 7, "reason": ""}
     chosen["files"] = digests_in(gym.work / "selected" / "seed1")
     spec = {"prompt": {}, "evaluation": settings.model_dump(), "precision": "float32"}
-    spec |= {"probes": ["old"], "shares": [0.0, 0.5, 1.0]}
+    spec |= {"model": "seed1", "shares": [0.0, 0.5, 1.0]}
     found = []
     for step in (7, None):
         write_json(gym.work / "selection.json", [chosen | {"step": step}])
         evaluate_wise_ft.main(
             [
-                f"--spec={json.dumps(spec)}",
+                f"--params={write_params(gym.work, **spec)}",
                 f"--base={gym.work / 'base.json'}",
-                f"--probes={gym.work / 'probes'}",
+                f"--probes={gym.work / 'probes' / 'old.jsonl'}",
                 f"--selection={gym.work / 'selection.json'}",
                 f"--checkpoints={gym.work / 'selected'}",
-                "--seed=1",
                 f"--output={gym.work / 'items.parquet'}",
             ]
         )

@@ -22,6 +22,7 @@ from forgetting.training.checkpoints import TrainState
 from forgetting.training.pretrain import pretrain, train_tokenizer
 from scripts import pretrain_base
 from support.kill import Killed, kill_at
+from support.params import write_params
 
 SPEC = SmallModelConfig(
     hidden_size=32,
@@ -69,10 +70,10 @@ def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
 def test_record_has_device_precision_and_threads(documents, tmp_path) -> None:
     """The numbers of a base depend on them, so that the page can name them."""
     write_jsonl(tmp_path / "documents.jsonl", [{"text": text} for text in documents])
+    spec = SPEC.model_copy(update={"epochs": 0.1}).model_dump(mode="json")
     arguments = {
-        "spec": SPEC.model_copy(update={"epochs": 0.1}).model_dump_json(),
+        "params": write_params(tmp_path, model=spec, seed=0, precision="float32"),
         "documents": tmp_path / "documents.jsonl",
-        "precision": "float32",
         "folder": tmp_path / "model",
         "state": tmp_path / "state",
         "output": tmp_path / "base.json",

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method
+from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
@@ -23,12 +23,7 @@ from forgetting.errors import InputError
 from forgetting.models.adapters import attach_adapter
 from forgetting.models.loading import load_base
 from forgetting.training import run_group as module
-from forgetting.training.run_group import (
-    RunContext,
-    RunGroupConfig,
-    run_key,
-    train_run_group,
-)
+from forgetting.training.run_group import RunContext, run_key, train_run_group
 from forgetting.training.training_job import run_group_items
 from support.kill import Killed
 

@@ -11,7 +11,6 @@ zero churn.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -24,8 +23,7 @@ from forgetting.benchmarks.evaluate import LoadedTasks, evaluate_tasks, load_tas
 from forgetting.benchmarks.registry import required_splits
 from forgetting.benchmarks.scores import BenchmarkResult
 from forgetting.benchmarks.tasks import TaskSpec
-from forgetting.config.evaluation import TaskConfig
-from forgetting.config.types import ConfigModel
+from forgetting.config.evaluation import TrainingBenchmarksConfig
 from forgetting.digests import sha256
 from forgetting.errors import InputError
 from forgetting.io import content_key
@@ -61,36 +59,11 @@ def split_items(items: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return probe_items.reset_index(drop=True), benchmark_items.reset_index(drop=True)
 
 
-class TrainingBenchmarksConfig(ConfigModel):
-    """The tasks of every evaluation, by name; each has its number of items as `limit`."""
-
-    tasks: dict[str, TaskConfig]
-    batch_size: int
-
-
-def add_training_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command-line options of benchmarks that run at every evaluation."""
-    parser.add_argument("--during-training", help="JSON: the benchmarks of every evaluation")
-    parser.add_argument(
-        "--during-training-rows", nargs="*", default=[], help="TASK=FOLDER of SPLIT.jsonl"
-    )
-    parser.add_argument(
-        "--benchmarks", type=Path, nargs="?", help="output: items of benchmarks (parquet)"
-    )
-
-
-def training_benchmarks_from_args(
-    options: argparse.Namespace, tokenizer: Any
+def training_benchmarks(
+    config: TrainingBenchmarksConfig | None, rows: Mapping[str, Path], tokenizer: Any
 ) -> TrainingBenchmarks | None:
-    """Return the benchmarks that the command line names, or None if it names none."""
-    if not options.during_training:
-        return None
-    rows_dirs = (pair.split("=", 1) for pair in options.during_training_rows)
-    return TrainingBenchmarks(
-        TrainingBenchmarksConfig.model_validate_json(options.during_training),
-        {task: Path(folder) for task, folder in rows_dirs},
-        tokenizer,
-    )
+    """Return what evaluates a model on the benchmarks of trainings, if a study has any."""
+    return TrainingBenchmarks(config, rows, tokenizer) if config else None
 
 
 class TrainingBenchmarks:

@@ -172,6 +172,13 @@ ALL_PROBES = "all_probes"
 """The same of what is computed from all probes together."""
 
 
+class TrainingBenchmarksConfig(ConfigModel):
+    """Benchmarks of every evaluation: tasks by name, with the number of items as their limit."""
+
+    tasks: dict[str, TaskConfig]
+    batch_size: int
+
+
 class ProbeConfig(ConfigModel):
     """A question-answer set on which every model of the study is measured."""
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from forgetting.config.data import ColumnsConfig, PromptConfig
+from forgetting.config.evaluation import EvaluationConfig
 from forgetting.config.methods import (
     Hyperparameters,
     MethodConfig,
@@ -14,7 +16,9 @@ from forgetting.config.methods import (
     SecondStageConfig,
 )
 from forgetting.config.mitigations import MitigationConfig
+from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
+from forgetting.config.training import TrainingConfig
 from forgetting.config.types import MAX_NAME_LENGTH, ConfigModel, KeyedError
 from forgetting.config.variants import VARIANTS, VariantName
 
@@ -68,6 +72,20 @@ class Method(ConfigModel):
     def trains_embeddings(self) -> bool:
         """Are the input embedding and the LM head trained?"""
         return (self.embeddings or ("trained" if self.kind == "full" else "frozen")) == "trained"
+
+
+class RunGroupConfig(ConfigModel):
+    """What the study says of the runs of one method and seed."""
+
+    method: Method
+    seed: int
+    prompt: PromptConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    selection: SelectionConfig
+    precision: str
+    knowledge: dict[str, str]
+    columns: dict[str, ColumnsConfig] = Field(default_factory=dict)
 
 
 def expand_methods(study: StudyConfig) -> list[Method]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetting.config.expand import duration_name, run_name
+from forgetting.config.expand import RunGroupConfig, duration_name, run_name
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.training import TrainingConfig
 from forgetting.digests import file_damage
@@ -31,13 +31,7 @@ from forgetting.io import (
 from forgetting.models.tuned import checkpoint_damage
 from forgetting.schedule import branch_step
 from forgetting.training.checkpoints import BRANCH_CHECKPOINTS
-from forgetting.training.run_group import (
-    Log,
-    RunContext,
-    RunFolder,
-    RunGroupConfig,
-    train_run_group,
-)
+from forgetting.training.run_group import Log, RunContext, RunFolder, train_run_group
 
 
 def single_duration(config: RunGroupConfig, duration: float) -> RunGroupConfig:

@@ -17,17 +17,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.benchmarks.during_training import merge_items
-from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
-from forgetting.config.expand import Method, run_name
+from forgetting.config.expand import RunGroupConfig, run_name
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
-from forgetting.config.types import ConfigModel
 from forgetting.data.dataset import TokenizedDataset, example_lengths, pack_dataset, tokenize
 from forgetting.data.table_files import Locate, Row
 from forgetting.data.tokenize import Example
@@ -63,20 +58,6 @@ from forgetting.training.optimizer import uses_fused_kernel
 from forgetting.training.run_config import RunConfig
 from forgetting.training.stages import RunFactory, prepare_batched_runs, train_stages
 from forgetting.training.trainer import train_batched, train_run
-
-
-class RunGroupConfig(ConfigModel):
-    """The settings of the study that the runs of one method and seed depend on."""
-
-    method: Method
-    seed: int
-    prompt: PromptConfig
-    training: TrainingConfig
-    evaluation: EvaluationConfig
-    selection: SelectionConfig
-    precision: str
-    knowledge: dict[str, str]
-    columns: dict[str, ColumnsConfig] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

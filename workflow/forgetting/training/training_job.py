@@ -12,11 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.benchmarks.during_training import (
-    add_training_benchmark_options,
-    split_items,
-    training_benchmarks_from_args,
-)
+from forgetting.benchmarks.during_training import split_items, training_benchmarks
+from forgetting.config.evaluation import TrainingBenchmarksConfig
+from forgetting.config.expand import RunGroupConfig
 from forgetting.data.checks import SourceLocator
 from forgetting.data.tables import prepared_rows, read_prepared, read_training_rows
 from forgetting.digests import sha256
@@ -27,7 +25,7 @@ from forgetting.models.loading import get_device, load_tokenizer, read_base, res
 from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.distributed import ProcessGroup
-from forgetting.training.run_group import RunContext, RunGroupConfig
+from forgetting.training.run_group import RunContext
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,46 @@ class TrainingJob:
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all training jobs have."""
-    parser.add_argument("--spec", required=True, help="JSON: settings of the study, method, seed")
-    parser.add_argument("--versions", required=True, help="versions of the stages that it runs")
+    """Add the options of every program that trains."""
+    parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
     parser.add_argument(
-        "--general", type=Path, action="append", default=[], help="file of a mitigation's table"
+        "--general", type=Path, nargs="*", default=[], help="files of the mitigation's tables"
     )
-    parser.add_argument("--targets", type=Path, help="the base's predictions on the general text")
-    add_training_benchmark_options(parser)
+    parser.add_argument(
+        "--targets", type=Path, nargs="?", help="the base's predictions on the general text"
+    )
     parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints")
     parser.add_argument("--items", type=Path, required=True, help="output: items (parquet)")
+    parser.add_argument(
+        "--benchmarks", type=Path, nargs="?", help="output: items of benchmarks (parquet)"
+    )
     parser.add_argument("--runs", type=Path, required=True, help="output: records (JSON)")
     parser.add_argument(
         "--checkpoints", type=Path, required=True, help="output: folders of the runs (JSON)"
     )
 
 
-def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) -> TrainingJob:
-    """Read all files that the options name."""
-    config = RunGroupConfig.model_validate_json(options.spec)
+def read_training_job(
+    config: RunGroupConfig,
+    versions: str,
+    benchmarks: TrainingBenchmarksConfig | None,
+    benchmark_rows: Mapping[str, Path],
+    options: argparse.Namespace,
+    process_group: ProcessGroup,
+) -> TrainingJob:
+    """Read all files that the options of a program name.
+
+    Args:
+        config: the runs of a method and seed.
+        versions: versions of the stages that the job runs.
+        benchmarks: benchmarks of every evaluation.
+        benchmark_rows: folder of SPLIT.jsonl by task.
+        options: see `add_training_options`.
+        process_group: the processes that train together.
+    """
     base = read_base(options.base)
     device = get_device()
     precision = resolve_precision(config.precision, device)
@@ -75,7 +91,7 @@ def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) 
     tables = config.method.mitigation.tables if config.method.mitigation else []
     general = dict(zip(tables, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    training_benchmarks = training_benchmarks_from_args(options, tokenizer)
+    evaluator = training_benchmarks(benchmarks, benchmark_rows, tokenizer)
     context = RunContext(
         base=Path(base["path"]),
         parameters=base["parameters"],
@@ -92,7 +108,7 @@ def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) 
             for table, path in general.items()
         },
         base_predictions=load_base_predictions(options.targets) if options.targets else None,
-        training_benchmarks=training_benchmarks,
+        training_benchmarks=evaluator,
         process_group=process_group,
         source_line=SourceLocator(options.data, general),
     )
@@ -100,11 +116,11 @@ def read_training_job(options: argparse.Namespace, process_group: ProcessGroup) 
         "base": base["identity"],
         "train": sha256(options.data / "train.jsonl"),
         "precision": str(precision),
-        "versions": options.versions,
+        "versions": versions,
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
         **({"text": sha256(options.targets)} if options.targets else {}),
-        **({"benchmarks": training_benchmarks.digest} if training_benchmarks else {}),
+        **({"benchmarks": evaluator.digest} if evaluator else {}),
     }
     return TrainingJob(config, context, inputs)
 

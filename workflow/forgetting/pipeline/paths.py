@@ -1,0 +1,477 @@
+"""Paths of every input and output of a study's jobs, relative to Snakemake's working folder.
+
+Wildcards of Snakemake stay in braces: `PATHS.run_group("runs.json")` is
+`results/STUDY/runs/{method}/seed{seed}/runs.json`. Methods with a `wildcards` argument are input
+functions of rules. Files of the user's own are marked `ancient`: their content counts, which the
+digest among the parameters has, and their date does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from snakemake.io import ancient
+
+from forgetting.benchmarks.registry import (
+    SCORE_FILES,
+    benchmark,
+    required_splits,
+    task_with_same_dataset,
+)
+from forgetting.config.base_model import is_local
+from forgetting.config.data import MICROWORLD_TABLES
+from forgetting.config.expand import (
+    duration_name,
+    expand_methods,
+    scored_model_names,
+    scored_models,
+    selected_models,
+)
+from forgetting.config.study import StudyConfig
+from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.data.table_files import find_table
+from forgetting.inputs import model_files
+
+Wildcards = Any
+"""Wildcards of a job: attributes, or `items()`."""
+
+PARAMS_FILES = {
+    "prepare_data": "prepare_data",
+    "pretrain_base": "pretrain_base",
+    "register_base": "register_base",
+    "evaluate_base": "evaluate_base",
+    "finetune": "finetune/{method}/seed{seed}",
+    "train_cooldown": "train_cooldown/{method}/seed{seed}/{duration}",
+    "select_checkpoint": "select_checkpoint/{method}",
+    "evaluate_wise_ft": "evaluate_wise_ft/{model}",
+    "benchmark": "benchmark/{method}",
+    "benchmark_base": "benchmark_base",
+    "make_tables": "make_tables",
+}
+"""Where the parameters of a rule's jobs are, below the folder of parameters."""
+
+
+class Paths:
+    """Where every input and output of a study is.
+
+    Attributes:
+        results: folder of the study's results.
+        logs: folder of the logs of its jobs.
+        methods: the study's methods by name.
+        durations: epochs of the cooldown branches by name, such as `duration0.5`.
+        tasks: benchmarks of the selected checkpoints.
+        training_tasks: benchmarks that are evaluated during training.
+        page: the report.
+        figures: folder of the report's figures.
+    """
+
+    def __init__(self, study: StudyConfig, name: str) -> None:
+        self.study = study
+        self.results = f"results/{name}"
+        self.logs = f"logs/{name}"
+        self.methods = {method.name: method for method in expand_methods(study)}
+        self.durations = {duration_name(epochs): epochs for epochs in study.training.durations}
+        self.tasks = list(study.benchmarks.tasks)
+        self.training_tasks = list(study.benchmarks.during_training or ())
+        self.page = f"reports/{name}.html"
+        self.figures = f"reports/{name}-figures"
+
+    def params(self, rule: str) -> str:
+        """Return the JSON file with the parameters of a rule's job."""
+        return f"{self.results}/params/{PARAMS_FILES[rule]}.json"
+
+    # Tables
+
+    def table(self, table: str) -> str:
+        """Return the file of a table `DATASET/NAME`: generated, downloaded or the user's."""
+        dataset, name = table.split("/", 1)
+        origin = self.study.datasets[dataset]
+        if origin.folder:
+            return str(find_table(Path(origin.folder), name))
+        if origin.generate:
+            return f"{self.results}/world/{dataset}/{name}.jsonl"
+        return f"resources/datasets/{origin.hub}/{origin.revision}/{name}.jsonl"
+
+    def is_users(self, table: str) -> bool:
+        """Return whether a table is in a folder of the user's."""
+        return self.study.datasets[table.split("/", 1)[0]].folder is not None
+
+    def table_inputs(self, tables: Iterable[str]) -> list[str]:
+        """Return the files of tables as inputs of a rule."""
+        return [
+            ancient(self.table(table)) if self.is_users(table) else self.table(table)
+            for table in tables
+        ]
+
+    @cached_property
+    def prepared_tables(self) -> dict[str, str]:
+        """Files of the tables that are prepared for training, pretraining and probes, by table."""
+        documents = self.study.base.pretrain.documents if self.study.base.pretrain else []
+        probes = [table for probe in self.study.probes.values() for table in probe.table]
+        tables = dict.fromkeys([*self.study.train, *probes, *documents])
+        return {table: self.table(table) for table in tables}
+
+    @property
+    def prepared_table_inputs(self) -> list[str]:
+        """The same files as inputs of a rule."""
+        return self.table_inputs(self.prepared_tables)
+
+    @property
+    def text_tables(self) -> list[str]:
+        """The table of the general text, if the study has one."""
+        return [self.study.general_text.table] if self.study.general_text else []
+
+    @property
+    def prompt_tables(self) -> list[str]:
+        """The table of the prompts that a model should refuse, if the study has one."""
+        refusals = self.study.benchmarks.refusals
+        return [refusals.table] if refusals else []
+
+    def mitigation_tables(self, method: str) -> list[str]:
+        """Return the tables that the mitigation of a method reads, in its order."""
+        mitigation = self.methods[method].mitigation
+        return mitigation.tables if mitigation else []
+
+    def mitigation_inputs(self, wildcards: Wildcards) -> list[str]:
+        """Return the files of the tables that the mitigation of a job's method reads."""
+        return self.table_inputs(self.mitigation_tables(wildcards.method))
+
+    @property
+    def microworld_tables(self) -> list[str]:
+        """Generated tables of a dataset."""
+        return [f"{self.results}/world/{{dataset}}/{name}.jsonl" for name in MICROWORLD_TABLES]
+
+    @property
+    def microworld_rows(self) -> list[str]:
+        """Generated rows of the benchmarks of a dataset."""
+        return [
+            f"{self.results}/world/{{dataset}}/benchmarks/{task}/{split}.jsonl"
+            for task, rows in HUB_DATASETS.items()
+            for split in rows.splits
+        ]
+
+    def data(self, file: str) -> str:
+        """Return a file of the prepared data."""
+        return f"{self.results}/data/{file}"
+
+    @property
+    def probes(self) -> list[str]:
+        """Prepared questions of every probe."""
+        return [self.data(f"probes/{name}.jsonl") for name in self.study.probes]
+
+    # The base model
+
+    def base(self, file: str) -> str:
+        """Return a file of the base's: its record, its scores, its folder."""
+        return f"{self.results}/base/{file}"
+
+    @property
+    def base_record(self) -> str:
+        """The record of the base: what it is and where."""
+        return self.base("base.json")
+
+    @property
+    def base_items(self) -> str:
+        """The base's scores on every probe."""
+        return self.base("items.parquet")
+
+    @property
+    def base_predictions(self) -> list[str]:
+        """The base's predictions on the general text, if the study has one."""
+        return [self.base("targets.safetensors")] if self.text_tables else []
+
+    @property
+    def base_benchmarks(self) -> list[str]:
+        """The base's scores on the benchmarks of trainings, if the study has any."""
+        return [self.base("benchmarks.parquet")] if self.training_tasks else []
+
+    @property
+    def model_folder(self) -> str:
+        """Folder of a base that was trained elsewhere."""
+        model = self.study.base.model
+        assert model
+        if is_local(model):
+            return str(Path(model).expanduser())
+        return f"resources/models/{model}/{self.study.base.revision}"
+
+    @property
+    def local_model_files(self) -> dict[str, Path]:
+        """Files of a base in a folder of the user's, by their names in it."""
+        if not is_local(self.study.base.model or ""):
+            return {}
+        folder = Path(self.model_folder)
+        return {str(path.relative_to(folder)): path for path in model_files(folder)}
+
+    @property
+    def model_inputs(self) -> list[str]:
+        """Files of a base that was trained elsewhere, or its downloaded folder."""
+        if is_local(self.study.base.model or ""):
+            return [ancient(str(path)) for path in self.local_model_files.values()]
+        return [self.model_folder]
+
+    # Runs
+
+    def run_group(self, file: str) -> str:
+        """Return an output of the job that trains the runs of a method and seed."""
+        return f"{self.results}/runs/{{method}}/seed{{seed}}/{file}"
+
+    @property
+    def run_group_benchmarks(self) -> list[str]:
+        """That job's scores of benchmarks, if the study evaluates any during training."""
+        return [self.run_group("benchmarks.parquet")] if self.training_tasks else []
+
+    def cooldown(self, file: str) -> str:
+        """Return an output of the job that trains the cooldown branches of one duration."""
+        return f"{self.results}/branches/{{method}}/seed{{seed}}/{{duration}}/{file}"
+
+    @property
+    def state(self) -> str:
+        """Folder of runs and checkpoints, which is no output, so that a retry resumes."""
+        return f"{self.results}/state"
+
+    @property
+    def checkpoints(self) -> str:
+        """File that says where the checkpoints of a method and seed are."""
+        return f"{self.state}/checkpoints/{{method}}/seed{{seed}}.json"
+
+    @property
+    def cooldown_checkpoints(self) -> str:
+        """The same for the cooldown branches of one duration."""
+        return f"{self.state}/checkpoints/{{method}}/seed{{seed}}/{{duration}}.json"
+
+    def run_group_files(self, pattern: str, methods: Iterable[str]) -> list[str]:
+        """Return a file of every job that trains some methods.
+
+        Args:
+            pattern: path with the wildcards `method` and `seed`.
+            methods: names of the methods.
+        """
+        return [
+            pattern.format(method=method, seed=seed)
+            for method in methods
+            for seed in self.study.seeds
+        ]
+
+    def result_files(self, file: str, methods: Iterable[str]) -> list[str]:
+        """Return a file of every job whose runs are results: run groups, or cooldown branches."""
+        if not self.durations:
+            return self.run_group_files(self.run_group(file), methods)
+        return self._cooldown_files(self.cooldown(file), methods)
+
+    def _cooldown_files(self, pattern: str, methods: Iterable[str]) -> list[str]:
+        return [
+            pattern.format(method=method, seed=seed, duration=duration)
+            for method in methods
+            for seed in self.study.seeds
+            for duration in self.durations
+        ]
+
+    # Selection
+
+    def selection(self, method: str = "{method}") -> str:
+        """Return the file with the hyperparameters and checkpoints that are selected."""
+        return f"{self.results}/selection/{method}.json"
+
+    def selected(self, method: str = "{method}") -> str:
+        """Return the folder of the selected checkpoints.
+
+        It is no output, since Snakemake deletes outputs before their replacement is made.
+        """
+        return f"{self.results}/selected/{method}"
+
+    def selected_index(self, method: str = "{method}") -> str:
+        """Return the file that stands for that folder among the outputs of a rule."""
+        return f"{self.selected(method)}/index.json"
+
+    def selection_runs(self, wildcards: Wildcards) -> list[str]:
+        """Return the records of the runs among which a job selects."""
+        return self.result_files("runs.json", [wildcards.method])
+
+    def selection_checkpoints(self, wildcards: Wildcards) -> list[str]:
+        """Return the files that say where the checkpoints of those runs are.
+
+        Digests in the selection show whether a checkpoint is another; the dates do not count.
+        """
+        if self.durations:
+            files = self._cooldown_files(self.cooldown_checkpoints, [wildcards.method])
+        else:
+            files = self.run_group_files(self.checkpoints, [wildcards.method])
+        return [ancient(path) for path in files]
+
+    def wise_ft_selection(self, wildcards: Wildcards) -> str:
+        """Return the selection from which a model `METHOD/seedN` is taken."""
+        return self.selection(_method_of(wildcards.model))
+
+    def wise_ft_index(self, wildcards: Wildcards) -> Any:
+        """Return the index of the folder that holds that model."""
+        return ancient(self.selected_index(_method_of(wildcards.model)))
+
+    def wise_ft_checkpoints(self, wildcards: Wildcards) -> str:
+        """Return the folder that holds that model."""
+        return self.selected(_method_of(wildcards.model))
+
+    @property
+    def wise_ft(self) -> str:
+        """Scores of a selected checkpoint with scaled updates."""
+        return f"{self.results}/wise_ft/{{model}}/items.parquet"
+
+    # Benchmarks
+
+    @property
+    def method_benchmarks(self) -> list[str]:
+        """What a job writes of every model of a method that it scores."""
+        return [
+            f"{self.results}/benchmarks/{{method}}/{name}/{file}"
+            for name in self.scored_models
+            for file in SCORE_FILES
+        ]
+
+    @property
+    def base_benchmark_results(self) -> list[str]:
+        """The same of the base."""
+        return [f"{self.results}/benchmarks/base/{file}" for file in SCORE_FILES]
+
+    @property
+    def scored_models(self) -> list[str]:
+        """Names of the models of a method that are scored, such as `seed0`."""
+        return scored_model_names(self.study)
+
+    def benchmarks(self, file: str) -> str:
+        """Return a file of the benchmarks of one model."""
+        return f"{self.results}/benchmarks/{{model}}/{file}"
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether a benchmark has models write programs, which are then run."""
+        return any(benchmark(task).generates_code for task in self.tasks)
+
+    def task_folder(self, task: str) -> str:
+        """Return the folder of SPLIT.jsonl from which a benchmark takes its rows."""
+        if self.study.benchmarks.dataset is None:
+            revision = self.study.benchmarks.tasks[task].revision or HUB_DATASETS[task].revision
+            return f"resources/benchmarks/{task}/{revision}"
+        origin = self.study.datasets[self.study.benchmarks.dataset]
+        if origin.folder:
+            return str(Path(origin.folder, task))
+        world = f"{self.results}/world/{self.study.benchmarks.dataset}"
+        return f"{world}/benchmarks/{task_with_same_dataset(task)}"
+
+    def task_folders(self, tasks: Iterable[str]) -> dict[str, str]:
+        """Return those folders by task."""
+        return {task: self.task_folder(task) for task in tasks}
+
+    def task_inputs(self, tasks: Iterable[str]) -> list[str]:
+        """Return the rows of tasks as inputs of a rule: files, or folders that are downloaded."""
+        if self.study.benchmarks.dataset is None:
+            return [self.task_folder(task) for task in tasks]
+        if files := self.users_task_files(tasks):
+            return [ancient(str(path)) for path in files.values()]
+        return [
+            f"{self.task_folder(task)}/{split}.jsonl"
+            for task in tasks
+            for split in HUB_DATASETS[str(task_with_same_dataset(task))].splits
+        ]
+
+    def users_task_files(self, tasks: Iterable[str]) -> dict[str, Path]:
+        """Return the rows of tasks in a folder of the user's, by task and split."""
+        dataset = self.study.benchmarks.dataset
+        if dataset is None or self.study.datasets[dataset].folder is None:
+            return {}
+        return {
+            f"{task}/{split}": Path(self.task_folder(task), f"{split}.jsonl")
+            for task in tasks
+            for split in required_splits(task, self.study.benchmarks.tasks[task].num_fewshot)
+        }
+
+    # Tables and report
+
+    def tables_file(self, file: str) -> str:
+        """Return a file in the folder of the tables."""
+        return f"{self.results}/tables/{file}"
+
+    @property
+    def tables(self) -> list[str]:
+        """Tables of all results."""
+        names = ["runs", "trajectory", "items", "selection", "comparisons", "churn"]
+        names += ["benchmarks", "benchmark_items", "benchmark_responses"]
+        names += ["wise_ft"] if self.study.selection.wise_ft else []
+        if self.training_tasks:
+            names += ["benchmark_trajectory", "benchmark_trajectory_items"]
+        return [self.tables_file(f"{name}.parquet") for name in names]
+
+    @property
+    def resolved_study(self) -> str:
+        """The study with all defaults."""
+        return f"{self.results}/study.json"
+
+    def job_results(self, wildcards: Wildcards) -> dict[str, Any]:
+        """Return the results of all jobs that the tables gather.
+
+        Long lists come from functions: Snakemake hashes the whole of others for every member.
+        """
+        methods = self.methods
+        return {
+            "base": self.base_record,
+            "base_items": self.base_items,
+            "data": self.data("data.json"),
+            "run_groups": [
+                *self.result_files("items.parquet", methods),
+                *self.result_files("runs.json", methods),
+            ],
+            "during_training": [
+                *self.base_benchmarks,
+                *(
+                    path
+                    for pattern in self.run_group_benchmarks
+                    for path in self.run_group_files(pattern, methods)
+                ),
+            ],
+            "trunks": (
+                self.run_group_files(self.run_group("runs.json"), methods) if self.durations else []
+            ),
+            "selection": [self.selection(method) for method in methods],
+            "scaled": [
+                self.wise_ft.format(model=model)
+                for model in (selected_models(self.study) if self.study.selection.wise_ft else [])
+            ],
+            "benchmarks": [
+                self.benchmarks(file).format(model=model)
+                for model in scored_models(self.study)
+                for file in (*SCORE_FILES, *(["outcomes.json"] if self.runs_programs else []))
+            ],
+        }
+
+    def lost_results(self, wildcards: Wildcards) -> list[str]:
+        """Return the results that are missing although the study's page or tables are there.
+
+        A job that fails loses its outputs. Snakemake makes a missing file only if a job that needs
+        it runs, so it would take the earlier page for up to date. The command after the one that
+        makes them again copies the page once more, since these inputs are gone.
+        """
+        last = [*self.tables, self.tables_file("runs.json"), self.tables_file("study.json")]
+        last += [self.resolved_study, self.page]
+        if not any(Path(path).exists() for path in last):
+            return []
+        made = [
+            path
+            for item in self.job_results(wildcards).values()
+            for path in ([item] if isinstance(item, str) else item)
+        ]
+        return [path for path in [*made, *last] if not Path(path).exists()]
+
+
+def first_output_folder(wildcards: Wildcards, output: Any) -> str:
+    """Return the folder of a job's first output."""
+    return str(Path(output[0]).parent)
+
+
+def scored_models_folder(wildcards: Wildcards, output: Any) -> str:
+    """Return the folder of the folders that a benchmark job writes, one for each model."""
+    return str(Path(output[0]).parents[1])
+
+
+def _method_of(model: str) -> str:
+    return str(Path(model).parent)
