@@ -221,7 +221,7 @@ def _emphasized(text: str) -> Markup:
     return Markup(re.sub(r"\*([^*]+)\*", r"<em>\1</em>", str(escape(text))))
 
 
-def _figures(value: float | None, digits: int = 2) -> str:
+def _decimals(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
@@ -235,6 +235,6 @@ FILTERS = {
     "count": _count,
     "human": frames.humanize,
     "emphasised": _emphasized,
-    "figures": _figures,
+    "decimals": _decimals,
     "short": _short,
 }

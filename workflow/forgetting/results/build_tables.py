@@ -236,7 +236,7 @@ def caveats(
     cut = max((record["cut_rows"] for record in records), default=0)
     if cut:
         notes.append(
-            f"{cut} training answers are longer than training.max_length and were cut: they have "
+            f"{cut} training answers are longer than training.max_length. They were cut and have "
             "no end of sequence."
         )
     diverged = [record["run"] for record in records if record["status"] == "diverged"]
