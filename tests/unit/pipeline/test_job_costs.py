@@ -71,7 +71,7 @@ class _OfConfig(Workload):
     config: PretrainedConfig = CONFIG
 
     @property
-    def shape(self) -> Any:
+    def model_size(self) -> Any:
         """The size of the model."""
         return size_from_config(self.config.to_dict())
 

@@ -78,8 +78,8 @@ def bounded_metrics(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def _bounded(group: pd.DataFrame) -> list[float]:
-    change = (group["score"] - group["evaluate_base"]).to_numpy(dtype=float)
-    found: list[float] = [len(group), group["score"].mean(), group["evaluate_base"].mean()]
+    change = (group["score"] - group["score_base"]).to_numpy(dtype=float)
+    found: list[float] = [len(group), group["score"].mean(), group["score_base"].mean()]
     agreement = (group["said"] == group["said_base"]).to_numpy(dtype=float)
     for values in (agreement, change.clip(min=0.0), (-change).clip(min=0.0)):
         found += [float(values.mean()), *wilson_interval(values)]
