@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # The first that is new enough and can make environments.
-# An active .venv of this folder does not count: it may be about to be built anew.
+# An active .venv of this folder does not count: it may be about to be rebuilt.
 PYTHON ?= $(shell mine='$(CURDIR)/.venv/bin:'; PATH="$${PATH//"$$mine"/}"; \
 	for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
@@ -24,7 +24,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/workflow
 
 # Sets `options`, a list of the shell's, to what follows --config. Make hands STUDY and CONFIG over in
-# the environment, so that no shell runs what is in them; words of CONFIG may stand in quotes.
+# the environment, so that no shell runs what is in them; words of CONFIG may be in quotes.
 export STUDY CONFIG GPUS DEVICE
 OPTIONS = options=(); [ -z "$$STUDY" ] || options+=("study=$$STUDY"); \
 	words=$$([ -z "$$CONFIG" ] || xargs -n 1 printf '%s\n' <<< "$$CONFIG"); \
@@ -92,7 +92,7 @@ bench-plan: $(READY) ## how long sweeps of 1,000 and 10,000 runs take to plan
 	python bench/planning.py
 
 .PHONY: kubernetes
-kubernetes: .venv/ready-kubernetes ## what profiles/kubernetes needs beside the rest
+kubernetes: .venv/ready-kubernetes ## what profiles/kubernetes needs in addition
 
 .venv/ready-kubernetes: $(READY) envs/kubernetes.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
