@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # The first that is new enough and can make environments.
-# An active .venv of this folder does not count: it may be about to be built anew.
+# An active .venv of this folder does not count: it may be about to be rebuilt.
 PYTHON ?= $(shell mine='$(CURDIR)/.venv/bin:'; PATH="$${PATH//"$$mine"/}"; \
 	for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
@@ -25,7 +25,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/workflow
 
 # Sets `options`, a list of the shell's, to what follows --config. Make hands STUDY and CONFIG over in
-# the environment, so that no shell runs what is in them; words of CONFIG may stand in quotes.
+# the environment, so that no shell runs what is in them; words of CONFIG may be in quotes.
 export STUDY CONFIG GPUS DEVICE
 OPTIONS = options=(); [ -z "$$STUDY" ] || options+=("study=$$STUDY"); \
 	words=$$([ -z "$$CONFIG" ] || xargs -n 1 printf '%s\n' <<< "$$CONFIG"); \

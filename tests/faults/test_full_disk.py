@@ -145,9 +145,8 @@ def _arguments(name: str, work: Path, target: Path) -> list[str]:
     write_jsonl(documents, [{"text": f"Number {n} is {n}."} for n in range(20)])
     return [
         *("--params", str(write_params(work, model=SMALL, seed=0, precision="float32"))),
-        *("--documents", str(documents)),
-        *("--folder", str(target / "model"), "--state", str(target / "state")),
-        *("--output", str(target / "base.json")),
+        *("--documents", str(documents), "--state", str(target / "state")),
+        *("--folder", str(target / "model"), "--output", str(target / "base.json")),
     ]
 
 

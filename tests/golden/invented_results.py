@@ -25,8 +25,8 @@ from forgetting.report.charts import FIGURES
 from forgetting.report.frames import ReportTables
 from forgetting.report.narrative import narrative
 from forgetting.report.page import chart_spec
+from forgetting.results.job_results import JobResults, tables_of
 from forgetting.selection import choose_hyperparameters, recorded_evaluations, select_checkpoint
-from scripts import make_tables
 from support import result_tables as synthetic_tables
 
 STUDY: dict[str, Any] = {
@@ -112,7 +112,7 @@ def tables(folder: Path) -> dict[str, Any]:
                 | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
             )
     models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
-    found = make_tables.Found(
+    found = JobResults(
         base={"parameters": 1000, "seconds": 1.0},
         data_notes=[],
         records=records,
@@ -122,9 +122,10 @@ def tables(folder: Path) -> dict[str, Any]:
         base_items=base,
         items=items,
         models=models,
-        along=[],
+        training_benchmarks=[],
+        wise_ft=[],
     )
-    made, notes = make_tables.tables_of(study, found)
+    made, notes = tables_of(study, found)
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
     # The last evaluations are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]

@@ -23,6 +23,7 @@ from support.slurm import NAME, RESULTS, STUDY, Folder
 from support.snakemake import GOLDEN, ROOT, STUDIES, local_rules, planned, undone
 
 PROFILE = "profiles/kubernetes"
+CLUSTER = ROOT / "tests" / "support" / "kubernetes.py"
 ABSENT = [
     name
     for name in ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_fs")
@@ -57,18 +58,22 @@ def _dry_run(study: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_plans_without_a_cluster() -> None:
-    """As a user types it: the profile names its own nodes, and says what makes the GPUs."""
+    """As a user types it: the profile names its own nodes."""
     done = _dry_run("tofu-llama-2-7b")
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told
-    (full,) = {
-        block.split("    resources:")[1].splitlines()[0]
-        for block in told.split("rule finetune:")[1:]
-        if "wildcards: method=full" in block.split("    resources:")[0]
-    }
-    for size in ("gpu=4", "gpu_manufacturer=nvidia", "scale=0", "cpus_per_task=32"):
-        assert size in full
-    assert "results/tofu-llama-2-7b/base/base.json (send to storage)" in told
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    full = re.findall(r"Job \d+: Fine-tune full, seed \d \((.*)\)", printed)
+    assert len(full) == 3
+    for size in ("gpu=4", "cpus_per_task=32"):
+        assert all(size in sizes for sizes in full)
+
+
+def test_pods_get_gpus_of_nvidia_and_hard_limits() -> None:
+    """Without a limit, Kubernetes refuses a request for GPUs."""
+    profile = yaml.safe_load((ROOT / PROFILE / "profile.yaml").read_text("utf-8"))
+    assert profile["default-resources"]["gpu_manufacturer"] == "'nvidia'"
+    assert profile["default-resources"]["scale"] == 0
+    assert profile["default-storage-provider"] == "fs"
 
 
 @pytest.mark.parametrize("study", TOO_WIDE)
@@ -180,7 +185,7 @@ def test_a_pods_own_disk_holds_copies_and_no_checkpoints(tmp_path: Path) -> None
 # --- a study, its pods played by processes -------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The volume: a checkout as it stands, with a study below it."""
     for program in ("git", "rsync"):
@@ -214,7 +219,7 @@ def _run(checkout: Path, pods: Path, *targets: str) -> subprocess.CompletedProce
     environment = {"PATH": path, "HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [
-            *(sys.executable, str(ROOT / "tests" / "pods.py"), str(pods), *targets),
+            *(sys.executable, "-P", str(CLUSTER), str(pods), *targets),
             *("--profile", PROFILE, "--config", f"study={NAME}.yaml"),
             *("--jobs", "1", "--latency-wait", "5", "--seconds-between-status-checks", "1"),
             *("--remote-job-local-storage-prefix", str(pods / "disk")),
@@ -229,7 +234,8 @@ def _run(checkout: Path, pods: Path, *targets: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.usefixtures("site")
 def test_a_study_runs_to_its_page_through_pods(checkout: Path, tmp_path: Path) -> None:
     """Sources, variables, copies and what lies beside them all reach the pods, and the numbers are
     those of one machine."""
@@ -248,7 +254,8 @@ def test_a_study_runs_to_its_page_through_pods(checkout: Path, tmp_path: Path) -
         for path in (tmp_path / "specs").glob("*.json")
     }
     assert limits == {"8000m"}
-    alone = tmp_path / "alone"
+    # With the profile's nodes, so that jobs have as many threads as in pods.
+    alone = tmp_path / "local"
     alone.mkdir()
     local = Folder(alone, checkout / f"{NAME}.yaml")
     local.run(str(RESULTS / "tables" / "study.json"), profile=None)
@@ -268,7 +275,6 @@ def test_a_pod_that_fails_stops_snakemake_and_the_next_start_goes_on(
     target = str(RESULTS / "runs" / "full" / "seed0" / "runs.json")
     program = checkout / "workflow" / "scripts" / "finetune.py"
     whole = program.read_text(encoding="utf-8")
-    shutil.rmtree(checkout / RESULTS / "runs" / "full", ignore_errors=True)
     try:
         program.write_text("raise SystemExit(3)\n", encoding="utf-8")
         failed = _run(checkout, tmp_path / "first", target)

@@ -132,7 +132,7 @@ def test_renaming_and_formatting_rerun_nothing(finished: Run, tmp_path: Path) ->
     ("file", "old", "new"),
     [
         ("training", "PositiveFloat | None = Field(1.0,", "PositiveFloat | None = Field(0.5,"),
-        ("methods", "NonNegativeFloat = Field(0.0,", "NonNegativeFloat = Field(0.1,"),
+        ("methods", "] = Field([0.0],", "] = Field([0.1],"),
         ("mitigations", '] = Field(\n        "all",', '] = Field(\n        "replay",'),
     ],
 )

@@ -32,7 +32,7 @@ def _states(folder: Folder) -> Counter[str]:
 
 
 def _counted(folder: Folder) -> subprocess.Popen[str]:
-    """What `make queue` starts, in this folder."""
+    """What `make status` starts, in this folder."""
     command = [sys.executable, "-m", "forgetting.pipeline.status", f"study={folder.study}"]
     environment = folder.environment() | {"PYTHONPATH": str(ROOT / "workflow")}
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""How far a study has come, as `make queue` shows it; with a program in the place of squeue."""
+"""How far a study has come, as `make status` shows it; with a program in the place of squeue."""
 
 from __future__ import annotations
 

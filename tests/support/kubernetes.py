@@ -1,6 +1,6 @@
 """A stand-in for a Kubernetes cluster: its API as the plugin uses it, pods as processes.
 
-    python tests/pods.py FOLDER OPTIONS OF SNAKEMAKE
+    python -P tests/support/kubernetes.py FOLDER OPTIONS OF SNAKEMAKE
 
 runs Snakemake with the plugin's own code. Each pod is a shell in an empty folder, as `/workdir` is,
 that knows no variable but the path and the job's secrets; the volume is the folder that Snakemake

@@ -12,7 +12,7 @@ from forgetting.io import write_atomically, write_json
 from forgetting.pipeline.params import FinetuneParams
 
 
-def write_params(folder: Path, **values: Any) -> Path:
+def write_params(folder: Path, /, **values: Any) -> Path:
     """Write the parameters of a program into a folder and return the file."""
     path = folder / "params.json"
     write_json(path, values)

@@ -139,14 +139,14 @@ def _put_ends_aside(
     course: Trajectory | None,
     records: Mapping[str, Mapping[str, Any]],
     stored: Mapping[str, Stored],
-    beside: Path,
+    folder: Path,
 ) -> dict[str, dict[str, Any]]:
     """Put the end of every duration that has one into a folder of its own: `seed0-duration0.5`."""
     ends = {}
     for step, run in course.runs.items() if course else ():
         if step > 0:
             name = duration_name(records[run]["duration"])
-            put = _put_aside(stored[run], step, Path(f"{beside}-{name}"))
+            put = _put_aside(stored[run], step, Path(f"{folder}-{name}"))
             ends[name] = {"run": run, "step": step, **put}
     return ends
 

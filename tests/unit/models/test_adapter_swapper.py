@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from forgetting.benchmarks import evaluate
+from forgetting.benchmarks import evaluate, scorer
 from forgetting.benchmarks.hflm import SharedPrefixLM
+from forgetting.benchmarks.registry import SCORE_FILES
 from forgetting.benchmarks.tasks import TaskSpec
 from forgetting.config.expand import Method
 from forgetting.config.methods import RankBudgetConfig
@@ -170,7 +171,7 @@ def test_scores_match_those_of_separate_processes(method: Scored, tmp_path: Path
     together, separate = (
         _bytes(tmp_path / which / "results") for which in ("together", "separate")
     )
-    assert len(together) == len(names) * len(benchmark.SCORE_FILES)
+    assert len(together) == len(names) * len(SCORE_FILES)
     assert together == separate
     results = tmp_path / "together" / "results"
     responses = [pd.read_parquet(results / name / "responses.parquet") for name in names]
@@ -220,7 +221,7 @@ def test_killed_scoring_job_resumes_at_its_model(
     method: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though Snakemake has removed its outputs. Other weights, tasks or code are scored again."""
-    names, real = [f"seed{seed}" for seed in range(4)], benchmark.Scorer.score
+    names, real = [f"seed{seed}" for seed in range(4)], scorer.Scorer.score
     scored: list[str] = []
     deadly = {"seed2"}
 
@@ -230,7 +231,7 @@ def test_killed_scoring_job_resumes_at_its_model(
         scored.append(chosen.name)
         return real(self, chosen)
 
-    monkeypatch.setattr(benchmark.Scorer, "score", score)
+    monkeypatch.setattr(scorer.Scorer, "score", score)
     with pytest.raises(SystemExit):
         _score(method, tmp_path, *names)
     assert scored == ["seed0", "seed1"]

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from forgetting.config.data import ColumnsConfig, PromptConfig
 from forgetting.config.types import (
     ConfigModel,
     DistinctNames,
@@ -170,6 +171,21 @@ TEXT_PROBE = "general_text"
 
 ALL_PROBES = "all_probes"
 """The same of what is computed from all probes together."""
+
+
+class RefusalPromptsConfig(ConfigModel):
+    """How the prompts are read and rendered that a model should refuse."""
+
+    prompt: PromptConfig
+    columns: ColumnsConfig
+
+
+class ScoringConfig(ConfigModel):
+    """What the scores of a checkpoint depend on, besides its weights and the rows."""
+
+    benchmarks: BenchmarksConfig
+    precision: str
+    refusal_prompts: RefusalPromptsConfig | None
 
 
 class TrainingBenchmarksConfig(ConfigModel):

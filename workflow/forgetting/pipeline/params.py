@@ -20,13 +20,16 @@ from forgetting.config.evaluation import (
     EvaluationConfig,
     GeneralTextConfig,
     ProbeConfig,
+    RefusalPromptsConfig,
     RougeTokenizer,
+    ScoringConfig,
     TrainingBenchmarksConfig,
 )
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.types import ConfigModel
+from forgetting.digests import file_damage
 from forgetting.inputs import content_digest
 from forgetting.io import check_file, content_key, write_atomically
 from forgetting.study.run_groups import may_batch
@@ -149,19 +152,9 @@ class EvaluateWiseFtParams(Params):
     """Shares of the update."""
 
 
-class RefusalPromptsConfig(ConfigModel):
-    """How the prompts are read and rendered that a model should refuse."""
-
-    prompt: PromptConfig
-    columns: ColumnsConfig
-
-
-class BenchmarkParams(Params):
+class BenchmarkParams(Params, ScoringConfig):
     """Parameters of `benchmark` and `benchmark_base`."""
 
-    benchmarks: BenchmarksConfig
-    precision: str
-    refusal_prompts: RefusalPromptsConfig | None
     rows: dict[str, Path]
     """Folder of SPLIT.jsonl by task."""
     models: list[str]
@@ -214,7 +207,8 @@ class StudyParams:
         named = _named(wildcards)
         path = Path(self.paths.params(rule).format(**named))
         text = self.of(rule, named).model_dump_json(indent=1) + "\n"
-        if not (path.is_file() and path.read_bytes() == text.encode()):
+        written = path.is_file() and path.read_text(encoding="utf-8") == text
+        if not written or file_damage(path):
             write_atomically(path, text)
 
     def microworld_seed(self, wildcards: Any) -> int:

@@ -243,31 +243,19 @@ class Paths:
         return f"{self.state}/checkpoints/{{method}}/seed{{seed}}/{{duration}}.json"
 
     def run_group_files(self, pattern: str, methods: Iterable[str]) -> list[str]:
-        """Return a file of every job that trains some methods.
-
-        Args:
-            pattern: path with the wildcards `method` and `seed`.
-            methods: names of the methods.
-        """
-        return [
-            pattern.format(method=method, seed=seed)
-            for method in methods
-            for seed in self.study.seeds
-        ]
-
-    def result_files(self, file: str, methods: Iterable[str]) -> list[str]:
-        """Return a file of every job whose runs are results: run groups, or cooldown branches."""
-        if not self.durations:
-            return self.run_group_files(self.run_group(file), methods)
-        return self._cooldown_files(self.cooldown(file), methods)
-
-    def _cooldown_files(self, pattern: str, methods: Iterable[str]) -> list[str]:
+        """Return a pattern's files for some methods, all seeds and, if named, all durations."""
+        durations = self.durations if "{duration}" in pattern else [""]
         return [
             pattern.format(method=method, seed=seed, duration=duration)
             for method in methods
             for seed in self.study.seeds
-            for duration in self.durations
+            for duration in durations
         ]
+
+    def result_files(self, file: str, methods: Iterable[str]) -> list[str]:
+        """Return a file of every job whose runs are results: run groups, or cooldown branches."""
+        pattern = self.cooldown(file) if self.durations else self.run_group(file)
+        return self.run_group_files(pattern, methods)
 
     # Selection
 
@@ -283,7 +271,7 @@ class Paths:
         return f"{self.results}/selected/{method}"
 
     def selected_index(self, method: str = "{method}") -> str:
-        """Return the file that stands for that folder among the outputs of a rule."""
+        """Return the index of that folder, which is an output of a rule."""
         return f"{self.selected(method)}/index.json"
 
     def selection_runs(self, wildcards: Wildcards) -> list[str]:
@@ -295,11 +283,8 @@ class Paths:
 
         Digests in the selection show whether a checkpoint is another; the dates do not count.
         """
-        if self.durations:
-            files = self._cooldown_files(self.cooldown_checkpoints, [wildcards.method])
-        else:
-            files = self.run_group_files(self.checkpoints, [wildcards.method])
-        return [ancient(path) for path in files]
+        pattern = self.cooldown_checkpoints if self.durations else self.checkpoints
+        return [ancient(path) for path in self.run_group_files(pattern, [wildcards.method])]
 
     def wise_ft_selection(self, wildcards: Wildcards) -> str:
         """Return the selection from which a model `METHOD/seedN` is taken."""

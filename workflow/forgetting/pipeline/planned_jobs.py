@@ -1,4 +1,4 @@
-"""The jobs that Snakemake plans for a study, and what each waits for; nothing is run."""
+"""Jobs that Snakemake plans for a study, and the jobs that each waits for. Nothing is run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PlannedJob:
 
     Attributes:
         after: numbers of the jobs that make what it reads.
-        left: is it still to be run?
+        left: whether it is still to be run.
     """
 
     rule: str
@@ -29,27 +29,27 @@ class PlannedJob:
 
 
 def planned_jobs(config: Mapping[str, str], everything: bool = True) -> dict[int, PlannedJob]:
-    """All jobs by number, in Snakemake's order.
+    """Return all jobs by number, in Snakemake's order.
 
     Args:
         config: what `--config` says.
-        everything: plan the whole study, else what is not done yet in the working folder.
+        everything: plan the whole study; otherwise, what is not done yet in the working folder.
 
     Raises:
         InputError: Snakemake finds no plan; it says why.
     """
     if everything:
-        return _jobs(config, anew=True)
+        return _jobs(config, everything=True)
     left = {number: job for number, job in unfinished_jobs(config).items() if job.left}
     return {number: replace(job, after=job.after & left.keys()) for number, job in left.items()}
 
 
 def unfinished_jobs(config: Mapping[str, str]) -> dict[int, PlannedJob]:
-    """All jobs by number, also those that are done in the working folder."""
-    return _jobs(config, anew=False)
+    """Return all jobs by number, including those that are done in the working folder."""
+    return _jobs(config, everything=False)
 
 
-def _jobs(config: Mapping[str, str], anew: bool) -> dict[int, PlannedJob]:
+def _jobs(config: Mapping[str, str], everything: bool) -> dict[int, PlannedJob]:
     from snakemake.api import SnakemakeApi
     from snakemake.settings.types import (
         ConfigSettings,
@@ -59,9 +59,9 @@ def _jobs(config: Mapping[str, str], anew: bool) -> dict[int, PlannedJob]:
         ResourceSettings,
     )
 
-    told = io.StringIO()
+    printed = io.StringIO()
     # Dry runs print every job, however quiet they are asked to be.
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:
                 workflow = api.workflow(
@@ -70,7 +70,7 @@ def _jobs(config: Mapping[str, str], anew: bool) -> dict[int, PlannedJob]:
                     resource_settings=ResourceSettings(cores=1),
                 )
                 # A job that runs, or was killed, has left files that are not complete.
-                dag = workflow.dag(DAGSettings(forceall=anew, force_incomplete=True))
+                dag = workflow.dag(DAGSettings(forceall=everything, force_incomplete=True))
                 dag.execute_workflow(executor="dryrun")
                 graph = workflow._workflow.dag
                 numbers = {job: number for number, job in enumerate(graph.jobs)}

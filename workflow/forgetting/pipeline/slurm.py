@@ -1,10 +1,8 @@
-"""Jobs of SLURM that outlived the snakemake which had submitted them.
+"""SLURM's queue, and jobs that outlived the snakemake that had submitted them.
 
 Ctrl-C cancels what was submitted, but a snakemake that is killed leaves its jobs running. The next
 one would submit the same jobs again, and two would write the same files; so it ends the old ones
-first. What they have done is not lost: trainings go on from their newest checkpoint.
-
-What SLURM's queue holds of a folder in which snakemake runs.
+first. Their work is not lost: trainings resume from their newest checkpoint.
 """
 
 from __future__ import annotations
@@ -51,8 +49,8 @@ def cancel_orphaned_jobs(
         unknown = [job for job in found if job.number not in ours]
         found = [job for job in found if job.number in ours]
         if unknown:
-            told = _job_names(unknown)
-            notes = [f"left alone, as another snakemake may wait for them: SLURM jobs {told}"]
+            names = _job_names(unknown)
+            notes = [f"left alone, as another snakemake may wait for them: SLURM jobs {names}"]
     if not found:
         return notes
     numbers = [job.number for job in found]
@@ -65,8 +63,10 @@ def cancel_orphaned_jobs(
                 f"jobs {', '.join(left)}; start again when squeue no longer shows them"
             )
         time.sleep(1.0)
-    told = _job_names(found)
-    cancelled = f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {told}"
+    names = _job_names(found)
+    cancelled = (
+        f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {names}"
+    )
     return [*notes, cancelled]
 
 
@@ -75,7 +75,7 @@ def _job_names(jobs: list[QueuedJob]) -> str:
 
 
 def _remaining_jobs(folder: Path, results: Path, numbers: list[str]) -> list[str]:
-    """Those of the jobs that are still in the queue; all, if the controller does not answer."""
+    """Return the jobs that are still in the queue; all, if the controller does not answer."""
     found = queued_jobs(folder, results)
     known = {job.number for job in found or []}
     return [number for number in numbers if found is None or number in known]
@@ -106,7 +106,7 @@ class QueuedJob:
 
     @property
     def is_pending(self) -> bool:
-        """Has it no machine yet?"""
+        """Whether it has no machine yet."""
         return self.state in PENDING
 
 
@@ -149,7 +149,7 @@ def queued_jobs(folder: Path, results: Path) -> list[QueuedJob] | None:
 
 
 def query_queue(*command: str) -> str | None:
-    """What a program of SLURM's prints; None if there is no such program or it ends badly."""
+    """Return what a program of SLURM prints; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,9 +1,9 @@
-"""How far a study has come: jobs of every rule that are finished, run, wait in the queue, or later.
+"""Progress of a study: jobs of every rule that are finished, running, pending or to come.
 
     python -m forgetting.pipeline.status study=tofu-phi-1.5
 
-Finished is what Snakemake would not run again, in the folder in which this is started; what runs
-and what waits is asked of SLURM, once. Nothing is changed, and a snakemake that runs goes on.
+A job is finished if Snakemake would not run it again in the current folder. SLURM is queried once
+for running and pending jobs. Nothing is changed, and a snakemake that runs is not disturbed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STATUS_COLUMNS = ["rule", "jobs", "finished", "running", "pending", "to come"]
 
 
 def study_status(jobs: Iterable[PlannedJob], queue: Sequence[QueuedJob]) -> list[list[str]]:
-    """A line for each rule, in the order of the jobs, and one of all.
+    """Return a line for each rule, in the order of the jobs, and one for all.
 
     A job that has ended is to come until Snakemake has noticed its end.
     """
@@ -46,7 +46,7 @@ def study_status(jobs: Iterable[PlannedJob], queue: Sequence[QueuedJob]) -> list
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Print how far a study has come."""
+    """Print the progress of a study."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="*", help="as after --config: study=NAME scale=tiny ...")
     options = parser.parse_args(argv)
