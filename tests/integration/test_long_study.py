@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts.make_tables import resolved
 
 from forgetting.errors import InputError
 from forgetting.io import content_key
 from forgetting.study.load import load_study
+from scripts.make_tables import resolved
 from support.snakemake import ROOT, planned, undone
 
 

@@ -659,7 +659,7 @@ def test_mitigations_stand_side_by_side_under_names_of_their_own() -> None:
 def test_mitigations_of_one_name_are_to_be_told_apart() -> None:
     """Names hold weights and shares, not tables."""
     sections = [{"replay": {"table": f"world/{name}"}} for name in ("documents", "world_facts")]
-    with pytest.raises(ValueError, match=r"lora-r2-replay0.1 stands .* apart by `suffix`"):
+    with pytest.raises(ValueError, match=r"more than one method lora-r2-replay0.1; .* by `suffix`"):
         expand_methods(_study(*sections))
     named = expand_methods(_study(sections[0], sections[1] | {"suffix": "facts"}))
     assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
@@ -690,16 +690,16 @@ MISTAKES = {
     "kl on no replay": (
         {"kl": {"weight": 1.0, "tokens": "replay"}},
         {},
-        "needs a `replay` beside it",
+        "needs the section `replay`",
     ),
     "ewc of dora": (
         {"ewc": EWC | {"weight": 1.0}},
         {"variant": "dora"},
-        "mitigation.ewc needs the update of the weights",
+        "mitigation.ewc needs the weight update",
     ),
     "nothing": ({}, {}, "name at least one mitigation, or leave the section out"),
     "null": ({"l2_sp": None, "suffix": "x"}, {}, "name at least one mitigation"),
-    "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the update"),
+    "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the weight"),
 }
 
 

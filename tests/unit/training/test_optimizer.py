@@ -281,9 +281,9 @@ def test_adamw_updates_weights_in_the_fused_kernel_where_there_is_one() -> None:
 
 
 def test_usual_moments_belong_to_the_optimizer() -> None:
-    assert TrainingConfig().weight_decays == (0.9, 0.999)
-    assert TrainingConfig(optimizer="lionw").weight_decays == (0.9, 0.95)
-    assert TrainingConfig(optimizer="lionw", betas=(0.8, 0.9)).weight_decays == (0.8, 0.9)
+    assert TrainingConfig().resolved_betas == (0.9, 0.999)
+    assert TrainingConfig(optimizer="lionw").resolved_betas == (0.9, 0.95)
+    assert TrainingConfig(optimizer="lionw", betas=(0.8, 0.9)).resolved_betas == (0.8, 0.9)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lionw"])

@@ -242,7 +242,7 @@ def _plain_loop(bench: Bench, steps: int) -> tuple[list[float], torch.nn.Module]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": setting.weight_decay}, norms],
         lr=setting.learning_rate,
-        betas=training.weight_decays,
+        betas=training.resolved_betas,
     )
     plan = bench.recipe.schedule
     scheduler = get_scheduler(training.schedule, optimizer, plan.warmup, plan.steps)

@@ -55,9 +55,9 @@ def make_optimizer(
         )
         return adafactor
     if training.optimizer == "lionw":
-        return LionW(groups, rate, training.weight_decays, decay)
+        return LionW(groups, rate, training.resolved_betas, decay)
     fused = uses_fused_kernel(training, parameters.values())
-    return torch.optim.AdamW(groups, betas=training.weight_decays, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(groups, betas=training.resolved_betas, weight_decay=decay, fused=fused)
 
 
 def uses_fused_kernel(training: TrainingConfig, parameters: Iterable[Tensor]) -> bool:
