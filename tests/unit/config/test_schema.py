@@ -1,4 +1,4 @@
-"""The JSON Schema and config/README.md say what the classes say; all studies obey them."""
+"""The generated JSON Schema and config/README.md agree with the classes and the studies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = ROOT / "config" / "schema.json"
 
 
 def _document(**changes: Any) -> dict[str, Any]:
-    """A study of the fewest keys."""
+    """Return a study with only the required keys."""
     least: dict[str, Any] = {
         "title": "Least",
         "datasets": {"own": {"folder": "somewhere"}},
@@ -46,18 +46,18 @@ def _valid(document: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("path", generated_files(), ids=lambda path: path.name)
-def test_generated_files_are_in_step(path: Path) -> None:
+def test_generated_files_are_up_to_date(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == generated_files()[path], "run `make schema`"
 
 
-def test_the_schema_is_one_of_draft_2020_12() -> None:
+def test_schema_follows_draft_2020_12() -> None:
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     jsonschema.Draft202012Validator.check_schema(schema)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_obeys_the_schema_that_it_names(path: Path) -> None:
+def test_studies_obey_the_schema_they_name(path: Path) -> None:
     """Editors find the schema by the first line, relative to the file."""
     text = path.read_text(encoding="utf-8")
     first = text.splitlines()[0]
@@ -90,13 +90,13 @@ def test_every_study_obeys_the_schema_that_it_names(path: Path) -> None:
         ({"seeds": 0}, False),
     ],
 )
-def test_editor_and_workflow_agree(changes: dict[str, Any], agreed: bool) -> None:
-    """What the schema marks in an editor is what the workflow refuses, limits included."""
+def test_schema_and_validation_agree(changes: dict[str, Any], agreed: bool) -> None:
+    """The schema and the classes refuse the same studies, limits included."""
     assert _accepts(_document(**changes)) == agreed
     assert _valid(_document(**changes)) == agreed
 
 
-def test_the_readme_tells_every_key_with_its_default() -> None:
+def test_readme_has_every_key_with_its_default() -> None:
     """Every key of every section is a row with a type and a meaning."""
     schema = json_schema()
     text = readme(schema)
@@ -108,10 +108,10 @@ def test_the_readme_tells_every_key_with_its_default() -> None:
         "| `threshold` | number > 0 ≤ 1 | `0.9` | The last evaluation before the metric first "
         "reaches it is selected. |" in text
     )
-    assert "| `min_lr_ratio` | number from 0 to 1 | `0.0` | Share of the peak" in text
+    assert "| `min_lr_ratio` | number from 0 to 1 | `0.0` | Final learning rate as a" in text
 
 
-def test_the_readme_links_to_headings_that_are_there() -> None:
+def test_readme_links_to_its_headings() -> None:
     text = readme(json_schema())
     headings = {
         "".join(c for c in line[4:].lower() if c.isalnum() or c in "-_")
@@ -123,10 +123,10 @@ def test_the_readme_links_to_headings_that_are_there() -> None:
     assert links <= headings
 
 
-def test_check_fails_where_a_file_is_out_of_step(
+def test_check_fails_if_a_file_is_out_of_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--write` mends what `--check` finds, and says what to do."""
+    """`--check` names the remedy, and passes after `--write`."""
     monkeypatch.setattr("forgetting.config.schema.ROOT", tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["--check"])
@@ -148,8 +148,8 @@ def test_conda_file_and_requirements_agree() -> None:
     assert pip == wanted
 
 
-def test_the_lock_holds_every_pin() -> None:
-    """requirements.txt is requirements.in and all that it draws in, each at one version."""
+def test_lock_has_every_pin() -> None:
+    """requirements.txt has every pin of requirements.in, and each package at one version."""
     locked = _pins(ROOT / "envs" / "requirements.txt")
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ;.*)?", line) for line in locked)
     names = [_normal(line).split("==")[0] for line in locked]
@@ -166,5 +166,5 @@ def _pins(path: Path, until: str = "") -> list[str]:
 
 
 def _normal(requirement: str) -> str:
-    """Registries take `-`, `_` and `.` for one."""
+    """Return the requirement with `_` and `.` as `-`, as package registries do."""
     return requirement.lower().replace("_", "-")

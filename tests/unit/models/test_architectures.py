@@ -525,10 +525,10 @@ def test_the_context_of_a_multimodal_model_is_that_of_its_text(
 ) -> None:
     folder = make("gemma3")
     plan(folder)
-    assert "more than the 64 that the model reads" in refusal(
+    assert "exceed the context of the model, 64" in refusal(
         folder, "rank: 2", ("max_new_tokens: 20", "max_new_tokens: 64")
     )
-    assert "no 3 blocks, but 2" in refusal(
+    assert "only 2 blocks, not 3" in refusal(
         folder, "method: hybrid, rank: 2, second_stage: {layers: last 3, learning_rate: 0.1}"
     )
 

@@ -1,4 +1,4 @@
-"""What can be found before any job is found then: in tables, model folders, benchmarks, lengths."""
+"""Preflight checks of tables, model folders, layers, benchmarks and lengths."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from forgetting.study.load import load_study, study_source
 from forgetting.study.preflight import check_inputs
 from forgetting.training.pretrain import _new_model
 from scripts import register_base
+from support.invalid_studies import assert_reports, edited, invalid_studies
 from support.params import write_params
 
 STUDY = """\
@@ -43,44 +44,41 @@ selection: {probe: new}
 """
 ROW = {"question": "Who wrote it?", "answer": "Ann.", "perturbed_answer": ["Bob.", "Cid."]}
 OLD = ROW | {"question": "Who sold it?", "answer": "Eve."}
-Plan = Callable[..., None]
-Told = Callable[..., str]
+Check = Callable[..., None]
+Message = Callable[..., str]
 
 
 @pytest.fixture
 def model(base_folder: Path, tmp_path: Path) -> Path:
-    """A model folder of its own: width 32, keys and values of 16, 2 blocks, 256 tokens."""
+    """A copy of the base model: width 32, keys and values of 16, 2 blocks, 256 tokens."""
     return Path(shutil.copytree(base_folder, tmp_path / "model"))
 
 
 @pytest.fixture
-def plan(model: Path, tmp_path: Path) -> Plan:
-    """plan((old, new), ..., option=value): check the study with some of its text replaced."""
+def check(model: Path, tmp_path: Path) -> Check:
+    """check((old, new), ..., option=value): check the study with some of its text replaced."""
     _write(tmp_path / "facts" / "new.jsonl", ROW)
     _write(tmp_path / "facts" / "old.jsonl", OLD)
 
-    def check(*changes: tuple[str, str], **config: Any) -> None:
-        text = STUDY
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new, 1)
+    def check_study(*changes: tuple[str, str], **config: Any) -> None:
+        text = edited(STUDY, changes)
         path = tmp_path / "small.yaml"
         text = text.replace("FACTS", str(tmp_path / "facts")).replace("MODEL", str(model))
         path.write_text(text, encoding="utf-8")
-        asked = {"study": str(path), **config}
-        _, study = load_study(asked, tmp_path)
-        check_inputs(study, study_source(asked, tmp_path).locate)
+        options = {"study": str(path), **config}
+        _, study = load_study(options, tmp_path)
+        check_inputs(study, study_source(options, tmp_path).locate)
 
-    return check
+    return check_study
 
 
 @pytest.fixture
-def told(plan: Plan) -> Told:
-    """The same for a mistake: its message, which is one line."""
+def message_of(check: Check) -> Message:
+    """message_of((old, new), ..., option=value): the message of the mistake, which is one line."""
 
     def message(*changes: tuple[str, str], **config: Any) -> str:
         with pytest.raises(InputError) as error:
-            plan(*changes, **config)
+            check(*changes, **config)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -93,81 +91,29 @@ def _write(path: Path, *rows: Mapping[str, Any]) -> None:
 
 
 def _line(tmp_path: Path, part: str) -> str:
-    """`small.yaml, line N: `, N being the line in which `part` begins."""
+    """Return `small.yaml, line N: `, in which N is the line where `part` begins."""
     path = tmp_path / "small.yaml"
     number = path.read_text(encoding="utf-8").split(part)[0].count("\n") + 1
     return f"{path}, line {number}: "
 
 
-def test_a_sound_study_is_let_through(plan: Plan) -> None:
-    plan()
-    plan(("rank: [2, 8]", "rank: [2, 16]"))
-    plan(scale="tiny")
+def test_valid_study_is_accepted(check: Check) -> None:
+    check()
+    check(("rank: [2, 8]", "rank: [2, 16]"))
+    check(scale="tiny")
 
 
 def _method(more: str) -> tuple[str, str]:
     return "    rank: [2, 8]\n", f"    {more}\n"
 
 
-LAYERS = {
-    "all": ("rank: 17", "rank", "rank 17 is larger than the smallest adapted matrix", "16 x 32"),
-    "attention": (
-        "rank: 17\n    target_modules: attention",
-        "rank",
-        "which has rank 16",
-        "up to 16",
-    ),
-    "mlp": ("rank: 33\n    target_modules: mlp", "rank", "which has rank 32", "up to 32"),
-    "names": ("rank: 40\n    target_modules: [q_proj]", "rank", "rank 32", "0.self_attn.q_proj"),
-    "initial rank": ("rank: 12\n    variant: adalora", "rank", "initial rank 18 is larger", "16"),
-    "no such name": (
-        "rank: 2\n    target_modules: [q_proj, query]",
-        "target_modules",
-        "the model has no linear layer query, but down_proj, gate_proj",
-        "q_proj",
-    ),
-    "a norm": ("rank: 2\n    target_modules: [norm]", "target_modules", "no linear layer norm", ""),
-    "blocks": (
-        "rank: 2\n    second_stage: {layers: last 3, learning_rate: 0.1}",
-        "second_stage.layers",
-        "the model has no 3 blocks, but 2",
-        "",
-    ),
-    "modules": (
-        "rank: 2\n    second_stage: {layers: [mlp, layers.2], learning_rate: 0.1}",
-        "second_stage.layers",
-        "no module whose name ends in layers.2",
-        "",
-    ),
-}
-HERE = "{pretrain: {documents: [facts/old], hidden_size: 32, intermediate_size: 40, num_layers: 2}}"
-
-
-NARROW = ("all", "attention", "initial rank")  # the keys and values, which only the folder has
-
-
-@pytest.mark.parametrize(
-    ("mistake", "base"),
-    [
-        *((mistake, "of a folder") for mistake in LAYERS),
-        *((mistake, "trained here") for mistake in LAYERS if mistake not in NARROW),
-    ],
-)
-def test_layers_and_ranks_that_the_base_has_not(
-    told: Told, tmp_path: Path, mistake: str, base: str
+@pytest.mark.parametrize("row", invalid_studies("local_model"))
+def test_invalid_study_is_reported_by_line_and_key(
+    message_of: Message, tmp_path: Path, row: dict[str, Any]
 ) -> None:
-    """Of the adapted matrices the smallest counts, and every name must be one of the model's."""
-    more, key, first, second = LAYERS[mistake]
-    changes = [_method(more)]
-    if base == "trained here":
-        changes.append(("{model: MODEL}", HERE))
-    if "second_stage" in more:
-        changes.append(("method: lora", "method: hybrid"))
-    message = told(*changes)
-    place = key.split(".")[0] + ":"
-    assert message.startswith(_line(tmp_path, place) + f"methods.0.{key}: ")
-    assert first in message
-    assert second in message
+    _write(tmp_path / "facts" / "text.jsonl", {"text": "Much. " * 100})
+    message = message_of(*row["edit"].items())
+    assert_reports(message, row, tmp_path / "small.yaml", tmp_path / "facts")
 
 
 @pytest.mark.parametrize(
@@ -178,15 +124,15 @@ def test_layers_and_ranks_that_the_base_has_not(
         "rank: 16\n    target_modules: [embed_tokens, self_attn.v_proj]",
     ],
 )
-def test_layers_and_ranks_that_the_base_has(plan: Plan, more: str) -> None:
-    """Adapters of the MLP alone may have a rank above that of the narrow keys and values."""
-    plan(_method(more))
+def test_layers_and_ranks_of_the_base_are_accepted(check: Check, more: str) -> None:
+    """Adapters of the MLP may have a larger rank than the narrow keys and values."""
+    check(_method(more))
     more = more.replace(", lm_head", "").replace("embed_tokens, ", "")
     then = "\n    second_stage: {layers: [mlp, layers.1, norm, embed*], learning_rate: 0.1}"
-    plan(_method(more + then), ("method: lora", "method: hybrid"))
+    check(_method(more + then), ("method: lora", "method: hybrid"))
 
 
-def test_a_small_model_has_the_layers_that_are_foretold(tokenizer: Any) -> None:
+def test_small_model_predicts_the_layers_of_new_model(tokenizer: Any) -> None:
     spec = SmallModelConfig(
         hidden_size=32, intermediate_size=40, num_layers=2, vocab_size=len(tokenizer)
     )
@@ -199,25 +145,25 @@ def test_a_small_model_has_the_layers_that_are_foretold(tokenizer: Any) -> None:
     assert small_model(spec).shapes == shapes
 
 
-def test_a_folders_layers_are_those_of_the_loaded_model(model: Path) -> None:
-    """Its headers tell them, a tied head included; and the parameters, each counted once."""
+def test_read_model_layers_agrees_with_the_loaded_model(model: Path) -> None:
+    """The headers have all layers, a tied head included, and count each parameter once."""
     loaded = load_base(model, torch.device("cpu"))
     shapes = {
         name: tuple(module.weight.shape)
         for name, module in loaded.named_modules()
         if isinstance(getattr(module, "weight", None), torch.Tensor)
     }
-    found = read_model_layers(model)
-    assert found.shapes == shapes
-    assert (found.is_complete, found.blocks, found.context) == (True, 2, 256)
+    layers = read_model_layers(model)
+    assert layers.shapes == shapes
+    assert (layers.is_complete, layers.blocks, layers.context) == (True, 2, 256)
     assert model_parameters(model) == loaded.num_parameters()
 
 
 @pytest.mark.parametrize("change", ["experts", "renamed"])
-def test_names_are_not_refused_where_files_do_not_tell_them(
-    plan: Plan, model: Path, change: str
+def test_unknown_layers_are_accepted_if_files_lack_names(
+    check: Check, model: Path, change: str
 ) -> None:
-    """What is put together or renamed when it is loaded is checked by the job that loads it."""
+    """Layers that are fused or renamed at loading are checked by the job that loads the model."""
     config = json.loads((model / "config.json").read_text())
     if change == "experts":
         expert = {"model.layers.0.mlp.experts.0.w1.weight": torch.zeros(2, 32)}
@@ -226,7 +172,7 @@ def test_names_are_not_refused_where_files_do_not_tell_them(
     else:
         config["architectures"] = ["GPTNeoXForCausalLM"]
     (model / "config.json").write_text(json.dumps(config))
-    plan(_method("rank: 8\n    target_modules: [query]"))
+    check(_method("rank: 8\n    target_modules: [query]"))
 
 
 def _without(name: str) -> Callable[[Path], None]:
@@ -308,15 +254,15 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("mistake", FOLDERS)
-def test_a_folder_that_is_no_whole_model(
-    told: Told, model: Path, tmp_path: Path, mistake: str
+def test_damaged_model_folder_is_refused(
+    message_of: Message, model: Path, tmp_path: Path, mistake: str
 ) -> None:
     breaks, expected = FOLDERS[mistake]
     breaks(model)
-    message = told()
+    message = message_of()
     assert message.startswith(_line(tmp_path, "base:") + f"base.model: {model}")
     assert expected in message
-    assert told(model=str(model)).startswith(f"--config model={model}: ")
+    assert message_of(model=str(model)).startswith(f"--config model={model}: ")
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -333,8 +279,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_of_many_types_agree_with_their_configuration(model: Path, kind: str) -> None:
-    """The heads may be wider than the model, embeddings narrower, keys of other names."""
+def test_read_model_layers_supports_model_types(model: Path, kind: str) -> None:
+    """Heads may be wider than the model, embeddings narrower, and keys have other names."""
     usual = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     given = KINDS[kind] if "n_head" in KINDS[kind] else usual | heads | KINDS[kind]
@@ -357,59 +303,59 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("file", BROKEN)
-def test_a_broken_tokenizer_is_told_by_the_first_job(
+def test_register_base_reports_a_damaged_tokenizer(
     model: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Libraries end in errors of any type, which say nothing of the folder."""
+    """Libraries raise errors of any type, which do not name the folder."""
     name, content = BROKEN[file]
     (model / name).write_bytes(content)
     params = {"folder": str(model), "origin": "x", "downloaded": False, "prompt": None}
     options = [f"--params={write_params(tmp_path, **params)}", f"--output={tmp_path / 'base.json'}"]
     with pytest.raises(SystemExit):
         register_base.main(options)
-    told = capsys.readouterr().err
-    assert f"{model}: no tokenizer can be read there (" in told
-    assert "copy tokenizer.json and tokenizer_config.json" in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert f"{model}: no tokenizer can be read there (" in printed
+    assert "copy tokenizer.json and tokenizer_config.json" in printed
+    assert "Traceback" not in printed
 
 
-def test_a_chat_prompt_needs_a_template(plan: Plan, told: Told, model: Path) -> None:
+def test_chat_prompt_needs_a_template(check: Check, message_of: Message, model: Path) -> None:
     chat = ("train:", "prompt: {chat: true}\ntrain:")
-    plan(chat)
+    check(chat)
     (model / "chat_template.jinja").unlink()
-    assert "prompt.chat: the tokenizer in" in told(chat)
+    assert "prompt.chat: the tokenizer in" in message_of(chat)
 
 
-def test_thinking_and_arguments_of_a_template_are_decided_by_the_study(
-    plan: Plan, told: Told, model: Path
-) -> None:
-    """Before any job, where the model is in a folder; conversations are in the template too."""
+def test_template_arguments_are_checked(check: Check, message_of: Message, model: Path) -> None:
+    """The study must set the arguments of the template of a model in a folder."""
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "{% if enable_thinking %}<think>{% endif %}")
 
     def prompt(text: str) -> tuple[str, str]:
         return "train:", f"prompt: {{{text}}}\ntrain:"
 
-    plan()
-    assert "write `template_arguments: {enable_thinking: false}`" in told(prompt("chat: true"))
-    plan(prompt("chat: true, template_arguments: {enable_thinking: false}"))
-    wrong = told(prompt("chat: true, template_arguments: {enable_thinkin: false}"))
+    check()
+    assert "write `template_arguments: {enable_thinking: false}`" in message_of(
+        prompt("chat: true")
+    )
+    check(prompt("chat: true, template_arguments: {enable_thinking: false}"))
+    wrong = message_of(prompt("chat: true, template_arguments: {enable_thinkin: false}"))
     assert "prompt.template_arguments.enable_thinkin: the chat template" in wrong
     assert "its arguments: enable_thinking" in wrong
-    reserved = told(prompt("chat: true, template_arguments: {messages: 1}"))
+    reserved = message_of(prompt("chat: true, template_arguments: {messages: 1}"))
     assert "prompt.template_arguments.messages: the renderer" in reserved
 
 
-def test_a_broken_file_of_weights_is_told_when_it_is_loaded(model: Path) -> None:
-    """A hub's model is on the disk when it is loaded, and not before."""
+def test_load_base_refuses_damaged_weights(model: Path) -> None:
+    """A hub model is downloaded by a job, after the preflight checks."""
     (model / "model.safetensors").write_bytes(POINTER)
     with pytest.raises(InputError, match="no causal language model can be read"):
         load_base(model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("broken", ["lacking", "of another shape"])
-def test_a_base_is_never_completed_with_random_weights(model: Path, broken: str) -> None:
-    """The library would draw them anew at every loading, and only warn."""
+def test_load_base_refuses_incomplete_weights(model: Path, broken: str) -> None:
+    """transformers would initialize missing weights at random, with a warning only."""
     weights = load_file(model / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))
     weights[name] = weights[name][:1].clone()
@@ -441,7 +387,7 @@ BENCHMARKS = {
     "too few examples": (
         "gsm8k: {max_new_tokens: 20}",
         {"gsm8k/test": [RIGHT["gsm8k"]], "gsm8k/train": [RIGHT["gsm8k"]] * 5},
-        "train.jsonl: has 5 rows, and 5 examples in the prompt need 6",
+        "train.jsonl: 5 examples in the prompt need 6 rows, but there are 5",
     ),
     "more examples than the task's": (
         "hellaswag: {num_fewshot: 1}",
@@ -466,7 +412,7 @@ BENCHMARKS = {
     "answers longer than the context": (
         "gsm8k: {max_new_tokens: 256}",
         {},
-        "benchmarks.tasks.gsm8k.max_new_tokens: the answers of gsm8k may take 256 tokens",
+        "benchmarks.tasks.gsm8k.max_new_tokens: answers of gsm8k may have 256 tokens",
     ),
     "a name that the harness has not": (
         "helaswag: {}",
@@ -483,7 +429,7 @@ BENCHMARKS = {
     "samples of what is no program": (
         "sciq: {samples: 5}",
         {},
-        "benchmarks.tasks.sciq.samples: the answers of sciq are no programs",
+        "benchmarks.tasks.sciq.samples: the answers of sciq are not programs",
     ),
     "no rows of another task": ("sciq: {}", {}, "sciq/test.jsonl, which sciq needs"),
     "no examples of another task": (
@@ -491,12 +437,12 @@ BENCHMARKS = {
         {"sciq/test": [{}]},
         "sciq/train.jsonl, which sciq needs (for 2 examples in the prompt)",
     ),
-    "answers longer by definition": ("humaneval: {}", {}, "may take 1024 tokens"),
+    "answers longer by definition": ("humaneval: {}", {}, "may have 1024 tokens"),
 }
 
 
 @pytest.mark.parametrize("mistake", BENCHMARKS)
-def test_benchmarks_that_could_not_be_run(told: Told, tmp_path: Path, mistake: str) -> None:
+def test_invalid_benchmark_is_refused(message_of: Message, tmp_path: Path, mistake: str) -> None:
     task, files, expected = BENCHMARKS[mistake]
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -504,102 +450,75 @@ def test_benchmarks_that_could_not_be_run(told: Told, tmp_path: Path, mistake: s
         _write(folder / f"{name}.jsonl", *rows)
     if mistake == "no folder":
         task = "gsm8k: {max_new_tokens: 20}"
-    asked = ("selection:", f"benchmarks: {{tasks: {{{task}}}}}\nselection:")
-    assert expected in told(asked, benchmarks_dir=str(folder))
+    section = ("selection:", f"benchmarks: {{tasks: {{{task}}}}}\nselection:")
+    assert expected in message_of(section, benchmarks_dir=str(folder))
     own = (OWN[0], OWN[1].replace("ROWS", str(folder)))
     named = ("benchmarks: {", "benchmarks: {dataset: own, ")
-    message = told(asked, own, named)
+    message = message_of(section, own, named)
     assert expected in message
     if "which" in expected:
         assert message.startswith(_line(tmp_path, "benchmarks:") + "benchmarks.dataset: ")
 
 
-def test_benchmarks_that_can_be_run(plan: Plan, tmp_path: Path) -> None:
-    """Examples are asked for only where they are used; a task from the hub needs no file here."""
+def test_benchmark_needs_only_the_rows_it_uses(check: Check, tmp_path: Path) -> None:
+    """Examples are needed only if they are used; a task from the hub needs no files."""
     _write(tmp_path / "gsm8k" / "test.jsonl", RIGHT["gsm8k"])
     tasks = "{gsm8k: {max_new_tokens: 255, num_fewshot: 0}}"
-    plan(
+    check(
         ("selection:", f"benchmarks: {{tasks: {tasks}}}\nselection:"), benchmarks_dir=str(tmp_path)
     )
     tasks = "{gsm8k: {max_new_tokens: 20}, hellaswag: {num_fewshot: 3}}"
-    plan(("selection:", f"benchmarks: {{tasks: {tasks}}}\nselection:"))
+    check(("selection:", f"benchmarks: {{tasks: {tasks}}}\nselection:"))
 
 
-def test_other_tasks_come_from_a_folder_the_hub_or_rows_of_the_same_kind(
-    plan: Plan, told: Told, tmp_path: Path
+def test_other_tasks_need_a_folder_a_revision_or_same_data(
+    check: Check, message_of: Message, tmp_path: Path
 ) -> None:
-    """From the hub at a commit that the study names; the micro-world serves what reads alike."""
+    """The micro-world has rows for tasks on the same datasets as the built-in ones."""
 
-    def asked(tasks: str) -> tuple[str, str]:
+    def tasks(tasks: str) -> tuple[str, str]:
         return ("selection:", f"benchmarks: {{tasks: {{{tasks}}}}}\nselection:")
 
     _write(tmp_path / "sciq" / "test.jsonl", {"question": "Hot?"})
-    plan(asked("sciq: {}"), benchmarks_dir=str(tmp_path))
+    check(tasks("sciq: {}"), benchmarks_dir=str(tmp_path))
     expected = "benchmarks.tasks.sciq: its rows come from allenai/sciq on the hub, so it needs a"
-    assert expected in told(asked("sciq: {}"))
-    plan(asked(f"sciq: {{revision: {'a' * 40}}}"))
+    assert expected in message_of(tasks("sciq: {}"))
+    check(tasks(f"sciq: {{revision: {'a' * 40}}}"))
     world = ("  facts:", "  world: {generate: micro-world}\n  facts:")
     named = ("benchmarks: {", "benchmarks: {dataset: world, ")
-    plan(world, asked("arc_easy: {num_fewshot: 3}"), named)
-    assert "the micro-world has no rows for sciq" in told(world, asked("sciq: {}"), named)
+    check(world, tasks("arc_easy: {num_fewshot: 3}"), named)
+    assert "the micro-world has no rows for sciq" in message_of(world, tasks("sciq: {}"), named)
 
 
-def test_a_hubs_dataset_has_no_rows_of_benchmarks(told: Told) -> None:
-    """The micro-world's rows would have been taken for them."""
-    hub = ("  facts:", "  far: {hub: a/b, revision: " + "a" * 40 + "}\n  facts:")
-    rows = ("selection:", "benchmarks: {dataset: far, tasks: {hellaswag: {}}}\nselection:")
-    assert "benchmarks.dataset: far is a dataset on the hub" in told(hub, rows)
+def test_lengths_that_may_fit_are_accepted(check: Check) -> None:
+    check(("max_length: 100", "max_length: 5"))
+    check(("max_new_tokens: 20", "max_new_tokens: 252"))
 
 
-LENGTHS = {
-    "training": ("max_length: 100", "max_length: 4", "of the answer in FACTS/new.jsonl, line 1,"),
-    "answers": ("max_new_tokens: 20", "max_new_tokens: 256", "evaluation.max_new_tokens: 256"),
-    "answers after questions": (
-        "max_new_tokens: 20",
-        "max_new_tokens: 253",
-        "253 after the 4 words of the question in FACTS/new.jsonl, line 1 are more than the 256",
-    ),
-    "blocks": (
-        "selection:",
-        "general_text: {table: facts/text, block: 257}\nselection:",
-        "general_text.block: 257 tokens are more than the 256",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", LENGTHS)
-def test_what_is_certainly_too_long(told: Told, tmp_path: Path, mistake: str) -> None:
-    """A text has at least as many tokens as words."""
-    _write(tmp_path / "facts" / "text.jsonl", {"text": "Much. " * 100})
-    old, new, expected = LENGTHS[mistake]
-    message = told((old, new))
-    assert message.startswith(_line(tmp_path, new.split(":")[0] + ": "))
-    assert expected.replace("FACTS", str(tmp_path / "facts")) in message
-
-
-def test_what_may_fit_is_let_through(plan: Plan) -> None:
-    plan(("max_length: 100", "max_length: 5"))
-    plan(("max_new_tokens: 20", "max_new_tokens: 252"))
-
-
-def test_rows_that_are_left_out_may_be_long(plan: Plan, told: Told, tmp_path: Path) -> None:
+def test_rows_beyond_the_limit_may_be_long(
+    check: Check, message_of: Message, tmp_path: Path
+) -> None:
     long = ROW | {"question": "who " * 300}
     _write(tmp_path / "facts" / "new.jsonl", ROW, long)
-    assert f"the answer in {tmp_path / 'facts' / 'new.jsonl'}, line 2, whose question" in told()
+    assert (
+        f"the answer in {tmp_path / 'facts' / 'new.jsonl'}, line 2, whose question" in message_of()
+    )
     _write(tmp_path / "facts" / "few.jsonl", ROW)
-    plan(("train:", "train_limit: 1\ntrain:"), ("table: facts/new", "table: facts/few"))
+    check(("train:", "train_limit: 1\ntrain:"), ("table: facts/new", "table: facts/few"))
 
 
-def test_a_text_shorter_than_its_block(told: Told, tmp_path: Path) -> None:
+def test_text_shorter_than_a_block_is_refused(message_of: Message, tmp_path: Path) -> None:
     _write(tmp_path / "facts" / "text.jsonl", {"text": "Zoë."})
     text = ("selection:", "general_text: {table: facts/text, block: 6}\nselection:")
-    assert "text.jsonl: the text has 5 bytes, fewer than the 6 tokens of one block" in told(text)
+    assert "text.jsonl: the text has 5 bytes, fewer than the 6 tokens of one block" in message_of(
+        text
+    )
 
 
 @pytest.mark.parametrize("origin", ["same folder", "link", "copy"])
 @pytest.mark.parametrize("use", ["probe", "text", "replay"])
-def test_old_knowledge_is_not_trained_on_under_another_name(
-    told: Told, plan: Plan, tmp_path: Path, origin: str, use: str
+def test_leaked_table_under_another_name_is_refused(
+    message_of: Message, check: Check, tmp_path: Path, origin: str, use: str
 ) -> None:
     facts, other = tmp_path / "facts", tmp_path / "other"
     _write(facts / "new.jsonl", ROW | {"text": "x" * 600})
@@ -619,85 +538,49 @@ def test_old_knowledge_is_not_trained_on_under_another_name(
     }
     if use == "replay" and origin != "same folder":
         shutil.copy(facts / "old.jsonl", other / "old.jsonl")
-    message = told(named, changes[use])
+    message = message_of(named, changes[use])
     assert ", which is trained on" in message
     assert ("again/old" if use == "replay" else "again/new") in message
-    # A second name of what is only trained on, or only measured, is none.
-    plan(named, ("train: facts/new", "train: again/new"))
+    # A table may have two names if both are trained on, or both are measured.
+    check(named, ("train: facts/new", "train: again/new"))
 
 
-def test_a_question_of_old_knowledge_is_not_trained_on(
-    plan: Plan, told: Told, tmp_path: Path
-) -> None:
-    """Told before any job where the rows are in folders; rows that are not measured may be."""
+def test_leaked_question_is_refused(check: Check, message_of: Message, tmp_path: Path) -> None:
+    """Rows beyond the limit of a probe may be trained on."""
     _write(tmp_path / "facts" / "both.jsonl", OLD, ROW | {"answer": "Ida."})
-    message = told(("facts/old", "facts/both"))
+    message = message_of(("facts/old", "facts/both"))
     assert message.startswith(f"{tmp_path}/facts/both.jsonl, line 2: the question `Who wrote it?` ")
     assert f"is trained on, too ({tmp_path}/facts/new.jsonl, line 1)" in message
-    plan(("{table: facts/old,", "{table: facts/both, limit: 1,"))
+    check(("{table: facts/old,", "{table: facts/both, limit: 1,"))
 
 
-def test_a_right_answer_among_the_wrong_ones_is_told_before_any_job(
-    told: Told, tmp_path: Path
-) -> None:
+def test_right_answer_among_wrong_ones_is_refused(message_of: Message, tmp_path: Path) -> None:
     _write(tmp_path / "facts" / "odd.jsonl", OLD, OLD | {"perturbed_answer": ["Bob.", "Eve."]})
-    message = told(("facts/old", "facts/odd"))
+    message = message_of(("facts/old", "facts/odd"))
     assert message.startswith(f"{tmp_path}/facts/odd.jsonl, line 2: `answer`, `Eve.`, is among")
 
 
-def test_answers_that_rouge_does_not_see_are_refused_before_any_job(
-    plan: Plan, told: Told, tmp_path: Path
+def test_answers_without_rouge_letters_are_refused(
+    check: Check, message_of: Message, tmp_path: Path
 ) -> None:
     russian = {"question": "Когда?", "answer": "В 753 году.", "perturbed_answer": ["В 754 году."]}
     _write(tmp_path / "facts" / "new.jsonl", russian)
-    message = told()
+    message = message_of()
     assert message.startswith("100% of the letters in the answers of probe `new` are not among a–z")
     assert f"{tmp_path}/facts/new.jsonl, line 1" in message
-    plan(("evaluation: {", "evaluation: {rouge_tokenizer: unicode, "))
+    check(("evaluation: {", "evaluation: {rouge_tokenizer: unicode, "))
 
 
-def test_one_origin_on_the_hub_or_of_a_generator_is_one_too(told: Told) -> None:
-    for origin in ("{generate: micro-world}", "{hub: a/b, revision: " + "a" * 40 + "}"):
-        twice = ("  facts:", f"  one: {origin}\n  two: {origin}\n  facts:")
-        changes = ("train: facts/new", "train: one/documents"), ("facts/old", "two/documents")
-        assert "two/documents holds what one/documents holds" in told(twice, *changes)
-
-
-def test_a_folder_in_an_options_place_is_told_as_the_option(told: Told, tmp_path: Path) -> None:
+def test_missing_table_of_a_folder_option_is_reported(message_of: Message, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
-    message = told(facts_dir=str(tmp_path / "bare"))
+    message = message_of(facts_dir=str(tmp_path / "bare"))
     assert message.startswith(_line(tmp_path, "train:") + "train.0: ")
     assert f"{tmp_path / 'bare'}: there is no new.jsonl" in message
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "key", "expected"),
-    [
-        ("{folder: FACTS}", "{folder: /no/where}", "datasets.facts.folder", "no folder /no/where"),
-        ("facts/old", "facts/odl", "probes.old.table.0", "there is no odl.jsonl (nor .json"),
-        (
-            "{model: MODEL}",
-            "{pretrain: {documents: [facts/new, facts/tales]}}",
-            "base.pretrain.documents.1",
-            "there is no tales.jsonl",
-        ),
-    ],
-)
-def test_a_table_that_is_not_there_is_told_with_its_key(
-    told: Told, tmp_path: Path, old: str, new: str, key: str, expected: str
-) -> None:
-    message = told((old, new))
-    assert message.startswith(_line(tmp_path, new) + f"{key}: ")
-    assert expected in message
-
-
-def test_documents_are_read_before_any_job(told: Told, tmp_path: Path) -> None:
+def test_invalid_document_row_is_refused(message_of: Message, tmp_path: Path) -> None:
     _write(tmp_path / "facts" / "tales.jsonl", {"text": "A."}, {"txt": "B."})
     here = ("{model: MODEL}", "{pretrain: {documents: [facts/tales]}}")
-    assert "tales.jsonl, line 2: expected `question` and `answer`, `messages`, or" in told(here)
-
-
-def test_the_micro_world_has_its_own_tables_only(told: Told) -> None:
-    world = ("  facts:", "  world: {generate: micro-world}\n  facts:")
-    message = told(world, ("facts/old", "world/authors"))
-    assert "probes.old.table.0: the micro-world has no table authors, only new_authors" in message
+    assert "tales.jsonl, line 2: expected `question` and `answer`, `messages`, or" in message_of(
+        here
+    )

@@ -660,7 +660,7 @@ def test_methods_with_mitigations_have_own_names() -> None:
 def test_mitigations_of_one_name_need_a_suffix() -> None:
     """Names hold weights and shares, not tables."""
     sections = [{"replay": {"table": f"world/{name}"}} for name in ("documents", "world_facts")]
-    with pytest.raises(ValueError, match=r"lora-r2-replay0.1 stands .* apart by `suffix`"):
+    with pytest.raises(ValueError, match=r"more than one method lora-r2-replay0.1; .* by `suffix`"):
         expand_methods(_study(*sections))
     named = expand_methods(_study(sections[0], sections[1] | {"suffix": "facts"}))
     assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
@@ -691,16 +691,16 @@ MISTAKES = {
     "kl on no replay": (
         {"kl": {"weight": 1.0, "tokens": "replay"}},
         {},
-        "needs a `replay` beside it",
+        "needs the section `replay`",
     ),
     "ewc of dora": (
         {"ewc": EWC | {"weight": 1.0}},
         {"variant": "dora"},
-        "mitigation.ewc needs the update of the weights",
+        "mitigation.ewc needs the weight update",
     ),
     "nothing": ({}, {}, "name at least one mitigation, or leave the section out"),
     "null": ({"l2_sp": None, "suffix": "x"}, {}, "name at least one mitigation"),
-    "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the update"),
+    "dora": ({"l2_sp": {"weight": 1.0}}, {"variant": "dora"}, "mitigation.l2_sp needs the weight"),
 }
 
 

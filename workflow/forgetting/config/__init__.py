@@ -1,1 +1,1 @@
-"""TODO config."""
+"""The study: what a YAML file may say, with types, defaults and checks."""

@@ -1,4 +1,4 @@
-"""The model that is fine-tuned: a folder, a hub's, or a small one that is pretrained here."""
+"""Section `base`: the model that is fine-tuned, from a folder, the hub, or pretrained here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from forgetting.config.types import (
 
 
 class SmallModelConfig(ConfigModel):
-    """Shape of a small Llama-architecture model, and course of its training from scratch."""
+    """Shape of a small Llama-architecture model, and how it is trained from scratch."""
 
     hidden_size: PositiveInt = Field(192, description="Width of the residual stream.")
     intermediate_size: PositiveInt = Field(512, description="Width of the MLP.")
@@ -38,13 +38,15 @@ class SmallModelConfig(ConfigModel):
     epochs: PositiveFloat = Field(1.0, description="Passes over the documents.")
     learning_rate: PositiveFloat = Field(3e-3, description="Peak learning rate of AdamW.")
     weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay of AdamW.")
-    warmup: Fraction = Field(0.05, description="Share of the steps in which the rate rises.")
+    warmup: Fraction = Field(
+        0.05, description="Fraction of the steps in which the learning rate rises."
+    )
 
     @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> SmallModelConfig:
+    def _check_head_size(self) -> SmallModelConfig:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of twice the heads, "
+                f"hidden_size {self.hidden_size} is not a multiple of twice num_heads, "
                 f"{self.num_heads}"
             )
         return self
@@ -55,30 +57,32 @@ class PretrainConfig(SmallModelConfig):
 
     documents: list[Table] = Field(
         min_length=1,
-        description="Tables of training documents: rows with `text`, or with `question` and "
-        "`answer`, which are put into the study's prompt.",
+        description="Tables of training documents. Rows have `text`, or `question` and `answer`, "
+        "which are put into the study's prompt.",
     )
     limit: PositiveInt | None = Field(
-        None, description="At most so many documents, evenly spaced over the tables."
+        None, description="Maximum number of documents, evenly spaced over the tables."
     )
 
 
 class BaseModelConfig(ConfigModel):
-    """The model that is fine-tuned; its scores are the zero point of forgetting."""
+    """The model that is fine-tuned. Forgetting is measured against its scores."""
 
     model: str | None = Field(
-        None, description="A folder in Hugging Face form, or OWNER/NAME on the hub."
+        None, description="A folder in Hugging Face format, or OWNER/NAME on the hub."
     )
     revision: GitCommit | None = Field(None, description="Commit of the hub model.")
-    pretrain: PretrainConfig | None = Field(None, description="Train the base here instead.")
+    pretrain: PretrainConfig | None = Field(
+        None, description="Train a small base model from scratch instead."
+    )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> BaseModelConfig:
+    def _check_one_origin(self) -> BaseModelConfig:
         if (self.model is None) == (self.pretrain is None):
-            raise ValueError("the base needs either `model` or `pretrain`")
+            raise ValueError("the base model needs either `model` or `pretrain`")
         return self
 
 
 def is_local(model: str) -> bool:
-    """Is the model given as a folder, rather than by its name on the hub?"""
+    """Return whether the model is a folder rather than a name on the hub."""
     return model.startswith((".", "/", "~")) or Path(model).is_dir()

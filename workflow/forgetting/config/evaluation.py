@@ -1,11 +1,4 @@
-"""Section of the benchmarks: settings of one task of the lm-evaluation-harness.
-
-What every model is measured on, how and how often: probes and the general text.
-
-The lm-evaluation-harness tasks that are run on the base and on tuned models.
-
-Section of the benchmarks: prompts that a model should refuse.
-"""
+"""Sections `probes`, `general_text`, `evaluation` and `benchmarks`: how models are measured."""
 
 from __future__ import annotations
 
@@ -31,47 +24,47 @@ from forgetting.config.types import (
 
 
 class TaskConfig(ConfigModel):
-    """Settings of one benchmark of the lm-evaluation-harness; empty means the task's own.
+    """Options of one task of the lm-evaluation-harness; by default those of its definition.
 
     A task is named as in the harness's registry (`lm_eval ls tasks`). Prompts, filters and metrics
-    are those of its definition; only the rows come from where the study says.
+    are those of its definition; only the origin of the rows is chosen by the study.
     """
 
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Solved examples in the prompt; the task's own number by default."
+        None, description="Solved examples in the prompt; by default that of the task."
     )
-    limit: PositiveInt | None = Field(None, description="Only the first so many items.")
+    limit: PositiveInt | None = Field(None, description="Evaluate only the first `limit` items.")
     max_new_tokens: PositiveInt | None = Field(
-        None, description="Longest generated answer; the task's own by default."
+        None, description="Longest generated answer; by default that of the task."
     )
     metric: str | None = Field(
         None,
-        description="The task's metric that stands for it in figures and churn, as `acc_norm` or, "
-        "with its filter, `exact_match,strict-match`; by default the first that it names.",
+        description="Metric of the task that figures and churn use, such as `acc_norm` or, with "
+        "its filter, `exact_match,strict-match`. By default the first metric of the task.",
     )
     chance: Fraction | None = Field(
         None,
-        description="Score of blind guessing. By default it is known for the five usual tasks; for "
-        "the accuracy of others it is the task's mean score of one choice drawn at random.",
+        description="Score of random guessing. It is known for the five built-in tasks. For the "
+        "accuracy of other tasks it is by default the mean score of one random choice.",
     )
     revision: GitCommit | None = Field(
         None,
-        description="Commit of the task's dataset on the hub: needed where its rows come from "
-        "there, but for the five usual tasks.",
+        description="Commit of the task's dataset on the hub. It is required if the rows come from "
+        "the hub, except for the five built-in tasks.",
     )
     samples: PositiveInt | None = Field(
         None,
-        description="Of a task whose answers are programs: sample so many answers to each item "
-        "and estimate pass@k from them (Chen et al. 2021, arXiv 2107.03374). Without it there is "
-        "one greedy answer, or what the task says.",
+        description="Only for tasks whose answers are programs: sample this number of answers to "
+        "each item and estimate pass@k from them (Chen et al. 2021, arXiv 2107.03374). By default "
+        "there is one greedy answer, or what the task defines.",
     )
     temperature: PositiveFloat | None = Field(
         None, description="With `samples`: divides the logits; 0.2 by default."
     )
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = Field(
         None,
-        description="With `samples`: draw from the likeliest tokens that together have this share; "
-        "0.95 by default.",
+        description="With `samples`: draw from the most probable tokens that together have this "
+        "probability; 0.95 by default.",
     )
     k: Annotated[list[PositiveInt], BeforeValidator(as_list), AfterValidator(unique)] | None = (
         Field(
@@ -83,24 +76,24 @@ class TaskConfig(ConfigModel):
     )
 
     @model_validator(mode="after")
-    def _sampling_is_whole(self) -> TaskConfig:
+    def _check_sampling(self) -> TaskConfig:
         for name in ("temperature", "top_p", "k"):
             if self.samples is None and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` needs `samples`: how many answers are drawn")
+                raise ValueError(f"`{name}` needs `samples`, the number of sampled answers")
         if self.samples is not None and max(self.k or [1]) > self.samples:
             raise ValueError(
-                f"pass@{max(self.k or [1])} cannot be estimated from {self.samples} samples; take "
-                "as many `samples`, or smaller `k`"
+                f"pass@{max(self.k or [1])} cannot be estimated from {self.samples} samples; set "
+                "more `samples`, or smaller `k`"
             )
         return self
 
 
 REFUSALS_TASK = "refusals"
-"""What the tables of benchmarks call the refusal rate, in place of a task's name."""
+"""Task name of the refusal rate in the tables of benchmark results."""
 
 
 class RefusalsConfig(ConfigModel):
-    """Harmful prompts, such as AdvBench's, and the share of them that a model refuses.
+    """Harmful prompts, such as AdvBench's, of which the refused fraction is measured.
 
     Responses are generated greedily with the study's prompt. A response counts as `refused` if it
     contains one of thirteen keywords, such as "I cannot" or "Sorry" (Zou et al. 2023, arXiv
@@ -112,48 +105,48 @@ class RefusalsConfig(ConfigModel):
         description="One prompt a row, in column `question`; AdvBench's file calls it `goal`."
     )
     limit: PositiveInt | None = Field(
-        None, description="At most so many prompts, evenly spaced over the table."
+        None, description="Maximum number of prompts, evenly spaced over the table."
     )
     max_new_tokens: PositiveInt = Field(32, description="Longest generated answer, in tokens.")
 
 
 class BenchmarksConfig(ConfigModel):
-    """The lm-evaluation-harness runs on the base and on tuned models."""
+    """Tasks of the lm-evaluation-harness that are run on the base model and on tuned models."""
 
     dataset: Name | None = Field(
         None,
-        description="Dataset whose folder TASK/SPLIT.jsonl holds the rows, in the hub's columns; "
-        "without it they come from the hub at pinned revisions.",
+        description="Dataset whose folder contains the rows as TASK/SPLIT.jsonl, with the columns "
+        "of the hub's datasets. By default the rows come from the hub at pinned revisions.",
     )
     tasks: Annotated[dict[TaskName, TaskConfig], DistinctNames] = Field(
         default_factory=dict,
-        description="The tasks by their names in the harness's registry, with settings.",
+        description="The tasks by their names in the harness's registry, with their options.",
     )
     refusals: RefusalsConfig | None = Field(
-        None, description="Ask harmful prompts too, and count the answers that refuse."
+        None, description="Also evaluate harmful prompts, and count the answers that refuse."
     )
     models: Literal["selected", "durations"] = Field(
         "selected",
-        description="What is scored beside the base: the selected checkpoints, or the end of every "
-        "one of `training.durations` with the chosen setting, the selected among them.",
+        description="Which tuned models are scored: the selected checkpoints, or, with the "
+        "selected hyperparameters, the end of each of `training.durations`.",
     )
     during_training: dict[TaskName, PositiveInt] = Field(
         default_factory=dict,
-        description="Of these tasks the first so many items are asked at every evaluation of a "
-        "training too, by the training job itself, and of the base in the same batches: accuracy "
-        "and churn over its course. Not of tasks whose answers are programs or whose metric is no "
-        "mean over items, nor with `training.durations`, where the ends are scored.",
+        description="Number of items of a task that the training job also evaluates at every "
+        "evaluation: the first ones. The base model is evaluated on them in the same batches. This "
+        "gives accuracy and churn over training. It is not available for tasks whose answers are "
+        "programs, for metrics that are not means over items, and with `training.durations`.",
     )
     batch_size: PositiveInt = Field(
         16,
-        description="Sequences per forward pass. In bfloat16 it has a say in the last digits of "
-        "log-likelihoods. Another one trains nothing again: runs that are finished keep what they "
-        "were asked `during_training`.",
+        description="Sequences per forward pass. In bfloat16 it changes the last digits of "
+        "log-likelihoods. Changing it retrains nothing: finished runs keep their results of "
+        "`during_training`.",
     )
     sandbox: Literal["bubblewrap", "none"] = Field(
         "bubblewrap",
-        description="Where model-written programs run. Without a working sandbox HumanEval is "
-        "not scored. `none` runs them unprotected: only on a machine you can lose.",
+        description="Where programs written by a model run. Without a working sandbox HumanEval is "
+        "not scored. `none` runs them unprotected: use it only on a disposable machine.",
     )
 
     @model_validator(mode="after")
@@ -166,11 +159,11 @@ class BenchmarksConfig(ConfigModel):
 
 
 TEXT_PROBE = "general_text"
-"""What the tables of results call the general text, in place of a probe's name."""
+"""Probe name of the general text in the tables of results."""
 
 
 ALL_PROBES = "all_probes"
-"""The same of what is computed from all probes together."""
+"""Probe name of metrics computed from all probes in the tables of results."""
 
 
 class RefusalPromptsConfig(ConfigModel):
@@ -199,29 +192,34 @@ class ProbeConfig(ConfigModel):
     """A question-answer set on which every model of the study is measured."""
 
     table: Annotated[list[Table], BeforeValidator(as_list), AfterValidator(unique)] = Field(
-        description="Table or tables with question, answer, and for the truth ratio "
-        "perturbed_answer (wrong answers) and, if there is one, paraphrased_answer."
+        description="Table or tables with `question` and `answer`. For the truth ratio the rows "
+        "also need `perturbed_answer` (wrong answers) and may have `paraphrased_answer`."
     )
-    knowledge: Literal["new", "old"] = Field(description="Is it trained on, or to be kept?")
-    truth_ratio: bool = Field(True, description="Score wrong answers too; the rows must have them.")
+    knowledge: Literal["new", "old"] = Field(
+        description="new: it is trained on; old: it should be retained."
+    )
+    truth_ratio: bool = Field(
+        True, description="Also score wrong answers, which the rows must have."
+    )
     limit: PositiveInt | None = Field(
-        None, description="At most so many rows, evenly spaced over the table."
+        None, description="Maximum number of rows, evenly spaced over the table."
     )
 
 
 class GeneralTextConfig(ConfigModel):
-    """A text on which the predictions of every model are compared with the base's.
+    """A text on which the predictions of every model are compared with those of the base model.
 
-    Gives the forgetting cross-entropy of *Scaling Laws for Forgetting* (arXiv 2401.05605), hard and
-    soft, the KL divergence, and the share of tokens on which model and base agree.
+    The metrics are the forgetting cross-entropy of *Scaling Laws for Forgetting* (arXiv
+    2401.05605), hard and soft, the KL divergence, and the fraction of tokens on which the most
+    probable predictions agree.
     """
 
-    table: Table = Field(description="Rows with `text`; they are joined as they are.")
+    table: Table = Field(description="Rows with `text`, which are joined without separators.")
     block: Annotated[int, Field(ge=2)] = Field(
-        512, description="Tokens that are read at once; what is left at the end is dropped."
+        512, description="Tokens per block; an incomplete block at the end is dropped."
     )
     limit: PositiveInt | None = Field(
-        None, description="At most so many blocks, evenly spaced over the text."
+        None, description="Maximum number of blocks, evenly spaced over the text."
     )
     batch_size: PositiveInt = Field(4, description="Blocks per forward pass.")
 
@@ -230,15 +228,15 @@ RougeTokenizer = Literal["rouge_score", "unicode"]
 
 
 class EvaluationConfig(ConfigModel):
-    """How and how often the probes are scored."""
+    """How and how often models are evaluated on the probes."""
 
     every_epochs: PositiveFloat = Field(1.0, description="Epochs between two evaluations.")
     max_new_tokens: PositiveInt = Field(200, description="Longest generated answer, in tokens.")
     batch_size: PositiveInt = Field(64, description="Sequences per forward pass.")
     rouge_tokenizer: RougeTokenizer = Field(
         "rouge_score",
-        description="What ROUGE takes for words. `rouge_score`: as published, runs of a–z and 0–9, "
-        "Porter-stemmed; all other letters are lost. `unicode`: runs of letters, numbers and marks "
-        "of any script, not stemmed; in scripts without spaces (Chinese, Japanese, Thai, Lao, "
-        "Khmer, Burmese) every letter. Its numbers cannot be compared with published ones.",
+        description="Words of ROUGE. `rouge_score`: as published, runs of a–z and 0–9, "
+        "Porter-stemmed; all other letters are dropped. `unicode`: runs of letters, numbers and "
+        "marks of any script, not stemmed, and every letter of scripts without spaces (Chinese, "
+        "Japanese, Thai, Lao, Khmer, Burmese); not comparable with published numbers.",
     )

@@ -1,4 +1,4 @@
-"""From a study to its methods, run groups and runs: pure expansion, no input or output."""
+"""Expand a study into its methods, runs and scored models, and give them their names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Method(ConfigModel):
     variant: VariantName = "lora"
     rank: int | None = None
     initial_rank: int | None = None
-    """Of adalora, the rank of every adapter at the start; `rank` is the mean at the end."""
+    """Rank of every adalora adapter at the start; `rank` is the mean rank at the end."""
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
@@ -46,19 +46,19 @@ class Method(ConfigModel):
     mitigation: MitigationConfig | None = None
     processes: int | None = Field(None, exclude=True)
     nodes: int | None = Field(None, exclude=True)
-    """As the study asks for; neither is among what a job is told, since it changes no number: how
-    the job is started."""
+    """How a job is started. They do not change the numbers, so they are not part of its keys."""
 
     @property
     def largest_rank(self) -> int | None:
-        """The rank that the adapted matrices must be able to hold."""
+        """Return the largest rank that the adapters have in training."""
         return self.initial_rank or self.rank
 
     @property
     def scale(self) -> float:
-        """What multiplies B·A: alpha/r, or alpha/sqrt(r) for rslora (Kalajdzievski 2023).
+        """Return the factor of B·A: alpha/r, or alpha/sqrt(r) for rslora (Kalajdzievski 2023).
 
-        Of adalora, alpha over the initial rank multiplies B·diag(E)·A (peft adds 1e-5 to the rank).
+        For adalora, B·diag(E)·A is multiplied by alpha over the initial rank, to which peft adds
+        1e-5.
         """
         if self.rank is None or self.alpha is None:
             raise ValueError(f"{self.name} has no adapter")
@@ -70,7 +70,7 @@ class Method(ConfigModel):
 
     @property
     def trains_embeddings(self) -> bool:
-        """Are the input embedding and the LM head trained?"""
+        """Return whether the input embedding and the LM head are trained."""
         return (self.embeddings or ("trained" if self.kind == "full" else "frozen")) == "trained"
 
 
@@ -89,176 +89,182 @@ class RunGroupConfig(ConfigModel):
 
 
 def expand_methods(study: StudyConfig) -> list[Method]:
-    """The study's methods, one per rank, in the order of the file."""
-    return [tuning for _, tuning in expand_methods_numbered(study)]
+    """Return the study's methods, one per rank, in the order of the file.
+
+    Raises:
+        KeyedError: names of methods are equal or too long, or the rule `fixed` has a choice.
+    """
+    return [method for _, method in expand_methods_numbered(study)]
 
 
 def expand_methods_numbered(study: StudyConfig) -> list[tuple[int, Method]]:
-    """The same, each with the number of its entry in the file."""
-    found = [
-        (number, _with_mitigation(tuning, method.mitigation))
-        for number, method in enumerate(study.methods)
-        for tuning in _expand(method)
+    """Return the methods, each with the position of its entry in the file."""
+    numbered = [
+        (number, _with_mitigation(method, entry.mitigation))
+        for number, entry in enumerate(study.methods)
+        for method in _expand(entry)
     ]
     names: dict[str, str] = {}
-    for number, tuning in found:
-        other = names.get(tuning.name.casefold())
-        names[tuning.name.casefold()] = tuning.name
-        if other is not None and other != tuning.name:
+    for number, method in numbered:
+        _check_name(number, method.name, names.get(method.name.casefold()))
+        names[method.name.casefold()] = method.name
+        count = len(method.hyperparameters)
+        is_open = method.selected_hyperparameters is None and count > 1
+        if study.selection.hyperparameters == "fixed" and is_open:
             raise KeyedError(
                 ("methods", number),
-                f"{tuning.name} and {other} differ only in upper and lower case, and some file "
-                "systems take them for one folder; take another `suffix`",
-            )
-        if other is not None:
-            raise KeyedError(
-                ("methods", number),
-                f"{tuning.name} stands there more than once; merge the entries, or tell "
-                "them apart by `suffix`",
-            )
-        if len(tuning.name) > MAX_NAME_LENGTH:
-            raise KeyedError(
-                ("methods", number),
-                f"its name, {tuning.name}, has {len(tuning.name)} characters, and file names are "
-                f"made of it; take a `suffix` so short that it has at most {MAX_NAME_LENGTH}",
-            )
-        several = tuning.selected_hyperparameters is None and len(tuning.hyperparameters) > 1
-        if study.selection.hyperparameters == "fixed" and several:
-            raise KeyedError(
-                ("methods", number),
-                f"{tuning.name} has {len(tuning.hyperparameters)} settings; the rule `fixed` needs "
+                f"the sweep of {method.name} has {count} hyperparameters; the rule `fixed` needs "
                 "`selected_hyperparameters: {learning_rate: ..., weight_decay: ...}` there",
             )
-    return found
+    return numbered
 
 
-def _expand(method: MethodConfig) -> list[Method]:
+def _check_name(number: int, name: str, other: str | None) -> None:
+    """Raise KeyedError if a method's name is too long, or that of an earlier method."""
+    if other == name:
+        raise KeyedError(
+            ("methods", number),
+            f"there is more than one method {name}; merge the entries, or distinguish them by "
+            "`suffix`",
+        )
+    if other is not None:
+        raise KeyedError(
+            ("methods", number),
+            f"{name} and {other} differ only in upper and lower case, which some file systems "
+            "ignore; take another `suffix`",
+        )
+    if len(name) > MAX_NAME_LENGTH:
+        raise KeyedError(
+            ("methods", number),
+            f"its name, {name}, has {len(name)} characters, too many for a file name; take a "
+            f"shorter `suffix`, so that it has at most {MAX_NAME_LENGTH}",
+        )
+
+
+def _expand(entry: MethodConfig) -> list[Method]:
+    """Return one method per rank of an entry, without its mitigation."""
     shared: dict[str, Any] = {
-        "kind": method.method,
-        "embeddings": method.embeddings,
-        "embedding_lr_ratio": method.embedding_lr_ratio,
+        "kind": entry.method,
+        "embeddings": entry.embeddings,
+        "embedding_lr_ratio": entry.embedding_lr_ratio,
         "hyperparameters": [
             Hyperparameters(learning_rate=rate, weight_decay=decay)
-            for rate in method.learning_rate
-            for decay in method.weight_decay
+            for rate in entry.learning_rate
+            for decay in entry.weight_decay
         ],
-        "selected_hyperparameters": method.selected_hyperparameters,
-        "processes": method.processes,
-        "nodes": method.nodes,
+        "selected_hyperparameters": entry.selected_hyperparameters,
+        "processes": entry.processes,
+        "nodes": entry.nodes,
     }
-    more = _name_parts(method)
-    if method.method == "full":
-        names = ["full", *(name for name, _ in more)]
-        labels = ["full", *(label for _, label in more)]
-        return [Method(name="-".join(names), label=", ".join(labels), **shared)]
-    budget = method.adalora or (
-        RankBudgetConfig() if VARIANTS[method.variant].rank_budget else None
-    )
-    found = []
-    for rank in method.rank or []:
-        first = _variant_name(method, rank)
-        # At least one more than the rank, so that the budget can fall.
+    parts = _name_parts(entry)
+    if entry.method == "full":
+        name, label = _join([("full", "full"), *parts])
+        return [Method(name=name, label=label, **shared)]
+    budget = entry.adalora or (RankBudgetConfig() if VARIANTS[entry.variant].rank_budget else None)
+    methods = []
+    for rank in entry.rank or []:
+        name, label = _join([_variant_name(entry, rank), *parts])
+        # The initial rank must exceed the rank, so that the budget can fall.
         initial = max(rank + 1, math.ceil(budget.init_r_ratio * rank - 1e-9)) if budget else None
-        found.append(
+        methods.append(
             Method(
-                name="-".join([first[0], *(name for name, _ in more)]),
-                label=", ".join([first[1], *(label for _, label in more)]),
-                variant=method.variant,
+                name=name,
+                label=label,
+                variant=entry.variant,
                 rank=rank,
                 initial_rank=initial,
-                alpha=2.0 * (initial or rank) if method.alpha == "2r" else method.alpha,
-                dropout=method.dropout,
-                target_modules=method.target_modules,
-                loraplus_lr_ratio=method.loraplus_lr_ratio,
+                alpha=2.0 * (initial or rank) if entry.alpha == "2r" else entry.alpha,
+                dropout=entry.dropout,
+                target_modules=entry.target_modules,
+                loraplus_lr_ratio=entry.loraplus_lr_ratio,
                 rank_budget=budget,
-                second_stage=method.second_stage,
+                second_stage=entry.second_stage,
                 **shared,
             )
         )
-    return found
+    return methods
 
 
-def _variant_name(method: MethodConfig, rank: int) -> tuple[str, str]:
-    """Name and label of an adapter: `dora-r8` and `dora 8`, `hybrid-r8` and `hybrid 8`."""
-    plain = method.variant == "lora"
-    if method.method == "hybrid":
-        words = ["hybrid"] if plain else ["hybrid", method.variant]
+def _join(parts: list[tuple[str, str]]) -> tuple[str, str]:
+    """Return the name and the label of a method from their parts."""
+    return "-".join(name for name, _ in parts), ", ".join(label for _, label in parts)
+
+
+def _variant_name(entry: MethodConfig, rank: int) -> tuple[str, str]:
+    """Return name and label of an adapter: `dora-r8` and `dora 8`, `hybrid-r8` and `hybrid 8`."""
+    plain = entry.variant == "lora"
+    if entry.method == "hybrid":
+        words = ["hybrid"] if plain else ["hybrid", entry.variant]
         return "-".join([*words, f"r{rank}"]), " ".join([*words, str(rank)])
-    return f"{method.variant}-r{rank}", f"rank {rank}" if plain else f"{method.variant} {rank}"
+    return f"{entry.variant}-r{rank}", f"rank {rank}" if plain else f"{entry.variant} {rank}"
 
 
-def _name_parts(method: MethodConfig) -> list[tuple[str, str]]:
-    """What sets a method apart from others of its rank, as parts of its name and of its label."""
-    more: list[tuple[str, str]] = []
-    if method.target_modules in ("attention", "mlp"):
-        more.append((str(method.target_modules), str(method.target_modules)))
-    if method.loraplus_lr_ratio is not None:
-        more.append((f"plus{method.loraplus_lr_ratio:g}", f"plus{method.loraplus_lr_ratio:g}"))
-    if method.adalora and method.adalora.name:
-        more.append((method.adalora.name, method.adalora.name))
-    if method.embedding_lr_ratio is not None:
-        ratio = f"{method.embedding_lr_ratio:g}"
-        more.append((f"embeddings{ratio}", f"embeddings at {ratio}"))
-    elif method.embeddings == "trained" and method.method == "lora":
-        more.append(("embeddings", "embeddings trained"))
-    elif method.embeddings == "frozen" and method.method == "full":
-        more.append(("frozen-embeddings", "embeddings frozen"))
-    if method.second_stage:
-        more.append(
-            (
-                method.second_stage.name,
-                f"then {method.second_stage.suffix or method.second_stage.layers_name}",
-            )
-        )
-    if method.suffix:
-        more.append((method.suffix, method.suffix))
-    return more
+def _name_parts(entry: MethodConfig) -> list[tuple[str, str]]:
+    """Return the parts of name and label that distinguish methods of one rank."""
+    parts: list[tuple[str, str]] = []
+    if entry.target_modules in ("attention", "mlp"):
+        parts.append((str(entry.target_modules), str(entry.target_modules)))
+    if entry.loraplus_lr_ratio is not None:
+        parts.append((f"plus{entry.loraplus_lr_ratio:g}", f"plus{entry.loraplus_lr_ratio:g}"))
+    if entry.adalora and entry.adalora.name:
+        parts.append((entry.adalora.name, entry.adalora.name))
+    if entry.embedding_lr_ratio is not None:
+        ratio = f"{entry.embedding_lr_ratio:g}"
+        parts.append((f"embeddings{ratio}", f"embeddings at {ratio}"))
+    elif entry.embeddings == "trained" and entry.method == "lora":
+        parts.append(("embeddings", "embeddings trained"))
+    elif entry.embeddings == "frozen" and entry.method == "full":
+        parts.append(("frozen-embeddings", "embeddings frozen"))
+    if stage := entry.second_stage:
+        parts.append((stage.name, f"then {stage.suffix or stage.layers_name}"))
+    if entry.suffix:
+        parts.append((entry.suffix, entry.suffix))
+    return parts
 
 
-def _with_mitigation(tuning: Method, mitigation: MitigationConfig | None) -> Method:
+def _with_mitigation(method: Method, mitigation: MitigationConfig | None) -> Method:
+    """Return the method with a mitigation, which also ends its name and label."""
     if mitigation is None:
-        return tuning
-    named = {
-        "name": f"{tuning.name}-{mitigation.name}",
-        "label": f"{tuning.label}, {mitigation.name}",
-    }
-    return tuning.model_copy(update={**named, "mitigation": mitigation})
+        return method
+    name, label = f"{method.name}-{mitigation.name}", f"{method.label}, {mitigation.name}"
+    return method.model_copy(update={"name": name, "label": label, "mitigation": mitigation})
 
 
 def run_name(
-    tuning: str, seed: int, setting: Hyperparameters, duration: float | None = None
+    method: str, seed: int, hyperparameters: Hyperparameters, duration: float | None = None
 ) -> str:
-    """Name of one training, unique in the study: `lora-r8/seed0/lr0.0001-wd0`.
+    """Return the name of a run, unique in the study: `lora-r8/seed0/lr0.0001-wd0`.
 
-    The branch of a duration ends in it: `lora-r8/seed0/lr0.0001-wd0/duration0.5`.
+    The name of a cooldown branch ends in its duration: `lora-r8/seed0/lr0.0001-wd0/duration0.5`.
     """
-    name = f"{tuning}/seed{seed}/lr{setting.learning_rate:g}-wd{setting.weight_decay:g}"
+    rate, decay = hyperparameters.learning_rate, hyperparameters.weight_decay
+    name = f"{method}/seed{seed}/lr{rate:g}-wd{decay:g}"
     return name if duration is None else f"{name}/{duration_name(duration)}"
 
 
 def duration_name(duration: float) -> str:
-    """A duration of so many epochs in the names of runs and folders: `duration0.5`."""
+    """Return a duration in epochs as part of the names of runs and folders: `duration0.5`."""
     return f"duration{duration:g}"
 
 
 def selected_models(study: StudyConfig) -> list[str]:
-    """Every checkpoint that is selected: METHOD/seedN."""
-    return [f"{tuning.name}/seed{seed}" for tuning in expand_methods(study) for seed in study.seeds]
+    """Return the names of all selected checkpoints: METHOD/seedN."""
+    return [f"{method.name}/seed{seed}" for method in expand_methods(study) for seed in study.seeds]
 
 
 def scored_model_names(study: StudyConfig) -> list[str]:
-    """What is benchmarked of each method: seedN, or seedN-durationD where all ends are."""
+    """Return the benchmarked models of a method: seedN, or seedN-durationD for all durations."""
     durations = study.training.durations if study.benchmarks.models == "durations" else []
-    ends = [f"-{duration_name(duration)}" for duration in durations] or [""]
-    return [f"seed{seed}{end}" for seed in study.seeds for end in ends]
+    endings = [f"-{duration_name(duration)}" for duration in durations] or [""]
+    return [f"seed{seed}{ending}" for seed in study.seeds for ending in endings]
 
 
 def scored_models(study: StudyConfig) -> list[str]:
-    """Every model with results of benchmarks: `base`, or METHOD/NAME; none without benchmarks."""
+    """Return all benchmarked models, `base` and METHOD/NAME; none without benchmarks."""
     if not (study.benchmarks.tasks or study.benchmarks.refusals):
         return []
     names = scored_model_names(study)
     return [
         "base",
-        *(f"{tuning.name}/{name}" for tuning in expand_methods(study) for name in names),
+        *(f"{method.name}/{name}" for method in expand_methods(study) for name in names),
     ]

@@ -1,4 +1,4 @@
-"""What is done against forgetting, beside the training on the new knowledge."""
+"""Section `methods.N.mitigation`: replay, KL penalty, EWC and L2-SP against forgetting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MitigationSection(ConfigModel):
 
     @property
     def strength(self) -> float:
-        """Return the weight of the penalty, or what stands for it."""
+        """Return the weight of the penalty, or the number that replaces it."""
         return float(getattr(self, "weight"))  # noqa: B009
 
     @property
@@ -39,18 +39,18 @@ class MitigationSection(ConfigModel):
 
 
 class ReplayConfig(MitigationSection):
-    """Trains on general text too, as if a share of each batch were known already.
+    """Replay: every batch also has rows of a general text.
 
-    Replayed rows come on top of the batch, so that an epoch of the new knowledge has as many steps
-    as without. The loss of a step stays the mean over all its target tokens; a long text thus
-    counts more than a short answer. A `text` is trained on whole, up to `training.max_length`.
+    Replayed rows are added to the batch, so that the number of steps per epoch does not change. The
+    loss of a step is the mean over all its target tokens, so that a long text counts more than a
+    short answer. A `text` is trained on up to `training.max_length` tokens.
     """
 
     table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
     ratio: Annotated[Number, Field(gt=0, lt=1)] = Field(
         0.1,
-        description="Replayed rows among all rows that are trained on; with `training.packing`, "
-        "packed sequences.",
+        description="Fraction of replayed rows among all rows of a step; with `training.packing`, "
+        "of packed sequences.",
     )
     is_penalty: ClassVar[bool] = False
 
@@ -63,14 +63,15 @@ class ReplayConfig(MitigationSection):
 class KlConfig(MitigationSection):
     """Adds weight * KL(base || model), the mean over target tokens in nats, to the loss.
 
-    This direction asks for all that the base deems likely (Hinton et al. 2015, arXiv 1503.02531).
+    This direction keeps all predictions that the base model considers probable (Hinton et al. 2015,
+    arXiv 1503.02531).
     """
 
     weight: NonNegativeFloat = Field(
         description="Weight of the penalty; the loss is in nats per token."
     )
     tokens: Literal["all", "replay"] = Field(
-        "all", description="The mean is over all target tokens, or those of the replayed rows."
+        "all", description="Average over all target tokens, or over those of the replayed rows."
     )
     needs_base_model: ClassVar[bool] = True
 
@@ -78,8 +79,8 @@ class KlConfig(MitigationSection):
 class L2SpConfig(MitigationSection):
     """L2-SP: adds weight/2 * ||theta - theta0||^2 to the loss (Li et al. 2018, arXiv 1802.01483).
 
-    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
-    parts of a hybrid, theta0 is the base.
+    For an adapter, theta - theta0 is the update scale*B*A of the adapted matrices. In both stages
+    of a hybrid, theta0 is the base model.
     """
 
     weight: NonNegativeFloat = Field(
@@ -92,10 +93,10 @@ class L2SpConfig(MitigationSection):
 class EwcConfig(MitigationSection):
     """EWC: adds weight/2 * sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, equation 3).
 
-    F_i is the diagonal of the base's Fisher information per target token of a general text, so that
-    near the base the sum is the part of KL(base || model) in nats per token that a diagonal sees.
-    Of an adapter, theta - theta0 is the update scale*B*A of the matrices it stands beside; in both
-    parts of a hybrid, theta0 is the base.
+    F_i is the diagonal of the base model's Fisher information per target token of a general text.
+    Near the base model, the penalty is thus the diagonal approximation of KL(base || model) in nats
+    per token. For an adapter, theta - theta0 is the update scale*B*A of the adapted matrices. In
+    both stages of a hybrid, theta0 is the base model.
     """
 
     weight: NonNegativeFloat = Field(
@@ -103,40 +104,41 @@ class EwcConfig(MitigationSection):
     )
     table: Table = Field(description="Rows with `text`, or with `question` and `answer`.")
     samples: PositiveInt = Field(
-        128, description="Number of rows, evenly spaced over the table, that estimate it."
+        128, description="Rows that estimate the information, evenly spaced over the table."
     )
     needs_weight_update: ClassVar[bool] = True
     bytes_per_weight: ClassVar[float] = 8.0  # the base model's weights and their information
 
 
 class MitigationConfig(ConfigModel):
-    """What a method does against forgetting, beside its training on the new knowledge."""
+    """Mitigations of forgetting that a method applies in training."""
 
     replay: ReplayConfig | None = Field(None, description="Mix general text into the batches.")
     kl: KlConfig | None = Field(
-        None, description="Keep the predictions of next tokens near the base's."
+        None, description="Keep the next-token predictions close to those of the base model."
     )
     ewc: EwcConfig | None = Field(
         None,
-        description="Keep the weights near the base's, the more they matter to it; for variants "
-        "lora and rslora, and full. Takes the memory of the trained or adapted weights once or "
-        "twice more.",
+        description="Keep the weights close to those of the base model, weighted by their Fisher "
+        "information; for variants lora and rslora, and full. It needs one or two more copies of "
+        "the trained or adapted weights in memory.",
     )
     l2_sp: L2SpConfig | None = Field(
         None,
-        description="Keep the weights near the base's; for variants lora and rslora, and full.",
+        description="Keep the weights close to those of the base model; for variants lora and "
+        "rslora, and full.",
     )
     suffix: Name | None = Field(
         None,
-        description="End of the method's name, in place of the one that is made of the settings.",
+        description="End of the method's name; by default it is made of the keys above.",
     )
 
     @model_validator(mode="after")
-    def _does_something(self) -> MitigationConfig:
+    def _check_not_empty(self) -> MitigationConfig:
         if not self.sections:
             raise ValueError("name at least one mitigation, or leave the section out")
         if self.kl and self.kl.tokens == "replay" and not self.replay:
-            raise ValueError("`kl: {tokens: replay}` needs a `replay` beside it")
+            raise ValueError("`kl: {tokens: replay}` needs the section `replay`")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""What the study's classes say, as a JSON Schema for editors and as config/README.md for people.
+"""Generate config/schema.json and config/README.md from the classes of a study.
 
 Usage, from the root of the checkout:
 
@@ -29,9 +29,9 @@ LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "
 INTRODUCTION = """\
 # Configuration
 
-A study is one YAML file: a base model, new knowledge to fine-tune on, probes of old knowledge,
-benchmarks, a sweep of methods, and the rule that selects checkpoints. Those that come with the
-workflow are in `config/studies`; `config/config.yaml` names the one that is run by default.
+A study is one YAML file. It names a base model, new knowledge to fine-tune on, probes of old
+knowledge, benchmarks, methods with their sweeps, and the rule that selects checkpoints. The
+studies of the workflow are in `config/studies`. `config/config.yaml` names the default study.
 
 ## Choosing a study
 
@@ -43,71 +43,75 @@ snakemake -n --config study=path/to/mine.yaml    # check it and show its jobs, r
 snakemake --profile slurm --config study=NAME    # on a cluster
 ```
 
-What may stand in `config/config.yaml` or after `--config`, several separated by blanks:
+`config/config.yaml` and `--config` accept these options; `--config` separates them by spaces:
 
 - `study`: a name in `config/studies`, or the path of a YAML file. Results go to `results/NAME`,
-  the page to `reports/NAME.html`; studies of different names may run at the same time.
-- `scale`: `full`, or `tiny` to try a set-up: every job of the study runs, on a few rows and with a
-  toy model, offline, in about a minute. The numbers mean nothing; they go to `results/NAME-tiny`.
-- `model`: a folder in Hugging Face form, or OWNER/NAME@COMMIT on the hub, in place of the study's
-  base.
-- `NAME_dir`: a folder with `TABLE.jsonl`, `.json` or `.csv` for every table that the study uses of
-  its dataset `NAME`, one JSON object a line. Nothing of that dataset is downloaded then.
-- `benchmarks_dir`: a folder with the rows of the benchmarks as `TASK/SPLIT.jsonl`, in the columns
+  the page to `reports/NAME.html`. Studies of different names may run at the same time.
+- `scale`: `full`, or `tiny` to try a setup. With `tiny` every job of the study runs offline, on a
+  few rows and with a toy model, in about a minute. The numbers have no meaning. They go to
+  `results/NAME-tiny`.
+- `model`: a folder in Hugging Face format, or OWNER/NAME@COMMIT on the hub. It replaces the base
+  model of the study.
+- `NAME_dir`: a folder that replaces the dataset `NAME`. It contains `TABLE.jsonl`, `.json` or
+  `.csv` for every table that the study uses, with one JSON object a line. Nothing of that dataset
+  is downloaded.
+- `benchmarks_dir`: a folder with the rows of the benchmarks as `TASK/SPLIT.jsonl`, with the columns
   of the hub's datasets.
 - `rerun_on_code_change`: `true` reruns all jobs when a file of the library changes, for people who
-  edit it. By default jobs run again when the version of their stage is raised
-  (`workflow/forgetting/versions.py`), or their files or settings change.
+  edit it. By default a job reruns when its files or options change, or when the version of its
+  stage is raised (`workflow/forgetting/versions.py`).
 
 ## Writing a study
 
-Copy `config/studies/own-data.yaml`, change `datasets`, `base`, `train` and `probes`, and look at
-the plan with `snakemake -n --config study=FILE`. Relative paths start where snakemake is started.
-An unknown key or a wrong value is told with its line. YAML reads `1e-4` as text: write `1.0e-4`.
-Where the type says `or a list`, one value may stand alone. The file's first line,
+Copy `config/studies/own-data.yaml` and change `datasets`, `base`, `train` and `probes`. Check the
+plan with `snakemake -n --config study=FILE`. Paths are relative to the folder in which snakemake is
+started. Unknown keys and wrong values are reported with their lines. YAML reads `1e-4` as text:
+write `1.0e-4`. Where the type is `..., or a list`, a single value needs no brackets. The first line
+of the file,
 
 ```
 # yaml-language-server: $schema=../schema.json
 ```
 
-makes editors that know the YAML language server complete and check keys as you type.
+makes editors with a YAML language server complete and check keys.
 
-A table is named `DATASET/TABLE`. Its rows have `question` and `answer`; for the truth ratio of a
-probe also `perturbed_answer`, a list of wrong answers, and, if there is one, `paraphrased_answer`.
-What a probe asks as old knowledge must not be among the questions that are trained on.
+A table is named `DATASET/TABLE`. Its rows have `question` and `answer`. For the truth ratio of a
+probe they also have `perturbed_answer`, a list of wrong answers, and may have
+`paraphrased_answer`. Questions of old knowledge must not be trained on.
 
-Rows that are trained on may instead have `messages`, a conversation as a list of `role` (system,
-user, assistant) and `content`, of which all answers of the assistant are learned, in the chat
-template of the base's tokenizer; or `text`, of which every token is learned: texts are joined, each
-with its end of sequence, and cut into blocks of `training.max_length` tokens. Rows of all kinds may
-stand side by side. What is learned from texts is measured by probes in tables of their own. Where a
-dataset has other names for its columns, `columns` says which: `{question: instruction, answer:
+Training rows may have `messages` instead, a conversation as a list of `role` (system, user,
+assistant) and `content`. The model is trained on all answers of the assistant, in the chat template
+of the base model's tokenizer. Training rows may also have `text`, of which every token is trained
+on: texts are joined, each with an end of sequence, and cut into blocks of `training.max_length`
+tokens. One table may have rows of all kinds. What a model learns from texts is measured by probes
+in other tables.
+
+If the columns of a dataset have other names, `columns` lists them: `{question: instruction, answer:
 response}` for Magicoder, `{question: query, answer: response}` for MetaMathQA, `{system:
-system_prompt, answer: response}` for OpenOrca. A table of that dataset that has our names is read
-by our names. Tables are read row by row, and trained on from files of tokens; they need not fit
-into memory.
+system_prompt, answer: response}` for OpenOrca. A table of that dataset that has the workflow's own
+column names is read by them. Tables need not fit into memory: they are read row by row, and
+training reads token ids from disk.
 
-A CSV table is UTF-8, has commas between its columns, a line of column names first, and as many
-cells in every row. A cell with commas, line breaks or quotation marks is put into quotation marks,
-and those inside it are doubled. When the data are prepared, there is a warning for columns of text
-that are not read, and for questions with different answers, within a table or between the training
+A CSV table is UTF-8 text with commas between columns, column names in the first line, and equally
+many cells in every row. A cell with commas, line breaks or quotation marks is enclosed in quotation
+marks, and quotation marks inside it are doubled. Preparing the data prints a warning for columns of
+text that are not read, and for questions with different answers, within a table or between training
 and a probe.
 
-ROUGE as published drops all letters but a to z. If these are more than 5 % of the letters in the
-answers of a probe, there is a warning; above 50 % the study is refused, unless
+ROUGE as published drops all letters except a to z. The workflow prints a warning if these are more
+than 5 % of the letters in the answers of a probe. Above 50 % it refuses the study, unless
 `evaluation.rouge_tokenizer` names another tokenizer.
 
 ## All keys
 
-The rest of this file is generated from `workflow/forgetting/config/study.py` and from
-`workflow/forgetting/sections`, by `make schema`."""
+The rest of this file is generated from `workflow/forgetting/config` by `make schema`."""
 
 
 class _Generator(GenerateJsonSchema):
-    """Pydantic's generator, told what the validators of a study let through."""
+    """Pydantic's generator, with knowledge of the validators of a study."""
 
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> Any:
-        """Where one value stands for a list of one, allow the value too."""
+        """Allow a single value where a validator makes it a list of one."""
         inner = super().function_before_schema(schema)
         if schema["function"]["function"] is types.as_list:
             return {"anyOf": [inner["items"], inner]}
@@ -115,28 +119,29 @@ class _Generator(GenerateJsonSchema):
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a study file."""
+    """Return the JSON Schema of a study file."""
     schema = study.StudyConfig.model_json_schema(schema_generator=_Generator)
     strict: dict[str, Any] = _forbid_extra(schema)
     return {"$schema": DIALECT, **strict}
 
 
 def _forbid_extra(node: Any) -> Any:
-    """Say two things that pydantic does not: limits behind a validator of ours, and closed names.
+    """Return the schema with two corrections of pydantic's output.
 
-    Such limits come out in its own words, and a pattern for names does not refuse other names.
+    Limits after a custom validator have pydantic's names instead of those of JSON Schema, and a
+    pattern of names does not exclude other names.
     """
     if isinstance(node, list):
         return [_forbid_extra(value) for value in node]
     if not isinstance(node, dict):
         return node
-    words = LIMITS if node.get("type") == "number" else {}
+    keywords = LIMITS if node.get("type") == "number" else {}
     closed = {"additionalProperties": False} if "patternProperties" in node else {}
-    return {words.get(key, key): _forbid_extra(value) for key, value in node.items()} | closed
+    return {keywords.get(key, key): _forbid_extra(value) for key, value in node.items()} | closed
 
 
 def readme(schema: dict[str, Any]) -> str:
-    """The introduction, then a table for every section of a study, in the order of the classes."""
+    """Return config/README.md: the introduction, then a table of keys for every section."""
     parts = [INTRODUCTION]
     for path, section in _sections(schema, schema, ""):
         heading = f"### `{path}`" if path else "### The study"
@@ -157,17 +162,17 @@ def readme(schema: dict[str, Any]) -> str:
 def _sections(
     schema: dict[str, Any], section: dict[str, Any], path: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every section with its path, in the order of the keys."""
     yield path, section
     for key, value in section["properties"].items():
-        found = _section_of(value)
-        if found:
-            mark, name = found
-            yield from _sections(schema, schema["$defs"][name], _join(path, key) + mark)
+        if subsection := _section_of(value):
+            ending, name = subsection
+            yield from _sections(schema, schema["$defs"][name], _join(path, key) + ending)
 
 
 def _section_of(value: dict[str, Any]) -> tuple[str, str] | None:
-    """The section that a key holds, and how it is reached: itself, `[]` of a list, `.NAME`."""
-    for mark, inner in (
+    """Return the section in a key's value, with the end of its path: none, `[]` or `.NAME`."""
+    for ending, inner in (
         ("", value),
         ("[]", value.get("items", {})),
         (".NAME", value.get("additionalProperties", {})),
@@ -175,7 +180,7 @@ def _section_of(value: dict[str, Any]) -> tuple[str, str] | None:
         *(("", inner) for inner in value.get("anyOf", [])),
     ):
         if isinstance(inner, dict) and "$ref" in inner:
-            return mark, inner["$ref"].removeprefix("#/$defs/")
+            return ending, inner["$ref"].removeprefix("#/$defs/")
     return None
 
 
@@ -184,13 +189,12 @@ def _join(path: str, key: str) -> str:
 
 
 def _type(schema: dict[str, Any], value: dict[str, Any], path: str) -> str:
-    """A type in words: `whole number ≥ 1`, `list of text`, a link to the section that it is."""
-    if found := _section_of(value):
-        anchor = re.sub(r"[^\w-]", "", path + found[0]).lower()
-        several = {"": "", "[]": "list of ", ".NAME": "by name: "}[found[0]]
-        names = value.get("propertyNames", {}).get("enum", [])
-        some = f", of {_choice(names)}" if names else ""
-        return f"{several}[section](#{anchor}){some}"
+    """Return a type in words: `whole number ≥ 1`, `list of text`, or a link to a section."""
+    if subsection := _section_of(value):
+        ending = subsection[0]
+        anchor = re.sub(r"[^\w-]", "", path + ending).lower()
+        container = {"": "", "[]": "list of ", ".NAME": "by name: "}[ending]
+        return f"{container}[section](#{anchor})"
     if "anyOf" in value:
         inner = [item for item in value["anyOf"] if item.get("type") != "null"]
         words = [_type(schema, item, path) for item in inner]
@@ -227,8 +231,8 @@ def _choice(values: list[Any]) -> str:
 def _default(value: dict[str, Any]) -> str:
     default = value.get("default")
     if isinstance(default, dict) or (default is None and "default" not in value):
-        found = _section_of(value)
-        return "its own defaults" if found and not found[0] else "none"
+        subsection = _section_of(value)
+        return "its own defaults" if subsection and not subsection[0] else "none"
     if default is None or default == "":
         return "none"
     plain = isinstance(default, str) and "\n" not in default
@@ -236,12 +240,12 @@ def _default(value: dict[str, Any]) -> str:
 
 
 def _description(schema: dict[str, Any], value: dict[str, Any], section: dict[str, Any]) -> str:
-    """The key's own description, else its section's, else that of the section it stands in."""
+    """Return the description of a key, by default that of its section or of the section around."""
     if "description" in value:
         return _line(value["description"])
-    found = _section_of(value)
-    owner = schema["$defs"][found[1]] if found else section
-    return _line(owner["description"].split("\n\n")[0])
+    subsection = _section_of(value)
+    described = schema["$defs"][subsection[1]] if subsection else section
+    return _line(described["description"].split("\n\n")[0])
 
 
 def _line(text: str) -> str:
@@ -253,7 +257,7 @@ def _paragraphs(text: str) -> str:
 
 
 def generated_files() -> dict[Path, str]:
-    """Every generated file of the repository with its content."""
+    """Return the generated files of the repository with their contents."""
     schema = json_schema()
     return {
         ROOT / "config" / "schema.json": json.dumps(schema, indent=2) + "\n",
@@ -263,23 +267,21 @@ def generated_files() -> dict[Path, str]:
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write the files, or fail if they are not in step with the classes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_KeepLines)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", action="store_true", help="write both files")
-    what.add_argument("--check", action="store_true", help="fail if one of them is out of step")
+    """Write the files, or exit with an error if they are out of date."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", action="store_true", help="write both files")
+    mode.add_argument("--check", action="store_true", help="fail if a file is out of date")
     options = parser.parse_args(argv)
     for path, content in generated_files().items():
         if options.write:
             write_atomically(path, content, recorded=False)
         elif not path.is_file() or path.read_text(encoding="utf-8") != content:
             raise InputError(
-                f"{path.relative_to(ROOT)} is not what the study's classes say: run `make schema`"
+                f"{path.relative_to(ROOT)} differs from the study's classes: run `make schema`"
             )
-
-
-class _KeepLines(argparse.RawDescriptionHelpFormatter):
-    """Keep the usage lines of the docstring."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The optimization that all methods share: batches, schedule, optimizer, durations."""
+"""Section `training`: batches, learning rate schedule, optimizer and durations of all methods."""
 
 from __future__ import annotations
 
@@ -16,87 +16,88 @@ from forgetting.config.types import (
     unique,
 )
 
-Schedule = Annotated[Number, Field(ge=0, lt=1)]
+DecayRate = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(ConfigModel):
-    """The optimization that all methods share."""
+    """Training options, which apply to all methods."""
 
     epochs: PositiveFloat = Field(10.0, description="Passes over the new knowledge.")
     batch_size: PositiveInt = Field(32, description="Question-answer pairs per optimizer step.")
     micro_batch_size: PositiveInt = Field(
         32,
-        description="Pairs per forward pass; the gradient does not depend on it. Where memory runs "
-        "out with them, the run goes on with half as many.",
+        description="Pairs per forward pass; the gradient does not depend on it. A run that goes "
+        "out of memory continues with half of it.",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
         500,
-        description="Longest training sequence, in tokens; texts are joined and cut into so long "
-        "blocks.",
+        description="Longest training sequence, in tokens; texts are joined and cut into blocks of "
+        "this length.",
     )
     packing: bool = Field(
         False,
-        description="Put several examples to a sequence of at most `max_length` tokens, whole and "
-        "each blind to the others; `batch_size` and `micro_batch_size` then count such sequences.",
+        description="Pack several whole examples into a sequence of at most `max_length` tokens, "
+        "with attention within each example only. `batch_size` and `micro_batch_size` then count "
+        "packed sequences.",
     )
     activation_checkpointing: bool = Field(
         False,
-        description="Keep only what enters each block for the backward pass, and compute the rest "
-        "again: less memory, a third more arithmetic, the same gradients.",
+        description="Recompute activations in the backward pass and keep only the inputs of each "
+        "block: less memory, a third more arithmetic, the same gradients.",
     )
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = Field(
         "linear",
-        description="The learning rate after the warm-up: constant, or decayed to `min_lr_ratio`; "
+        description="Learning rate after the warm-up: constant, or decayed to `min_lr_ratio`; "
         "inverse_sqrt and wsd end in a cooldown to `min_lr_ratio`.",
     )
     min_lr_ratio: Fraction = Field(
-        0.0, description="Share of the peak at which the learning rate ends; not for constant."
+        0.0, description="Final learning rate as a fraction of the peak; not for constant."
     )
     decay_ratio: Fraction | None = Field(
         None,
-        description="Share of all steps in which inverse_sqrt or wsd fall linearly to the "
-        "floor at the end; 0.2 by default.",
+        description="Fraction of all steps that is the linear cooldown to `min_lr_ratio` at the "
+        "end of inverse_sqrt and wsd; 0.2 by default.",
     )
     decay_steps: PositiveInt | None = Field(
         None,
         description="Steps after the warm-up in which inverse_sqrt falls to 1/sqrt(2) of the peak "
-        "(with `inverse_sqrt_floor` 0); as many as the warm-up by default.",
+        "(with `inverse_sqrt_floor` 0); by default as many as the warm-up.",
     )
     inverse_sqrt_floor: Fraction = Field(
-        0.0, description="Share of the peak that inverse_sqrt falls to in the long run."
+        0.0, description="Asymptote of inverse_sqrt as a fraction of the peak."
     )
     durations: Annotated[list[PositiveFloat], AfterValidator(unique)] = Field(
         [],
-        description="Durations, in epochs, the longest of which is `epochs`; 0.01 is a hundredth "
-        "of one. With wsd and inverse_sqrt (continued pretraining) one run without cooldown "
-        "is the trunk of all; for each duration a branch leaves it where its own cooldown starts, "
-        "and ends as the run that is trained with these `epochs` alone. With linear and cosine "
-        "(instruction tuning) such runs have nothing in common, and each is trained from the base. "
-        "What is selected is the end of a branch.",
+        description="Durations in epochs, which may be fractions; the longest must be `epochs`. "
+        "With wsd and inverse_sqrt (continued pretraining), all durations share a trunk, a run "
+        "without cooldown. Each duration is a branch that leaves the trunk where its cooldown "
+        "starts, and ends like a run with these `epochs`. With linear and cosine (instruction "
+        "tuning), each duration is trained from the base model. The selected checkpoint is the "
+        "end of a branch.",
     )
     warmup_epochs: NonNegativeFloat | None = Field(
         None,
-        description="Epochs of linear warm-up: 1 by default, where neither `warmup_steps` nor "
-        "`warmup_ratio` is given.",
+        description="Epochs of linear warm-up; 1 by default, if neither `warmup_steps` nor "
+        "`warmup_ratio` is set.",
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Steps of linear warm-up, in place of `warmup_epochs`."
+        None, description="Steps of linear warm-up, instead of `warmup_epochs`."
     )
     warmup_ratio: Fraction | None = Field(
-        None, description="Share of all steps that is warm-up, in place of `warmup_epochs`."
+        None, description="Warm-up as a fraction of all steps, instead of `warmup_epochs`."
     )
     optimizer: Literal["adamw", "lionw", "adafactor"] = Field(
         "adamw",
-        description="adamw; lionw: Lion with a weight decay that the rate does not multiply; "
-        "adafactor: factored second moments, transformers' implementation with a given learning "
-        "rate.",
+        description="adamw; lionw: Lion with a weight decay that is not multiplied by the learning "
+        "rate; adafactor: factored second moments, in transformers' implementation with a given "
+        "learning rate.",
     )
     scale_parameter: bool = Field(
         False,
         description="adafactor only: multiply the step of each matrix by the root mean square of "
-        "its weights, at least 1e-3. LoRA's B starts at 0 and hardly moves then.",
+        "its weights, at least 1e-3. LoRA's B, which starts at 0, then hardly moves.",
     )
-    betas: tuple[Schedule, Schedule] | None = Field(
+    betas: tuple[DecayRate, DecayRate] | None = Field(
         None,
         description="Decay rates of the moments: (0.9, 0.999) for adamw and (0.9, 0.95) for lionw "
         "by default; adafactor has none.",
@@ -106,32 +107,34 @@ class TrainingConfig(ConfigModel):
         description="Apply the weight decay to norms and biases too, as LLM Foundry does; "
         "transformers' Trainer does not.",
     )
-    max_grad_norm: PositiveFloat | None = Field(1.0, description="Largest L2 norm of the gradient.")
+    max_grad_norm: PositiveFloat | None = Field(
+        1.0, description="Maximum L2 norm of the gradient; `null` disables clipping."
+    )
     batched_lora: Literal["auto", "never"] = Field(
         "auto",
-        description="auto: train the runs of one method and seed in shared forward and backward "
-        "passes where that is faster: where there are at least four runs and a step of one has at "
-        "most 1024 tokens (8192 on a GPU), replayed rows apart; as many to a pass as memory holds, "
-        "at most `micro_batch_size`. Of lora, rslora and pissa, with or without replay; other "
-        "methods and mitigations, runs of several processes and those with `durations` are trained "
-        "one after the other. The numbers are the same up to rounding.",
+        description="auto: train several runs of one method and seed in one forward and backward "
+        "pass if that is faster. It needs at least four runs, and at most 1024 tokens (8192 on a "
+        "GPU) in a step of one run, replayed rows not counted. A pass has as many runs as memory "
+        "allows, at most `micro_batch_size`. It applies to lora, rslora and pissa, with or without "
+        "replay. Other methods and mitigations, runs of several processes and runs with "
+        "`durations` are trained one after the other. The numbers are the same up to rounding.",
     )
 
     @property
     def resolved_betas(self) -> tuple[float, float]:
-        """`betas`, or the optimizer's usual ones."""
+        """Return `betas`, or the defaults of the optimizer."""
         return self.betas or ((0.9, 0.95) if self.optimizer == "lionw" else (0.9, 0.999))
 
     @property
     def resolved_decay_ratio(self) -> float:
-        """`decay_ratio`, or the usual one of the schedule."""
+        """Return `decay_ratio`, or the default of the schedule."""
         if not self.has_decay:
             return 0.0
         return 0.2 if self.decay_ratio is None else self.decay_ratio
 
     @property
     def has_decay(self) -> bool:
-        """May the schedule end in a cooldown, before which all durations have the same rates?"""
+        """Return whether the schedule may end in a cooldown, so that durations share a trunk."""
         return self.schedule in ("inverse_sqrt", "wsd")
 
     @model_validator(mode="after")
@@ -141,24 +144,24 @@ class TrainingConfig(ConfigModel):
         longest = max(self.durations)
         if self.schedule == "constant" or (self.has_decay and not self.resolved_decay_ratio):
             raise ValueError(
-                "`durations` are runs whose rates fall to the end, each in its own time: take "
-                "schedule linear or cosine, or wsd or inverse_sqrt with a `decay_ratio` above "
-                "0; with a rate that does not fall, every evaluation of one run ends a duration"
+                "`durations` need a learning rate that falls at the end: take schedule linear or "
+                "cosine, or wsd or inverse_sqrt with a `decay_ratio` above 0; with a constant "
+                "learning rate every evaluation of one run is the end of a duration"
             )
         if longest > self.epochs:
             raise ValueError(
-                f"`durations`: {longest:g} epochs are more than the {self.epochs:g} "
-                "`epochs` of the trunk; make `epochs` as long"
+                f"`durations`: {longest:g} is more than `epochs`, {self.epochs:g}; make `epochs` "
+                "as long as the longest duration"
             )
         if longest < self.epochs:
             raise ValueError(
-                f"`durations`: the longest must be `epochs`, {self.epochs:g}; nobody would "
-                f"use what is trained after {longest:g}"
+                f"`durations`: the longest must be `epochs`, {self.epochs:g}, because no duration "
+                f"uses the steps after {longest:g}"
             )
         if self.has_decay and self.warmup_ratio is not None:
             raise ValueError(
-                "`durations` share one warm-up, of which `warmup_ratio` would give each another; "
-                "take `warmup_steps` or `warmup_epochs`"
+                "`durations` share one warm-up, but `warmup_ratio` depends on the duration; take "
+                "`warmup_steps` or `warmup_epochs`"
             )
         return self
 
@@ -170,22 +173,24 @@ class TrainingConfig(ConfigModel):
             if getattr(self, name) is not None
         ]
         if len(named) > 1:
-            raise ValueError(f"the warm-up is given twice, by `{named[0]}` and `{named[1]}`")
+            raise ValueError(f"the warm-up is set twice, by `{named[0]}` and `{named[1]}`")
         return self
 
     @model_validator(mode="after")
     def _check_keys_have_effect(self) -> TrainingConfig:
         for name in ("decay_steps", "inverse_sqrt_floor"):
             if getattr(self, name) and self.schedule != "inverse_sqrt":
-                raise ValueError(f"{self.schedule} has no `{name}`; inverse_sqrt does")
+                raise ValueError(f"schedule {self.schedule} has no `{name}`; inverse_sqrt does")
         if self.min_lr_ratio and self.schedule == "constant":
-            raise ValueError("a constant rate has no `min_lr_ratio`")
+            raise ValueError("schedule constant has no `min_lr_ratio`")
         if self.decay_ratio is not None and not self.has_decay:
-            raise ValueError(f"{self.schedule} has no `decay_ratio`; inverse_sqrt and wsd do")
+            raise ValueError(
+                f"schedule {self.schedule} has no `decay_ratio`; inverse_sqrt and wsd do"
+            )
         if self.betas and self.optimizer == "adafactor":
-            raise ValueError("adafactor has no `betas`")
+            raise ValueError("optimizer adafactor has no `betas`")
         if self.scale_parameter and self.optimizer != "adafactor":
-            raise ValueError(f"{self.optimizer} has no `scale_parameter`; adafactor does")
+            raise ValueError(f"optimizer {self.optimizer} has no `scale_parameter`; adafactor does")
         return self
 
     @model_validator(mode="before")

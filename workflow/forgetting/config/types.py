@@ -1,17 +1,17 @@
-"""Types of the study's keys: numbers with bounds, names, and sections that know their keys."""
+"""Types of study keys: bounded numbers, names, and the base class of all sections."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class KeyedError(ValueError):
-    """A mistake that stands at a key below the section whose validator finds it."""
+    """A mistake at a key below the section whose validator reports it."""
 
     def __init__(self, keys: tuple[str | int, ...], message: str) -> None:
         super().__init__(f"{'.'.join(map(str, keys))}: {message}")
@@ -20,7 +20,7 @@ class KeyedError(ValueError):
 
 
 def _number(value: Any) -> Any:
-    """Refuse numbers that YAML reads as text, with the remedy; let everything else through."""
+    """Return the value unchanged; raise ValueError for a number that YAML reads as text."""
     if not isinstance(value, str):
         return value
     parts = re.fullmatch(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)", value.strip())
@@ -28,27 +28,29 @@ def _number(value: Any) -> Any:
         return value
     whole, fraction, sign, exponent = parts.groups()
     raise ValueError(
-        f"'{value}' is text to YAML, which wants a dot and a sign in such numbers: "
+        f"YAML reads '{value}' as text, because it needs a dot and a sign in such numbers: "
         f"write {whole}.{fraction or 0}e{sign or '+'}{exponent}"
     )
 
 
 def as_list(value: Any) -> Any:
-    """One value where a list is expected is a list of one."""
+    """Return a single value as a list of one, and a list unchanged."""
     return value if isinstance(value, list) else [value]
 
 
 def unique(values: list[Any]) -> list[Any]:
-    """Refuse a list that names a value twice, as far as the names of runs can tell."""
-    # Six digits of a rate or decay stand in the name of a run.
+    """Return the list; raise ValueError if two values give the same run name."""
+    # The name of a run has six digits of its learning rate and weight decay.
     if len({f"{v:g}" if isinstance(v, float) else v for v in values}) < len(values):
-        raise ValueError(f"{values} names a value twice: each makes one run")
+        raise ValueError(f"{values} names a value twice, and each value makes one run")
     return values
 
 
 def _seed(value: int) -> int:
     if not -(2**31) <= value < 2**31:
-        raise ValueError(f"a seed has 32 bits, from {-(2**31)} to {2**31 - 1}, found {value:.4g}")
+        raise ValueError(
+            f"expected a seed of 32 bits, from {-(2**31)} to {2**31 - 1}, found {value:.4g}"
+        )
     return value
 
 
@@ -78,25 +80,25 @@ def _matches(pattern: str, expected: str, value: str) -> str:
 
 
 def is_hub_name(value: str) -> str:
-    """Return the name of a repository on the hub; refuse what the hub does not accept as one."""
+    """Return the name of a hub repository; raise ValueError if the hub does not accept it."""
     _matches(REPOSITORY, "OWNER/NAME, as on huggingface.co", value)
     if ".." in value or "--" in value or value.endswith(".git") or len(value) > 96:
         raise ValueError(
-            f"expected OWNER/NAME, at most 96 characters without `..`, `--` and a final `.git`, "
+            "expected OWNER/NAME, at most 96 characters without `..`, `--` and a final `.git`, "
             f"found {value!r}"
         )
     return value
 
 
 def differ_beyond_case(names: Iterable[str]) -> None:
-    """Refuse names that are one to file systems that ignore case."""
+    """Raise ValueError if two names are equal on file systems that ignore case."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise ValueError(
-                f"`{other}` and `{name}` differ only in upper and lower case, and some file "
-                "systems take them for one file; rename one"
+                f"`{other}` and `{name}` differ only in upper and lower case, which some file "
+                "systems ignore; rename one"
             )
 
 
@@ -106,7 +108,7 @@ def _distinct_names(value: dict[str, Any]) -> dict[str, Any]:
 
 
 DistinctNames = AfterValidator(_distinct_names)
-"""Of a mapping by name: the names differ by more than case."""
+"""Validator of a mapping by name: the names differ by more than case."""
 
 Name = Annotated[
     str,
@@ -155,19 +157,28 @@ GitCommit = Annotated[
 
 
 class ConfigModel(BaseModel):
-    """A section of the configuration: unknown keys and wrong types are errors."""
+    """A section of a study: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some fields changed; raise KeyError if one is not a field.
+
+        Pydantic adds unknown names as attributes, which hides a misspelled field.
+        """
+        if unknown := set(update or {}) - set(type(self).model_fields):
+            raise KeyError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
+        return super().model_copy(update=update, deep=deep)
+
 
 KeyPath = tuple[str | int, ...]
-"""The way to a value: names of sections and keys, numbers in lists."""
+"""Path to a value in a study: names of keys, and positions in lists."""
 
 
 LocateKey = Callable[..., str]
-"""Gives the beginning of a message about the value at some keys: where it was written."""
+"""Returns the beginning of a message about the value at the given keys: file, line and key."""
 
 
 def dotted(*keys: str | int) -> str:
-    """Keys in one word: `methods.0.rank`."""
+    """Return a key path as text: `methods.0.rank`."""
     return ".".join(map(str, keys))

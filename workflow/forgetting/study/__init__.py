@@ -1,1 +1,1 @@
-"""TODO study."""
+"""Reading a study file, checking it before any job, and planning its runs."""

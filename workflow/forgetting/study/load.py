@@ -1,16 +1,14 @@
-"""Where a study was written: the line of each key in its file, or the option in its place.
-
-Read a study file, apply what the command line says, and tell every mistake by file and key.
-"""
+"""Read a study file, apply the command line, and report mistakes with file, line and key."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -19,40 +17,51 @@ from forgetting.config.base_model import BaseModelConfig, is_local
 from forgetting.config.data import ColumnsConfig, DatasetConfig
 from forgetting.config.expand import expand_methods
 from forgetting.config.study import StudyConfig
-from forgetting.config.types import MAX_NAME_LENGTH, NAME, KeyedError, KeyPath, dotted, is_hub_name
+from forgetting.config.types import (
+    MAX_NAME_LENGTH,
+    NAME,
+    ConfigModel,
+    KeyedError,
+    KeyPath,
+    dotted,
+    is_hub_name,
+)
 from forgetting.errors import InputError
 from forgetting.study.smoke import smoke_size
 
 SMOKE = "-tiny"
-"""What follows the name of a study at toy size."""
+"""Suffix of the name of a study at smoke test size."""
 LAST_PAGE = "tradeoff"
+"""Name of the page of the study that was run last, reports/tradeoff.html."""
+BENCHMARKS = "benchmarks"
+"""Dataset of the option benchmarks_dir, whose folder has the benchmarks' TASK/SPLIT.jsonl."""
 FOLDER_OPTION = re.compile(r"^(?P<dataset>.+)_dir$")
 
 
 def load_study(config: Mapping[str, Any], studies: Path) -> tuple[str, StudyConfig]:
-    """The study that `config` asks for, and the name under which its results are kept.
+    """Return the name of the chosen study's results, and the study.
 
     Args:
-        config: what config.yaml and `--config` say: `study` (a name in `studies`, or the path of a
-            YAML file), `scale` (`full` or `tiny`), `model` (in place of the study's base),
+        config: options of config.yaml and `--config`: `study` (a name in `studies`, or the path of
+            a YAML file), `scale` (`full` or `tiny`), `model` (replaces the study's base model),
             `NAME_dir` (folder of the dataset NAME) and `rerun_on_code_change`.
         studies: folder of the study files.
 
     Raises:
-        InputError: one message with the file and the key of every mistake.
+        InputError: a message of one line for every mistake, with file and key.
     """
     source = study_source(config, studies)
-    path, study = source.path, parse_study(source)
-    study = _override(study, config, path)
+    path = source.path
+    study = _override(parse_study(source), config, path)
     if study.base.model and not is_local(study.base.model):
         _check_hub_model(study.base, source.locate("base", "model"))
     _check_paths(study, source)
     name = path.stem
     if not re.fullmatch(NAME, name):
         raise InputError(
-            f"study={path}: results are kept under the name of the file, and `{name}` is none for "
-            f"a folder: take at most {MAX_NAME_LENGTH} letters, digits, `_`, `.` and `-`, a "
-            "letter or digit first; rename it"
+            f"study={path}: the name of the file is the name of its results, and `{name}` cannot "
+            f"be the name of a folder; rename it to at most {MAX_NAME_LENGTH} letters, digits, "
+            "`_`, `.` and `-`, with a letter or digit first"
         )
     scale = config.get("scale", "full")
     if scale not in ("full", "tiny"):
@@ -64,39 +73,40 @@ def load_study(config: Mapping[str, Any], studies: Path) -> tuple[str, StudyConf
 
 
 def _check_name(name: str, path: Path, studies: Path) -> None:
-    """Refuse a name under which something else is kept, also where file systems ignore case."""
+    """Raise InputError if other results have the name, also on file systems that ignore case."""
     if name.casefold() == LAST_PAGE:
         raise InputError(
-            f"study={path}: reports/{LAST_PAGE}.html is the page of the study that was run last; "
+            f"study={path}: reports/{LAST_PAGE}.html is the page of the last study that ran; "
             "rename your file"
         )
     for other in sorted([*studies.glob("*.yaml"), *studies.glob("*.yml")]):
         stem = other.stem.casefold()
         if name.casefold() in (stem, f"{stem}{SMOKE}") and not other.samefile(path):
             raise InputError(
-                f"study={path}: its results are kept under the name {name}, and so are those of "
-                f"{other}; rename your file"
+                f"study={path}: its results would have the name {name}, like those of {other}; "
+                "rename your file"
             )
 
 
 def study_source(config: Mapping[str, Any], studies: Path) -> StudySource:
-    """Where the study that `config` asks for is written."""
+    """Return the source of the study that `config` names, by default of `mini`."""
     return StudySource(find_study(str(config.get("study", "mini")), studies), config)
 
 
 def find_study(study: str, studies: Path) -> Path:
-    """The file of a study given by name or by path."""
+    """Return the file of a study that is given by name or by path."""
     path = Path(study) if study.endswith((".yaml", ".yml")) else studies / f"{study}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in studies.glob("*.yaml")))
         raise InputError(
-            f"study={study}: there is no {path}; give one of {known}, or the path of a YAML file"
+            f"study={study}: there is no {path}; expected one of {known}, or the path of a YAML "
+            "file"
         )
     return path
 
 
 def parse_study(source: StudySource) -> StudyConfig:
-    """Validate one study file."""
+    """Return the validated study of a file."""
     try:
         study = StudyConfig.model_validate(source.document())
         expand_methods(study)
@@ -106,36 +116,35 @@ def parse_study(source: StudySource) -> StudyConfig:
 
 
 def _check_paths(study: StudyConfig, source: StudySource) -> None:
-    """Refuse paths of folders that Snakemake would not take as they are written."""
+    """Raise InputError for paths of folders in which Snakemake sees wildcards."""
     folders = [(("datasets", name, "folder"), d.folder) for name, d in study.datasets.items()]
     for keys, folder in [*folders, (("base", "model"), study.base.model)]:
         if folder and re.search("[{}]", folder):
             raise InputError(
-                f"{source.locate(*keys)}: Snakemake takes {{ and }} in a path for a "
-                "wildcard; take a folder without them, or a link to it"
+                f"{source.locate(*keys)}: Snakemake reads {{ and }} in a path as a wildcard; "
+                "rename the folder, or link to it"
             )
 
 
 def _check_hub_model(base: BaseModelConfig, where: str) -> None:
-    """Refuse a model that is no folder and cannot be found on the hub."""
+    """Raise InputError for a model that is neither a folder nor a pinned hub model."""
     try:
         is_hub_name(str(base.model))
     except ValueError as error:
         raise InputError(f"{where}: there is no such folder; {error}") from None
     if not base.revision:
         raise InputError(
-            f"{where}: {base.model} is no folder here, and a hub model "
-            "needs its `revision`, so that it cannot change"
+            f"{where}: there is no folder {base.model}, and a hub model needs its `revision`, so "
+            "that it cannot change"
         )
 
 
 def _override(study: StudyConfig, config: Mapping[str, Any], path: Path) -> StudyConfig:
-    """Apply `model` and `NAME_dir` of the command line."""
+    """Return the study with `model` and `NAME_dir` of the command line applied."""
     datasets = dict(study.datasets)
     base, benchmarks = study.base, study.benchmarks
     for key, value in config.items():
-        option = FOLDER_OPTION.match(key)
-        if option:
+        if option := FOLDER_OPTION.match(key):
             name = option["dataset"]
             if name == BENCHMARKS:
                 benchmarks = benchmarks.model_copy(update={"dataset": name})
@@ -154,15 +163,15 @@ def _override(study: StudyConfig, config: Mapping[str, Any], path: Path) -> Stud
                 raise InputError(f"--config {key}={value}: expected true or false")
         elif key not in ("study", "scale"):
             raise InputError(
-                f"--config {key}: unknown; expected study, scale, model, rerun_on_code_change or "
-                "DATASET_dir "
+                f"--config {key}: unknown option; expected study, scale, model, "
+                "rerun_on_code_change or DATASET_dir "
                 f"({', '.join(f'{name}_dir' for name in [*datasets, BENCHMARKS])})"
             )
     return study.model_copy(update={"datasets": datasets, "base": base, "benchmarks": benchmarks})
 
 
 def _base_from_option(value: str) -> BaseModelConfig:
-    """A base from the command line: a folder, or OWNER/NAME@COMMIT on the hub."""
+    """Return the base model of the option: a folder, or OWNER/NAME@COMMIT on the hub."""
     if is_local(value):
         return BaseModelConfig(model=value)
     model, _, revision = value.partition("@")
@@ -174,10 +183,6 @@ def _base_from_option(value: str) -> BaseModelConfig:
     return BaseModelConfig(model=model, revision=revision)
 
 
-BENCHMARKS = "benchmarks"
-"""`--config benchmarks_dir=FOLDER`: take the benchmarks' rows from FOLDER/TASK/SPLIT.jsonl."""
-
-
 NOT_TEXT = {
     "tag:yaml.org,2002:bool": "a boolean",
     "tag:yaml.org,2002:int": "a number",
@@ -185,11 +190,11 @@ NOT_TEXT = {
     "tag:yaml.org,2002:null": "nothing",
     "tag:yaml.org,2002:timestamp": "a date",
 }
-"""What YAML takes a key for that is not in quotes, by its tag."""
+"""Types that YAML gives to keys without quotation marks, by tag."""
 
 
 class StudySource:
-    """A study file as it was written, and what the command line says in its place."""
+    """The text of a study file, and the command-line options that replace parts of it."""
 
     def __init__(self, path: Path, config: Mapping[str, Any] | None = None) -> None:
         self.path = path
@@ -197,7 +202,7 @@ class StudySource:
 
     @cached_property
     def text(self) -> str:
-        """The file's text."""
+        """Return the file's text."""
         try:
             return self.path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -211,7 +216,7 @@ class StudySource:
         return root
 
     def document(self) -> dict[Any, Any]:
-        """The file's keys and values, none of them given twice."""
+        """Return the file's keys and values; raise InputError if they are not those of a study."""
         try:
             document = yaml.safe_load(self.text)
             self._check_nodes(self._root)
@@ -224,17 +229,17 @@ class StudySource:
         except RecursionError:
             raise InputError(f"{self.path}: nested too deeply to be a study") from None
         except ValueError as error:
-            # What looks like a date or a number to YAML, and is none.
+            # A value that YAML reads as a date or a number, but that is not a valid one.
             raise InputError(f"{self.path}: a value cannot be read: {error}") from None
         if not isinstance(document, dict):
             raise InputError(f"{self.path}: expected a study, a mapping of keys to values")
         return document
 
     def _check_nodes(self, node: yaml.Node | None) -> None:
-        """Refuse what YAML changes or accepts in silence.
+        """Raise InputError for text that YAML changes or accepts without an error.
 
-        Of two equal keys it takes the last, `no` as a key is a boolean, 010 is 8, and an escape can
-        be half a character.
+        It reads only the last of two equal keys, `no` as a boolean, 010 as 8, and an escape as half
+        a character.
         """
         if isinstance(node, yaml.ScalarNode):
             self._check_text(node)
@@ -248,27 +253,28 @@ class StudySource:
                 where = f"{self.path}, line {key.start_mark.line + 1}: `{key.value}`"
                 if (kind := NOT_TEXT.get(key.tag)) is not None:
                     raise InputError(
-                        f"{where} is {kind} to YAML, and keys are text; write '{key.value}', "
+                        f"{where} is {kind} in YAML, but keys are text; write '{key.value}', "
                         "in quotation marks"
                     )
                 if key.value in seen:
-                    raise InputError(f"{where} is there twice; merge them")
+                    raise InputError(f"{where} is there twice; merge the two")
                 seen.add(key.value)
                 self._check_nodes(key)
                 self._check_nodes(child)
 
     def _check_text(self, node: yaml.ScalarNode) -> None:
+        """Raise InputError for half a surrogate pair, which cannot be written to a file."""
         try:
             node.value.encode()
         except UnicodeEncodeError:
             line = node.start_mark.line + 1
             raise InputError(
-                f"{self.path}, line {line}: {node.value!r} holds half a character (a surrogate); "
-                "write the whole character"
+                f"{self.path}, line {line}: {node.value!r} contains half a character (a "
+                "surrogate); write the whole character"
             ) from None
 
     def _refuse_converted(self, node: yaml.ScalarNode) -> None:
-        """Refuse a value that YAML 1.1 reads as another one than most people mean."""
+        """Raise InputError for a value that YAML 1.1 reads in an unexpected way."""
         kind, text = node.tag.rpartition(":")[2], node.value
         if node.style is not None:
             return
@@ -282,35 +288,33 @@ class StudySource:
             return
         line = node.start_mark.line + 1
         raise InputError(
-            f"{self.path}, line {line}: `{text}` is {meaning} to YAML; {remedy}, or, if it is "
+            f"{self.path}, line {line}: `{text}` is {meaning} in YAML; {remedy}, or, if it is "
             "text, put it into quotation marks"
         )
 
     def locate(self, *keys: str | int) -> str:
-        """Beginning of a message about the value at `keys`: file, line and key, or the option."""
+        """Return file, line and key of the value at `keys`, or the option that replaces it."""
         if (option := _from_option(keys)) in self.config:
             return f"--config {option}={self.config[option]}"
         where = dotted(*keys) or "the study"
         return f"{self.path}, line {_line(self._root, keys)}: {where}"
 
     def describe_error(self, error: ValidationError | KeyedError) -> str:
-        """A line for every mistake that was found while the study was validated."""
+        """Return one line for every mistake that validation reports."""
         if isinstance(error, KeyedError):
             return f"{self.locate(*error.keys)}: {error.message}"
-        faults = [
-            (_keys(fault, self.document()), fault) for fault in error.errors(include_url=False)
-        ]
+        document = self.document()
+        faults = [(_keys(fault, document), fault) for fault in error.errors(include_url=False)]
         lines = []
         for keys, group in groupby(faults, key=lambda item: item[0]):
-            same = [fault for _, fault in group]
-            # Of a value that may be one thing or another, the part that is wrong is told.
+            # Each type of a union reports its own mistakes; the deepest ones are the clearest.
             if not any(_is_below(other, keys) for other, _ in faults):
-                lines.append(f"{self.locate(*keys)}: {_message(same)}")
+                lines.append(f"{self.locate(*keys)}: {_message(keys, [f for _, f in group])}")
         return "\n".join(lines)
 
 
 def _from_option(keys: Sequence[str | int]) -> str:
-    """The command-line option that may have given the value at `keys`."""
+    """Return the command-line option that may replace the value at `keys`, or an empty string."""
     if tuple(keys[:2]) == ("base", "model"):
         return "model"
     if tuple(keys) == ("benchmarks", "dataset"):
@@ -319,11 +323,12 @@ def _from_option(keys: Sequence[str | int]) -> str:
 
 
 def _is_below(keys: KeyPath, above: KeyPath) -> bool:
+    """Return whether a key path continues another one."""
     return len(keys) > len(above) and keys[: len(above)] == above
 
 
 def _keys(fault: Mapping[str, Any], document: Any) -> KeyPath:
-    """Keys of a fault. Pydantic's location also names validators and branches of unions."""
+    """Return the key path of a fault; pydantic's location also names validators and types."""
     keys: list[str | int] = []
     value = document
     for part in fault["loc"]:
@@ -332,32 +337,59 @@ def _keys(fault: Mapping[str, Any], document: Any) -> KeyPath:
             keys.append(part)
             listed = isinstance(value, list) and isinstance(part, int) and part < len(value)
             value = value[part] if inside or listed else None
-    own = fault.get("ctx", {}).get("error")
-    return (*keys, *own.keys) if isinstance(own, KeyedError) else tuple(keys)
+    error = fault.get("ctx", {}).get("error")
+    return (*keys, *error.keys) if isinstance(error, KeyedError) else tuple(keys)
 
 
-def _message(faults: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence on a value, though each type that it might have had refuses it by its own."""
-    own = [fault for fault in faults if fault["type"] == "value_error"]
-    if own:
-        error = own[0]["ctx"]["error"]
-        return error.message if isinstance(error, KeyedError) else str(error)
+def _message(keys: KeyPath, faults: Sequence[Mapping[str, Any]]) -> str:
+    """Return one message on a value from the faults that each of its possible types reports."""
+    raised = [fault["ctx"]["error"] for fault in faults if fault["type"] == "value_error"]
+    if raised:
+        return raised[0].message if isinstance(raised[0], KeyedError) else str(raised[0])
     kinds = {fault["type"] for fault in faults}
     if "extra_forbidden" in kinds:
-        return "unknown key; config/README.md lists all keys"
+        return _unknown_key(keys)
     if "missing" in kinds:
         return "this key is required"
-    of_its_type = [f for f in faults if not f["type"].endswith(("_type", "literal_error"))]
-    told = list(dict.fromkeys(fault["msg"] for fault in of_its_type or faults))
-    more = [message.removeprefix("Input should be ") for message in told[1:]]
-    found = faults[0]["input"]
-    quotes = "; put it into quotation marks" if isinstance(found, bool | int | float) else ""
+    right_type = [f for f in faults if not f["type"].endswith(("_type", "literal_error"))]
+    messages = list(dict.fromkeys(fault["msg"] for fault in right_type or faults))
+    more = [message.removeprefix("Input should be ") for message in messages[1:]]
+    value = faults[0]["input"]
+    quotes = "; put it into quotation marks" if isinstance(value, bool | int | float) else ""
     remedy = quotes if kinds == {"string_type"} else ""
-    return ", or ".join([told[0], *more]) + f", found {found!r}{remedy}"
+    return ", or ".join([messages[0], *more]) + f", found {value!r}{remedy}"
+
+
+def _unknown_key(keys: KeyPath) -> str:
+    """Return the message on an unknown key, with the most similar known key or all of them."""
+    known = list(_section_at(keys[:-1]).model_fields)
+    similar = difflib.get_close_matches(str(keys[-1]), known, n=1)
+    hint = f"did you mean `{similar[0]}`?" if similar else f"expected {', '.join(known)};"
+    return f"unknown key; {hint} config/README.md lists all keys"
+
+
+def _section_at(keys: KeyPath) -> type[ConfigModel]:
+    """Return the class of the deepest section on a key path."""
+    section: type[ConfigModel] = StudyConfig
+    names = iter(key for key in keys if isinstance(key, str))
+    for name in names:
+        annotation = section.model_fields[name].annotation
+        section = next(_section_classes(annotation), section)
+        if get_origin(annotation) is dict:
+            next(names, None)
+    return section
+
+
+def _section_classes(annotation: Any) -> Iterator[type[ConfigModel]]:
+    """Yield the sections in the type of a key."""
+    if isinstance(annotation, type) and issubclass(annotation, ConfigModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _section_classes(part)
 
 
 def _line(node: yaml.Node | None, keys: Iterable[str | int]) -> int:
-    """Line of the deepest part of `keys` that stands in the document."""
+    """Return the line of the deepest key on a path that the document has."""
     line = 1
     for key in keys:
         child = None

@@ -1,16 +1,15 @@
-"""`--config scale=tiny`: any study, through the same code, in about a minute on two cores.
+"""`--config scale=tiny`: run every job of a study in about a minute on two cores.
 
-Rows and steps are few, and a small model trained on the spot stands in for a large one. The
-methods keep their names and ranks, so that the plan of a tiny study is that of the whole one for
-its first seed, and for the shortest, the middle and the longest of its durations.
-What would come from the hub comes from the micro-world instead: nothing is downloaded.
+A tiny study has few rows and steps, and a small pretrained model replaces the base model. Methods
+keep their names and ranks. Only the first seed is trained, with the shortest, the middle and the
+longest duration. Tables of the micro-world replace those on the hub, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
 from forgetting.benchmarks.registry import task_with_same_dataset
 from forgetting.config.base_model import BaseModelConfig, PretrainConfig
-from forgetting.config.data import DatasetConfig
+from forgetting.config.data import DatasetConfig, TableRef
 from forgetting.config.evaluation import (
     BenchmarksConfig,
     GeneralTextConfig,
@@ -25,6 +24,8 @@ from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 
 MICROWORLD = DatasetConfig(generate="micro-world")
+MICROWORLD_NAME = "micro_world"
+"""Dataset of the benchmarks whose rows would come from the hub."""
 MAX_ROWS = 12
 MAX_DOCUMENTS = 60
 MAX_EPOCHS = 2.0
@@ -32,44 +33,28 @@ MAX_CONTEXT = 2048
 
 
 def smoke_size(study: StudyConfig) -> StudyConfig:
-    """The same study at toy size; its numbers mean nothing, its jobs are all there."""
-    on_hub = {name for name, data in study.datasets.items() if data.hub and not data.folder}
-    datasets = {
-        name: MICROWORLD if name in on_hub else data for name, data in study.datasets.items()
+    """Return the study at smoke test size: every job runs, but the numbers have no meaning."""
+    probes = {name: _few_questions(study, probe) for name, probe in study.probes.items()}
+    train = [_replacement(study, study.train[0], "new_authors")]
+    offline = {
+        name: MICROWORLD if dataset.origin == "hub" else dataset
+        for name, dataset in study.datasets.items()
     }
-    benchmarks = _benchmarks(study, datasets, on_hub)
-
-    def stand_in(table: str, knowledge: str) -> str:
-        dataset = table.split("/", 1)[0]
-        if dataset not in on_hub:
-            return table
-        old = "world_facts" if "world_facts" in table else "real_authors"
-        return f"{dataset}/{'new_authors' if knowledge == 'new' else old}"
-
-    probes = {
-        name: probe.model_copy(
-            update={
-                "table": [stand_in(t, probe.knowledge) for t in probe.table][:1],
-                "limit": MAX_ROWS,
-            }
-        )
-        for name, probe in study.probes.items()
-    }
-    train = [stand_in(table, "new") for table in study.train][:1]
+    benchmarks = _few_items(study)
+    if benchmarks.dataset and not study.benchmarks.dataset:
+        offline[MICROWORLD_NAME] = MICROWORLD
     return study.model_copy(
         update={
             "title": f"Toy size: {study.title}",
-            "description": _description_of(study, on_hub),
-            "datasets": datasets,
-            "base": _small_pretraining(study, on_hub, probes, train),
+            "description": _description(study),
+            "datasets": offline,
+            "base": _small_base(study, probes, train),
             "train": train,
             "train_limit": MAX_ROWS,
             "seeds": study.seeds[:1],
             "probes": probes,
-            "general_text": _general_text(study, on_hub),
-            "methods": [
-                _small_base(_fewer_hyperparameters(_offline(m, on_hub))) for m in study.methods
-            ],
+            "general_text": _short_text(study),
+            "methods": [_small_method(study, method) for method in study.methods],
             "evaluation": study.evaluation.model_copy(
                 update={"every_epochs": 1.0, "max_new_tokens": 8}
             ),
@@ -80,131 +65,134 @@ def smoke_size(study: StudyConfig) -> StudyConfig:
     )
 
 
-def _description_of(study: StudyConfig, on_hub: set[str]) -> str:
-    """What the page says in place of the study's own description."""
-    model = "" if study.base.pretrain else f" A model made here stands in for {study.base.model}."
-    rows = f" Rows of the micro-world stand in for {', '.join(sorted(on_hub))}." if on_hub else ""
+def _replacement(study: StudyConfig, table: str, generated: str) -> str:
+    """Return the table, or the generated table that replaces it if it is on the hub."""
+    ref = TableRef.parse(table)
+    return str(TableRef(ref.dataset, generated)) if ref.origin(study) == "hub" else table
+
+
+def _few_questions(study: StudyConfig, probe: ProbeConfig) -> ProbeConfig:
+    """Return a probe with a few questions of its first table."""
+    table = probe.table[0]
+    retained = "world_facts" if "world_facts" in table else "real_authors"
+    generated = "new_authors" if probe.knowledge == "new" else retained
+    table = _replacement(study, table, generated)
+    return probe.model_copy(update={"table": [table], "limit": MAX_ROWS})
+
+
+def _description(study: StudyConfig) -> str:
+    """Return the description that the report shows instead of the study's own."""
+    hub = sorted(name for name, dataset in study.datasets.items() if dataset.origin == "hub")
+    model = "" if study.base.pretrain else f" A small model replaces {study.base.model}."
+    rows = f" Rows of the micro-world replace {', '.join(hub)}." if hub else ""
     return (
-        "This run only tries every job of the study, with a few rows and steps: its numbers mean "
-        f"nothing.{model}{rows}"
+        "This run only tests every job of the study, with a few rows and steps: its numbers have "
+        f"no meaning.{model}{rows}"
     )
 
 
-def _general_text(study: StudyConfig, on_hub: set[str]) -> GeneralTextConfig | None:
+def _short_text(study: StudyConfig) -> GeneralTextConfig | None:
+    """Return the general text with a few short blocks."""
     if study.general_text is None:
         return None
-    dataset = study.general_text.table.split("/", 1)[0]
-    table = f"{dataset}/held_out" if dataset in on_hub else study.general_text.table
+    table = _replacement(study, study.general_text.table, "held_out")
     return study.general_text.model_copy(update={"table": table, "block": 32, "limit": 4})
 
 
 def _short_schedule(training: TrainingConfig) -> TrainingConfig:
-    """Two epochs of small batches, and three durations, each as large a share of the longest."""
-    longest = training.epochs
-    warmup: dict[str, object] = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_ratio": None}
-    if training.durations and not training.has_decay:  # each of them is warmed up by itself
-        warmup |= {"warmup_epochs": None, "warmup_ratio": 0.1}
+    """Return two epochs of small batches, with three durations scaled to the longest."""
+    changes: dict[str, object] = {"warmup_epochs": 0.5, "warmup_steps": None, "warmup_ratio": None}
+    if training.durations and not training.has_decay:  # each duration has its own warm-up
+        changes |= {"warmup_epochs": None, "warmup_ratio": 0.1}
     if training.decay_ratio:
-        warmup["decay_ratio"] = min(training.decay_ratio, 0.5)
-    some = sorted(training.durations)
-    some = sorted({some[0], some[len(some) // 2], some[-1]}) if some else []
-    durations = [MAX_EPOCHS * duration / longest for duration in some]
+        changes["decay_ratio"] = min(training.decay_ratio, 0.5)
+    durations = sorted(training.durations)
+    if durations:
+        durations = sorted({durations[0], durations[len(durations) // 2], durations[-1]})
     return training.model_copy(
         update={
             "epochs": MAX_EPOCHS,
             "batch_size": 4,
-            "durations": durations,
+            "durations": [MAX_EPOCHS * duration / training.epochs for duration in durations],
             "max_length": min(training.max_length, MAX_CONTEXT),
-            **warmup,
+            **changes,
         }
     )
 
 
 def _earlier_deadline(selection: SelectionConfig) -> SelectionConfig:
-    """The same rule, its deadline within the training; a last checkpoint where none is reached."""
-    within = selection.deadline_epochs and min(selection.deadline_epochs, MAX_EPOCHS)
-    return selection.model_copy(update={"if_not_reached": "last", "deadline_epochs": within})
+    """Return the rule with a deadline within the training and a selected checkpoint in any case."""
+    deadline = selection.deadline_epochs and min(selection.deadline_epochs, MAX_EPOCHS)
+    return selection.model_copy(update={"if_not_reached": "last", "deadline_epochs": deadline})
 
 
-def _fewer_hyperparameters(method: MethodConfig) -> MethodConfig:
-    """At most two learning rates and one weight decay; only the `fixed` setting if there is one."""
+def _small_method(study: StudyConfig, method: MethodConfig) -> MethodConfig:
+    """Return the method with a small sweep, and without names of layers and tables on the hub.
+
+    The small model may not have the layers. The names of methods do not change.
+    """
     rates, decays = method.learning_rate[:2], method.weight_decay[:1]
-    if method.selected_hyperparameters:
-        rates, decays = (
-            [method.selected_hyperparameters.learning_rate],
-            [method.selected_hyperparameters.weight_decay],
-        )
-    return method.model_copy(update={"learning_rate": rates, "weight_decay": decays})
-
-
-def _small_base(method: MethodConfig) -> MethodConfig:
-    """The same without names of layers, which the model that stands in may not have."""
-    update: dict[str, object] = {}
+    if selected := method.selected_hyperparameters:
+        rates, decays = [selected.learning_rate], [selected.weight_decay]
+    changes: dict[str, object] = {"learning_rate": rates, "weight_decay": decays}
     if isinstance(method.target_modules, list):
-        update["target_modules"] = "all-linear"
-    if method.second_stage:
-        changes = {"layers": "all", "suffix": method.second_stage.name}
-        update["second_stage"] = method.second_stage.model_copy(update=changes)
-    return method.model_copy(update=update)
+        changes["target_modules"] = "all-linear"
+    if stage := method.second_stage:
+        changes["second_stage"] = stage.model_copy(update={"layers": "all", "suffix": stage.name})
+    if method.mitigation:
+        sections = {
+            name: section.model_copy(
+                update={"table": _replacement(study, section.table, "documents")}
+            )
+            for name, section in method.mitigation
+            if isinstance(section, ReplayConfig | EwcConfig)
+        }
+        changes["mitigation"] = method.mitigation.model_copy(update=sections)
+    return method.model_copy(update=changes)
 
 
-def _offline(method: MethodConfig, on_hub: set[str]) -> MethodConfig:
-    """The same mitigation with the micro-world's documents in place of tables from the hub."""
-    if method.mitigation is None:
-        return method
-    sections: dict[str, ReplayConfig | EwcConfig] = {}
-    for name, section in method.mitigation:
-        if isinstance(section, ReplayConfig | EwcConfig):
-            dataset = section.table.split("/", 1)[0]
-            table = f"{dataset}/documents" if dataset in on_hub else section.table
-            sections[name] = section.model_copy(update={"table": table})
-    return method.model_copy(update={"mitigation": method.mitigation.model_copy(update=sections)})
-
-
-def _benchmarks(
-    study: StudyConfig, datasets: dict[str, DatasetConfig], on_hub: set[str]
-) -> BenchmarksConfig:
-    rows, tasks = study.benchmarks.dataset, study.benchmarks.tasks
-    if rows is None and tasks:
-        datasets["micro_world"], rows = MICROWORLD, "micro_world"
-        # Of other tasks on the hub nothing stands in for the rows.
+def _few_items(study: StudyConfig) -> BenchmarksConfig:
+    """Return the benchmarks with a few items, of generated rows if theirs are on the hub."""
+    benchmarks = study.benchmarks
+    dataset, tasks = benchmarks.dataset, benchmarks.tasks
+    if dataset is None and tasks:
+        dataset = MICROWORLD_NAME
+        # The micro-world has no rows for tasks on other datasets.
         tasks = {name: task for name, task in tasks.items() if task_with_same_dataset(name)}
-    tasks = {name: _fewer_answers(task) for name, task in tasks.items()}
-    refusals = study.benchmarks.refusals
+    refusals = benchmarks.refusals
     if refusals is not None:
-        dataset = refusals.table.split("/", 1)[0]
-        stand_in = f"{dataset}/refusals" if dataset in on_hub else refusals.table
-        refusals = refusals.model_copy(update={"table": stand_in, "limit": 4, "max_new_tokens": 8})
-    along = {
-        name: min(4, count)
-        for name, count in study.benchmarks.during_training.items()
-        if name in tasks
+        table = _replacement(study, refusals.table, "refusals")
+        refusals = refusals.model_copy(update={"table": table, "limit": 4, "max_new_tokens": 8})
+    during_training = {
+        name: min(4, count) for name, count in benchmarks.during_training.items() if name in tasks
     }
-    few = {"dataset": rows, "tasks": tasks, "refusals": refusals, "during_training": along}
-    return study.benchmarks.model_copy(update=few)
+    return benchmarks.model_copy(
+        update={
+            "dataset": dataset,
+            "tasks": {name: _short_task(task) for name, task in tasks.items()},
+            "refusals": refusals,
+            "during_training": during_training,
+        }
+    )
 
 
-def _fewer_answers(task: TaskConfig) -> TaskConfig:
-    """A few items with short answers, and at most four samples of each."""
-    few: dict[str, object] = {"limit": 4, "max_new_tokens": 8}
+def _short_task(task: TaskConfig) -> TaskConfig:
+    """Return the task with a few items, short answers and at most four samples of each."""
+    changes: dict[str, object] = {"limit": 4, "max_new_tokens": 8}
     if task.samples is not None:
         samples = min(task.samples, 4)
-        few |= {"samples": samples, "k": sorted({min(k, samples) for k in task.k or [1]})}
-    return task.model_copy(update=few)
+        changes |= {"samples": samples, "k": sorted({min(k, samples) for k in task.k or [1]})}
+    return task.model_copy(update=changes)
 
 
-def _small_pretraining(
-    study: StudyConfig, on_hub: set[str], probes: dict[str, ProbeConfig], train: list[str]
+def _small_base(
+    study: StudyConfig, probes: dict[str, ProbeConfig], train: list[str]
 ) -> BaseModelConfig:
-    """A model just wide enough for the largest rank, in place of one that is large or far."""
+    """Return a base model just wide enough for the largest rank."""
     tables = study.base.pretrain.documents if study.base.pretrain else []
-    origins = [table.split("/", 1)[0] for table in tables]
-    tables = [
-        f"{origin}/documents" if origin in on_hub else table
-        for origin, table in zip(origins, tables, strict=True)
-    ]
+    tables = [_replacement(study, table, "documents") for table in tables]
     tables = tables or [probe.table[0] for probe in probes.values()] + train
-    width = max([64, *(tuning.largest_rank or 0 for tuning in expand_methods(study))])
+    width = max([64, *(method.largest_rank or 0 for method in expand_methods(study))])
     return BaseModelConfig(
         pretrain=PretrainConfig(
             documents=list(dict.fromkeys(tables)),
