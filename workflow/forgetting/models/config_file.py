@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from forgetting.errors import InputError
 from forgetting.io import read_foreign_json
+from forgetting.models.model_types import CAUSAL_MODEL_TYPES, RENAMED_MODELS
 
 CAUSAL_IF: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(
@@ -94,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
-    if (known := _causal_models()) and kind not in known:
+    if kind not in CAUSAL_MODEL_TYPES:
         raise InputError(
             f"{path}: transformers has no causal language model of type {kind}; code that comes "
             "with a model is not run"
@@ -240,25 +240,7 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _causal_models() -> set[str]:
-    """Types of all causal language models that transformers has; none if it cannot be told."""
-    table = re.search(
-        r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)",
-        _text_of_transformers("models/auto/modeling_auto.py"),
-        re.MULTILINE | re.DOTALL,
-    )
-    return set(re.findall(r'\("([\w.-]+)",', table[0])) if table else set()
-
-
 def is_renamed(config: Mapping[str, Any]) -> bool:
     """Return whether transformers gives the weights of this type other names in loading."""
-    text = _text_of_transformers("conversion_mapping.py")
     names = [config["model_type"], *(config.get("architectures") or [])]
-    return not text or any(f'"{name}"' in text for name in names)
-
-
-def _text_of_transformers(name: str) -> str:
-    """A file of the library as text, since to import it takes seconds."""
-    spec = find_spec("transformers")
-    path = Path(spec.origin).parent / name if spec and spec.origin else None
-    return path.read_text(encoding="utf-8") if path and path.is_file() else ""
+    return any(name in RENAMED_MODELS for name in names)
