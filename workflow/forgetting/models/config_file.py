@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from forgetting.errors import InputError
 from forgetting.io import read_foreign_json
+from forgetting.models.model_types import CAUSAL_MODEL_TYPES, RENAMED_MODELS
 
 CAUSAL_WHEN: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(
@@ -96,7 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
-    if (known := _causal_models()) and kind not in known:
+    if kind not in CAUSAL_MODEL_TYPES:
         raise InputError(
             f"{path}: transformers has no causal language model of type {kind}; code that comes "
             "with a model is not run"
@@ -251,25 +251,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _causal_models() -> set[str]:
-    """Return the types of causal language models that transformers has; empty if unknown."""
-    table = re.search(
-        r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)",
-        _transformers_source("models/auto/modeling_auto.py"),
-        re.MULTILINE | re.DOTALL,
-    )
-    return set(re.findall(r'\("([\w.-]+)",', table[0])) if table else set()
-
-
 def is_renamed(config: Mapping[str, Any]) -> bool:
     """Return whether transformers renames the weights of this type when it loads them."""
-    source = _transformers_source("conversion_mapping.py")
     names = [config["model_type"], *(config.get("architectures") or [])]
-    return not source or any(f'"{name}"' in source for name in names)
-
-
-def _transformers_source(name: str) -> str:
-    """Return the source of a file of transformers, whose import takes seconds."""
-    spec = find_spec("transformers")
-    path = Path(spec.origin).parent / name if spec and spec.origin else None
-    return path.read_text(encoding="utf-8") if path and path.is_file() else ""
+    return any(name in RENAMED_MODELS for name in names)
