@@ -251,7 +251,11 @@ def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("answer", "tokenizer", "said"),
     [
-        ("佐伊", "rouge_score", "`answer` has none of a–z and 0–9, of which ROUGE makes its words"),
+        (
+            "佐伊",
+            "rouge_score",
+            "`answer` has none of the characters of ROUGE's words, a–z and 0–9",
+        ),
         ("?!", "unicode", "`answer` has neither letters nor digits"),
     ],
 )

@@ -194,7 +194,7 @@ def test_key_without_effect_is_refused(settings: dict[str, Any], message: str) -
     [
         ({"schedule": "constant"}, "schedule linear or cosine, or wsd or inverse_sqrt"),
         ({"decay_ratio": 0.0}, "a `decay_ratio` above 0"),
-        ({"epochs": 2.0}, "4 epochs are more than the 2 `epochs` of the trunk"),
+        ({"epochs": 2.0}, "`durations`: 4 is more than `epochs`, 2"),
         ({"epochs": 8.0}, "the longest must be `epochs`, 8"),
         ({"warmup_ratio": 0.1}, "take `warmup_steps` or `warmup_epochs`"),
         ({"durations": [4.0, 4.0]}, "names a value twice"),
