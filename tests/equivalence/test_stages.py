@@ -49,7 +49,7 @@ CHANGES: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
         lambda _: property(lambda self: {}),
     ),
     "schedule of the pretraining": (
-        *("pretrain", pretrain, "pretraining"),
+        *("pretrain", pretrain, "pretraining_config"),
         lambda old: lambda spec: old(spec).model_copy(update={"min_lr_ratio": 0.2}),
     ),
     "embeddings that full fine-tuning trains": (

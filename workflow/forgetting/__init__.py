@@ -1,7 +1,7 @@
-"""How much new knowledge fine-tuning gains, and how much old knowledge it loses.
+"""Measure how much new knowledge fine-tuning gains and how much old knowledge it loses.
 
-The modules read in the order in which data flows, each importing only what stands before it:
+Packages in the order of the data flow; each imports only from those before it:
 
-    study -> world, data -> models, pretrain -> forward -> probes -> select -> train -> run group
-    -> benchmarks, sandbox -> collect -> report
+    config -> data -> models -> evaluation -> benchmarks -> study -> training
+    -> analysis -> results -> report, pipeline
 """

@@ -79,7 +79,7 @@ def compare_with_forecast(
 
 
 def _is_as_planned(costs: JobCosts, name: str, record: Mapping[str, Any]) -> bool:
-    """Did as many runs share the passes as would by what the study says now?"""
+    """Return whether as many runs shared passes as the study now plans."""
     passes = costs.case.microbatches(
         costs.run_groups[name], ProcessCount(record.get("processes", 1))
     )
@@ -99,14 +99,14 @@ def _compare_run(costs: JobCosts, name: str, record: Mapping[str, Any]) -> Measu
     training = float(record["training_seconds"])
     rest = float(record["wall_seconds"]) - training
     peak = costs.of("finetune", {"method": name})
-    told = peak.device_bytes if costs.case.device.is_gpu else peak.host_bytes
+    forecast_bytes = peak.device_bytes if costs.case.device.is_gpu else peak.host_bytes
     return MeasuredRun(
         run=str(record["run"]),
         device=str(record["device"]),
         tokens_per_second=float(record["tokens_per_second"]),
         training=(training, stages["training"] / runs),
         rest=(rest, sum(stages[name] for name in ("load", "probes", "checkpoints")) / runs),
-        memory=(float(record["peak_memory_gib"]) * 2**30 / 1e9, told / 1e9),
+        memory=(float(record["peak_memory_gib"]) * 2**30 / 1e9, forecast_bytes / 1e9),
     )
 
 
@@ -136,7 +136,7 @@ def correction_factors(compared: Sequence[MeasuredRun], device: str) -> Correcti
 
 
 def is_device(recorded: str, name: str) -> bool:
-    """Is what a record calls `NVIDIA H100 80GB HBM3` or `CPU, 2 of 2 threads` of this name?"""
+    """Return whether a recorded device, such as `NVIDIA H100 80GB HBM3`, has this name."""
     return name in recorded.replace(",", " ").split()
 
 

@@ -114,7 +114,7 @@ def format_table(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _notes(found: Forecast) -> list[str]:
-    """What the numbers rest on, and what they cannot tell."""
+    """Return what the numbers are based on, and their limits."""
     costs, case = found.costs, found.costs.case
     lines = []
     if found.corrected.runs:
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="*", help="as after --config: study=NAME scale=tiny ...")
     parser.add_argument(
-        "--gpus", type=int, help="so many GPUs, or jobs on a CPU; by default the site's"
+        "--gpus", type=int, help="number of GPUs, or of jobs on a CPU; by default the site's"
     )
     parser.add_argument(
         "--device", help="H100, H200, A100, L40S or CPU, this machine; by default the site's"

@@ -1,7 +1,7 @@
 """The site: what its machines have, and how long its jobs may run. One file, read in one place.
 
-The file is the one in which SLURM's plugin finds the partitions; `machines` stands beside them. Of
-Kubernetes it is profiles/kubernetes/nodes.yaml.
+The file is the one in which the SLURM plugin finds the partitions, with one more section,
+`machines`. For Kubernetes it is profiles/kubernetes/nodes.yaml.
 
 What devices can do: arithmetic, memory, and what a model of small matrices waits for.
 
@@ -41,14 +41,14 @@ class Device:
     Attributes:
         flops: multiplications and additions per second at most.
         bandwidth: bytes per second between memory and arithmetic.
-        memory: bytes, of which `usable` is left to a process.
+        memory: bytes; a process can use `usable` of them.
         link: bytes per second to the other devices of the machine, in one direction.
         training: share of `flops` that forward and backward passes reach.
         scoring: share of `flops` that forward passes reach.
         forward: seconds to start the operations of one block's forward pass. They are hidden behind
             the arithmetic of large passes, and are all the time that small ones take.
         backward: the same of a forward and backward pass.
-        half: are matrices multiplied in bfloat16, beside weights of float32?
+        half: whether matrices are multiplied in bfloat16 under float32 weights.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Has it a memory of its own?"""
+        """Return whether the device is a GPU, with its own memory."""
         return self.name != "CPU"
 
     @property
@@ -162,7 +162,7 @@ class Machines(ConfigModel):
 
 
 class Site(ConfigModel):
-    """What the sizes of jobs depend on beside the study."""
+    """A cluster or machine, as far as resource requests depend on it."""
 
     cluster: Literal["slurm", "kubernetes"] = Field("slurm", description="What starts the jobs.")
     machines: Machines = Machines()
@@ -173,29 +173,29 @@ class Site(ConfigModel):
 
     @property
     def device(self) -> Device:
-        """What one process of a job has for itself."""
+        """Return the device of one process of a job."""
         return find_device(self.machines.device, self.cores)
 
     @property
     def cores(self) -> int:
-        """Processor cores of a process: its share, but no more than the eight that help."""
+        """Return the processor cores of a process: its share, at most eight."""
         return max(1, min(8, self.machines.cpus // self.machines.gpus))
 
     @property
     def devices(self) -> int:
-        """GPUs of all machines."""
+        """Return the GPUs of all machines."""
         return self.machines.count * self.machines.gpus
 
     @property
     def devices_of_a_job(self) -> int:
-        """GPUs that a job may have at most."""
+        """Return the largest number of GPUs of a job."""
         return self.most_gpus or self.devices
 
 
 def read_site(path: Path) -> Site:
-    """The site that a file describes; the limits are the widest of its partitions.
+    """Return the site that a file describes, with the largest limits of its partitions.
 
-    Jobs with GPUs go by the partitions that have some (`max_gpu`), if any says that it has.
+    The limits of jobs with GPUs are those of partitions with `max_gpu`, if there are any.
 
     Raises:
         InputError: names the file and the key.
@@ -204,12 +204,14 @@ def read_site(path: Path) -> Site:
         return Site()  # a copy of the workflow without profiles
     path = Path(os.environ.get(SITE_VARIABLE, path))
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if unknown := [name for name in told if name not in ("cluster", "machines", "partitions")]:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if unknown := [
+            name for name in content if name not in ("cluster", "machines", "partitions")
+        ]:
             raise ValueError(f"`{unknown[0]}` is not known")
-        machines = Machines.model_validate(told.get("machines") or {})
-        partitions = list((told.get("partitions") or {}).values())
-        for name, limits in (told.get("partitions") or {}).items():
+        machines = Machines.model_validate(content.get("machines") or {})
+        partitions = list((content.get("partitions") or {}).values())
+        for name, limits in (content.get("partitions") or {}).items():
             if unknown := [key for key in limits if key not in LIMITS]:
                 raise ValueError(
                     f"partitions.{name}: `{unknown[0]}` is not known; a limit is one of "
@@ -223,7 +225,7 @@ def read_site(path: Path) -> Site:
             "most_gpus": _largest_machine(with_gpus, "max_gpu", _count),
         }
         given = {key: value for key, value in found.items() if value is not None}
-        named = {"cluster": told.get("cluster", "slurm"), "machines": machines}
+        named = {"cluster": content.get("cluster", "slurm"), "machines": machines}
         site = Site.model_validate(given | named)
         largest = min(site.largest, int(1000 * machines.memory_gb))
         site = site.model_copy(update={"largest": largest})
@@ -248,19 +250,19 @@ def read_site(path: Path) -> Site:
 def _largest_machine(
     partitions: Sequence[Mapping[str, Any]], key: str, read: Callable[[Any], int]
 ) -> int | None:
-    """The largest limit of partitions, if one of them has it."""
+    """Return the largest limit of the partitions, or None if none has it."""
     return max((read(p[key]) for p in partitions if key in p), default=None)
 
 
-def _count(told: Any) -> int:
-    if isinstance(told, bool) or not isinstance(told, int) or told < 0:
-        raise ValueError(f"max_gpu or max_mem_mb: {told}; give a whole number")
-    return told
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"max_gpu or max_mem_mb: {value}; give a whole number")
+    return value
 
 
-def _minutes(told: Any) -> int:
-    """Minutes of a partition's longest run: a number of them, or as `48h` or `2d`."""
-    found = re.fullmatch(r"([1-9]\d*)\s*(m|h|d|)", str(told).strip())
+def _minutes(value: Any) -> int:
+    """Return minutes from a number, or from text such as `48h` or `2d`."""
+    found = re.fullmatch(r"([1-9]\d*)\s*(m|h|d|)", str(value).strip())
     if found is None:
-        raise ValueError(f"max_runtime: {told}; give minutes, or a number with h or d")
+        raise ValueError(f"max_runtime: {value}; give minutes, or a number with h or d")
     return int(found[1]) * {"": 1, "m": 1, "h": 60, "d": 1440}[found[2]]

@@ -56,7 +56,7 @@ PREPARATION_RULES = 1e8
 of rows of 9 KB)."""
 
 MARGIN = 1.5
-"""A job that takes so much longer than was forecast still ends in the site's longest time."""
+"""Factor by which a job may exceed its forecast and still end within the site's longest time."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class JobCost:
         device_bytes: largest use of each process's device.
         host_bytes: memory of each machine.
         disk_bytes: what it has on the disk at most.
-        copied_bytes: its inputs and outputs, of which it has copies where Snakemake's files and the
-            job's are not on one file system.
+        copied_bytes: its inputs and outputs, which are copied where Snakemake's files and the job's
+            are on different file systems.
         cores: of the processor, on each machine.
-        more: processes on a machine that it may have when it is tried again, since its weights are
-            sharded over them: as memory runs out on all GPUs alike, nothing else would help.
+        more: processes per machine of a retry, for sharded weights: if memory is exhausted on all
+            GPUs alike, only more of them help.
     """
 
     stages: Mapping[str, float]
@@ -87,7 +87,7 @@ class JobCost:
 
     @property
     def seconds(self) -> float:
-        """All stages, one after the other."""
+        """Return the seconds of all stages."""
         return sum(self.stages.values())
 
 
@@ -96,7 +96,7 @@ class JobCosts:
 
     Attributes:
         tunings: methods by name.
-        run groups: the methods of the jobs that train, by the method's name: one for each seed.
+        run_groups: methods of the runs of a training job, by the name of the method.
     """
 
     def __init__(self, study: StudyConfig, site: Site) -> None:
@@ -146,7 +146,8 @@ class JobCosts:
         elif rule == "evaluate_wise_ft":
             shares = len(self.study.selection.wise_ft)
             stages["probes"] = shares * evaluation_seconds(case, ProcessCount())
-            used += 4.0 * case.model_size.parameters  # the base beside what was made of it
+            # The base model in addition to the interpolated one.
+            used += 4.0 * case.model_size.parameters
             copied += self._selected_bytes(method)
         else:
             models = self.scored if rule == "benchmark" else 1

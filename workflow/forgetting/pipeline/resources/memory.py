@@ -95,7 +95,8 @@ def _kept_bytes(case: Workload, tuning: Method, team: ProcessCount) -> float:
 
 
 def evaluation_bytes(case: Workload) -> float:
-    """Bytes of an evaluation beside the weights: keys and values of a batch, logits of a pass."""
+    """Return the bytes of an evaluation without the weights: keys and values of a batch, logits of
+    " "a pass."""
     study, shape, asked = case.study, case.model_size, case.probe_workloads
     number = 2 if case.half else 4
     rows = min(study.evaluation.batch_size, asked.count)
@@ -112,7 +113,7 @@ def training_bytes(
     """Largest use of a device by a run group: while it trains, measures, or begins.
 
     Args:
-        run group: the method of each member.
+        run_group: the method of each member.
         rows: of a forward pass, of each run in it; by default what the study says, on a GPU as far
             as there is room, since a process that is alone goes on with half the rows where there
             is none.
@@ -183,11 +184,11 @@ def disk_bytes(case: Workload, run_group: Sequence[Method], team: ProcessCount) 
     """Largest use of the disk by a run group: tokens, checkpoints of the runs in training, results.
 
     While a run goes on, the newest checkpoint is there, the one that is being written, and the one
-    that the rule may pick, of which only the weights are kept; of a finished run up to two, without
+    that the rule may select (weights only); for a finished run up to two, without
     moments. A trunk stores one for each duration.
 
     Args:
-        run group: the method of each member.
+        run_group: the method of each member.
     """
     tokens = 4.0 * case.training_sequences.count * case.training_sequences.tokens
     stored = len(case.study.training.durations)

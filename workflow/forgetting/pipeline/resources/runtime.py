@@ -22,15 +22,15 @@ from forgetting.pipeline.resources.workload import (
 )
 
 STARTUP_SECONDS = {True: 30.0, False: 10.0}
-"""Seconds until Python, torch and transformers are there and the files are read: from a shared file
-system, with CUDA, or from a disk without it."""
+"""Seconds to import torch and transformers and to read the files, by whether there is a GPU: from a
+shared file system with CUDA, or from a local disk without it."""
 
 PADDED = 1.2
-"""Tokens of passes over pairs of question and answer, per token that is not padding; on a CPU pairs
-stand side by side without."""
+"""Tokens of a pass per token that is not padding, for pairs of question and answer on a GPU.
+Batches on a CPU have no padding."""
 
 LONGEST = 2.5
-"""Tokens of the longest answer of a batch, per token of the mean one."""
+"""Ratio of the longest answer of a batch to the mean one, in tokens."""
 
 TOKENIZED = 2e5
 """Tokens that one core makes of texts in a second."""
@@ -115,7 +115,7 @@ def evaluation_seconds(case: Workload, team: ProcessCount) -> float:
 def generation_seconds(
     case: Workload, count: int, batch: int, prompt: float, tokens: float
 ) -> float:
-    """Greedy answers of so many tokens to so many prompts."""
+    """Return the seconds to generate `count` greedy answers of `tokens` tokens."""
     shape, device = case.model_size, case.device
     batches = math.ceil(count / batch)
     rows = count / max(1, batches)
@@ -140,11 +140,13 @@ def run_group_seconds(
     evaluations: int,
     stored: int = 0,
 ) -> dict[str, float]:
-    """The stages of a run group whose runs make so many steps and are evaluated so often.
+    """Return the seconds of each stage of a run group.
 
     Args:
-        run group: the method of each member.
-        stored: checkpoints beside those of evaluations, of each run.
+        run_group: the method of each run.
+        steps: optimizer steps of each run.
+        evaluations: evaluations of each run.
+        stored: checkpoints of each run in addition to those of evaluations.
     """
     passes = case.microbatches(run_group, team)
     of_each = [step_seconds(case, [run_group[owner] for owner in part], team) for part in passes]
@@ -191,7 +193,7 @@ def benchmark_seconds(case: Workload, asked: Mapping[str, TaskWorkload] | None =
 
 
 def pretraining_seconds(case: Workload, shape: ModelSize, tokens: float) -> float:
-    """Training a small model from scratch on so many tokens."""
+    """Return the seconds to pretrain a small model on `tokens` tokens."""
     spec = case.study.base.pretrain
     assert spec
     steps = spec.epochs * tokens / spec.batch_tokens

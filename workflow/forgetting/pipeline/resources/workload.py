@@ -155,7 +155,7 @@ class Workload:
     """A study on a device.
 
     Attributes:
-        cores: of the processor, beside each device.
+        cores: processor cores for each device.
     """
 
     study: StudyConfig
@@ -184,7 +184,7 @@ class Workload:
 
     @property
     def half(self) -> bool:
-        """Is arithmetic in bfloat16?"""
+        """Return whether arithmetic is in bfloat16."""
         return self.study.precision == "bfloat16" or (
             self.study.precision == "auto" and self.device.half
         )
@@ -208,7 +208,7 @@ class Workload:
         """Of each pass of a run group, whose runs share it: members by number, for every run one.
 
         Args:
-            run group: the method of each member.
+            run_group: the method of each member.
         """
         owners = [number for number, tuning in enumerate(run_group) for _ in tuning.hyperparameters]
         training = self.study.training
