@@ -178,7 +178,7 @@ def test_the_page_of_another_study_is_made_anew(another: Path) -> None:
     for target in ([], ["reports/tradeoff.html"]):
         told = _run(another, *target, "--dry-run", study=study)
         assert "Nothing to be done" not in told
-        assert "rule report:" in told
+        assert "Render the report" in told
 
 
 def _forget(folder: Path, *methods: str) -> None:

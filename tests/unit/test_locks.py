@@ -241,7 +241,7 @@ def test_two_studies_run_at_the_same_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert list((reports / f"{name}-figures").glob("*.svg"))
         output = _ended(_snakemake(tmp_path, f"{name}.yaml", "--cores", "1"))
-        assert "rule finetune:" not in output
+        assert "Fine-tune " not in output
         assert (reports / "tradeoff.html").read_text() == pages[name]
     output = _ended(_snakemake(tmp_path, "two.yaml", "--cores", "1", "--dry-run"))
     assert "Nothing to be done" in output

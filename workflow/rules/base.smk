@@ -110,7 +110,7 @@ rule evaluate_base:
         file=PATHS.params("evaluate_base"),
         digest=PARAMS.digest("evaluate_base"),
     message:
-        "Evaluate the base model" + RESOURCES.text("evaluate_base")
+        RESOURCES.message("evaluate_base", "Evaluate the base model")
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -52,11 +52,11 @@ rule benchmark:
     params:
         file=PATHS.params("benchmark"),
         digest=PARAMS.digest("benchmark"),
-        checkpoints=PATHS.selected(),
+        checkpoints=PATHS.selected_folder,
         state=f"{PATHS.state}/benchmarks",
         folder=scored_models_folder,
     message:
-        "Run the benchmarks on {wildcards.method}" + RESOURCES.text("benchmark")
+        RESOURCES.message("benchmark", "Run the benchmarks on {wildcards.method}")
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -93,7 +93,7 @@ use rule benchmark as benchmark_base with:
         state=f"{PATHS.state}/benchmarks",
         folder=scored_models_folder,
     message:
-        "Run the benchmarks on the base model" + RESOURCES.text("benchmark_base")
+        RESOURCES.message("benchmark_base", "Run the benchmarks on the base model")
 
 
 rule run_programs:
@@ -115,7 +115,7 @@ rule run_programs:
         # What was left unscored for want of a sandbox is run again once there may be one.
         sandbox_state=PARAMS.sandbox_state,
     message:
-        "Run the programs of {wildcards.model}" + RESOURCES.text("run_programs")
+        RESOURCES.message("run_programs", "Run the programs of {wildcards.model}")
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -38,10 +38,11 @@ rule finetune:
         file=PATHS.params("finetune"),
         digest=PARAMS.digest("finetune"),
         data=subpath(input.train, parent=True),
-        state=PATHS.state,
+        state=PATHS.state_folder,
     message:
-        "Fine-tune {wildcards.method}, seed {wildcards.seed}"
-        + RESOURCES.text("finetune")
+        RESOURCES.message(
+            "finetune", "Fine-tune {wildcards.method}, seed {wildcards.seed}"
+        )
     shell:
         r"""
         exec &> >(tee {log:q})
@@ -86,10 +87,12 @@ rule train_cooldown:
         file=PATHS.params("train_cooldown"),
         digest=PARAMS.digest("train_cooldown"),
         data=subpath(input.train, parent=True),
-        state=PATHS.state,
+        state=PATHS.state_folder,
     message:
-        "Cool down {wildcards.method}, seed {wildcards.seed}, {wildcards.duration}"
-        + RESOURCES.text("train_cooldown")
+        RESOURCES.message(
+            "train_cooldown",
+            "Cool down {wildcards.method}, seed {wildcards.seed}, {wildcards.duration}",
+        )
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -65,8 +65,9 @@ rule evaluate_wise_ft:
         digest=PARAMS.digest("evaluate_wise_ft"),
         checkpoints=PATHS.wise_ft_checkpoints,
     message:
-        "Evaluate {wildcards.model} with shares of its update"
-        + RESOURCES.text("evaluate_wise_ft")
+        RESOURCES.message(
+            "evaluate_wise_ft", "Evaluate {wildcards.model} with shares of its update"
+        )
     shell:
         r"""
         exec &> >(tee {log:q})

@@ -232,6 +232,10 @@ class Paths:
         """Folder of runs and checkpoints, which is no output, so that a retry resumes."""
         return f"{self.results}/state"
 
+    def state_folder(self, wildcards: Wildcards) -> str:
+        """Return that folder, as a parameter of rules with an output in it."""
+        return self.state
+
     @property
     def checkpoints(self) -> str:
         """File that says where the checkpoints of a method and seed are."""
@@ -269,6 +273,10 @@ class Paths:
         It is no output, since Snakemake deletes outputs before their replacement is made.
         """
         return f"{self.results}/selected/{method}"
+
+    def selected_folder(self, wildcards: Wildcards) -> str:
+        """Return that folder, as a parameter of rules with an input in it."""
+        return self.selected(wildcards.method)
 
     def selected_index(self, method: str = "{method}") -> str:
         """Return the index of that folder, which is an output of a rule."""

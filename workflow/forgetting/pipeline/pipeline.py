@@ -59,10 +59,10 @@ class Resources:
             **snakemake_resources(rule, self.costs),
         }
 
-    def text(self, rule: str) -> str:
-        """Return the sizes of a rule's jobs as the end of their message."""
+    def message(self, rule: str, text: str) -> str:
+        """Return the message of a rule's jobs: a text, then their resource requests."""
         sizes = [f"{name}={{resources.{name}}}" for name in snakemake_resources(rule, self.costs)]
-        return f" ({', '.join(sizes)})"
+        return f"{text} ({', '.join(sizes)})"
 
     @property
     def program_cores(self) -> int:
