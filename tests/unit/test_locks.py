@@ -186,11 +186,11 @@ def test_a_name_belongs_to_one_study(
     path = _write(tmp_path / file)
     with pytest.raises(InputError) as error:
         load_study({"study": str(path), **config}, studies)
-    assert f"and so are those of {studies / other}; rename your file" in str(error.value)
+    assert f"like those of {studies / other}; rename your file" in str(error.value)
 
 
 def test_study_may_not_be_called_tradeoff(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is the page of the study that was run last; rename"):
+    with pytest.raises(InputError, match="is the page of the last study that ran; rename"):
         load_study({"study": str(_write(tmp_path / "Tradeoff.yaml"))}, tmp_path / "studies")
 
 
