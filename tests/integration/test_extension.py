@@ -46,7 +46,7 @@ try:
         method="lora", variant="dora", rank=[2], learning_rate=[1.0], mitigation=mitigation
     )
 except ValueError as error:
-    assert "mitigation.l1 needs the update" in str(error)
+    assert "mitigation.l1 needs the weight update" in str(error)
 else:
     raise AssertionError("dora has no linear update")
 """
