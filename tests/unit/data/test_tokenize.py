@@ -306,7 +306,7 @@ def test_documents_of_a_chat_study_are_in_the_small_models_template(
     ("values", "expected"),
     [
         ({"system": "Be brief."}, "`system` needs `chat: true`"),
-        ({"chat": True, "question": "Q: {question}"}, "leave out the other one"),
+        ({"chat": True, "question": "Q: {question}"}, "remove `question` and `answer`"),
     ],
 )
 def test_a_prompt_has_one_template(values: dict[str, Any], expected: str) -> None:

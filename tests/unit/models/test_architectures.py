@@ -356,7 +356,7 @@ def test_conversations_need_a_chat_template(
     facts.write_text(json.dumps(ROW) + "\n")
     (tmp_path / "facts" / "talk.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(CHAT) + "\n")
     train = ("train: facts/new", "train: facts/talk")
-    assert "talk.jsonl, line 2: `messages` are written in the chat template" in refusal(
+    assert "talk.jsonl, line 2: `messages` need the chat template" in refusal(
         folder, "rank: 2", train
     )
     chat = ("train:", "prompt: {chat: true}\ntrain:")
