@@ -654,7 +654,7 @@ def _snakemake(
     ("change", "options", "expected"),
     [
         ("", ["study=nowhere"], "study=nowhere: there is no "),
-        ("", ["study=mini", "scael=tiny"], "--config scael: unknown; expected study, scale"),
+        ("", ["study=mini", "scael=tiny"], "--config scael: unknown option; expected study, scale"),
         ("", ["study=mini", "scale=huge"], "--config scale=huge: expected full or tiny"),
         ("", ["study=mini", "world_dir=nowhere"], "world_dir=nowhere: there is no such folder"),
         ("titel: A study", [], "titel: unknown key"),
