@@ -131,7 +131,11 @@ def test_renaming_and_formatting_rerun_nothing(finished: Run, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("training", "PositiveFloat | None = Field(1.0,", "PositiveFloat | None = Field(0.5,"),
+        (
+            "training",
+            'Field(\n        1.0, description="Maximum L2',
+            'Field(\n        0.5, description="Maximum L2',
+        ),
         ("methods", "] = Field([0.0],", "] = Field([0.1],"),
         ("mitigations", '] = Field(\n        "all",', '] = Field(\n        "replay",'),
     ],
