@@ -212,4 +212,4 @@ def test_braces_in_a_folder_are_refused(tmp_path: Path) -> None:
     for option in ("own_dir", "model"):
         with pytest.raises(InputError) as error:
             load_study({"study": "own-data", option: str(folder)}, studies)
-        assert str(error.value).startswith(f"--config {option}={folder}: Snakemake takes {{ and }}")
+        assert str(error.value).startswith(f"--config {option}={folder}: Snakemake reads {{ and }}")
