@@ -19,7 +19,7 @@ from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.evaluation.metrics import PROBE_SCORES, TEXT_SCORES
-from forgetting.io import write_json, write_table
+from forgetting.io import read_table, write_json, write_table
 from forgetting.report import summary
 from forgetting.report.charts import FIGURES
 from forgetting.report.frames import ReportTables
@@ -93,9 +93,9 @@ def _trajectory(generator: random.Random, speed: float) -> Any:
     return recorded_evaluations(points, 0.1)
 
 
-def tables(folder: Path) -> dict[str, Any]:
-    """Aggregate invented results of two methods and two seeds on probes, text and a benchmark."""
-    drawn, study = random.Random(1), make_study()
+def make_job_results(folder: Path, study: StudyConfig) -> JobResults:
+    """Return invented results of two methods and two seeds on probes, text and a benchmark."""
+    drawn = random.Random(1)
     base = _items(drawn, 0.6)
     items, records, selection = [], [], []
     for method in expand_methods(study):
@@ -112,7 +112,9 @@ def tables(folder: Path) -> dict[str, Any]:
                 | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
             )
     models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
-    found = JobResults(
+    answers = read_table(models[0] / "items.parquet").assign(response="", choice=1)
+    evaluated = answers.assign(run=records[0]["run"], step=1, epoch=1.0)
+    return JobResults(
         base={"parameters": 1000, "seconds": 1.0},
         data_notes=[],
         records=records,
@@ -122,10 +124,15 @@ def tables(folder: Path) -> dict[str, Any]:
         base_items=base,
         items=items,
         models=models,
-        training_benchmarks=[],
-        wise_ft=[],
+        training_benchmarks=[answers, evaluated] if study.benchmarks.during_training else [],
+        wise_ft=[items[0].assign(weight=weight) for weight in study.selection.wise_ft],
     )
-    made, notes = tables_of(study, found)
+
+
+def tables(folder: Path) -> dict[str, Any]:
+    """Aggregate the invented results."""
+    study = make_study()
+    made, notes = tables_of(study, make_job_results(folder, study))
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
     # The last evaluations are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
