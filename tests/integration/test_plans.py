@@ -26,10 +26,10 @@ from support.snakemake import (
     ROOT,
     STUDIES,
     golden_lines,
+    parse_options,
     planned,
+    restore_process,
     sbatch,
-    told_options,
-    undone,
 )
 
 PROFILES = ["default", "slurm"]
@@ -128,7 +128,7 @@ Plan = Callable[..., list[Job]]
 @pytest.fixture
 def plan(tmp_path: Path) -> Iterator[Plan]:
     """plan(study, profile, ...) -> every job of a fresh checkout, without running anything."""
-    with undone():
+    with restore_process():
         yield partial(planned, tmp_path)
 
 
@@ -450,7 +450,7 @@ def test_profile_slurm_is_found_from_the_root_and_default_does_not_leak() -> Non
     link = ROOT / "slurm"
     assert link.is_symlink()
     assert link.resolve() == ROOT / "profiles" / "slurm"
-    arguments = told_options("--profile", "slurm", "--dry-run")
+    arguments = parse_options("--profile", "slurm", "--dry-run")
     assert arguments.executor == "slurm"
     assert arguments.cores is None
     assert "gpu" not in arguments.resources
@@ -458,7 +458,7 @@ def test_profile_slurm_is_found_from_the_root_and_default_does_not_leak() -> Non
 
 
 def test_profile_default_makes_a_bare_command_run() -> None:
-    arguments = told_options("--dry-run")
+    arguments = parse_options("--dry-run")
     assert arguments.executor is None
     assert arguments.cores >= 1
     assert arguments.resources["gpu"].value >= 1
@@ -474,7 +474,7 @@ def test_no_key_is_in_both_profiles() -> None:
     assert not [key for key in keys[0] & keys[1] if not key.startswith("__")]
 
 
-def test_what_slurms_plugin_breaks_is_not_used() -> None:
+def test_profile_avoids_pitfalls_of_the_slurm_plugin() -> None:
     """Numbers of docs/design/slurm.md: what hangs, runs nested, or shares a GPU by mistake."""
     path = ROOT / "profiles" / "slurm" / "profile.yaml"
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -504,11 +504,11 @@ def test_the_tests_that_the_pitfalls_name_are_there() -> None:
     assert re.findall(r"^\| (\d+) \|", told, re.M) == [str(line) for line in range(1, 22)]
 
 
-def test_another_site_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partitions_of_another_site_come_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin reads the variable only where the profile names no file."""
 
     def partitions() -> str:
-        return str(told_options("--profile", "slurm", "--dry-run").slurm_partition_config)
+        return str(parse_options("--profile", "slurm", "--dry-run").slurm_partition_config)
 
     monkeypatch.delenv("SNAKEMAKE_SLURM_PARTITIONS", raising=False)
     assert (ROOT / partitions()).resolve() == ROOT / "profiles" / "slurm" / "partitions.yaml"
@@ -517,7 +517,7 @@ def test_another_site_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_what_is_submitted_to_slurm(plan: Plan, study: str) -> None:
+def test_sbatch_options_equal_the_golden_file(plan: Plan, study: str) -> None:
     """Every job that is not local, and no other, asks for what golden/sbatch.txt has.
 
     If sizes were changed on purpose: golden/make_sbatch.py writes it, and somebody reads it.
