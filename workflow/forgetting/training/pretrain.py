@@ -115,7 +115,7 @@ def pretraining_config(config: SmallModelConfig) -> TrainingConfig:
     )
 
 
-def _new_model(
+def new_model(
     config: SmallModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> LlamaForCausalLM:
     architecture = LlamaConfig(
@@ -175,7 +175,7 @@ def pretrain(
     checkpoints = _checkpoint_folder(documents, config, state, seed, precision)
     with atomic_folder(output) as partial, torch.random.fork_rng():
         tokenizer = train_tokenizer(documents, config.vocab_size, partial)
-        model = _new_model(config, tokenizer, seed).to(get_device())
+        model = new_model(config, tokenizer, seed).to(get_device())
         training = pretraining_config(config)
         examples = _examples(documents, tokenizer, training)
         run = RunConfig(
