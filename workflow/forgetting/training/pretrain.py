@@ -118,6 +118,7 @@ def pretraining_config(config: SmallModelConfig) -> TrainingConfig:
 def new_model(
     config: SmallModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> LlamaForCausalLM:
+    """Return a small Llama with random weights of a seed, for the vocabulary of a tokenizer."""
     architecture = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
