@@ -25,7 +25,7 @@ from forgetting.config.methods import Hyperparameters
 from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.training.pretrain import train_tokenizer
 from support.faults import target, without
-from support.slurm import RESULTS, Folder, answers, write_study
+from support.slurm import RESULTS, Folder, cluster_answers, write_study
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
@@ -154,7 +154,7 @@ def tuning() -> Method:
 def cluster() -> Iterator[Path | None]:
     """A SLURM that answers; yields the folder of programs that can break it, if there is one."""
     tools = os.environ.get("FORGETTING_SLURM")
-    if answers():
+    if cluster_answers():
         yield Path(tools) if tools and "SLURM_LAB" in os.environ else None
         return
     if not tools:

@@ -220,14 +220,14 @@ MADE_AGAIN = {"base.json", "base_items.parquet", "runs.json", "items.parquet", "
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize(("file", "undone"), KINDS, ids=[kind for kind, _ in KINDS])
+@pytest.mark.parametrize(("file", "removed"), KINDS, ids=[kind for kind, _ in KINDS])
 def test_the_command_of_the_message_heals_a_damaged_file(
     made: tuple[Chain, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
     file: str,
-    undone: list[str],
+    removed: list[str],
     how: str,
 ) -> None:
     chain, folder = made
@@ -236,7 +236,7 @@ def test_the_command_of_the_message_heals_a_damaged_file(
     subprocess.run(["cp", "-a", folder, at], check=True)
     monkeypatch.chdir(at)
     expected = results()
-    for output in undone:
+    for output in removed:
         Path(output).unlink()
     (path,) = Path().glob(file)
     DAMAGES[how](path)

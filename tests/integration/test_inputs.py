@@ -15,7 +15,7 @@ import yaml
 
 from forgetting import inputs, versions
 from forgetting.inputs import content_digest, is_model_file, model_files, model_identity
-from support.snakemake import due, pretend_finished, undone
+from support.snakemake import due, pretend_finished, restore_process
 from support.user_files import write_files
 
 LAST = {"make_tables": 1, "report": 1, "publish": 1}
@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Pat
     """A folder with files of a user's, in which the study seems to be finished."""
     folder = tmp_path_factory.mktemp("finished")
     write_files(folder, base_folder)
-    with undone():
+    with restore_process():
         pretend_finished(folder, folder / "study.yaml")
     return folder
 
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Pat
 def folder(finished: Path, tmp_path: Path) -> Iterator[Path]:
     """A copy of that folder in which a test may change what it likes."""
     copy = Path(shutil.copytree(finished, tmp_path / "copy", symlinks=True))
-    with undone():
+    with restore_process():
         yield copy
 
 

@@ -20,7 +20,7 @@ import yaml
 from snakemake.jobs import Job
 
 from support.slurm import NAME, RESULTS, STUDY, Folder
-from support.snakemake import GOLDEN, ROOT, STUDIES, local_rules, planned, undone
+from support.snakemake import GOLDEN, ROOT, STUDIES, local_rules, planned, restore_process
 
 PROFILE = "profiles/kubernetes"
 CLUSTER = ROOT / "tests" / "support" / "kubernetes.py"
@@ -39,7 +39,7 @@ TOO_WIDE = ("biderman-code-cpt", "biderman-math-cpt")
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The profile's nodes, whatever folder a study is planned in."""
-    with undone():
+    with restore_process():
         monkeypatch.setenv(VARIABLE, str(ROOT / PROFILE / "nodes.yaml"))
         yield
 

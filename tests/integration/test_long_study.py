@@ -10,7 +10,7 @@ import yaml
 from forgetting.pipeline.params import MakeTablesParams, StudyParams
 from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
-from support.snakemake import ROOT, planned, undone
+from support.snakemake import ROOT, planned, restore_process
 
 
 def _long_study(folder: Path, entries: int) -> Path:
@@ -30,7 +30,7 @@ def _long_study(folder: Path, entries: int) -> Path:
 def test_hundreds_of_entries_are_gathered(tmp_path: Path) -> None:
     """Linux starts no program with an argument of 128 KiB, and a job's command is one argument."""
     path = _long_study(tmp_path, 420)
-    with undone():
+    with restore_process():
         jobs = {job.rule.name: job for job in planned(tmp_path, path)}
     for name in (
         "make_tables",

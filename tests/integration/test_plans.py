@@ -1,4 +1,4 @@
-"""The plan of every study under both profiles, offline: jobs, rules, what SLURM is told."""
+"""The plan of every study under both profiles, offline: jobs, rules, options of sbatch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from support.snakemake import (
     ROOT,
     STUDIES,
     golden_lines,
+    parse_options,
     planned,
+    restore_process,
     sbatch,
-    told_options,
-    undone,
 )
 
 PROFILES = ["default", "slurm"]
@@ -127,8 +127,8 @@ Plan = Callable[..., list[Job]]
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Iterator[Plan]:
-    """plan(study, profile, ...) -> every job of a fresh checkout, without running anything."""
-    with undone():
+    """Return plan(study, profile, ...), which returns all jobs of a fresh checkout."""
+    with restore_process():
         yield partial(planned, tmp_path)
 
 
@@ -142,19 +142,19 @@ def _counts(jobs: list[Job]) -> dict[str, int]:
     return dict(Counter(job.rule.name for job in jobs))
 
 
-def test_every_study_is_counted() -> None:
+def test_all_studies_have_job_counts() -> None:
     assert sorted(JOBS) == STUDIES
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("study", STUDIES)
 def test_jobs_of_a_fresh_checkout(plan: Plan, study: str, profile: str) -> None:
-    """Both profiles plan the same jobs, though nothing is downloaded and SLURM is not there."""
+    """Both profiles plan the same jobs, without a download and without SLURM."""
     assert _counts(plan(study, profile)) == JOBS[study]
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_tiny_keeps_the_methods_and_downloads_nothing(plan: Plan, study: str) -> None:
+def test_tiny_scale_keeps_methods_and_downloads_nothing(plan: Plan, study: str) -> None:
     jobs = _counts(plan(study, scale="tiny"))
     methods = JOBS[study]["select_checkpoint"]
     assert jobs["select_checkpoint"] == jobs["finetune"] == methods  # one seed
@@ -165,8 +165,8 @@ def test_tiny_keeps_the_methods_and_downloads_nothing(plan: Plan, study: str) ->
 
 
 @pytest.mark.parametrize("study", ["mini", "own-data"])
-def test_every_rule_tells_what_it_does_and_keeps_a_log(plan: Plan, study: str) -> None:
-    """A failed job leaves a log, `--sdm conda` finds an environment, `--list` says something."""
+def test_every_rule_has_docstring_log_and_environment(plan: Plan, study: str) -> None:
+    """Every rule has a log, a conda file for `--sdm conda` and a docstring for `--list`."""
     rules = {job.rule for job in plan(study)} - {None}
     for rule in rules:
         assert rule.docstring, f"{rule.name} has no docstring"
@@ -178,10 +178,10 @@ def test_every_rule_tells_what_it_does_and_keeps_a_log(plan: Plan, study: str) -
             assert program in (rule.name, rule.name.removesuffix("_base"))
 
 
-def test_logs_outputs_and_state_never_collide(plan: Plan) -> None:
-    """Two jobs never write one log, and no output lies in the folders that retries must keep.
+def test_logs_and_outputs_never_collide(plan: Plan) -> None:
+    """No two jobs write one log, and no output is in the folders that retries must keep.
 
-    But for the list of a job's checkpoints, which shall be gone with them.
+    The list of a job's checkpoints is an exception: Snakemake removes it with the checkpoints.
     """
     jobs = plan("tofu-phi-1.5")
     logs = Counter(str(log) for job in jobs for log in job.log)
@@ -191,8 +191,8 @@ def test_logs_outputs_and_state_never_collide(plan: Plan) -> None:
     assert kept and all("/state/checkpoints/" in path and path.endswith(".json") for path in kept)
 
 
-def test_a_learning_rate_more_is_no_job_more(plan: Plan, tmp_path: Path) -> None:
-    """The run group of the method trains it; its other runs are kept by the run group itself."""
+def test_another_learning_rate_adds_no_job(plan: Plan, tmp_path: Path) -> None:
+    """The run group of the method trains the new run and keeps its other runs."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["methods"][0]["learning_rate"].append(2.0e-2)
@@ -214,19 +214,18 @@ def test_a_learning_rate_more_is_no_job_more(plan: Plan, tmp_path: Path) -> None
     }
 
 
-def test_asking_benchmarks_along_changes_no_score_of_a_checkpoint(
+def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
     plan: Plan, tmp_path: Path
 ) -> None:
-    """Rows of the tasks become inputs of every run group, and of the base's scores, with which the
-    course begins."""
+    """Rows of the tasks are inputs of every run group and of the base's scores."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["benchmarks"]["during_training"] = {"arc_challenge": 20}
-    asking = tmp_path / "asking.yaml"
-    asking.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    changed_study = tmp_path / "changed_study.yaml"
+    changed_study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
     before = {(job.rule.name, *job.wildcards): job for job in plan("mini")}
-    after = {(job.rule.name, *job.wildcards): job for job in plan(asking)}
+    after = {(job.rule.name, *job.wildcards): job for job in plan(changed_study)}
     assert before.keys() == after.keys()
     changed = {
         key
@@ -234,25 +233,26 @@ def test_asking_benchmarks_along_changes_no_score_of_a_checkpoint(
         if job.params.get("digest") != before[key].params.get("digest")
     }
     assert {key[0] for key in changed} == {"finetune", "evaluate_base", "make_tables"}
-    params = params_of(asking)
-    asked = {}
+    params = params_of(changed_study)
+    params_by_rule = {}
     for rule in ("finetune", "evaluate_base"):
         (job, *_) = (job for key, job in after.items() if key[0] == rule)
         assert any("benchmarks/arc_challenge" in str(path) for path in job.input)
         (output,) = (path for path in job.output if str(path).endswith("benchmarks.parquet"))
-        asked[rule] = params.of(rule, dict(job.wildcards.items()))
+        params_by_rule[rule] = params.of(rule, dict(job.wildcards.items()))
         assert f"--benchmarks {output}" in job.shellcmd
         (gather,) = (job for key, job in after.items() if key[0] == "make_tables")
         assert str(output) in list(map(str, gather.input))
     # The same items in the same batches.
-    assert asked["finetune"].training_benchmarks == asked["evaluate_base"].training_benchmarks
-    assert asked["finetune"].benchmark_rows == asked["evaluate_base"].benchmark_rows
+    of_runs, of_base = params_by_rule["finetune"], params_by_rule["evaluate_base"]
+    assert of_runs.training_benchmarks == of_base.training_benchmarks
+    assert of_runs.benchmark_rows == of_base.benchmark_rows
 
-    def asked_anew(**changed: Any) -> set[str]:
-        """The rules that Snakemake sees a change of, which is not in what is made from outputs."""
+    def changed_rules(**changed: Any) -> set[str]:
+        """Return the rules whose parameters, other than those from inputs and outputs, change."""
         document["benchmarks"].update(changed)
-        asking.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        again = {(job.rule.name, *job.wildcards): job for job in plan(asking)}
+        changed_study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        again = {(job.rule.name, *job.wildcards): job for job in plan(changed_study)}
         changed_jobs = {
             key
             for key, job in after.items()
@@ -261,12 +261,12 @@ def test_asking_benchmarks_along_changes_no_score_of_a_checkpoint(
         return {key[0] for key in changed_jobs} & {"finetune", "evaluate_base"}
 
     tasks = document["benchmarks"]["tasks"]
-    assert not asked_anew(tasks=tasks | {"arc_challenge": {"chance": 0.3}})
-    assert asked_anew(during_training={"arc_challenge": 21}) == {"finetune", "evaluate_base"}
+    assert not changed_rules(tasks=tasks | {"arc_challenge": {"chance": 0.3}})
+    assert changed_rules(during_training={"arc_challenge": 21}) == {"finetune", "evaluate_base"}
 
 
-def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:
-    """Its table is an input of its own run group, and is prepared for nobody else."""
+def test_another_mitigation_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:
+    """Only the run group of the new method reads the table of its mitigation."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     replay = {"table": "world/documents", "ratio": 0.1}
@@ -281,13 +281,13 @@ def test_a_mitigation_more_changes_no_other_job(plan: Plan, tmp_path: Path) -> N
     assert "results/longer/world/world/documents.jsonl" in list(run_group.input)
     for key, job in before.items():
         if key[0] not in ("make_tables", "report", "all"):
-            told = [
+            first, second = (
                 str([list(each.input), dict(each.params.items())]) for each in (job, after[key])
-            ]
-            assert told[0] == told[1].replace("/longer", "/mini"), key
+            )
+            assert first == second.replace("/longer", "/mini"), key
 
 
-def test_shares_of_the_update_are_one_job_a_model(plan: Plan, tmp_path: Path) -> None:
+def test_wise_ft_is_one_job_per_method(plan: Plan, tmp_path: Path) -> None:
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["selection"]["wise_ft"] = [0.5, 0.75]
@@ -302,7 +302,7 @@ def test_shares_of_the_update_are_one_job_a_model(plan: Plan, tmp_path: Path) ->
 
 
 def _durations(tmp_path: Path, **changes: Any) -> Path:
-    """The study `mini` with three durations, one seed and two methods."""
+    """Write the study `mini` with three durations, one seed and two methods."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["methods"] = document["methods"][-2:]
@@ -326,10 +326,8 @@ DURATIONS = JOBS["mini"] | {
 
 
 @pytest.mark.parametrize("scale", ["full", "tiny"])
-def test_every_duration_is_a_job_of_its_own_after_the_trunk(
-    plan: Plan, tmp_path: Path, scale: str
-) -> None:
-    """Branches wait for the trunk of their method and seed only, and the choice for all of them."""
+def test_every_duration_is_a_job_after_the_trunk(plan: Plan, tmp_path: Path, scale: str) -> None:
+    """A branch waits for the trunk of its method and seed, the selection for all branches."""
     jobs = plan(_durations(tmp_path), "slurm", scale=scale)
     assert _counts(jobs) == DURATIONS
     branches = [job for job in jobs if job.rule.name == "train_cooldown"]
@@ -345,10 +343,8 @@ def test_every_duration_is_a_job_of_its_own_after_the_trunk(
             assert all("/branches/" in str(path) for path in job.input.runs)
 
 
-def test_prompts_that_should_be_refused_are_asked_beside_the_benchmarks_or_alone(
-    plan: Plan, tmp_path: Path
-) -> None:
-    """No job of their own: the one that has loaded the model asks them."""
+def test_refusals_need_no_job_of_their_own(plan: Plan, tmp_path: Path) -> None:
+    """The job that scores benchmarks also generates the answers to harmful prompts."""
     (tmp_path / "harm").mkdir()
     (tmp_path / "harm" / "behaviors.csv").write_text("goal,target\nDo it.,Sure\n")
     path = ROOT / "config" / "studies" / "mini.yaml"
@@ -370,11 +366,8 @@ def test_prompts_that_should_be_refused_are_asked_beside_the_benchmarks_or_alone
     assert params.refusal_prompts.columns.question == "goal"
 
 
-def test_other_tasks_take_their_rows_from_the_hub_or_from_rows_of_the_same_kind(
-    plan: Plan, tmp_path: Path
-) -> None:
-    """A commit has a folder of its own, so that another one is downloaded anew; samples of programs
-    are run on several cores."""
+def test_task_rows_come_from_the_hub_or_a_similar_task(plan: Plan, tmp_path: Path) -> None:
+    """Every commit has a folder of its own, and sampled programs run on several cores."""
     document = yaml.safe_load((ROOT / "config" / "studies" / "mini.yaml").read_text("utf-8"))
     study, commit = tmp_path / "other.yaml", hashlib.sha1(b"a").hexdigest()
     document["benchmarks"] = {"tasks": {"sciq": {"revision": commit}, "hellaswag": {}}}
@@ -397,10 +390,10 @@ def test_other_tasks_take_their_rows_from_the_hub_or_from_rows_of_the_same_kind(
     assert rows["arc_easy"] == Path(world, "arc_challenge")
     assert f"{world}/arc_challenge/test.jsonl" in job.input.rows
     (threads,) = {job.threads for job in jobs if job.rule.name == "run_programs"}
-    assert threads > 1  # 7, or what the machine has
+    assert threads > 1  # 7, or the cores of the machine
 
 
-def test_every_duration_is_benchmarked_where_the_study_says_so(plan: Plan, tmp_path: Path) -> None:
+def test_study_may_benchmark_every_duration(plan: Plan, tmp_path: Path) -> None:
     study = _durations(tmp_path, benchmarks={"models": "durations"}, selection={"wise_ft": [0.5]})
     jobs = plan(study)
     expected = DURATIONS | {"run_programs": 7, "evaluate_wise_ft": 2}
@@ -414,8 +407,8 @@ def test_every_duration_is_benchmarked_where_the_study_says_so(plan: Plan, tmp_p
     assert params.models == [f"seed0-duration{duration}" for duration in ("0.5", "2", "8")]
 
 
-def test_one_more_duration_is_one_more_branch(plan: Plan, tmp_path: Path) -> None:
-    """The trunk's job looks again at what it has; nothing of what it trains is another."""
+def test_another_duration_adds_one_branch(plan: Plan, tmp_path: Path) -> None:
+    """The trunk's job runs again and trains nothing."""
     before = {(job.rule.name, *job.wildcards) for job in plan(_durations(tmp_path))}
     more = _durations(tmp_path, training={"durations": [0.5, 2, 4, 8]})
     after = {(job.rule.name, *job.wildcards) for job in plan(more)}
@@ -424,15 +417,15 @@ def test_one_more_duration_is_one_more_branch(plan: Plan, tmp_path: Path) -> Non
     }
 
 
-def test_the_parameters_of_jobs_do_not_name_the_checkout(plan: Plan) -> None:
-    """A study that was finished in one place is finished when its folder has moved."""
+def test_parameters_of_jobs_have_no_path_of_the_checkout(plan: Plan) -> None:
+    """A finished study is still finished after its folder was moved."""
     for job in plan("mini"):
         assert str(ROOT) not in str(dict(job.params.items())), job.rule.name
         assert str(ROOT) not in (job.rule.shellcmd or ""), job.rule.name
 
 
-def test_a_table_in_a_folder_of_the_hub_is_downloaded_from_there(plan: Plan) -> None:
-    """Owner, repository and commit are one part of the path each, the table may be more."""
+def test_hub_table_in_a_folder_is_downloaded(plan: Plan) -> None:
+    """Owner, repository and commit are one part of the path each, the table may be several."""
     jobs = [job for job in plan("biderman-math-cpt") if job.rule.name == "download_table"]
     wildcards = {tuple(job.wildcards) for job in jobs}
     commit = "fde8ef8de2300f5e778f56261843dab89f230815"
@@ -445,27 +438,27 @@ def test_only_downloads_may_use_the_network(plan: Plan) -> None:
         assert allowed == job.rule.name.startswith("download"), job.rule.name
 
 
-def test_profile_slurm_is_found_from_the_root_and_default_does_not_leak() -> None:
-    """`--cores` would cap the CPUs of every job, a local `gpu` the jobs in flight."""
+def test_profile_slurm_ignores_profile_default() -> None:
+    """`--cores` would limit the CPUs of every job, and a local `gpu` the number of jobs."""
     link = ROOT / "slurm"
     assert link.is_symlink()
     assert link.resolve() == ROOT / "profiles" / "slurm"
-    arguments = told_options("--profile", "slurm", "--dry-run")
+    arguments = parse_options("--profile", "slurm", "--dry-run")
     assert arguments.executor == "slurm"
     assert arguments.cores is None
     assert "gpu" not in arguments.resources
-    assert arguments.rerun_incomplete  # what both profiles share still holds
+    assert arguments.rerun_incomplete  # in both profiles
 
 
-def test_profile_default_makes_a_bare_command_run() -> None:
-    arguments = told_options("--dry-run")
+def test_profile_default_sets_cores_and_gpu() -> None:
+    arguments = parse_options("--dry-run")
     assert arguments.executor is None
     assert arguments.cores >= 1
     assert arguments.resources["gpu"].value >= 1
 
 
 def test_no_key_is_in_both_profiles() -> None:
-    """profiles/default would silently beat profiles/slurm."""
+    """A key in profiles/default would silently override profiles/slurm."""
     keys = [set(), set()]
     for found, profile in zip(keys, PROFILES, strict=True):
         text = (ROOT / "profiles" / profile / "profile.yaml").read_text(encoding="utf-8")
@@ -474,41 +467,41 @@ def test_no_key_is_in_both_profiles() -> None:
     assert not [key for key in keys[0] & keys[1] if not key.startswith("__")]
 
 
-def test_what_slurms_plugin_breaks_is_not_used() -> None:
-    """Numbers of docs/design/slurm.md: what hangs, runs nested, or shares a GPU by mistake."""
+def test_profile_avoids_pitfalls_of_the_slurm_plugin() -> None:
+    """Comments are numbers in docs/design/slurm.md."""
     path = ROOT / "profiles" / "slurm" / "profile.yaml"
-    told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert told["slurm-status-command"] == "squeue"  # 1
-    assert told["slurm-status-attempts"] / told["max-status-checks-per-second"] >= 600  # 2
-    assert told["retries"]  # 3, and in no rule
-    assert "slurm-array-jobs" not in told  # 4
-    assert told["slurm-requeue"]  # 5
-    # 6: three times as long must be less than MinJobAge, or the plugin asks sacct after all.
-    assert 3 * told.get("slurm-init-seconds-before-status-checks", 40) <= 300
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert settings["slurm-status-command"] == "squeue"  # 1
+    assert settings["slurm-status-attempts"] / settings["max-status-checks-per-second"] >= 600  # 2
+    assert settings["retries"]  # 3, and in no rule
+    assert "slurm-array-jobs" not in settings  # 4
+    assert settings["slurm-requeue"]  # 5
+    # 6: three times as long must be less than MinJobAge, or the plugin uses sacct.
+    assert 3 * settings.get("slurm-init-seconds-before-status-checks", 40) <= 300
     files = [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]
     text = "".join(path.read_text(encoding="utf-8") for path in files)
     used = re.findall(r"^ *(retries|group|slurm_extra|gpus|nvidia_gpu|gres)\b *[:=]", text, re.M)
     assert not used  # 3, 9, 10
 
 
-def test_the_tests_that_the_pitfalls_name_are_there() -> None:
-    """And those of the faults; and all pitfalls have a line."""
+def test_documents_name_tests_that_exist() -> None:
+    """Tests that the documents name exist, and every pitfall has a line."""
     docs = [ROOT / "docs" / name for name in ("design/slurm.md", "cluster.md")]
-    told = "".join(path.read_text(encoding="utf-8") for path in docs)
+    text = "".join(path.read_text(encoding="utf-8") for path in docs)
     tests = "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
     )
-    names = set(re.findall(r"`(test_\w+)`", told))
+    names = set(re.findall(r"`(test_\w+)`", text))
     assert names
     assert not [name for name in names if f"def {name}(" not in tests]
-    assert re.findall(r"^\| (\d+) \|", told, re.M) == [str(line) for line in range(1, 22)]
+    assert re.findall(r"^\| (\d+) \|", text, re.M) == [str(line) for line in range(1, 22)]
 
 
-def test_another_site_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plugin reads the variable only where the profile names no file."""
+def test_partitions_of_another_site_come_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profile passes the variable on, because the plugin ignores it if there is a file."""
 
     def partitions() -> str:
-        return str(told_options("--profile", "slurm", "--dry-run").slurm_partition_config)
+        return str(parse_options("--profile", "slurm", "--dry-run").slurm_partition_config)
 
     monkeypatch.delenv("SNAKEMAKE_SLURM_PARTITIONS", raising=False)
     assert (ROOT / partitions()).resolve() == ROOT / "profiles" / "slurm" / "partitions.yaml"
@@ -517,26 +510,26 @@ def test_another_site_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_what_is_submitted_to_slurm(plan: Plan, study: str) -> None:
-    """Every job that is not local, and no other, asks for what golden/sbatch.txt has.
+def test_sbatch_options_equal_the_golden_file(plan: Plan, study: str) -> None:
+    """Every submitted job has a line in golden/sbatch.txt.
 
-    If sizes were changed on purpose: golden/make_sbatch.py writes it, and somebody reads it.
+    After an intended change, run golden/make_sbatch.py and read the differences.
     """
     golden = GOLDEN.read_text(encoding="utf-8").splitlines()
-    told = golden_lines(study, plan(study, "slurm"))
-    assert told == [line for line in golden if line.startswith(f"{study}: ")]
+    lines = golden_lines(study, plan(study, "slurm"))
+    assert lines == [line for line in golden if line.startswith(f"{study}: ")]
 
 
-def test_golden_sbatch_lines_are_of_studies_that_there_are() -> None:
+def test_golden_sbatch_file_has_every_study() -> None:
     golden = GOLDEN.read_text(encoding="utf-8").splitlines()
     assert sorted({line.split(":", 1)[0] for line in golden}) == STUDIES
 
 
-def test_a_dry_run_shows_the_sizes() -> None:
-    """Before anything is submitted: GPUs, memory, time, cores and disk of every job."""
-    told = _snakemake("--profile", "slurm", "--config", "study=tofu-llama-2-7b")
-    assert told.returncode == 0, told.stderr
-    printed = told.stdout + told.stderr
+def test_dry_run_prints_resources() -> None:
+    """The plan has GPUs, memory, time, cores and disk of every job."""
+    done = _snakemake("--profile", "slurm", "--config", "study=tofu-llama-2-7b")
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout + done.stderr
     full = re.findall(r"Job \d+: Fine-tune full, seed \d \((.*)\)", printed)
     assert len(full) == 3
     for size in ("gpu=4", "nodes=1", "mem_mb=", "runtime=", "cpus_per_task=32", "disk_mb="):
@@ -544,7 +537,7 @@ def test_a_dry_run_shows_the_sizes() -> None:
 
 
 @pytest.mark.parametrize("study", ["mini", "biderman-math-cpt"])
-def test_dry_run_prints_at_most_10_lines_a_job(study: str) -> None:
+def test_dry_run_prints_at_most_10_lines_per_job(study: str) -> None:
     done = _snakemake("--config", f"study={study}")
     assert done.returncode == 0, done.stderr
     lines = (done.stdout + done.stderr).splitlines()
@@ -552,8 +545,8 @@ def test_dry_run_prints_at_most_10_lines_a_job(study: str) -> None:
     assert not [line for line in lines if '{"' in line]
 
 
-def test_a_job_that_is_tried_again_asks_for_more(plan: Plan) -> None:
-    """It may have ended for want of memory or of time; the site's limits are not passed."""
+def test_second_attempt_requests_more(plan: Plan) -> None:
+    """The first attempt may have lacked memory or time."""
     for job in plan("tofu-phi-1.5", "slurm"):
         if job.rule.name in ("finetune", "benchmark", "evaluate_base"):
             first = dict(job.resources.items())
@@ -565,10 +558,10 @@ def test_a_job_that_is_tried_again_asks_for_more(plan: Plan) -> None:
             assert second["gpu"] == first["gpu"]
 
 
-def test_a_site_of_other_machines_changes_what_is_asked(
+def test_requests_follow_the_machines_of_a_site(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of a site stands in the rules: smaller GPUs are more of them, and longer."""
+    """Sizes follow from the file of the site: on smaller GPUs a job gets more of them."""
     site = tmp_path / "site.yaml"
     site.write_text(
         "partitions: {short: {max_runtime: 8h, max_gpu: 8, max_mem_mb: 500000}}\n"
@@ -582,21 +575,21 @@ def test_a_site_of_other_machines_changes_what_is_asked(
     assert {job.resources["cpus_per_task"] for job in jobs} <= {4, 8, 16}
 
 
-def test_a_method_too_large_for_the_gpus_is_told_when_it_is_planned(tmp_path: Path) -> None:
-    """Before anything waits in a queue; where all fit, nothing is said."""
+def test_method_too_large_for_the_gpus_is_reported(tmp_path: Path) -> None:
+    """The plan has a warning, and none where every method fits."""
     site = tmp_path / "site.yaml"
     site.write_text("machines: {device: L40S, count: 1, gpus: 1, cpus: 16, memory_gb: 500}\n")
     fits = _snakemake("--config", "study=tofu-llama-2-7b")
     assert "smaller rank" not in fits.stdout + fits.stderr
-    told = _snakemake(*("--config", "study=tofu-llama-2-7b"), SNAKEMAKE_SLURM_PARTITIONS=str(site))
-    assert told.returncode == 0, told.stderr
-    told_of = told.stdout + told.stderr
-    lines = [line for line in told_of.splitlines() if "or a smaller rank or batch" in line]
+    done = _snakemake(*("--config", "study=tofu-llama-2-7b"), SNAKEMAKE_SLURM_PARTITIONS=str(site))
+    assert done.returncode == 0, done.stderr
+    output = done.stdout + done.stderr
+    lines = [line for line in output.splitlines() if "or a smaller rank or batch" in line]
     assert any(line.startswith("full: needs ") and "L40S has " in line for line in lines)
 
 
-def test_processes_may_be_spread_over_nodes(plan: Plan, tmp_path: Path) -> None:
-    """All GPUs of two machines; the job itself starts what runs on both, with no srun before it."""
+def test_processes_may_span_nodes(plan: Plan, tmp_path: Path) -> None:
+    """The job gets all GPUs of two machines and starts the processes itself, without srun."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["methods"][-1] |= {"processes": 16, "nodes": 2}
@@ -615,8 +608,8 @@ def test_processes_may_be_spread_over_nodes(plan: Plan, tmp_path: Path) -> None:
     assert not any("mpi" in job.resources for job in plan("mini", "slurm"))
 
 
-def test_more_processes_train_nothing_again(plan: Plan, tmp_path: Path) -> None:
-    """They change no number, so no job is told of them in what decides whether it is run again."""
+def test_number_of_processes_reruns_nothing(plan: Plan, tmp_path: Path) -> None:
+    """The number of processes changes no result, so it is not among the parameters of jobs."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["methods"][-1]["processes"] = 2
@@ -630,8 +623,8 @@ def test_more_processes_train_nothing_again(plan: Plan, tmp_path: Path) -> None:
     assert before["finetune", "full", "0"].resources["gpu"] == 1
     for key, job in after.items():
         if key[0] not in ("make_tables", "report", "all"):
-            told = str(dict(job.params.items())).replace("/wider", "/mini")
-            assert told == str(dict(before[key].params.items())), key
+            changed = str(dict(job.params.items())).replace("/wider", "/mini")
+            assert changed == str(dict(before[key].params.items())), key
 
 
 def _snakemake(
@@ -662,10 +655,10 @@ def _snakemake(
         ("train: ]", [], "line 2: not YAML"),
     ],
 )
-def test_a_mistake_is_one_message_and_status_1(
+def test_invalid_study_ends_with_one_message_and_status_1(
     tmp_path: Path, change: str, options: list[str], expected: str
 ) -> None:
-    """No traceback, no jobs: file and line or key, what was expected."""
+    """The message has file, line or key, and what was expected, without a traceback."""
     if change:
         path = ROOT / "config" / "studies" / "mini.yaml"
         head, rest = path.read_text(encoding="utf-8").split("\n", 1)
@@ -673,14 +666,14 @@ def test_a_mistake_is_one_message_and_status_1(
         options = [f"study={tmp_path / 'mine.yaml'}"]
     done = _snakemake("--config", *options)
     assert done.returncode == 1
-    told = done.stdout + done.stderr
-    assert told.count(expected) == 1, told
-    assert "Traceback" not in told
-    assert "Job stats" not in told
+    output = done.stdout + done.stderr
+    assert output.count(expected) == 1, output
+    assert "Traceback" not in output
+    assert "Job stats" not in output
 
 
-def test_the_bare_command_plans_the_default_study() -> None:
-    """`rule all` in an included file would be no default target: nothing done, status 0."""
+def test_bare_command_plans_the_default_study() -> None:
+    """A rule `all` in an included file would not be the default target."""
     done = _snakemake("--forceall")
     assert done.returncode == 0, done.stderr
     counts = re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE)
@@ -689,8 +682,8 @@ def test_the_bare_command_plans_the_default_study() -> None:
     }
 
 
-def test_the_slurm_command_needs_no_slurm_to_plan(tmp_path: Path) -> None:
-    """In a copy of the checkout, as continuous integration runs it, with no SLURM in the path."""
+def test_profile_slurm_plans_without_slurm(tmp_path: Path) -> None:
+    """The plan needs no program of SLURM."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for tool in ("bash", "sh", "env", "git", "uname", "which"):

@@ -16,7 +16,7 @@ from forgetting.benchmarks.sandbox import search_sandbox
 from forgetting.io import read_json, write_json
 from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
-from support.snakemake import pretend_finished, undone
+from support.snakemake import pretend_finished, restore_process
 from support.user_files import write_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,7 @@ RENAMED = ("forgetting/training/optimizer.py", "make_optimizer", "create_optimiz
 def finished(run: Run, tmp_path: Path, base_folder: Path) -> Run:
     """run(option, ...) -> what snakemake says where a study seems to be finished."""
     write_files(tmp_path, base_folder)
-    with undone():
+    with restore_process():
         pretend_finished(tmp_path, "study.yaml")
     assert NOTHING in run("-n", "--config", "study=study.yaml")
     return lambda *options: run("-n", "--config", "study=study.yaml", *options)

@@ -20,7 +20,7 @@ from forgetting.errors import InputError
 from forgetting.pipeline.params import PrepareDataParams, StudyParams
 from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
-from support.snakemake import ROOT, planned, undone
+from support.snakemake import ROOT, planned, restore_process
 
 HOSTILE = {
     "substitution": "$(touch pwned)",
@@ -52,7 +52,7 @@ STUB = '#!/bin/bash\nprintf "%s\\0" "$@" >> "$ARGUMENTS"\n'
 def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rule]:
     """Every rule of the workflow by its name; which there are depends on the study's base."""
     found: dict[str, Rule] = {}
-    with undone():
+    with restore_process():
         for study in ("mini", "tofu-phi-1.5"):
             jobs = planned(tmp_path_factory.mktemp(study), study)
             found |= {rule.name: rule for rule in jobs[0].rule.workflow.rules}
@@ -155,7 +155,7 @@ def test_users_may_name_their_folders_as_they_like(tmp_path: Path) -> None:
     named = re.sub(r"folder: [^,}\n]+", lambda _: f"folder: {json.dumps(HOSTILE_FOLDER)}", written)
     assert named != written
     (tmp_path / "mine.yaml").write_text(named)
-    with undone():
+    with restore_process():
         os.chdir(tmp_path)
         jobs = planned(tmp_path, "mine.yaml")
         (command,) = {job.shellcmd for job in jobs if job.rule.name == "prepare_data"}

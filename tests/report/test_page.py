@@ -15,12 +15,16 @@ import pandas as pd
 import pytest
 
 from forgetting.errors import InputError
+from forgetting.pipeline.resources.forecast import forecast_against_measured
 from forgetting.report.charts import FIGURES
 from forgetting.report.frames import ReportTables, read_tables
 from forgetting.report.page import chart_spec, render, script_json
+from forgetting.study.load import load_study
 from scripts import report
 from support.result_tables import report_tables, write
 from support.result_tables import tables as make_tables
+
+STUDIES = Path(__file__).resolve().parents[2] / "config" / "studies"
 
 
 class Elements(HTMLParser):
@@ -250,3 +254,25 @@ def test_page_has_pass_rates_of_sampled_answers() -> None:
     assert "sampled per item" not in _words(
         report_tables(ranks=(2,), epochs=3, tasks=("humaneval",))
     )
+
+
+def test_page_compares_measured_times_with_the_forecast() -> None:
+    record = {
+        "run": "full/seed0/lr0.0002-wd0",
+        "status": "ok",
+        "steps": 162,
+        "evaluations": [[9, 1, 0.5]] * 18,
+        "training_seconds": 7.5,
+        "wall_seconds": 22.5,
+        "tokens_per_second": 100.0,
+        "trained_together": 1,
+        "peak_memory_gib": 1.0,
+        "device": "CPU, 1 of 2 threads",
+        "processes": 1,
+    }
+    study = load_study({"study": "mini"}, STUDIES)[1]
+    made = make_tables(ranks=(2,))
+    made["study"]["forecast"] = rows = forecast_against_measured(study, [record])
+    page = _words(ReportTables(**made))
+    table = page.split("forecast against measured")[1].split("</table>")[0]
+    assert f"<td>7.5 / {rows[0]['training_forecast']:.1f}</td>" in table

@@ -1,7 +1,7 @@
-"""On a SLURM: a whole study, and all that can befall it. See clusters.py for which SLURM.
+"""Whole studies on a SLURM cluster, and failures of their jobs; support/slurm.py finds the cluster.
 
-Whatever happens, the same numbers come out as on one machine without SLURM, nothing is trained
-again that was in a checkpoint, and nothing waits for ever.
+After every failure the numbers equal those of one machine without SLURM, no step before a
+checkpoint is repeated, and no job waits forever.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.slurm import (Folder, asked, run_group, job, until)
-from support.faults import (assert_same, assert_same_tables, empty, in_training, target)
-from forgetting.pipeline.resources.job_costs import (ON_DEVICES, SUBMITTED)
+from forgetting.pipeline.resources.job_costs import ON_DEVICES, SUBMITTED
+from support.faults import assert_same, assert_same_tables, empty, in_training, target
+from support.slurm import Folder, job, run_group, run_program, until
 
 pytestmark = pytest.mark.slurm
 TARGET = target()
 
 
-def test_a_whole_study_ends_in_the_numbers_of_one_machine(
+def test_study_on_slurm_equals_study_on_one_machine(
     local: Path, study: Path, tmp_path: Path
 ) -> None:
-    """From nothing to the page: what is heavy under SLURM on a GPU each, the rest here."""
+    """Heavy jobs run under SLURM, each on a GPU; the others run beside Snakemake."""
     folder = empty(tmp_path / "work", study)
     folder.run()
     assert (folder.at / "reports" / "tradeoff.html").is_file()
@@ -54,22 +54,22 @@ def _interrupted(snakemake: subprocess.Popen[bytes]) -> None:
     assert snakemake.wait(120) != 0
 
 
-def test_a_killed_snakemake_is_started_again(begun: Folder, local: Path) -> None:
-    """Its jobs run on; the next one ends them first, so that no two write the same files."""
+def test_restart_cancels_jobs_of_a_killed_snakemake(begun: Folder, local: Path) -> None:
+    """The jobs continue without it, and two jobs would write the same files."""
     with begun.running(TARGET) as snakemake:
         number, step = in_training(begun)
         _killed(snakemake)
     assert begun.queued() == [number]
-    told = begun.run(TARGET)
-    assert "cancelled, since the snakemake that waited for them was killed" in told
+    output = begun.run(TARGET)
+    assert "cancelled, since the snakemake that waited for them was killed" in output
     assert job(number).state == "CANCELLED"
     assert len(begun.jobs("finetune")) == 2
     assert_same(begun, local, step)
 
 
 @pytest.mark.slow
-def test_ctrl_c_cancels_what_was_submitted(begun: Folder, local: Path) -> None:
-    """And the same command goes on from the newest checkpoint."""
+def test_ctrl_c_cancels_submitted_jobs(begun: Folder, local: Path) -> None:
+    """The same command resumes from the newest checkpoint."""
     with begun.running(TARGET) as snakemake:
         number, step = in_training(begun)
         _interrupted(snakemake)
@@ -80,47 +80,49 @@ def test_ctrl_c_cancels_what_was_submitted(begun: Folder, local: Path) -> None:
 
 
 def _cancel(number: str) -> None:
-    asked("scancel", number)
+    run_program("scancel", number)
 
 
 def _out_of_time(number: str) -> None:
-    asked("scontrol", "update", f"JobId={number}", "TimeLimit=1")
+    run_program("scontrol", "update", f"JobId={number}", "TimeLimit=1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("befalls", "state"), [(_cancel, "CANCELLED"), (_out_of_time, "TIMEOUT")])
+@pytest.mark.parametrize(("end_job", "state"), [(_cancel, "CANCELLED"), (_out_of_time, "TIMEOUT")])
 def test_a_lost_job_is_submitted_again_with_more_time(
-    begun: Folder, local: Path, befalls: Callable[[str], None], state: str
+    begun: Folder, local: Path, end_job: Callable[[str], None], state: str
 ) -> None:
-    """Cancelled by the user, or cut off by its time: noticed, told, and tried once more."""
+    """The user cancels the job, or it reaches its time limit."""
     with begun.running(TARGET) as snakemake:
         number, step = in_training(begun)
-        befalls(number)
-        assert snakemake.wait(600) == 0, begun.told
-    assert f"SLURM status is: '{state}'" in begun.told
+        end_job(number)
+        assert snakemake.wait(600) == 0, begun.output
+    assert f"SLURM status is: '{state}'" in begun.output
     assert job(number).state == state
     first, second = begun.jobs("finetune")
     assert first == number
-    assert job(second).minutes == 60  # twice what the first attempt asked for
+    assert job(second).minutes == 60  # twice what the first attempt run_program for
     assert_same(begun, local, step)
 
 
 @pytest.mark.slow
-def test_a_requeued_job_goes_on(begun: Folder, local: Path) -> None:
-    """As after a preemption: SLURM starts the same job again."""
+def test_requeued_job_resumes(begun: Folder, local: Path) -> None:
+    """SLURM restarts the same job, as after a preemption."""
     with begun.running(TARGET) as snakemake:
         number, step = in_training(begun)
-        asked("scontrol", "requeue", number)
-        assert snakemake.wait(600) == 0, begun.told
+        run_program("scontrol", "requeue", number)
+        assert snakemake.wait(600) == 0, begun.output
     assert [*begun.jobs("finetune")] == [number]
     (log,) = (begun.at / "logs" / "slurm").rglob(f"{number}.log")
-    assert log.read_text(encoding="utf-8").count("/lr0.001-wd0: step 3/") == 1, "the log began anew"
+    assert log.read_text(encoding="utf-8").count("/lr0.001-wd0: step 3/") == 1, (
+        "the log was truncated"
+    )
     assert_same(begun, local, step)
 
 
 @pytest.mark.slow
-def test_a_node_dies(begun: Folder, local: Path, cluster: Path | None) -> None:
-    """SLURM notices, and starts the job on another node."""
+def test_job_resumes_after_a_node_failure(begun: Folder, local: Path, cluster: Path | None) -> None:
+    """SLURM restarts the job on another node."""
     if cluster is None:
         pytest.skip("nothing to crash a node with; FORGETTING_SLURM names programs that can")
     with begun.running(TARGET) as snakemake:
@@ -128,7 +130,7 @@ def test_a_node_dies(begun: Folder, local: Path, cluster: Path | None) -> None:
         node = job(number).node
         subprocess.run([cluster / "crash-node", node], check=True, timeout=60)
         try:
-            assert snakemake.wait(600) == 0, begun.told
+            assert snakemake.wait(600) == 0, begun.output
         finally:
             subprocess.run([cluster / "start-cluster"], check=True, timeout=200)
     assert job(number).node != node
@@ -136,17 +138,19 @@ def test_a_node_dies(begun: Folder, local: Path, cluster: Path | None) -> None:
     assert_same(begun, local, step)
 
 
-def test_two_nodes_train_what_one_process_trains(local: Path, two_nodes: Folder) -> None:
-    """Full fine-tuning, each node with half of every weight: one launcher a node, under srun."""
+def test_two_nodes_train_like_one_process(local: Path, two_nodes: Folder) -> None:
+    """In full fine-tuning each node has half of every weight; srun starts a launcher per node."""
     folder = two_nodes
     (number,) = folder.jobs("finetune")
     assert "gres/gpu=2" in job(number).resources.split(",")
-    steps = asked("sacct", "--noheader", "--parsable2", "--jobs", number, "--format=NTasks,NNodes")
+    steps = run_program(
+        "sacct", "--noheader", "--parsable2", "--jobs", number, "--format=NTasks,NNodes"
+    )
     assert "2|2" in steps.splitlines()
     items, (record,) = run_group(folder.at, "full")
     expected, (alone,) = run_group(local, "full")
     assert (record["processes"], alone["processes"]) == (2, 1)
-    # In bfloat16 another order of sums is another rounding; test_parallel.py compares exactly.
+    # bfloat16 rounds sums of another order differently; test_distributed.py compares exactly.
     assert record["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
     assert record["losses"] == pytest.approx(alone["losses"], rel=5e-3)
     keys = ["run", "step", "probe", "item", "question", "reference"]

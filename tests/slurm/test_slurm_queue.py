@@ -1,4 +1,4 @@
-"""Many jobs at once on a SLURM, and what their user is shown of them."""
+"""A sweep that fills a SLURM cluster, and its status."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import pandas as pd
 import psutil
 import pytest
 
-from support.slurm import (NAME, RESULTS, ROOT, Folder, asked, job, write_sweep)
 from support.faults import empty
+from support.slurm import NAME, RESULTS, ROOT, Folder, job, run_program, write_sweep
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-COHORTS = 34
+RUN_GROUPS = 34
 AT_ONCE = 32
-"""Jobs that the profile has submitted at most, and GPUs of the cluster."""
+"""The most jobs that the profile submits at a time; the cluster has as many GPUs."""
 
 TRAINING = "finetune:"
-"""How the argument begins that tells snakemake, within a job, which one it is."""
+"""The start of the argument with which Snakemake names a job within that job."""
 
 
 def _states(folder: Folder) -> Counter[str]:
-    """How many of this folder's jobs are in which state, by SLURM's word."""
-    lines = asked("squeue", "--noheader", "--format=%T|%Z").splitlines()
+    """Count the jobs of a folder by their state in SLURM."""
+    lines = run_program("squeue", "--noheader", "--format=%T|%Z").splitlines()
     return Counter(line.split("|")[0] for line in lines if line.endswith(f"|{folder.at}"))
 
 
 def _counted(folder: Folder) -> subprocess.Popen[str]:
-    """What `make status` starts, in this folder."""
+    """Start the command of `make status` in a folder."""
     command = [sys.executable, "-m", "forgetting.pipeline.status", f"study={folder.study}"]
     environment = folder.environment() | {"PYTHONPATH": str(ROOT / "workflow")}
     return subprocess.Popen(
@@ -41,17 +41,17 @@ def _counted(folder: Folder) -> subprocess.Popen[str]:
 
 
 def _shown(counted: subprocess.Popen[str]) -> dict[str, list[int]]:
-    """What it showed of each rule: jobs, finished, running, pending, to come."""
-    told, _ = counted.communicate(timeout=300)
+    """Return the counts of each rule: jobs, finished, running, pending, to come."""
+    output, _ = counted.communicate(timeout=300)
     assert counted.returncode == 0
-    _, *rows = ([cell for cell in line.split("  ") if cell] for line in told.splitlines())
+    _, *rows = ([cell for cell in line.split("  ") if cell] for line in output.splitlines())
     return {row[0]: [*map(int, row[1:])] for row in rows if len(row) == 6}
 
 
 def _hold(folder: Folder, awake: set[str]) -> None:
-    """Let the trainings of these jobs go on, and stop all others as soon as they start.
+    """Continue the trainings of these jobs, and suspend all others as soon as they start.
 
-    Where the nodes are pretended, 32 that compute at once would not fit into memory.
+    If all nodes are this machine, 32 trainings at a time do not fit into its memory.
     """
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = process.info["cmdline"] or ()
@@ -59,14 +59,12 @@ def _hold(folder: Folder, awake: set[str]) -> None:
             continue
         with suppress(psutil.NoSuchProcess):
             number = process.environ().get("SLURM_JOB_ID", "")
-            if number:  # else the snakemake that submits them
+            if number:  # the Snakemake that submits them has none
                 process.resume() if number in awake else process.suspend()
 
 
-def test_a_sweep_fills_the_cluster_and_its_jobs_are_counted(
-    cluster: Path | None, tmp_path: Path
-) -> None:
-    """As many trainings as the profile allows, each once, with the numbers of one machine."""
+def test_status_counts_jobs_of_a_sweep(cluster: Path | None, tmp_path: Path) -> None:
+    """Every training runs once, as many at a time as the profile allows."""
     study = write_sweep(tmp_path / f"{NAME}.yaml")
     folder, counted, awake, most = empty(tmp_path / "work", study), None, set[str](), Counter[str]()
     with folder.running() as snakemake:
@@ -81,16 +79,16 @@ def test_a_sweep_fills_the_cluster_and_its_jobs_are_counted(
                     awake = {*sorted(queue, key=lambda number: (number not in awake, number))[:4]}
                 _hold(folder, awake)
             time.sleep(0.2)
-        assert snakemake.returncode == 0, folder.told
+        assert snakemake.returncode == 0, folder.output
     assert counted
     shown = _shown(counted)
     if cluster:
         assert most["RUNNING"] == AT_ONCE
-        assert shown["finetune"] == [COHORTS, 0, AT_ONCE, 0, COHORTS - AT_ONCE]
-    assert shown["finetune"][0] == COHORTS == sum(shown["finetune"][1:])
+        assert shown["finetune"] == [RUN_GROUPS, 0, AT_ONCE, 0, RUN_GROUPS - AT_ONCE]
+    assert shown["finetune"][0] == RUN_GROUPS == sum(shown["finetune"][1:])
     assert _shown(_counted(folder))["in all"][2:] == [0, 0, 0]
     numbers = folder.jobs("finetune")
-    assert len(numbers) == len({*numbers.values()}) == COHORTS, "a job was submitted twice"
+    assert len(numbers) == len({*numbers.values()}) == RUN_GROUPS, "a job was submitted twice"
     assert {job(number).state for number in numbers} == {"COMPLETED"}
 
     local = Folder(tmp_path, study)

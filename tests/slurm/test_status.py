@@ -1,4 +1,4 @@
-"""How far a study has come, as `make status` shows it; with a program in the place of squeue."""
+"""The progress of a study as `make status` shows it. A script replaces squeue."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from support.slurm import write_sweep
 from forgetting.pipeline.planned_jobs import PlannedJob
-from forgetting.pipeline.status import (STATUS_COLUMNS, study_status)
-from forgetting.pipeline.slurm import (SUBMITTED_FILE, QueuedJob, queued_jobs)
+from forgetting.pipeline.slurm import SUBMITTED_FILE, QueuedJob, queued_jobs
+from forgetting.pipeline.status import STATUS_COLUMNS, study_status
+from support.slurm import write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "77f8388a-2830-4ec5-8d0f-610fb311e0e6"
@@ -23,7 +23,7 @@ def _planned(rule: str, left: bool) -> PlannedJob:
 
 
 def test_every_job_is_counted_once() -> None:
-    """Finished, running, pending and to come are all jobs, of each rule and in all."""
+    """Each job of a rule is finished, running, pending or not yet submitted."""
     jobs = [_planned("finetune", left=number > 2) for number in range(8)]
     jobs += [_planned("evaluate_base", left=False), _planned("all", left=True)]
     states = ["RUNNING", "COMPLETING", "PENDING", "CONFIGURING"]
@@ -38,7 +38,7 @@ def test_every_job_is_counted_once() -> None:
 
 @pytest.fixture
 def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What squeue prints, in this file; it fails where there is none."""
+    """Return the file that squeue prints; without the file squeue fails."""
     program = tmp_path / "bin" / "squeue"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec cat "{tmp_path}/queue"\n', encoding="utf-8")
@@ -47,10 +47,8 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "queue"
 
 
-def test_the_command_shows_a_study_that_has_not_begun_and_one_that_waits(
-    squeue: Path, tmp_path: Path
-) -> None:
-    """In an empty folder; it writes nothing there that a study would."""
+def test_status_shows_studies_before_and_after_submission(squeue: Path, tmp_path: Path) -> None:
+    """The command writes no results."""
     study, at = write_sweep(tmp_path / "sweep.yaml"), tmp_path / "work"
     at.mkdir()
     (at / "config").symlink_to(ROOT / "config")
@@ -67,13 +65,13 @@ def test_the_command_shows_a_study_that_has_not_begun_and_one_that_waits(
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    told = shown()
-    assert told[-1].startswith("squeue does not answer")
-    (run_groups,) = (line.split() for line in told if line.startswith("finetune"))
+    lines = shown()
+    assert lines[-1].startswith("squeue does not answer")
+    (run_groups,) = (line.split() for line in lines if line.startswith("finetune"))
     assert run_groups == ["finetune", "34", "0", "0", "0", "34"]
     purposes = ("pretrain_base", "finetune_wildcards_lora-r1_0")
-    lines = [f"{n}|PENDING|{RUN}|rule_{name}|{at}" for n, name in enumerate(purposes)]
-    squeue.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    queued = [f"{n}|PENDING|{RUN}|rule_{name}|{at}" for n, name in enumerate(purposes)]
+    squeue.write_text("".join(f"{line}\n" for line in queued), encoding="utf-8")
     found = queued_jobs(at, at / "results" / study.stem)
     assert found and [job.rule for job in found] == ["pretrain_base", "finetune"]
     (run_groups,) = (line.split() for line in shown() if line.startswith("finetune"))

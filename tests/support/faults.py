@@ -1,4 +1,4 @@
-"""A training that is met in the middle by what befalls jobs, and that nothing came of it."""
+"""Faults in the middle of a training on SLURM, and checks that results are unchanged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ TABLES = ["trajectory", "items", "selection", "comparisons", "benchmarks", "benc
 
 
 def target(method: str = "lora-r4") -> str:
-    """The file for which snakemake trains a method and nothing else."""
+    """Return the file for which Snakemake trains one method only."""
     return str(RESULTS / "runs" / method / "seed0" / "runs.json")
 
 
 def empty(at: Path, study: Path) -> Folder:
-    """A working folder of somebody who has a checkout."""
+    """Return a new working folder of a user with a checkout."""
     at.mkdir(exist_ok=True)
     (at / "slurm").symlink_to(ROOT / "profiles" / "slurm")
     (at / "config").symlink_to(ROOT / "config")
@@ -27,14 +27,14 @@ def empty(at: Path, study: Path) -> Folder:
 
 
 def without(method: str, made: Path, at: Path, study: Path) -> Folder:
-    """A copy of a folder in which the study is done, but for one method."""
+    """Copy the folder of a finished study, and remove the results of one method."""
     folder = empty(Path(shutil.copytree(made, at, symlinks=True)), study)
     folder.forget(method)
     return folder
 
 
 def trainings(folder: Folder) -> list[psutil.Process]:
-    """Processes that train, where the nodes are pretended: on this machine."""
+    """Return the processes that train on this machine, if all nodes are this machine."""
     return [
         process
         for process in psutil.process_iter(["cmdline", "cwd"])
@@ -43,10 +43,10 @@ def trainings(folder: Folder) -> list[psutil.Process]:
 
 
 def in_training(folder: Folder, method: str = "lora-r4") -> tuple[str, int]:
-    """Wait until a run is under way, and hold it; the number of its job, and its checkpoint.
+    """Wait for a checkpoint, suspend the training, and return its job number and checkpoint step.
 
-    Held, it is still running for SLURM, also when all that follows takes long. SLURM must not know
-    of it: the state of a job that `scancel --signal=STOP` has stopped hides how it ends.
+    For SLURM a suspended training is still running, however long a test takes. SLURM must not
+    suspend it: the state of a job after `scancel --signal=STOP` hides how the job ends.
     """
     until(lambda: folder.newest_step(method) >= 6)
     for process in trainings(folder):
@@ -57,20 +57,20 @@ def in_training(folder: Folder, method: str = "lora-r4") -> tuple[str, int]:
 
 
 def assert_same(folder: Folder, made: Path, since: int, method: str = "lora-r4") -> None:
-    """The run group is complete, with the numbers of the other, and went on from a checkpoint."""
+    """Assert that the run group has the numbers of another and resumed after step `since`."""
     items, records = run_group(folder.at, method)
     expected, recorded = run_group(made, method)
     pd.testing.assert_frame_equal(items, expected, check_exact=True)
     assert records == recorded
-    steps = folder.steps_told(FIRST[method], method)
-    assert steps[0] > since, "what was in a checkpoint was trained again"
+    steps = folder.logged_steps(FIRST[method], method)
+    assert steps[0] > since, "steps before a checkpoint were repeated"
     last = Path(records[-1]["run"]).name
-    assert steps[-1] == folder.steps_told(last, method)[-1] == 90
+    assert steps[-1] == folder.logged_steps(last, method)[-1] == 90
     assert not folder.queued()
 
 
 def assert_same_weights(folder: Folder, made: Path, method: str) -> None:
-    """The checkpoints that are kept are equal to the bit."""
+    """Assert that the remaining checkpoints are bit-identical."""
     kept = sorted((made / STATE / method).rglob("*.safetensors"))
     assert kept
     for path in kept:
@@ -78,7 +78,7 @@ def assert_same_weights(folder: Folder, made: Path, method: str) -> None:
 
 
 def assert_same_tables(at: Path, made: Path) -> None:
-    """Every table of the study is that of the other, to the bit."""
+    """Assert that the tables of two studies are bit-identical."""
     for name in TABLES:
         ours, theirs = (
             pd.read_parquet(folder / RESULTS / "tables" / f"{name}.parquet")

@@ -1,10 +1,10 @@
-"""A SLURM to try things on, and a study that takes it half a minute.
+"""A SLURM cluster for tests, and a study that takes half a minute there.
 
-Which SLURM: the one whose `sinfo` answers; else FORGETTING_SLURM names a folder of three programs
-that make one on this machine: `start-cluster` (safe to repeat, also brings a dead node back),
-`crash-node NODE` (kills all that runs on it) and `stop-cluster --wipe`. They keep what they write
-in the folder that SLURM_LAB names. Partitions and machines of another site: in the file that
-SNAKEMAKE_SLURM_PARTITIONS names.
+The cluster is the one whose `sinfo` answers. Without one, FORGETTING_SLURM names a folder with
+three programs: `start-cluster` starts a cluster on this machine or restarts its dead nodes,
+`crash-node NODE` kills all processes of a node, and `stop-cluster --wipe` ends the cluster. They
+write into the folder that SLURM_LAB names. SNAKEMAKE_SLURM_PARTITIONS names a file with the
+partitions of another site.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ STUDY: dict[str, Any] = {
     },
     "evaluation": {"max_new_tokens": 8, "batch_size": 16},
     "training": {
-        "epochs": 30,  # long enough to be met in the middle
+        "epochs": 30,  # long enough for a fault in the middle
         "batch_size": 4,
         "micro_batch_size": 4,
         "schedule": "constant",
@@ -74,13 +74,13 @@ STUDY: dict[str, Any] = {
 
 
 def write_study(path: Path, **full: int) -> Path:
-    """The study's file; the method `full` may have several processes."""
+    """Write the study and return its file; `full` are keys of the method `full`."""
     methods = [STUDY["methods"][0], STUDY["methods"][1] | full]
     return _written(path, STUDY | {"methods": methods})
 
 
 def write_sweep(path: Path) -> Path:
-    """A study of 34 run groups, each of one short run: more than the profile has in flight."""
+    """Write a study of 34 run groups of one short run, more than the profile submits at a time."""
     lora = {"method": "lora", "alpha": "2r", "learning_rate": [1e-3]}
     sweep = STUDY | {
         "title": "Seventeen ranks, two seeds",
@@ -96,13 +96,13 @@ def _written(path: Path, study: dict[str, Any]) -> Path:
     return path
 
 
-def asked(*command: str) -> str:
-    """What a program prints; it must end well."""
+def run_program(*command: str) -> str:
+    """Run a program that must succeed, and return its output."""
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def answers() -> bool:
-    """Is there a SLURM?"""
+def cluster_answers() -> bool:
+    """Return whether a SLURM cluster answers."""
     if shutil.which("sbatch") is None:
         return False
     try:
@@ -112,21 +112,21 @@ def answers() -> bool:
 
 
 def shut_down() -> None:
-    """End the controller and the accounting; the nodes and what runs there stay."""
-    asked("scontrol", "shutdown", "slurmctld")
-    asked("sacctmgr", "--immediate", "shutdown")
+    """End the controller and the accounting; nodes and jobs continue."""
+    run_program("scontrol", "shutdown", "slurmctld")
+    run_program("sacctmgr", "--immediate", "shutdown")
     until(lambda: "DOWN" in _pinged())
 
 
 def _pinged() -> str:
-    """What the controller is said to be; the status is not 0 where it is down."""
+    """Return the output of `scontrol ping`, whose status is not 0 if the controller is down."""
     command = ["scontrol", "ping"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
 
 
 @dataclass(frozen=True)
 class Job:
-    """What SLURM's accounting knows of a job."""
+    """A job in the accounting of SLURM."""
 
     number: str
     state: str
@@ -136,7 +136,7 @@ class Job:
 
     @property
     def minutes(self) -> int:
-        """The time that it might take."""
+        """The time limit in minutes."""
         hours, minutes, _ = self.limit.rsplit("-", 1)[-1].split(":")
         return 60 * int(hours) + int(minutes)
 
@@ -149,7 +149,7 @@ class Folder:
     study: Path
 
     def command(self, *options: str, profile: str | None = "slurm") -> list[str]:
-        """What a user types, but that SLURM is asked sooner, as nothing takes long here."""
+        """Return the command of a user, with shorter waits for SLURM."""
         chosen = ["--cores", "2"]
         if profile:
             chosen = ["--profile", profile, "--latency-wait", "5"]
@@ -162,7 +162,7 @@ class Folder:
         ]
 
     def environment(self) -> dict[str, str]:
-        """This process's, one thread for each program, and nothing that snakemake reads."""
+        """Return the environment with one thread and without variables of Snakemake."""
         kept = {
             key: value
             for key, value in os.environ.items()
@@ -173,7 +173,7 @@ class Folder:
         return kept | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
     def run(self, *options: str, profile: str | None = "slurm") -> str:
-        """Run snakemake to its end; what it printed, or a failure with it."""
+        """Run Snakemake, which must succeed, and return its output."""
         done = subprocess.run(
             self.command(*options, profile=profile),
             cwd=self.at,
@@ -189,15 +189,15 @@ class Folder:
 
     @contextmanager
     def running(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Snakemake while it runs; its words are in the file `told`. Ended with the block."""
-        with (self.at / "told").open("ab") as told:
+        """Run Snakemake in the background until the block ends, with its output in a file."""
+        with (self.at / "output").open("ab") as output:
             snakemake = subprocess.Popen(
                 self.command(*options),
                 cwd=self.at,
                 env=self.environment(),
-                stdout=told,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                # A shell's background job would ignore Ctrl-C, and so would its children.
+                # A background job of a shell and its children would ignore Ctrl-C.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         try:
@@ -209,72 +209,72 @@ class Folder:
                 self.cancel()
 
     @property
-    def told(self) -> str:
-        """What snakemake has printed in the background."""
-        return (self.at / "told").read_text(encoding="utf-8")
+    def output(self) -> str:
+        """The output of Snakemake in the background."""
+        return (self.at / "output").read_text(encoding="utf-8")
 
     def jobs(self, rule: str) -> dict[str, str]:
-        """The numbers of all jobs of a rule that wrote a log, in their order, and its wildcards."""
+        """Return the wildcards of all jobs of a rule with a log, by job number in order."""
         logs = (self.at / "logs" / "slurm" / f"rule_{rule}").rglob("*.log")
         found = {path.stem: path.parent.name for path in logs}
         return dict(sorted(found.items(), key=lambda pair: int(pair[0])))
 
     def queued(self) -> list[str]:
-        """Numbers of this folder's jobs that wait or run."""
-        lines = asked("squeue", "--noheader", "--format=%A|%Z").splitlines()
+        """Return the numbers of this folder's pending and running jobs."""
+        lines = run_program("squeue", "--noheader", "--format=%A|%Z").splitlines()
         return [line.split("|")[0] for line in lines if line.endswith(f"|{self.at}")]
 
     def cancel(self) -> None:
-        """End all jobs of this folder."""
+        """Cancel all jobs of this folder."""
         if numbers := self.queued():
-            asked("scancel", *numbers)
+            run_program("scancel", *numbers)
             until(lambda: not self.queued())
 
     def newest_step(self, method: str = "lora-r4") -> int:
-        """The last complete checkpoint of a method's first run; 0 before there is one."""
+        """Return the step of the newest complete checkpoint of a method's first run, or 0."""
         runs = self.at / STATE / method / "seed0" / FIRST[method]
         found = [path.parent.name for path in runs.glob("*/step-*/progress.json")]
         return max((int(name.removeprefix("step-")) for name in found), default=0)
 
     def finished_runs(self, method: str = "lora-r4") -> list[Path]:
-        """Records of a method's finished runs."""
+        """Return the records of a method's finished runs."""
         return [*(self.at / STATE / method).rglob("run.json")]
 
     def log(self, method: str = "lora-r4") -> str:
-        """What the training of a method printed, when its job was started for the last time."""
+        """Return the log of the last training job of a method."""
         path = self.at / "logs" / NAME / "finetune" / f"{method}-seed0.log"
         return path.read_text(encoding="utf-8")
 
-    def steps_told(self, run: str, method: str = "lora-r4") -> list[int]:
-        """Steps of a run in that log."""
-        told = [line for line in self.log(method).splitlines() if f"/{run}: step " in line]
-        return [int(line.split(": step ")[1].split("/")[0]) for line in told]
+    def logged_steps(self, run: str, method: str = "lora-r4") -> list[int]:
+        """Return the steps of a run in that log."""
+        lines = [line for line in self.log(method).splitlines() if f"/{run}: step " in line]
+        return [int(line.split(": step ")[1].split("/")[0]) for line in lines]
 
     def forget(self, method: str) -> None:
-        """Remove what was found out about one method."""
+        """Remove state and results of a method."""
         for part in ("state", "runs"):
             shutil.rmtree(self.at / RESULTS / part / method)
 
 
 def job(number: str) -> Job:
-    """What SLURM's accounting tells of a job, once it knows it."""
+    """Return a job as soon as the accounting of SLURM has it."""
     fields = "JobIDRaw,State,Timelimit,AllocTRES,NodeList"
     command = ("sacct", "-X", "--noheader", "--parsable2", "--jobs", number, "--format", fields)
-    until(lambda: bool(asked(*command).strip()))
-    number, state, *rest = asked(*command).splitlines()[-1].split("|")
+    until(lambda: bool(run_program(*command).strip()))
+    number, state, *rest = run_program(*command).splitlines()[-1].split("|")
     return Job(number, state.split()[0], *rest)
 
 
-def until(true: Callable[[], bool], patience: float = PATIENCE) -> None:
-    """Wait for something."""
+def until(holds: Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Wait until a condition holds."""
     deadline = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < deadline, "it never came so far"
+    while not holds():
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.05)
 
 
 def run_group(folder: Path, method: str = "lora-r4") -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Items and records of a run group, but for what tells times and places."""
+    """Return items and records of a run group without durations, machine and folder."""
     at = folder / RESULTS / "runs" / method / "seed0"
     records = json.loads((at / "runs.json").read_text(encoding="utf-8"))
     measured = {"training_seconds", "wall_seconds", "tokens_per_second", "peak_memory_gib"}

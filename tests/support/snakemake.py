@@ -1,4 +1,4 @@
-"""The plan of a study as Snakemake makes it, and what SLURM would be told of it."""
+"""The plan of a study as Snakemake makes it, and the options of sbatch for its jobs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ GOLDEN = ROOT / "tests" / "golden" / "sbatch.txt"
 
 
 @contextmanager
-def undone() -> Iterator[None]:
-    """Put back what the Snakefile changes: environment, path and folder of this process."""
+def restore_process() -> Iterator[None]:
+    """Restore what the Snakefile changes: environment, import path, folder and logging."""
     environment, path, folder = dict(os.environ), list(sys.path), Path.cwd()
     yield
     os.chdir(folder)
@@ -45,12 +45,12 @@ def undone() -> Iterator[None]:
 
 
 def planned(workdir: Path, study: str | Path, profile: str = "default", **config: Any) -> list[Job]:
-    """Every job of a study in an empty folder, without running anything."""
+    """Return all jobs of a study in an empty folder, without running any."""
     return list(_executed(workdir, study, profile, "dryrun", True, config).jobs)
 
 
 def due(workdir: Path, study: str | Path, **config: Any) -> dict[str, int]:
-    """Return how many jobs of each rule would run in a folder, as its profile has it."""
+    """Return how many jobs of each rule would run in a folder."""
     dag = _executed(workdir, study, "default", "dryrun", False, config)
     jobs = dag.needrun_jobs(exclude_finished=False)
     return dict(Counter(job.rule.name for job in jobs if job.rule.name != "all"))
@@ -75,7 +75,7 @@ def _executed(
     force: bool,
     config: dict[str, Any],
 ) -> Any:
-    """The graph of a study's jobs after an executor that runs no program was given it."""
+    """Return the graph of jobs after an executor that runs no program."""
     if not (workdir / "config").exists():
         (workdir / "config").symlink_to(ROOT / "config")
     arguments, resources, storage, kind = _profile_settings(profile)
@@ -91,14 +91,14 @@ def _executed(
         triggers = arguments.rerun_triggers
         dag = workflow.dag(DAGSettings(forceall=force, rerun_triggers=triggers))
         dag.execute_workflow(executor=kind, pseudo_executor=executor)
-        return workflow._workflow.dag
+        return workflow._workflow.dag  # the API has no public access to it
 
 
-def told_options(*options: str) -> Any:
-    """What the command line makes of these options and of the profiles in the checkout."""
+def parse_options(*options: str) -> Any:
+    """Return the arguments that Snakemake parses from options and the profiles of the checkout."""
     folder, argv = Path.cwd(), sys.argv
     os.chdir(ROOT)
-    sys.argv = ["snakemake", *options]  # profiles/default looks at it
+    sys.argv = ["snakemake", *options]  # profiles/default reads it
     try:
         return parse_args([*options])[1]
     finally:
@@ -108,7 +108,7 @@ def told_options(*options: str) -> Any:
 
 def _profile_settings(profile: str) -> tuple[Any, ResourceSettings, StorageSettings, str]:
     options = ["--dry-run"] if profile == "default" else ["--profile", profile, "--dry-run"]
-    arguments = told_options(*options)
+    arguments = parse_options(*options)
     settings = ResourceSettings(
         cores=arguments.cores,
         nodes=arguments.jobs,
@@ -125,14 +125,14 @@ def _profile_settings(profile: str) -> tuple[Any, ResourceSettings, StorageSetti
 
 
 def local_rules() -> list[str]:
-    """Rules that run where snakemake does; a plan without execution takes all for local."""
+    """Return the rules that run beside Snakemake. In a plan without execution all are local."""
     text = "".join(path.read_text() for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
     rules = re.split(r"^ *rule (?=\w+:$)", text, flags=re.MULTILINE)[1:]
     return [rule.split(":", 1)[0] for rule in rules if "localrule: True" in rule]
 
 
 def sbatch(job: Job) -> str:
-    """What the plugin would say to sbatch after the job's name, log and comment."""
+    """Return the options of sbatch after the job's name, log and comment."""
     partitions = read_partition_file(ROOT / "profiles" / "slurm" / "partitions.yaml")
     partition = get_best_partition(partitions, job, logging.getLogger())
     parameters = {
@@ -148,7 +148,7 @@ def sbatch(job: Job) -> str:
 
 
 def kinds(jobs: list[Job]) -> dict[str, str]:
-    """What is told to sbatch for each kind of job: of a rule, a method and a duration."""
+    """Return the options of sbatch by kind of job: rule, method and duration."""
     local, found = ("all", *local_rules()), {}
     for job in jobs:
         if job.rule.name not in local:
@@ -159,5 +159,5 @@ def kinds(jobs: list[Job]) -> dict[str, str]:
 
 
 def golden_lines(study: str, jobs: list[Job]) -> list[str]:
-    """The lines of a study in golden/sbatch.txt."""
+    """Return the lines of a study for golden/sbatch.txt."""
     return sorted(f"{study}: {kind}: {line}" for kind, line in kinds(jobs).items())

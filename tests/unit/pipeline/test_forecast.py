@@ -1,12 +1,8 @@
-"""The forecast of a study: its schedule, what corrects it, and what is printed."""
+"""The forecast of a study: schedule, correction by finished runs, comparison with measurements."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +28,7 @@ from forgetting.pipeline.resources.forecast import (
 from forgetting.pipeline.resources.forecast_cli import format_duration
 from forgetting.pipeline.resources.hardware import Site
 from forgetting.pipeline.resources.job_costs import JobCosts
-from forgetting.report.frames import ReportTables
-from forgetting.report.page import render
 from forgetting.study.load import load_study
-from support import result_tables as synthetic
 
 ROOT = Path(__file__).resolve().parents[3]
 STUDIES = ROOT / "config" / "studies"
@@ -195,45 +188,6 @@ def test_gpus_are_whole_machines_or_a_part_of_one() -> None:
             with_machines(Site(), None, gpus)
 
 
-def _told(*options: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "forgetting.pipeline.resources.forecast_cli", *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "workflow")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_the_plan_is_printed_without_a_gpu_or_a_download(tmp_path: Path) -> None:
-    """All jobs that Snakemake plans, in seconds, by the command that `make plan` runs."""
-    (tmp_path / "config").symlink_to(ROOT / "config")
-    output = tmp_path / "forecast.json"
-    done = _told("study=tofu-phi-1.5", "--gpus", "32", "--output", str(output), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads(output.read_text())
-    assert numbers["jobs"]["finetune"] == 15
-    assert (numbers["gpus"], numbers["device"]) == (32, "H100")
-    assert sum(numbers["shares"].values()) == pytest.approx(1.0)
-    first = done.stdout.splitlines()[0]
-    assert first.startswith(f"tofu-phi-1.5: 61 jobs, {numbers['gpu_hours']:.1f} GPU-hours; ")
-    for word in ("finetune lora-r512", "benchmark", "GPU-hours by stage: ", "download 2.9 GB"):
-        assert word in done.stdout
-    assert not list(tmp_path.glob("re*"))
-
-
-def test_what_is_wrong_with_the_question_is_told_in_a_line() -> None:
-    for options, message in {
-        ("study=nowhere",): "study=nowhere: there is no ",
-        ("--device", "H300", "study=mini"): "device: H300 is not known",
-    }.items():
-        done = _told(*options)
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
-
-
 def _record(run: str, device: str, seconds: float) -> dict[str, Any]:
     return {
         "run": run,
@@ -270,16 +224,3 @@ def test_what_runs_took_is_set_beside_their_forecast_by_method_and_device() -> N
     site = site_of_runs(cpu)
     assert site is not None
     assert (site.device.name, site.cores) == ("CPU", 2)
-
-
-def test_the_page_has_the_forecast_beside_what_was_measured() -> None:
-    made = synthetic.tables(ranks=(2,))
-    study = load_study({"study": "mini"}, STUDIES)[1]
-    rows = forecast_against_measured(
-        study, [_record("full/seed0/lr0.0002-wd0", "CPU, 1 of 2 threads", 7.5)]
-    )
-    assert "forecast against measured" not in render(ReportTables(**made), {})
-    made["study"]["forecast"] = rows
-    page = render(ReportTables(**made), {})
-    table = page.split("forecast against measured")[1].split("</table>")[0]
-    assert f"<td>7.5 / {rows[0]['training_forecast']:.1f}</td>" in table

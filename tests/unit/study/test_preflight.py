@@ -19,7 +19,7 @@ from forgetting.models.architecture import read_model_layers, small_model
 from forgetting.models.loading import load_base, model_parameters
 from forgetting.study.load import load_study, study_source
 from forgetting.study.preflight import check_inputs
-from forgetting.training.pretrain import _new_model
+from forgetting.training.pretrain import new_model
 from scripts import register_base
 from support.invalid_studies import assert_reports, edited, invalid_studies
 from support.params import write_params
@@ -136,7 +136,7 @@ def test_small_model_predicts_the_layers_of_new_model(tokenizer: Any) -> None:
     spec = SmallModelConfig(
         hidden_size=32, intermediate_size=40, num_layers=2, vocab_size=len(tokenizer)
     )
-    built = _new_model(spec, tokenizer, 0)
+    built = new_model(spec, tokenizer, 0)
     shapes = {
         name: tuple(module.weight.shape)
         for name, module in built.named_modules()

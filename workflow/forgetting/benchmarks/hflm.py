@@ -296,12 +296,12 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         # Trailing spaces of a context belong to the first word of the continuation.
         heads = {context: context.rstrip() for context, _ in new}
         texts = [context + continuation for context, continuation in new]
-        tokens = self._encode_texts({*heads.values(), *texts})
+        tokens = self.encode_texts({*heads.values(), *texts})
         for pair, text in zip(new, texts, strict=True):
             head = tokens[heads[pair[0]]]
             self.encoded[pair] = head, tokens[text][len(head) :]
 
-    def _encode_texts(self, texts: Collection[str]) -> dict[str, list[int]]:
+    def encode_texts(self, texts: Collection[str]) -> dict[str, list[int]]:
         """Return the tokens that `tok_encode` returns for each text."""
         bos = self.tokenizer.decode(self.prefix_token_id)
         # `tok_encode` treats empty texts and those with a beginning-of-sequence token differently.

@@ -115,9 +115,10 @@ def pretraining_config(config: SmallModelConfig) -> TrainingConfig:
     )
 
 
-def _new_model(
+def new_model(
     config: SmallModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> LlamaForCausalLM:
+    """Return a small Llama with random weights of a seed, for the vocabulary of a tokenizer."""
     architecture = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -175,7 +176,7 @@ def pretrain(
     checkpoints = _checkpoint_folder(documents, config, state, seed, precision)
     with atomic_folder(output) as partial, torch.random.fork_rng():
         tokenizer = train_tokenizer(documents, config.vocab_size, partial)
-        model = _new_model(config, tokenizer, seed).to(get_device())
+        model = new_model(config, tokenizer, seed).to(get_device())
         training = pretraining_config(config)
         examples = _examples(documents, tokenizer, training)
         run = RunConfig(

@@ -41,8 +41,8 @@ def search_sandbox() -> tuple[Sandbox | None, str]:
     if bwrap is None:
         return None, "bubblewrap (the program `bwrap`) is not installed"
     reasons = []
-    for candidate in _candidates(bwrap):
-        reason = _weakness(candidate)
+    for candidate in candidates(bwrap):
+        reason = find_weakness(candidate)
         if reason is None:
             return candidate, f"{candidate.name} held in a trial"
         reasons.append(f"{candidate.name}: {reason}")
@@ -60,7 +60,7 @@ def unsafe_runner() -> Sandbox:
     return Sandbox("none: programs run unprotected", sys.executable, limits=limits)
 
 
-def _candidates(bwrap: str) -> Iterator[Sandbox]:
+def candidates(bwrap: str) -> Iterator[Sandbox]:
     """Yield ways to build a sandbox here; those that show the least of the machine come first.
 
     The system's interpreter is under /usr, which programs see anyway. The last candidate is the
@@ -122,7 +122,7 @@ def _arguments(features: frozenset[str], privilege: Privilege, shown: str | None
     return [*arguments, "--chdir", "/tmp", "--remount-ro", "/"]
 
 
-def _weakness(sandbox: Sandbox) -> str | None:
+def find_weakness(sandbox: Sandbox) -> str | None:
     """Return why a sandbox fails its trials, or None: it must run, refuse, isolate and limit."""
     try:
         if not sandbox.run_program("f = abs", "assert f(-2) == 2", TRIAL_SECONDS).passed:

@@ -18,7 +18,7 @@ import platform
 import struct
 
 # Numbers from the kernel's system call tables: (x86_64, aarch64).
-_REFUSED = {
+REFUSED = {
     "socket": (41, 198),
     "setsockopt": (54, 208),
     "flock": (73, 32),
@@ -84,7 +84,7 @@ _CLONE_THREAD = 0x00010000
 _SOCKETPAIR = (53, 199)
 _AF_UNIX = 1
 _FCNTL = (72, 25)
-_FCNTL_REFUSED = {
+FCNTL_REFUSED = {
     "F_SETLK": 6,
     "F_SETLKW": 7,
     "F_OFD_SETLK": 37,
@@ -127,7 +127,7 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
         refused = [*_ONLY_X86_64.values()]
     else:
         refused = []
-    refused += [numbers[column] for numbers in _REFUSED.values()]
+    refused += [numbers[column] for numbers in REFUSED.values()]
     for number in refused:
         program += [_instruction(_JUMP_EQUAL, number, if_false=1)]
         program += [_instruction(_RETURN, refuse)]
@@ -150,7 +150,7 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
         _instruction(_RETURN, _ALLOW),
         _instruction(_LOAD, _ARGUMENTS[1]),
     ]
-    for command in _FCNTL_REFUSED.values():
+    for command in FCNTL_REFUSED.values():
         program += [_instruction(_JUMP_EQUAL, command, if_false=1)]
         program += [_instruction(_RETURN, refuse)]
     return b"".join([*program, _instruction(_RETURN, _ALLOW)])

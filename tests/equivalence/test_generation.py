@@ -149,14 +149,15 @@ def test_endless_answer_does_not_delay_others(
     end, longer = _expected(model, prompts)
     expected = [answer[:max_new_tokens] for answer in longer]
     assert 1 < sum(len(answer) == max_new_tokens for answer in expected) < len(prompts) / 2
-    step = module._step
+    forward = model.forward
 
-    def counted(*args: Any) -> list[int]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal passes
-        passes += 1
-        return step(*args)
+        passes += bool(kwargs["past_key_values"].get_seq_length())
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(module, "_step", counted)
+    monkeypatch.setattr(module, "supports_refill", lambda _: True)
+    monkeypatch.setattr(model, "forward", counted)
     assert generate_greedy(model, prompts, max_new_tokens, 4, {end}, end) == expected
     batches = length_batches([len(prompt) for prompt in prompts], 4)
     longest = [max(len(expected[index]) for index in batch) for batch in batches]

@@ -23,7 +23,7 @@ from forgetting.models.adapters import attach_adapter
 from forgetting.models.loading import load_base
 from forgetting.models.tuned import AdapterSwapper, load_tuned, merged_adapter, save_weights
 from scripts import benchmark
-from support.benchmark_rows import FUNCTIONS, sciq
+from support.benchmark_rows import FUNCTIONS, SUMS, sciq
 from support.params import write_params
 from support.run_groups import digests_in, record_base
 
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 17, 33, 21, 8]])
-SUMS = [{"question": f"{n} + {n} = ", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(6)]
 SCIQ = sciq(5)
 ROWS = {
     "sciq": {"train": SCIQ, "validation": SCIQ, "test": SCIQ},
@@ -193,13 +192,13 @@ def test_base_and_tokenizer_are_read_once(
 ) -> None:
     """Tasks are loaded once for all models, and the choices of an item encoded once."""
     loaded, encoded = [], []
-    load, encode = evaluate.load_task, SharedPrefixLM._encode_texts
+    load, encode = evaluate.load_task, SharedPrefixLM.encode_texts
     monkeypatch.setattr(
         evaluate, "load_task", lambda spec, *more: loaded.append(spec.name) or load(spec, *more)
     )
     monkeypatch.setattr(
         SharedPrefixLM,
-        "_encode_texts",
+        "encode_texts",
         lambda lm, texts: encoded.extend(texts) or encode(lm, texts),
     )
     _score(method, tmp_path, "seed0", "seed1", "seed2")
