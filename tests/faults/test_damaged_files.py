@@ -20,10 +20,9 @@ import pytest
 from forgetting.benchmarks.programs import PassRate, Program, describe
 from forgetting.benchmarks.scoring_job import models_to_score
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.digests import file_damage, folder_damage, record_path
 from forgetting.errors import InputError, reports_input_errors

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.slurm import write_sweep
-from forgetting.pipeline.planned_jobs import PlannedJob
+from forgetting.pipeline.status import PlannedJob
 from forgetting.pipeline.status import (STATUS_COLUMNS, study_status)
 from forgetting.pipeline.slurm import (SUBMITTED_FILE, QueuedJob, queued_jobs)
 

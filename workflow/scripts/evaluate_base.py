@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from forgetting.benchmarks.during_training import training_benchmarks
+from forgetting.benchmarks.during_training import TrainingBenchmarks
 from forgetting.data.checks import SourceLocator
 from forgetting.data.tables import joined_text, read_prepared
 from forgetting.data.tokenize import encode_pair
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     targets, text, along = (
         None,
         spec.general_text,
-        training_benchmarks(spec.training_benchmarks, spec.benchmark_rows, tokenizer),
+        TrainingBenchmarks.of(spec.training_benchmarks, spec.benchmark_rows, tokenizer),
     )
     precision = resolve_precision(spec.precision, device)
     with autocast(device, precision):

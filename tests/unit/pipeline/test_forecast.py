@@ -14,7 +14,6 @@ import pytest
 
 from forgetting.errors import InputError
 from forgetting.io import write_json
-from forgetting.pipeline.planned_jobs import PlannedJob
 from forgetting.pipeline.resources.forecast import (
     Forecast,
     SimulatedJob,
@@ -32,6 +31,7 @@ from forgetting.pipeline.resources.forecast import (
 from forgetting.pipeline.resources.forecast_cli import format_duration
 from forgetting.pipeline.resources.hardware import Site
 from forgetting.pipeline.resources.job_costs import JobCosts
+from forgetting.pipeline.status import PlannedJob
 from forgetting.report.frames import ReportTables
 from forgetting.report.page import render
 from forgetting.study.load import load_study

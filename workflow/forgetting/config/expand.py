@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.methods import (
     Hyperparameters,
     MethodConfig,
@@ -16,7 +16,6 @@ from forgetting.config.methods import (
     SecondStageConfig,
 )
 from forgetting.config.mitigations import MitigationConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.config.types import MAX_NAME_LENGTH, ConfigModel, KeyedError

@@ -19,9 +19,9 @@ from forgetting.config.evaluation import (
     EvaluationConfig,
     GeneralTextConfig,
     ProbeConfig,
+    SelectionConfig,
 )
 from forgetting.config.methods import MethodConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.config.types import (
     ConfigModel,

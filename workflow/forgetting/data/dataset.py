@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 # Python integers take 36 bytes each until they are written.
 TOKENS_PER_CHUNK = 2**16
 CHARACTERS_PER_CHUNK = 2**20
-Item = TypeVar("Item")
+Element = TypeVar("Element")
 
 
 class TokenizedDataset(Sequence[Example]):
@@ -95,10 +95,10 @@ def write_examples(examples: Iterable[tuple[Example, bool]], path: Path) -> None
 
 
 def chunked(
-    items: Iterable[Item], size_of: Callable[[Item], int], chunk_size: int
-) -> Iterator[list[Item]]:
+    items: Iterable[Element], size_of: Callable[[Element], int], chunk_size: int
+) -> Iterator[list[Element]]:
     """Yield consecutive items in lists whose total size reaches `chunk_size`."""
-    chunk: list[Item] = []
+    chunk: list[Element] = []
     size = 0
     for item in items:
         chunk.append(item)

@@ -23,10 +23,10 @@ from forgetting.config.evaluation import (
     RefusalPromptsConfig,
     RougeTokenizer,
     ScoringConfig,
+    SelectionConfig,
     TrainingBenchmarksConfig,
 )
 from forgetting.config.expand import Method, RunGroupConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.types import ConfigModel
 from forgetting.digests import file_damage

@@ -15,7 +15,7 @@ from pathlib import Path
 from forgetting.benchmarks import registry
 from forgetting.benchmarks.registry import Benchmark
 from forgetting.benchmarks.task_definitions import read_task_definition
-from forgetting.benchmarks.tasks import read_rows
+from forgetting.benchmarks.tasks import read_task_rows
 from forgetting.config.base_model import is_local
 from forgetting.config.data import MICROWORLD_TABLES, ColumnsConfig, PromptConfig, TableRef
 from forgetting.config.evaluation import TaskConfig
@@ -25,7 +25,7 @@ from forgetting.config.types import KeyPath, LocateKey, dotted
 from forgetting.data import tables
 from forgetting.data.chat_template import check_arguments, read_chat_template
 from forgetting.data.checks import reject_leaked_questions
-from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.data.hub import HUB_DATASETS
 from forgetting.data.table_files import Row, find_table, source_line
 from forgetting.data.tables import evenly_spaced, joined_text, render_question
 from forgetting.errors import InputError
@@ -442,7 +442,7 @@ def _check_task_rows(
             raise InputError(f"{rows_where}: there is no {path}, which {name} needs{use}")
         if path.stat().st_size > LARGE_TABLE_BYTES:
             continue
-        if (count := len(read_rows(path, definition.columns))) < minimum:
+        if (count := len(read_task_rows(path, definition.columns))) < minimum:
             raise InputError(
                 f"{path}: {shots} examples in the prompt need {minimum} rows, but there are "
                 f"{count}; lower benchmarks.tasks.{name}.num_fewshot"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from forgetting.benchmarks.during_training import split_items, training_benchmarks
+from forgetting.benchmarks.during_training import TrainingBenchmarks, split_items
 from forgetting.config.evaluation import TrainingBenchmarksConfig
 from forgetting.config.expand import RunGroupConfig
 from forgetting.data.checks import SourceLocator
@@ -91,7 +91,7 @@ def read_training_job(
     tables = config.method.mitigation.tables if config.method.mitigation else []
     general = dict(zip(tables, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    evaluator = training_benchmarks(benchmarks, benchmark_rows, tokenizer)
+    evaluator = TrainingBenchmarks.of(benchmarks, benchmark_rows, tokenizer)
     context = RunContext(
         base=Path(base["path"]),
         parameters=base["parameters"],

@@ -21,7 +21,6 @@ from forgetting.config.study import StudyConfig
 from forgetting.data.table_sizes import train_bytes
 from forgetting.errors import InputError
 from forgetting.io import read_json, removal_command
-from forgetting.pipeline.planned_jobs import PlannedJob
 from forgetting.pipeline.resources.hardware import GPUS, Site
 from forgetting.pipeline.resources.job_costs import (
     ON_DEVICES,
@@ -33,6 +32,7 @@ from forgetting.pipeline.resources.job_costs import (
 from forgetting.pipeline.resources.memory import finished_bytes
 from forgetting.pipeline.resources.runtime import run_group_seconds
 from forgetting.pipeline.resources.workload import ProcessCount
+from forgetting.pipeline.status import PlannedJob
 
 
 @dataclass(frozen=True)
