@@ -241,6 +241,11 @@ def run_name(
     return name if duration is None else f"{name}/{duration_name(duration)}"
 
 
+def method_of(name: str) -> str:
+    """Return the method of a run or of a selected checkpoint: `lora-r8` of `lora-r8/seed0`."""
+    return name.partition("/")[0]
+
+
 def duration_name(duration: float) -> str:
     """Return a duration in epochs as part of the names of runs and folders: `duration0.5`."""
     return f"duration{duration:g}"

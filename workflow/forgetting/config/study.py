@@ -225,6 +225,12 @@ class StudyConfig(ConfigModel):
                 raise KeyedError(keys, f"`{name}` is not among the datasets ({known})")
         return self
 
+    @property
+    def benchmark_dataset(self) -> DatasetConfig | None:
+        """Return the dataset of the benchmarks' rows; None if they are those on the hub."""
+        name = self.benchmarks.dataset
+        return self.datasets[name] if name else None
+
     def columns(self, table: str) -> ColumnsConfig:
         """Return the column names of a table's dataset."""
         return TableRef.parse(table).config(self).columns

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from forgetting.config.expand import method_of
 from forgetting.config.study import StudyConfig
 from forgetting.data.table_sizes import train_bytes
 from forgetting.errors import InputError
@@ -163,7 +164,7 @@ def forecast_against_measured(
             costs, [record for record in records if record["device"] == device]
         )
         for name, tuning in costs.tunings.items():
-            runs = [each for each in own if each.run.split("/", 1)[0] == name]
+            runs = [each for each in own if method_of(each.run) == name]
             if runs:
                 rows.append(_summed(tuning.label, device, runs))
     return rows
