@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from forgetting.benchmarks.task_definitions import read_task_definition, tasks_folder
-from forgetting.data.hub import HUB_DATASETS
+from forgetting.data.hub_datasets import HUB_DATASETS
 from forgetting.errors import InputError
 
 SCORE_FILES = (

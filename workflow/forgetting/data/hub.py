@@ -1,6 +1,6 @@
-"""The Hugging Face hub: known datasets with revisions and sizes, and downloads of any.
+"""Download tables and models from the Hugging Face hub at pinned revisions.
 
-hub_datasets.yaml lists the datasets. No other module uses the network.
+No other module uses the network.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
+import pyarrow.parquet as pq
 
+from forgetting.data.hub_datasets import HubDataset
 from forgetting.digests import sha256
 from forgetting.errors import InputError, disk_fault
 from forgetting.inputs import is_model_file
@@ -27,46 +27,6 @@ from forgetting.io import atomic_folder, atomic_write, read_foreign_json
 
 WEIGHT_FILES = ".safetensors"
 USE_LOCAL_FOLDER = "or give a local folder instead"
-
-HUB_DATASETS_FILE = Path(__file__).with_name("hub_datasets.yaml")
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """The published rows of a benchmark.
-
-    Attributes:
-        dataset, config: name and configuration on the hub.
-        revision: commit.
-        splits: the splits that the task reads.
-    """
-
-    dataset: str
-    config: str | None
-    revision: str
-    splits: tuple[str, ...]
-
-
-_CONTENT: dict[str, Any] = yaml.load(
-    HUB_DATASETS_FILE.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-)
-HUB_DATASETS = {
-    task: HubDataset(row["dataset"], row["config"], row["revision"], tuple(row["splits"]))
-    for task, row in _CONTENT["benchmarks"].items()
-}
-"""Datasets of the built-in benchmarks."""
-
-BENCHMARK_SIZES: dict[str, dict[str, Any]] = {
-    task: row["size"] for task, row in _CONTENT["benchmarks"].items()
-}
-"""Sizes of the built-in benchmarks: arguments of `TaskSize`."""
-
-HUB_TABLE_SIZES: dict[tuple[str, str], dict[str, Any]] = {
-    (dataset, table): size
-    for dataset, tables in _CONTENT["tables"].items()
-    for table, size in tables.items()
-}
-"""Sizes of published tables by dataset and table: arguments of `TableSize`."""
 
 
 def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
@@ -166,8 +126,6 @@ def _copy_lines(path: Path, target: Path) -> None:
 
 def _lines(path: Path) -> Iterator[str]:
     """Yield the rows of a parquet file as lines of JSON; dates and similar types become strings."""
-    import pyarrow.parquet as pq
-
     for batch in pq.ParquetFile(path).iter_batches(1000):
         for row in batch.to_pylist():
             yield json.dumps(row, ensure_ascii=False, default=str) + "\n"
