@@ -12,8 +12,8 @@ import pytest
 
 from forgetting.benchmarks import scores
 from forgetting.config.data import ColumnsConfig
+from forgetting.config.evaluation import SelectionConfig
 from forgetting.config.expand import Method
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.evaluation import metrics
 from forgetting.report import summary

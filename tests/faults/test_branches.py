@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig, duration_name
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.selection import trajectory_of
 from forgetting.training import branches as module

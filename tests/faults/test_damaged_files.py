@@ -18,12 +18,12 @@ import pandas as pd
 import pytest
 
 from forgetting.benchmarks.programs import PassRate, Program, describe
-from forgetting.benchmarks.scoring_job import models_to_score
+from forgetting.benchmarks.scorer import models_to_score
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig
+from forgetting.config.job_params import SelectCheckpointParams
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.digests import file_damage, folder_damage, record_path
 from forgetting.errors import InputError, reports_input_errors
@@ -38,7 +38,6 @@ from forgetting.io import (
     write_table,
 )
 from forgetting.models.loading import PRETRAINED, model_parameters, read_base
-from forgetting.pipeline.params import SelectCheckpointParams
 from forgetting.report.frames import read_tables
 from forgetting.results.build_tables import benchmark_tables
 from forgetting.training.checkpoints import run_damage

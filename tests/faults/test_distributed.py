@@ -23,11 +23,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from forgetting.benchmarks.during_training import TrainingBenchmarks
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig, TaskConfig, TrainingBenchmarksConfig
+from forgetting.config.evaluation import (
+    EvaluationConfig,
+    SelectionConfig,
+    TaskConfig,
+    TrainingBenchmarksConfig,
+)
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig
 from forgetting.config.mitigations import MitigationConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.data.tokenize import Example
 from forgetting.digests import visible_files

@@ -24,11 +24,15 @@ import psutil
 import pytest
 
 from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import EvaluationConfig, TaskConfig, TrainingBenchmarksConfig
+from forgetting.config.evaluation import (
+    EvaluationConfig,
+    SelectionConfig,
+    TaskConfig,
+    TrainingBenchmarksConfig,
+)
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.digests import is_record
 from forgetting.io import write_jsonl, write_table

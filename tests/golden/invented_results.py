@@ -13,10 +13,9 @@ from typing import Any
 import pandas as pd
 
 from forgetting.benchmarks.programs import describe
-from forgetting.config.evaluation import TEXT_PROBE
+from forgetting.config.evaluation import TEXT_PROBE, SelectionConfig
 from forgetting.config.expand import expand_methods, run_name
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.evaluation.metrics import PROBE_SCORES, TEXT_SCORES
 from forgetting.io import read_table, write_json, write_table

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from forgetting.pipeline.planned_jobs import PlannedJob
 from forgetting.pipeline.slurm import SUBMITTED_FILE, QueuedJob, queued_jobs
-from forgetting.pipeline.status import STATUS_COLUMNS, study_status
+from forgetting.pipeline.status import STATUS_COLUMNS, PlannedJob, study_status
 from support.slurm import write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]

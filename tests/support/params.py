@@ -8,8 +8,8 @@ from typing import Any
 
 from forgetting.config.evaluation import TrainingBenchmarksConfig
 from forgetting.config.expand import RunGroupConfig
+from forgetting.config.job_params import FinetuneParams
 from forgetting.io import write_atomically, write_json
-from forgetting.pipeline.params import FinetuneParams
 
 
 def write_params(folder: Path, /, **values: Any) -> Path:

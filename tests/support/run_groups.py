@@ -10,10 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.digests import sha256_of_all, visible_files
 from forgetting.inputs import model_identity

@@ -9,8 +9,8 @@ from typing import Literal
 
 import pytest
 
+from forgetting.config.evaluation import SelectionConfig
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.selection import (
     CheckpointChoice,
     EvalPoint,

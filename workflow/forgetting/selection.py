@@ -14,8 +14,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, Literal
 
+from forgetting.config.evaluation import SelectionConfig
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 
 SelectionStatus = Literal[
     "selected", "late", "last", "not_reached", "first_above", "base_above", "diverged"

@@ -11,12 +11,11 @@ import argparse
 from pathlib import Path
 
 from forgetting.benchmarks.registry import SCORE_FILES
-from forgetting.benchmarks.scorer import Scorer, finished_folder, format_scores
-from forgetting.benchmarks.scoring_job import models_to_score
+from forgetting.benchmarks.scorer import Scorer, finished_folder, format_scores, models_to_score
+from forgetting.config.job_params import BenchmarkParams
 from forgetting.errors import reports_input_errors
 from forgetting.io import read_table, write_atomically
 from forgetting.models.loading import read_base, silence_libraries
-from forgetting.pipeline.params import BenchmarkParams
 
 
 @reports_input_errors

@@ -7,24 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from forgetting.benchmarks.scoring_job import models_to_score
-from forgetting.data.tables import read_prepared
+from forgetting.benchmarks.scorer import models_to_score
+from forgetting.config.job_params import EvaluateWiseFtParams
 from forgetting.errors import reports_input_errors
-from forgetting.evaluation.divergence import append_divergence, load_base_predictions
-from forgetting.evaluation.probes import evaluate_probes
+from forgetting.evaluation.evaluate_models import LoadedBase, evaluate_wise_ft
 from forgetting.io import write_table
-from forgetting.models.loading import (
-    autocast,
-    get_device,
-    load_base,
-    load_tokenizer,
-    read_base,
-    resolve_precision,
-    silence_libraries,
-)
-from forgetting.models.tuned import load_tuned
-from forgetting.models.wise_ft import interpolated_models
-from forgetting.pipeline.params import EvaluateWiseFtParams
+from forgetting.models.loading import silence_libraries
 
 
 @reports_input_errors
@@ -43,30 +31,17 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     silence_libraries()
     params = EvaluateWiseFtParams.read(options.params)
-    (chosen,) = models_to_score(options.selection, options.checkpoints, [params.model])
-    if chosen.checkpoint is None:
+    (selected,) = models_to_score(options.selection, options.checkpoints, [params.model])
+    if selected.checkpoint is None:
         write_table(options.output, pd.DataFrame())
-        print(f"nothing to scale: {chosen.reason}")
+        print(f"nothing to scale: {selected.reason}")
         return
-    device = get_device()
-    base = read_base(options.base)
-    folder, count = Path(base["path"]), base["parameters"]
-    probes = {path.stem: read_prepared(path) for path in options.probes}
-    tokenizer, model = load_tokenizer(folder), load_base(folder, device, count)
-    tuned = load_tuned(folder, chosen.checkpoint, device, count)
-    targets = load_base_predictions(options.targets) if options.targets else None
-    tables = []
-    for share, scaled in interpolated_models(model, tuned, params.shares):
-        with autocast(device, resolve_precision(params.precision, device)):
-            items = evaluate_probes(scaled, tokenizer, probes, params.prompt, params.evaluation)
-            items = append_divergence(items, scaled, targets)
-        about = {"run": chosen.run, "step": chosen.step, "share": share}
-        tables.append(items.assign(**about)[[*about, *items.columns]])
-        for name in probes:
-            group = items[items["probe"] == name]
-            recall = group["rougeL_recall"].mean()
-            print(f"{chosen.run}, {share:g} of the update, {name}: ROUGE-L recall {recall:.3f}")
-    write_table(options.output, pd.concat(tables, ignore_index=True))
+    base = LoadedBase.load(options.base, params.precision)
+    tables = evaluate_wise_ft(base, selected.checkpoint, params, options.probes, options.targets)
+    items = pd.concat(tables, ignore_index=True)
+    items.insert(0, "run", selected.run)
+    items.insert(1, "step", selected.step)
+    write_table(options.output, items)
 
 
 if __name__ == "__main__":

@@ -7,54 +7,24 @@ retry resumes where the job was killed.
 
 from __future__ import annotations
 
-import argparse
+from typing import Any
 
+from forgetting.config.job_params import FinetuneParams
 from forgetting.errors import reports_input_errors
-from forgetting.io import write_json, write_table
-from forgetting.models.loading import silence_libraries
-from forgetting.pipeline.params import FinetuneParams
 from forgetting.training.branches import train_trunks
-from forgetting.training.distributed import ProcessGroup
 from forgetting.training.run_group import train_run_group
-from forgetting.training.training_job import (
-    ProgressLogger,
-    add_training_options,
-    read_training_job,
-    run_group_items,
-    write_checkpoint_index,
-)
+from forgetting.training.training_job import TrainingJob, run_training_job, training_parser
 
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the items of all evaluations and the records of all runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_training_options(parser)
-    options = parser.parse_args(argv)
-    silence_libraries()
-    process_group = ProcessGroup.init()
-    with process_group.report_once():
-        params = FinetuneParams.read(options.params)
-        job = read_training_job(
-            params.run_group,
-            params.versions,
-            params.training_benchmarks,
-            params.benchmark_rows,
-            options,
-            process_group,
-        )
-        train = train_trunks if job.config.training.durations else train_run_group
-        records = train(
-            job.config, job.context, job.inputs, options.state, ProgressLogger(process_group)
-        )
-        if process_group.is_main:
-            items, benchmarks = run_group_items(records)
-            write_table(options.items, items)
-            if options.benchmarks:
-                write_table(options.benchmarks, benchmarks)
-            write_json(options.runs, records)
-            write_checkpoint_index(options.checkpoints, records)
-    process_group.destroy()
+    run_training_job(training_parser(__doc__).parse_args(argv), FinetuneParams, _train)
+
+
+def _train(params: FinetuneParams, job: TrainingJob) -> list[dict[str, Any]]:
+    train = train_trunks if params.run_group.training.durations else train_run_group
+    return train(job.config, job.context, job.inputs, job.state, job.log)
 
 
 if __name__ == "__main__":

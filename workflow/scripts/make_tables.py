@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from forgetting.config.expand import scored_models
+from forgetting.config.job_params import MakeTablesParams
 from forgetting.errors import reports_input_errors
 from forgetting.io import write_atomically, write_json, write_table
-from forgetting.pipeline.params import MakeTablesParams
 from forgetting.pipeline.resources.forecast import forecast_against_measured
 from forgetting.results.job_results import provenance, read_job_results, tables_of
 

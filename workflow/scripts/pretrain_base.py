@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from forgetting.config.job_params import PretrainBaseParams
 from forgetting.data.tables import read_prepared
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
 from forgetting.io import write_json
 from forgetting.models.loading import PRETRAINED, get_device, resolve_precision, silence_libraries
-from forgetting.pipeline.params import PretrainBaseParams
 from forgetting.system import describe_computation
 from forgetting.training.distributed import SINGLE_PROCESS
 from forgetting.training.pretrain import pretrain
@@ -42,11 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "origin": PRETRAINED,
         "identity": identity,
         "files": files,
-        "parameters": done.parameters,
-        "steps": done.steps,
-        "tokens": done.tokens,
-        "seconds": done.seconds,
-        "final_loss": done.final_loss,
+        **asdict(done),
         **describe_computation(device, precision),
     }
     write_json(options.output, record)

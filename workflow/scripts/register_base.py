@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from forgetting.config.job_params import RegisterBaseParams
 from forgetting.data.tokenize import chat_template_text, turn_ending
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
@@ -18,7 +19,6 @@ from forgetting.models.loading import (
     model_parameters,
     silence_libraries,
 )
-from forgetting.pipeline.params import RegisterBaseParams
 
 
 @reports_input_errors

@@ -14,10 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.data import dataset

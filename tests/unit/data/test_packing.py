@@ -24,11 +24,10 @@ from transformers import (
 )
 
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.data.dataset import PackedDataset, pack_dataset
 from forgetting.data.tokenize import Example, concatenate

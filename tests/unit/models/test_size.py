@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from forgetting.config.base_model import SmallModelConfig
+from forgetting.config.evaluation import SelectionConfig
 from forgetting.config.expand import Method, expand_methods
 from forgetting.config.methods import Hyperparameters, MethodConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.models.adapters import attach_adapter
 from forgetting.models.size import (

@@ -10,7 +10,6 @@ import pytest
 
 from forgetting.errors import InputError
 from forgetting.io import write_json
-from forgetting.pipeline.planned_jobs import PlannedJob
 from forgetting.pipeline.resources.forecast import (
     Forecast,
     SimulatedJob,
@@ -28,6 +27,7 @@ from forgetting.pipeline.resources.forecast import (
 from forgetting.pipeline.resources.forecast_cli import format_duration
 from forgetting.pipeline.resources.hardware import Site
 from forgetting.pipeline.resources.job_costs import JobCosts
+from forgetting.pipeline.status import PlannedJob
 from forgetting.study.load import load_study
 
 ROOT = Path(__file__).resolve().parents[3]

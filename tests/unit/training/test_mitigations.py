@@ -16,11 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig, expand_methods
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig
 from forgetting.config.mitigations import MitigationConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.data.tokenize import Example, encode_pair, encode_text

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from forgetting.config.base_model import SmallModelConfig
+from forgetting.data.dataset import bin_pack
 from forgetting.data.microworld import build_world
 from forgetting.data.microworld.entities import WorldSizes
-from forgetting.data.packing import bin_pack
 from forgetting.errors import InputError
 from forgetting.io import read_json, write_jsonl
 from forgetting.schedule import LrSchedule

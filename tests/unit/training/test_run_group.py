@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.errors import InputError
 from forgetting.models.adapters import attach_adapter

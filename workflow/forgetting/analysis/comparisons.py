@@ -16,7 +16,7 @@ from forgetting.analysis.intervals import tango_interval
 from forgetting.evaluation.metrics import item_scores
 
 METRICS = ("rougeL_recall", "truth_ratio_arithmetic", "truth_ratio_geometric")
-COLUMNS = (
+COMPARISON_COLUMNS = (
     *("probe", "metric", "label", "other", "difference"),
     *("low", "high", "low_all", "high_all", "n"),
 )
@@ -55,5 +55,5 @@ def compare_methods(items: pd.DataFrame, selection: pd.DataFrame) -> pd.DataFram
                 simultaneous = tango_interval(differences, 1 - MISS_PROBABILITY / len(pairs))
                 numbers = (differences.mean(), *single, *simultaneous, len(differences))
                 row = (probe, metric, label, other, *numbers)
-                rows.append(dict(zip(COLUMNS, row, strict=True)))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+                rows.append(dict(zip(COMPARISON_COLUMNS, row, strict=True)))
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))

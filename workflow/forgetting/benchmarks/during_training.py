@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
@@ -29,7 +29,7 @@ from forgetting.errors import InputError
 from forgetting.io import content_key
 from forgetting.models.loading import Model
 
-ITEM_COLUMNS = ("task", "item", "metric", "value", "response", "choice")
+TRAINING_ITEM_COLUMNS = ("task", "item", "metric", "value", "response", "choice")
 COLUMN_TYPES = {"item": int, "choice": "Int64"}
 PREFIX = "benchmark_"
 """Prefix of these columns in a table that also holds the items of probes."""
@@ -47,9 +47,9 @@ def split_items(items: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         The items of probes, and the items of benchmarks. The latter keep the columns run, step and
         epoch where the table has them.
     """
-    prefixed = [PREFIX + name for name in ITEM_COLUMNS]
+    prefixed = [PREFIX + name for name in TRAINING_ITEM_COLUMNS]
     if prefixed[0] not in items:
-        return items, pd.DataFrame(columns=list(ITEM_COLUMNS))
+        return items, pd.DataFrame(columns=list(TRAINING_ITEM_COLUMNS))
     is_benchmark = items[prefixed[0]].notna()
     shared = [name for name in ("run", "step", "epoch") if name in items]
     benchmark_items = items[is_benchmark][[*shared, *prefixed]]
@@ -57,13 +57,6 @@ def split_items(items: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     benchmark_items = benchmark_items.astype(COLUMN_TYPES)
     probe_items = items[~is_benchmark].drop(columns=prefixed)
     return probe_items.reset_index(drop=True), benchmark_items.reset_index(drop=True)
-
-
-def training_benchmarks(
-    config: TrainingBenchmarksConfig | None, rows: Mapping[str, Path], tokenizer: Any
-) -> TrainingBenchmarks | None:
-    """Return what evaluates a model on the benchmarks of trainings, if a study has any."""
-    return TrainingBenchmarks(config, rows, tokenizer) if config else None
 
 
 class TrainingBenchmarks:
@@ -81,6 +74,13 @@ class TrainingBenchmarks:
         self, config: TrainingBenchmarksConfig, rows_dirs: Mapping[str, Path], tokenizer: Any
     ) -> None:
         self.config, self.rows_dirs, self.tokenizer = config, rows_dirs, tokenizer
+
+    @classmethod
+    def of(
+        cls, config: TrainingBenchmarksConfig | None, rows_dirs: Mapping[str, Path], tokenizer: Any
+    ) -> Self | None:
+        """Return what evaluates models on the tasks; None if the study has no such tasks."""
+        return cls(config, rows_dirs, tokenizer) if config else None
 
     @cached_property
     def digest(self) -> str:
@@ -115,7 +115,7 @@ class TrainingBenchmarks:
 
 
 def main_item_scores(result: BenchmarkResult) -> pd.DataFrame:
-    """Return every item by its task's main metric, in the columns of `ITEM_COLUMNS`.
+    """Return every item by its task's main metric, in the columns of `TRAINING_ITEM_COLUMNS`.
 
     Raises:
         InputError: the main metric of a task is not the mean over its items.
@@ -130,4 +130,4 @@ def main_item_scores(result: BenchmarkResult) -> pd.DataFrame:
                 "remove the task, or choose another metric in benchmarks.tasks"
             )
     responses = result.responses[["task", "item", "response", "choice"]]
-    return items.merge(responses, on=["task", "item"])[[*ITEM_COLUMNS]]
+    return items.merge(responses, on=["task", "item"])[[*TRAINING_ITEM_COLUMNS]]

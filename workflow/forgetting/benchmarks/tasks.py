@@ -212,14 +212,14 @@ def _local_rows(
 
     def rows(**_: object) -> dict[str, Any]:
         return {
-            split: Dataset.from_list(read_rows(folder / f"{split}.jsonl", columns))
+            split: Dataset.from_list(read_task_rows(folder / f"{split}.jsonl", columns))
             for split in splits
         }
 
     return rows
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+def read_task_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the rows of one split.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from forgetting.config.data import ColumnsConfig, PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
+from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
 from forgetting.config.methods import (
     Hyperparameters,
     MethodConfig,
@@ -16,7 +16,6 @@ from forgetting.config.methods import (
     SecondStageConfig,
 )
 from forgetting.config.mitigations import MitigationConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.config.types import MAX_NAME_LENGTH, ConfigModel, KeyedError
@@ -240,6 +239,11 @@ def run_name(
     rate, decay = hyperparameters.learning_rate, hyperparameters.weight_decay
     name = f"{method}/seed{seed}/lr{rate:g}-wd{decay:g}"
     return name if duration is None else f"{name}/{duration_name(duration)}"
+
+
+def method_of(name: str) -> str:
+    """Return the method of a run or of a selected checkpoint: `lora-r8` of `lora-r8/seed0`."""
+    return name.partition("/")[0]
 
 
 def duration_name(duration: float) -> str:

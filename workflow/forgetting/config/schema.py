@@ -24,7 +24,12 @@ from forgetting.io import write_atomically
 
 ROOT = Path(__file__).parents[3]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
+BOUND_KEYWORDS = {
+    "gt": "exclusiveMinimum",
+    "ge": "minimum",
+    "lt": "exclusiveMaximum",
+    "le": "maximum",
+}
 
 INTRODUCTION = """\
 # Configuration
@@ -135,7 +140,7 @@ def _forbid_extra(node: Any) -> Any:
         return [_forbid_extra(value) for value in node]
     if not isinstance(node, dict):
         return node
-    keywords = LIMITS if node.get("type") == "number" else {}
+    keywords = BOUND_KEYWORDS if node.get("type") == "number" else {}
     closed = {"additionalProperties": False} if "patternProperties" in node else {}
     return {keywords.get(key, key): _forbid_extra(value) for key, value in node.items()} | closed
 

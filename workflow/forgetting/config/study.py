@@ -19,9 +19,9 @@ from forgetting.config.evaluation import (
     EvaluationConfig,
     GeneralTextConfig,
     ProbeConfig,
+    SelectionConfig,
 )
 from forgetting.config.methods import MethodConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.config.types import (
     ConfigModel,
@@ -224,6 +224,12 @@ class StudyConfig(ConfigModel):
                 known = ", ".join(sorted(self.datasets))
                 raise KeyedError(keys, f"`{name}` is not among the datasets ({known})")
         return self
+
+    @property
+    def benchmark_dataset(self) -> DatasetConfig | None:
+        """Return the dataset of the benchmarks' rows; None if they are those on the hub."""
+        name = self.benchmarks.dataset
+        return self.datasets[name] if name else None
 
     def columns(self, table: str) -> ColumnsConfig:
         """Return the column names of a table's dataset."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from forgetting.data.table_files import Locate, Row, source_line
+from forgetting.data.table_files import Locate, Row, source_line, table_of_row
 from forgetting.errors import InputError
 from forgetting.io import read_json, read_jsonl_numbered
 
@@ -28,7 +28,7 @@ class SourceLocator:
 
     def __call__(self, row_id: str) -> str:
         """Return file and line, such as `own/new.jsonl, line 21`."""
-        path = (self._tables() | dict(self.files)).get(row_id.rpartition("/")[0])
+        path = (self._tables() | dict(self.files)).get(table_of_row(row_id))
         if path is None:
             return self._prepared_line(row_id)
         try:

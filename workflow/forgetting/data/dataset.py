@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.training import TrainingConfig
-from forgetting.data.packing import bin_pack
 from forgetting.data.table_files import Locate, Row
 from forgetting.data.tokenize import (
     Example,
@@ -48,7 +47,9 @@ SCHEMA = pa.schema(
 # Python integers take 36 bytes each until they are written.
 TOKENS_PER_CHUNK = 2**16
 CHARACTERS_PER_CHUNK = 2**20
-Item = TypeVar("Item")
+# Only the newest blocks are tried, because older ones are nearly full.
+MAX_OPEN_BINS = 64
+Element = TypeVar("Element")
 
 
 class TokenizedDataset(Sequence[Example]):
@@ -95,10 +96,10 @@ def write_examples(examples: Iterable[tuple[Example, bool]], path: Path) -> None
 
 
 def chunked(
-    items: Iterable[Item], size_of: Callable[[Item], int], chunk_size: int
-) -> Iterator[list[Item]]:
+    items: Iterable[Element], size_of: Callable[[Element], int], chunk_size: int
+) -> Iterator[list[Element]]:
     """Yield consecutive items in lists whose total size reaches `chunk_size`."""
-    chunk: list[Item] = []
+    chunk: list[Element] = []
     size = 0
     for item in items:
         chunk.append(item)
@@ -263,6 +264,30 @@ def pack_dataset(examples: Sequence[Example], training: TrainingConfig) -> Seque
         return examples
     order = shuffled(len(examples), seed=0).tolist()
     return PackedDataset(examples, bin_pack(example_lengths(examples), training.max_length, order))
+
+
+def bin_pack(lengths: Sequence[int], block: int, order: Sequence[int]) -> list[list[int]]:
+    """Fill blocks with whole documents, first fit, and return the documents of each block.
+
+    Args:
+        lengths: tokens of each document, none above `block`.
+        block: tokens that a block holds.
+        order: the documents in the order in which they are packed.
+    """
+    blocks: list[list[int]] = []
+    free: list[int] = []
+    for document in order:
+        oldest_open = max(0, len(blocks) - MAX_OPEN_BINS)
+        for index in range(oldest_open, len(blocks)):
+            if free[index] >= lengths[document]:
+                break
+        else:
+            index = len(blocks)
+            blocks.append([])
+            free.append(block)
+        blocks[index].append(document)
+        free[index] -= lengths[document]
+    return blocks
 
 
 # Shuffling millions of examples takes longer than a step. The runs of a group may have different

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from forgetting.config.data import ColumnsConfig
+from forgetting.config.data import ColumnsConfig, HasDatasets, TableRef
 from forgetting.errors import InputError
 from forgetting.io import read_jsonl_numbered
 
@@ -49,6 +49,17 @@ def find_table(folder: Path, table: str) -> Path:
         if path.is_file():
             return path
     raise InputError(f"{folder}: there is no {table}.jsonl (nor .json, nor .csv) in this folder")
+
+
+def table_in_folder(study: HasDatasets, table: str) -> Path | None:
+    """Return the file of a table that is in a folder of the user's; None for other tables.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    ref = TableRef.parse(table)
+    folder = ref.config(study).folder
+    return find_table(Path(folder), ref.table) if folder else None
 
 
 def read_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, Row]]:
@@ -223,9 +234,14 @@ def _csv_row(names: list[str], cells: list[str], where: str) -> Row:
     return {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
 
+def table_of_row(row_id: str) -> str:
+    """Return the table of a row by its id, which is TABLE/NUMBER; numbers count from 0."""
+    return row_id.rpartition("/")[0]
+
+
 def source_line(path: Path, row_id: str) -> str:
     """Return file and line of a row by its id."""
-    number = int(row_id.rpartition("/")[2])
+    number = int(row_id.removeprefix(f"{table_of_row(row_id)}/"))
     return next(islice(read_rows(path, STANDARD_COLUMNS), number, None))[0]
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from forgetting.config.data import ColumnsConfig
+from forgetting.config.data import ColumnsConfig, TableRef
 from forgetting.config.study import StudyConfig
 from forgetting.data.hub_datasets import HUB_TABLE_SIZES
-from forgetting.data.table_files import columns_of, find_table
+from forgetting.data.table_files import columns_of, table_in_folder
 from forgetting.data.tables import evenly_spaced
 
 
@@ -79,13 +79,12 @@ def bytes_per_token(vocab_size: int) -> float:
 
 def table_size(study: StudyConfig, table: str) -> TableSize:
     """Return the size of a table of the study."""
-    dataset, name = table.split("/", 1)
-    origin = study.datasets[dataset]
-    if origin.folder:
-        return _count_rows(find_table(Path(origin.folder), name), origin.columns)
-    if origin.generate:
-        return MICROWORLD_SIZES[name]
-    return PUBLISHED_SIZES.get((str(origin.hub), name), UNKNOWN_SIZE)
+    if file := table_in_folder(study, table):
+        return _count_rows(file, study.columns(table))
+    ref = TableRef.parse(table)
+    if ref.origin(study) == "generated":
+        return MICROWORLD_SIZES[ref.table]
+    return PUBLISHED_SIZES.get((str(ref.config(study).hub), ref.table), UNKNOWN_SIZE)
 
 
 @cache

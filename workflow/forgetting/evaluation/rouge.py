@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from rouge_score.tokenize import tokenize
 
 from forgetting.config.evaluation import RougeTokenizer
-from forgetting.data.table_files import Locate, Row
+from forgetting.data.table_files import Locate, Row, table_of_row
 from forgetting.errors import InputError
 
 
@@ -203,7 +203,7 @@ def check_letters(
         InputError: ROUGE drops most letters of a table, or all of an answer.
     """
     notes = []
-    for _, group in groupby(rows, key=lambda row: str(row["id"]).rpartition("/")[0]):
+    for _, group in groupby(rows, key=lambda row: table_of_row(row["id"])):
         answers = {row["id"]: row["answer"] for row in group}
         fraction = dropped_letters(answers.values()) if tokenizer == "rouge_score" else 0.0
         if fraction > NOTE_ABOVE:

@@ -22,17 +22,18 @@ from forgetting.benchmarks.registry import (
     task_with_same_dataset,
 )
 from forgetting.config.base_model import is_local
-from forgetting.config.data import MICROWORLD_TABLES
+from forgetting.config.data import MICROWORLD_TABLES, TableRef
 from forgetting.config.expand import (
     duration_name,
     expand_methods,
+    method_of,
     scored_model_names,
     scored_models,
     selected_models,
 )
 from forgetting.config.study import StudyConfig
 from forgetting.data.hub_datasets import HUB_DATASETS
-from forgetting.data.table_files import find_table
+from forgetting.data.table_files import table_in_folder
 from forgetting.inputs import model_files
 
 Wildcards = Any
@@ -58,24 +59,61 @@ class Paths:
     """Where every input and output of a study is.
 
     Attributes:
-        results: folder of the study's results.
-        logs: folder of the logs of its jobs.
         methods: the study's methods by name.
         durations: epochs of the cooldown branches by name, such as `duration0.5`.
         tasks: benchmarks of the selected checkpoints.
         training_tasks: benchmarks that are evaluated during training.
+        scored_models: names of the models of a method that are scored, such as `seed0`.
+        text_tables: the table of the general text, if the study has one.
+        prompt_tables: the table of prompts that a model should refuse, if the study has one.
+        logs: folder of the logs of all jobs.
+        results: folder of the study's results.
+        state: folder of runs and checkpoints. It is no output, so that a retry resumes.
+        world: folder of a generated dataset.
+        probes: prepared questions of every probe.
+        base_record: what the base is and where.
+        base_items: the base's scores on every probe.
+        base_predictions: the base's predictions on the general text, if the study has one.
+        base_benchmarks: the base's scores on the benchmarks of trainings, if the study has any.
+        run_group_benchmarks: scores of the runs of a method and seed on these benchmarks.
+        checkpoints: says where the checkpoints of a method and seed are.
+        cooldown_checkpoints: the same for the cooldown branches of one duration.
+        wise_ft: scores of a selected checkpoint with scaled updates.
+        tables: the tables of all results.
+        resolved_study: the study with all defaults.
         page: the report.
         figures: folder of the report's figures.
     """
 
     def __init__(self, study: StudyConfig, name: str) -> None:
         self.study = study
-        self.results = f"results/{name}"
-        self.logs = f"logs/{name}"
         self.methods = {method.name: method for method in expand_methods(study)}
         self.durations = {duration_name(epochs): epochs for epochs in study.training.durations}
         self.tasks = list(study.benchmarks.tasks)
-        self.training_tasks = list(study.benchmarks.during_training or ())
+        self.training_tasks = list(study.benchmarks.during_training)
+        self.scored_models = scored_model_names(study)
+        self.text_tables = [study.general_text.table] if study.general_text else []
+        refusals = study.benchmarks.refusals
+        self.prompt_tables = [refusals.table] if refusals else []
+
+        self.logs = f"logs/{name}"
+        self.results = f"results/{name}"
+        self.state = f"{self.results}/state"
+        self.world = f"{self.results}/world/{{dataset}}"
+        self.probes = [self.data(f"probes/{name}.jsonl") for name in study.probes]
+        self.base_record = self.base("base.json")
+        self.base_items = self.base("items.parquet")
+        self.base_predictions = [self.base("targets.safetensors")] if self.text_tables else []
+        in_training = ["benchmarks.parquet"] if self.training_tasks else []
+        self.base_benchmarks = [self.base(file) for file in in_training]
+        self.run_group_benchmarks = [self.run_group(file) for file in in_training]
+        self.checkpoints = f"{self.state}/checkpoints/{{method}}/seed{{seed}}.json"
+        self.cooldown_checkpoints = (
+            f"{self.state}/checkpoints/{{method}}/seed{{seed}}/{{duration}}.json"
+        )
+        self.wise_ft = f"{self.results}/wise_ft/{{model}}/items.parquet"
+        self.tables = [self.tables_file(f"{table}.parquet") for table in _table_names(study)]
+        self.resolved_study = f"{self.results}/study.json"
         self.page = f"reports/{name}.html"
         self.figures = f"reports/{name}-figures"
 
@@ -87,17 +125,17 @@ class Paths:
 
     def table(self, table: str) -> str:
         """Return the file of a table `DATASET/NAME`: generated, downloaded or the user's."""
-        dataset, name = table.split("/", 1)
-        origin = self.study.datasets[dataset]
-        if origin.folder:
-            return str(find_table(Path(origin.folder), name))
-        if origin.generate:
-            return f"{self.results}/world/{dataset}/{name}.jsonl"
-        return f"resources/datasets/{origin.hub}/{origin.revision}/{name}.jsonl"
+        if file := table_in_folder(self.study, table):
+            return str(file)
+        ref = TableRef.parse(table)
+        if ref.origin(self.study) == "generated":
+            return f"{self.world.format(dataset=ref.dataset)}/{ref.table}.jsonl"
+        dataset = ref.config(self.study)
+        return f"resources/datasets/{dataset.hub}/{dataset.revision}/{ref.table}.jsonl"
 
     def is_users(self, table: str) -> bool:
         """Return whether a table is in a folder of the user's."""
-        return self.study.datasets[table.split("/", 1)[0]].folder is not None
+        return TableRef.parse(table).origin(self.study) == "folder"
 
     def table_inputs(self, tables: Iterable[str]) -> list[str]:
         """Return the files of tables as inputs of a rule."""
@@ -119,17 +157,6 @@ class Paths:
         """The same files as inputs of a rule."""
         return self.table_inputs(self.prepared_tables)
 
-    @property
-    def text_tables(self) -> list[str]:
-        """The table of the general text, if the study has one."""
-        return [self.study.general_text.table] if self.study.general_text else []
-
-    @property
-    def prompt_tables(self) -> list[str]:
-        """The table of the prompts that a model should refuse, if the study has one."""
-        refusals = self.study.benchmarks.refusals
-        return [refusals.table] if refusals else []
-
     def mitigation_tables(self, method: str) -> list[str]:
         """Return the tables that the mitigation of a method reads, in its order."""
         mitigation = self.methods[method].mitigation
@@ -142,13 +169,13 @@ class Paths:
     @property
     def microworld_tables(self) -> list[str]:
         """Generated tables of a dataset."""
-        return [f"{self.results}/world/{{dataset}}/{name}.jsonl" for name in MICROWORLD_TABLES]
+        return [f"{self.world}/{name}.jsonl" for name in MICROWORLD_TABLES]
 
     @property
     def microworld_rows(self) -> list[str]:
         """Generated rows of the benchmarks of a dataset."""
         return [
-            f"{self.results}/world/{{dataset}}/benchmarks/{task}/{split}.jsonl"
+            f"{self.world}/benchmarks/{task}/{split}.jsonl"
             for task, rows in HUB_DATASETS.items()
             for split in rows.splits
         ]
@@ -157,36 +184,11 @@ class Paths:
         """Return a file of the prepared data."""
         return f"{self.results}/data/{file}"
 
-    @property
-    def probes(self) -> list[str]:
-        """Prepared questions of every probe."""
-        return [self.data(f"probes/{name}.jsonl") for name in self.study.probes]
-
     # The base model
 
     def base(self, file: str) -> str:
         """Return a file of the base's: its record, its scores, its folder."""
         return f"{self.results}/base/{file}"
-
-    @property
-    def base_record(self) -> str:
-        """The record of the base: what it is and where."""
-        return self.base("base.json")
-
-    @property
-    def base_items(self) -> str:
-        """The base's scores on every probe."""
-        return self.base("items.parquet")
-
-    @property
-    def base_predictions(self) -> list[str]:
-        """The base's predictions on the general text, if the study has one."""
-        return [self.base("targets.safetensors")] if self.text_tables else []
-
-    @property
-    def base_benchmarks(self) -> list[str]:
-        """The base's scores on the benchmarks of trainings, if the study has any."""
-        return [self.base("benchmarks.parquet")] if self.training_tasks else []
 
     @property
     def model_folder(self) -> str:
@@ -218,33 +220,13 @@ class Paths:
         """Return an output of the job that trains the runs of a method and seed."""
         return f"{self.results}/runs/{{method}}/seed{{seed}}/{file}"
 
-    @property
-    def run_group_benchmarks(self) -> list[str]:
-        """That job's scores of benchmarks, if the study evaluates any during training."""
-        return [self.run_group("benchmarks.parquet")] if self.training_tasks else []
-
     def cooldown(self, file: str) -> str:
         """Return an output of the job that trains the cooldown branches of one duration."""
         return f"{self.results}/branches/{{method}}/seed{{seed}}/{{duration}}/{file}"
 
-    @property
-    def state(self) -> str:
-        """Folder of runs and checkpoints, which is no output, so that a retry resumes."""
-        return f"{self.results}/state"
-
     def state_folder(self, wildcards: Wildcards) -> str:
         """Return that folder, as a parameter of rules with an output in it."""
         return self.state
-
-    @property
-    def checkpoints(self) -> str:
-        """File that says where the checkpoints of a method and seed are."""
-        return f"{self.state}/checkpoints/{{method}}/seed{{seed}}.json"
-
-    @property
-    def cooldown_checkpoints(self) -> str:
-        """The same for the cooldown branches of one duration."""
-        return f"{self.state}/checkpoints/{{method}}/seed{{seed}}/{{duration}}.json"
 
     def run_group_files(self, pattern: str, methods: Iterable[str]) -> list[str]:
         """Return a pattern's files for some methods, all seeds and, if named, all durations."""
@@ -296,20 +278,15 @@ class Paths:
 
     def wise_ft_selection(self, wildcards: Wildcards) -> str:
         """Return the selection from which a model `METHOD/seedN` is taken."""
-        return self.selection(_method_of(wildcards.model))
+        return self.selection(method_of(wildcards.model))
 
     def wise_ft_index(self, wildcards: Wildcards) -> Any:
         """Return the index of the folder that holds that model."""
-        return ancient(self.selected_index(_method_of(wildcards.model)))
+        return ancient(self.selected_index(method_of(wildcards.model)))
 
     def wise_ft_checkpoints(self, wildcards: Wildcards) -> str:
         """Return the folder that holds that model."""
-        return self.selected(_method_of(wildcards.model))
-
-    @property
-    def wise_ft(self) -> str:
-        """Scores of a selected checkpoint with scaled updates."""
-        return f"{self.results}/wise_ft/{{model}}/items.parquet"
+        return self.selected(method_of(wildcards.model))
 
     # Benchmarks
 
@@ -327,11 +304,6 @@ class Paths:
         """The same of the base."""
         return [f"{self.results}/benchmarks/base/{file}" for file in SCORE_FILES]
 
-    @property
-    def scored_models(self) -> list[str]:
-        """Names of the models of a method that are scored, such as `seed0`."""
-        return scored_model_names(self.study)
-
     def benchmarks(self, file: str) -> str:
         """Return a file of the benchmarks of one model."""
         return f"{self.results}/benchmarks/{{model}}/{file}"
@@ -343,13 +315,13 @@ class Paths:
 
     def task_folder(self, task: str) -> str:
         """Return the folder of SPLIT.jsonl from which a benchmark takes its rows."""
-        if self.study.benchmarks.dataset is None:
+        dataset = self.study.benchmark_dataset
+        if dataset is None:
             revision = self.study.benchmarks.tasks[task].revision or HUB_DATASETS[task].revision
             return f"resources/benchmarks/{task}/{revision}"
-        origin = self.study.datasets[self.study.benchmarks.dataset]
-        if origin.folder:
-            return str(Path(origin.folder, task))
-        world = f"{self.results}/world/{self.study.benchmarks.dataset}"
+        if dataset.folder:
+            return str(Path(dataset.folder, task))
+        world = self.world.format(dataset=self.study.benchmarks.dataset)
         return f"{world}/benchmarks/{task_with_same_dataset(task)}"
 
     def task_folders(self, tasks: Iterable[str]) -> dict[str, str]:
@@ -358,7 +330,7 @@ class Paths:
 
     def task_inputs(self, tasks: Iterable[str]) -> list[str]:
         """Return the rows of tasks as inputs of a rule: files, or folders that are downloaded."""
-        if self.study.benchmarks.dataset is None:
+        if self.study.benchmark_dataset is None:
             return [self.task_folder(task) for task in tasks]
         if files := self.users_task_files(tasks):
             return [ancient(str(path)) for path in files.values()]
@@ -370,8 +342,8 @@ class Paths:
 
     def users_task_files(self, tasks: Iterable[str]) -> dict[str, Path]:
         """Return the rows of tasks in a folder of the user's, by task and split."""
-        dataset = self.study.benchmarks.dataset
-        if dataset is None or self.study.datasets[dataset].folder is None:
+        dataset = self.study.benchmark_dataset
+        if dataset is None or dataset.origin != "folder":
             return {}
         return {
             f"{task}/{split}": Path(self.task_folder(task), f"{split}.jsonl")
@@ -384,21 +356,6 @@ class Paths:
     def tables_file(self, file: str) -> str:
         """Return a file in the folder of the tables."""
         return f"{self.results}/tables/{file}"
-
-    @property
-    def tables(self) -> list[str]:
-        """Tables of all results."""
-        names = ["runs", "trajectory", "items", "selection", "comparisons", "churn"]
-        names += ["benchmarks", "benchmark_items", "benchmark_responses"]
-        names += ["wise_ft"] if self.study.selection.wise_ft else []
-        if self.training_tasks:
-            names += ["benchmark_trajectory", "benchmark_trajectory_items"]
-        return [self.tables_file(f"{name}.parquet") for name in names]
-
-    @property
-    def resolved_study(self) -> str:
-        """The study with all defaults."""
-        return f"{self.results}/study.json"
 
     def job_results(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return the results of all jobs that the tables gather.
@@ -466,5 +423,10 @@ def scored_models_folder(wildcards: Wildcards, output: Any) -> str:
     return str(Path(output[0]).parents[1])
 
 
-def _method_of(model: str) -> str:
-    return str(Path(model).parent)
+def _table_names(study: StudyConfig) -> list[str]:
+    names = ["runs", "trajectory", "items", "selection", "comparisons", "churn"]
+    names += ["benchmarks", "benchmark_items", "benchmark_responses"]
+    names += ["wise_ft"] if study.selection.wise_ft else []
+    if study.benchmarks.during_training:
+        names += ["benchmark_trajectory", "benchmark_trajectory_items"]
+    return names

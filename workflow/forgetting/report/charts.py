@@ -130,7 +130,9 @@ def old_versus_new(tables: ReportTables, width: int = 400) -> alt.ConcatChart:
 
 
 def _tradeoff_plane(tables: ReportTables, new: str, old: str, ticks: list[float]) -> alt.LayerChart:
-    rows = chart_parts.score_switch(lambda metric: frames.old_versus_new(tables, metric, new, old))
+    rows = chart_parts.score_switch(
+        lambda metric: frames.old_versus_new_rows(tables, metric, new, old)
+    )
     chosen, others = chart_parts.split_selected(rows)
     selected = rows.merge(frames.selected_runs(tables), on=["run", "step"], how="inner")
     base = chart_parts.score_switch(lambda metric: frames.base_row(tables, metric, old))
@@ -303,7 +305,7 @@ def benchmark_trajectories(tables: ReportTables, width: int = 250) -> alt.Concat
     panels = [
         _benchmark_panel(tables, task, metric, task_rows)
         for task, metric in metrics.items()
-        if len(task_rows := frames.training_benchmarks(tables, task))
+        if len(task_rows := frames.training_benchmark_rows(tables, task))
     ]
     if not panels:
         return chart_parts.empty_chart("The study has no in-training benchmarks.")

@@ -23,7 +23,7 @@ TRUTH_RATIOS = {
     "arithmetic": "truth_ratio_arithmetic",
     "geometric": "truth_ratio_geometric",
 }
-COLUMNS = {
+TABLE_COLUMNS = {
     "runs": "run method kind rank label learning_rate weight_decay seed status chosen "
     "selected_step steps epochs trainable_parameters seconds",
     "trajectory": "run step epoch tokens probe knowledge metric value low high n "
@@ -80,7 +80,10 @@ def read_tables(folder: Path) -> ReportTables:
     Raises:
         InputError: if a file or a column is missing; the message names it.
     """
-    tables = {name: _read(folder / f"{name}.parquet", COLUMNS[name].split()) for name in COLUMNS}
+    tables = {
+        name: _read(folder / f"{name}.parquet", TABLE_COLUMNS[name].split())
+        for name in TABLE_COLUMNS
+    }
     path = folder / "study.json"
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; it holds the study and its provenance")
@@ -204,7 +207,7 @@ def measured_probes(
     return _with_base_row(tables, rows, extra)
 
 
-def training_benchmarks(tables: ReportTables, task: str) -> pd.DataFrame:
+def training_benchmark_rows(tables: ReportTables, task: str) -> pd.DataFrame:
     """Return an in-training benchmark at every evaluation, with columns as `measured_probes`."""
     rows = tables.benchmark_trajectory
     return _with_base_row(tables, rows[rows["task"] == task], ("chance",))
@@ -270,7 +273,7 @@ def last_evaluations(rows: pd.DataFrame) -> pd.DataFrame:
     return failed.sort_values("step").groupby(key, as_index=False).tail(1)
 
 
-def old_versus_new(tables: ReportTables, metric: str, new: str, old: str) -> pd.DataFrame:
+def old_versus_new_rows(tables: ReportTables, metric: str, new: str, old: str) -> pd.DataFrame:
     """Return a metric on the new knowledge (suffix _new) and on one old probe (suffix _old)."""
     key = ["run", "step"]
     on_new = measured_probes(tables, metric, new)

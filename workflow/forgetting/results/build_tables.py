@@ -14,7 +14,7 @@ import pandas as pd
 from forgetting.analysis.intervals import t_interval, wilson_interval
 from forgetting.benchmarks.programs import read_outcomes, read_programs, read_rates
 from forgetting.benchmarks.scores import FAILING, PASSING, program_items, score_programs
-from forgetting.config.expand import Method, run_name
+from forgetting.config.expand import Method, method_of, run_name
 from forgetting.io import read_json, read_table
 from forgetting.results.churn import bounded_metrics
 
@@ -250,7 +250,7 @@ def _sweep_edge_notes(selection: pd.DataFrame, records: Sequence[Mapping[str, An
     rate_of = {record["run"]: record["hyperparameters"]["learning_rate"] for record in records}
     rates: dict[str, set[float]] = {}
     for run, rate in rate_of.items():
-        rates.setdefault(run.split("/")[0], set()).add(rate)
+        rates.setdefault(method_of(run), set()).add(rate)
     at_edge = [
         row["label"]
         for row in selection.drop_duplicates("method").to_dict("records")

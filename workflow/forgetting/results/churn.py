@@ -25,7 +25,7 @@ import pandas as pd
 from forgetting.analysis.intervals import wilson_interval
 
 BOUNDED = ("agreement", "gained", "lost")
-COLUMNS = (
+CHURN_COLUMNS = (
     *("run", "step", "epoch", "probe", "answer", "evaluated_by", "n", "value", "base_value"),
     *(f"{share}{end}" for share in BOUNDED for end in ("", "_low", "_high")),
 )
@@ -67,9 +67,10 @@ def churn_table(
     group_columns = ["run", "step", "epoch", "probe", "answer", "evaluated_by"]
     groups = paired.groupby(group_columns, sort=False, dropna=False)
     rows = [
-        dict(zip(COLUMNS, (*names, *_churn_values(group)), strict=True)) for names, group in groups
+        dict(zip(CHURN_COLUMNS, (*names, *_churn_values(group)), strict=True))
+        for names, group in groups
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(CHURN_COLUMNS))
 
 
 def bounded_metrics(items: pd.DataFrame) -> pd.DataFrame:

@@ -33,7 +33,7 @@ SMOKE = "-tiny"
 """Suffix of the name of a study at smoke test size."""
 LAST_PAGE = "tradeoff"
 """Name of the page of the study that was run last, reports/tradeoff.html."""
-BENCHMARKS = "benchmarks"
+BENCHMARKS_SECTION = "benchmarks"
 """Dataset of the option benchmarks_dir, whose folder has the benchmarks' TASK/SPLIT.jsonl."""
 FOLDER_OPTION = re.compile(r"^(?P<dataset>.+)_dir$")
 
@@ -146,7 +146,7 @@ def _override(study: StudyConfig, config: Mapping[str, Any], path: Path) -> Stud
     for key, value in config.items():
         if option := FOLDER_OPTION.match(key):
             name = option["dataset"]
-            if name == BENCHMARKS:
+            if name == BENCHMARKS_SECTION:
                 benchmarks = benchmarks.model_copy(update={"dataset": name})
             elif name not in datasets:
                 raise InputError(
@@ -165,7 +165,7 @@ def _override(study: StudyConfig, config: Mapping[str, Any], path: Path) -> Stud
             raise InputError(
                 f"--config {key}: unknown option; expected study, scale, model, "
                 "rerun_on_code_change or DATASET_dir "
-                f"({', '.join(f'{name}_dir' for name in [*datasets, BENCHMARKS])})"
+                f"({', '.join(f'{name}_dir' for name in [*datasets, BENCHMARKS_SECTION])})"
             )
     return study.model_copy(update={"datasets": datasets, "base": base, "benchmarks": benchmarks})
 
@@ -318,7 +318,7 @@ def _from_option(keys: Sequence[str | int]) -> str:
     if tuple(keys[:2]) == ("base", "model"):
         return "model"
     if tuple(keys) == ("benchmarks", "dataset"):
-        return f"{BENCHMARKS}_dir"
+        return f"{BENCHMARKS_SECTION}_dir"
     return f"{keys[1]}_dir" if len(keys) > 1 and keys[0] == "datasets" else ""
 
 

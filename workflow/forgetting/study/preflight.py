@@ -15,7 +15,7 @@ from pathlib import Path
 from forgetting.benchmarks import registry
 from forgetting.benchmarks.registry import Benchmark
 from forgetting.benchmarks.task_definitions import read_task_definition
-from forgetting.benchmarks.tasks import read_rows
+from forgetting.benchmarks.tasks import read_task_rows
 from forgetting.config.base_model import is_local
 from forgetting.config.data import MICROWORLD_TABLES, ColumnsConfig, PromptConfig, TableRef
 from forgetting.config.evaluation import TaskConfig
@@ -26,7 +26,7 @@ from forgetting.data import tables
 from forgetting.data.chat_template import check_arguments, read_chat_template
 from forgetting.data.checks import reject_leaked_questions
 from forgetting.data.hub_datasets import HUB_DATASETS
-from forgetting.data.table_files import Row, find_table, source_line
+from forgetting.data.table_files import Row, source_line, table_in_folder, table_of_row
 from forgetting.data.tables import evenly_spaced, joined_text, render_question
 from forgetting.errors import InputError
 from forgetting.evaluation.rouge import check_letters
@@ -118,13 +118,11 @@ def _table_file(study: StudyConfig, table: str, keys: KeyPath, at: LocateKey) ->
             f"{at(*keys)}: the {dataset.generate} has no table {ref.table}, only "
             f"{', '.join(MICROWORLD_TABLES)}"
         )
-    if dataset.folder is None:
-        return None
-    if not Path(dataset.folder).is_dir():
+    if dataset.folder and not Path(dataset.folder).is_dir():
         place = at("datasets", ref.dataset, "folder")
         raise InputError(f"{place}: there is no folder {dataset.folder}")
     try:
-        return find_table(Path(dataset.folder), ref.table)
+        return table_in_folder(study, table)
     except InputError as error:
         raise InputError(f"{at(*keys)}: {error}") from None
 
@@ -170,8 +168,9 @@ def _check_questions(study: StudyConfig, rows: TableRows) -> None:
 
 def _locate(study: StudyConfig, row_id: str) -> str:
     """Return file and line of a row of a table in a folder."""
-    ref = TableRef.parse(row_id.rpartition("/")[0])
-    return source_line(find_table(Path(ref.config(study).folder or "."), ref.table), row_id)
+    path = table_in_folder(study, table_of_row(row_id))
+    assert path
+    return source_line(path, row_id)
 
 
 def _check_warmup(study: StudyConfig, rows: TableRows, at: LocateKey) -> None:
@@ -188,13 +187,12 @@ def _check_warmup(study: StudyConfig, rows: TableRows, at: LocateKey) -> None:
 
 def _same_rows(study: StudyConfig, table: str, other: str) -> bool:
     """Return whether two tables have the same bytes, or the same origin and name."""
-    first, second = TableRef.parse(table), TableRef.parse(other)
-    dataset, other_dataset = first.config(study), second.config(study)
-    if dataset.folder and other_dataset.folder:
-        path = find_table(Path(dataset.folder), first.table)
-        other_path = find_table(Path(other_dataset.folder), second.table)
+    path, other_path = table_in_folder(study, table), table_in_folder(study, other)
+    if path and other_path:
         return filecmp.cmp(path, other_path, shallow=False)
-    return not dataset.folder and first.table == second.table and dataset == other_dataset
+    first, second = TableRef.parse(table), TableRef.parse(other)
+    same_origin = first.config(study) == second.config(study)
+    return path is None and first.table == second.table and same_origin
 
 
 def _model_layers(study: StudyConfig, at: LocateKey) -> ModelLayers | None:
@@ -409,14 +407,14 @@ def _check_task_rows(
 ) -> None:
     """Raise InputError if the rows of a task are not where the study says."""
     where, rows_where = at("benchmarks", "tasks", name), at("benchmarks", "dataset")
-    if study.benchmarks.dataset is None:
+    dataset = study.benchmark_dataset
+    if dataset is None:
         if name not in HUB_DATASETS and task.revision is None:
             raise InputError(
                 f"{where}: its rows come from {definition.dataset[0]} on the hub, so it needs a "
                 "`revision`, a commit of that dataset; or name a folder in benchmarks.dataset"
             )
         return
-    dataset = study.datasets[study.benchmarks.dataset]
     if dataset.origin == "hub":
         raise InputError(
             f"{rows_where}: {study.benchmarks.dataset} is a dataset on the hub, which has no rows "
@@ -442,7 +440,7 @@ def _check_task_rows(
             raise InputError(f"{rows_where}: there is no {path}, which {name} needs{use}")
         if path.stat().st_size > LARGE_TABLE_BYTES:
             continue
-        if (count := len(read_rows(path, definition.columns))) < minimum:
+        if (count := len(read_task_rows(path, definition.columns))) < minimum:
             raise InputError(
                 f"{path}: {shots} examples in the prompt need {minimum} rows, but there are "
                 f"{count}; lower benchmarks.tasks.{name}.num_fewshot"

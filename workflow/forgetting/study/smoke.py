@@ -14,12 +14,12 @@ from forgetting.config.evaluation import (
     BenchmarksConfig,
     GeneralTextConfig,
     ProbeConfig,
+    SelectionConfig,
     TaskConfig,
 )
 from forgetting.config.expand import expand_methods
 from forgetting.config.methods import MethodConfig
 from forgetting.config.mitigations import EwcConfig, ReplayConfig
-from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 

@@ -5,27 +5,35 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
-from forgetting.benchmarks.during_training import split_items, training_benchmarks
-from forgetting.config.evaluation import TrainingBenchmarksConfig
+from forgetting.benchmarks.during_training import TrainingBenchmarks, split_items
 from forgetting.config.expand import RunGroupConfig
+from forgetting.config.job_params import FinetuneParams
 from forgetting.data.checks import SourceLocator
 from forgetting.data.tables import prepared_rows, read_prepared, read_training_rows
 from forgetting.digests import sha256
 from forgetting.evaluation.divergence import load_base_predictions
 from forgetting.evaluation.metrics import mean_score
-from forgetting.io import read_table, removal_command, write_json
-from forgetting.models.loading import get_device, load_tokenizer, read_base, resolve_precision
+from forgetting.io import read_table, removal_command, write_json, write_table
+from forgetting.models.loading import (
+    get_device,
+    load_tokenizer,
+    read_base,
+    resolve_precision,
+    silence_libraries,
+)
 from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.distributed import ProcessGroup
 from forgetting.training.run_group import RunContext
+
+P = TypeVar("P", bound=FinetuneParams)
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,20 @@ class TrainingJob:
         config: settings of the runs.
         context: models, data and devices that the runs share.
         inputs: digests of the inputs, by name, which are part of the key of every run.
+        state: folder of runs and checkpoints.
+        log: reports the progress of a run.
     """
 
     config: RunGroupConfig
     context: RunContext
     inputs: dict[str, str]
+    state: Path
+    log: ProgressLogger
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every program that trains."""
+def training_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the command line of every program that trains."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--base", type=Path, required=True, help="record of the base")
     parser.add_argument("--base-items", type=Path, required=True, help="scores of the base")
@@ -64,26 +77,42 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoints", type=Path, required=True, help="output: folders of the runs (JSON)"
     )
+    return parser
+
+
+def run_training_job(
+    options: argparse.Namespace,
+    params_class: type[P],
+    train: Callable[[P, TrainingJob], list[dict[str, Any]]],
+) -> None:
+    """Train the runs of a job, in as many processes as were started, and write their results.
+
+    Args:
+        options: of the command line; see `training_parser`.
+        params_class: of the parameters in their file.
+        train: trains the runs and returns their records.
+    """
+    silence_libraries()
+    process_group = ProcessGroup.init()
+    with process_group.report_once():
+        params = params_class.read(options.params)
+        job = read_training_job(params, options, process_group)
+        records = train(params, job)
+        if process_group.is_main:
+            items, benchmarks = run_group_items(records)
+            write_table(options.items, items)
+            if options.benchmarks:
+                write_table(options.benchmarks, benchmarks)
+            write_json(options.runs, records)
+            write_checkpoint_index(options.checkpoints, records)
+    process_group.destroy()
 
 
 def read_training_job(
-    config: RunGroupConfig,
-    versions: str,
-    benchmarks: TrainingBenchmarksConfig | None,
-    benchmark_rows: Mapping[str, Path],
-    options: argparse.Namespace,
-    process_group: ProcessGroup,
+    params: FinetuneParams, options: argparse.Namespace, process_group: ProcessGroup
 ) -> TrainingJob:
-    """Read all files that the options of a program name.
-
-    Args:
-        config: the runs of a method and seed.
-        versions: versions of the stages that the job runs.
-        benchmarks: benchmarks of every evaluation.
-        benchmark_rows: folder of SPLIT.jsonl by task.
-        options: see `add_training_options`.
-        process_group: the processes that train together.
-    """
+    """Read all files that the options of a program name."""
+    config = params.run_group
     base = read_base(options.base)
     device = get_device()
     precision = resolve_precision(config.precision, device)
@@ -91,7 +120,7 @@ def read_training_job(
     tables = config.method.mitigation.tables if config.method.mitigation else []
     general = dict(zip(tables, options.general, strict=True))
     tokenizer = load_tokenizer(Path(base["path"]))
-    evaluator = training_benchmarks(benchmarks, benchmark_rows, tokenizer)
+    benchmarks = TrainingBenchmarks.of(params.training_benchmarks, params.benchmark_rows, tokenizer)
     context = RunContext(
         base=Path(base["path"]),
         parameters=base["parameters"],
@@ -108,7 +137,7 @@ def read_training_job(
             for table, path in general.items()
         },
         base_predictions=load_base_predictions(options.targets) if options.targets else None,
-        training_benchmarks=evaluator,
+        training_benchmarks=benchmarks,
         process_group=process_group,
         source_line=SourceLocator(options.data, general),
     )
@@ -116,13 +145,13 @@ def read_training_job(
         "base": base["identity"],
         "train": sha256(options.data / "train.jsonl"),
         "precision": str(precision),
-        "versions": versions,
+        "versions": params.versions,
         **{f"probe {name}": sha256(path) for name, path in probe_files.items()},
         **{f"table {name}": sha256(path) for name, path in general.items()},
         **({"text": sha256(options.targets)} if options.targets else {}),
-        **({"benchmarks": evaluator.digest} if evaluator else {}),
+        **({"benchmarks": benchmarks.digest} if benchmarks else {}),
     }
-    return TrainingJob(config, context, inputs)
+    return TrainingJob(config, context, inputs, options.state, ProgressLogger(process_group))
 
 
 def run_group_items(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:

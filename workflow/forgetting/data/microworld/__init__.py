@@ -24,7 +24,6 @@ from forgetting.data.microworld.documents import (
 )
 from forgetting.data.microworld.entities import (
     Fact,
-    Row,
     World,
     WorldSizes,
     probe_rows,
@@ -33,6 +32,7 @@ from forgetting.data.microworld.entities import (
 from forgetting.data.microworld.facts import author_facts, world_facts
 from forgetting.data.microworld.fictional_authors import new_authors
 from forgetting.data.microworld.multiple_choice_rows import scenes, science_items, science_rows
+from forgetting.data.table_files import Row
 
 
 def build_world(seed: int, sizes: WorldSizes | None = None) -> World:

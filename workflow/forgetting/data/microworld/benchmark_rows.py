@@ -11,7 +11,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from forgetting.data.microworld.entities import Row, parse_table, parse_words
+from forgetting.data.microworld.entities import parse_table, parse_words
+from forgetting.data.table_files import Row
 
 NAMES = parse_words(
     "Anna Ben Clara David Ella Frank Grace Hugo Ida Jack Kate Liam Mia Nora Paul Rosa"

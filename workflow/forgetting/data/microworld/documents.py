@@ -10,9 +10,10 @@ from itertools import product
 from random import Random
 
 from forgetting.data.microworld.benchmark_rows import pronoun_text
-from forgetting.data.microworld.entities import Fact, Row, parse_phrases, question_and_answer
+from forgetting.data.microworld.entities import Fact, parse_phrases, question_and_answer
 from forgetting.data.microworld.facts import real_names
 from forgetting.data.microworld.multiple_choice_rows import scene_text
+from forgetting.data.table_files import Row
 
 # lm-eval's GSM8K prompt has five solved problems before the question.
 PROBLEMS_PER_DOCUMENT = 6

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Row = dict[str, Any]
+from forgetting.data.table_files import Row
 
 QUESTION = "Question: {question}\n"
 ANSWER = "Answer: {answer}"

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from forgetting.data.microworld.entities import Row, parse_phrases, parse_words
+from forgetting.data.microworld.entities import parse_phrases, parse_words
 from forgetting.data.microworld.facts import artwork_titles, countries, real_names, real_titles
+from forgetting.data.table_files import Row
 
 _FIRST_NAMES = parse_words("""
 Charlotte Victor Emily Oscar Agatha Albert Virginia Leo Louisa Anton Selma Bram Astrid Henrik

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from forgetting.data.microworld.entities import Row, parse_table
+from forgetting.data.microworld.entities import parse_table
+from forgetting.data.table_files import Row
 
 # activity, beginning of the scene, objects, endings
 _ACTIVITIES = [

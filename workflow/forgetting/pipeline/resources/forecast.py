@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from forgetting.config.expand import method_of
 from forgetting.config.study import StudyConfig
 from forgetting.data.table_sizes import train_bytes
 from forgetting.errors import InputError
 from forgetting.io import read_json, removal_command
-from forgetting.pipeline.planned_jobs import PlannedJob
 from forgetting.pipeline.resources.hardware import GPUS, Site
 from forgetting.pipeline.resources.job_costs import (
     ON_DEVICES,
@@ -33,6 +33,7 @@ from forgetting.pipeline.resources.job_costs import (
 from forgetting.pipeline.resources.memory import finished_bytes
 from forgetting.pipeline.resources.runtime import run_group_seconds
 from forgetting.pipeline.resources.workload import ProcessCount
+from forgetting.pipeline.status import PlannedJob
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def forecast_against_measured(
             costs, [record for record in records if record["device"] == device]
         )
         for name, tuning in costs.tunings.items():
-            runs = [each for each in own if each.run.split("/", 1)[0] == name]
+            runs = [each for each in own if method_of(each.run) == name]
             if runs:
                 rows.append(_summed(tuning.label, device, runs))
     return rows

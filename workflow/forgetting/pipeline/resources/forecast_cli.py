@@ -16,7 +16,6 @@ from pathlib import Path
 from forgetting.data.table_sizes import table_size
 from forgetting.errors import reports_input_errors
 from forgetting.io import write_json
-from forgetting.pipeline.planned_jobs import SNAKEFILE, PlannedJob, planned_jobs
 from forgetting.pipeline.resources.forecast import (
     Forecast,
     MeasuredRun,
@@ -28,9 +27,14 @@ from forgetting.pipeline.resources.forecast import (
 from forgetting.pipeline.resources.hardware import read_site
 from forgetting.pipeline.resources.job_costs import ON_DEVICES, SUBMITTED, TRAINING, JobCosts
 from forgetting.pipeline.resources.requests import capacity_warnings
+from forgetting.pipeline.status import (
+    SNAKEFILE,
+    PlannedJob,
+    format_table,
+    planned_jobs,
+    remaining_jobs,
+)
 from forgetting.study.load import load_study
-
-ROOT = SNAKEFILE.parent
 
 
 def format_forecast(found: Forecast, name: str) -> str:
@@ -99,18 +103,6 @@ def _table_rows(found: Forecast) -> list[list[str]]:
             ]
         )
     return lines
-
-
-def format_table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
 
 
 def _notes(found: Forecast) -> list[str]:
@@ -187,10 +179,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the numbers too (JSON)")
     options = parser.parse_args(argv)
     config = dict(pair.partition("=")[::2] for pair in options.config)
-    name, study = load_study(config, ROOT / "config" / "studies")
-    site = read_site(ROOT / "profiles" / "slurm" / "partitions.yaml")
+    name, study = load_study(config, SNAKEFILE.parent / "config" / "studies")
+    site = read_site(SNAKEFILE.parent / "profiles" / "slurm" / "partitions.yaml")
     costs = JobCosts(study, with_machines(site, options.device, options.gpus))
-    found = forecast_study(costs, planned_jobs(config, not options.left), Path("results", name))
+    jobs = remaining_jobs(planned_jobs(config, everything=not options.left))
+    found = forecast_study(costs, jobs, Path("results", name))
     print(format_forecast(found, name))
     if found.compared:
         print("", *_measured_lines(found.compared), sep="\n")

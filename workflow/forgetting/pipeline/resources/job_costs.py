@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from forgetting.config.expand import Method, duration_name, expand_methods
+from forgetting.config.data import TableRef
+from forgetting.config.expand import Method, duration_name, expand_methods, method_of
 from forgetting.config.study import StudyConfig
 from forgetting.data.table_sizes import document_tokens, train_bytes
 from forgetting.pipeline.resources.hardware import DOWNLOAD, STORAGE, Site
@@ -114,7 +115,7 @@ class JobCosts:
         """What a job of a rule costs; those of other seeds cost the same."""
         method, duration = wildcards.get("method", ""), wildcards.get("duration", "")
         if model := wildcards.get("model", ""):
-            method = model.split("/", 1)[0]
+            method = method_of(model)
         if rule.startswith("download"):
             return self._download(rule, wildcards)
         return self.of_job(rule, method, duration)
@@ -290,9 +291,9 @@ class JobCosts:
         name = wildcards.get("task", f"{wildcards.get('owner')}/{wildcards.get('repository')}")
         if rule == "download_table":
             tables = {
-                f"{origin.hub}/{table.split('/', 1)[1]}": table
+                f"{ref.config(self.study).hub}/{ref.table}": table
                 for _, table in self.study.tables()
-                if (origin := self.study.datasets[table.split("/", 1)[0]]).hub
+                if (ref := TableRef.parse(table)).origin(self.study) == "hub"
             }
             name = tables.get(f"{name}/{wildcards.get('table')}", "")
         size = self.downloads.get(name, 0.0)

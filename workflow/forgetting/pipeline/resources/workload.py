@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from forgetting.benchmarks.registry import benchmark, task_with_same_dataset
+from forgetting.config.data import TableRef
 from forgetting.config.expand import Method
 from forgetting.config.study import StudyConfig
 from forgetting.data.hub_datasets import BENCHMARK_SIZES
@@ -88,10 +89,12 @@ def task_workloads(study: StudyConfig, vocabulary: int) -> dict[str, TaskWorkloa
     """Every benchmark of a study; prompts that should be refused are one of them."""
     per_token = bytes_per_token(vocabulary)
     found: dict[str, TaskWorkload] = {}
-    own = study.benchmarks.dataset and study.datasets[study.benchmarks.dataset]
+    dataset = study.benchmark_dataset
     for name, task in study.benchmarks.tasks.items():
         items, known = task_size(name), benchmark(name)
-        if own and own.generate:  # the micro-world has some 80 items of each, a third as long
+        if (
+            dataset and dataset.origin == "generated"
+        ):  # the micro-world has some 80 items of each, a third as long
             items = TaskSize(
                 80, items.prompt / 3, items.example / 3, items.choices, items.choice / 3, 0.0
             )
@@ -129,10 +132,9 @@ def downloaded_bytes(study: StudyConfig, weights: int) -> dict[str, float]:
     if study.base.model and study.base.revision:
         found[study.base.model] = 2.0 * weights
     for table in dict.fromkeys(table for _, table in study.tables()):
-        origin = study.datasets[table.split("/", 1)[0]]
-        if origin.hub and not origin.folder:
+        if TableRef.parse(table).origin(study) == "hub":
             found[table] = table_size(study, table).download
-    if study.benchmarks.dataset is None:
+    if study.benchmark_dataset is None:
         found |= {name: task_size(name).download for name in study.benchmarks.tasks}
     return found
 
