@@ -211,9 +211,7 @@ def _differences(found: Any, expected: Any, path: str = "") -> dict[str, tuple[A
     return {
         name: values
         for key in found.keys() | expected.keys()
-        for name, values in _differences(
-            found.get(key), expected.get(key), f"{path}/{key}"
-        ).items()
+        for name, values in _differences(found.get(key), expected.get(key), f"{path}/{key}").items()
     }
 
 
