@@ -196,14 +196,35 @@ def _files(folder: Path) -> list[str]:
 
 
 def _records(program: Program) -> list[dict[str, Any]]:
+    """Return the records of the runs without what is measured, and without the commit.
+
+    The commit may change while the test runs, since a developer may edit a tracked file.
+    """
     records = json.loads((program.folder / "runs.json").read_text())
+    for record in records:
+        assert record["machine"].pop("code_revision")
     return [{key: value for key, value in r.items() if key not in MEASURED} for r in records]
+
+
+def _differences(found: Any, expected: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the values that differ, by their path in nested dictionaries and lists."""
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if not isinstance(found, dict) or not isinstance(expected, dict):
+        return {} if found == expected else {path: (found, expected)}
+    return {
+        name: values
+        for key in found.keys() | expected.keys()
+        for name, values in _differences(found.get(key), expected.get(key), f"{path}/{key}").items()
+    }
 
 
 def _assert_same_end(program: Program, reference: Program) -> None:
     """Assert that losses, items and weights are bit-identical and no other file is left."""
-    assert _records(program) == _records(reference)
-    assert {record["status"] for record in _records(program)} == {"ok"}
+    records = _records(program)
+    differences = _differences(records, _records(reference))
+    assert not differences, f"{differences}\n{program.log.read_text()}"
+    assert {record["status"] for record in records} == {"ok"}
     for name in ("items", *(["benchmarks"] if reference.benchmarks else [])):
         tables = [pd.read_parquet(p.folder / f"{name}.parquet") for p in (program, reference)]
         assert len(tables[0])

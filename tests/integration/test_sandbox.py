@@ -280,6 +280,42 @@ def test_objects_of_a_program_cannot_fake_differences(sandbox: Sandbox, tests: s
         assert sandbox.run_program(plain, tests).passed
 
 
+COMPUTED = """
+class Any:
+    __sub__ = __rsub__ = __add__ = __xor__ = __abs__ = __neg__ = lambda self, *other: Any()
+    __int__ = __index__ = __len__ = __hash__ = lambda self: 0
+    __float__ = lambda self: 0.0
+    __bool__ = lambda self: False
+    __getitem__ = lambda self, key: 0
+    __iter__ = lambda self: iter(())
+def f(x): return Any()
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "test",
+    [
+        "math.fabs(f(1) - 3) < 1e-6",
+        "math.isclose(3 - f(1), 0.0)",
+        "math.fabs(abs(f(1) - 3)) < 1e-6",
+        "float(-(f(1) - 3) + f(1)) == 0",
+        "int(f(1) - 3) == 0",
+        "[0, 1][f(1) - 3] == 0",
+        "not f(1) - 3",
+        "len(f(1) ^ {1, 2}) == 0",
+        "not list(f(1) ^ {1, 2})",
+        "(f(1) - 3)[0] == 0",
+        "hash(f(1) - 3) == 0",
+    ],
+)
+def test_computed_objects_of_a_program_are_not_converted(sandbox: Sandbox, test: str) -> None:
+    """The program has seen the expected value, and could choose 0 for every difference."""
+    outcome = sandbox.run_program(COMPUTED, f"import math\nassert {test}")
+    assert outcome.status == "failed"
+    assert "that the program computed from a value" in outcome.detail
+
+
 @needs_sandbox
 def test_program_cannot_exploit_objects_of_its_tests(sandbox: Sandbox) -> None:
     """A function of the tests can be called, and that is all; nor can it replace a module."""
@@ -335,6 +371,13 @@ HONEST = {
         "def f(pairs): return max(p.b for p in pairs)",
         "p = Pair(1, b=5)\np.b = 7\nassert f([p, Pair(2, 6)]) == 7 and p.a == 1 and len(p) == 2\n"
         "assert p == Pair(1, 0) and p + p == Pair(2, 0) and isinstance(p, Pair)",
+    ),
+    "arithmetic with objects of a class": (
+        "class V:\n def __init__(self, x): self.x = x\n"
+        " def __mul__(self, n): return V(self.x * n)\n __rmul__ = __mul__\n"
+        " def __sub__(self, v): return self.x - v.x\n def __str__(self): return f'V({self.x})'",
+        "a = 3 * V(2) * 2\nassert a.x == 12 and str(a) == 'V(12)'\nassert V(5) - V(3) == 2\n"
+        "assert float(V(5) - V(3)) == 2.0",
     ),
     "a class of the tests": (
         "def f(node):\n node.next.value += 1\n return node.value + node.next.value",

@@ -293,6 +293,15 @@ def test_read_model_layers_supports_model_types(model: Path, kind: str) -> None:
         read_model_layers(model)
 
 
+def test_read_model_layers_refuses_blocks_that_config_json_leaves_out(model: Path) -> None:
+    """transformers would train the first blocks only."""
+    read_model_layers(model)
+    blocks = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    _config(num_hidden_layers=blocks - 1)(model)
+    with pytest.raises(InputError, match=f"is {blocks - 1}, and there are weights of {blocks} "):
+        read_model_layers(model)
+
+
 BROKEN = {
     "nothing in it": ("tokenizer.json", b"{}"),
     "a list": ("tokenizer.json", b"[]"),
@@ -363,6 +372,40 @@ def test_load_base_refuses_incomplete_weights(model: Path, broken: str) -> None:
         del weights[name]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=f"lack the weight `{name}`"):
+        load_base(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "unused", "refused"),
+    [
+        ("qwen3", "model.layers.2.self_attn.q_proj.weight", True),
+        ("qwen3", "model.layers.0.self_attn.q_proj.bias", True),
+        ("qwen3", "model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("qwen3", "visual.blocks.0.attn.qkv.weight", False),
+        ("gpt2", "h.2.attn.c_attn.weight", True),
+        ("gpt2", "h.0.attn.bias", False),
+        ("gpt2", "score.weight", False),
+    ],
+)
+def test_load_base_refuses_weights_that_the_model_lacks(
+    model: Path, kind: str, unused: str, refused: bool
+) -> None:
+    """transformers would leave out a block or a bias; constants and parts for images are free."""
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2} if kind == "gpt2" else {"hidden_size": 32}
+    if kind != "gpt2":
+        shape |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape |= {"num_key_value_heads": 1, "head_dim": 16}
+    config = AutoConfig.for_model(kind, vocab_size=500, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    weights = load_file(model / "model.safetensors")
+    if unused.startswith("h."):  # The files of GPT-2 on the hub omit the prefix of the model.
+        weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    weights[unused] = torch.ones(32)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    if refused:
+        with pytest.raises(InputError, match=f"have the weight `{unused}`, for which the model"):
+            load_base(model, torch.device("cpu"))
+    else:
         load_base(model, torch.device("cpu"))
 
 

@@ -238,11 +238,11 @@ def check_agreement(
 
 
 def _check_blocks(path: Path, config: Mapping[str, Any], shapes: Mapping[str, LayerShape]) -> None:
-    """Refuse weights of fewer blocks than config.json has; transformers ignores additional ones."""
+    """Refuse weights of more or fewer blocks than config.json has."""
     expected = config.get("num_hidden_layers")
     numbers = [re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in shapes]
     blocks = len({int(number[1]) for number in numbers if number})
-    if _is_count(expected) and blocks < expected:
+    if _is_count(expected) and blocks != expected:
         raise InputError(
             f"{path}: num_hidden_layers is {expected}, and there are weights of {blocks} blocks; "
             "copy config.json and all safetensors from the same model"

@@ -6,8 +6,9 @@ The record of the base lists a digest for every file of the model; `read_base` v
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -153,7 +154,8 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
     """Return a causal language model in Hugging Face format, in float32 and evaluation mode.
 
     Only safetensors are read, and no code of the model's author is run. A weight that is missing
-    from the files or has another shape is refused: transformers would initialize it at random.
+    from the files or has another shape is refused: transformers would initialize it at random. So
+    is a weight of a block that the model has no place for: transformers would ignore it.
 
     Args:
         folder: holds the model.
@@ -181,6 +183,12 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
             "shape than config.json asks for; take a complete model, with the config.json that "
             "belongs to it"
         )
+    if unused := _unused_block_weights(model, info["unexpected_keys"]):
+        raise InputError(
+            f"{folder}: its safetensors have the weight `{unused[0]}`, for which the model of "
+            "config.json has no place, so that another model would be loaded; take the config.json "
+            "that belongs to the weights"
+        )
     count = sum(parameter.numel() for parameter in model.parameters())
     if parameters is not None and count != parameters:
         raise InputError(
@@ -191,6 +199,24 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
     stops = declared_stops(folder)
     loaded.generation_config.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)
     return loaded
+
+
+BUFFER = re.compile(r"(inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+"""Constants of the attention, which old files hold and models compute."""
+
+
+def _unused_block_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Return the weights of transformer blocks that the files hold and the model lacks.
+
+    Other additional weights, such as a pooler or a vision tower, change no text.
+    """
+    numbered = (re.match(r"(.*?\.)\d+\.", name) for name, _ in model.named_parameters())
+    stacks = {match[1] for match in numbered if match}
+    # Files of a model without a head omit the prefix of the model.
+    stacks |= {stack.removeprefix(f"{model.base_model_prefix}.") for stack in stacks}
+    return sorted(
+        key for key in unexpected if key.startswith(tuple(stacks)) and not BUFFER.search(key)
+    )
 
 
 CAUSALITY_CHECK_TOKENS = 16

@@ -95,14 +95,16 @@ class Remote:
     """An object of the other process, where all operations on it are executed.
 
     It equals no object of this process, because the other process must not decide whether a result
-    is right.
+    is right. For the same reason an object that was computed from a value of this process, such as
+    a difference, is not converted to a number.
     """
 
-    __slots__ = ("_number", "_peer")
+    __slots__ = ("_is_computed", "_number", "_peer")
 
-    def __init__(self, peer: Peer, number: int) -> None:
+    def __init__(self, peer: Peer, number: int, is_computed: bool = False) -> None:
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_is_computed", is_computed)
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """Call the object with these arguments."""
@@ -121,26 +123,37 @@ class Remote:
 
 
 _COMPUTATIONS = {*_ARITHMETIC.split(), "abs", "invert", "neg", "pos"}
+_CONVERSIONS = {"bool", "float", "getitem", "hash", "index", "int", "iter", "len", "reversed"}
 
 
-def _computed(name: str, result: Any, *others: Any) -> Any:
+def _computed(name: str, result: Any, operand: Remote, *others: Any) -> Any:
     """Return a result of arithmetic, or raise `TypeError` if the program could choose it.
 
     The program computes the result. A plain number for an object of its own could be 0 for every
     difference. Then `abs(f(x) - y) < 1e-6` would hold for any f.
     """
-    own = bool(others) and all(isinstance(other, Remote) for other in others)
-    if name in _COMPUTATIONS and not isinstance(result, Remote) and not own:
-        raise TypeError(f"{name} of an object of the program gives a plain value")
+    foreign = any(not isinstance(other, Remote) or other._is_computed for other in others)
+    is_computed = operand._is_computed or foreign
+    if name in _COMPUTATIONS:
+        if isinstance(result, Remote):
+            return Remote(result._peer, result._number, is_computed)
+        if is_computed or not others:
+            raise TypeError(f"{name} of an object of the program gives a plain value")
     return result
 
 
 def _relayed(name: str) -> Callable[..., Any]:
-    return lambda self, *args: _computed(name, self._peer.call(name, self, *args), *args)
+    def call(self: Remote, *args: Any) -> Any:
+        if self._is_computed and name in _CONVERSIONS:
+            # Otherwise math.fabs(f(x) - y) could be 0 for any f.
+            raise TypeError(f"{name} of an object that the program computed from a value")
+        return _computed(name, self._peer.call(name, self, *args), self, *args)
+
+    return call
 
 
 def _reflected(name: str) -> Callable[..., Any]:
-    return lambda self, other: _computed(name, self._peer.call(name, other, self), other)
+    return lambda self, other: _computed(name, self._peer.call(name, other, self), self, other)
 
 
 def _compared(name: str) -> Callable[..., Any]:
