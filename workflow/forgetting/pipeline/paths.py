@@ -22,7 +22,7 @@ from forgetting.benchmarks.registry import (
     task_with_same_dataset,
 )
 from forgetting.config.base_model import is_local
-from forgetting.config.data import MICROWORLD_TABLES
+from forgetting.config.data import MICROWORLD_TABLES, MICROWORLD_TASKS
 from forgetting.config.expand import (
     duration_name,
     expand_methods,
@@ -149,8 +149,8 @@ class Paths:
         """Generated rows of the benchmarks of a dataset."""
         return [
             f"{self.results}/world/{{dataset}}/benchmarks/{task}/{split}.jsonl"
-            for task, rows in HUB_DATASETS.items()
-            for split in rows.splits
+            for task in MICROWORLD_TASKS
+            for split in HUB_DATASETS[task].splits
         ]
 
     def data(self, file: str) -> str:
@@ -350,7 +350,7 @@ class Paths:
         if origin.folder:
             return str(Path(origin.folder, task))
         world = f"{self.results}/world/{self.study.benchmarks.dataset}"
-        return f"{world}/benchmarks/{task_with_same_dataset(task)}"
+        return f"{world}/benchmarks/{task_with_same_dataset(task, MICROWORLD_TASKS)}"
 
     def task_folders(self, tasks: Iterable[str]) -> dict[str, str]:
         """Return those folders by task."""
@@ -365,7 +365,7 @@ class Paths:
         return [
             f"{self.task_folder(task)}/{split}.jsonl"
             for task in tasks
-            for split in HUB_DATASETS[str(task_with_same_dataset(task))].splits
+            for split in HUB_DATASETS[str(task_with_same_dataset(task, MICROWORLD_TASKS))].splits
         ]
 
     def users_task_files(self, tasks: Iterable[str]) -> dict[str, Path]:
