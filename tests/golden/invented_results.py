@@ -18,7 +18,7 @@ from forgetting.config.expand import expand_methods, run_name
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.selection import SelectionConfig
 from forgetting.config.study import StudyConfig
-from forgetting.evaluation.metrics import PROBE_SCORES, TEXT_SCORES
+from forgetting.evaluation.metrics import PROBE_METRICS, TEXT_SCORES
 from forgetting.io import write_json, write_table
 from forgetting.report import summary
 from forgetting.report.charts import FIGURES
@@ -141,7 +141,7 @@ def _items(drawn: random.Random, level: float) -> pd.DataFrame:
     for probe in ("new", "old"):
         for number in range(8):
             row: dict[str, Any] = {"probe": probe, "item": f"{probe}/{number}"}
-            row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_SCORES}
+            row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_METRICS}
             row |= {
                 "generated": f"It is {drawn.randint(0, 2)}.",
                 "reference_tokens": 4,
