@@ -147,10 +147,10 @@ def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataF
         "benchmark_responses": responses,
     }
     if trajectories is not None:
-        tables["benchmark_course"] = benchmark_trajectory_table(
+        tables["benchmark_trajectory"] = benchmark_trajectory_table(
             trajectories, benchmarks, found.records
         )
-        tables["benchmark_course_items"] = trajectories
+        tables["benchmark_trajectory_items"] = trajectories
     if study.selection.wise_ft:
         tables["wise_ft"] = pd.concat(found.wise_ft)
     notes = [
