@@ -93,9 +93,9 @@ def _trajectory(generator: random.Random, speed: float) -> Any:
     return recorded_evaluations(points, 0.1)
 
 
-def tables(folder: Path) -> dict[str, Any]:
-    """Aggregate invented results of two methods and two seeds on probes, text and a benchmark."""
-    drawn, study = random.Random(1), make_study()
+def job_results(study: StudyConfig, folder: Path) -> JobResults:
+    """Return invented results of a study's runs on probes, text and a benchmark."""
+    drawn = random.Random(1)
     base = _items(drawn, 0.6)
     items, records, selection = [], [], []
     for method in expand_methods(study):
@@ -112,7 +112,7 @@ def tables(folder: Path) -> dict[str, Any]:
                 | {"epoch": 2.0, "value": 0.4, "status": "selected", "reason": "made"}
             )
     models = [_scored(folder / run, run, drawn) for run in ("base", records[0]["run"])]
-    found = JobResults(
+    return JobResults(
         base={"parameters": 1000, "seconds": 1.0},
         data_notes=[],
         records=records,
@@ -125,7 +125,12 @@ def tables(folder: Path) -> dict[str, Any]:
         training_benchmarks=[],
         wise_ft=[],
     )
-    made, notes = tables_of(study, found)
+
+
+def tables(folder: Path) -> dict[str, Any]:
+    """Aggregate invented results of two methods and two seeds."""
+    study = make_study()
+    made, notes = tables_of(study, job_results(study, folder))
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
     # The last evaluations are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
