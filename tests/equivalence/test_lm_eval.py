@@ -27,11 +27,12 @@ from forgetting.benchmarks.programs import (
     read_programs,
     read_rates,
 )
-from forgetting.benchmarks.registry import BENCHMARKS
+from forgetting.benchmarks.registry import benchmark
 from forgetting.benchmarks.sandbox import Outcome, search_sandbox
 from forgetting.benchmarks.scores import BenchmarkResult, program_items, score_programs
 from forgetting.benchmarks.task_definitions import read_task_definition
 from forgetting.benchmarks.tasks import TaskSpec, load_task, without_code_eval
+from forgetting.data.hub_datasets import HUB_DATASETS
 from forgetting.errors import InputError
 from support.models import byte_tokenizer, random_llama, write_rows
 
@@ -158,7 +159,7 @@ def _serve(monkeypatch: pytest.MonkeyPatch, rows: dict[str, dict[str, Rows]]) ->
     """Serve these rows from a stub of the hub, under the names of the real datasets."""
     import datasets
 
-    names = {read_task_definition(task).dataset: task for task in BENCHMARKS}
+    names = {read_task_definition(task).dataset: task for task in HUB_DATASETS}
 
     def load(path: str, name: str | None = None, **_: Any) -> Any:
         splits = rows[names[path, name]]
@@ -181,7 +182,7 @@ def _untouched(name: str) -> Any:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    path = Path(lm_eval.__file__).parent / "tasks" / BENCHMARKS[name].definition
+    path = Path(lm_eval.__file__).parent / "tasks" / benchmark(name).definition
     with without_code_eval(name == "humaneval"):
         return ConfigurableTask(config=load_yaml(path))
 
@@ -200,7 +201,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("name", list(BENCHMARKS))
+@pytest.mark.parametrize("name", list(HUB_DATASETS))
 @pytest.mark.parametrize("shots", [None, 0, 2])
 def test_prompts_are_those_of_the_hub_definition(
     name: str, shots: int | None, rows_dir: Path, hub: None
@@ -278,7 +279,7 @@ def test_scores_equal_simple_evaluate(
     )
     _assert_same(ours, theirs, scored)
     main = ours.scores[ours.scores.main].set_index("task").metric.to_dict()
-    assert main == {name: BENCHMARKS[name].main_metric for name in scored}
+    assert main == {name: benchmark(name).main_metric for name in scored}
 
 
 def test_programs_equal_predict_only(model: Any, tokenizer: Any, rows_dir: Path, hub: None) -> None:
@@ -370,13 +371,13 @@ def test_task_with_missing_folder_is_refused(model: Any, tokenizer: Any, tmp_pat
         run_benchmarks(model, tokenizer, [TaskSpec("gsm8k")], tmp_path)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", HUB_DATASETS)
 def test_registry_equals_what_the_task_reads(name: str, rows_dir: Path) -> None:
     """Examples in the prompt and the longest answer are those of the definition."""
     from lm_eval.models.huggingface import HFLM
 
     task = load_task(name, rows_dir / name)
-    known = BENCHMARKS[name]
+    known = benchmark(name)
     assert task.config.num_fewshot == known.num_fewshot
     assert (task.OUTPUT_TYPE == "generate_until") == (known.max_gen_toks is not None)
     if known.max_gen_toks:

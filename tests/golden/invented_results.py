@@ -17,7 +17,7 @@ from forgetting.config.evaluation import TEXT_PROBE, SelectionConfig
 from forgetting.config.expand import expand_methods, run_name
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.study import StudyConfig
-from forgetting.evaluation.metrics import PROBE_SCORES, TEXT_SCORES
+from forgetting.evaluation.metrics import PROBE_METRICS, TEXT_SCORES
 from forgetting.io import read_table, write_json, write_table
 from forgetting.report import summary
 from forgetting.report.charts import FIGURES
@@ -92,8 +92,8 @@ def _trajectory(generator: random.Random, speed: float) -> Any:
     return recorded_evaluations(points, 0.1)
 
 
-def make_job_results(folder: Path, study: StudyConfig) -> JobResults:
-    """Return invented results of two methods and two seeds on probes, text and a benchmark."""
+def job_results(study: StudyConfig, folder: Path) -> JobResults:
+    """Return invented results of a study's runs on probes, text and a benchmark."""
     drawn = random.Random(1)
     base = _items(drawn, 0.6)
     items, records, selection = [], [], []
@@ -129,9 +129,9 @@ def make_job_results(folder: Path, study: StudyConfig) -> JobResults:
 
 
 def tables(folder: Path) -> dict[str, Any]:
-    """Aggregate the invented results."""
+    """Aggregate invented results of two methods and two seeds."""
     study = make_study()
-    made, notes = tables_of(study, make_job_results(folder, study))
+    made, notes = tables_of(study, job_results(study, folder))
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
     # The last evaluations are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
@@ -147,7 +147,7 @@ def _items(drawn: random.Random, level: float) -> pd.DataFrame:
     for probe in ("new", "old"):
         for number in range(8):
             row: dict[str, Any] = {"probe": probe, "item": f"{probe}/{number}"}
-            row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_SCORES}
+            row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_METRICS}
             row |= {
                 "generated": f"It is {drawn.randint(0, 2)}.",
                 "reference_tokens": 4,

@@ -50,6 +50,46 @@ except ValueError as error:
 else:
     raise AssertionError("dora has no linear update")
 """
+USE_METRIC = """\
+from forgetting.config.data import PromptConfig
+from forgetting.config.evaluation import EvaluationConfig
+from forgetting.evaluation.probes import evaluate_probes
+from forgetting.results.trajectories import aggregate_items
+from support.models import byte_tokenizer, random_llama
+
+row = {"id": "p/0", "question": "Who?", "answer": "x", "paraphrased_answer": None,
+       "wrong_answers": []}
+tokenizer = byte_tokenizer()
+tokenizer.pad_token = tokenizer.eos_token
+config = EvaluationConfig(max_new_tokens=4)
+prompt = PromptConfig()
+items = evaluate_probes(random_llama(context=128), tokenizer, {"p": [row]}, prompt, config)
+assert items["exact_match"].tolist() == [0.0]
+row["answer"] = items["generated"][0]
+items = evaluate_probes(random_llama(context=128), tokenizer, {"p": [row]}, prompt, config)
+assert items["exact_match"].tolist() == [1.0]
+means = aggregate_items(items, {"p": "new"}).set_index("metric")
+assert means.loc["exact_match", "value"] == 1.0 and means.loc["exact_match", "high"] == 1.0
+"""
+USE_BENCHMARK = """\
+import sys
+from pathlib import Path
+
+from forgetting.benchmarks.evaluate import run_benchmarks
+from forgetting.benchmarks.tasks import TaskSpec
+from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.pipeline.resources.workload import task_size
+from support.models import byte_tokenizer, random_llama, write_rows
+
+wrong = {f"distractor{n}": text for n, text in enumerate(["red", "cold", "loud"], start=1)}
+rows = [{"question": f"Is {n} even?", "support": "", "correct_answer": "even"} | wrong
+        for n in range(3)]
+folder = write_rows(Path(sys.argv[1]), {"sciq": {"test": rows}})
+result = run_benchmarks(random_llama(context=256), byte_tokenizer(), [TaskSpec("sciq")], folder)
+(score,) = result.scores[result.scores["main"]].to_dict("records")
+assert (score["metric"], score["chance"], score["n"]) == ("acc_norm,none", 0.25, 3)
+assert task_size("sciq").count == 1000 and HUB_DATASETS["sciq"].splits == ("train", "test")
+"""
 
 
 @pytest.fixture
@@ -60,10 +100,10 @@ def library(tmp_path: Path) -> Path:
     return tmp_path / "forgetting"
 
 
-def _blocks(guide: str) -> list[str]:
-    """Return the Python code of a guide, block by block."""
+def _blocks(guide: str, language: str = "python") -> list[str]:
+    """Return the code of a guide, block by block."""
     text = (ROOT / "docs" / "how-to" / guide).read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def _insert(path: Path, before: str, code: str) -> None:
@@ -73,11 +113,15 @@ def _insert(path: Path, before: str, code: str) -> None:
     path.write_text(text.replace(before, f"{code}{before}"), encoding="utf-8")
 
 
-def _use(library: Path, code: str) -> None:
+def _use(library: Path, code: str, *arguments: str) -> None:
     """Run code with the extended library."""
-    environment = os.environ | {"PYTHONPATH": str(library.parent)}
+    path = os.pathsep.join([str(library.parent), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -96,6 +140,19 @@ def test_mitigation_is_added_in_two_files(library: Path) -> None:
     penalties = library / "training" / "mitigations.py"
     penalties.write_text(penalties.read_text(encoding="utf-8") + f"\n\n{builder}", encoding="utf-8")
     _use(library, USE_MITIGATION)
+
+
+def test_metric_is_added_by_one_entry(library: Path) -> None:
+    (entry,) = _blocks("add-a-metric.md")
+    _insert(library / "evaluation" / "metrics.py", '    "generated_tokens": ProbeMetric(', entry)
+    _use(library, USE_METRIC)
+
+
+def test_benchmark_is_added_by_one_entry(library: Path, tmp_path: Path) -> None:
+    _, entry = _blocks("add-a-benchmark.md", "yaml")
+    _insert(library / "data" / "hub_datasets.yaml", "\ntables:\n", entry)
+    (tmp_path / "rows").mkdir()
+    _use(library, USE_BENCHMARK, str(tmp_path / "rows"))
 
 
 @pytest.mark.parametrize("guide", sorted((ROOT / "docs" / "how-to").glob("*.md")), ids=str)

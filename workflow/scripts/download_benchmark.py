@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from forgetting.benchmarks.registry import benchmark, required_splits
-from forgetting.data.hub_datasets import HUB_DATASETS, HubDataset, fetch_rows
+from forgetting.data.hub import fetch_rows
+from forgetting.data.hub_datasets import HUB_DATASETS, HubDataset
 from forgetting.errors import reports_input_errors
 from forgetting.io import write_jsonl
 

@@ -11,13 +11,13 @@ import pytest
 
 from forgetting.benchmarks.evaluate import run_benchmarks
 from forgetting.benchmarks.registry import (
-    BENCHMARKS,
     main_metric,
     required_splits,
     task_with_same_dataset,
 )
 from forgetting.benchmarks.task_definitions import AGGREGATIONS, read_task_definition
 from forgetting.benchmarks.tasks import TaskSpec, load_task
+from forgetting.data.hub_datasets import BUILT_IN_BENCHMARKS, HUB_DATASETS
 from forgetting.errors import InputError
 from support.models import byte_tokenizer, random_llama, write_rows
 
@@ -127,7 +127,7 @@ def test_main_metric_is_chosen_by_the_study() -> None:
     assert main_metric("gsm8k_cot", "exact_match,flexible-extract").endswith("flexible-extract")
     with pytest.raises(InputError, match="sciq has no metric f1, but acc,none, acc_norm,none"):
         main_metric("sciq", "f1")
-    for name, known in BENCHMARKS.items():
+    for name, known in BUILT_IN_BENCHMARKS.items():
         assert main_metric(name, known.main_metric) == known.main_metric
 
 
@@ -146,18 +146,16 @@ def test_aggregations_equal_those_of_the_harness() -> None:
     assert not read_task_definition("wikitext").is_mean("word_perplexity,none")
 
 
-@pytest.mark.parametrize("name", list(BENCHMARKS))
+@pytest.mark.parametrize("name", list(HUB_DATASETS))
 def test_built_in_benchmarks_equal_their_definitions(name: str) -> None:
-    known, read = BENCHMARKS[name], read_task_definition(name)
-    assert str(read.path).endswith(known.definition)
-    assert read.dataset[0] == known.dataset[0]
-    assert read.dataset[1] in (None, known.dataset[1])
-    assert (read.split, read.num_fewshot, read.max_gen_toks) == (
-        known.split,
-        known.num_fewshot,
-        known.max_gen_toks,
-    )
-    assert read.generates_code == known.generates_code and known.main_metric in read.metrics
+    """The file defines the task; dataset, splits, columns and main metric are those of the task."""
+    known, rows, read = BUILT_IN_BENCHMARKS[name], HUB_DATASETS[name], read_task_definition(name)
+    assert read.config["task"] == name
+    assert read.dataset[0] == rows.dataset
+    assert read.dataset[1] in (None, rows.config)
+    assert set(rows.splits) == set(required_splits(name, num_fewshot=1))
+    assert known.main_metric in read.metrics
+    assert known.columns and 0.0 <= known.chance < 1.0
 
 
 def test_unknown_task_is_reported_with_similar_names() -> None:

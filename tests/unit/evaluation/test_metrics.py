@@ -13,9 +13,10 @@ import pytest
 
 from forgetting.config.evaluation import ALL_PROBES
 from forgetting.evaluation.metrics import (
-    answer_scores,
+    AnsweredQuestion,
     item_scores,
     normalised_probability,
+    question_scores,
     truth_ratio_arithmetic,
     truth_ratio_geometric,
 )
@@ -38,6 +39,18 @@ PUBLISHED = {
     "real_authors": (0.4157, 0.0729, 0.3774, 0.4560, 0.4039),
     "world_facts": (0.7774, 0.0396, 0.4090, 0.4923, 0.4380),
 }
+
+
+def _scores(
+    answer: float,
+    right: float,
+    wrong: list[float],
+    reference: str = "",
+    generated: str = "",
+) -> dict[str, float]:
+    """Return all scores of a question, given log-probabilities of its answers and its text."""
+    rouge = rouge_l(reference, generated)
+    return question_scores(AnsweredQuestion(reference, generated, 0, rouge, answer, right, wrong))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +93,7 @@ def test_logged_losses_are_means_over_tokens(
 ) -> None:
     """What we take from the logs is what we compute: the sum of -log p over the answer's tokens."""
     for item in logs[name]:
-        ours = answer_scores(-item["gt_loss"] / item["num_token_gt"], 0.0, [])
+        ours = _scores(-item["gt_loss"] / item["num_token_gt"], 0.0, [])
         assert ours["probability"] == pytest.approx(math.exp(-item["avg_gt_loss"]), rel=1e-5)
         sums = zip(item["perturb_loss"], item["num_token_perturb"], strict=True)
         means = [loss / tokens for loss, tokens in sums]
@@ -94,11 +107,12 @@ def table(logs: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
         {
             "probe": name,
             "item": f"{name}/{number}",
-            **rouge_l(item["gold"], item["generated"]),
-            **answer_scores(
+            **_scores(
                 -item["avg_gt_loss"],
                 -item["avg_paraphrased_loss"],
                 [-loss for loss in item["average_perturb_loss"]],
+                item["gold"],
+                item["generated"],
             ),
         }
         for name in KNOWLEDGE
@@ -156,10 +170,11 @@ def test_probabilities_and_ratios_by_hand() -> None:
     assert truth_ratio_geometric(right, wrong) == pytest.approx((1 / 8) / (1 / 2))
 
 
-def test_answer_scores_use_answer_and_paraphrase() -> None:
+def test_question_scores_use_answer_and_paraphrase() -> None:
     """p of the answer itself, R of the paraphrase; neither without wrong answers."""
     answer, right, wrong = math.log(1 / 8), math.log(1 / 2), [math.log(1 / 4), math.log(1 / 16)]
-    assert answer_scores(answer, right, wrong) == pytest.approx(
+    scores = _scores(answer, right, wrong)
+    assert {name: scores[name] for name in METRICS[1:]} == pytest.approx(
         {
             "probability": 1 / 8,
             "normalised_probability": (1 / 8) / (1 / 8 + 5 / 16),
@@ -167,9 +182,9 @@ def test_answer_scores_use_answer_and_paraphrase() -> None:
             "truth_ratio_geometric": (1 / 8) / (1 / 2),
         }
     )
-    alone = answer_scores(answer, right, [])
-    assert alone.pop("probability") == pytest.approx(1 / 8)
-    assert all(math.isnan(value) for value in alone.values())
+    alone = _scores(answer, right, [])
+    assert alone["probability"] == pytest.approx(1 / 8)
+    assert all(math.isnan(alone[name]) for name in METRICS[2:])
 
 
 def test_geometric_ratio_never_exceeds_the_arithmetic() -> None:

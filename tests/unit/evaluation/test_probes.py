@@ -18,7 +18,7 @@ from forgetting.config.expand import Method
 from forgetting.data.table_files import Row
 from forgetting.data.tokenize import encode_pair, encode_prompt
 from forgetting.errors import InputError
-from forgetting.evaluation.metrics import PROBE_SCORES, mean_score
+from forgetting.evaluation.metrics import PROBE_METRICS, mean_score
 from forgetting.evaluation.probes import check_context_length, evaluate_probes, generate
 from forgetting.evaluation.rouge import rouge_l
 from forgetting.models.adapters import attach_adapter
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Rows = list[dict[str, Any]]
 SETTINGS = EvaluationConfig(max_new_tokens=24, batch_size=64)
-NUMBERS = [*PROBE_SCORES, "logprob_answer", "logprob_right"]
+NUMBERS = [*PROBE_METRICS, "logprob_answer", "logprob_right"]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_aggregates_follow_from_the_items(items: pd.DataFrame) -> None:
         "generated_tokens",
         "probability",
     }
-    assert set(table[table["probe"] == "new"]["metric"]) == set(PROBE_SCORES)
+    assert set(table[table["probe"] == "new"]["metric"]) == set(PROBE_METRICS)
     for row in table.to_dict("records"):
         values = [float(v) for v in items[items["probe"] == row["probe"]][row["metric"]]]
         if row["metric"].startswith("truth_ratio"):

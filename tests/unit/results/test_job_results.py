@@ -10,7 +10,7 @@ import pytest
 
 from forgetting.pipeline.paths import Paths
 from forgetting.results.job_results import tables_of
-from golden.invented_results import make_job_results, make_study
+from golden.invented_results import job_results, make_study
 
 BENCHMARKS = {"tasks": {"sciq": {}}, "dataset": "made", "during_training": {"sciq": 5}}
 
@@ -25,7 +25,7 @@ def test_the_tables_are_those_that_the_workflow_expects(
 ) -> None:
     """Every table that a rule names is made, and no other."""
     study = make_study(**options)
-    tables, _ = tables_of(study, make_job_results(tmp_path, study))
+    tables, _ = tables_of(study, job_results(study, tmp_path))
     expected = {Path(path).stem for path in Paths(study, "made").tables}
     assert set(tables) == expected
     assert all(isinstance(table, pd.DataFrame) for table in tables.values())

@@ -13,9 +13,9 @@ from itertools import combinations
 import pandas as pd
 
 from forgetting.analysis.intervals import tango_interval
-from forgetting.evaluation.metrics import item_scores
+from forgetting.evaluation.metrics import PROBE_METRICS, item_scores
 
-METRICS = ("rougeL_recall", "truth_ratio_arithmetic", "truth_ratio_geometric")
+METRICS = [name for name, metric in PROBE_METRICS.items() if metric.compares_methods]
 COMPARISON_COLUMNS = (
     *("probe", "metric", "label", "other", "difference"),
     *("low", "high", "low_all", "high_all", "n"),

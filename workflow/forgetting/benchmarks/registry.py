@@ -1,16 +1,18 @@
 """Facts about tasks that a study needs before any job runs.
 
-The five built-in tasks are listed here, with their datasets in data/hub_datasets.yaml. Other
-tasks are read from their definition files.
+They come from the harness's definition of a task. For built-in tasks, data/hub_datasets.yaml adds
+what the definition does not hold: revision, splits, main metric, chance level, columns and sizes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from forgetting.benchmarks.task_definitions import read_task_definition, tasks_folder
-from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.data.hub_datasets import BUILT_IN_BENCHMARKS, HUB_DATASETS
 from forgetting.errors import InputError
 
 SCORE_FILES = (
@@ -47,98 +49,46 @@ class Benchmark:
     main_metric: str
     chance: float
     columns: tuple[str, ...]
-    num_fewshot: int = 0
-    max_gen_toks: int | None = None
-    generates_code: bool = False
+    num_fewshot: int
+    max_gen_toks: int | None
+    generates_code: bool
 
 
-def _dataset(task: str) -> tuple[str, str | None]:
-    return HUB_DATASETS[task].dataset, HUB_DATASETS[task].config
-
-
-BENCHMARKS = {
-    "gsm8k": Benchmark(
-        definition="gsm8k/gsm8k.yaml",
-        dataset=_dataset("gsm8k"),
-        split="test",
-        example_split="train",
-        main_metric="exact_match,strict-match",
-        chance=0.0,
-        columns=("question", "answer"),
-        num_fewshot=5,
-        max_gen_toks=256,  # the harness's default
-    ),
-    "humaneval": Benchmark(
-        definition="humaneval/humaneval.yaml",
-        dataset=_dataset("humaneval"),
-        split="test",
-        example_split=None,
-        main_metric="pass@1,create_test",
-        chance=0.0,
-        columns=("prompt", "test", "entry_point"),
-        max_gen_toks=1024,
-        generates_code=True,
-    ),
-    "hellaswag": Benchmark(
-        definition="hellaswag/hellaswag.yaml",
-        dataset=_dataset("hellaswag"),
-        split="validation",
-        example_split="train",
-        main_metric="acc_norm,none",
-        chance=0.25,
-        columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    ),
-    "winogrande": Benchmark(
-        definition="winogrande/default.yaml",
-        dataset=_dataset("winogrande"),
-        split="validation",
-        example_split="train",
-        main_metric="acc,none",
-        chance=0.5,
-        columns=("sentence", "option1", "option2", "answer"),
-    ),
-    "arc_challenge": Benchmark(
-        definition="arc/arc_challenge.yaml",
-        dataset=_dataset("arc_challenge"),
-        split="test",
-        example_split="train",
-        main_metric="acc_norm,none",
-        chance=0.25,
-        columns=("question", "choices", "answerKey"),
-    ),
-}
-
-
+@functools.cache
 def benchmark(name: str) -> Benchmark:
-    """Return the facts about a task: built in, or else read from its definition.
+    """Return the facts about a task; what a definition does not hold is empty, None or NaN.
 
     Raises:
         InputError: the harness has no such task. The message does not name the study's key.
     """
-    if name in BENCHMARKS:
-        return BENCHMARKS[name]
     definition = read_task_definition(name)
+    built_in = BUILT_IN_BENCHMARKS.get(name)
     dataset, config = definition.dataset
+    if built_in:
+        dataset, config = HUB_DATASETS[name].dataset, HUB_DATASETS[name].config
     return Benchmark(
         definition=str(definition.path.relative_to(tasks_folder())),
         dataset=(dataset or "", config),
         split=definition.split,
         example_split=definition.example_split,
-        main_metric=next(iter(definition.metrics), ""),
-        chance=math.nan,
-        columns=(),
+        main_metric=built_in.main_metric if built_in else next(iter(definition.metrics), ""),
+        chance=built_in.chance if built_in else math.nan,
+        columns=built_in.columns if built_in else (),
         num_fewshot=definition.num_fewshot,
         max_gen_toks=definition.max_gen_toks,
         generates_code=definition.generates_code,
     )
 
 
-def task_with_same_dataset(name: str) -> str | None:
-    """Return the built-in task that reads the same dataset, or None: `gsm8k` for `gsm8k_cot`."""
+def task_with_same_dataset(name: str, tasks: Iterable[str] = HUB_DATASETS) -> str | None:
+    """Return the built-in task that reads the same dataset, or None: `gsm8k` for `gsm8k_cot`.
+
+    Args:
+        name: the task.
+        tasks: the built-in tasks to choose from.
+    """
     dataset = benchmark(name).dataset[0]
-    return next(
-        (task for task, built_in in BENCHMARKS.items() if built_in.dataset[0] == dataset), None
-    )
+    return next((task for task in tasks if HUB_DATASETS[task].dataset == dataset), None)
 
 
 def required_splits(name: str, num_fewshot: int | None = None) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from forgetting.data.hub_datasets import BUILT_IN_BENCHMARKS
 from forgetting.errors import InputError
 
 DEFAULT_METRICS = {
@@ -188,6 +189,8 @@ def read_task_definition(name: str) -> TaskDefinition:
 
 def _find_file(name: str) -> Path:
     folder = tasks_folder()
+    if name in BUILT_IN_BENCHMARKS:
+        return folder / BUILT_IN_BENCHMARKS[name].definition
     likely_name = f"{name}.yaml"
     for directory, _, files in os.walk(folder):
         if likely_name in files:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import re
 import sys
 import types
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetting.benchmarks.registry import BENCHMARKS, required_splits
+from forgetting.benchmarks.registry import benchmark, required_splits
 from forgetting.benchmarks.task_definitions import example_split, read_task_definition
 from forgetting.config.evaluation import TaskConfig
 from forgetting.digests import file_damage
@@ -130,10 +129,7 @@ class TaskSpec:
     @property
     def chance_level(self) -> float:
         """Return the score of blind guessing, NaN if it is unknown."""
-        if self.chance is not None:
-            return self.chance
-        built_in = BENCHMARKS.get(self.name)
-        return math.nan if built_in is None else built_in.chance
+        return benchmark(self.name).chance if self.chance is None else self.chance
 
 
 def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNESS_SEED) -> Any:
@@ -156,8 +152,8 @@ def load_task(spec: TaskSpec | str, rows: Path | None = None, seed: int = HARNES
     spec = TaskSpec(spec) if isinstance(spec, str) else spec
     config = _configured(spec)
     if rows is not None:
-        columns = BENCHMARKS[spec.name].columns if spec.name in BENCHMARKS else ()
-        source = _local_rows(rows, required_splits(spec.name, config["num_fewshot"]), columns)
+        splits = required_splits(spec.name, config["num_fewshot"])
+        source = _local_rows(rows, splits, benchmark(spec.name).columns)
         config |= {"custom_dataset": source, "dataset_kwargs": None}
     else:
         _go_offline_if_unreachable()

@@ -47,6 +47,9 @@ MICROWORLD_TABLES = (
 )
 """Tables that the generator of the micro-world writes."""
 
+MICROWORLD_TASKS = ("gsm8k", "humaneval", "hellaswag", "winogrande", "arc_challenge")
+"""Benchmarks whose rows the generator of the micro-world writes."""
+
 Origin = Literal["folder", "generated", "hub"]
 
 

@@ -47,13 +47,13 @@ class TaskConfig(ConfigModel):
     )
     chance: Fraction | None = Field(
         None,
-        description="Score of random guessing. It is known for the five built-in tasks. For the "
+        description="Score of random guessing. It is known for built-in tasks. For the "
         "accuracy of other tasks it is by default the mean score of one random choice.",
     )
     revision: GitCommit | None = Field(
         None,
         description="Commit of the task's dataset on the hub. It is required if the rows come from "
-        "the hub, except for the five built-in tasks.",
+        "the hub, except for built-in tasks.",
     )
     samples: PositiveInt | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub with revisions and sizes, from hub_datasets.yaml."""
+"""Datasets of the Hugging Face hub and built-in benchmarks, from hub_datasets.yaml."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ class HubDataset:
     splits: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class BuiltInBenchmark:
+    """Facts about a benchmark that its definition in the harness does not hold.
+
+    Attributes:
+        definition: file below the harness's folder of tasks.
+        main_metric: the metric that is plotted, as `metric,filter`.
+        chance: score of blind guessing.
+        columns: the columns that the task reads.
+    """
+
+    definition: str
+    main_metric: str
+    chance: float
+    columns: tuple[str, ...]
+
+
 _CONTENT: dict[str, Any] = yaml.load(
     FILE.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 )
@@ -35,6 +52,13 @@ HUB_DATASETS = {
     for task, row in _CONTENT["benchmarks"].items()
 }
 """Datasets of the built-in benchmarks."""
+
+BUILT_IN_BENCHMARKS = {
+    task: BuiltInBenchmark(
+        row["definition"], row["main_metric"], row["chance"], tuple(row["columns"])
+    )
+    for task, row in _CONTENT["benchmarks"].items()
+}
 
 BENCHMARK_SIZES: dict[str, dict[str, Any]] = {
     task: row["size"] for task, row in _CONTENT["benchmarks"].items()

@@ -21,7 +21,7 @@ from forgetting.data.tokenize import (
 )
 from forgetting.errors import InputError
 from forgetting.evaluation.generation import generate_greedy, stop_tokens
-from forgetting.evaluation.metrics import answer_scores
+from forgetting.evaluation.metrics import AnsweredQuestion, question_scores
 from forgetting.evaluation.prefix_tree import answer_logprobs, supports_custom_mask
 from forgetting.evaluation.rouge import rouge_l
 from forgetting.models.forward import collate, context_length, length_batches, token_logprobs
@@ -39,7 +39,7 @@ def evaluate_probes(
 
     Returns:
         One row per question. Columns are probe, item, question, reference, generated (without the
-        literal text of the answer template), those of `metrics.PROBE_SCORES`, and the mean
+        literal text of the answer template), those of `metrics.PROBE_METRICS`, and the mean
         log-probabilities per token logprob_answer, logprob_right and logprobs_wrong (nats).
         `truth_ratio_*` is the ratio R itself, and NaN without wrong answers.
     """
@@ -186,18 +186,23 @@ def _score_item(
 ) -> dict[str, object]:
     decoded = tokenizer.decode(generated, skip_special_tokens=True)
     text = strip_answer(resolve_template(tokenizer, prompt), decoded)
-    answer = logprobs[0]
-    right = logprobs[1] if row["paraphrased_answer"] else answer
-    wrong = logprobs[2 if row["paraphrased_answer"] else 1 :]
+    right = 1 if row["paraphrased_answer"] else 0
+    question = AnsweredQuestion(
+        reference=row["answer"],
+        generated=text,
+        generated_tokens=len(generated),
+        rouge=rouge_l(row["answer"], text, config.rouge_tokenizer),
+        answer=logprobs[0],
+        right=logprobs[right],
+        wrong=logprobs[right + 1 :],
+    )
     return {
         "item": row["id"],
         "question": row["question"],
         "reference": row["answer"],
         "generated": text,
-        **rouge_l(row["answer"], text, config.rouge_tokenizer),
-        "generated_tokens": float(len(generated)),
-        **answer_scores(answer, right, wrong),
-        "logprob_answer": answer,
-        "logprob_right": right,
-        "logprobs_wrong": wrong,
+        **question_scores(question),
+        "logprob_answer": question.answer,
+        "logprob_right": question.right,
+        "logprobs_wrong": question.wrong,
     }

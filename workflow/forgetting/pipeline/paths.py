@@ -22,7 +22,7 @@ from forgetting.benchmarks.registry import (
     task_with_same_dataset,
 )
 from forgetting.config.base_model import is_local
-from forgetting.config.data import MICROWORLD_TABLES, TableRef
+from forgetting.config.data import MICROWORLD_TABLES, MICROWORLD_TASKS, TableRef
 from forgetting.config.expand import (
     duration_name,
     expand_methods,
@@ -176,8 +176,8 @@ class Paths:
         """Generated rows of the benchmarks of a dataset."""
         return [
             f"{self.world}/benchmarks/{task}/{split}.jsonl"
-            for task, rows in HUB_DATASETS.items()
-            for split in rows.splits
+            for task in MICROWORLD_TASKS
+            for split in HUB_DATASETS[task].splits
         ]
 
     def data(self, file: str) -> str:
@@ -322,7 +322,7 @@ class Paths:
         if dataset.folder:
             return str(Path(dataset.folder, task))
         world = self.world.format(dataset=self.study.benchmarks.dataset)
-        return f"{world}/benchmarks/{task_with_same_dataset(task)}"
+        return f"{world}/benchmarks/{task_with_same_dataset(task, MICROWORLD_TASKS)}"
 
     def task_folders(self, tasks: Iterable[str]) -> dict[str, str]:
         """Return those folders by task."""
@@ -337,7 +337,7 @@ class Paths:
         return [
             f"{self.task_folder(task)}/{split}.jsonl"
             for task in tasks
-            for split in HUB_DATASETS[str(task_with_same_dataset(task))].splits
+            for split in HUB_DATASETS[str(task_with_same_dataset(task, MICROWORLD_TASKS))].splits
         ]
 
     def users_task_files(self, tasks: Iterable[str]) -> dict[str, Path]:

@@ -14,7 +14,12 @@ import pandas as pd
 
 from forgetting.analysis.intervals import t_interval, tango_interval, wilson_interval
 from forgetting.config.evaluation import ALL_PROBES
-from forgetting.evaluation.metrics import PROBE_SCORES, TEXT_SCORES, UNBOUNDED_METRICS, item_scores
+from forgetting.evaluation.metrics import (
+    PROBE_METRICS,
+    TEXT_SCORES,
+    UNBOUNDED_METRICS,
+    item_scores,
+)
 from forgetting.results.model_utility import UTILITIES, utility_row
 
 RUN_COLUMNS = ("run", "step", "epoch")
@@ -75,7 +80,7 @@ def aggregate_items(
     rows = []
     for probe, group in items.groupby("probe", sort=False):
         base_group = None if base is None else base[base["probe"] == probe].set_index("item")
-        for metric in (name for name in (*PROBE_SCORES, *TEXT_SCORES) if name in group):
+        for metric in (name for name in (*PROBE_METRICS, *TEXT_SCORES) if name in group):
             values = item_scores(group, metric).dropna()
             if values.empty:
                 continue

@@ -17,7 +17,13 @@ from forgetting.benchmarks.registry import Benchmark
 from forgetting.benchmarks.task_definitions import read_task_definition
 from forgetting.benchmarks.tasks import read_task_rows
 from forgetting.config.base_model import is_local
-from forgetting.config.data import MICROWORLD_TABLES, ColumnsConfig, PromptConfig, TableRef
+from forgetting.config.data import (
+    MICROWORLD_TABLES,
+    MICROWORLD_TASKS,
+    ColumnsConfig,
+    PromptConfig,
+    TableRef,
+)
 from forgetting.config.evaluation import TaskConfig
 from forgetting.config.expand import Method, expand_methods_numbered
 from forgetting.config.study import StudyConfig
@@ -425,11 +431,11 @@ def _check_task_rows(
     if shots and definition.example_split:
         splits[definition.example_split] = shots + 1
     if dataset.folder is None:
-        same = registry.task_with_same_dataset(name)
+        same = registry.task_with_same_dataset(name, MICROWORLD_TASKS)
         if same is None or not set(splits) <= set(HUB_DATASETS[same].splits):
             raise InputError(
                 f"{where}: the {dataset.generate} has no rows for {name}, only for tasks on the "
-                f"data of {', '.join(HUB_DATASETS)}; take the rows from a folder or the hub"
+                f"data of {', '.join(MICROWORLD_TASKS)}; take the rows from a folder or the hub"
             )
         return
     for split, minimum in splits.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from forgetting.benchmarks.registry import task_with_same_dataset
 from forgetting.config.base_model import BaseModelConfig, PretrainConfig
-from forgetting.config.data import DatasetConfig, TableRef
+from forgetting.config.data import MICROWORLD_TASKS, DatasetConfig, TableRef
 from forgetting.config.evaluation import (
     BenchmarksConfig,
     GeneralTextConfig,
@@ -158,7 +158,11 @@ def _few_items(study: StudyConfig) -> BenchmarksConfig:
     if dataset is None and tasks:
         dataset = MICROWORLD_NAME
         # The micro-world has no rows for tasks on other datasets.
-        tasks = {name: task for name, task in tasks.items() if task_with_same_dataset(name)}
+        tasks = {
+            name: task
+            for name, task in tasks.items()
+            if task_with_same_dataset(name, MICROWORLD_TASKS)
+        }
     refusals = benchmarks.refusals
     if refusals is not None:
         table = _replacement(study, refusals.table, "refusals")
