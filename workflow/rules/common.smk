@@ -9,13 +9,19 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
 from forgetting.errors import InputError
-from forgetting.pipeline.paths import first_output_folder, scored_models_folder
-from forgetting.pipeline.pipeline import Pipeline, set_environment
+from forgetting.pipeline import (
+    Pipeline,
+    first_output_folder,
+    scored_models_folder,
+    set_environment,
+    shorten_reasons,
+)
 
 set_environment(
     Path(workflow.basedir),
     copies=bool(getattr(workflow.storage_settings, "default_storage_provider", None)),
 )
+shorten_reasons()
 try:
     PIPELINE = Pipeline.load(config, Path(workflow.basedir))
 except InputError as error:

@@ -1,1 +1,12 @@
-"""TODO pipeline."""
+"""What Snakemake needs: paths, parameters, resources and forecasts of jobs, status and SLURM."""
+
+from forgetting.pipeline.paths import first_output_folder, scored_models_folder
+from forgetting.pipeline.pipeline import Pipeline, set_environment, shorten_reasons
+
+__all__ = [
+    "Pipeline",
+    "first_output_folder",
+    "scored_models_folder",
+    "set_environment",
+    "shorten_reasons",
+]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from snakemake.logging import logger as snakemake_logger
 
 from forgetting.config.study import StudyConfig
 from forgetting.digests import COPIES_VARIABLE, sha256_of_all
@@ -187,3 +191,31 @@ def set_environment(basedir: Path, copies: bool) -> None:
         os.environ.setdefault(name, value)
     if copies:
         os.environ[COPIES_VARIABLE] = "1"
+
+
+MAX_LISTED_FILES = 2
+"""Files that Snakemake names for each reason to run a job."""
+
+_LISTED_FILES = re.compile(r"(?<=files: )[^;]+|(?<=by another job: )[^;]+")
+
+
+def shorten_reasons() -> None:
+    """Let Snakemake name two files for each reason to run a job, and count the others.
+
+    A job of this workflow may have hundreds of inputs and outputs.
+    """
+    snakemake_logger.addFilter(_shorten_reason)
+
+
+def _shorten_reason(record: logging.LogRecord) -> bool:
+    reason = getattr(record, "reason", None)
+    if isinstance(reason, str):
+        record.reason = _LISTED_FILES.sub(_first_files, reason)
+    return True
+
+
+def _first_files(listed: re.Match[str]) -> str:
+    files = sorted(listed[0].split(", "))
+    if len(files) <= MAX_LISTED_FILES + 1:
+        return ", ".join(files)
+    return f"{', '.join(files[:MAX_LISTED_FILES])} and {len(files) - MAX_LISTED_FILES} others"

@@ -1,1 +1,1 @@
-"""TODO pipeline.resources."""
+"""Seconds, memory, disk and processes of every job, from the study and the site."""
