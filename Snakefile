@@ -29,6 +29,10 @@ onstart:
         raise WorkflowError(str(error)) from None
 
 
+onerror:
+    JOB_MESSAGES.print_errors_at_exit()
+
+
 rule all:
     """The page of the study that the configuration chooses."""
     input:

@@ -10,18 +10,19 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
 from forgetting.errors import InputError
 from forgetting.pipeline import (
+    JobMessages,
     Pipeline,
     first_output_folder,
     scored_models_folder,
     set_environment,
-    shorten_reasons,
 )
 
 set_environment(
     Path(workflow.basedir),
     copies=bool(getattr(workflow.storage_settings, "default_storage_provider", None)),
 )
-shorten_reasons()
+JOB_MESSAGES = JobMessages()
+logger.addFilter(JOB_MESSAGES)
 try:
     PIPELINE = Pipeline.load(config, Path(workflow.basedir))
 except InputError as error:

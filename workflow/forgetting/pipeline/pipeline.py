@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from snakemake.logging import logger as snakemake_logger
+from snakemake_interface_logger_plugins.common import LogEvent
 
 from forgetting.config.study import StudyConfig
 from forgetting.digests import COPIES_VARIABLE, sha256_of_all
@@ -199,19 +200,35 @@ MAX_LISTED_FILES = 2
 _LISTED_FILES = re.compile(r"(?<=files: )[^;]+|(?<=by another job: )[^;]+")
 
 
-def shorten_reasons() -> None:
-    """Let Snakemake name two files for each reason to run a job, and count the others.
+class JobMessages(logging.Filter):
+    """Shortens the reasons of jobs in Snakemake's messages, and remembers the jobs that failed.
 
-    A job of this workflow may have hundreds of inputs and outputs.
+    A job of this workflow may have hundreds of inputs and outputs, all of which Snakemake lists as
+    reasons to run it. It prints the command of a failed job, and other messages, below the error.
     """
-    snakemake_logger.addFilter(_shorten_reason)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed: dict[int, Sequence[str]] = {}
 
-def _shorten_reason(record: logging.LogRecord) -> bool:
-    reason = getattr(record, "reason", None)
-    if isinstance(reason, str):
-        record.reason = _LISTED_FILES.sub(_first_files, reason)
-    return True
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record of a message of Snakemake; none is dropped."""
+        message = vars(record)
+        event = message.get("event")
+        if event == LogEvent.JOB_INFO:
+            record.reason = _LISTED_FILES.sub(_first_files, message["reason"])
+        elif event == LogEvent.JOB_ERROR:
+            self._failed[message["jobid"]] = message["log"]
+        elif event == LogEvent.JOB_FINISHED:  # a retry
+            self._failed.pop(message["job_id"], None)
+        return True
+
+    def print_errors_at_exit(self) -> None:
+        """Print the last line of the log of every failed job, below all messages of Snakemake."""
+        for log in [Path(log) for logs in self._failed.values() for log in logs]:
+            lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+            if last := next(filter(None, reversed(lines)), ""):
+                atexit.register(print, f"{log}: {last}", file=sys.stderr)
 
 
 def _first_files(listed: re.Match[str]) -> str:
