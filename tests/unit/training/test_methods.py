@@ -20,6 +20,7 @@ from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig, SecondStageConfig
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.errors import InputError
+from forgetting.evaluation.evaluate_models import interpolated_models
 from forgetting.models.adapters import (
     attach_adapter,
     cast_frozen_weights,
@@ -28,7 +29,6 @@ from forgetting.models.adapters import (
 )
 from forgetting.models.loading import load_base
 from forgetting.models.tuned import load_tuned, save_weights
-from forgetting.models.wise_ft import interpolated_models
 from forgetting.schedule import LrSchedule, learning_rate
 from forgetting.training import checkpoints, stages
 from forgetting.training import trainer as module

@@ -24,6 +24,7 @@ from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.data.tokenize import Example, encode_pair, encode_text
 from forgetting.errors import InputError
+from forgetting.evaluation.evaluate_models import interpolated_models, interpolated_weights
 from forgetting.evaluation.probes import evaluate_probes
 from forgetting.io import write_json, write_jsonl
 from forgetting.models.adapters import attach_adapter
@@ -31,7 +32,6 @@ from forgetting.models.attention import eager_if_faster
 from forgetting.models.forward import collate, target_logits, token_logprobs
 from forgetting.models.loading import Model, load_base
 from forgetting.models.tuned import save_weights, trained_state
-from forgetting.models.wise_ft import interpolated_models, interpolated_weights
 from forgetting.schedule import LrSchedule
 from forgetting.study.preflight import check_folders
 from forgetting.study.smoke import smoke_size

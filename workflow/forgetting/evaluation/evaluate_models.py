@@ -1,4 +1,4 @@
-"""Evaluate the base model, and interpolations between it and a tuned model, on all probes."""
+"""Evaluate the base model, and interpolations between it and a tuned model (WiSE-FT)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetting.config.job_params import EvaluateBaseParams, EvaluateWiseFtParams
@@ -30,7 +32,9 @@ from forgetting.evaluation.divergence import (
 from forgetting.evaluation.metrics import mean_score
 from forgetting.evaluation.probes import check_context_length, evaluate_probes
 from forgetting.evaluation.rouge import check_references, length_notes, unknown_probe_warnings
+from forgetting.models.adapters import adapter_layers, is_tied
 from forgetting.models.loading import (
+    Model,
     autocast,
     check_causal,
     get_device,
@@ -40,7 +44,6 @@ from forgetting.models.loading import (
     resolve_precision,
 )
 from forgetting.models.tuned import load_tuned
-from forgetting.models.wise_ft import interpolated_models
 from forgetting.system import describe_computation
 
 
@@ -134,6 +137,45 @@ def base_notes(items: pd.DataFrame, params: EvaluateBaseParams) -> list[str]:
     notes += unknown_probe_warnings(items, params.knowledge)
     lines = [f"base, {line}, n={count}" for line, count in _recalls(items, params.knowledge)]
     return [*(f"warning: {note}" for note in notes), *lines]
+
+
+def interpolated_weights(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """Return theta0 + alpha * (theta - theta0), exact at 0 and 1.
+
+    See Wortsman et al. (2022, arXiv 2109.01903). For an adapter whose update is scale*B*A, the
+    result equals the adapter with alpha * scale.
+    """
+    return {
+        name: torch.lerp(base[name], tensor, alpha) if tensor.is_floating_point() else tensor
+        for name, tensor in tuned.items()
+    }
+
+
+def interpolated_models(
+    base: PreTrainedModel, tuned: Model, alphas: Sequence[float]
+) -> Iterator[tuple[float, PreTrainedModel]]:
+    """Yield each alpha with the interpolated model, which replaces the weights of `base`.
+
+    Adapters are merged first, so that one definition serves every variant: a smaller scale of a
+    dora adapter would keep the tuned magnitudes.
+
+    Raises:
+        InputError: an adapter updates a weight that input embedding and LM head share.
+    """
+    if isinstance(tuned, PeftModel):
+        if any(is_tied(tuned, layer) for layer in adapter_layers(tuned)):
+            raise InputError(
+                "target_modules: the input embedding and the LM head share their weights, so that "
+                "to merge the adapter of one would change both; interpolate other methods"
+            )
+        tuned = tuned.merge_and_unload()
+    # Copies on the host, so that the device holds at most two models.
+    start, end = ({n: t.cpu().clone() for n, t in m.state_dict().items()} for m in (base, tuned))
+    for alpha in alphas:
+        base.load_state_dict(interpolated_weights(start, end, alpha))
+        yield alpha, base
 
 
 def evaluate_wise_ft(
