@@ -95,7 +95,7 @@ def test_jobs_of_several_machines_take_all_of_their_gpus() -> None:
 def _forecast(name: str, results: Path, gpus: int = 32) -> Forecast:
     costs = JobCosts(load_study({"study": name}, STUDIES)[1], with_machines(Site(), None, gpus))
     jobs: dict[int, PlannedJob] = {0: PlannedJob("evaluate_base", {}, frozenset())}
-    run_groups = [(method, str(seed)) for method in costs.tunings for seed in costs.study.seeds]
+    run_groups = [(method, str(seed)) for method in costs.methods for seed in costs.study.seeds]
     for method, seed in run_groups:
         wildcards = {"method": method, "seed": seed}
         jobs[len(jobs)] = PlannedJob("finetune", wildcards, frozenset({0}))
@@ -141,7 +141,7 @@ def test_finished_runs_on_such_a_device_correct_the_forecast(tmp_path: Path) -> 
     record = {
         "run": "lora-r8/seed0/lr0.0001-wd0",
         "status": "ok",
-        "steps": costs.case.schedule.steps,
+        "steps": costs.workload.schedule.steps,
         "evaluations": [[0, 0, 0]] * rest,
         "training_seconds": training,
         "wall_seconds": training + others,

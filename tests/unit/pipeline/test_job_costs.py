@@ -36,7 +36,7 @@ from forgetting.pipeline.resources.memory import (
     trained_state_bytes,
     training_bytes,
 )
-from forgetting.pipeline.resources.requests import resource_requests, snakemake_resources
+from forgetting.pipeline.resources.requests import Resources, resource_requests
 from forgetting.pipeline.resources.runtime import generation_seconds, step_seconds
 from forgetting.pipeline.resources.workload import ProcessCount, Workload
 from forgetting.study.load import load_study
@@ -108,7 +108,7 @@ def test_weights_gradients_and_moments_are_as_large_as_torch_makes_them(
     moments = [tensor for tensor in state if tensor.ndim]
     held = _bytes(weights) + _bytes(w.grad for w in weights if w.grad is not None)
     case = _case(core_device(1), optimizer=optimizer)
-    told = trained_state_bytes(case, [tuning], ProcessCount())
+    told = trained_state_bytes(case, tuning, ProcessCount())
     assert told == held + _bytes(moments)
     save_checkpoint(model, stepped, TrainState(step=1), tmp_path)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
@@ -121,7 +121,7 @@ def test_frozen_matrices_under_an_adapter_are_stored_in_half() -> None:
     held = _bytes(model.parameters()) + _bytes(
         tensor for w in trained_weights(model).values() for tensor in (w, w, w)
     )
-    assert trained_state_bytes(_case(GPUS["H100"]), [LORA], ProcessCount()) == held
+    assert trained_state_bytes(_case(GPUS["H100"]), LORA, ProcessCount()) == held
 
 
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 320}
@@ -177,17 +177,17 @@ def test_a_step_takes_its_arithmetic_or_its_launches() -> None:
     device = GPUS["H100"]
     large = Workload(_study("biderman-math-cpt"), device)
     full = large.model_size.training(FULL, 4096.0, 1.0, True) * 192 * 4096 / 32
-    seconds = step_seconds(large, [FULL], ProcessCount(32, 4))
+    seconds = step_seconds(large, FULL, ProcessCount(32, 4))
     assert seconds == pytest.approx(full / (0.4 * 989e12), rel=0.05)
     small = Workload(_study("tofu-phi-1.5", batch_size=1, micro_batch_size=1), device)
     update = 44 * small.model_size.parameters / device.bandwidth
-    assert step_seconds(small, [FULL], ProcessCount()) == pytest.approx(24 * 1.7e-3 + update)
+    assert step_seconds(small, FULL, ProcessCount()) == pytest.approx(24 * 1.7e-3 + update)
 
 
 def test_time_falls_with_processes_and_rises_with_tokens() -> None:
     case = Workload(_study("biderman-math-cpt"), GPUS["H100"])
     for tuning in (FULL, LORA):
-        times = [step_seconds(case, [tuning], ProcessCount(n)) for n in (1, 2, 4, 8)]
+        times = [step_seconds(case, tuning, ProcessCount(n)) for n in (1, 2, 4, 8)]
         assert times == sorted(times, reverse=True)
     few, many = (generation_seconds(case, n, 128, 40.0, 100.0) for n in (128, 256))
     assert many == pytest.approx(2 * few)
@@ -198,14 +198,14 @@ def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
     for device, processes in {"H100": 4, "A100": 4, "H200": 2, "L40S": 8}.items():
         site = Site.model_validate({"machines": {"device": device}})
         costs = JobCosts(_study("tofu-llama-2-7b"), site)
-        assert costs.team("full").processes == processes
-        for name, tuning in costs.tunings.items():
+        assert costs.process_count("full").processes == processes
+        for name, tuning in costs.methods.items():
             if tuning.kind == "lora":
-                assert costs.team(name) == ProcessCount()
+                assert costs.process_count(name) == ProcessCount()
             # What rank 512 trains takes 20 GB beside the base.
             if (device, name) != ("L40S", "lora-r512"):
-                used = training_bytes(costs.case, [tuning], costs.team(name))
-                assert used <= costs.case.device.usable
+                used = training_bytes(costs.workload, tuning, costs.process_count(name))
+                assert used <= costs.workload.device.usable
 
 
 def test_sharded_runs_get_more_gpus_when_they_are_tried_again() -> None:
@@ -228,18 +228,18 @@ def test_sharded_runs_get_more_gpus_when_they_are_tried_again() -> None:
 def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
     site = Site()
     costs = JobCosts(_study("biderman-math-cpt"), site)
-    for name in costs.tunings:
-        assert costs.team(name).nodes > 1
+    for name in costs.methods:
+        assert costs.process_count(name).nodes > 1
         assert costs.of("finetune", {"method": name}).seconds <= 60 * site.longest / 1.5
     weeks = JobCosts(_study("biderman-math-cpt"), Site(longest=60 * 24 * 60))
-    assert {weeks.team(name).nodes for name in weeks.tunings} == {1}
+    assert {weeks.process_count(name).nodes for name in weeks.methods} == {1}
 
 
 def test_what_a_study_says_of_processes_holds() -> None:
     study = _study("mini")
     method = study.methods[-1].model_copy(update={"processes": 6, "nodes": 3})
     costs = JobCosts(study.model_copy(update={"methods": [method]}), Site())
-    assert costs.team("full") == ProcessCount(6, 3)
+    assert costs.process_count("full") == ProcessCount(6, 3)
 
 
 @pytest.mark.parametrize("study", NAMES)
@@ -249,7 +249,7 @@ def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: 
     for rule in SUBMITTED:
         if rule == "pretrain_base" and not costs.study.base.pretrain:
             continue
-        method = next(iter(costs.tunings))
+        method = next(iter(costs.methods))
         duration = next(iter(costs.durations), "")
         cost = costs.of(
             rule, {"method": method, "duration": duration if rule == "train_cooldown" else ""}
@@ -261,7 +261,7 @@ def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: 
             assert values[-1] <= limit
             assert values[1] > values[0] or values[0] == limit
         assert told[0]["mem_mb"] >= (8000 if rule in ON_DEVICES else 4000)
-        assert set(snakemake_resources(rule, costs)) == set(told[0])
+        assert set(Resources(costs).of(rule)) - {"mpi"} == set(told[0])
 
 
 def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
@@ -293,9 +293,9 @@ def test_the_limits_of_a_partition_are_those_of_slurms_plugin() -> None:
 
 def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:
     """Eight runs of Phi in one pass; two of `mini` one after the other."""
-    for name, passes in {"tofu-phi-1.5": [[0] * 8], "mini": [[0], [0]]}.items():
+    for name, passes in {"tofu-phi-1.5": [8], "mini": [1, 1]}.items():
         case = Workload(_study(name), GPUS["H100"])
-        assert case.microbatches([expand_methods(case.study)[0]], ProcessCount()) == passes
+        assert case.microbatches(expand_methods(case.study)[0], ProcessCount()) == passes
 
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -357,8 +357,8 @@ def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
     monkeypatch.delenv("SNAKEMAKE_SLURM_PARTITIONS", raising=False)
     site = read_site(path)
     costs = JobCosts(_study("biderman-math-cpt"), site)
-    for name in costs.tunings:
-        assert costs.team(name).processes <= 8
+    for name in costs.methods:
+        assert costs.process_count(name).processes <= 8
         told = resource_requests(
             "finetune", costs.of("finetune", {"method": name}), site, attempt=3
         )
@@ -392,7 +392,7 @@ def test_whatever_a_study_asks_for_has_a_size(
     costs = JobCosts(study, Site.model_validate({"machines": {"device": device}}))
     kinds = [("evaluate_base", {}), ("benchmark_base", {}), ("evaluate_wise_ft", {})]
     kinds += [("run_programs", {"model": "base"}), ("make_tables", {})]
-    for method in costs.tunings:
+    for method in costs.methods:
         kinds += [(rule, {"method": method}) for rule in ("finetune", "benchmark")]
         kinds += [
             ("train_cooldown", {"method": method, "duration": name}) for name in costs.durations
@@ -402,7 +402,7 @@ def test_whatever_a_study_asks_for_has_a_size(
         assert cost.stages
         assert all(0 <= seconds < 1e5 for seconds in cost.stages.values())
         assert cost.processes == ProcessCount()
-        assert 0 <= cost.device_bytes < costs.case.device.usable
+        assert 0 <= cost.device_bytes < costs.workload.device.usable
         for value in resource_requests(rule, cost, costs.site).values():
             assert math.isfinite(value)
             assert value >= 0

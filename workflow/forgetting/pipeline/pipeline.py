@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,49 +30,14 @@ from forgetting.pipeline.paths import Paths
 from forgetting.pipeline.resources.hardware import read_site
 from forgetting.pipeline.resources.job_costs import JobCosts
 from forgetting.pipeline.resources.requests import (
+    Resources,
     capacity_warnings,
     check_single_node,
-    snakemake_resources,
-    threads,
 )
 from forgetting.pipeline.slurm import SUBMITTED_FILE, cancel_orphaned_jobs
 from forgetting.study.load import load_study, study_source
 from forgetting.study.preflight import check_inputs
 from forgetting.versions import source_digest
-
-
-class Resources:
-    """The resources of every rule's jobs, as functions of their wildcards and attempt."""
-
-    def __init__(self, costs: JobCosts) -> None:
-        self.costs = costs
-
-    def threads(self, rule: str) -> int | Callable[..., int]:
-        """Return the `threads` of a rule."""
-        return threads(rule, self.costs)
-
-    def of(self, rule: str) -> dict[str, Any]:
-        """Return the `resources` of a rule.
-
-        The plugin puts `srun` before a job, for one machine, unless the job has the resource `mpi`.
-        """
-        several_nodes = rule in ("finetune", "train_cooldown") and any(
-            self.costs.team(name).nodes > 1 for name in self.costs.run_groups
-        )
-        return {
-            **({"mpi": False} if several_nodes else {}),
-            **snakemake_resources(rule, self.costs),
-        }
-
-    def message(self, rule: str, text: str) -> str:
-        """Return the message of a rule's jobs: a text, then their resource requests."""
-        sizes = [f"{name}={{resources.{name}}}" for name in snakemake_resources(rule, self.costs)]
-        return f"{text} ({', '.join(sizes)})"
-
-    @property
-    def program_cores(self) -> int:
-        """Cores of a job that runs programs of a model; one core starts some 19 a second."""
-        return self.costs.program_cores
 
 
 @dataclass(frozen=True)

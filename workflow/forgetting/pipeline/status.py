@@ -117,7 +117,7 @@ def study_status(jobs: Iterable[PlannedJob], queue: Sequence[QueuedJob]) -> list
 
 
 def format_table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text, the first to the left, the others to the right."""
+    """Return the lines of a text table, with all columns but the first aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(

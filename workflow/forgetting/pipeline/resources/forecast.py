@@ -1,9 +1,4 @@
-"""How runs that are done compare with what was forecast of them, on the device they ran on.
-
-The planned jobs of a study with their costs, and a schedule of them on a site's machines.
-
-When jobs end that wait for each other and for GPUs: a schedule as SLURM would make it.
-"""
+"""Forecast of a study: simulated schedule of its jobs, corrected by runs that have finished."""
 
 from __future__ import annotations
 
@@ -38,12 +33,15 @@ from forgetting.pipeline.status import PlannedJob
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A finished run: seconds that were measured, and that would have been forecast of it.
+    """A finished run, with measured values and their forecasts.
 
     Attributes:
-        training: of its steps, measured and forecast.
-        rest: of loading the base, evaluations and checkpoints, measured and forecast.
-        memory: largest use of the device, or of the process, in 10^9 bytes; likewise.
+        run: its name.
+        device: the device that it ran on.
+        tokens_per_second: measured speed.
+        training: seconds of its steps, measured and forecast.
+        rest: seconds of loading, evaluations and checkpoints, measured and forecast.
+        memory: largest memory of the device, or of the process, in 10^9 bytes; likewise.
     """
 
     run: str
@@ -55,7 +53,7 @@ class MeasuredRun:
 
 
 def finished_runs(results: Path) -> list[dict[str, Any]]:
-    """The records of a study's runs, as soon as each is done; not those of durations' branches."""
+    """Return the records of a study's finished runs, except those of cooldown branches."""
     paths = sorted(results.glob("state/*/seed*/*/*/run.json"))
     return [read_json(path, removal_command(path.parent)) for path in paths]
 
@@ -63,61 +61,50 @@ def finished_runs(results: Path) -> list[dict[str, Any]]:
 def compare_with_forecast(
     costs: JobCosts, records: Iterable[Mapping[str, Any]]
 ) -> list[MeasuredRun]:
-    """All runs that ended well, whatever device they ran on."""
-    found = []
-    for record in records:
-        method, seed = str(record["run"]).split("/")[:2]
-        planned = int(seed.removeprefix("seed")) in costs.study.seeds
-        if (
-            planned
-            and method in costs.tunings
-            and record["status"] == "ok"
-            and record["steps"]
-            and _is_as_planned(costs, method, record)
-        ):
-            found.append(_compare_run(costs, method, record))
-    return found
+    """Return all runs that are part of the study and did not diverge, on whatever device."""
+    return [
+        _compare_run(costs, record)
+        for record in records
+        if record["status"] == "ok" and record["steps"] and _is_planned(costs, record)
+    ]
 
 
-def _is_as_planned(costs: JobCosts, name: str, record: Mapping[str, Any]) -> bool:
-    """Return whether as many runs shared passes as the study now plans."""
-    passes = costs.case.microbatches(
-        costs.run_groups[name], ProcessCount(record.get("processes", 1))
-    )
-    return int(record["trained_together"]) in {len(part) for part in passes}
+def _is_planned(costs: JobCosts, record: Mapping[str, Any]) -> bool:
+    """Return whether the study plans a run, and as many runs that share its passes."""
+    name, seed = str(record["run"]).split("/")[:2]
+    method = costs.methods.get(name)
+    if method is None or int(seed.removeprefix("seed")) not in costs.study.seeds:
+        return False
+    passes = costs.workload.microbatches(method, ProcessCount(record.get("processes", 1)))
+    return int(record["trained_together"]) in passes
 
 
-def _compare_run(costs: JobCosts, name: str, record: Mapping[str, Any]) -> MeasuredRun:
-    """What was measured is of one run; of fused ones, its share.
-
-    Args:
-        name: of its method, or of the run group in which several are trained together.
-    """
-    run_group, team = costs.run_groups[name], ProcessCount(record.get("processes", 1))
+def _compare_run(costs: JobCosts, record: Mapping[str, Any]) -> MeasuredRun:
+    """Return the measured and forecast values of a run; a batched run has its share of the pass."""
+    method = costs.methods[method_of(record["run"])]
+    group = ProcessCount(record.get("processes", 1))
     steps, evaluations = int(record["steps"]), len(record["evaluations"])
-    stages = run_group_seconds(costs.case, run_group, team, steps, evaluations)
-    runs = sum(len(tuning.hyperparameters) for tuning in run_group)
+    stages = run_group_seconds(costs.workload, method, group, steps, evaluations)
+    runs = len(method.hyperparameters)
     training = float(record["training_seconds"])
-    rest = float(record["wall_seconds"]) - training
-    peak = costs.of("finetune", {"method": name})
-    forecast_bytes = peak.device_bytes if costs.case.device.is_gpu else peak.host_bytes
+    cost = costs.of("finetune", {"method": method.name})
+    memory = cost.device_bytes if costs.workload.device.is_gpu else cost.host_bytes
     return MeasuredRun(
         run=str(record["run"]),
         device=str(record["device"]),
         tokens_per_second=float(record["tokens_per_second"]),
         training=(training, stages["training"] / runs),
-        rest=(rest, sum(stages[name] for name in ("load", "probes", "checkpoints")) / runs),
-        memory=(float(record["peak_memory_gib"]) * 2**30 / 1e9, forecast_bytes / 1e9),
+        rest=(
+            float(record["wall_seconds"]) - training,
+            sum(stages[name] for name in ("load", "probes", "checkpoints")) / runs,
+        ),
+        memory=(float(record["peak_memory_gib"]) * 2**30 / 1e9, memory / 1e9),
     )
 
 
 @dataclass(frozen=True)
 class CorrectionFactors:
-    """What forecast seconds are multiplied with.
-
-    Attributes:
-        runs: that they were measured on.
-    """
+    """Factors of forecast seconds, and the number of runs that they are measured on."""
 
     training: float = 1.0
     rest: float = 1.0
@@ -125,7 +112,7 @@ class CorrectionFactors:
 
 
 def correction_factors(compared: Sequence[MeasuredRun], device: str) -> CorrectionFactors:
-    """Medians over the runs on devices of this name; 1 where there are none."""
+    """Return the medians over the runs on devices of this name; 1 without such runs."""
     own = [each for each in compared if is_device(each.device, device)]
     if not own:
         return CorrectionFactors()
@@ -142,7 +129,7 @@ def is_device(recorded: str, name: str) -> bool:
 
 
 def site_of_runs(recorded: str) -> Site | None:
-    """A machine with the device of a record; None where it is not in the table of devices."""
+    """Return a machine with a recorded device; None if the table of devices does not have it."""
     if threads := re.match(r"CPU, (\d+) of", recorded):
         machines = {"device": "CPU", "count": 1, "gpus": 1, "cpus": int(threads[1])}
         return Site.model_validate({"machines": machines})
@@ -153,7 +140,10 @@ def site_of_runs(recorded: str) -> Site | None:
 def forecast_against_measured(
     study: StudyConfig, records: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Forecast and measured of each method and device: seconds of all its runs, largest memory."""
+    """Return forecast and measured values of each method and device.
+
+    They are the sums of the seconds of all its runs, and their largest memory.
+    """
     rows = []
     for device in dict.fromkeys(str(record["device"]) for record in records):
         site = site_of_runs(device)
@@ -163,10 +153,10 @@ def forecast_against_measured(
         own = compare_with_forecast(
             costs, [record for record in records if record["device"] == device]
         )
-        for name, tuning in costs.tunings.items():
+        for name, method in costs.methods.items():
             runs = [each for each in own if method_of(each.run) == name]
             if runs:
-                rows.append(_summed(tuning.label, device, runs))
+                rows.append(_summed(method.label, device, runs))
     return rows
 
 
@@ -180,10 +170,10 @@ def _summed(label: str, device: str, runs: Sequence[MeasuredRun]) -> dict[str, A
 
 
 QUEUE_SECONDS = 30.0
-"""Seconds that SLURM and Snakemake take for a job: starting it, and noticing that it has ended."""
+"""Seconds that SLURM and Snakemake need to start a job and to notice its end."""
 
-JOBS = 32
-"""Jobs that the profile submits at once."""
+MAX_SUBMITTED_JOBS = 32
+"""Number of jobs that the profile submits at once."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +181,13 @@ class Forecast:
     """A planned study, with the cost of every job.
 
     Attributes:
-        ends: seconds at which each job ends in the simulated schedule.
-        path: jobs that wait for each other the longest.
+        costs: costs of the study's jobs at the site.
+        jobs: the planned jobs by number.
+        of: cost of each job, corrected.
+        end_times: seconds at which each job ends in the simulated schedule.
+        critical_path: the longest chain of jobs that wait for each other.
+        corrected: factors of the correction.
+        compared: the finished runs.
     """
 
     costs: JobCosts
@@ -205,17 +200,17 @@ class Forecast:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all jobs that have GPUs."""
+        """Return the GPU-hours of all jobs."""
         return sum(gpu_seconds(self.jobs[n], cost) for n, cost in self.of.items()) / 3600
 
     @property
     def wall_hours(self) -> float:
-        """From the first job to the end of the last."""
+        """Return the hours from the start of the first job to the end of the last."""
         return max(self.end_times.values(), default=0.0) / 3600
 
     @property
     def shares(self) -> dict[str, float]:
-        """GPU-hours of each stage among all."""
+        """Return the share of each stage in the GPU-hours, largest first."""
         hours: dict[str, float] = {}
         for number, cost in self.of.items():
             if self.jobs[number].rule in ON_DEVICES:
@@ -227,18 +222,17 @@ class Forecast:
 
     @property
     def disk(self) -> dict[str, float]:
-        """Bytes from the hub, of finished runs, and the most at once, if all jobs run together.
+        """Return the bytes of downloads, of the finished study, and of all jobs at once.
 
-        What is trained on lies there once more, as it was prepared.
+        The training data is there twice, also as it was prepared.
         """
-        case, costs = self.costs.case, self.costs
-        fetched = sum(costs.downloads.values())
-        prepared = train_bytes(costs.study)
+        workload, costs = self.costs.workload, self.costs
+        fetched, prepared = sum(costs.downloads.values()), train_bytes(costs.study)
         finished, most = 0.0, 0.0
         for number, job in self.jobs.items():
             if job.rule in TRAINING:
-                for tuning in costs.run_groups[job.wildcards["method"]]:
-                    finished += len(tuning.hyperparameters) * finished_bytes(case, tuning)
+                method = costs.methods[job.wildcards["method"]]
+                finished += len(method.hyperparameters) * finished_bytes(workload, method)
                 most += self.of[number].disk_bytes
         return {
             "download": fetched,
@@ -248,18 +242,18 @@ class Forecast:
 
 
 def gpu_seconds(job: PlannedJob, cost: JobCost) -> float:
-    """GPU-seconds of a job."""
+    """Return the GPU-seconds of a job."""
     return cost.seconds * cost.processes.processes if job.rule in ON_DEVICES else 0.0
 
 
 def forecast_study(costs: JobCosts, jobs: Mapping[int, PlannedJob], results: Path) -> Forecast:
-    """The cost of planned jobs, and a schedule of them on the machines of the site."""
+    """Return the costs of planned jobs, and a schedule of them on the machines of the site."""
     compared = compare_with_forecast(costs, finished_runs(results))
-    corrected = correction_factors(compared, costs.case.device.name)
+    corrected = correction_factors(compared, costs.workload.device.name)
     of = {
         n: apply_correction(costs.of(job.rule, job.wildcards), corrected) for n, job in jobs.items()
     }
-    works = {
+    simulated = {
         number: SimulatedJob(
             seconds=of[number].seconds + (QUEUE_SECONDS if job.rule in SUBMITTED else 0.0),
             gpus=of[number].processes.per_node if job.rule in ON_DEVICES else 0,
@@ -269,13 +263,13 @@ def forecast_study(costs: JobCosts, jobs: Mapping[int, PlannedJob], results: Pat
         for number, job in jobs.items()
     }
     machines = costs.site.machines
-    ends = simulate_schedule(works, machines.count, machines.gpus, JOBS)
-    path = longest_path(works) if works else []
+    ends = simulate_schedule(simulated, machines.count, machines.gpus, MAX_SUBMITTED_JOBS)
+    path = longest_path(simulated) if simulated else []
     return Forecast(costs, jobs, of, ends, path, corrected, compared)
 
 
 def apply_correction(cost: JobCost, by: CorrectionFactors) -> JobCost:
-    """A cost with its stages as long as they were measured to be."""
+    """Return a cost with corrected seconds."""
     factor = {"training": by.training} | dict.fromkeys(("load", "probes", "checkpoints"), by.rest)
     return replace(
         cost, stages={name: value * factor.get(name, 1.0) for name, value in cost.stages.items()}
@@ -283,9 +277,9 @@ def apply_correction(cost: JobCost, by: CorrectionFactors) -> JobCost:
 
 
 def with_machines(site: Site, device: str | None, gpus: int | None) -> Site:
-    """The site with another device, or as many GPUs: whole machines, or a part of one.
+    """Return the site with another device or number of GPUs: whole machines, or part of one.
 
-    Of a CPU, that of this machine, shared by as many jobs.
+    With device CPU, it is this machine, shared by `gpus` jobs.
     """
     if gpus is not None and gpus < 1:
         raise InputError(f"--gpus {gpus}: give at least 1")
@@ -301,13 +295,13 @@ def with_machines(site: Site, device: str | None, gpus: int | None) -> Site:
             )
         cpus = max(1, site.machines.cpus * each // site.machines.gpus)
         changes |= {"count": gpus // each, "gpus": each, "cpus": cpus}
-    # So many as are asked for may also be those of one job.
+    # One job may use all of them.
     most = {"most_gpus": gpus} if gpus else {}
     return site.model_copy(update={"machines": site.machines.model_copy(update=changes), **most})
 
 
 def forecast_values(found: Forecast) -> dict[str, Any]:
-    """The forecast as numbers, for programs."""
+    """Return the numbers of a forecast, for programs."""
     return {
         "jobs": dict(Counter(job.rule for job in found.jobs.values())),
         "device": found.costs.site.machines.device,
@@ -325,9 +319,9 @@ class SimulatedJob:
     """A job in a schedule.
 
     Attributes:
-        seconds: that it takes.
-        gpus: on each of its machines; 0 of a job that takes none.
-        nodes: machines.
+        seconds: its duration.
+        gpus: GPUs on each of its machines; 0 without GPUs.
+        nodes: number of its machines.
         after: numbers of the jobs whose results it needs.
     """
 
@@ -340,15 +334,16 @@ class SimulatedJob:
 def simulate_schedule(
     jobs: Mapping[int, SimulatedJob], machines: int, gpus: int, most: int
 ) -> dict[int, float]:
-    """Seconds from the first job's start at which each ends.
+    """Return the seconds from the first job's start at which each ends, as SLURM would run them.
 
-    A job is begun when what it needs is there and its GPUs are free, in the order in which jobs
-    became ready; a later one that fits passes one that does not. Jobs without GPUs always fit.
+    A job starts when its inputs exist and its GPUs are free, in the order in which jobs became
+    ready. A later job that fits passes one that does not. Jobs without GPUs always fit.
 
     Args:
-        machines: all alike.
-        gpus: of each machine.
-        most: jobs with GPUs that are submitted at once.
+        jobs: the jobs by number.
+        machines: number of equal machines.
+        gpus: GPUs of each machine.
+        most: number of jobs with GPUs that are submitted at once.
     """
     free, ends = [gpus] * machines, dict[int, float]()
     waiting = {number: set(job.after) for number, job in jobs.items()}
@@ -358,25 +353,25 @@ def simulate_schedule(
             followers[before].append(number)
     ready = [number for number, left in waiting.items() if not left]
     running: list[tuple[float, int, list[int]]] = []
-    now, flying = 0.0, 0
+    now, submitted = 0.0, 0
     while ready or running:
         late = []
         for number in ready:
             job = jobs[number]
             places = _free_slots(job, free)
-            if places is None or (job.gpus and flying >= most):
+            if places is None or (job.gpus and submitted >= most):
                 late.append(number)
                 continue
             for place in places:
                 free[place] -= job.gpus
-            flying += job.gpus > 0
+            submitted += job.gpus > 0
             heapq.heappush(running, (now + job.seconds, number, places))
         ready = late
         if not running:
-            raise ValueError(f"{len(late)} jobs ask for more GPUs than the machines have")
+            raise ValueError(f"{len(late)} jobs need more GPUs than the machines have")
         now, number, places = heapq.heappop(running)
         ends[number] = now
-        flying -= jobs[number].gpus > 0
+        submitted -= jobs[number].gpus > 0
         for place in places:
             free[place] += jobs[number].gpus
         for follower in followers[number]:
@@ -387,7 +382,7 @@ def simulate_schedule(
 
 
 def _free_slots(job: SimulatedJob, free: Sequence[int]) -> list[int] | None:
-    """The fullest machines on which the job fits; None where there are too few."""
+    """Return the fullest machines that have room for a job; None if there are too few."""
     if not job.gpus:
         return []
     fitting = sorted((left, place) for place, left in enumerate(free) if left >= job.gpus)
@@ -397,7 +392,7 @@ def _free_slots(job: SimulatedJob, free: Sequence[int]) -> list[int] | None:
 
 
 def longest_path(jobs: Mapping[int, SimulatedJob]) -> list[int]:
-    """The jobs that wait for each other the longest, in their order: no more GPUs shorten them."""
+    """Return the longest chain of jobs that wait for each other, which more GPUs do not shorten."""
     ends: dict[int, float] = {}
 
     def end(number: int) -> float:

@@ -1,10 +1,9 @@
-"""What a study will cost, before anything is submitted: jobs, GPU-hours, time, memory, disk.
+"""Forecast the cost of a study: jobs, GPU-hours, time, memory and disk.
 
     python -m forgetting.pipeline.resources.forecast_cli --gpus 32 --device H100 study=tofu-phi-1.5
 
-The jobs are those that Snakemake plans; seconds and bytes are counted (docs/cluster.md) and, where
-runs of the study are done on such a device, corrected by what these took. Nothing is downloaded,
-and no GPU is needed.
+The jobs are those that Snakemake plans. Seconds and bytes follow docs/design/resource-model.md, and
+finished runs of the study on such a device correct them. Nothing is downloaded, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from forgetting.study.load import load_study
 
 
 def format_forecast(found: Forecast, name: str) -> str:
-    """The forecast as text."""
+    """Return the forecast as text."""
     if not found.jobs:
         return f"{name}: nothing is left to do"
     machines, costs = found.costs.site.machines, found.costs
     steps = [
         _kind(found.jobs[number]) for number in found.critical_path if found.of[number].seconds
     ]
-    disk, each = found.disk, "GPUs" if costs.case.device.is_gpu else "jobs at once"
+    disk, each = found.disk, "GPUs" if costs.workload.device.is_gpu else "jobs at once"
     longest = sum(found.of[number].seconds for number in found.critical_path) / 3600
     lines = [
         f"{name}: {len(found.jobs)} jobs, {found.gpu_hours:.1f} GPU-hours; "
@@ -66,13 +65,13 @@ def format_forecast(found: Forecast, name: str) -> str:
 
 
 def _kind(job: PlannedJob) -> str:
-    """A job without its seed: `finetune full`."""
+    """Return the rule and wildcards of a job without its seed: `finetune full`."""
     named = [job.wildcards.get(key) for key in ("method", "duration", "task", "table", "model")]
     return " ".join(filter(None, [job.rule, *named]))
 
 
 def _table_rows(found: Forecast) -> list[list[str]]:
-    """A line for each rule, and for each method of those that train: the largest of its jobs."""
+    """Return a row for each rule, and for each method of training rules, with its largest job."""
     groups: dict[str, list[int]] = {}
     for number in sorted(found.jobs, key=lambda number: found.end_times[number]):
         job = found.jobs[number]
@@ -107,7 +106,7 @@ def _table_rows(found: Forecast) -> list[list[str]]:
 
 def _notes(found: Forecast) -> list[str]:
     """Return what the numbers are based on, and their limits."""
-    costs, case = found.costs, found.costs.case
+    costs, size = found.costs, found.costs.workload.model_size
     lines = []
     if found.corrected.runs:
         by = found.corrected
@@ -115,7 +114,7 @@ def _notes(found: Forecast) -> list[str]:
             f"corrected by {by.runs} runs that are done on such a device: training took "
             f"{by.training:.2f} of the time forecast, evaluations and checkpoints {by.rest:.2f}"
         )
-    if not case.model_size.is_exact:
+    if not size.is_exact:
         lines.append("the size of the base is not known here: a guess of 7 billion weights")
     guessed = [
         table for table in dict.fromkeys(t for _, t in costs.study.tables())
@@ -124,7 +123,7 @@ def _notes(found: Forecast) -> list[str]:
     if guessed:
         lines.append(f"rows and lengths are guessed of {', '.join(guessed)}")
     lines += capacity_warnings(costs)
-    for name in costs.run_groups:
+    for name in costs.methods:
         cost = costs.of("finetune", {"method": name})
         if cost.seconds > 60 * costs.site.longest:
             lines.append(
@@ -139,7 +138,7 @@ def _notes(found: Forecast) -> list[str]:
 
 
 def _measured_lines(compared: Sequence[MeasuredRun]) -> list[str]:
-    """Forecast against measured, for every run that is done."""
+    """Return a table of forecast and measured values of every finished run."""
     lines = [["run", "device", "training", "forecast", "rest", "forecast", "memory", "forecast"]]
     for each in compared:
         seconds = (*each.training, *each.rest)
@@ -149,7 +148,7 @@ def _measured_lines(compared: Sequence[MeasuredRun]) -> list[str]:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days, whichever is read most easily."""
+    """Return a duration in seconds, minutes, hours or days."""
     for length, unit in ((86400 * 2, "d"), (3600 * 2, "h"), (60 * 2, "min")):
         if seconds >= length:
             return f"{seconds / (length / 2):.1f} {unit}"
@@ -157,7 +156,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in units of thousands."""
+    """Return a number of bytes in MB, GB or TB."""
     for unit, large in (("TB", 1e12), ("GB", 1e9)):
         if count >= large:
             return f"{count / large:.1f} {unit}"

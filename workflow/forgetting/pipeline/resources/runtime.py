@@ -1,19 +1,19 @@
-"""Seconds that the stages of a job take, from counted FLOPs, bytes and operations.
+"""Seconds of each stage of a job, from FLOPs, bytes and the number of operations.
 
-A pass takes the longer of its arithmetic and of starting its operations: `flops / (peak x share)`
-and `blocks x seconds to start a block`. A decoded token reads all weights, the keys and values of
-its batch, and is hardly ever more than that.
+A pass takes the longer of its arithmetic, `flops / (peak * efficiency)`, and of launching its
+operations, `blocks * seconds per block`. Generating a token reads all weights and the key-value
+cache of the batch, which usually takes longer than both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from forgetting.config.expand import Method
 from forgetting.models.size import ModelSize
 from forgetting.pipeline.resources.hardware import NETWORK, STORAGE
-from forgetting.pipeline.resources.memory import checkpoint_bytes
+from forgetting.pipeline.resources.memory import checkpoint_bytes, shard_count
 from forgetting.pipeline.resources.workload import (
     ProcessCount,
     TaskWorkload,
@@ -22,120 +22,120 @@ from forgetting.pipeline.resources.workload import (
 )
 
 STARTUP_SECONDS = {True: 30.0, False: 10.0}
-"""Seconds to import torch and transformers and to read the files, by whether there is a GPU: from a
+"""Seconds to import torch and transformers and to read files, by whether there is a GPU: from a
 shared file system with CUDA, or from a local disk without it."""
 
 PADDED = 1.2
-"""Tokens of a pass per token that is not padding, for pairs of question and answer on a GPU.
-Batches on a CPU have no padding."""
+"""Tokens with padding per token without, for question-answer pairs on a GPU. Batches on a CPU are
+padding-free."""
 
 LONGEST = 2.5
-"""Ratio of the longest answer of a batch to the mean one, in tokens."""
+"""Ratio of the longest to the mean answer of a batch, in tokens."""
 
 TOKENIZED = 2e5
-"""Tokens that one core makes of texts in a second."""
+"""Tokens that one core tokenizes in a second."""
 
 
-def load_seconds(case: Workload) -> float:
-    """Reading the base, in bfloat16 as it was published, from the shared file system."""
-    return 2.0 * case.model_size.parameters / STORAGE
+def load_seconds(workload: Workload) -> float:
+    """Return the seconds to read the base in bfloat16 from the shared file system."""
+    return 2.0 * workload.model_size.parameters / STORAGE
 
 
-def tokenize_seconds(case: Workload, team: ProcessCount) -> float:
-    """Making tokens of the new knowledge, and writing them, once for all runs of a job."""
-    tokens = case.training_sequences.count * case.training_sequences.tokens
-    return tokens / (TOKENIZED * case.cores * team.per_node) + 4.0 * tokens / STORAGE
+def tokenize_seconds(workload: Workload, group: ProcessCount) -> float:
+    """Return the seconds to tokenize the training data and write it, once per job."""
+    tokens = workload.training_sequences.count * workload.training_sequences.tokens
+    return tokens / (TOKENIZED * workload.cores * group.per_node) + 4.0 * tokens / STORAGE
 
 
-def step_seconds(case: Workload, runs: Sequence[Method], team: ProcessCount) -> float:
-    """One optimizer step of runs that share it.
+def step_seconds(workload: Workload, method: Method, group: ProcessCount, runs: int = 1) -> float:
+    """Return the seconds of an optimizer step.
 
     Args:
-        runs: the method of each.
+        workload: the study on a device.
+        method: of the runs.
+        group: processes that train a run.
+        runs: number of runs that share the step.
     """
-    study, shape, device, tuning = case.study, case.model_size, case.device, runs[0]
-    training, data = study.training, case.training_sequences
-    mitigation = tuning.mitigation
+    study, size, device = workload.study, workload.model_size, workload.device
+    training, data = study.training, workload.training_sequences
+    mitigation = method.mitigation
     replayed = mitigation.replay.ratio if mitigation and mitigation.replay else 0.0
     rows = training.batch_size / (1.0 - replayed)
-    whole = training.packing or data.targets == 1.0 or not device.is_gpu
-    padded = 1.0 if whole else PADDED
-    again = training.activation_checkpointing
-    flops = sum(shape.training(run, data.tokens, data.targets, again) for run in runs)
-    if mitigation and any(s.needs_base_model for s in mitigation.sections.values()):
-        # the base's predictions of the same tokens
-        flops += shape.forward(data.tokens, data.targets)
-    flops *= rows * data.tokens * padded / team.processes
-    passes = math.ceil(rows / team.processes / training.micro_batch_size)
-    launches = device.backward + (device.forward if again else 0.0)
-    own = sum(map(shape.trained, runs))
-    # AdamW reads weight, gradient and two moments and writes three: 28 bytes; the gradients are
-    # written, measured for clipping and emptied before: 16.
-    update = 44.0 * own / (team.processes if tuning.kind == "full" else 1) / device.bandwidth
+    has_padding = device.is_gpu and not training.packing and data.targets != 1.0
+    recomputes = training.activation_checkpointing
+    flops = runs * size.training(method, data.tokens, data.targets, recomputes)
+    if mitigation and any(section.needs_base_model for section in mitigation.sections.values()):
+        flops += size.forward(data.tokens, data.targets)
+    flops *= rows * data.tokens * (PADDED if has_padding else 1.0) / group.processes
+    passes = math.ceil(rows / group.processes / training.micro_batch_size)
+    launch = passes * size.blocks * (device.backward + (device.forward if recomputes else 0.0))
+    # AdamW reads weight, gradient and two moments and writes three of them: 28 bytes. Gradients are
+    # written, read for clipping and set to zero: 16.
+    trained = runs * size.trained(method) / shard_count(method, group)
+    update = 44.0 * trained / device.bandwidth
     arithmetic = device.training_seconds(flops)
-    talk = exchange_seconds(case, tuning, team, passes)
-    if tuning.kind == "full":  # a block's weights are gathered while another one computes
-        return max(arithmetic, passes * shape.blocks * launches, talk) + update
-    return max(arithmetic, passes * shape.blocks * launches) + talk + update
+    exchange = exchange_seconds(workload, method, group, passes)
+    if method.kind == "full":  # weights of a block are gathered while another one computes
+        return max(arithmetic, launch, exchange) + update
+    return max(arithmetic, launch) + exchange + update
 
 
-def exchange_seconds(case: Workload, tuning: Method, team: ProcessCount, passes: int) -> float:
-    """What the processes send each other in a step.
+def exchange_seconds(workload: Workload, method: Method, group: ProcessCount, passes: int) -> float:
+    """Return the seconds of communication between the processes in a step.
 
-    Sharded weights are gathered before both directions of every pass, 2 bytes each, and gradients
-    are summed, 4 bytes each; adapters are summed once a step, there and back.
+    Sharded weights are gathered for the forward and the backward pass (2 bytes each), and gradients
+    are reduced (4 bytes each). Gradients of adapters are reduced once a step.
     """
-    if team.processes == 1:
+    if group.processes == 1:
         return 0.0
-    link = case.device.link if team.nodes == 1 else NETWORK
-    trained = case.model_size.trained(tuning)
-    if tuning.kind == "full":
+    link = workload.device.link if group.nodes == 1 else NETWORK
+    trained = workload.model_size.trained(method)
+    if method.kind == "full":
         return passes * (2 * 2.0 + 4.0) * trained / link
     return 2 * 4.0 * trained / link
 
 
-def evaluation_seconds(case: Workload, team: ProcessCount) -> float:
-    """One measurement of all probes and of the general text, dealt over the processes."""
-    study, shape, device, asked = case.study, case.model_size, case.device, case.probe_workloads
-    count, batch = math.ceil(asked.count / team.processes), study.evaluation.batch_size
-    wanted = min(study.evaluation.max_new_tokens, LONGEST * asked.answer)
-    answers = generation_seconds(case, count, batch, asked.prompt, wanted)
-    batches = math.ceil(count / batch) + 1
-    scored = device.scoring_seconds(
-        count * asked.scored * shape.forward(asked.scored, 1.0 - asked.prompt / asked.scored)
-    )
-    read, passes = 0.0, 0
+def evaluation_seconds(workload: Workload, group: ProcessCount) -> float:
+    """Return the seconds of an evaluation on all probes and the general text."""
+    study, size, device = workload.study, workload.model_size, workload.device
+    probes, config = workload.probe_workloads, workload.study.evaluation
+    count = math.ceil(probes.count / group.processes)
+    longest = min(config.max_new_tokens, LONGEST * probes.answer)
+    generating = generation_seconds(workload, count, config.batch_size, probes.prompt, longest)
+    batches = math.ceil(count / config.batch_size) + 1
+    flops = count * probes.scored * size.forward(probes.scored, 1.0 - probes.prompt / probes.scored)
+    scoring = max(device.scoring_seconds(flops), batches * size.blocks * device.forward)
+    text_arithmetic, passes = 0.0, 0
     if text := study.general_text:
-        read = device.scoring_seconds(asked.text * shape.forward(text.block, 1.0))
-        passes = math.ceil(asked.text / text.block / text.batch_size)
-    reading = max(scored, batches * shape.blocks * device.forward)
-    return answers + reading + max(read, passes * shape.blocks * device.forward)
+        text_arithmetic = device.scoring_seconds(probes.text * size.forward(text.block, 1.0))
+        passes = math.ceil(probes.text / text.block / text.batch_size)
+    return generating + scoring + max(text_arithmetic, passes * size.blocks * device.forward)
 
 
 def generation_seconds(
-    case: Workload, count: int, batch: int, prompt: float, tokens: float
+    workload: Workload, count: int, batch: int, prompt: float, tokens: float
 ) -> float:
     """Return the seconds to generate `count` greedy answers of `tokens` tokens."""
-    shape, device = case.model_size, case.device
+    size, device = workload.model_size, workload.device
     batches = math.ceil(count / batch)
     rows = count / max(1, batches)
-    number = 2.0 if case.half else 4.0
+    number = 2.0 if workload.half else 4.0
     # Frozen float32 weights are read, rounded and read again.
-    weights = (8.0 if case.half else 4.0) * (shape.linear + shape.embedding)
-    cache = rows * (prompt + tokens / 2) * shape.cache * number
+    weights = (8.0 if workload.half else 4.0) * (size.linear + size.embedding)
+    cache = rows * (prompt + tokens / 2) * size.cache * number
     token = max(
-        shape.blocks * device.forward,
+        size.blocks * device.forward,
         (weights + cache) / device.bandwidth,
-        device.scoring_seconds(rows * shape.forward(prompt + tokens / 2, 1.0)),
+        device.scoring_seconds(rows * size.forward(prompt + tokens / 2, 1.0)),
     )
-    first = device.scoring_seconds(rows * prompt * shape.forward(prompt, 1.0 / max(1.0, prompt)))
+    first = device.scoring_seconds(rows * prompt * size.forward(prompt, 1.0 / max(1.0, prompt)))
     return batches * (first + tokens * token)
 
 
 def run_group_seconds(
-    case: Workload,
-    run_group: Sequence[Method],
-    team: ProcessCount,
+    workload: Workload,
+    method: Method,
+    group: ProcessCount,
     steps: int,
     evaluations: int,
     stored: int = 0,
@@ -143,61 +143,51 @@ def run_group_seconds(
     """Return the seconds of each stage of a run group.
 
     Args:
-        run_group: the method of each run.
+        workload: the study on a device.
+        method: of the runs.
+        group: processes that train a run.
         steps: optimizer steps of each run.
         evaluations: evaluations of each run.
         stored: checkpoints of each run in addition to those of evaluations.
     """
-    passes = case.microbatches(run_group, team)
-    of_each = [step_seconds(case, [run_group[owner] for owner in part], team) for part in passes]
-    # A base is read for every member of a pass, and for every run that is alone.
-    loads = sum(len(set(part)) for part in passes)
-    runs = sum(len(tuning.hyperparameters) for tuning in run_group)
-    written = sum(
-        len(tuning.hyperparameters)
-        * checkpoint_bytes(case, tuning)
-        / (team.processes if tuning.kind == "full" else 1)
-        for tuning in run_group
-    )
-    asked_along = benchmark_seconds(
-        case, training_benchmark_workloads(case.study, case.task_workloads)
-    )
+    passes, runs = workload.microbatches(method, group), len(method.hyperparameters)
+    steps_of_all = sum(step_seconds(workload, method, group, shared) for shared in passes)
+    written = runs * checkpoint_bytes(workload, method) / shard_count(method, group)
+    in_training = training_benchmark_workloads(workload.study, workload.task_workloads)
     return {
-        "start": STARTUP_SECONDS[case.device.is_gpu],
-        "load": loads * load_seconds(case),
-        "training": steps * sum(of_each),
-        "probes": runs * evaluations * evaluation_seconds(case, team),
-        # Of several processes each asks all of them.
-        "benchmarks": runs * evaluations * asked_along,
+        "start": STARTUP_SECONDS[workload.device.is_gpu],
+        "load": len(passes) * load_seconds(workload),
+        "training": steps * steps_of_all,
+        "probes": runs * evaluations * evaluation_seconds(workload, group),
+        # Each process evaluates all of them.
+        "benchmarks": runs * evaluations * benchmark_seconds(workload, in_training),
         "checkpoints": (evaluations + stored) * written / STORAGE,
     }
 
 
-def benchmark_seconds(case: Workload, asked: Mapping[str, TaskWorkload] | None = None) -> float:
-    """All benchmarks on one model, or those that are given, in one process."""
-    study, shape, device = case.study, case.model_size, case.device
-    batch, total = study.benchmarks.batch_size, 0.0
-    for bench in (case.task_workloads if asked is None else asked).values():
-        if bench.most:
-            # Most answers end at half of the longest that is allowed, a batch with its last one.
-            count, tokens = bench.items * bench.samples, 0.75 * bench.most
-            total += generation_seconds(case, count, batch, bench.prompt, tokens)
+def benchmark_seconds(workload: Workload, tasks: Mapping[str, TaskWorkload] | None = None) -> float:
+    """Return the seconds to run tasks, by default all of the study, on one model."""
+    size, device, total = workload.model_size, workload.device, 0.0
+    batch = workload.study.benchmarks.batch_size
+    for task in (workload.task_workloads if tasks is None else tasks).values():
+        if task.generated:
+            # Most answers end at half of the limit, a batch with its longest one.
+            count, tokens = task.items * task.samples, 0.75 * task.generated
+            total += generation_seconds(workload, count, batch, task.prompt, tokens)
             continue
-        tokens = bench.prompt + bench.choices
-        arithmetic = device.scoring_seconds(
-            bench.items * tokens * shape.forward(tokens, bench.choices / tokens)
-        )
-        passes = math.ceil(bench.items * tokens / (64 * batch))
-        total += max(arithmetic, passes * shape.blocks * device.forward)
+        tokens = task.prompt + task.choices
+        flops = task.items * tokens * size.forward(tokens, task.choices / tokens)
+        passes = math.ceil(task.items * tokens / (64 * batch))
+        total += max(device.scoring_seconds(flops), passes * size.blocks * device.forward)
     return total
 
 
-def pretraining_seconds(case: Workload, shape: ModelSize, tokens: float) -> float:
+def pretraining_seconds(workload: Workload, size: ModelSize, tokens: float) -> float:
     """Return the seconds to pretrain a small model on `tokens` tokens."""
-    spec = case.study.base.pretrain
-    assert spec
-    steps = spec.epochs * tokens / spec.batch_tokens
-    whole = 3.0 * shape.forward(spec.block_size, 1.0) * spec.batch_tokens
-    arithmetic = case.device.training_seconds(whole)
-    update = 44.0 * shape.parameters / case.device.bandwidth
-    return steps * (max(arithmetic, shape.blocks * case.device.backward) + update)
+    config = workload.study.base.pretrain
+    assert config
+    steps = config.epochs * tokens / config.batch_tokens
+    flops = 3.0 * size.forward(config.block_size, 1.0) * config.batch_tokens
+    arithmetic = workload.device.training_seconds(flops)
+    update = 44.0 * size.parameters / workload.device.bandwidth
+    return steps * (max(arithmetic, size.blocks * workload.device.backward) + update)

@@ -1,12 +1,9 @@
-"""How much the benchmarks of a study read and write, and what a study fetches from the hub.
-
-What the costs of a study's jobs are computed from: its model, its data, a device.
-"""
+"""Workload of a study on a device: model size, tokens of its data and benchmarks, downloads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -31,10 +28,10 @@ from forgetting.study.run_groups import MAX_BATCHED_TOKENS, may_batch, memory_li
 
 @dataclass(frozen=True)
 class TaskSize:
-    """A benchmark in numbers, from its published rows: means in bytes.
+    """Number of items of a benchmark, and their mean sizes in bytes, from the published rows.
 
     Attributes:
-        count: items that are evaluated.
+        count: number of evaluated items.
         prompt: bytes of an item's prompt.
         example: bytes of a solved example.
         choices: choices of an item.
@@ -56,7 +53,7 @@ OTHER_TASK_SIZE = TaskSize(2000, 250, 300, 4, 40, 5e6)
 
 
 def task_size(task: str) -> TaskSize:
-    """A benchmark in numbers; of one that is not known, those of a task with the same rows."""
+    """Return the size of a task; for an unknown task, that of a task with the same rows."""
     known = TASK_SIZES.get(task) or TASK_SIZES.get(task_with_same_dataset(task) or "")
     if known:
         return known
@@ -66,68 +63,67 @@ def task_size(task: str) -> TaskSize:
 
 @dataclass(frozen=True)
 class TaskWorkload:
-    """What one benchmark asks of a model, in tokens.
+    """Number of items of a benchmark, and their lengths in tokens.
 
     Attributes:
-        items: that are evaluated.
+        items: number of evaluated items.
         prompt: tokens of a prompt with its examples.
-        choices: tokens of all choices of an item; 0 where answers are generated.
-        most: longest generated answer; 0 where choices are scored.
-        samples: answers that are generated to an item.
-        programs: are the answers programs, to be run?
+        choices: tokens of all choices of an item; 0 if answers are generated.
+        generated: tokens of the longest generated answer; 0 if choices are scored.
+        samples: generated answers to an item.
+        programs: whether the answers are programs, which are run.
     """
 
     items: int
     prompt: float
     choices: float
-    most: int
+    generated: int
     samples: int = 1
     programs: bool = False
 
 
 def task_workloads(study: StudyConfig, vocabulary: int) -> dict[str, TaskWorkload]:
-    """Every benchmark of a study; prompts that should be refused are one of them."""
+    """Return the workload of every benchmark of a study, and of the prompts to refuse."""
     per_token = bytes_per_token(vocabulary)
-    found: dict[str, TaskWorkload] = {}
+    workloads: dict[str, TaskWorkload] = {}
     dataset = study.benchmark_dataset
     for name, task in study.benchmarks.tasks.items():
         items, known = task_size(name), benchmark(name)
-        if (
-            dataset and dataset.origin == "generated"
-        ):  # the micro-world has some 80 items of each, a third as long
+        if dataset and dataset.origin == "generated":
+            # The micro-world has some 80 items of each, a third as long.
             items = TaskSize(
                 80, items.prompt / 3, items.example / 3, items.choices, items.choice / 3, 0.0
             )
         shots = known.num_fewshot if task.num_fewshot is None else task.num_fewshot
-        found[name] = TaskWorkload(
+        workloads[name] = TaskWorkload(
             items=min(items.count, task.limit or items.count),
             prompt=(items.prompt + shots * items.example) / per_token,
             choices=items.choices * items.choice / per_token,
-            most=(task.max_new_tokens or known.max_gen_toks or 0) if not items.choices else 0,
+            generated=(task.max_new_tokens or known.max_gen_toks or 0) if not items.choices else 0,
             samples=task.samples or 1,
             programs=known.generates_code,
         )
     if refusals := study.benchmarks.refusals:
         table = table_size(study, refusals.table)
         count = min(table.rows, refusals.limit or table.rows)
-        found["refusals"] = TaskWorkload(
+        workloads["refusals"] = TaskWorkload(
             count, table.question / per_token, 0.0, refusals.max_new_tokens
         )
-    return found
+    return workloads
 
 
 def training_benchmark_workloads(
-    study: StudyConfig, found: Mapping[str, TaskWorkload]
+    study: StudyConfig, workloads: Mapping[str, TaskWorkload]
 ) -> dict[str, TaskWorkload]:
-    """What a training asks of them at every evaluation."""
+    """Return the workload of the benchmarks of one evaluation during training."""
     return {
-        name: replace(found[name], items=min(count, found[name].items))
+        name: replace(workloads[name], items=min(count, workloads[name].items))
         for name, count in study.benchmarks.during_training.items()
     }
 
 
 def downloaded_bytes(study: StudyConfig, weights: int) -> dict[str, float]:
-    """Bytes that are fetched from the hub, of each thing once; 2 for each weight of a model."""
+    """Return the bytes of every download: model (2 bytes a weight), tables and benchmarks."""
     found = {}
     if study.base.model and study.base.revision:
         found[study.base.model] = 2.0 * weights
@@ -141,14 +137,14 @@ def downloaded_bytes(study: StudyConfig, weights: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ProcessCount:
-    """Processes that train a run together, and the machines over which they are spread."""
+    """Number of processes that train a run together, and of the machines that they run on."""
 
     processes: int = 1
     nodes: int = 1
 
     @property
     def per_node(self) -> int:
-        """Processes on a machine."""
+        """Return the number of processes on each machine."""
         return self.processes // self.nodes
 
 
@@ -166,65 +162,59 @@ class Workload:
 
     @cached_property
     def model_size(self) -> ModelSize:
-        """The base in numbers."""
+        """Return the size of the base model."""
         return base_size(self.study.base)
 
     @cached_property
     def training_sequences(self) -> TrainingSequences:
-        """The new knowledge, in tokens."""
+        """Return the size of the training data in tokens."""
         return training_sequences(self.study, self.model_size.vocab_size)
 
     @cached_property
     def probe_workloads(self) -> ProbeWorkload:
-        """The probes and the general text, in tokens."""
+        """Return the sizes of the probes and of the general text in tokens."""
         return probe_workload(self.study, self.model_size.vocab_size)
 
     @cached_property
     def task_workloads(self) -> dict[str, TaskWorkload]:
-        """The benchmarks, in tokens."""
+        """Return the workloads of the benchmarks."""
         return task_workloads(self.study, self.model_size.vocab_size)
 
     @property
     def half(self) -> bool:
-        """Return whether arithmetic is in bfloat16."""
+        """Return whether models compute in bfloat16."""
         return self.study.precision == "bfloat16" or (
             self.study.precision == "auto" and self.device.half
         )
 
     @cached_property
     def schedule(self) -> LrSchedule:
-        """Steps of a run; with durations, of the trunk."""
+        """Return the schedule of a run; with durations, that of the trunk."""
         study = self.study
         every = study.evaluation.every_epochs
         return LrSchedule.plan(self.training_sequences.count, study.training, every)
 
     def branch(self, duration: float) -> LrSchedule:
-        """Steps of the run that is trained for one duration; it begins where it leaves the "
-        "trunk."""
-        alone = self.study.training.model_copy(update={"epochs": duration, "durations": []})
-        return LrSchedule.plan(
-            self.training_sequences.count, alone, self.study.evaluation.every_epochs
-        )
+        """Return the schedule of one duration, whose beginning is that of the trunk."""
+        single = self.study.training.model_copy(update={"epochs": duration, "durations": []})
+        every = self.study.evaluation.every_epochs
+        return LrSchedule.plan(self.training_sequences.count, single, every)
 
-    def microbatches(self, run_group: Sequence[Method], team: ProcessCount) -> list[list[int]]:
-        """Of each pass of a run group, whose runs share it: members by number, for every run one.
-
-        Args:
-            run_group: the method of each member.
-        """
-        owners = [number for number, tuning in enumerate(run_group) for _ in tuning.hyperparameters]
-        training = self.study.training
+    def microbatches(self, method: Method, group: ProcessCount) -> list[int]:
+        """Return the number of runs that share each forward pass of a run group."""
+        training, runs = self.study.training, len(method.hyperparameters)
         tokens = self.training_sequences.tokens * training.batch_size
-        fusible = self.model_size.batchable_rows and all(may_batch(t, training) for t in run_group)
-        if team.processes > 1 or tokens > MAX_BATCHED_TOKENS[self.device.kind] or not fusible:
-            return [[owner] for owner in owners]
+        batchable = self.model_size.batchable_rows and may_batch(method, training)
+        is_large = tokens > MAX_BATCHED_TOKENS[self.device.kind]
+        if group.processes > 1 or is_large or not batchable:
+            return [1] * runs
         memory = self.device.memory if self.device.is_gpu else None
-        size = self.model_size.trained(run_group[0])
-        most, space = training.micro_batch_size, memory_limit(self.model_size.parameters, memory)
-        parts = partition_runs(len(owners), size, most, space)
-        return [[owners[run] for run in part] for part in parts]
+        max_bytes = memory_limit(self.model_size.parameters, memory)
+        weights = self.model_size.trained(method)
+        passes = partition_runs(runs, weights, training.micro_batch_size, max_bytes)
+        return [len(shared) for shared in passes]
 
-    def rows(self, team: ProcessCount) -> int:
-        """Sequences in a forward pass of one process."""
+    def rows(self, group: ProcessCount) -> int:
+        """Return the sequences of a forward pass of one process."""
         training = self.study.training
-        return min(training.micro_batch_size, math.ceil(training.batch_size / team.processes))
+        return min(training.micro_batch_size, math.ceil(training.batch_size / group.processes))
