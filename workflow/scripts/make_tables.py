@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forgetting.config.expand import scored_models
 from forgetting.config.job_params import MakeTablesParams
 from forgetting.errors import reports_input_errors
 from forgetting.io import write_atomically, write_json, write_table
@@ -22,8 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
     options = parser.parse_args(argv)
     params = MakeTablesParams.read(options.params)
-    study, models = params.study, scored_models(params.study)
-    found = read_job_results(study, options.results, models)
+    study = params.study
+    found = read_job_results(study, options.results)
     tables, notes = tables_of(study, found)
     write_atomically(options.results / "study.json", study.model_dump_json(indent=2) + "\n")
     for name, table in tables.items():
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(options.output / "runs.json", found.records)
     written = {
         "study": {"name": params.name, **study.model_dump(mode="json")},
-        "provenance": provenance(options.results, found, models),
+        "provenance": provenance(options.results, found),
         "forecast": forecast_against_measured(study, found.trunks or found.records),
         "notes": notes,
     }

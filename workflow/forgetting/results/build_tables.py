@@ -44,7 +44,6 @@ def in_study_order(
 
 
 def runs_table(
-    base: Mapping[str, Any],
     methods: Sequence[Method],
     seeds: Sequence[int],
     records: Sequence[Mapping[str, Any]],

@@ -10,7 +10,7 @@ import pandas as pd
 
 from forgetting.analysis.comparisons import compare_methods
 from forgetting.config.evaluation import TEXT_PROBE
-from forgetting.config.expand import duration_name, expand_methods, selected_models
+from forgetting.config.expand import duration_name, expand_methods, scored_models, selected_models
 from forgetting.config.study import StudyConfig
 from forgetting.evaluation.rouge import length_notes
 from forgetting.io import read_json, read_table
@@ -67,49 +67,44 @@ class JobResults:
     wise_ft: list[pd.DataFrame]
 
 
-def read_job_results(study: StudyConfig, results: Path, models: list[str]) -> JobResults:
+def read_job_results(study: StudyConfig, results: Path) -> JobResults:
     """Read the results of all jobs except the tables of benchmarks, which may be large.
 
     Args:
         study: whose results are read.
         results: folder of the study's results.
-        models: names of the models that were scored on benchmarks.
     """
-    methods, durations = expand_methods(study), study.training.durations
+    methods = expand_methods(study)
+    durations = [duration_name(duration) for duration in study.training.durations]
+    trained = [
+        results / "runs" / method.name / f"seed{seed}" for method in methods for seed in study.seeds
+    ]
+    branches = [
+        results / "branches" / folder.parent.name / folder.name / duration
+        for folder in trained
+        for duration in durations
+    ]
 
     def read_items(table: str, folders: list[Path]) -> list[pd.DataFrame]:
         frames = [read_table(folder / f"{table}.parquet") for folder in folders]
         return in_study_order(frames, methods, study.seeds)
 
-    run_groups = [f"{method.name}/seed{seed}" for method in methods for seed in study.seeds]
-    trained = [results / "runs" / run_group for run_group in run_groups]
-    branches = [
-        results / "branches" / run_group / duration_name(duration)
-        for run_group in run_groups
-        for duration in durations
-    ]
-    files = [results / "selection" / f"{method.name}.json" for method in methods]
-    selection = pd.DataFrame([row for file in files for row in read_json(file)])
-    selection = selection.drop(
-        columns=["files", "checkpoint", "checkpoints", "ends"], errors="ignore"
-    )
+    training_benchmarks = []
+    if study.benchmarks.during_training:
+        base_benchmarks = read_table(results / "base" / "benchmarks.parquet")
+        training_benchmarks = [base_benchmarks, *read_items("benchmarks", trained)]
     base_items = read_table(results / "base" / "items.parquet")
     return JobResults(
         base=read_json(results / "base" / "base.json"),
         data_notes=read_json(results / "data" / "data.json")["notes"],
-        records=read_records(branches or trained),
-        trunks=read_records(trained) if branches else [],
-        selection=selection.astype({"step": "Int64", "epoch": "float", "value": "float"}),
+        records=_read_records(branches or trained),
+        trunks=_read_records(trained) if branches else [],
+        selection=_read_selection([results / "selection" / f"{m.name}.json" for m in methods]),
         base_scored=base_items.attrs.pop("computed"),
         base_items=base_items,
         items=read_items("items", branches or trained),
-        models=[results / "benchmarks" / model for model in models],
-        training_benchmarks=[
-            read_table(results / "base" / "benchmarks.parquet"),
-            *read_items("benchmarks", trained),
-        ]
-        if study.benchmarks.during_training
-        else [],
+        models=[results / "benchmarks" / model for model in scored_models(study)],
+        training_benchmarks=training_benchmarks,
         wise_ft=[
             read_table(results / "wise_ft" / model / "items.parquet")
             for model in (selected_models(study) if study.selection.wise_ft else [])
@@ -117,10 +112,22 @@ def read_job_results(study: StudyConfig, results: Path, models: list[str]) -> Jo
     )
 
 
+def _read_records(folders: list[Path]) -> list[dict[str, Any]]:
+    """Return the records of all runs of several jobs."""
+    return [record for folder in folders for record in read_json(folder / "runs.json")]
+
+
+def _read_selection(files: list[Path]) -> pd.DataFrame:
+    """Return the selections of all methods, without the files of the checkpoints."""
+    table = pd.DataFrame([row for file in files for row in read_json(file)])
+    table = table.drop(columns=["files", "checkpoint", "checkpoints", "ends"], errors="ignore")
+    return table.astype({"step": "Int64", "epoch": "float", "value": "float"})
+
+
 def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Return every table by its name, and notes on what the report cannot show."""
     methods, durations = expand_methods(study), study.training.durations
-    runs = runs_table(found.base, methods, study.seeds, found.records, found.selection, durations)
+    runs = runs_table(methods, study.seeds, found.records, found.selection, durations)
     knowledge: dict[str, str] = {name: probe.knowledge for name, probe in study.probes.items()}
     knowledge |= {TEXT_PROBE: "text"}
     labels = {
@@ -162,21 +169,15 @@ def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataF
     return tables, notes
 
 
-def read_records(folders: list[Path]) -> list[dict[str, Any]]:
-    """Return the records of all runs of several jobs."""
-    return [record for folder in folders for record in read_json(folder / "runs.json")]
-
-
-def provenance(results: Path, found: JobResults, models: list[str]) -> dict[str, Any]:
+def provenance(results: Path, found: JobResults) -> dict[str, Any]:
     """Return what is needed to know where the numbers come from, and to reproduce them."""
     records = found.records
     data = read_json(results / "data" / "data.json")
-    folders = [results / "benchmarks" / model for model in models]
-    generated = [folder for folder in folders if read_json(folder / "programs.json")["items"]]
+    generated = [folder for folder in found.models if read_json(folder / "programs.json")["items"]]
     executed = [read_json(folder / "outcomes.json") for folder in generated]
-    computed = [found.base_scored, *found.records, *found.trunks]
+    computed = [found.base_scored, *records, *found.trunks]
     computed += [found.base] if "device" in found.base else []
-    computed += [read_json(folder / "record.json") for folder in folders]
+    computed += [read_json(folder / "record.json") for folder in found.models]
     return {
         "code_revision": code_revision(),
         # Results of another commit are kept while the versions of their stages are equal.
@@ -190,11 +191,13 @@ def provenance(results: Path, found: JobResults, models: list[str]) -> dict[str,
         },
         "python": ", ".join(sorted({record["machine"]["python"] for record in records})),
         "hardware": {
-            "processor": sorted({record["machine"]["processor"] for record in computed}),
-            "cores": sorted({record["machine"]["cores"] for record in computed}),
-            "threads": sorted({record["machine"]["threads"] for record in computed}),
-            "device": sorted({record["device"] for record in computed}),
-            "precision": sorted({record["precision"] for record in computed}),
+            **{
+                key: sorted({record["machine"][key] for record in computed})
+                for key in ("processor", "cores", "threads")
+            },
+            **{
+                key: sorted({record[key] for record in computed}) for key in ("device", "precision")
+            },
             "sandbox": sorted({each["sandbox"] or each["why"] for each in executed}),
         },
         "data": {

@@ -3,7 +3,7 @@
     python -m forgetting.pipeline.resources.forecast_cli --gpus 32 --device H100 study=tofu-phi-1.5
 
 The jobs are those that Snakemake plans. Seconds and bytes follow docs/design/resource-model.md, and
-finished runs of the study on such a device correct them. Nothing is downloaded, and no GPU is needed.
+finished runs of the study on such a device correct them. It downloads nothing and needs no GPU.
 """
 
 from __future__ import annotations
