@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from forgetting.evaluation.metrics import PROBE_METRICS, TEXT_SCORES
 from forgetting.pipeline.paths import Paths
 from forgetting.results.job_results import tables_of
 from golden.invented_results import job_results, make_study
@@ -29,3 +30,29 @@ def test_the_tables_are_those_that_the_workflow_expects(
     expected = {Path(path).stem for path in Paths(study, "made").tables}
     assert set(tables) == expected
     assert all(isinstance(table, pd.DataFrame) for table in tables.values())
+
+
+SHARED = {"run", "step", "epoch", "tokens", "method", "label", "seed", "probe", "task", "item", "n"}
+SHARED |= {"metric", "value", "low", "high"}
+
+
+def test_every_column_is_documented(tmp_path: Path) -> None:
+    document = Path(__file__).resolve().parents[3] / "docs" / "results.md"
+    text = document.read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    metrics = {*PROBE_METRICS, *TEXT_SCORES}
+    study = make_study(benchmarks=BENCHMARKS)
+    tables, _ = tables_of(study, job_results(study, tmp_path))
+    for name, table in tables.items():
+        documented = " ".join(
+            row[1] for row in rows if name in row[0].removeprefix("| ").split(", ")
+        )
+        if name.startswith("benchmark_"):
+            documented += " ".join(row[1] for row in rows if row[0].startswith("| benchmark"))
+        missing = [
+            column
+            for column in {*table.columns} - SHARED - (metrics if name == "items" else set())
+            if f"`{column}`" not in documented
+        ]
+        assert missing == [], name
+    assert [metric for metric in metrics - {"generated_tokens"} if f"`{metric}`" not in text] == []
