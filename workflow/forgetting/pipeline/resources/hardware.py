@@ -1,21 +1,20 @@
-"""The site: what its machines have, and how long its jobs may run. One file, read in one place.
+"""Devices, and the site: the machines that jobs run on and the limits of their partitions.
 
-The file is the one in which the SLURM plugin finds the partitions, with one more section,
+The file of a site is the one in which the SLURM plugin finds the partitions, with one more section,
 `machines`. For Kubernetes it is profiles/kubernetes/nodes.yaml.
 
-What devices can do: arithmetic, memory, and what a model of small matrices waits for.
+FLOPs per second are of dense products in bfloat16, and bytes per second are in 10^9. Peaks are from
+data sheets:
 
-FLOPs per second are of dense products in bfloat16, bytes of 10^9. Peaks are the vendor's:
-
-- H100: NVIDIA H100 SXM data sheet: 989 TFLOP/s, 3.35 TB/s, 80 GB, NVLink 900 GB/s.
-- H200: NVIDIA H200 SXM data sheet: the arithmetic of an H100, 4.8 TB/s, 141 GB.
-- A100: NVIDIA A100 SXM data sheet: 312 TFLOP/s, 2.0 TB/s, 80 GB, NVLink 600 GB/s.
-- L40S: NVIDIA L40S data sheet: 362 TFLOP/s, 0.864 TB/s, 48 GB, PCIe 4 64 GB/s.
+- H100: NVIDIA H100 SXM: 989 TFLOP/s, 3.35 TB/s, 80 GB, NVLink 900 GB/s.
+- H200: NVIDIA H200 SXM: the arithmetic of an H100, 4.8 TB/s, 141 GB.
+- A100: NVIDIA A100 SXM: 312 TFLOP/s, 2.0 TB/s, 80 GB, NVLink 600 GB/s.
+- L40S: NVIDIA L40S: 362 TFLOP/s, 0.864 TB/s, 48 GB, PCIe 4 64 GB/s.
 - CPU: a core of a server processor, measured on the study `mini`; see `core_device`.
 
-Shares of the peak are those that public programs reach: 40 to 46 % in fine-tuning 7 billion weights
-on an H100 (llm-foundry's table, torchtitan), 64 % on an A100, about as much in reading without
-gradients. Here 40 % is taken for training and 45 % for scoring, on every GPU.
+Public programs reach 40 to 46 % of the peak when they fine-tune 7 billion weights on an H100
+(llm-foundry's table, torchtitan), 64 % on an A100, and about as much in forward passes. Here every
+GPU reaches 40 % in training and 45 % in scoring.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ class Device:
     """A GPU, or the cores of a processor that one process has.
 
     Attributes:
-        flops: multiplications and additions per second at most.
-        bandwidth: bytes per second between memory and arithmetic.
+        flops: peak of multiplications and additions per second.
+        bandwidth: bytes per second between memory and arithmetic units.
         memory: bytes; a process can use `usable` of them.
         link: bytes per second to the other devices of the machine, in one direction.
         training: share of `flops` that forward and backward passes reach.
         scoring: share of `flops` that forward passes reach.
-        forward: seconds to start the operations of one block's forward pass. They are hidden behind
-            the arithmetic of large passes, and are all the time that small ones take.
+        forward: seconds to launch the operations of one block's forward pass. The arithmetic of
+            large passes hides them. Small passes take no longer than that.
         backward: the same of a forward and backward pass.
         half: whether matrices are multiplied in bfloat16 under float32 weights.
     """
@@ -58,8 +57,8 @@ class Device:
     link: float
     training: float = 0.40
     scoring: float = 0.45
-    # PyTorch without compilation: some 60 operations a block, of 15 microseconds each on the
-    # processor that starts them; with the backward pass, which is started from C++, twice as long.
+    # PyTorch without compilation launches some 60 operations per block in 15 microseconds each. The
+    # backward pass, which C++ launches, takes as long again.
     forward: float = 0.9e-3
     backward: float = 1.7e-3
     half: bool = True
@@ -71,29 +70,28 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """What torch calls its like: cuda or cpu."""
+        """Return torch's type of the device: cuda or cpu."""
         return "cuda" if self.is_gpu else "cpu"
 
     @property
     def usable(self) -> float:
-        """Bytes that tensors may take: the driver, the libraries and fragments take the rest."""
+        """Return the bytes for tensors. Driver, libraries and fragmentation take the rest."""
         return 0.9 * self.memory
 
     def training_seconds(self, flops: float) -> float:
-        """Time of the arithmetic of forward and backward passes."""
+        """Return the seconds of the arithmetic of forward and backward passes."""
         return flops / (self.flops * self.training)
 
     def scoring_seconds(self, flops: float) -> float:
-        """Time of the arithmetic of forward passes."""
+        """Return the seconds of the arithmetic of forward passes."""
         return flops / (self.flops * self.scoring)
 
 
 def core_device(count: int) -> Device:
-    """So many cores of a processor, with 2 GB of memory each.
+    """Return `count` cores of a processor, with 2 GB of memory each.
 
-    Adapters of rank 8 on 1.3 million weights were trained at 3,000 tokens a second by one core in
-    float32 (bench/results/training.md), which is 26 GFLOP/s: two fifths of what AVX2 multiplies at
-    2 GHz.
+    One core trains adapters of rank 8 on 1.3 million weights at 3,000 tokens per second in float32
+    (bench/results/training.md). That is 26 GFLOP/s, two fifths of the peak of AVX2 at 2 GHz.
     """
     core = Device(
         name="CPU",
@@ -129,7 +127,7 @@ DOWNLOAD = 50e6
 
 
 def find_device(name: str, count: int) -> Device:
-    """The device that a site's file or a command line names; `count` cores of a processor."""
+    """Return the device of a name, where `CPU` has `count` cores; raise `InputError` if unknown."""
     if name == "CPU":
         return core_device(count)
     if name not in GPUS:
@@ -138,7 +136,7 @@ def find_device(name: str, count: int) -> Device:
 
 
 SITE_VARIABLE = "SNAKEMAKE_SLURM_PARTITIONS"
-"""Names another file, to SLURM's plugin and here."""
+"""Environment variable that names another file of the site, also for the SLURM plugin."""
 
 LIMITS = {
     *("max_runtime", "max_mem_mb", "max_mem_mb_per_cpu", "max_cpus_per_task", "max_threads"),
@@ -146,30 +144,30 @@ LIMITS = {
     *("max_mpi_tasks", "supports_mpi", "available_gpu_models", "available_constraints"),
     *("slurm_cluster", "cluster", "clusters"),
 }
-"""What SLURM's plugin knows of a partition; anything else would end it in a traceback."""
+"""Limits of a partition that the SLURM plugin knows; it fails with a traceback on others."""
 
 
 class Machines(ConfigModel):
-    """The machines that jobs run on, all alike."""
+    """The machines that jobs run on, which are all equal."""
 
     device: str = Field("H100", description=f"{', '.join(GPUS)}, or CPU where there is no GPU.")
-    count: PositiveInt = Field(4, description="Machines.")
+    count: PositiveInt = Field(4, description="Number of machines.")
     gpus: PositiveInt = Field(
-        8, description="GPUs of each; processes of a job on each, without GPUs."
+        8, description="GPUs of each machine; processes of a job if there are none."
     )
-    cpus: PositiveInt = Field(96, description="Processor cores of each.")
-    memory_gb: PositiveFloat = Field(2000.0, description="Memory of each, in 10^9 bytes.")
+    cpus: PositiveInt = Field(96, description="Processor cores of each machine.")
+    memory_gb: PositiveFloat = Field(2000.0, description="Memory of each machine, in 10^9 bytes.")
 
 
 class Site(ConfigModel):
-    """A cluster or machine, as far as resource requests depend on it."""
+    """What resource requests depend on: a cluster or a machine."""
 
-    cluster: Literal["slurm", "kubernetes"] = Field("slurm", description="What starts the jobs.")
+    cluster: Literal["slurm", "kubernetes"] = Field("slurm", description="Scheduler of the jobs.")
     machines: Machines = Machines()
-    longest: int = Field(2880, description="Minutes that a job with GPUs may run at most.")
-    longest_light: int = Field(2880, description="The same of a job without.")
-    largest: int = Field(2_000_000, description="Memory of a machine for one job, in MB.")
-    most_gpus: int | None = Field(None, description="GPUs that a job may have at most.")
+    longest: int = Field(2880, description="Time limit of a job with GPUs, in minutes.")
+    longest_light: int = Field(2880, description="Time limit of other jobs, in minutes.")
+    largest: int = Field(2_000_000, description="Memory limit of a job on a machine, in MB.")
+    most_gpus: int | None = Field(None, description="Limit of the GPUs of a job.")
 
     @property
     def device(self) -> Device:
@@ -204,38 +202,13 @@ def read_site(path: Path) -> Site:
         return Site()  # a copy of the workflow without profiles
     path = Path(os.environ.get(SITE_VARIABLE, path))
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if unknown := [
-            name for name in content if name not in ("cluster", "machines", "partitions")
-        ]:
-            raise ValueError(f"`{unknown[0]}` is not known")
-        machines = Machines.model_validate(content.get("machines") or {})
-        partitions = list((content.get("partitions") or {}).values())
-        for name, limits in (content.get("partitions") or {}).items():
-            if unknown := [key for key in limits if key not in LIMITS]:
-                raise ValueError(
-                    f"partitions.{name}: `{unknown[0]}` is not known; a limit is one of "
-                    f"{', '.join(sorted(LIMITS))}"
-                )
-        with_gpus = [p for p in partitions if p.get("max_gpu")] or partitions
-        found = {
-            "longest": _largest_machine(with_gpus, "max_runtime", _minutes),
-            "longest_light": _largest_machine(partitions, "max_runtime", _minutes),
-            "largest": _largest_machine(with_gpus, "max_mem_mb", _count) or None,
-            "most_gpus": _largest_machine(with_gpus, "max_gpu", _count),
-        }
-        given = {key: value for key, value in found.items() if value is not None}
-        named = {"cluster": content.get("cluster", "slurm"), "machines": machines}
-        site = Site.model_validate(given | named)
-        largest = min(site.largest, int(1000 * machines.memory_gb))
-        site = site.model_copy(update={"largest": largest})
-        find_device(machines.device, 1)
+        return _parse_site(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except OSError as error:
         raise InputError(f"{path}: the site's file cannot be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors()[0]
-        within = () if first["loc"][:1] == ("cluster",) else ("machines",)
-        keys = ".".join(map(str, (*within, *first["loc"])))
+        section = () if first["loc"][:1] == ("cluster",) else ("machines",)
+        keys = ".".join(map(str, (*section, *first["loc"])))
         raise InputError(f"{path}: {keys}: {first['msg']}") from None
     except InputError as error:
         raise InputError(f"{path}: machines.{error}") from None
@@ -244,10 +217,37 @@ def read_site(path: Path) -> Site:
             f"{path}: not a file of a site ({error}); it has `partitions` and `machines`, see "
             "docs/cluster.md"
         ) from None
-    return site
 
 
-def _largest_machine(
+def _parse_site(content: Mapping[str, Any]) -> Site:
+    sections = ("cluster", "machines", "partitions")
+    if unknown := [name for name in content if name not in sections]:
+        raise ValueError(f"`{unknown[0]}` is not known")
+    machines = Machines.model_validate(content.get("machines") or {})
+    find_device(machines.device, 1)
+    named = content.get("partitions") or {}
+    for name, limits in named.items():
+        if unknown := [key for key in limits if key not in LIMITS]:
+            raise ValueError(
+                f"partitions.{name}: `{unknown[0]}` is not known; a limit is one of "
+                f"{', '.join(sorted(LIMITS))}"
+            )
+    partitions = list(named.values())
+    with_gpus = [p for p in partitions if p.get("max_gpu")] or partitions
+    limits = {
+        "longest": _largest_limit(with_gpus, "max_runtime", _minutes),
+        "longest_light": _largest_limit(partitions, "max_runtime", _minutes),
+        "largest": _largest_limit(with_gpus, "max_mem_mb", _count) or None,
+        "most_gpus": _largest_limit(with_gpus, "max_gpu", _count),
+    }
+    given = {key: value for key, value in limits.items() if value is not None}
+    cluster = content.get("cluster", "slurm")
+    site = Site.model_validate({**given, "cluster": cluster, "machines": machines})
+    largest = min(site.largest, int(1000 * machines.memory_gb))
+    return site.model_copy(update={"largest": largest})
+
+
+def _largest_limit(
     partitions: Sequence[Mapping[str, Any]], key: str, read: Callable[[Any], int]
 ) -> int | None:
     """Return the largest limit of the partitions, or None if none has it."""
