@@ -15,6 +15,7 @@ import yaml
 
 from forgetting import inputs, versions
 from forgetting.inputs import content_digest, is_model_file, model_files, model_identity
+from forgetting.pipeline.paths import Paths
 from support.snakemake import due, pretend_finished, restore_process
 from support.user_files import write_files
 
@@ -166,6 +167,31 @@ def test_what_a_failed_job_lost_is_made_again(folder: Path, name: str) -> None:
     (folder / name).unlink()
     shutil.rmtree(folder / "logs", ignore_errors=True)
     assert _due(folder) == LOST[name]
+
+
+def test_what_is_lost_a_second_time_is_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page was copied last when the same results were missing."""
+    lost = "results/study/tables/runs.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(Paths, "lost_results", lambda *_: [lost])
+        pretend_finished(folder, folder / "study.yaml")
+        assert (folder / lost).is_file()
+    (folder / lost).unlink()
+    assert _due(folder) == LAST
+
+
+def test_page_and_tables_that_are_lost_together_are_made_again(folder: Path) -> None:
+    """The copy of the page is there, which Snakemake would take for up to date."""
+    for path in (folder / "results/study/tables").glob("*.*"):
+        path.unlink()
+    (folder / "results/study/study.json").unlink()
+    (folder / "reports/study.html").unlink()
+    log = folder / "logs/study/publish.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    assert _due(folder) == LAST
 
 
 def test_the_digest_of_the_code_counts_where_the_user_asks_for_it(folder: Path) -> None:

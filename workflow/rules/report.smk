@@ -76,10 +76,12 @@ rule publish:
     output:
         "reports/tradeoff.html",
     log:
-        f"{PATHS.logs}/publish.log",
+        PATHS.publish_log,
     localrule: True
     conda:
         "../../envs/environment.yaml"
+    params:
+        loss=PATHS.loss,
     message:
         "Copy the report to reports/tradeoff.html"
     shell:

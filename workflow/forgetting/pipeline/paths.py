@@ -8,6 +8,7 @@ digest among the parameters has, and their date does not.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -395,7 +396,7 @@ class Paths:
         }
 
     def lost_results(self, wildcards: Wildcards) -> list[str]:
-        """Return the results that are missing although the study's page or tables are there.
+        """Return the results that are missing although the page was made once.
 
         A job that fails loses its outputs. Snakemake makes a missing file only if a job that needs
         it runs, so it would take the earlier page for up to date. The command after the one that
@@ -403,7 +404,7 @@ class Paths:
         """
         last = [*self.tables, self.tables_file("runs.json"), self.tables_file("study.json")]
         last += [self.resolved_study, self.page]
-        if not any(Path(path).exists() for path in last):
+        if not any(Path(path).exists() for path in [*last, self.publish_log]):
             return []
         made = [
             path
@@ -411,6 +412,19 @@ class Paths:
             for path in ([item] if isinstance(item, str) else item)
         ]
         return [path for path in [*made, *last] if not Path(path).exists()]
+
+    def loss(self, wildcards: Wildcards) -> str:
+        """Return a text that differs from any earlier one if results are lost, or an empty one.
+
+        Snakemake compares it with that of the last copy of the page. The lost results alone would
+        not show that the same results are lost a second time.
+        """
+        return str(time.time_ns()) if self.lost_results(wildcards) else ""
+
+    @property
+    def publish_log(self) -> str:
+        """The log of the job that copies the page."""
+        return f"{self.logs}/publish.log"
 
 
 def first_output_folder(wildcards: Wildcards, output: Any) -> str:
