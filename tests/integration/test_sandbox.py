@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from forgetting.benchmarks.sandbox import discovery, search_sandbox, unsafe_runner
+from forgetting.benchmarks.sandbox import Outcome, discovery, search_sandbox, unsafe_runner
 from forgetting.benchmarks.sandbox.runner import Limits, Sandbox
 from forgetting.benchmarks.sandbox.seccomp import REFUSED
 
@@ -830,6 +830,20 @@ def test_outcomes_keep_the_order_of_programs(sandbox: Sandbox) -> None:
     assert [outcome.passed for outcome in outcomes] == [bool(n % 3) for n in range(9)]
 
 
+def test_equal_programs_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that repeats itself costs no more than what it says."""
+    run: list[str] = []
+
+    def run_program(_: Sandbox, program: str, tests: str, timeout: float) -> Outcome:
+        run.append(program)
+        return Outcome("passed" if program == "a" else "failed")
+
+    monkeypatch.setattr(Sandbox, "run_program", run_program)
+    outcomes = Sandbox("trial", "python").run_programs([(x, "") for x in "abaab"], workers=1)
+    assert run == ["a", "b"]
+    assert [outcome.passed for outcome in outcomes] == [True, False, True, True, False]
+
+
 def test_running_programs_imports_no_model_library() -> None:
     """A job starts in the time that Python takes: nothing large is imported."""
     script = LIBRARY / "scripts" / "run_programs.py"
@@ -875,6 +889,16 @@ def test_trial_rejects_sandbox_without_limits() -> None:
     assert "limited" in (discovery.find_weakness(no_processes) or "accepted")
     assert discovery.find_weakness(replace(whole, python="/usr/bin/no-python")) is not None
     assert "files of the host" in (discovery.find_weakness(unsafe_runner()) or "accepted")
+
+
+def test_without_bubblewrap_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program, no sandbox, and a reason to put into the report."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    search_sandbox.cache_clear()
+    try:
+        assert search_sandbox() == (None, "bubblewrap (the program `bwrap`) is not installed")
+    finally:
+        search_sandbox.cache_clear()
 
 
 def test_bubblewrap_that_fails_is_no_sandbox(
