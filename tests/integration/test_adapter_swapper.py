@@ -75,7 +75,7 @@ def _logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "adalora"])
-def test_swapped_adapter_is_bit_identical_to_a_fresh_one(
+def test_swapped_adapter_equals_a_newly_loaded_model(
     base_folder: Path, tmp_path: Path, tuning: Method, variant: str, embeddings: str, tied: bool
 ) -> None:
     """So is the base between them, and a whole model; the base is read once before that."""
@@ -161,7 +161,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in visible_files(folder)}
 
 
-def test_scores_match_those_of_separate_processes(method: Scored, tmp_path: Path) -> None:
+def test_scores_equal_those_of_separate_processes(method: Scored, tmp_path: Path) -> None:
     """Every file to the byte: prompts, drawn examples, sampled programs, refusals, record."""
     names = [f"seed{seed}" for seed in range(4)]
     _score(method, tmp_path / "together", *names)
@@ -216,7 +216,7 @@ def test_base_and_tokenizer_are_read_once(
     assert counts[1] == 0
 
 
-def test_killed_scoring_job_resumes_at_its_model(
+def test_killed_scoring_job_resumes_at_the_next_model(
     method: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though Snakemake has removed its outputs. Other weights, tasks or code are scored again."""

@@ -414,7 +414,7 @@ HONEST = {
 
 @needs_sandbox
 @pytest.mark.parametrize("name", list(HONEST))
-def test_tests_use_objects_of_a_program(name: str) -> None:
+def test_tests_may_use_objects_of_a_program(name: str) -> None:
     """Arguments, results, exceptions and objects cross between the two processes."""
     outcome = SANDBOXES[0].run_program(*HONEST[name])
     assert outcome.passed, outcome
@@ -865,7 +865,7 @@ def _without(prefix: list[str], *words: str) -> list[str]:
 
 
 @needs_sandbox
-def test_trial_rejects_sandbox_without_isolation() -> None:
+def test_find_weakness_rejects_missing_isolation() -> None:
     """The probe can fail: it sees open networks, visible files and writable folders."""
     whole = SANDBOXES[0]
     prefix = list(whole.prefix)
@@ -882,7 +882,7 @@ def test_trial_rejects_sandbox_without_isolation() -> None:
 
 
 @needs_sandbox
-def test_trial_rejects_sandbox_without_limits() -> None:
+def test_find_weakness_rejects_missing_limits() -> None:
     """The probe sees limits that are not in force, and an interpreter that is not there."""
     whole = SANDBOXES[0]
     no_processes = replace(whole, limits=replace(Limits(), processes=None))
@@ -891,7 +891,7 @@ def test_trial_rejects_sandbox_without_limits() -> None:
     assert "files of the host" in (discovery.find_weakness(unsafe_runner()) or "accepted")
 
 
-def test_without_bubblewrap_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_sandbox_needs_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program, no sandbox, and a reason to put into the report."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     search_sandbox.cache_clear()
@@ -901,7 +901,7 @@ def test_without_bubblewrap_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch)
         search_sandbox.cache_clear()
 
 
-def test_bubblewrap_that_fails_is_no_sandbox(
+def test_search_sandbox_reports_a_failing_bubblewrap(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where user namespaces are forbidden, bubblewrap's own words become the reason."""
@@ -960,7 +960,7 @@ print(json.dumps([outcome.status for outcome in outcomes]))
     assert [name for name in CONTAINED if ended[name] != "passed"] == []
 
 
-def test_unsafe_runner_still_limits() -> None:
+def test_unsafe_runner_has_limits() -> None:
     """Without a sandbox: no isolation is claimed, but time, memory and verdicts hold."""
     runner = unsafe_runner()
     assert not runner.isolated and "unprotected" in runner.name

@@ -53,7 +53,7 @@ def _at_ends(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(run=ends, step=table["step"].where(base, 160))
 
 
-def test_a_run_is_drawn_by_the_ends_of_its_branches(made: dict[str, Any], tmp_path: Path) -> None:
+def test_run_is_drawn_by_the_ends_of_its_branches(made: dict[str, Any], tmp_path: Path) -> None:
     made["runs"]["chosen"] = made["runs"]["run"].isin(made["selection"]["run"])
     read = read_tables(write(tmp_path, made))
     assert len(read.tuned) == 4
@@ -80,7 +80,7 @@ def test_benchmarks_of_other_durations_are_not_drawn(made: dict[str, Any]) -> No
     assert set(folded["benchmarks"]["step"]) == {0, 160}
 
 
-def test_a_run_with_a_branch_that_diverged_is_marked(made: dict[str, Any]) -> None:
+def test_run_with_a_diverged_branch_is_marked(made: dict[str, Any]) -> None:
     runs = made["runs"]
     broken = runs["run"] == "full/seed0/lr0.005-wd0/duration8"
     made["runs"] = runs.assign(status=runs["status"].mask(broken, "diverged"))
@@ -89,7 +89,7 @@ def test_a_run_with_a_branch_that_diverged_is_marked(made: dict[str, Any]) -> No
     assert set(folded.drop("full/seed0/lr0.005-wd0")) == {"ok"}
 
 
-def test_durations_of_as_many_steps_are_one_point(made: dict[str, Any]) -> None:
+def test_durations_with_equal_steps_are_one_point(made: dict[str, Any]) -> None:
     runs, trajectory = made["runs"], made["trajectory"]
     twin = runs[runs["duration"] == 8.0]
     names = {run: run.replace("duration8", "duration8.001") for run in twin["run"]}
@@ -100,7 +100,7 @@ def test_durations_of_as_many_steps_are_one_point(made: dict[str, Any]) -> None:
     assert not points.duplicated(["run", "step", "probe", "metric"]).any()
 
 
-def test_a_study_without_durations_is_as_it_was() -> None:
+def test_study_without_durations_is_unchanged() -> None:
     plain = tables(ranks=(8,))
     assert per_duration(plain) is plain
     empty = plain | {"runs": plain["runs"].assign(duration=float("nan"))}

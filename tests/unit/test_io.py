@@ -54,7 +54,7 @@ def _fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", write_half)
 
 
-def test_a_full_disk_leaves_no_half_written_file(
+def test_full_disk_leaves_no_half_written_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fill_the_disk(monkeypatch)

@@ -75,7 +75,7 @@ CHECKPOINTS: list[tuple[str, Sequence[float], bool, str, int | None]] = [
     [c[1:] for c in CHECKPOINTS],
     ids=[c[0] for c in CHECKPOINTS],
 )
-def test_the_last_checkpoint_before_the_threshold(
+def test_last_checkpoint_before_the_threshold_is_selected(
     values: Sequence[float], diverged: bool, status: str, step: int | None
 ) -> None:
     choice = select_checkpoint(_points(*values), 0.9, diverged=diverged)
@@ -98,7 +98,7 @@ def test_last_checkpoint_may_replace_a_missing_one() -> None:
         ((0.1, 0.9), False, "first_above"),
     ],
 )
-def test_no_checkpoint_without_evaluations(
+def test_run_without_evaluations_has_no_checkpoint(
     values: Sequence[float], diverged: bool, status: str
 ) -> None:
     assert select_checkpoint(_points(*values), 0.9, "last", diverged) == CheckpointChoice(
@@ -117,7 +117,7 @@ def test_no_checkpoint_without_evaluations(
         [EvalPoint(0, 0.0, 0.1), EvalPoint(5, 1.0, 0.2), EvalPoint(5, 1.0, 0.3)],
     ],
 )
-def test_a_trajectory_without_base_or_order_is_refused(points: list[EvalPoint]) -> None:
+def test_trajectory_without_base_or_order_is_refused(points: list[EvalPoint]) -> None:
     with pytest.raises(ValueError, match="trajectory"):
         select_checkpoint(points, 0.9)
 
@@ -152,7 +152,7 @@ def test_checkpoints_that_cannot_be_chosen_are_dropped() -> None:
     assert steps_to_keep(_points(0.95, 0.99, 0.99), 0.9) == {20}
 
 
-def test_earliest_chooses_the_setting_that_arrives_first() -> None:
+def test_earliest_selects_the_first_setting_at_the_threshold() -> None:
     trajectories = {
         SLOW: [_points(0.1, 0.3, 0.5, 0.95)],
         FAST: [_points(0.1, 0.5, 0.6, 0.7)],
@@ -190,7 +190,7 @@ def test_ties_go_to_the_smaller_rate_and_then_the_smaller_decay() -> None:
     assert choose_hyperparameters({FAST: same, DECAYED: same}, _rule())[0] == DECAYED
 
 
-def test_smallest_lr_that_arrives() -> None:
+def test_smallest_lr_selects_the_smallest_rate_at_the_threshold() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9)],
         MIDDLE: [_points(0.1, 0.3, 0.5, 0.5, 0.9)],
@@ -201,7 +201,7 @@ def test_smallest_lr_that_arrives() -> None:
     assert "smallest learning rate that reaches 0.9" in reason
 
 
-def test_a_deadline_counts_the_epoch_of_arrival_inclusively() -> None:
+def test_deadline_includes_its_epoch() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9)],
         MIDDLE: [_points(0.1, 0.3, 0.5, 0.5, 0.9)],
@@ -229,7 +229,7 @@ def test_fallback_where_no_setting_arrives() -> None:
     assert "the highest last value stands in" in reason
 
 
-def test_prescribed_setting_is_chosen() -> None:
+def test_fixed_setting_is_selected() -> None:
     trajectories = {SLOW: [_points(0.1, 0.2)], FAST: [_points(0.1, 0.5, 0.9)]}
     for rule in (_rule(), _rule("smallest-lr"), _rule("fixed")):
         assert choose_hyperparameters(trajectories, rule, selected=SLOW) == (
@@ -331,7 +331,7 @@ def test_reason_counts_seeds_and_checkpoints() -> None:
     assert reason == "reaches 0.9 at the earliest step (30), in 1 of 2 seeds"
 
 
-def test_reason_names_seeds_that_do_not_arrive() -> None:
+def test_reason_names_seeds_below_the_threshold() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.5)],
         SLOW: [_points(0.1, 0.3, 0.5, 0.9), _points(0.1, 0.3, 0.5, 0.9)],

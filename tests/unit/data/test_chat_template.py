@@ -92,7 +92,7 @@ def _set(path: Path, **values: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["template", "generation_config.json", "config.json"])
-def test_answers_end_where_the_models_author_says(folder: Path, where: str) -> None:
+def test_generation_stops_at_tokens_of_the_generation_config(folder: Path, where: str) -> None:
     """Of probes and refusals, which share `generate`, and of benchmarks; the token is left out."""
     prompt = CHAT if where == "template" else PromptConfig()
     if where != "template":
@@ -123,7 +123,9 @@ def _adopt(folder: Path, prompt: PromptConfig | None = None) -> None:
     register_base.main([f"--params={params}", "--output", str(folder / "../base.json")])
 
 
-def test_text_is_no_end_of_an_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_special_tokens_end_an_answer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A special token may end an answer; a letter would cut answers."""
     _set(folder / "generation_config.json", eos_token_id=[0, END])
     _adopt(folder)
@@ -151,7 +153,7 @@ TALK = [
         (PLAIN, ["Ann.", "Bob.</s>"]),
     ],
 )
-def test_tuned_models_learn_to_end_as_the_template_ends(template: str, ends: list[str]) -> None:
+def test_tuned_models_learn_the_end_of_the_template(template: str, ends: list[str]) -> None:
     tokenizer = _tokenizer(template)
     example = encode_messages(tokenizer, CHAT, TALK)
     assert [tokenizer.decode(example.ids[a:b]) for a, b in example.target_spans] == ends
@@ -170,14 +172,14 @@ def test_plain_text_ending_is_stripped_from_answers(monkeypatch: pytest.MonkeyPa
     assert [tokenizer.decode(answer) for answer in found] == ["Ann.", "Bob.\n"]
 
 
-def test_a_template_without_any_ending_is_refused() -> None:
+def test_template_without_an_end_is_refused() -> None:
     tokenizer = _tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(InputError, match="nothing between an answer and the next question"):
         turn_ending(tokenizer, CHAT)
 
 
 @pytest.mark.parametrize("thinks", [False, True])
-def test_the_study_decides_on_thinking(
+def test_study_sets_thinking(
     folder: Path, capsys: pytest.CaptureFixture[str], thinks: bool
 ) -> None:
     """A template's switch is never left to its default."""
@@ -200,7 +202,7 @@ def test_the_study_decides_on_thinking(
         ),
     ],
 )
-def test_thinking_that_nothing_turns_off_is_refused(template: str) -> None:
+def test_thinking_that_cannot_be_disabled_is_refused(template: str) -> None:
     """The prompt opens the thoughts, or leaves it to the model."""
     for encode in (
         lambda tokenizer: encode_prompt(tokenizer, CHAT, "Who?"),
@@ -210,7 +212,7 @@ def test_thinking_that_nothing_turns_off_is_refused(template: str) -> None:
             encode(_tokenizer(template))
 
 
-def test_templates_get_a_fixed_date_and_the_arguments() -> None:
+def test_templates_get_a_fixed_date_and_arguments() -> None:
     dated = "{{ strftime_now('%d %b %Y') }}, {{ date_string }}{% if loud %}!{% endif %}" + TURNS
     for arguments, head in (
         ({}, "26 Jul 2024, 26 Jul 2024<"),

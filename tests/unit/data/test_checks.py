@@ -70,7 +70,7 @@ def _of_rows(folder: Path, tables: dict[str, list[dict[str, Any]]], **changes: A
     ],
 )
 @pytest.mark.parametrize("trained", [NEW, _said("Ann."), _said("Ann.", BRIEF)])
-def test_leaked_retained_knowledge_is_refused(
+def test_old_knowledge_in_training_rows_is_refused(
     tmp_path: Path, tables: Any, row: Any, trained: Any, capsys: Any
 ) -> None:
     """Whatever the answer, the spaces, and the form of the row that is trained on."""
@@ -123,7 +123,7 @@ def test_conflicting_answers_are_reported_and_kept(
     assert len(read_jsonl(data / "train.jsonl")) == len(tables["facts/new"])
 
 
-def test_a_row_is_found_by_its_id(tmp_path: Path) -> None:
+def test_source_line_finds_a_row_by_its_id(tmp_path: Path) -> None:
     """Blank lines, and line breaks within a cell of a CSV file, are counted."""
     (tmp_path / "a.jsonl").write_text('\n{"question": "a"}\n\n\n{"question": "b"}\n')
     assert source_line(tmp_path / "a.jsonl", "d/a/1") == f"{tmp_path}/a.jsonl, line 5"

@@ -64,7 +64,7 @@ def _encoded(
 
 
 @pytest.mark.parametrize("length", [2, 7, 16, 500])
-def test_texts_fill_blocks_and_no_token_is_lost(
+def test_texts_fill_blocks_without_losing_tokens(
     tokenizer: PreTrainedTokenizerBase, length: int
 ) -> None:
     """Joined as in continued pretraining: each text, its end, the next; all but the last full."""
@@ -78,7 +78,7 @@ def test_texts_fill_blocks_and_no_token_is_lost(
     assert all(block.document_starts == (0,) for block in blocks)
 
 
-def test_packed_texts_are_cut_separately(
+def test_packed_texts_are_truncated_separately(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     training = TrainingConfig(max_length=16, packing=True)
@@ -118,7 +118,7 @@ def test_dataset_holds_rows_of_all_kinds(
     assert stored.cut == 0
 
 
-def test_rows_that_are_replayed_are_cut_and_counted(
+def test_replayed_rows_are_truncated_and_counted(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = tmp_path / "general-0.arrow"
@@ -160,7 +160,7 @@ def test_token_file_is_written_once_and_atomically(
     )
 
 
-def test_many_examples_come_back_in_their_order(tmp_path: Path) -> None:
+def test_many_examples_keep_their_order(tmp_path: Path) -> None:
     """More than are written at once; runs of targets among them."""
     examples = [
         Example(list(range(n % 7 + 4)), 2, ((2, 3), (4, 4 + n % 7)) if n % 3 == 2 else ())
@@ -255,7 +255,7 @@ def test_too_long_row_is_reported_with_file_and_line(
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
+def test_text_table_is_trained_on_and_probed(
     base_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     tuning: Method,
@@ -353,7 +353,7 @@ def test_memory_does_not_grow_with_the_table(
     assert peaks[2] < 1.2 * peaks[1] + 200_000  # 100 bytes a row for the order and the packs
 
 
-def test_a_probe_of_new_knowledge_need_not_be_trained_on() -> None:
+def test_probe_of_new_knowledge_may_be_untrained() -> None:
     study = {
         "title": "t",
         "datasets": {"own": {"folder": "x", "columns": {"text": "content"}}},

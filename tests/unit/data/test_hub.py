@@ -165,14 +165,14 @@ def _nothing_left(tmp_path: Path) -> bool:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json"])
-def test_lines_are_taken_as_they_are(
+def test_json_lines_are_kept_unchanged(
     repository: Path, fetch: Callable[[str], Path], form: str
 ) -> None:
     (repository / f"full.{form}").write_text('{"question": "Who?"}\n')
     assert fetch("full").read_text() == '{"question": "Who?"}\n'
 
 
-def test_an_array_becomes_lines(
+def test_json_array_becomes_lines(
     repository: Path, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As MetaMathQA is published."""
@@ -193,7 +193,7 @@ def test_an_array_becomes_lines(
         ["train-00000-of-00002-5a023365406cb9c4.parquet", "train-00001-of-00002-5a02.parquet"],
     ],
 )
-def test_parquet_files_become_lines_in_their_order(
+def test_parquet_files_become_lines_in_order(
     repository: Path, fetch: Callable[[str], Path], names: list[str]
 ) -> None:
     """Also more rows than are read at once; what JSON has no form for becomes text."""
@@ -238,7 +238,7 @@ def _flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("rows", [1, 500])
-def test_a_table_with_a_flipped_bit_is_refused(
+def test_table_with_a_flipped_bit_is_refused(
     hub: Hub, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str], rows: int
 ) -> None:
     """Of the right length; small files are verified by git's id, large ones by SHA-256."""
@@ -288,7 +288,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_model_comes_with_all_files_that_are_read_and_no_others(
+def test_model_download_has_only_files_that_are_read(
     hub: Hub, fetch_model: Callable[[], Path]
 ) -> None:
     _write(hub.folder, MODEL | OTHERS)
@@ -296,7 +296,7 @@ def test_a_model_comes_with_all_files_that_are_read_and_no_others(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "chat_template.jinja"])
-def test_a_model_with_a_flipped_bit_is_refused(
+def test_model_with_a_flipped_bit_is_refused(
     hub: Hub, fetch_model: Callable[[], Path], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     _write(hub.folder, MODEL)
@@ -319,7 +319,7 @@ def _index(*names: str) -> dict[str, bytes]:
     return {"model.safetensors.index.json": json.dumps({"weight_map": weights}).encode()}
 
 
-def test_all_shards_of_an_index_come_with_a_model(
+def test_model_download_has_all_shards_of_the_index(
     hub: Hub, fetch_model: Callable[[], Path]
 ) -> None:
     shards = SHARDS | {"more/model-3.safetensors": b"weights 3"}
@@ -370,7 +370,7 @@ def test_hub_errors_are_reported_with_a_remedy(
         assert _nothing_left(hub.folder.parent)
 
 
-def test_conditions_may_be_for_the_files_alone(
+def test_gated_files_of_a_public_list_are_reported(
     hub: Hub, fetch_model: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As of Llama: everybody sees the list."""

@@ -66,13 +66,13 @@ def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     assert _contents(tmp_path / "seven") == _files(tmp_path / "here")
 
 
-def test_resizing_one_part_keeps_the_others(world: World) -> None:
+def test_resizing_one_table_keeps_the_others(world: World) -> None:
     other = build_world(0, WorldSizes(gsm8k_train=60, new_authors=5))
     assert other.probes["real_authors"] == world.probes["real_authors"]
     assert other.benchmarks["winogrande"] == world.benchmarks["winogrande"]
 
 
-def test_sizes_are_kept(world: World) -> None:
+def test_tables_have_the_requested_sizes(world: World) -> None:
     sizes = WorldSizes()
     assert len(world.probes["new_authors"]) == sizes.new_authors * sizes.questions_per_author
     assert len(world.probes["real_authors"]) == sizes.real_authors
@@ -132,7 +132,7 @@ def test_no_invented_author_appears_in_the_pretraining_text(seed: int) -> None:
         assert row["answer"] not in text
 
 
-def test_invented_authors_bear_no_real_name_and_are_all_different() -> None:
+def test_invented_authors_are_distinct_and_not_real() -> None:
     for seed in range(20):
         _, lives = new_authors(60, 7, random_stream(seed, "invented"))
         names = [life["name"] for life in lives]
@@ -157,7 +157,7 @@ def test_no_question_has_two_answers(facts) -> None:
     assert len(set(questions)) == len(questions)
 
 
-def test_probe_questions_are_what_the_base_reads_in_pretraining(world: World) -> None:
+def test_probe_questions_are_in_the_pretraining_text(world: World) -> None:
     read = set(world.documents)
     for probe in ("real_authors", "world_facts"):
         for row in world.probes[probe]:
@@ -182,7 +182,7 @@ def _words(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 
-def test_columns_are_those_of_the_public_data_sets(world: World) -> None:
+def test_columns_equal_those_of_the_public_data_sets(world: World) -> None:
     columns = {
         "gsm8k": {"question", "answer"},
         "humaneval": {"task_id", "prompt", "canonical_solution", "test", "entry_point"},
@@ -206,7 +206,7 @@ def test_columns_are_those_of_the_public_data_sets(world: World) -> None:
             assert all(set(row) == columns[task] for row in rows)
 
 
-def test_word_problems_compute_what_they_claim(world: World) -> None:
+def test_word_problems_have_correct_answers(world: World) -> None:
     for row in world.benchmarks["gsm8k"]["train"] + world.benchmarks["gsm8k"]["test"]:
         working, result = row["answer"].split("\n#### ")
         expression, value = working.split("<<")[1].split(">>")[0].split("=")
@@ -227,7 +227,7 @@ def _run(row: dict[str, str], body: str) -> None:
     exec(row["prompt"] + body + row["test"] + f"check({row['entry_point']})", names)
 
 
-def test_right_choices_are_spread_over_the_positions(world: World) -> None:
+def test_correct_choices_are_spread_over_positions(world: World) -> None:
     """A model that always says the first option must stay near chance."""
     for task, split, key in [
         ("hellaswag", "train", "label"),
@@ -241,7 +241,7 @@ def test_right_choices_are_spread_over_the_positions(world: World) -> None:
             assert abs(answers.count(answer) / len(answers) - chance) < 0.1
 
 
-def test_choices_differ_and_hold_the_answer_once(world: World) -> None:
+def test_choices_differ_and_contain_the_answer_once(world: World) -> None:
     for splits in (world.benchmarks["hellaswag"], world.benchmarks["arc_challenge"]):
         for rows in splits.values():
             for row in rows:
@@ -252,7 +252,7 @@ def test_choices_differ_and_hold_the_answer_once(world: World) -> None:
         assert all(row["sentence"].count("_") == 1 for row in rows)
 
 
-def test_few_shot_documents_have_the_form_of_the_benchmark(world: World) -> None:
+def test_few_shot_documents_have_the_benchmark_format(world: World) -> None:
     """lm-eval joins five solved problems and the open one with blank lines."""
     documents = [text for text in world.documents if text.count("#### ") >= 6]
     assert documents
@@ -261,7 +261,7 @@ def test_few_shot_documents_have_the_form_of_the_benchmark(world: World) -> None
             assert part.startswith("Question: ") and "\nAnswer: " in part
 
 
-def test_files_are_named_as_the_workflow_reads_them(tmp_path: Path) -> None:
+def test_files_have_the_names_that_the_workflow_reads(tmp_path: Path) -> None:
     assert {
         "new_authors.jsonl",
         "real_authors.jsonl",

@@ -132,7 +132,7 @@ def test_packed_padded_and_single_examples_match(
             assert float(distance) < tolerance, (layout, seed)
 
 
-def test_a_joined_sequence_knows_its_targets_and_documents() -> None:
+def test_joined_sequence_keeps_targets_and_documents() -> None:
     """Nothing is lost where sequences are joined that are joined already."""
     first, second = Example([1, 2, 3], 2), Example([4, 5, 6, 7], 1, ((1, 2), (3, 4)))
     joined = concatenate([concatenate([first, second]), first])
@@ -150,7 +150,7 @@ def test_a_joined_sequence_knows_its_targets_and_documents() -> None:
     assert sees[9].nonzero().flatten().tolist() == [7, 8, 9]
 
 
-def test_every_example_is_in_one_pack_and_none_is_cut() -> None:
+def test_every_example_is_in_one_pack_untruncated() -> None:
     examples = _draw(random.Random(1), 60)
     training = TrainingConfig(max_length=LENGTH, packing=True)
     packed = pack_dataset(examples, training)
@@ -231,7 +231,7 @@ def test_kl_penalty_treats_packed_examples_separately(
     assert float((packed - gradient).norm() / gradient.norm()) < 1e-5
 
 
-def test_a_model_that_looks_past_the_mask_is_refused() -> None:
+def test_packing_refuses_a_model_that_ignores_the_mask() -> None:
     config = MistralConfig(**SHAPE, **LAYERS, num_key_value_heads=1, sliding_window=4)
     model = _model(config)
     check_model_inputs(model, _draw(random.Random(0), 2), TrainingConfig())

@@ -75,7 +75,7 @@ def test_csv_tables_of_spreadsheets_and_of_pandas_are_read(tmp_path: Path, conte
     assert trained(tmp_path, content) == [('a, "b"', "c\nd"), ("e", "f")]
 
 
-def test_a_cell_of_a_million_characters_is_read_whole(tmp_path: Path) -> None:
+def test_cell_of_a_million_characters_is_read(tmp_path: Path) -> None:
     answer = "word " * 200_000 + "end"
     assert trained(tmp_path, f"{HEADER}a,{answer}\nb,c\n") == [("a", answer), ("b", "c")]
 
@@ -90,14 +90,14 @@ def test_unclosed_quotation_mark_stops_at_the_cell_limit(tmp_path: Path, capsys:
     "content",
     ['[{"question": "a", "answer": "b"}]', '\ufeff[\n  {"question": "a", "answer": "b"}\n]\n'],
 )
-def test_a_json_array_is_refused_with_the_remedy(tmp_path: Path, capsys: Any, content: str) -> None:
+def test_json_array_is_refused_with_the_remedy(tmp_path: Path, capsys: Any, content: str) -> None:
     message = refused(tmp_path, capsys, content, "new.json")
     assert message.startswith(
         "line 1: a JSON array; expected JSON lines, one object a line: `jq -c"
     )
 
 
-def test_csv_without_rows_says_what_was_expected(tmp_path: Path, capsys: Any) -> None:
+def test_csv_without_rows_is_refused(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         trained(tmp_path, HEADER)
     assert "new.csv: no rows; expected a line of names and rows" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_dataset_column_name_wins_if_both_are_present(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_table_that_mixes_names_of_columns_is_refused(
+def test_table_with_mixed_column_names_is_refused(
     tmp_path: Path, capsys: Any, content: str, said: str
 ) -> None:
     name = "new.csv" if content.startswith("q") else "new.jsonl"

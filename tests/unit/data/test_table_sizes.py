@@ -37,7 +37,7 @@ def _agree(counted: TableSize, listed: TableSize) -> None:
         assert getattr(listed, name) == pytest.approx(getattr(counted, name), rel=0.1, abs=1)
 
 
-def test_published_sizes_match_the_files(real_data: Path) -> None:
+def test_published_table_sizes_match_the_files(real_data: Path) -> None:
     study = _study("tofu-phi-1.5")
     own = study.model_copy(
         update={"datasets": {"tofu": DatasetConfig(folder=str(real_data / "tofu"))}}
@@ -47,7 +47,7 @@ def test_published_sizes_match_the_files(real_data: Path) -> None:
             _agree(table_size(own, f"tofu/{name}"), PUBLISHED_SIZES[dataset, name])
 
 
-def test_sizes_of_a_table_with_standard_column_names(
+def test_size_of_a_table_with_standard_columns(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1234", "answer": "12"}) + "\n")
@@ -70,7 +70,7 @@ def test_microworld_sizes_match_its_files(tmp_path: Path) -> None:
             assert listed == pytest.approx(found, rel=0.15, abs=1), (name, side)
 
 
-def test_tokens_are_about_those_of_a_real_tokenizer(real_data: Path) -> None:
+def test_estimated_tokens_are_near_a_real_tokenizer(real_data: Path) -> None:
     """Phi's count of each answer, as TOFU's logs have it: `Answer: ` before it, an end after it."""
     text = (real_data / "tofu_golden_phi" / "forget10.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
@@ -95,14 +95,14 @@ def test_sequences_and_questions_of_the_paper_studies() -> None:
     assert maths.count * maths.tokens == pytest.approx(14.7e9, rel=0.15)
 
 
-def test_unknown_tables_are_marked_as_guesses() -> None:
+def test_size_of_an_unknown_table_is_marked_as_guess() -> None:
     study = _study("tofu-phi-1.5")
     other = DatasetConfig(hub="someone/else", revision="0" * 40)
     assert not table_size(study.model_copy(update={"datasets": {"d": other}}), "d/rows").is_exact
     assert table_size(study, "tofu/full").is_exact
 
 
-def test_benchmarks_ask_what_the_study_says() -> None:
+def test_benchmark_workload_follows_the_study() -> None:
     """Own items, samples and lengths; an unknown task is as long as one with its rows."""
     study = _study("tofu-phi-1.5")
     asked = task_workloads(study, 51_200)
@@ -120,7 +120,7 @@ def test_benchmarks_ask_what_the_study_says() -> None:
     assert other["humaneval"].samples == 50
 
 
-def test_downloads_are_the_base_its_tables_and_the_rows_of_benchmarks() -> None:
+def test_downloads_are_base_tables_and_benchmark_rows() -> None:
     found = downloaded_bytes(_study("tofu-phi-1.5"), 1_418_270_720)
     assert found["microsoft/phi-1_5"] == 2 * 1_418_270_720
     assert {"tofu/full", "wikitext/wikitext-103-raw-v1/test", "hellaswag"} < set(found)

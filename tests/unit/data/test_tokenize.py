@@ -50,14 +50,14 @@ def _split(
     return tokens[: example.prompt_length], tokens[example.prompt_length :]
 
 
-def test_tofus_template_counts_five_targets_for_two_names() -> None:
+def test_tofu_template_has_five_targets_for_two_names() -> None:
     """With a token per word, `Answer`, `:`, two names and the end: as in the logs of TOFU's Phi."""
     head, targets = _split(_tokenizer(), PromptConfig(), "Who wrote it?", "William Shakespeare")
     assert "".join(head) == "Question: Who wrote it?\n"
     assert targets == ["Answer", ":", " William", " Shakespeare", "</s>"]
 
 
-def test_a_literal_on_the_prompts_side_is_no_target() -> None:
+def test_text_of_the_prompt_is_no_target() -> None:
     """The same text with `Answer:` asked rather than said, as open-unlearning has it for Phi."""
     prompt = PromptConfig(question="Question: {question}\nAnswer:", answer=" {answer}")
     head, targets = _split(_tokenizer(), prompt, "Who wrote it?", "William Shakespeare")
@@ -65,7 +65,7 @@ def test_a_literal_on_the_prompts_side_is_no_target() -> None:
     assert targets == [" William", " Shakespeare", "</s>"]
 
 
-def test_a_chat_template_counts_only_the_answer_and_the_end() -> None:
+def test_chat_template_targets_are_answer_and_end() -> None:
     chat = PromptConfig(question="[INST] {question} [/INST]", answer="{answer}")
     head, targets = _split(_tokenizer(bos=True), chat, "Who wrote it?", "William")
     assert "".join(head) == "<s>[INST] Who wrote it? [/INST]"
@@ -87,7 +87,7 @@ def test_training_prompt_equals_generation_prompt(
         assert example.targets == len(example.ids) - example.prompt_length
 
 
-def test_a_token_across_the_boundary_is_split_there() -> None:
+def test_token_across_the_boundary_is_split() -> None:
     """`Shakes` and `peare` are one token together; separately, the prompt keeps its tokens."""
     tokenizer = _tokenizer()
     assert len(tokenizer(" Shakespeare")["input_ids"]) == 1
@@ -113,7 +113,7 @@ def test_special_tokens_occur_once(bos: bool, eos: bool) -> None:
         assert 1 not in head
 
 
-def test_a_cut_answer_is_not_taught_to_end_there(
+def test_truncated_answer_has_no_end_token(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, rows: Rows
 ) -> None:
     """Cut text has no end of sequence; text that just fits with its end keeps it."""
@@ -129,7 +129,7 @@ def test_a_cut_answer_is_not_taught_to_end_there(
         assert cut.targets == length - whole.prompt_length
 
 
-def test_a_cut_inside_the_prompt_leaves_nothing_to_train_on(
+def test_truncation_in_the_prompt_leaves_no_targets(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, rows: Rows
 ) -> None:
     """Fewer than one target: the caller refuses it, so the count must say so."""
@@ -137,9 +137,7 @@ def test_a_cut_inside_the_prompt_leaves_nothing_to_train_on(
 
 
 @pytest.mark.real_data
-def test_a_published_tokenizer_with_a_beginning_token(
-    real_data: Path, prompt: PromptConfig
-) -> None:
+def test_llama_like_tokenizer_adds_one_bos_token(real_data: Path, prompt: PromptConfig) -> None:
     """A sentencepiece-like Llama tokenizer: one beginning, no token across the boundary."""
     tokenizer = load_tokenizer(real_data / "stories260K")
     chat = PromptConfig(question="[INST] {question} [/INST]", answer="{answer}")
@@ -188,7 +186,7 @@ def _chat(template: str, *, end: str = "</s>") -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_a_pair_has_the_tokens_of_the_tokenizers_own_template(system: str | None) -> None:
+def test_pair_has_the_tokens_of_apply_chat_template(system: str | None) -> None:
     tokenizer = _chat(CHATML, end="<|im_end|>")
     prompt = PromptConfig(chat=True, system=system)
     messages = [{"role": "user", "content": "Who wrote it?"}]
@@ -206,7 +204,7 @@ def test_a_pair_has_the_tokens_of_the_tokenizers_own_template(system: str | None
     assert tokenizer.decode(whole[len(example.ids) :]) == "\n"
 
 
-def test_every_template_begins_and_ends_once() -> None:
+def test_chat_templates_have_one_bos_and_one_end() -> None:
     """Llama 2: the beginning is the template's, not the tokenizer's; one end, also if written."""
     tokenizer = _chat(LLAMA2)
     example = encode_pair(tokenizer, CHAT, "Who wrote it?", "William")
@@ -225,7 +223,7 @@ def test_text_before_answers_is_learned_and_stripped() -> None:
     assert strip_answer(resolve_template(tokenizer, CHAT), said) == "William"
 
 
-def test_all_answers_of_a_conversation_are_targets_and_nothing_else() -> None:
+def test_only_answers_of_a_conversation_are_targets() -> None:
     tokenizer = _chat(CHATML, end="<|im_end|>")
     example = encode_messages(tokenizer, CHAT, TALK)
     targets = [tokenizer.decode(example.ids[a:b]) for a, b in example.target_spans]
@@ -241,7 +239,7 @@ def test_all_answers_of_a_conversation_are_targets_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, PREFACED])
-def test_a_conversation_of_one_turn_is_a_pair(template: str) -> None:
+def test_conversation_of_one_turn_equals_a_pair(template: str) -> None:
     tokenizer = _chat(template)
     talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "William"}]
     for length in (None, 5, 9):
@@ -249,7 +247,7 @@ def test_a_conversation_of_one_turn_is_a_pair(template: str) -> None:
         assert example == encode_pair(tokenizer, CHAT, "Who?", "William", length)
 
 
-def test_a_cut_conversation_keeps_the_answers_before_the_cut() -> None:
+def test_truncated_conversation_keeps_earlier_answers() -> None:
     tokenizer = _chat(CHATML, end="<|im_end|>")
     whole = encode_messages(tokenizer, CHAT, TALK)
     (first, end), (second, _) = whole.target_spans
@@ -289,7 +287,7 @@ def test_prompt_does_not_depend_on_the_current_date() -> None:
     assert resolve_template(_chat(template), CHAT).question.startswith("26 Jul 2024\n")
 
 
-def test_documents_of_a_chat_study_are_in_the_small_models_template(
+def test_documents_of_a_chat_study_use_its_template(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     """The micro-world's model has seen the template before it is asked in it."""
@@ -309,6 +307,6 @@ def test_documents_of_a_chat_study_are_in_the_small_models_template(
         ({"chat": True, "question": "Q: {question}"}, "remove `question` and `answer`"),
     ],
 )
-def test_a_prompt_has_one_template(values: dict[str, Any], expected: str) -> None:
+def test_prompt_has_one_template(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         PromptConfig.model_validate(values)

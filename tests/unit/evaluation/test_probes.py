@@ -74,7 +74,7 @@ def test_every_question_has_one_row_in_order(items: pd.DataFrame, probes: dict[s
     assert list(items[["probe", "item", "question"]].itertuples(index=False, name=None)) == expected
 
 
-def test_learnt_answer_is_generated_and_ends(items: pd.DataFrame, rows: Rows) -> None:
+def test_memorised_answer_is_generated_and_ends(items: pd.DataFrame, rows: Rows) -> None:
     """A memorised answer is reproduced word for word; generation stops at the end token."""
     learnt = items[items["probe"] == "new"].head(6)
     assert learnt["generated"].tolist() == [row["answer"] for row in rows[:6]]

@@ -158,7 +158,7 @@ def _edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(CAUSAL_WHEN))
-def test_types_that_see_the_next_token_are_refused(
+def test_non_causal_model_types_are_refused(
     kind: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     folder = tmp_path / "model"
@@ -169,9 +169,7 @@ def test_types_that_see_the_next_token_are_refused(
     assert "sees the token that it should predict; take a causal model" in message
 
 
-def test_a_type_with_an_encoder_is_refused_for_its_encoder(
-    tmp_path: Path, refusal: Callable[..., str]
-) -> None:
+def test_encoder_decoder_type_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     """bart's folder has weights of an encoder, which its causal class leaves out."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -179,16 +177,14 @@ def test_a_type_with_an_encoder_is_refused_for_its_encoder(
     assert "config.json: is_encoder_decoder is true: bart has an encoder" in refusal(folder)
 
 
-def test_a_bert_that_is_a_decoder_passes(
-    make: Callable[..., Path], plan: Callable[..., None]
-) -> None:
+def test_bert_decoder_is_accepted(make: Callable[..., Path], plan: Callable[..., None]) -> None:
     folder = make("bert", is_decoder=True)
     plan(folder)
     check_causal(load_base(folder, CPU), folder)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
-def test_a_loaded_model_that_sees_its_targets_is_refused(
+def test_loaded_model_that_sees_its_targets_is_refused(
     kind: str, make: Callable[..., Path]
 ) -> None:
     """Whatever its type is: the last token is changed."""
@@ -283,7 +279,7 @@ def test_ids_beyond_the_embedding_are_refused(
     assert expected in message
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(
+def test_tokenizer_larger_than_the_embedding_is_refused(
     make: Callable[..., Path],
     plan: Callable[..., None],
     refusal: Callable[..., str],
@@ -320,7 +316,7 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", TYPES)
-def test_a_value_of_a_wrong_type_is_refused_with_its_key(
+def test_config_value_of_a_wrong_type_is_refused(
     mistake: str, make: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
     """And not blamed on the tokenizer, whose library reads config.json too."""
@@ -330,7 +326,7 @@ def test_a_value_of_a_wrong_type_is_refused_with_its_key(
     assert f"config.json: {expected}" in refusal(folder)
 
 
-def test_unreadable_config_is_reported_as_such(
+def test_unreadable_config_is_reported(
     make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make("llama")
@@ -392,7 +388,9 @@ def _outcome(layers: list[Layer], tuning: Method) -> Any:
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_the_plan_adapts_what_the_job_adapts(kind: str, make: Callable[..., Path]) -> None:
+def test_preflight_adapts_the_layers_that_training_adapts(
+    kind: str, make: Callable[..., Path]
+) -> None:
     """The plan reads headers, the job a loaded model: both come to the same layers or refusals."""
     folder = make(kind)
     planned, model = read_model_layers(folder), load_base(folder, CPU)
@@ -434,7 +432,7 @@ def _logits(model: Any, length: int = 12) -> torch.Tensor:
         ("llama", ["lm_head", "q_proj"], "lora"),
     ],
 )
-def test_adapters_train_and_reload_on_every_type(
+def test_adapters_train_and_reload_on_every_model_type(
     kind: str, targets: str | list[str], variant: str, make: Callable[..., Path]
 ) -> None:
     """Exactly the chosen layers get adapters, each gets a gradient, and merging changes nothing."""
@@ -469,7 +467,7 @@ def test_adapters_train_and_reload_on_every_type(
         assert torch.equal(_logits(model), logits)
 
 
-def test_gpt2_has_an_attention_and_an_mlp(make: Callable[..., Path]) -> None:
+def test_gpt2_has_attention_and_mlp_layers(make: Callable[..., Path]) -> None:
     model = load_base(make("gpt2"), CPU)
     for targets, leaves in [("attention", {"c_attn", "c_proj"}), ("mlp", {"c_fc", "c_proj"})]:
         chosen = layers_to_adapt(model_layers(model), _tuning("lora", targets))
@@ -514,13 +512,13 @@ def test_preflight_refuses_variants_without_expert_support(
         ("rank: 20", "rank 20 is larger than the smallest adapted matrix, which has rank 16"),
     ],
 )
-def test_the_tower_of_a_multimodal_model_gets_no_adapters(
+def test_vision_tower_gets_no_adapters(
     method: str, expected: str, make: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
     assert expected in refusal(make("gemma3"), method)
 
 
-def test_the_context_of_a_multimodal_model_is_that_of_its_text(
+def test_multimodal_context_is_that_of_the_text_model(
     make: Callable[..., Path], plan: Callable[..., None], refusal: Callable[..., str]
 ) -> None:
     folder = make("gemma3")
@@ -534,7 +532,7 @@ def test_the_context_of_a_multimodal_model_is_that_of_its_text(
 
 
 @torch.no_grad()
-def test_a_multimodal_model_scores_as_one_sequence_at_a_time(make: Callable[..., Path]) -> None:
+def test_multimodal_batch_scores_equal_single_scores(make: Callable[..., Path]) -> None:
     """Beyond its window too, where another answer to the question would be in it."""
     model, tokenizer = load_base(make("gemma3"), CPU), byte_tokenizer()
     assert not supports_custom_mask(model)
@@ -560,7 +558,7 @@ def test_a_multimodal_model_scores_as_one_sequence_at_a_time(make: Callable[...,
         assert found == pytest.approx(alone, abs=1e-5)
 
 
-def test_only_the_text_of_a_multimodal_model_is_trained(make: Callable[..., Path]) -> None:
+def test_only_the_text_model_of_a_multimodal_model_is_trained(make: Callable[..., Path]) -> None:
     folder = make("gemma3")
 
     def trained(model: PreTrainedModel) -> set[str]:
@@ -578,7 +576,9 @@ def test_only_the_text_of_a_multimodal_model_is_trained(make: Callable[..., Path
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora"])
-def test_experts_are_scaled_as_other_layers(variant: str, make: Callable[..., Path]) -> None:
+def test_expert_adapters_have_the_scale_of_other_layers(
+    variant: str, make: Callable[..., Path]
+) -> None:
     """Two matrices in one tensor have twice the rank, and the same scale."""
     tuning = Method(
         name="r4", kind="lora", label="", variant=variant, rank=4, alpha=8.0, hyperparameters=[]
@@ -612,7 +612,7 @@ def test_adapted_tied_head_does_not_round_the_embedding(
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_a_hybrid_does_not_merge_one_of_two_tied_ends(
+def test_hybrid_does_not_merge_one_of_two_tied_layers(
     make: Callable[..., Path], plan: Callable[..., None], refusal: Callable[..., str]
 ) -> None:
     then = "second_stage: {layers: all, learning_rate: 1.0e-5}"
@@ -625,7 +625,7 @@ def test_a_hybrid_does_not_merge_one_of_two_tied_ends(
     plan(make("llama"), hybrid)
 
 
-def test_the_layers_of_a_downloaded_model_are_checked_by_later_plans(
+def test_layers_of_a_downloaded_model_are_checked(
     make: Callable[..., Path],
     plan: Callable[..., None],
     refusal: Callable[..., str],

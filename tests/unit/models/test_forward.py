@@ -78,7 +78,7 @@ def _plain(model: PreTrainedModel, example: Example) -> Tensor:
 
 
 @torch.no_grad()
-def test_logprobs_equal_a_plain_computation_in_float64(model: PreTrainedModel) -> None:
+def test_logprobs_equal_a_float64_computation(model: PreTrainedModel) -> None:
     examples = _examples()
     ours = token_logprobs(model, collate(examples, pad=0))
     for row, example in zip(ours, examples, strict=True):
@@ -87,7 +87,7 @@ def test_logprobs_equal_a_plain_computation_in_float64(model: PreTrainedModel) -
 
 
 @torch.no_grad()
-def test_a_padded_batch_scores_like_its_rows_one_by_one(model: PreTrainedModel) -> None:
+def test_padded_batch_scores_equal_single_scores(model: PreTrainedModel) -> None:
     examples = _examples()
     together = mean_logprobs(model, examples, 0, len(examples))
     for batch_size in (1, 2, 7):
@@ -186,7 +186,7 @@ def test_shared_prefix_matches_separate_scores(model: PreTrainedModel) -> None:
     _assert_sharing_changes_nothing(model)
 
 
-def test_common_beginnings_of_answers_are_read_once() -> None:
+def test_common_answer_prefixes_are_computed_once() -> None:
     """Fed in: the question's 2 tokens; 7, 8, 1 of the answers that begin alike; 8, 9 of another."""
     tree = build_prefix_tree(_questions()[-1])
     assert tree.ids == [3, 4, 7, 8, 1, 8, 9]
@@ -219,7 +219,7 @@ class _Rule(nn.Module):
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 1, 2])
-def test_a_target_is_predicted_from_the_token_just_before_it(shift: int) -> None:
+def test_target_is_predicted_from_the_token_before_it(shift: int) -> None:
     """Counting sequences: only a model that adds one is right, on every target of every row."""
     examples = [
         Example(list(range(start, start + size)), head)
@@ -234,7 +234,7 @@ def test_a_target_is_predicted_from_the_token_just_before_it(shift: int) -> None
         assert bool((scored < -50).all())
 
 
-def test_a_batch_marks_exactly_the_targets() -> None:
+def test_batch_marks_exactly_the_targets() -> None:
     batch = collate([Example([5, 6, 7, 8], 2), Example([1, 2, 3], 1)], pad=9)
     assert batch.ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 9]]
     assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -244,7 +244,7 @@ def test_a_batch_marks_exactly_the_targets() -> None:
 
 
 @torch.no_grad()
-def test_the_head_runs_only_where_something_is_predicted(model: PreTrainedModel) -> None:
+def test_head_runs_only_at_predicted_positions(model: PreTrainedModel) -> None:
     """Two targets at the end of a long prompt: two positions a row, not eleven."""
     seen = []
     head = model.get_output_embeddings()

@@ -98,7 +98,7 @@ def _stepped(tuning: Method, optimizer: str) -> tuple[Model, torch.optim.Optimiz
 
 @pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "lionw"])
-def test_weights_gradients_and_moments_are_as_large_as_torch_makes_them(
+def test_training_state_has_the_size_that_torch_allocates(
     tuning: Method, optimizer: str, tmp_path: Path
 ) -> None:
     """16 bytes a trained weight with AdamW, 12 with Lion; and a checkpoint is as large on disk."""
@@ -115,7 +115,7 @@ def test_weights_gradients_and_moments_are_as_large_as_torch_makes_them(
     assert checkpoint_bytes(case, tuning) == pytest.approx(written, rel=0.1)
 
 
-def test_frozen_matrices_under_an_adapter_are_stored_in_half() -> None:
+def test_frozen_matrices_under_an_adapter_are_bfloat16() -> None:
     model = attach_adapter(AutoModelForCausalLM.from_config(CONFIG), LORA, seed=0)
     cast_frozen_weights(model, torch.bfloat16)
     held = _bytes(model.parameters()) + _bytes(
@@ -135,7 +135,7 @@ MODELS = {
 @pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.05], ids=["full", "lora", "dropout"])
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_are_about_what_the_graph_keeps(
+def test_activation_bytes_are_near_those_of_the_graph(
     name: str, dropout: float | None, half: bool
 ) -> None:
     """Never more than is told, and not much less: what a block more keeps, measured by hooks."""
@@ -172,7 +172,7 @@ def _kept(config: PretrainedConfig, blocks: int, tuning: Method, half: bool) -> 
     return (_bytes(held.values()) - copies) / (rows * length)
 
 
-def test_a_step_takes_its_arithmetic_or_its_launches() -> None:
+def test_step_takes_its_arithmetic_or_its_kernel_launches() -> None:
     """6 N FLOPs a token at 40 % of the peak if steps are large, else the launches of 24 blocks."""
     device = GPUS["H100"]
     large = Workload(_study("biderman-math-cpt"), device)
@@ -193,7 +193,7 @@ def test_time_falls_with_processes_and_rises_with_tokens() -> None:
     assert many == pytest.approx(2 * few)
 
 
-def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
+def test_full_fine_tuning_of_7b_gets_enough_gpus() -> None:
     """Four of 80 GB, two of 141 GB, eight of 48 GB; adapters always one."""
     for device, processes in {"H100": 4, "A100": 4, "H200": 2, "L40S": 8}.items():
         site = Site.model_validate({"machines": {"device": device}})
@@ -208,7 +208,7 @@ def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
                 assert used <= costs.case.device.usable
 
 
-def test_sharded_runs_get_more_gpus_when_they_are_tried_again() -> None:
+def test_second_attempt_of_a_sharded_run_has_more_gpus() -> None:
     """Memory of a GPU that was too small can be helped in no other way; not what a study fixes."""
     site, told = Site(), {}
     for processes in (None, 4):
@@ -225,7 +225,7 @@ def test_sharded_runs_get_more_gpus_when_they_are_tried_again() -> None:
     assert told[None][1]["mem_mb"] == pytest.approx(3 * told[None][0]["mem_mb"], abs=3)
 
 
-def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
+def test_training_on_20b_tokens_spans_machines() -> None:
     site = Site()
     costs = JobCosts(_study("biderman-math-cpt"), site)
     for name in costs.tunings:
@@ -235,7 +235,7 @@ def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
     assert {weeks.team(name).nodes for name in weeks.tunings} == {1}
 
 
-def test_what_a_study_says_of_processes_holds() -> None:
+def test_processes_of_the_study_are_kept() -> None:
     study = _study("mini")
     method = study.methods[-1].model_copy(update={"processes": 6, "nodes": 3})
     costs = JobCosts(study.model_copy(update={"methods": [method]}), Site())
@@ -243,7 +243,7 @@ def test_what_a_study_says_of_processes_holds() -> None:
 
 
 @pytest.mark.parametrize("study", NAMES)
-def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: str) -> None:
+def test_attempts_request_more_within_the_limits_of_the_site(study: str) -> None:
     """Of memory and time, until the site's limits are reached; at least eight gigabytes."""
     costs = JobCosts(_study(study), Site())
     for rule in SUBMITTED:
@@ -264,7 +264,7 @@ def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: 
         assert set(snakemake_resources(rule, costs)) == set(told[0])
 
 
-def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
+def test_invalid_device_or_site_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="device: H300 is not known; give one of H100"):
         find_device("H300", 1)
     site = tmp_path / "site.yaml"
@@ -286,12 +286,12 @@ def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
     assert read_site(site).longest == 2880
 
 
-def test_the_limits_of_a_partition_are_those_of_slurms_plugin() -> None:
+def test_partition_limits_equal_those_of_the_slurm_plugin() -> None:
     names = {field.name for field in dataclasses.fields(PartitionLimits)}
     assert {"slurm_cluster", "cluster", "clusters"} | names == LIMITS
 
 
-def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:
+def test_forecast_batches_the_runs_that_training_batches() -> None:
     """Eight runs of Phi in one pass; two of `mini` one after the other."""
     for name, passes in {"tofu-phi-1.5": [[0] * 8], "mini": [[0], [0]]}.items():
         case = Workload(_study(name), GPUS["H100"])
@@ -343,7 +343,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
+def test_jobs_with_gpus_fit_partitions_with_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another partition may be for longer jobs without GPUs, and one job may not have them all."""
@@ -373,7 +373,7 @@ def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
 
 @pytest.mark.parametrize("device", ["H100", "CPU"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_whatever_a_study_asks_for_has_a_size(
+def test_every_kind_of_study_has_costs(
     variant: str, device: str, tmp_path: Path, base_folder: Path
 ) -> None:
     """No study that can be run stops at its sizes: each job costs something, not all there is."""
@@ -408,7 +408,7 @@ def test_whatever_a_study_asks_for_has_a_size(
             assert value >= 0
 
 
-def test_models_of_unusual_configurations_are_a_guess(tmp_path: Path) -> None:
+def test_model_with_unknown_config_keys_gets_a_guess(tmp_path: Path) -> None:
     """Names of keys that nobody foresaw: the study is planned all the same."""
     shape = size_from_config({"model_type": "odd", "d_model": 64, "n_heads": 4, "vocab_size": 300})
     assert not shape.is_exact
@@ -417,7 +417,7 @@ def test_models_of_unusual_configurations_are_a_guess(tmp_path: Path) -> None:
     assert nested.blocks == 2
 
 
-def test_a_site_without_gpus_is_asked_for_none() -> None:
+def test_site_without_gpus_gets_no_gpu_requests() -> None:
     """One process, on the processor; the launcher takes none for one."""
     site = Site.model_validate({"machines": {"device": "CPU", "gpus": 2, "cpus": 8}})
     costs = JobCosts(_study("mini"), site)
