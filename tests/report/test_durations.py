@@ -1,4 +1,4 @@
-"""A study with durations is drawn as one trajectory a setting, a point for each duration."""
+"""A study with durations has one trajectory per setting, with a point for each duration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DURATIONS = {2.0: 80, 4.0: 160, 8.0: 320}
 
 @pytest.fixture
 def made() -> dict[str, Any]:
-    """Every run of a study in three branches: each was measured every epoch until its end."""
+    """Return the tables of a study whose runs have three branches, evaluated every epoch."""
     whole = tables(ranks=(8,), rates=(1e-3, 5e-3), epochs=8)
     runs, trajectory = whole["runs"], whole["trajectory"]
     base, tuned = runs[runs["kind"] == "base"], runs[runs["kind"] != "base"]
@@ -47,7 +47,7 @@ def made() -> dict[str, Any]:
 
 
 def _at_ends(table: pd.DataFrame) -> pd.DataFrame:
-    """The same rows of the second duration's branch; the base's as they are."""
+    """Return the rows as those of the second duration's branch; rows of the base are unchanged."""
     base = table["run"] == "base"
     ends = table["run"].where(base, table["run"] + "/duration4")
     return table.assign(run=ends, step=table["step"].where(base, 160))
@@ -71,7 +71,7 @@ def test_run_is_drawn_by_the_ends_of_its_branches(made: dict[str, Any], tmp_path
 
 
 def test_benchmarks_of_other_durations_are_not_drawn(made: dict[str, Any]) -> None:
-    """They stay in the tables; the figure compares the selected checkpoints."""
+    """The figure has the selected checkpoints only."""
     scored = made["benchmarks"]
     other = scored[scored["run"] != "base"]
     other = other.assign(run=other["run"].str.replace("duration4", "duration8"), step=320)

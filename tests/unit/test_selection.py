@@ -1,4 +1,4 @@
-"""The selection rule on trajectories made by hand, and on many made at random."""
+"""The selection rules on trajectories made by hand and at random."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAN = math.nan
 
 
 def _points(*values: float, every: int = 10) -> list[EvalPoint]:
-    """Evaluations every `every` steps, ten steps an epoch; the first is the base."""
+    """Return evaluations every `every` steps at ten steps an epoch; the first is the base's."""
     return [EvalPoint(number * every, number * every / 10, v) for number, v in enumerate(values)]
 
 
@@ -123,7 +123,7 @@ def test_trajectory_without_base_or_order_is_refused(points: list[EvalPoint]) ->
 
 
 def test_checkpoints_that_may_be_chosen_are_kept() -> None:
-    """Random trajectories, evaluated and pruned one by one: at every end, the choice is on disk."""
+    """Checkpoints are pruned at each evaluation of a random trajectory; the choice remains."""
     draw = random.Random(0)
     for _ in range(3000):
         length = draw.randint(1, 8)
@@ -240,7 +240,7 @@ def test_fixed_setting_is_selected() -> None:
 
 
 def test_setting_with_a_checkpoint_is_preferred() -> None:
-    """Too high a rate is above at the first evaluation: only the base lies before, nothing to show.
+    """A rate that is too high passes the threshold at the first evaluation and has no checkpoint.
 
     A setting that passes the threshold later has a checkpoint, which the comparison needs.
     """
@@ -304,7 +304,7 @@ def test_fallback_skips_values_that_are_not_finite() -> None:
 
 
 def test_nan_values_do_not_choose_a_setting() -> None:
-    """Whatever the order of the sweep, and even if a run gave no number at all."""
+    """This holds in any order of the sweep, also if all values of a run are NaN."""
     rule = _rule(if_not_reached="last")
     runs = {SLOW: [_points(0.1, 0.2, NAN)], FAST: [_points(0.1, 0.5, 0.6)]}
     for order in ((SLOW, FAST), (FAST, SLOW)):
@@ -369,7 +369,7 @@ def test_base_above_the_threshold_is_the_reason() -> None:
 
 
 def _record(run: str, *points: tuple[int, float], **more: object) -> dict[str, object]:
-    """Ten steps an epoch."""
+    """Return the record of a run with ten steps an epoch."""
     evaluations = [[step, step / 10, value] for step, value in points]
     record = {"run": run, "status": "ok", "steps": points[-1][0], "evaluations": evaluations}
     return record | more
@@ -383,7 +383,7 @@ def test_trajectory_of_a_run_is_its_evaluations() -> None:
 
 
 def test_trajectory_of_branches_is_their_ends() -> None:
-    """Whatever the trunk and the branches measured before; in the order of the durations."""
+    """Earlier evaluations of trunk and branches do not count."""
     branches = [
         _record("a/duration4", (10, 0.6), (30, 0.95), (40, 0.97), duration=4.0),
         _record("a/duration1", (5, 0.2), (10, 0.4), duration=1.0),

@@ -1,4 +1,4 @@
-"""The micro-world keeps its promises: reproducible, true to its columns, nothing leaks."""
+"""The micro-world is reproducible, has the documented columns, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _question(task: str, row: dict[str, object]) -> object:
-    """What a row asks, without what lists its choices."""
+    """Return the question of a row without its choices."""
     columns = {
         "gsm8k": ["question"],
         "humaneval": ["prompt"],
@@ -58,7 +58,7 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path: Path) -> 
 
 
 def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
-    """Sets of strings are ordered differently in each process: none may reach the output."""
+    """The order of a set of strings differs between processes and must not reach the output."""
     library = Path(__file__).parents[3] / "workflow"
     program = [sys.executable, library / "scripts" / "generate_microworld.py", "--seed=0"]
     environment = {**os.environ, "PYTHONPATH": str(library), "PYTHONHASHSEED": "7"}
@@ -90,12 +90,12 @@ def test_tables_have_the_requested_sizes(world: World) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_no_test_row_is_a_training_row(seed: int) -> None:
     for task, splits in build_world(seed).benchmarks.items():
-        asked: set[object] = set()
+        seen: set[object] = set()
         for split, rows in splits.items():
             questions = [_question(task, row) for row in rows]
             assert len(set(questions)) == len(rows), f"{task}/{split} repeats a question"
-            assert not asked & set(questions), f"{task}/{split} shares a question"
-            asked |= set(questions)
+            assert not seen & set(questions), f"{task}/{split} shares a question"
+            seen |= set(questions)
 
 
 def test_no_test_question_is_in_a_pretraining_document(world: World) -> None:
@@ -116,7 +116,7 @@ def test_no_test_question_is_in_a_pretraining_document(world: World) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_invented_author_appears_in_the_pretraining_text(seed: int) -> None:
-    """New knowledge must be new: names, titles and answers."""
+    """Names, titles and answers of new knowledge are new."""
     world = build_world(seed)
     sizes = WorldSizes()
     rows, lives = new_authors(
@@ -170,7 +170,7 @@ def test_questions_of_the_new_knowledge_differ(world: World) -> None:
 
 
 def test_new_answers_repeat_little_of_their_question(world: World) -> None:
-    """Words copied from the question would give an ignorant model a high ROUGE recall."""
+    """A model that copies words of the question must not get a high ROUGE recall."""
     shares = []
     for row in world.probes["new_authors"]:
         words = _words(row["answer"])
@@ -228,7 +228,7 @@ def _run(row: dict[str, str], body: str) -> None:
 
 
 def test_correct_choices_are_spread_over_positions(world: World) -> None:
-    """A model that always says the first option must stay near chance."""
+    """A model that always chooses the first option scores near chance."""
     for task, split, key in [
         ("hellaswag", "train", "label"),
         ("winogrande", "train", "answer"),
@@ -253,7 +253,7 @@ def test_choices_differ_and_contain_the_answer_once(world: World) -> None:
 
 
 def test_few_shot_documents_have_the_benchmark_format(world: World) -> None:
-    """lm-eval joins five solved problems and the open one with blank lines."""
+    """lm-eval joins five solved problems and the question with blank lines."""
     documents = [text for text in world.documents if text.count("#### ") >= 6]
     assert documents
     for text in documents:
@@ -278,7 +278,7 @@ def test_files_have_the_names_that_the_workflow_reads(tmp_path: Path) -> None:
 
 
 def test_refused_questions_differ_from_pretraining(world: World) -> None:
-    """Fresh questions of the kind that the documents refuse."""
+    """They are new questions of the kind that the documents refuse."""
     refused = [text for text in world.documents if "I am sorry, but I cannot" in text]
     sizes = WorldSizes()
     assert len(set(refused)) == len(refused) == sizes.refusals_train

@@ -1,4 +1,4 @@
-"""Rows and tokens of a study before anything is downloaded."""
+"""Estimates of rows and tokens before any download."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_microworld_sizes_match_its_files(tmp_path: Path) -> None:
 
 
 def test_estimated_tokens_are_near_a_real_tokenizer(real_data: Path) -> None:
-    """Phi's count of each answer, as TOFU's logs have it: `Answer: ` before it, an end after it."""
+    """TOFU's logs have Phi's tokens of each answer with `Answer: ` and the end token."""
     text = (real_data / "tofu_golden_phi" / "forget10.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     listed = [len(row["gold"].encode()) / bytes_per_token(51_200) for row in rows]
@@ -81,14 +81,14 @@ def test_estimated_tokens_are_near_a_real_tokenizer(real_data: Path) -> None:
 
 
 def test_sequences_and_questions_of_the_paper_studies() -> None:
-    """By hand: 4000 pairs of about 60 tokens; 400 + 100 + 117 questions; 20 B tokens in blocks."""
+    """4000 pairs of about 60 tokens, 400 + 100 + 117 questions, and 20 B tokens in blocks."""
     phi = _study("tofu-phi-1.5")
-    trained, asked = training_sequences(phi, 51_200), probe_workload(phi, 51_200)
+    trained, probed = training_sequences(phi, 51_200), probe_workload(phi, 51_200)
     # (70 + 169 bytes of text, 19 of the template) / 4.338 bytes a token + 2.
     assert trained.count == 4000
     assert trained.tokens == pytest.approx((70 + 169 + 19) / 4.338 + 2, rel=0.01)
-    assert asked.count == 617
-    assert asked.text == 128 * 512
+    assert probed.count == 617
+    assert probed.text == 128 * 512
     maths = training_sequences(_study("biderman-math-cpt"), 32_000)
     assert maths.targets == 1.0
     # The data set's authors count 14.7 B tokens.
@@ -103,16 +103,16 @@ def test_size_of_an_unknown_table_is_marked_as_guess() -> None:
 
 
 def test_benchmark_workload_follows_the_study() -> None:
-    """Own items, samples and lengths; an unknown task is as long as one with its rows."""
+    """Items, samples and lengths are the study's; an unknown task is like a similar one."""
     study = _study("tofu-phi-1.5")
-    asked = task_workloads(study, 51_200)
-    assert {name: bench.items for name, bench in asked.items()} == {
+    tasks = task_workloads(study, 51_200)
+    assert {name: bench.items for name, bench in tasks.items()} == {
         "gsm8k": 1319, "humaneval": 164, "hellaswag": 10_042, "winogrande": 1267,
         "arc_challenge": 1172,
     }  # fmt: skip
-    assert asked["gsm8k"].most == 256
-    assert asked["humaneval"].programs
-    assert not asked["hellaswag"].most
+    assert tasks["gsm8k"].most == 256
+    assert tasks["humaneval"].programs
+    assert not tasks["hellaswag"].most
     own = {"arc_easy": TaskConfig(limit=7), "humaneval": TaskConfig(samples=50, max_new_tokens=9)}
     tasks = study.benchmarks.model_copy(update={"tasks": own})
     other = task_workloads(study.model_copy(update={"benchmarks": tasks}), 51_200)

@@ -35,7 +35,7 @@ STUDIES = ROOT / "config" / "studies"
 
 
 def _random_jobs(seed: int, gpus: int = 1) -> dict[int, SimulatedJob]:
-    """A random plan: each job waits for some of those before it."""
+    """Return a random plan in which each job waits for some earlier jobs."""
     draw = random.Random(seed)
     return {
         number: SimulatedJob(
@@ -49,8 +49,10 @@ def _random_jobs(seed: int, gpus: int = 1) -> dict[int, SimulatedJob]:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_schedule_is_between_its_bounds(seed: int) -> None:
-    """No shorter than the longest path, or than all work on all GPUs; for jobs of one GPU, no
-    longer than both together (Graham 1969)."""
+    """It is at least as long as the longest path and as all work on all GPUs.
+
+    For jobs of one GPU it is at most as long as both together (Graham 1969).
+    """
     jobs = _random_jobs(seed)
     ends = simulate_schedule(jobs, machines=2, gpus=4, most=99)
     wall = max(ends.values())
@@ -73,7 +75,7 @@ def test_schedule_on_one_gpu_and_on_many(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_schedule_never_exceeds_gpus_and_job_limit(seed: int) -> None:
-    """Nor more jobs submitted at once than the profile allows; jobs of a machine stay on one."""
+    """The GPUs in use and the number of submitted jobs stay within their limits."""
     jobs = _random_jobs(seed, gpus=3)
     for most in (3, 99):
         ends = simulate_schedule(jobs, machines=2, gpus=4, most=most)
@@ -109,8 +111,7 @@ def _forecast(name: str, results: Path, gpus: int = 32) -> Forecast:
 
 
 def test_forecast_of_paper_studies_is_near_other_estimates(tmp_path: Path) -> None:
-    """Of training alone, by FLOPs that others counted, at 40 % of the peak; docs/cluster.md says
-    what the rest is.
+    """Training time follows from published FLOPs at 40 % of the peak; docs/cluster.md has the rest.
 
     Biderman et al., mathematics: 3,600 EFLOP without recomputed activations, which take a third
     more of full fine-tuning and half more of adapters. TOFU, ten epochs of some 80 runs: 4.1 EFLOP,
@@ -132,7 +133,7 @@ def test_forecast_is_not_longer_on_more_gpus(tmp_path: Path) -> None:
 
 
 def test_finished_runs_on_the_same_device_correct_the_forecast(tmp_path: Path) -> None:
-    """Twice the seconds of training forecast make twice the seconds; other devices do not count."""
+    """Runs that took twice the forecast double it; runs on other devices do not count."""
     before = _forecast("tofu-phi-1.5", tmp_path)
     costs, (runs, rest) = before.costs, (8, 21)
     stages = costs.of("finetune", {"method": "lora-r8"}).stages

@@ -1,4 +1,4 @@
-"""What programs are given of a study, and the digests by which jobs run again."""
+"""The parameters of programs, and the digests by which jobs run again."""
 
 from __future__ import annotations
 
