@@ -1,4 +1,4 @@
-"""The guides in docs/how-to work: what they say is added to a copy of the library, and used."""
+"""The guides in docs/how-to work: their code is added to a copy of the library and used."""
 
 from __future__ import annotations
 
