@@ -1,4 +1,4 @@
-"""Sizes of models, from their configuration alone: what memory and time are computed from."""
+"""Sizes of models from their configuration, the basis of memory and time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONFIGS: list[PretrainedConfig] = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 def test_parameter_counts_equal_those_of_the_model(config: PretrainedConfig) -> None:
-    """Of a configuration alone, to the last number."""
+    """The counts from the configuration are exact."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = size_from_config(config.to_dict())
@@ -99,7 +99,7 @@ METHODS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_trained_matches_the_trainable_parameters(method: dict[str, Any]) -> None:
-    """As the method attaches them to a real model."""
+    """They equal those of adapters on a real model."""
     config = CONFIGS[0]
     tuning = _tuning(method)
     model = attach_adapter(AutoModelForCausalLM.from_config(config), tuning, seed=0)
@@ -108,7 +108,7 @@ def test_trained_matches_the_trainable_parameters(method: dict[str, Any]) -> Non
 
 
 def test_flops_per_token_by_hand() -> None:
-    """6 N of all matrices; 4 N + 6 N_adapter of adapters; equal at the rank that peers found."""
+    """6 N for full fine-tuning, 4 N + 6 N_adapter for adapters; equal at the published rank."""
     phi, llama = known_size("microsoft/phi-1_5"), known_size("NousResearch/Llama-2-7b-hf")
     for shape, break_even in ((phi, 495), (llama, 881)):
         whole = shape.linear + shape.embedding
@@ -118,7 +118,7 @@ def test_flops_per_token_by_hand() -> None:
         assert lora == 4.0 * whole + 6.0 * shape.adapter(_lora(8))
         assert shape.training(_lora(break_even - 1), 0, 1.0, recompute=False) < full
         assert shape.training(_lora(break_even + 1), 0, 1.0, recompute=False) > full
-    # Attention over 4096 tokens: queries x keys and weights x values, of which half are masked.
+    # Attention over 4096 tokens: queries x keys and weights x values; half of it is masked.
     more = llama.forward(4096, 1.0) - llama.forward(0, 1.0)
     assert more == 2 * 2 * 4096 * 4096 * 32 / 2
 
