@@ -214,18 +214,16 @@ def test_another_learning_rate_adds_no_job(plan: Plan, tmp_path: Path) -> None:
     }
 
 
-def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
-    plan: Plan, tmp_path: Path
-) -> None:
+def test_training_benchmarks_change_no_benchmark_job(plan: Plan, tmp_path: Path) -> None:
     """Rows of the tasks are inputs of every run group and of the base's scores."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["benchmarks"]["during_training"] = {"arc_challenge": 20}
-    changed_study = tmp_path / "changed_study.yaml"
-    changed_study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
     before = {(job.rule.name, *job.wildcards): job for job in plan("mini")}
-    after = {(job.rule.name, *job.wildcards): job for job in plan(changed_study)}
+    after = {(job.rule.name, *job.wildcards): job for job in plan(study)}
     assert before.keys() == after.keys()
     changed = {
         key
@@ -233,7 +231,7 @@ def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
         if job.params.get("digest") != before[key].params.get("digest")
     }
     assert {key[0] for key in changed} == {"finetune", "evaluate_base", "make_tables"}
-    params = params_of(changed_study)
+    params = params_of(study)
     params_by_rule = {}
     for rule in ("finetune", "evaluate_base"):
         (job, *_) = (job for key, job in after.items() if key[0] == rule)
@@ -251,8 +249,8 @@ def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
     def changed_rules(**changed: Any) -> set[str]:
         """Return the rules whose parameters, other than those from inputs and outputs, change."""
         document["benchmarks"].update(changed)
-        changed_study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        again = {(job.rule.name, *job.wildcards): job for job in plan(changed_study)}
+        study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        again = {(job.rule.name, *job.wildcards): job for job in plan(study)}
         changed_jobs = {
             key
             for key, job in after.items()
