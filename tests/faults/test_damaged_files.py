@@ -161,7 +161,7 @@ class Chain:
 def made(
     base_folder: Path, rows: Rows, tuning: Method, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Chain, Path]:
-    """The chain, and the folder in which it has run."""
+    """Run the chain, and return it with its folder."""
     chain, folder = Chain(base_folder, rows, tuning), tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -393,7 +393,7 @@ def test_damaged_tables_of_the_page_are_named(tmp_path: Path, file: str, how: st
 
 @pytest.fixture
 def model(base_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny base, with `base.json` in the parent folder."""
+    """Return a copy of the tiny base, with `base.json` in the parent folder."""
     folder = tmp_path / "model"
     shutil.copytree(base_folder, folder)
     record_base(tmp_path / "base.json", folder)

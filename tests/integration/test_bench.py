@@ -84,7 +84,7 @@ def test_shapes_equal_the_published_models(shape: str, weights: int) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    """The tiny shape with adapters of rank 2."""
+    """Return the benchmark at the tiny shape with adapters of rank 2."""
     options = argparse.Namespace(
         data=None, pairs=6, model=None, shape="tiny", methods=["2"], batch_size=3
     )

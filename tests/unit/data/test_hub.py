@@ -130,7 +130,7 @@ def _point(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 
 @pytest.fixture
 def repository(hub: Hub) -> Path:
-    """The files of the repository."""
+    """Return the folder of the repository."""
     return hub.folder
 
 

@@ -72,7 +72,7 @@ class _OfConfig(Workload):
 
     @property
     def model_size(self) -> Any:
-        """The size of the model."""
+        """Return the size of the model."""
         return size_from_config(self.config.to_dict())
 
 
