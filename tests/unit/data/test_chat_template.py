@@ -76,8 +76,8 @@ def folder(tmp_path: Path) -> Path:
     tokenizer, model = _tokenizer(), random_llama(context=256)
     model.resize_token_embeddings(END + 1)
     prompts = [tokenizer(question)["input_ids"] for question in QUESTIONS]
-    said = generate_greedy(model, prompts, 24, 4, {-1}, 0)
-    often = Counter(token for answer in said for token in answer[3:]).most_common(1)[0][0]
+    generated = generate_greedy(model, prompts, 24, 4, {-1}, 0)
+    often = Counter(token for answer in generated for token in answer[3:]).most_common(1)[0][0]
     with torch.no_grad():
         # <end> takes the logits of the end of sequence.
         model.lm_head.weight[END] = 1.01 * model.lm_head.weight[often]
@@ -108,8 +108,8 @@ def test_generation_stops_at_tokens_of_the_generation_config(folder: Path, where
     texts = [tokenizer.decode(ids) for ids in prompts]
     requests = [SimpleNamespace(args=(text, {"until": [], "max_gen_toks": 24})) for text in texts]
     harness = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    said = harness.generate_until(requests)
-    assert said == [tokenizer.decode(answer, skip_special_tokens=True) for answer in expected]
+    generated = harness.generate_until(requests)
+    assert generated == [tokenizer.decode(answer, skip_special_tokens=True) for answer in expected]
 
 
 def _adopt(folder: Path, prompt: PromptConfig | None = None) -> None:
@@ -165,8 +165,10 @@ def test_plain_text_ending_is_stripped_from_answers(monkeypatch: pytest.MonkeyPa
     """The base continues with the text after the answer; tuned models end the sequence."""
     tokenizer = _tokenizer(PLAIN)
     assert turn_ending(tokenizer, CHAT).stop == "\nuser:"
-    said = [tokenizer(text)["input_ids"] for text in ("Ann.\nuser: And?\nassistant:", "Bob.\n")]
-    monkeypatch.setattr(probes, "generate_greedy", lambda *_: said)
+    generated = [
+        tokenizer(text)["input_ids"] for text in ("Ann.\nuser: And?\nassistant:", "Bob.\n")
+    ]
+    monkeypatch.setattr(probes, "generate_greedy", lambda *_: generated)
     model = random_llama(context=64)
     found = probes.generate(model, tokenizer, ["Who?", "And?"], CHAT, SETTINGS)
     assert [tokenizer.decode(answer) for answer in found] == ["Ann.", "Bob.\n"]

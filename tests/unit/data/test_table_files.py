@@ -35,7 +35,7 @@ def refused(folder: Path, capsys: Any, content: str | bytes, name: str = "new.cs
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("question,answer,note,answer\na,b,c,d\n", "line 1: the column `answer` is there twice"),
         ("\nquestion, answer,answer \na,b,c\n", "line 2: the column `answer` is there twice"),
@@ -57,9 +57,9 @@ def refused(folder: Path, capsys: Any, content: str | bytes, name: str = "new.cs
     ],
 )
 def test_invalid_csv_is_refused_with_the_first_line_of_the_row(
-    tmp_path: Path, capsys: Any, content: str | bytes, said: str
+    tmp_path: Path, capsys: Any, content: str | bytes, message: str
 ) -> None:
-    assert refused(tmp_path, capsys, content).startswith(said)
+    assert refused(tmp_path, capsys, content).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_dataset_column_name_wins_if_both_are_present(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (
             "question,answer,output\na,b,c\n",
@@ -140,12 +140,12 @@ def test_dataset_column_name_wins_if_both_are_present(tmp_path: Path) -> None:
     ],
 )
 def test_table_with_mixed_column_names_is_refused(
-    tmp_path: Path, capsys: Any, content: str, said: str
+    tmp_path: Path, capsys: Any, content: str, message: str
 ) -> None:
     name = "new.csv" if content.startswith("q") else "new.jsonl"
     with pytest.raises(SystemExit):
         trained(tmp_path, content, name, columns=ALPACA)
-    assert f"{tmp_path / name}, {said}" in capsys.readouterr().err
+    assert f"{tmp_path / name}, {message}" in capsys.readouterr().err
 
 
 INPUT = [{"question": f"Sum up {n}.", "answer": f"{n}.", "id": f"x{n}"} for n in range(10)]
@@ -209,8 +209,10 @@ def test_probe_contradicted_by_training_rows_is_reported(tmp_path: Path, capsys:
 def test_answers_longer_than_max_new_tokens_are_reported(tmp_path: Path, capsys: Any) -> None:
     """The page has the number of tokens from the evaluation of the base."""
     trained(tmp_path, "question,answer\na,b\n", max_new_tokens=1, old=["Eve.", "Ann of Ayr."])
-    said = "warning: 1 of 2 answers of probe `old` have more words than the 1 tokens that are gen"
-    assert capsys.readouterr().out.startswith(said)
+    message = (
+        "warning: 1 of 2 answers of probe `old` have more words than the 1 tokens that are gen"
+    )
+    assert capsys.readouterr().out.startswith(message)
     assert notes(tmp_path) == []
 
 
@@ -251,7 +253,7 @@ def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(
-    ("answer", "tokenizer", "said"),
+    ("answer", "tokenizer", "message"),
     [
         (
             "佐伊",
@@ -262,10 +264,10 @@ def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, ca
     ],
 )
 def test_answer_invisible_to_rouge_is_refused(
-    tmp_path: Path, capsys: Any, answer: str, tokenizer: str, said: str
+    tmp_path: Path, capsys: Any, answer: str, tokenizer: str, message: str
 ) -> None:
     """Its score would always be 0."""
     old = [*["A long answer in English."] * 9, answer]
     with pytest.raises(SystemExit):
         trained(tmp_path, "question,answer\na,b\n", old=old, rouge_tokenizer=tokenizer)
-    assert f"error: {tmp_path}/old.jsonl, line 10: {said}" in capsys.readouterr().err
+    assert f"error: {tmp_path}/old.jsonl, line 10: {message}" in capsys.readouterr().err

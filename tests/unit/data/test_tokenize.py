@@ -218,9 +218,9 @@ def test_chat_templates_have_one_bos_and_one_end() -> None:
 def test_text_before_answers_is_learned_and_stripped() -> None:
     tokenizer = _chat(PREFACED)
     example = encode_pair(tokenizer, CHAT, "Who?", "William")
-    said = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
-    assert said == "Well: William"
-    assert strip_answer(resolve_template(tokenizer, CHAT), said) == "William"
+    generated = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
+    assert generated == "Well: William"
+    assert strip_answer(resolve_template(tokenizer, CHAT), generated) == "William"
 
 
 def test_only_answers_of_a_conversation_are_targets() -> None:

@@ -338,7 +338,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "shares": {"selection": {"probe": "new", "wise_ft": [0.5]}},
     "text": {"general_text": {"table": "own/text", "block": 8}},
-    "asked": {"benchmarks": {"refusals": {"table": "own/pairs"},
+    "refusals": {"benchmarks": {"refusals": {"table": "own/pairs"},
                              "tasks": {"humaneval": {"samples": 20}}}},
 }  # fmt: skip
 
