@@ -112,14 +112,6 @@ def test_malformed_line_is_reported_with_its_number(tmp_path: Path) -> None:
     assert ", line 2: not a JSON object" in _refusal(path)
 
 
-def test_json_array_table_is_refused_with_expected_format(tmp_path: Path) -> None:
-    path = tmp_path / "facts.json"
-    path.write_text(json.dumps([ROW, ROW], indent=1))
-    assert "line 1: a JSON array; expected JSON lines" in _refusal(path)
-    path.write_text(json.dumps([ROW, ROW]))
-    assert "line 1: a JSON array; expected JSON lines" in _refusal(path)
-
-
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
 def test_empty_table_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "facts.jsonl"
