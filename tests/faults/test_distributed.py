@@ -679,7 +679,7 @@ def _leave_a_child(pipe: Any) -> None:
     if os.fork() == 0:
         parent = os.getppid()
         pipe.send("started")
-        distributed._abort_with(parent)
+        distributed.abort_with(parent)
     time.sleep(60)
 
 
