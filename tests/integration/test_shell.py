@@ -16,8 +16,9 @@ import snakemake.utils
 from snakemake.iocontainers import Namedlist
 from snakemake.rules import Rule
 
-from forgetting.config.job_params import PrepareDataParams, StudyParams
+from forgetting.config.job_params import PrepareDataParams
 from forgetting.errors import InputError
+from forgetting.pipeline.params import StudyParams
 from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
 from support.snakemake import ROOT, planned, restore_process
