@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from forgetting.config.job_params import MakeTablesParams, StudyParams
+from forgetting.config.job_params import MakeTablesParams
+from forgetting.pipeline.params import StudyParams
 from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
 from support.snakemake import ROOT, planned, restore_process

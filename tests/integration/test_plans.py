@@ -18,7 +18,7 @@ import pytest
 import yaml
 from snakemake.jobs import Job
 
-from forgetting.config.job_params import StudyParams
+from forgetting.pipeline.params import StudyParams
 from forgetting.pipeline.paths import Paths
 from forgetting.study.load import load_study
 from support.snakemake import (
