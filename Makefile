@@ -83,10 +83,12 @@ PYTEST = pytest -n $(WORKERS) --dist worksteal
 .PHONY: test
 test: $(READY) ## the fast unit tests; MARKERS=slurm TESTS=tests/slurm and the like: others
 	$(PYTEST) -m "$(MARKERS)" $(TESTS)
+	@echo "Left out: all tests not marked \"$(MARKERS)\"; make test-all runs the other tiers (tests/README.md)"
 
 .PHONY: test-all
-test-all: test ## all tests that need no cluster and no GPU, but for those of many minutes
-	$(PYTEST) -m "not ($(UNIT)) and not long and not slurm and not gpu"
+test-all: test ## all tests that need no cluster, but for those of many minutes
+	$(PYTEST) -m "not ($(UNIT)) and not long and not slurm"
+	@echo "Left out: tests of many minutes (make test MARKERS=long) and of SLURM (tests/README.md)"
 
 .PHONY: bench-train
 bench-train: .venv/ready-bench ## training speed against Trainer and trl; BENCH="--data FILE ..." sets more

@@ -1,4 +1,4 @@
-"""Shared fixtures: a random tiny Llama with a tokenizer of its own, rows, real data, a SLURM."""
+"""Shared fixtures: a random tiny Llama with its tokenizer, rows, real data, a SLURM cluster."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
-    """Make `os.fsync` do nothing: no test cuts the power, and some write many checkpoints."""
+    """Make `os.fsync` do nothing, since no test cuts the power and some write many checkpoints."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -49,17 +49,17 @@ def _no_wait_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _usual_end_of_processes() -> None:
-    """Let SIGTERM end this process and those that it forks.
+    """Let SIGTERM end this process and its forks.
 
-    Snakemake, which some tests run in this process, leaves a handler there. Processes of a pool,
-    such as that of lm-eval's bootstrap, inherit it, and a pool that ends waits for them forever.
+    Snakemake, which some tests run in this process, leaves a handler. Processes of a pool, such as
+    that of lm-eval's bootstrap, inherit it, and the pool then waits for them forever.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than models of this size gain by them."""
+    """Use one thread, since threads make models of this size slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,7 +68,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of published data sets, where there is one."""
+    """Return the folder of published data sets, if there is one."""
     folder = Path(os.environ.get("FORGETTING_REAL_DATA", REAL_DATA))
     if not folder.is_dir():
         pytest.skip(f"no published data sets in {folder}; name their folder FORGETTING_REAL_DATA")
@@ -77,7 +77,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, Any]]:
-    """Ten prepared rows: questions of several lengths, two wrong answers, some paraphrases."""
+    """Return ten prepared rows with questions of several lengths and two wrong answers."""
     return [
         {
             "id": f"made/{number}",
@@ -94,13 +94,13 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def prompt() -> PromptConfig:
-    """The default template, TOFU's for Phi."""
+    """Return the default template, which is TOFU's for Phi."""
     return PromptConfig()
 
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> Path:
-    """A random Llama of 2 layers and width 32 with its tokenizer, in Hugging Face form."""
+    """Write a random Llama of 2 layers and width 32 with its tokenizer, and return the folder."""
     folder = tmp_path_factory.mktemp("base")
     texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
     tokenizer = train_tokenizer(texts, 400, folder)
@@ -126,19 +126,19 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, A
 
 @pytest.fixture(scope="session")
 def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the tiny base, as every program loads it."""
+    """Return the tokenizer of the tiny base."""
     return load_tokenizer(base_folder)
 
 
 @pytest.fixture
 def base(base_folder: Path) -> PreTrainedModel:
-    """The tiny base, freshly loaded: a test may change it."""
+    """Return the tiny base, newly loaded, which a test may change."""
     return load_base(base_folder, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
 def tuning() -> Method:
-    """Adapters of rank 4 with dropout, so that a resumed run must restore randomness too."""
+    """Return a method of rank 4 with dropout, so that a resumed run must restore random states."""
     return Method(
         name="lora-r4",
         kind="lora",
@@ -152,7 +152,7 @@ def tuning() -> Method:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Path | None]:
-    """A SLURM that answers; yields the folder of programs that can break it, if there is one."""
+    """Find or start a SLURM cluster; yield the folder of programs that break it, if any."""
     tools = os.environ.get("FORGETTING_SLURM")
     if cluster_answers():
         yield Path(tools) if tools and "SLURM_LAB" in os.environ else None
@@ -163,9 +163,9 @@ def cluster() -> Iterator[Path | None]:
         pytest.fail("one machine has one SLURM: run its tests in one process, with -n 0")
     if os.geteuid() != 0:
         pytest.skip(f"{tools}/start-cluster must run as root")
-    # Sockets lie in it: not in pytest's folder, whose name is long.
+    # Paths of sockets must be short, and those in pytest's folder are long.
     os.environ["SLURM_LAB"] = state = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
-    Path(state).chmod(0o755)  # munged wants others to reach its socket
+    Path(state).chmod(0o755)  # others must reach munged's socket
     try:
         start = [Path(tools, "start-cluster")]
         started = subprocess.run(start, capture_output=True, text=True, timeout=400, check=False)
@@ -180,13 +180,13 @@ def cluster() -> Iterator[Path | None]:
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of the study."""
+    """Write the study and return its file."""
     return write_study(tmp_path_factory.mktemp("study") / "clustered.yaml")
 
 
 @pytest.fixture(scope="session")
 def local(cluster: Path | None, study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tables of the study, made without SLURM."""
+    """Return a folder with the tables of the study, made without SLURM."""
     folder = Folder(tmp_path_factory.mktemp("local"), study)
     folder.run(str(RESULTS / "tables" / "study.json"), profile=None)
     return folder.at
@@ -194,13 +194,13 @@ def local(cluster: Path | None, study: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def begun(local: Path, study: Path, tmp_path: Path) -> Folder:
-    """The same study, all done but for one run group."""
+    """Return a folder in which the study lacks one run group."""
     return without("lora-r4", local, tmp_path / "begun", study)
 
 
 @pytest.fixture(scope="session")
 def two_nodes(local: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """The same study, in which full fine-tuning was spread over two nodes."""
+    """Return a folder in which two nodes did the full fine-tuning of the study."""
     at = tmp_path_factory.mktemp("nodes")
     wide = write_study(at / "clustered.yaml", processes=2, nodes=2)
     folder = without("full", local, at / "made", wide)

@@ -26,6 +26,7 @@ from forgetting.config.expand import Method
 from forgetting.evaluation import generation as module
 from forgetting.evaluation.generation import can_drop_rows, generate_greedy, supports_refill
 from forgetting.models.adapters import attach_adapter
+from forgetting.models.attention import attention_implementation
 from forgetting.models.forward import length_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,7 +137,7 @@ def test_attention_implementation_is_restored(
     try:
         assert supports_refill(model) == (way == "sdpa")
         assert generate_greedy(model, prompts, MAX_NEW_TOKENS, 4, {end}, end) == expected
-        assert model.config._attn_implementation == way
+        assert attention_implementation(model) == way
     finally:
         model.set_attn_implementation("sdpa")
 

@@ -61,7 +61,7 @@ FULL = Method(
 
 @pytest.fixture
 def context(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> RunContext:
-    """The tiny base, ten rows to learn, and two probes."""
+    """Return a context of the tiny base, ten training rows and two probes."""
     return RunContext(
         base=base_folder,
         tokenizer=tokenizer,
@@ -75,7 +75,7 @@ def context(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -
 
 @pytest.fixture
 def config(tuning: Method) -> RunGroupConfig:
-    """One rate; evaluated twice an epoch, so that some evaluations lie within a cooldown."""
+    """Return a run group of one rate, evaluated twice an epoch and thus within cooldowns."""
     return RunGroupConfig(
         method=tuning.model_copy(update={"hyperparameters": [HIGH]}),
         seed=3,

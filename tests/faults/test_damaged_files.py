@@ -161,7 +161,7 @@ class Chain:
 def made(
     base_folder: Path, rows: Rows, tuning: Method, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Chain, Path]:
-    """The chain, and the folder in which it has run."""
+    """Run the chain, and return it with its folder."""
     chain, folder = Chain(base_folder, rows, tuning), tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -220,7 +220,7 @@ MADE_AGAIN = {"base.json", "base_items.parquet", "runs.json", "items.parquet", "
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize(("file", "removed"), KINDS, ids=[kind for kind, _ in KINDS])
-def test_the_command_of_the_message_heals_a_damaged_file(
+def test_command_of_the_message_restores_a_damaged_file(
     made: tuple[Chain, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -246,7 +246,7 @@ def test_the_command_of_the_message_heals_a_damaged_file(
     assert not list(Path().rglob("*.partial")) + list(Path().rglob("*.old"))
 
 
-def test_a_checkpoint_without_method_state_is_damaged(tmp_path: Path) -> None:
+def test_checkpoint_without_method_state_is_damaged(tmp_path: Path) -> None:
     """AdaLoRA's averages; older checkpoints lose them with the state of the optimizer."""
     checkpoint = tmp_path / "step-0000004"
     with atomic_folder(checkpoint) as folder:
@@ -262,7 +262,7 @@ def test_a_checkpoint_without_method_state_is_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["step-0000002/optimizer.safetensors", "step-0000002/adapter_model.safetensors"]
 )
-def test_a_damaged_checkpoint_is_never_resumed(
+def test_damaged_checkpoint_is_never_resumed(
     made: tuple[Chain, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_is_never_resumed(
     assert results() == expected
 
 
-def test_a_damaged_tokenized_dataset_is_written_again(
+def test_damaged_tokenized_dataset_is_written_again(
     made: tuple[Chain, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     chain, folder = made
@@ -393,14 +393,14 @@ def test_damaged_tables_of_the_page_are_named(tmp_path: Path, file: str, how: st
 
 @pytest.fixture
 def model(base_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny base, with `base.json` in the parent folder."""
+    """Return a copy of the tiny base, with `base.json` in the parent folder."""
     folder = tmp_path / "model"
     shutil.copytree(base_folder, folder)
     record_base(tmp_path / "base.json", folder)
     return folder
 
 
-def test_a_new_file_in_the_folder_of_the_base_is_named(model: Path) -> None:
+def test_new_file_in_the_folder_of_the_base_is_named(model: Path) -> None:
     read_base(model.parent / "base.json")
     (model / "merges.txt").write_text("a b")
     (model / "README.md").write_text("not read by anybody")
@@ -411,7 +411,7 @@ def test_a_new_file_in_the_folder_of_the_base_is_named(model: Path) -> None:
     read_base(model.parent / "base.json")
 
 
-def test_a_downloaded_base_is_downloaded_again(model: Path) -> None:
+def test_damaged_download_of_the_base_is_repeated(model: Path) -> None:
     record = model.parent / "base.json"
     write_json(record, {**read_json(record), "downloaded": True})
     flip(model / "model.safetensors")
@@ -420,7 +420,7 @@ def test_a_downloaded_base_is_downloaded_again(model: Path) -> None:
     assert f"run `rm -rf {model} {record}`" in str(error.value)
 
 
-def test_a_wrong_number_of_parameters_is_refused(model: Path) -> None:
+def test_wrong_number_of_parameters_is_refused(model: Path) -> None:
     import torch
 
     from forgetting.models.loading import load_base
@@ -442,7 +442,7 @@ def test_sha256sum_reads_the_record(tmp_path: Path) -> None:
     assert subprocess.run(check, cwd=tmp_path, check=False, capture_output=True).returncode == 1
 
 
-def test_a_copy_without_hidden_files_is_refused(
+def test_copy_without_hidden_files_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is accepted where a storage plugin makes the copies."""
@@ -465,9 +465,7 @@ def test_only_tables_with_a_record_are_verified(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [None, "old"])
-def test_a_killed_writer_leaves_a_file_that_fits_its_record(
-    tmp_path: Path, old: str | None
-) -> None:
+def test_killed_writer_leaves_a_file_that_fits_its_record(tmp_path: Path, old: str | None) -> None:
     """Kills come at every system call that changes a name, one after the other."""
     path, ends = tmp_path / "a.json", set()
     code = """
@@ -506,7 +504,7 @@ write_json(path, "new")
     assert len(record_path(path).read_text().splitlines()) == 1
 
 
-def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+def test_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     folder = tmp_path / "selected"
 
     def write(content: str, *, fail: bool = False) -> None:
@@ -526,7 +524,7 @@ def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["selected"]
 
 
-def test_a_folder_moved_by_a_killed_writer_is_restored(
+def test_folder_moved_by_a_killed_writer_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rename = tmp_path / "selected", Path.rename

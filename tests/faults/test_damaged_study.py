@@ -75,7 +75,7 @@ def _same(found: dict[str, pd.DataFrame], expected: dict[str, pd.DataFrame]) -> 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """The study, run once."""
+    """Return the study after one run."""
     at = tmp_path_factory.mktemp("study")
     study = Study(at, STUDY_FILE)
     study.configure()

@@ -70,7 +70,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def context(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> RunContext:
-    """Nine rows to learn in batches of four, four and one; five questions for two or four."""
+    """Return a context of nine rows in batches of four, four and one, and five questions."""
     return RunContext(
         base=base_folder,
         tokenizer=tokenizer,
@@ -87,7 +87,7 @@ def context(base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows) -
 
 @pytest.fixture(scope="module")
 def specs(tuning: Method) -> dict[str, RunGroupConfig]:
-    """Six steps with evaluations at 3 and 6: full fine-tuning, adapters, adapters with dropout.
+    """Return methods of six steps with evaluations at 3 and 6: full, adapters, and dropout.
 
     About half of the gradients are clipped, since Adam would not notice if all were halved.
     Dropout masks differ between processes.
@@ -119,7 +119,7 @@ def reference(
     context: RunContext,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Reference:
-    """reference(kind, size): the record of an uninterrupted run, trained once for all tests."""
+    """Return reference(kind, size), the record of an uninterrupted run, trained once."""
 
     @cache
     def made(kind: str, size: int) -> dict[str, Any]:
@@ -331,13 +331,13 @@ def test_benchmarks_run_in_two_processes(
         for split in ("train", "validation", "test"):
             write_jsonl(tmp_path / "rows" / task / f"{split}.jsonl", found)
     tasks = {"sciq": TaskConfig(), "gsm8k": TaskConfig(num_fewshot=2, limit=3, max_new_tokens=5)}
-    along = TrainingBenchmarks(
+    benchmarks = TrainingBenchmarks(
         TrainingBenchmarksConfig(tasks=tasks, batch_size=2),
         {task: tmp_path / "rows" / task for task in tasks},
         context.tokenizer,
     )
-    changed = replace(context, training_benchmarks=along)
-    # In this order, since what has been asked once can no longer be sent to other processes.
+    changed = replace(context, training_benchmarks=benchmarks)
+    # In this order, since benchmarks that have run can no longer be pickled.
     records = [train(size, specs[kind], changed, tmp_path / str(size)) for size in (2, 1)]
     assert records[0]["losses"] == reference(kind, 2)["losses"]
     (_, two), (_, one) = (run_group_items([record]) for record in records)
@@ -679,7 +679,7 @@ def _leave_a_child(pipe: Any) -> None:
     if os.fork() == 0:
         parent = os.getppid()
         pipe.send("started")
-        distributed._abort_with(parent)
+        distributed.abort_with(parent)
     time.sleep(60)
 
 

@@ -89,7 +89,7 @@ class ForkServer:
 
 @pytest.fixture(scope="module")
 def fork_server() -> Iterator[ForkServer]:
-    """One server for all tests, closed at the end."""
+    """Start one server for all tests."""
     fork_server = ForkServer()
     yield fork_server
     fork_server.process.communicate(timeout=60)
@@ -153,7 +153,7 @@ class Program:
 def program(
     fork_server: ForkServer, base_folder: Path, rows: Rows, tuning: Method, tmp_path: Path
 ) -> Program:
-    """Two learning rates with dropout and replay for four epochs, and an evaluation in each."""
+    """Return a program with two learning rates, dropout, replay, and four evaluations."""
     inputs = tmp_path / "inputs"
     record_base(inputs / "base.json", base_folder)
     write_table(

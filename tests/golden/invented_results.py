@@ -197,9 +197,9 @@ def report(folder: Path) -> dict[str, Any]:
     made = ReportTables(**synthetic_tables.tables(never=("lora-r2",), diverged=("lora-r8",)))
     small: dict[str, Any] = {"ranks": (2,), "rates": (1e-3,), "epochs": 4, "old": ("facts",)}
     drawn = ReportTables(**synthetic_tables.tables(**small, tasks=synthetic_tables.TRAINING_TASKS))
-    said, qualified = narrative(made)
+    sentences, qualified = narrative(made)
     return {
-        "answer": said,
+        "answer": sentences,
         "qualified": qualified,
         "rule": summary.selection_rule(made),
         "summary": columns_of(summary.summary_frame(made)),

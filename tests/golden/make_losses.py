@@ -37,7 +37,7 @@ PROBE = [3, 14, 15, 92, 65, 35, 89, 79]
 
 @dataclass(frozen=True)
 class Case:
-    """A way of training; the rest is the same for all."""
+    """Settings of one training; all other settings are shared."""
 
     variant: str | None = None
     rate: float = 1e-2
@@ -71,19 +71,19 @@ CASES = {
 
 
 def rows() -> list[tuple[list[int], int]]:
-    """Token ids, and how many of them are the prompt: of very uneven lengths in every batch."""
+    """Return token ids and prompt lengths of examples whose lengths vary widely in a batch."""
     draw = random.Random(0)
     made = []
     for number in range(STEPS * ROWS):
         length = LONGEST if number % ROWS == 0 else draw.randint(4, LONGEST // 2)
-        # Something to learn: some tokens are much more frequent than others.
+        # Some tokens are much more frequent than others, so that there is something to learn.
         ids = [1 + int((VOCABULARY - 1) * draw.random() ** 4) for _ in range(length)]
         made.append((ids, draw.randint(1, length - 2)))
     return made
 
 
 def write_base(folder: Path) -> None:
-    """A Llama of 2 layers and width 32 whose weights no library has drawn."""
+    """Write a Llama of 2 layers and width 32 with weights from numpy."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -103,7 +103,7 @@ def write_base(folder: Path) -> None:
 
 
 def draw_adapter(model: torch.nn.Module) -> None:
-    """Give the random halves of adapters weights that no library has drawn."""
+    """Set the random halves of adapters to weights from numpy."""
     draw({n: p for n, p in model.named_parameters() if ".lora_A." in n}, 0.3)
 
 
@@ -117,7 +117,7 @@ def draw(parameters: dict[str, torch.nn.Parameter], width: float) -> None:
 
 
 def outcome(model: Any, start: dict[str, torch.Tensor], losses: list[float]) -> dict[str, Any]:
-    """What is compared: losses, how far the weights went, and what the model then predicts."""
+    """Return losses, the norm of the changes of weights, and final predictions."""
     moved = [(p.detach() - start[n]).double().norm() for n, p in weights(model).items()]
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([PROBE])).logits[0, -1, :8]
@@ -129,7 +129,7 @@ def outcome(model: Any, start: dict[str, torch.Tensor], losses: list[float]) -> 
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What is trained, by name."""
+    """Return the trained weights by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -247,7 +247,7 @@ def _transformers(case: Case, base: str, folder: str) -> Any:
 
 
 def train_theirs(case: Case) -> dict[str, Any]:
-    """Train as the case says, with trl or transformers."""
+    """Train a case with trl or transformers."""
     with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as folder:
         write_base(Path(base))
         make = {"trl": _trl, "transformers": _transformers}[case.library]
@@ -262,7 +262,7 @@ def train_theirs(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train every case and write what came of it."""
+    """Train every case and write the outcomes."""
     torch.set_num_threads(1)
     libraries = ("torch", "transformers", "peft", "accelerate", "trl")
     made = {

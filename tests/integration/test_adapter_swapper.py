@@ -1,4 +1,4 @@
-"""Models of one base scored in one process: each as if it were alone, and none twice."""
+"""Models of one base that are scored in one process, each as if it were alone."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ TASKS = {
     "gsm8k": {"num_fewshot": 2, "limit": 3, "max_new_tokens": 5},
     "humaneval": {"samples": 2, "temperature": 1.0, "max_new_tokens": 5},
 }
-ASKING = {"prompt": {}, "columns": {"question": "goal"}}
+PROMPTS = {"prompt": {}, "columns": {"question": "goal"}}
 
 
 def _tuned(base: Path, folder: Path, tuning: Method, seed: int) -> Path:
-    """A checkpoint whose trained weights have moved from where they started."""
+    """Write a checkpoint with changed weights and return its folder."""
     model = attach_adapter(load_base(base, CPU), tuning, seed)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -75,10 +75,10 @@ def _logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "adalora"])
-def test_swapped_adapter_is_bit_identical_to_a_fresh_one(
+def test_swapped_adapter_equals_a_newly_loaded_model(
     base_folder: Path, tmp_path: Path, tuning: Method, variant: str, embeddings: str, tied: bool
 ) -> None:
-    """So is the base between them, and a whole model; the base is read once before that."""
+    """Adapters, the base and a whole model take turns; only a whole model rereads the base."""
     base = base_folder if tied else _untied(base_folder, tmp_path / "untied")
     changes: dict[str, Any] = {"variant": variant, "embeddings": embeddings}
     if variant == "adalora":
@@ -108,7 +108,7 @@ Scored = tuple[dict[str, Any], list[str]]
 
 @pytest.fixture
 def method(base_folder: Path, tmp_path: Path, tuning: Method) -> Scored:
-    """Two adapters, a whole model, and a run that has no checkpoint, as one method; options."""
+    """Return a method of two adapters, a whole model and a run without a checkpoint."""
     for task, splits in ROWS.items():
         for split, rows in splits.items():
             write_jsonl(tmp_path / "rows" / task / f"{split}.jsonl", rows)
@@ -132,7 +132,7 @@ def method(base_folder: Path, tmp_path: Path, tuning: Method) -> Scored:
     spec = {
         "benchmarks": {"tasks": TASKS, "refusals": refusals},
         "precision": "float32",
-        "refusal_prompts": ASKING,
+        "refusal_prompts": PROMPTS,
         "rows": {task: str(tmp_path / "rows" / task) for task in TASKS},
     }
     options = [
@@ -161,8 +161,8 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in visible_files(folder)}
 
 
-def test_scores_match_those_of_separate_processes(method: Scored, tmp_path: Path) -> None:
-    """Every file to the byte: prompts, drawn examples, sampled programs, refusals, record."""
+def test_scores_equal_those_of_separate_processes(method: Scored, tmp_path: Path) -> None:
+    """Prompts, examples, sampled programs, refusals and record are byte-identical."""
     names = [f"seed{seed}" for seed in range(4)]
     _score(method, tmp_path / "together", *names)
     for name in names:
@@ -190,7 +190,7 @@ def test_base_and_tokenizer_are_read_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tasks are loaded once for all models, and the choices of an item encoded once."""
+    """Tasks are loaded once for all models, and the choices of an item are tokenized once."""
     loaded, encoded = [], []
     load, encode = evaluate.load_task, SharedPrefixLM.encode_texts
     monkeypatch.setattr(
@@ -216,10 +216,10 @@ def test_base_and_tokenizer_are_read_once(
     assert counts[1] == 0
 
 
-def test_killed_scoring_job_resumes_at_its_model(
+def test_killed_scoring_job_resumes_at_the_next_model(
     method: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though Snakemake has removed its outputs. Other weights, tasks or code are scored again."""
+    """Finished models are not scored again unless weights, tasks or versions change."""
     names, real = [f"seed{seed}" for seed in range(4)], scorer.Scorer.score
     scored: list[str] = []
     deadly = {"seed2"}

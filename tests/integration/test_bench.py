@@ -22,7 +22,7 @@ HAS_TRL = importlib.util.find_spec("trl") is not None
 
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name != OURS])
 def test_every_contender_is_recorded(name: str, tmp_path: Path) -> None:
-    """A row per method and contender, appended to the record that was there."""
+    """The record gets a row per method and contender."""
     if name.startswith("trl") and not HAS_TRL:
         pytest.skip("trl is not installed; `make bench-train` installs it")
     record = tmp_path / "RECORD.md"
@@ -45,7 +45,7 @@ def test_every_contender_is_recorded(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_group_is_measured_both_ways(tmp_path: Path) -> None:
+def test_run_group_is_measured_batched_and_separately(tmp_path: Path) -> None:
     record = tmp_path / "RECORD.md"
     program.main(
         [
@@ -60,7 +60,9 @@ def test_run_group_is_measured_both_ways(tmp_path: Path) -> None:
     assert all(float(row[5]) > 0 for row in found)
 
 
-def test_contender_out_of_memory_is_infinite(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contender_out_of_memory_has_infinite_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def hungry(_: Bench) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -74,7 +76,7 @@ def test_contender_out_of_memory_is_infinite(bench: Bench, monkeypatch: pytest.M
     ("shape", "weights"), [("phi-1.5", 1_418_270_720), ("llama-2-7b", 6_738_415_616)]
 )
 def test_shapes_equal_the_published_models(shape: str, weights: int) -> None:
-    """Weights of microsoft/phi-1_5 and meta-llama/Llama-2-7b-hf, counted without making them."""
+    """Parameters of microsoft/phi-1_5 and meta-llama/Llama-2-7b-hf are counted."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SHAPES[shape])
     assert sum(p.numel() for p in model.parameters()) == weights
@@ -82,7 +84,7 @@ def test_shapes_equal_the_published_models(shape: str, weights: int) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    """The tiny shape with adapters of rank 2."""
+    """Return the benchmark at the tiny shape with adapters of rank 2."""
     options = argparse.Namespace(
         data=None, pairs=6, model=None, shape="tiny", methods=["2"], batch_size=3
     )
@@ -91,7 +93,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_flops_per_token_by_hand(bench: Bench) -> None:
-    """4 N + 6 N_lora; the tied head where something is predicted, the embedding nowhere."""
+    """4 N + 6 N_lora, with the head at predicted positions and without the embedding."""
     share = sum(e.targets for e in bench.examples) / bench.tokens
     body = 2 * (4 * 32 * 32 + 3 * 32 * 64)
     adapters = 2 * 2 * (4 * (32 + 32) + 3 * (32 + 64))

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.real_data, pyte
 
 
 def test_comparisons_are_recorded_and_agree(real_data: Path, tmp_path: Path) -> None:
-    """A row for each kind of work; the same log-likelihoods to 1e-4 per token."""
+    """Log-likelihoods agree to 1e-4 per token."""
     record = tmp_path / "RECORD.md"
     record.write_text("# Record\n")
     options = {"data": real_data, "shape": "tiny", "limit": 3, "questions": 2, "epochs": 1}

@@ -31,7 +31,7 @@ TASKS: dict[str, Any] = {
 
 @pytest.fixture
 def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
-    """Results of the base and of an adapter, programs run."""
+    """Return the folder with results of the base and of an adapter after a benchmark job."""
     if search_sandbox()[0] is None:
         pytest.skip(f"no sandbox: {search_sandbox()[1]}")
     for task, rows in (("humaneval", FUNCTIONS), ("sciq", SCIQ)):
@@ -72,7 +72,7 @@ def jobs(base_folder: Path, base: Any, tmp_path: Path) -> list[Path]:
 
 
 def test_benchmark_job_records_checkpoint_and_rows(jobs: list[Path], tmp_path: Path) -> None:
-    """The harness's own record would name the base alone; an untrained adapter changes nothing."""
+    """The record names the checkpoint. An untrained adapter has the scores of the base."""
     record = read_json(jobs[1] / "record.json")
     model = record["model"]
     assert (model["run"], model["step"], model["kind"]) == ("lora-r2/seed0/lr1-wd0", 7, "adapter")
@@ -104,12 +104,12 @@ def test_benchmark_job_records_checkpoint_and_rows(jobs: list[Path], tmp_path: P
     assert (values["base"] == values["rank 2"]).all()
 
     churn = churn_table(_probes(), responses_table(jobs), main_metric_items(scores, items))
-    assert set(churn["probe"]) == {"old", "sciq"}  # of several answers none is the model's
+    assert set(churn["probe"]) == {"old", "sciq"}  # several samples have no single answer
     assert (churn["agreement"] == 1.0).all()
 
 
 def _probes() -> pd.DataFrame:
-    """One answer of each model to a question."""
+    """Return one answer of each model to a question."""
     row = {"step": 0, "epoch": 0.0, "probe": "old", "item": "a", "rougeL_recall": 1.0}
     row |= {"generated": "Ann.", "logprob_right": -1.0, "logprobs_wrong": [-2.0]}
     return pd.DataFrame([{"run": run, **row} for run in ("base", "lora-r2/seed0/lr1-wd0")])

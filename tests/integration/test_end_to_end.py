@@ -1,4 +1,4 @@
-"""Whole studies by the command that users type, at toy size: run, repeated, killed, widened."""
+"""Whole studies at toy size: finished, repeated, killed and extended."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def _command(*options: str, study: str = f"{NAME}.yaml", scale: str = "full") ->
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what would change what snakemake does; jobs start this Python."""
+    """Return the environment without variables of Snakemake, with this Python first in PATH."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SNAKEMAKE")}
     kept.pop("PYTHONPATH", None)
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"}
 
 
 def _run(folder: Path, *options: str, **config: str) -> str:
-    """Run snakemake in a folder; what it printed, or a failure with it."""
+    """Run Snakemake in a folder, which must succeed, and return its output."""
     done = subprocess.run(
         _command(*options, **config),
         cwd=folder,
@@ -110,7 +110,7 @@ def _run(folder: Path, *options: str, **config: str) -> str:
 
 
 def _tables(folder: Path, results: Path = RESULTS) -> dict[str, pd.DataFrame]:
-    """All tables but for the columns that tell how long something took."""
+    """Return all tables without the columns of measured times."""
     tables = {
         name: pd.read_parquet(folder / results / "tables" / f"{name}.parquet") for name in TABLES
     }
@@ -119,7 +119,7 @@ def _tables(folder: Path, results: Path = RESULTS) -> dict[str, pd.DataFrame]:
 
 
 def _write(folder: Path, name: str = NAME, **changes: Any) -> str:
-    """Write the study with these changes of its sections; the name of its file."""
+    """Write the study with changed sections, and return the name of its file."""
     document = yaml.safe_load(STUDY)
     for section, change in changes.items():
         merge = isinstance(change, dict)
@@ -131,7 +131,7 @@ def _write(folder: Path, name: str = NAME, **changes: Any) -> str:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the study was run."""
+    """Return a folder in which the study has finished."""
     folder = tmp_path_factory.mktemp("study")
     _write(folder)
     _run(folder)
@@ -140,12 +140,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def another(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished study that a test may spoil."""
+    """Return a copy of the finished study, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "study", symlinks=True))
 
 
-def test_a_study_ends_in_tables_and_a_page_and_is_then_done(finished: Path) -> None:
-    """From nothing to the page in one command; the second has nothing to do."""
+def test_study_ends_in_tables_and_page(finished: Path) -> None:
+    """One command makes everything, and a second one has nothing to do."""
     page = (finished / "reports" / "tradeoff.html").read_text(encoding="utf-8")
     assert len(page) > 100_000
     assert "<html" in page[:200]
@@ -164,25 +164,25 @@ def test_a_study_ends_in_tables_and_a_page_and_is_then_done(finished: Path) -> N
     assert "Nothing to be done" in _run(finished, "--dry-run")
 
 
-def test_nothing_half_written_is_left_behind(finished: Path) -> None:
-    """Neither temporary files nor the optimizer's state of finished runs."""
+def test_no_partial_file_remains(finished: Path) -> None:
+    """Temporary files and the optimizer's state of finished runs are removed."""
     files = [path for path in (finished / "results").rglob("*") if path.is_file()]
     hidden = {p.name for p in files if p.name.startswith(".") and not is_record(p)}
     assert hidden <= {".snakemake_timestamp"}
     assert not [path for path in files if path.name == "optimizer.safetensors"]
 
 
-def test_the_page_of_another_study_is_made_anew(another: Path) -> None:
-    """Also of one with more figures, whether or not the page is named."""
+def test_page_of_another_study_is_rendered_again(another: Path) -> None:
+    """The page is a target by default or by name."""
     study = _write(another, "more", benchmarks={"during_training": {"arc_challenge": 4}})
     for target in ([], ["reports/tradeoff.html"]):
-        told = _run(another, *target, "--dry-run", study=study)
-        assert "Nothing to be done" not in told
-        assert "Render the report" in told
+        output = _run(another, *target, "--dry-run", study=study)
+        assert "Nothing to be done" not in output
+        assert "Render the report" in output
 
 
 def _forget(folder: Path, *methods: str) -> None:
-    """Remove all that was found out about some methods, and what was made of it."""
+    """Remove all results of some methods, the tables and the page."""
     for method in methods:
         for part in ("runs", "state", "selected", "benchmarks"):
             shutil.rmtree(folder / RESULTS / part / method)
@@ -192,7 +192,7 @@ def _forget(folder: Path, *methods: str) -> None:
 
 
 def _kill_program(folder: Path, program: str, when: Callable[[], bool], **config: str) -> int:
-    """Run the study, kill one program of it when something is there; snakemake's status."""
+    """Run the study, kill one of its programs once `when` holds, and return Snakemake's status."""
     with subprocess.Popen(
         _command(**config),
         cwd=folder,
@@ -202,7 +202,7 @@ def _kill_program(folder: Path, program: str, when: Callable[[], bool], **config
     ) as snakemake:
         deadline = time.monotonic() + 300
         while snakemake.poll() is None and not when():
-            assert time.monotonic() < deadline, "the study never came so far"
+            assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.002)
         for process in psutil.Process(snakemake.pid).children(recursive=True):
             if any(part.endswith(program) for part in process.cmdline()[:3]):
@@ -210,8 +210,8 @@ def _kill_program(folder: Path, program: str, when: Callable[[], bool], **config
         return snakemake.wait(timeout=300)
 
 
-def test_a_killed_job_goes_on_and_ends_with_the_same_numbers(finished: Path, another: Path) -> None:
-    """`kill -9` in the middle of a run, then the same command: every number of every table."""
+def test_killed_job_resumes_with_the_same_numbers(finished: Path, another: Path) -> None:
+    """The job is killed in the middle of a run, and the same command resumes it."""
     _forget(another, "lora-r2")
     state = another / RESULTS / "state" / "lora-r2"
     status = _kill_program(
@@ -223,16 +223,16 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_numbers(finished: Path, ano
 
     _run(another)
     log = another / "logs" / NAME / "finetune" / "lora-r2-seed0.log"
-    told = [line for line in log.read_text(encoding="utf-8").splitlines() if "lr0.004-" in line]
-    assert not [line for line in told if "step 3/6" in line], "the run was started from nothing"
-    assert [line for line in told if "step 6/6" in line]
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if "lr0.004-" in line]
+    assert not [line for line in lines if "step 3/6" in line], "the run started again at step 0"
+    assert [line for line in lines if "step 6/6" in line]
     expected = _tables(finished)
     for name, table in _tables(another).items():
         pd.testing.assert_frame_equal(table, expected[name], check_exact=True, obj=name)
 
 
 def test_another_learning_rate_trains_one_run(another: Path) -> None:
-    """The other runs of the run group, and all other run groups, stay as they are."""
+    """All other runs are unchanged."""
     methods = yaml.safe_load(STUDY)["methods"]
     methods[-1]["learning_rate"].append(4.0e-3)
     _write(another, methods=methods)
@@ -240,9 +240,9 @@ def test_another_learning_rate_trains_one_run(another: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in state.rglob("run.json")}
 
     target = RESULTS / "runs" / "full" / "seed0" / "runs.json"
-    told = _run(another, str(target))
-    assert "finetune" in told
-    assert "pretrain_base" not in told
+    output = _run(another, str(target))
+    assert "finetune" in output
+    assert "pretrain_base" not in output
     after = {path: path.stat().st_mtime_ns for path in state.rglob("run.json")}
     assert before.items() <= after.items()
     added = after.keys() - before.keys()
@@ -250,11 +250,11 @@ def test_another_learning_rate_trains_one_run(another: Path) -> None:
     assert len(json.loads((another / target).read_text(encoding="utf-8"))) == 3
 
 
-def test_a_study_with_durations_tells_what_every_duration_does(tmp_path: Path) -> None:
-    """Trunks, branches, choice, benchmarks of every end and the page; and once more after a kill.
+def test_study_with_durations_has_results_of_each(tmp_path: Path) -> None:
+    """Every duration has trajectory, benchmarks and a place on the page.
 
-    When all is done the trunk's states are gone. A branch whose results are removed then is trained
-    from the start, be it killed on the way: the same numbers, since it is the run of its duration.
+    A finished study keeps no state of the trunk. A branch whose results are removed is then trained
+    from step 0, here with a kill in between, and has the same numbers.
     """
     folder, results = tmp_path, Path("results/durations")
     study = _write(
@@ -305,8 +305,8 @@ def test_a_study_with_durations_tells_what_every_duration_does(tmp_path: Path) -
 
 @pytest.mark.long
 @pytest.mark.parametrize("study", ["mini", "tofu-scratch", "own-data"])
-def test_the_studies_of_the_checkout_end_in_a_page(study: str, tmp_path: Path) -> None:
-    """The default, one without benchmarks, and one of the user's own files: tiny, offline."""
+def test_studies_of_the_repository_end_in_a_page(study: str, tmp_path: Path) -> None:
+    """The default study, one without benchmarks and one with a user's files run offline."""
     (tmp_path / "config").symlink_to(ROOT / "config")
     _run(tmp_path, study=study, scale="tiny")
     assert (tmp_path / "reports" / "tradeoff.html").is_file()

@@ -1,4 +1,4 @@
-"""The guides in docs/how-to work: what they say is added to a copy of the library, and used."""
+"""The guides in docs/how-to work: their code is added to a copy of the library and used."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ assert task_size("sciq").count == 1000 and HUB_DATASETS["sciq"].splits == ("trai
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """A copy of the library that a test may extend."""
+    """Return a copy of the library, which a test may extend."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "workflow" / "forgetting", tmp_path / "forgetting", ignore=ignored)
     return tmp_path / "forgetting"

@@ -1,4 +1,4 @@
-"""Which jobs run again when a file, a setting or a version changes: these and no others."""
+"""Which jobs run again after a change of a file, a setting or a version."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FROM_SCORES = {rule: count for rule, count in FROM_DATA.items() if rule != "prep
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
-    """A folder with files of a user's, in which the study seems to be finished."""
+    """Return a folder with a user's files, in which the study seems to be finished."""
     folder = tmp_path_factory.mktemp("finished")
     write_files(folder, base_folder)
     with restore_process():
@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Pat
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of that folder in which a test may change what it likes."""
+    """Return a copy of that folder, which a test may change."""
     copy = Path(shutil.copytree(finished, tmp_path / "copy", symlinks=True))
     with restore_process():
         yield copy
@@ -54,7 +54,7 @@ def _due(folder: Path, **config: Any) -> dict[str, int]:
 
 
 def _edit(path: Path, text: str = "") -> None:
-    """Change a file, and give it the date of long ago."""
+    """Change a file and give it an old date."""
     path.write_text(text or path.read_text().replace("1", "7"))
     os.utime(path, (1e9, 1e9))
 
@@ -81,8 +81,8 @@ def _edit_study(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     return edit
 
 
-def test_nothing_is_due_when_only_dates_change(folder: Path) -> None:
-    """Dates of every table, of every file of the model, and the target of no link."""
+def test_changed_dates_rerun_nothing(folder: Path) -> None:
+    """All tables and files of the model have new dates."""
     later = time.time() + 1000
     for path in [*folder.glob("tables/*"), *folder.glob("tasks/*/*"), *folder.glob("model-a/*")]:
         os.utime(path, (later, later))
@@ -124,7 +124,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_reruns_exactly_what_depends_on_it(folder: Path, name: str) -> None:
+def test_change_reruns_exactly_the_dependent_jobs(folder: Path, name: str) -> None:
     change, expected = CHANGES[name]
     change(folder)
     assert _due(folder) == expected
@@ -143,7 +143,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", versions.VERSIONS)
-def test_a_raised_version_reruns_the_stage_and_what_depends_on_it(
+def test_raised_version_reruns_the_stage_and_dependent_jobs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     monkeypatch.setitem(versions.VERSIONS, stage, versions.VERSIONS[stage] + 1)
@@ -161,8 +161,8 @@ LOST = {
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_what_a_failed_job_lost_is_made_again(folder: Path, name: str) -> None:
-    """Though the page that was made from it is there; on the first run nothing is lost."""
+def test_lost_result_is_made_again(folder: Path, name: str) -> None:
+    """The page that was made from the lost file exists."""
     assert (folder / name).is_file()
     (folder / name).unlink()
     shutil.rmtree(folder / "logs", ignore_errors=True)
@@ -194,12 +194,12 @@ def test_page_and_tables_that_are_lost_together_are_made_again(folder: Path) -> 
     assert _due(folder) == LAST
 
 
-def test_the_digest_of_the_code_counts_where_the_user_asks_for_it(folder: Path) -> None:
+def test_digest_of_the_code_counts_on_request(folder: Path) -> None:
     assert _due(folder, rerun_on_code_change=False) == {}
     assert _due(folder, rerun_on_code_change=True) == ALL
 
 
-def test_files_of_a_model_are_those_that_are_read(tmp_path: Path) -> None:
+def test_model_files_are_those_that_loading_reads(tmp_path: Path) -> None:
     read = [
         "additional_chat_templates/tool_use.jinja",
         *("bpe.codes", "chat_template.jinja", "config.json", "merges.txt"),
@@ -219,8 +219,8 @@ def test_files_of_a_model_are_those_that_are_read(tmp_path: Path) -> None:
     assert model_identity(tmp_path)[1] != before[1]
 
 
-def test_shards_in_folders_of_their_own_are_part_of_a_model(tmp_path: Path) -> None:
-    """But nothing outside of the model's folder is."""
+def test_shards_in_subfolders_are_part_of_a_model(tmp_path: Path) -> None:
+    """Files outside the folder of the model are not part of it."""
     for name in ("shards/one.safetensors", "shards/unnamed.safetensors"):
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / name).touch()
@@ -239,12 +239,12 @@ def _aged(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take every file for one that has not changed for long."""
+    """Treat every file as unchanged for a long time."""
     monkeypatch.setattr(inputs, "SETTLED_SECONDS", -1.0)
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_file_is_read_once_until_it_changes(
+def test_file_is_hashed_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {name: _aged(tmp_path / name, name) for name in ("a", "b")}
@@ -263,7 +263,7 @@ def test_a_file_is_read_once_until_it_changes(
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("broken", ["", "[1]", '{"', "\udcff", "folder"])
-def test_a_broken_cache_is_ignored(tmp_path: Path, broken: str) -> None:
+def test_broken_cache_is_ignored(tmp_path: Path, broken: str) -> None:
     file, cache = _aged(tmp_path / "a", "a"), tmp_path / "digests.json"
     expected = content_digest({"a": file}, tmp_path / "other.json")
     if broken == "folder":
@@ -275,8 +275,8 @@ def test_a_broken_cache_is_ignored(tmp_path: Path, broken: str) -> None:
     assert content_digest({"a": file}, cache) == expected
 
 
-def test_a_file_that_has_just_changed_is_read_again(tmp_path: Path) -> None:
-    """A second change within the resolution of the clock would leave no other trace."""
+def test_recently_changed_file_is_not_cached(tmp_path: Path) -> None:
+    """A second change within the resolution of the clock could not be noticed otherwise."""
     cache = tmp_path / "digests.json"
     content_digest({"a": _aged(tmp_path / "a", "a")}, cache)
     assert not cache.exists()

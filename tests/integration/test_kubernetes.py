@@ -1,4 +1,4 @@
-"""profiles/kubernetes: the plan, what pods ask for, and a study through the plugin's code."""
+"""profiles/kubernetes: the plan, the requests of pods, and a study through the plugin's code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOO_WIDE = ("biderman-code-cpt", "biderman-math-cpt")
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The profile's nodes, whatever folder a study is planned in."""
+    """Use the nodes of the profile in any folder."""
     with restore_process():
         monkeypatch.setenv(VARIABLE, str(ROOT / PROFILE / "nodes.yaml"))
         yield
@@ -57,8 +57,8 @@ def _dry_run(study: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_plans_without_a_cluster() -> None:
-    """As a user types it: the profile names its own nodes."""
+def test_profile_kubernetes_plans_without_a_cluster() -> None:
+    """The profile names its file of nodes."""
     done = _dry_run("tofu-llama-2-7b")
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
@@ -68,8 +68,8 @@ def test_the_command_plans_without_a_cluster() -> None:
         assert all(size in sizes for sizes in full)
 
 
-def test_pods_get_gpus_of_nvidia_and_hard_limits() -> None:
-    """Without a limit, Kubernetes refuses a request for GPUs."""
+def test_pods_get_nvidia_gpus_and_limits() -> None:
+    """Kubernetes refuses a request for GPUs without a limit."""
     profile = yaml.safe_load((ROOT / PROFILE / "profile.yaml").read_text("utf-8"))
     assert profile["default-resources"]["gpu_manufacturer"] == "'nvidia'"
     assert profile["default-resources"]["scale"] == 0
@@ -77,19 +77,19 @@ def test_pods_get_gpus_of_nvidia_and_hard_limits() -> None:
 
 
 @pytest.mark.parametrize("study", TOO_WIDE)
-def test_what_needs_several_machines_is_refused_before_any_job(study: str) -> None:
-    """The plugin would start it on one, where it would wait for the others for ever."""
+def test_job_on_several_machines_is_refused(study: str) -> None:
+    """The plugin would start one machine, which would wait forever for the others."""
     done = _dry_run(study)
-    told = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     assert done.returncode == 1
-    assert told.count("a job on Kubernetes has one machine") == 1, told
-    assert re.search(r"methods: \S+ needs \d+ GPUs on \d+ machines", told)
-    assert "Traceback" not in told
-    assert "Job stats" not in told
+    assert output.count("a job on Kubernetes has one machine") == 1, output
+    assert re.search(r"methods: \S+ needs \d+ GPUs on \d+ machines", output)
+    assert "Traceback" not in output
+    assert "Job stats" not in output
 
 
 def test_no_key_is_in_both_profiles() -> None:
-    """profiles/default would silently beat this one."""
+    """A key in profiles/default would silently override this profile."""
     keys = [
         set(yaml.safe_load((ROOT / "profiles" / profile / "profile.yaml").read_text("utf-8")))
         for profile in ("default", "kubernetes")
@@ -100,7 +100,7 @@ def test_no_key_is_in_both_profiles() -> None:
 
 
 class _Submitting:
-    """The plugin's executor, but that its client keeps what it is given."""
+    """The plugin's executor with a client that stores the jobs."""
 
     def __init__(self) -> None:
         from snakemake_executor_plugin_kubernetes import Executor, PersistentVolume
@@ -125,7 +125,7 @@ class _Submitting:
         )
 
     def pod(self, job: Job) -> dict[str, Any]:
-        """The pod's specification as it would be sent."""
+        """Return the specification of the pod of a job."""
         import kubernetes.client
 
         self.executor.run_job(job)
@@ -134,7 +134,7 @@ class _Submitting:
 
 
 def _of_slurm(study: str) -> dict[str, dict[str, int]]:
-    """What SLURM is asked for each kind of job, on machines of the same sizes."""
+    """Return memory, cores and GPUs that SLURM gives each kind of job."""
     found = {}
     for line in GOLDEN.read_text(encoding="utf-8").splitlines():
         name, kind, options = line.split(": ", 2)
@@ -148,8 +148,8 @@ def _of_slurm(study: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.usefixtures("site")
 @pytest.mark.parametrize("study", [study for study in STUDIES if study not in TOO_WIDE])
-def test_pods_ask_for_what_jobs_of_slurm_do(study: str, tmp_path: Path) -> None:
-    """GPUs, cores and memory, as requests and as limits: Kubernetes wants both of GPUs."""
+def test_pods_request_what_slurm_jobs_do(study: str, tmp_path: Path) -> None:
+    """GPUs, cores and memory are requests and limits; Kubernetes needs both for GPUs."""
     submitting, expected, seen = _Submitting(), _of_slurm(study), set()
     for job in planned(tmp_path, study, PROFILE):
         if job.rule.name in ("all", *local_rules()):
@@ -158,23 +158,23 @@ def test_pods_ask_for_what_jobs_of_slurm_do(study: str, tmp_path: Path) -> None:
         kind = " ".join(filter(None, [job.rule.name, *named]))
         pod = submitting.pod(job)
         (container,) = pod["containers"]
-        asked, most = (container["resources"][name] for name in ("requests", "limits"))
+        requests, limits = (container["resources"][name] for name in ("requests", "limits"))
         wanted = expected[kind]
-        assert most["cpu"] == f"{1000 * wanted['cpus-per-task']}m", kind
-        assert asked["cpu"] == f"{int(0.95 * wanted['cpus-per-task'] * 1000)}m", kind
-        assert asked["memory"] == most["memory"] == f"{wanted['mem']}M", kind
+        assert limits["cpu"] == f"{1000 * wanted['cpus-per-task']}m", kind
+        assert requests["cpu"] == f"{int(0.95 * wanted['cpus-per-task'] * 1000)}m", kind
+        assert requests["memory"] == limits["memory"] == f"{wanted['mem']}M", kind
         gpus = str(wanted["gpus"]) if "gpus" in wanted else None
-        assert asked.get("nvidia.com/gpu") == most.get("nvidia.com/gpu") == gpus, kind
+        assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu") == gpus, kind
         assert bool(pod.get("tolerations")) == (gpus is not None), kind
-        assert most["ephemeral-storage"] == asked["ephemeral-storage"]
+        assert limits["ephemeral-storage"] == requests["ephemeral-storage"]
         assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/study", "/workdir"}
         seen.add(kind)
     assert seen == expected.keys()
 
 
 @pytest.mark.usefixtures("site")
-def test_a_pods_own_disk_holds_copies_and_no_checkpoints(tmp_path: Path) -> None:
-    """Those of full fine-tuning of 7 billion weights are on the volume: they would fill a node."""
+def test_disk_of_a_pod_has_no_training_checkpoints(tmp_path: Path) -> None:
+    """Checkpoints of full fine-tuning of 7 billion weights are on the volume."""
     for job in planned(tmp_path, "tofu-llama-2-7b", PROFILE):
         if job.rule.name == "finetune":
             assert job.resources["disk_mb"] < 10_000
@@ -182,12 +182,12 @@ def test_a_pods_own_disk_holds_copies_and_no_checkpoints(tmp_path: Path) -> None
             assert job.resources["disk_mb"] > 3 * 4 * 6_700  # three seeds of 27 GB are copied
 
 
-# --- a study, its pods played by processes -------------------------------------------------------
+# --- a study whose pods are processes of this machine --------------------------------------------
 
 
 @pytest.fixture
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The volume: a checkout as it stands, with a study below it."""
+    """Return a copy of the checkout with a study, which serves as the volume."""
     for program in ("git", "rsync"):
         if shutil.which(program) is None:
             pytest.skip(f"no {program}, which Snakemake copies files with")
@@ -208,9 +208,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(checkout: Path, pods: Path, *targets: str) -> subprocess.CompletedProcess[str]:
-    """Snakemake, started as on a cluster, to its end."""
+    """Run Snakemake to its end as on a cluster."""
     (pods / "bin").mkdir(parents=True, exist_ok=True)
-    pip = pods / "bin" / "pip"  # the image has all that it would install
+    pip = pods / "bin" / "pip"  # the image has all packages
     pip.write_text("#!/bin/sh\nexit 0\n")
     pip.chmod(0o755)
     path = os.pathsep.join(
@@ -236,9 +236,8 @@ def _run(checkout: Path, pods: Path, *targets: str) -> subprocess.CompletedProce
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("site")
-def test_a_study_runs_to_its_page_through_pods(checkout: Path, tmp_path: Path) -> None:
-    """Sources, variables, copies and what lies beside them all reach the pods, and the numbers are
-    those of one machine."""
+def test_study_in_pods_equals_local_run(checkout: Path, tmp_path: Path) -> None:
+    """Sources, variables and copied files reach the pods, and the numbers equal a local run's."""
     done = _run(checkout, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
     assert (checkout / "reports" / "tradeoff.html").is_file()
@@ -254,7 +253,7 @@ def test_a_study_runs_to_its_page_through_pods(checkout: Path, tmp_path: Path) -
         for path in (tmp_path / "specs").glob("*.json")
     }
     assert limits == {"8000m"}
-    # With the profile's nodes, so that jobs have as many threads as in pods.
+    # The nodes of the profile give local jobs as many threads as pods have.
     alone = tmp_path / "local"
     alone.mkdir()
     local = Folder(alone, checkout / f"{NAME}.yaml")
@@ -268,10 +267,8 @@ def test_a_study_runs_to_its_page_through_pods(checkout: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_pod_that_fails_stops_snakemake_and_the_next_start_goes_on(
-    checkout: Path, tmp_path: Path
-) -> None:
-    """Number 1 of docs/kubernetes.md: the plugin asks for a log that there is not."""
+def test_failed_pod_stops_snakemake_and_a_restart_resumes(checkout: Path, tmp_path: Path) -> None:
+    """Pitfall 1 of docs/kubernetes.md: the plugin requests a log that does not exist."""
     target = str(RESULTS / "runs" / "full" / "seed0" / "runs.json")
     program = checkout / "workflow" / "scripts" / "finetune.py"
     whole = program.read_text(encoding="utf-8")
@@ -283,7 +280,7 @@ def test_a_pod_that_fails_stops_snakemake_and_the_next_start_goes_on(
     assert failed.returncode != 0
     specs = list((tmp_path / "first" / "specs").glob("*.json"))
     tried = [path for path in specs if "--allowed-rules finetune" in path.read_text()]
-    assert len(tried) == 1  # and not once more, as `retries` has it
+    assert len(tried) == 1  # `retries` has no effect
     again = _run(checkout, tmp_path / "second", target)
     assert again.returncode == 0, again.stdout[-6000:]
     assert json.loads((checkout / target).read_text(encoding="utf-8"))[0]["status"] == "ok"

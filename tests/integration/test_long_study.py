@@ -1,4 +1,4 @@
-"""A study of hundreds of entries: no job's command is longer than what the system starts."""
+"""A study with hundreds of methods: no command exceeds the limit of the system."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.snakemake import ROOT, planned, restore_process
 
 
 def _long_study(folder: Path, entries: int) -> Path:
-    """Write the study `mini` with separate entries of one rank each, all of them scored."""
+    """Write the study `mini` with many methods, all of them benchmarked."""
     path = ROOT / "config" / "studies" / "mini.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["methods"] = [
@@ -28,8 +28,8 @@ def _long_study(folder: Path, entries: int) -> Path:
     return long
 
 
-def test_hundreds_of_entries_are_gathered(tmp_path: Path) -> None:
-    """Linux starts no program with an argument of 128 KiB, and a job's command is one argument."""
+def test_commands_of_hundreds_of_methods_are_short(tmp_path: Path) -> None:
+    """Linux refuses an argument of 128 KiB, and a job's command is one argument."""
     path = _long_study(tmp_path, 420)
     with restore_process():
         jobs = {job.rule.name: job for job in planned(tmp_path, path)}
@@ -49,8 +49,8 @@ def test_hundreds_of_entries_are_gathered(tmp_path: Path) -> None:
     assert MakeTablesParams.model_validate_json(text) == params
 
 
-def test_tables_are_of_the_study_that_was_planned(tmp_path: Path) -> None:
-    """Although its file is changed while jobs run."""
+def test_tables_use_the_parameters_of_the_plan(tmp_path: Path) -> None:
+    """The file of the study changes while jobs run."""
     path = _long_study(tmp_path, 2)
     name, study = load_study({"study": str(path)}, tmp_path)
     params = StudyParams(study, name, Paths(study, name))

@@ -132,6 +132,24 @@ def plan(tmp_path: Path) -> Iterator[Plan]:
         yield partial(planned, tmp_path)
 
 
+def _mini() -> dict[str, Any]:
+    """Return the study `mini` as written in its file."""
+    path = ROOT / "config" / "studies" / "mini.yaml"
+    document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return document
+
+
+def _write(path: Path, document: dict[str, Any]) -> Path:
+    """Write a study and return its path."""
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _by_key(jobs: list[Job]) -> dict[tuple[str, ...], Job]:
+    """Return jobs by rule and wildcards."""
+    return {(job.rule.name, *job.wildcards): job for job in jobs}
+
+
 def params_of(study: Path) -> StudyParams:
     """Return the parameters of the jobs of a study file."""
     name, config = load_study({"study": str(study)}, ROOT / "config" / "studies")
@@ -193,14 +211,12 @@ def test_logs_and_outputs_never_collide(plan: Plan) -> None:
 
 def test_another_learning_rate_adds_no_job(plan: Plan, tmp_path: Path) -> None:
     """The run group of the method trains the new run and keeps its other runs."""
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     document["methods"][0]["learning_rate"].append(2.0e-2)
-    wider = tmp_path / "wider.yaml"
-    wider.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    wider = _write(tmp_path / "wider.yaml", document)
 
-    before = {(job.rule.name, *job.wildcards): job for job in plan("mini")}
-    after = {(job.rule.name, *job.wildcards): job for job in plan(wider)}
+    before = _by_key(plan("mini"))
+    after = _by_key(plan(wider))
     assert before.keys() == after.keys()
     changed = {
         key
@@ -214,18 +230,14 @@ def test_another_learning_rate_adds_no_job(plan: Plan, tmp_path: Path) -> None:
     }
 
 
-def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
-    plan: Plan, tmp_path: Path
-) -> None:
+def test_training_benchmarks_change_no_benchmark_job(plan: Plan, tmp_path: Path) -> None:
     """Rows of the tasks are inputs of every run group and of the base's scores."""
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     document["benchmarks"]["during_training"] = {"arc_challenge": 20}
-    changed_study = tmp_path / "changed_study.yaml"
-    changed_study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    study = _write(tmp_path / "study.yaml", document)
 
-    before = {(job.rule.name, *job.wildcards): job for job in plan("mini")}
-    after = {(job.rule.name, *job.wildcards): job for job in plan(changed_study)}
+    before = _by_key(plan("mini"))
+    after = _by_key(plan(study))
     assert before.keys() == after.keys()
     changed = {
         key
@@ -233,7 +245,7 @@ def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
         if job.params.get("digest") != before[key].params.get("digest")
     }
     assert {key[0] for key in changed} == {"finetune", "evaluate_base", "make_tables"}
-    params = params_of(changed_study)
+    params = params_of(study)
     params_by_rule = {}
     for rule in ("finetune", "evaluate_base"):
         (job, *_) = (job for key, job in after.items() if key[0] == rule)
@@ -251,8 +263,8 @@ def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
     def changed_rules(**changed: Any) -> set[str]:
         """Return the rules whose parameters, other than those from inputs and outputs, change."""
         document["benchmarks"].update(changed)
-        changed_study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        again = {(job.rule.name, *job.wildcards): job for job in plan(changed_study)}
+        _write(study, document)
+        again = _by_key(plan(study))
         changed_jobs = {
             key
             for key, job in after.items()
@@ -267,16 +279,12 @@ def test_changed_study_benchmarks_along_changes_no_score_of_a_checkpoint(
 
 def test_another_mitigation_changes_no_other_job(plan: Plan, tmp_path: Path) -> None:
     """Only the run group of the new method reads the table of its mitigation."""
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     replay = {"table": "world/documents", "ratio": 0.1}
     method = document["methods"][1] | {"mitigation": {"replay": replay}}
     document["methods"].append(method)
-    longer = tmp_path / "longer.yaml"
-    longer.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    before, after = (
-        {(job.rule.name, *job.wildcards): job for job in plan(study)} for study in ("mini", longer)
-    )
+    longer = _write(tmp_path / "longer.yaml", document)
+    before, after = (_by_key(plan(study)) for study in ("mini", longer))
     run_group = after["finetune", "lora-r8-replay0.1", "0"]
     assert "results/longer/world/world/documents.jsonl" in list(run_group.input)
     for key, job in before.items():
@@ -288,11 +296,9 @@ def test_another_mitigation_changes_no_other_job(plan: Plan, tmp_path: Path) -> 
 
 
 def test_wise_ft_is_one_job_per_method(plan: Plan, tmp_path: Path) -> None:
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     document["selection"]["wise_ft"] = [0.5, 0.75]
-    scaled = tmp_path / "scaled.yaml"
-    scaled.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    scaled = _write(tmp_path / "scaled.yaml", document)
     jobs = plan(scaled, "slurm")
     assert _counts(jobs) == JOBS["mini"] | {"evaluate_wise_ft": 5}
     (collect,) = (job for job in jobs if job.rule.name == "make_tables")
@@ -303,16 +309,13 @@ def test_wise_ft_is_one_job_per_method(plan: Plan, tmp_path: Path) -> None:
 
 def _durations(tmp_path: Path, **changes: Any) -> Path:
     """Write the study `mini` with three durations, one seed and two methods."""
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     document["methods"] = document["methods"][-2:]
     document["training"] |= {"schedule": "wsd", "epochs": 8, "durations": [0.5, 2, 8]}
     document["selection"].pop("stop_after_evaluations")
     for section, values in changes.items():
         document[section] |= values
-    durations = tmp_path / "durations.yaml"
-    durations.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    return durations
+    return _write(tmp_path / "durations.yaml", document)
 
 
 DURATIONS = JOBS["mini"] | {
@@ -347,15 +350,13 @@ def test_refusals_need_no_job_of_their_own(plan: Plan, tmp_path: Path) -> None:
     """The job that scores benchmarks also generates the answers to harmful prompts."""
     (tmp_path / "harm").mkdir()
     (tmp_path / "harm" / "behaviors.csv").write_text("goal,target\nDo it.,Sure\n")
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     document["datasets"]["harm"] = {
         "folder": str(tmp_path / "harm"),
         "columns": {"question": "goal"},
     }
     document["benchmarks"] = {"refusals": {"table": "harm/behaviors", "limit": 50}}
-    study = tmp_path / "refusing.yaml"
-    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    study = _write(tmp_path / "refusing.yaml", document)
     jobs = plan(study)
     assert _counts(jobs) == {k: v for k, v in JOBS["mini"].items() if k != "run_programs"}
     for job in jobs:
@@ -368,10 +369,10 @@ def test_refusals_need_no_job_of_their_own(plan: Plan, tmp_path: Path) -> None:
 
 def test_task_rows_come_from_the_hub_or_a_similar_task(plan: Plan, tmp_path: Path) -> None:
     """Every commit has a folder of its own, and sampled programs run on several cores."""
-    document = yaml.safe_load((ROOT / "config" / "studies" / "mini.yaml").read_text("utf-8"))
+    document = _mini()
     study, commit = tmp_path / "other.yaml", hashlib.sha1(b"a").hexdigest()
     document["benchmarks"] = {"tasks": {"sciq": {"revision": commit}, "hellaswag": {}}}
-    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    _write(study, document)
     jobs = plan(study)
     folders = [job.output[0] for job in jobs if job.rule.name == "download_benchmark"]
     assert sorted(folder.split("/")[2] for folder in folders) == ["hellaswag", "sciq"]
@@ -382,7 +383,7 @@ def test_task_rows_come_from_the_hub_or_a_similar_task(plan: Plan, tmp_path: Pat
         "dataset": "world",
         "tasks": {"arc_easy": {}, "humaneval": {"samples": 50, "max_new_tokens": 9}},
     }
-    study.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    _write(study, document)
     jobs = plan(study)
     job = next(job for job in jobs if job.rule.name == "benchmark")
     world = "results/other/world/world/benchmarks"
@@ -409,9 +410,9 @@ def test_study_may_benchmark_every_duration(plan: Plan, tmp_path: Path) -> None:
 
 def test_another_duration_adds_one_branch(plan: Plan, tmp_path: Path) -> None:
     """The trunk's job runs again and trains nothing."""
-    before = {(job.rule.name, *job.wildcards) for job in plan(_durations(tmp_path))}
+    before = _by_key(plan(_durations(tmp_path))).keys()
     more = _durations(tmp_path, training={"durations": [0.5, 2, 4, 8]})
-    after = {(job.rule.name, *job.wildcards) for job in plan(more)}
+    after = _by_key(plan(more)).keys()
     assert after - before == {
         ("train_cooldown", method, "0", "duration4") for method in ("lora-r128", "full")
     }
@@ -590,11 +591,9 @@ def test_method_too_large_for_the_gpus_is_reported(tmp_path: Path) -> None:
 
 def test_processes_may_span_nodes(plan: Plan, tmp_path: Path) -> None:
     """The job gets all GPUs of two machines and starts the processes itself, without srun."""
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     document["methods"][-1] |= {"processes": 16, "nodes": 2}
-    wide = tmp_path / "wide.yaml"
-    wide.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    wide = _write(tmp_path / "wide.yaml", document)
     jobs = [job for job in plan(wide, "slurm") if job.rule.name == "finetune"]
     lines = {job.wildcards["method"]: sbatch(job) for job in jobs}
     memory = dict(jobs[-1].resources.items())["mem_mb"]
@@ -610,15 +609,10 @@ def test_processes_may_span_nodes(plan: Plan, tmp_path: Path) -> None:
 
 def test_number_of_processes_reruns_nothing(plan: Plan, tmp_path: Path) -> None:
     """The number of processes changes no result, so it is not among the parameters of jobs."""
-    path = ROOT / "config" / "studies" / "mini.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = _mini()
     document["methods"][-1]["processes"] = 2
-    wider = tmp_path / "wider.yaml"
-    wider.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    before, after = (
-        {(job.rule.name, *job.wildcards): job for job in plan(study, "slurm")}
-        for study in ("mini", wider)
-    )
+    wider = _write(tmp_path / "wider.yaml", document)
+    before, after = (_by_key(plan(study, "slurm")) for study in ("mini", wider))
     assert after["finetune", "full", "0"].resources["gpu"] == 2
     assert before["finetune", "full", "0"].resources["gpu"] == 1
     for key, job in after.items():

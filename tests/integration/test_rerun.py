@@ -1,4 +1,4 @@
-"""What runs again when something beside the data changes: a sandbox, a template, the code."""
+"""Which jobs run again after a change of sandbox, template or code."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTCOMES = "results/mini/benchmarks/base/outcomes.json"
 NOTHING = "Nothing to be done"
 Run = Callable[..., str]
-# Each starts snakemake half a dozen times.
+# Each starts Snakemake several times.
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """run(option, ..., bwrap=...) -> what snakemake says, in a checkout of links.
+    """Return run(option, ..., bwrap=...), which runs Snakemake in a checkout for its output.
 
-    The path has what the rule needs, and bubblewrap only where the call says so.
+    PATH has the programs of the rules, and bubblewrap only with `bwrap`.
     """
     for name in ("Snakefile", "config", "profiles", "envs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -60,26 +60,26 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.skipif(search_sandbox()[0] is None, reason=f"no sandbox: {search_sandbox()[1]}")
-def test_programs_that_no_sandbox_ran_are_run_when_there_is_one(run: Run, tmp_path: Path) -> None:
-    """And not otherwise: what was run stays when bubblewrap is gone, or was only elsewhere."""
+def test_programs_run_once_a_sandbox_is_installed(run: Run, tmp_path: Path) -> None:
+    """Outcomes from a sandbox are kept if bubblewrap is removed."""
     one = Program("humaneval", "made/0", 0, 0, "x = 1", "assert x == 1")
     write_json(tmp_path / "results/mini/benchmarks/base/programs.json", describe([one]))
-    asked = (OUTCOMES, "--allowed-rules", "run_programs")
-    run(*asked)
+    target = (OUTCOMES, "--allowed-rules", "run_programs")
+    run(*target)
     assert read_json(tmp_path / OUTCOMES)["sandbox"] is None
-    assert NOTHING in run("-n", *asked)
+    assert NOTHING in run("-n", *target)
 
-    told = run("-n", *asked, bwrap=True)
-    assert "Run the programs of base" in told and "Params have changed" in told
-    run(*asked, bwrap=True)
+    output = run("-n", *target, bwrap=True)
+    assert "Run the programs of base" in output and "Params have changed" in output
+    run(*target, bwrap=True)
     outcomes = read_json(tmp_path / OUTCOMES)
     assert outcomes["sandbox"] and outcomes["outcomes"][0]["status"] == "passed"
-    assert NOTHING in run("-n", *asked, bwrap=True)
-    assert NOTHING in run("-n", *asked)
+    assert NOTHING in run("-n", *target, bwrap=True)
+    assert NOTHING in run("-n", *target)
 
 
-def test_a_changed_template_renders_the_page_again(run: Run, tmp_path: Path) -> None:
-    """Every character of a template may be on the page."""
+def test_changed_template_reruns_the_report(run: Run, tmp_path: Path) -> None:
+    """A change of template or style sheet reruns the report."""
     name, study = load_study({"study": "mini"}, ROOT / "config" / "studies")
     paths = Paths(study, name)
     for path in [*paths.tables, paths.tables_file("study.json"), paths.page]:
@@ -98,12 +98,12 @@ def test_a_changed_template_renders_the_page_again(run: Run, tmp_path: Path) -> 
 
 
 RENAMED = ("forgetting/training/optimizer.py", "make_optimizer", "create_optimizer")
-"""A function, which another module imports."""
+"""A function that another module imports, and its new name."""
 
 
 @pytest.fixture
 def finished(run: Run, tmp_path: Path, base_folder: Path) -> Run:
-    """run(option, ...) -> what snakemake says where a study seems to be finished."""
+    """Return run(option, ...), which plans a study that seems to be finished."""
     write_files(tmp_path, base_folder)
     with restore_process():
         pretend_finished(tmp_path, "study.yaml")
@@ -112,7 +112,7 @@ def finished(run: Run, tmp_path: Path, base_folder: Path) -> Run:
 
 
 def test_renaming_and_formatting_rerun_nothing(finished: Run, tmp_path: Path) -> None:
-    """Of the library, of the programs and of the rules."""
+    """Library, programs and rules are changed."""
     library = tmp_path / "workflow"
     file, old, new = RENAMED
     renamed = [path for path in library.rglob("*.py") if old in path.read_text(encoding="utf-8")]
@@ -140,10 +140,10 @@ def test_renaming_and_formatting_rerun_nothing(finished: Run, tmp_path: Path) ->
         ("mitigations", '] = Field(\n        "all",', '] = Field(\n        "replay",'),
     ],
 )
-def test_a_changed_default_reruns_what_reads_it(
+def test_changed_default_reruns_what_reads_it(
     finished: Run, tmp_path: Path, file: str, old: str, new: str
 ) -> None:
-    """Though the study does not name it: of the training, of a setting and of a mitigation."""
+    """The study does not set the key, which is one of training, method or mitigation."""
     path = tmp_path / "workflow" / "forgetting" / "config" / f"{file}.py"
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1

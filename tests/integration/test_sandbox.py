@@ -1,4 +1,4 @@
-"""Test that programs of a model can only pass or fail."""
+"""Programs that a model wrote can only pass or fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from forgetting.benchmarks.sandbox import discovery, search_sandbox, unsafe_runner
+from forgetting.benchmarks.sandbox import Outcome, discovery, search_sandbox, unsafe_runner
 from forgetting.benchmarks.sandbox.runner import Limits, Sandbox
 from forgetting.benchmarks.sandbox.seccomp import REFUSED
 
@@ -42,7 +42,7 @@ needs_sandbox = pytest.mark.skipif(not SANDBOXES, reason=f"no sandbox: {search_s
 
 @pytest.fixture(scope="module", params=SANDBOXES, ids=lambda sandbox: sandbox.privilege)
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
-    """Every kind of sandbox that this machine can have."""
+    """Return each kind of sandbox that works on this machine."""
     return request.param  # type: ignore[no-any-return]
 
 
@@ -125,17 +125,17 @@ LOSERS = {
 @needs_sandbox
 @pytest.mark.parametrize("name", list(LOSERS))
 def test_failing_program_never_passes(sandbox: Sandbox, name: str) -> None:
-    """Programs that fail, leave early, run wild or lie about their end."""
+    """Programs fail, exit early, exceed limits or fake their end."""
     program, status = LOSERS[name]
     begin = time.monotonic()
-    # What ends by itself may take its time; what does not is stopped soon.
+    # Endless programs get a short time limit.
     outcome = sandbox.run_program(program, timeout=0.1 if status in (None, "timed_out") else 10.0)
     assert not outcome.passed
     assert status is None or outcome.status == status, outcome
     assert time.monotonic() - begin < 20
 
 
-# Programs that are wrong and try to pass all the same.
+# Wrong programs that try to pass.
 SQUARES = "assert f(3) == 9\nassert abs(f(4) - 16) < 1e-6\nassert isinstance(f(5), int)"
 VERDICT = r"""
 def f(x): return None
@@ -272,7 +272,7 @@ def test_program_cannot_write_its_verdict(sandbox: Sandbox, name: str) -> None:
     ],
 )
 def test_objects_of_a_program_cannot_fake_differences(sandbox: Sandbox, tests: str) -> None:
-    """HumanEval compares floats so."""
+    """HumanEval compares floats in these ways."""
     zero = "__sub__ = __rsub__ = __abs__ = lambda self, *other: 0.0"
     assert not sandbox.run_program(f"class A:\n {zero}\ndef f(x): return A()", tests).passed
     plain = "def f(x): return x % 1.0 if x % 1 else 3"
@@ -318,7 +318,7 @@ def test_computed_objects_of_a_program_are_not_converted(sandbox: Sandbox, test:
 
 @needs_sandbox
 def test_program_cannot_exploit_objects_of_its_tests(sandbox: Sandbox) -> None:
-    """A function of the tests can be called, and that is all; nor can it replace a module."""
+    """It can only call functions of the tests, and it cannot replace their modules."""
     tests = "import math\nseen = []\nassert f(lambda x: seen.append(x)) == 1 and seen == [7]"
     names = ("__globals__", "__code__", "gi_frame", "__self__", "__class__", "__dict__")
     program = f"""
@@ -414,7 +414,7 @@ HONEST = {
 
 @needs_sandbox
 @pytest.mark.parametrize("name", list(HONEST))
-def test_tests_use_objects_of_a_program(name: str) -> None:
+def test_tests_may_use_objects_of_a_program(name: str) -> None:
     """Arguments, results, exceptions and objects cross between the two processes."""
     outcome = SANDBOXES[0].run_program(*HONEST[name])
     assert outcome.passed, outcome
@@ -432,7 +432,7 @@ def test_time_limits_count_processor_time(sandbox: Sandbox) -> None:
     assert sandbox.run_program("", "while True: pass", timeout=0.15).status == "timed_out"
 
 
-# Attacks written as programs that pass only if the attack was fended off.
+# Attacks that pass only if the sandbox prevented them.
 CONTAINED = {
     "network": """
 import socket
@@ -680,7 +680,7 @@ SYSTEM_CALLS = {
 def test_hostile_program_is_contained(
     sandbox: Sandbox, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attacks on the machine come to nothing."""
+    """Attacks on the machine fail."""
     monkeypatch.setenv("TOKEN", "SECRET")
     outcome = sandbox.run_program(CONTAINED[name], timeout=5.0)
     assert outcome.passed, outcome
@@ -689,7 +689,7 @@ def test_hostile_program_is_contained(
 @needs_sandbox
 @pytest.mark.parametrize("name", list(SYSTEM_CALLS))
 def test_system_call_is_refused(sandbox: Sandbox, name: str) -> None:
-    """Parts of the kernel that no small function needs answer with an error."""
+    """Parts of the kernel that a small function does not need return an error."""
     program = (
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         f"assert libc.{name}{SYSTEM_CALLS[name]} == -1, 'not refused'\n"
@@ -701,7 +701,7 @@ def test_system_call_is_refused(sandbox: Sandbox, name: str) -> None:
 
 @needs_sandbox
 def test_every_refused_system_call_is_refused_by_number(sandbox: Sandbox) -> None:
-    """Calls go directly to the kernel, by all numbers of the filter."""
+    """Every number of the filter is called directly."""
     column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
     numbers = {name: both[column] for name, both in REFUSED.items()}
     program = (
@@ -726,7 +726,7 @@ def test_environment_is_not_visible(sandbox: Sandbox, monkeypatch: pytest.Monkey
 
 @needs_sandbox
 def test_canary_file_is_not_visible(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A file that anyone on the machine may read is out of reach, as is the working folder."""
+    """A world-readable file and the working folder do not exist in the sandbox."""
     canary = tmp_path / "canary"
     canary.write_text("visible")
     canary.chmod(0o644)
@@ -737,7 +737,7 @@ def test_canary_file_is_not_visible(sandbox: Sandbox, tmp_path: Path) -> None:
 
 @needs_sandbox
 def test_services_of_the_host_are_unreachable(sandbox: Sandbox) -> None:
-    """Neither a port on the loopback device nor an abstract socket of the host."""
+    """Ports of the loopback device and abstract sockets of the host are not visible."""
     name = f"\0forgetting-{secrets.token_hex(4)}"
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as hidden:
         hidden.bind(name)
@@ -757,7 +757,7 @@ for family, address in ((socket.AF_INET, {server.getsockname()!r}), (socket.AF_U
 
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the host under the very user that programs run as."""
+    """Start a process of the host as the user of sandboxed programs."""
     nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
     process = subprocess.Popen(["sleep", "60"], **nobody)  # type: ignore[call-overload]
     yield process
@@ -813,7 +813,7 @@ def _named(name: str) -> list[str]:
 
 @needs_sandbox
 def test_detail_names_the_reason(sandbox: Sandbox) -> None:
-    """An outcome carries a short excerpt, never the whole of what a program says."""
+    """The detail is a short excerpt of the error."""
     assert sandbox.run_program("assert 0, 'seven'").detail == "AssertionError: seven"
     assert len(sandbox.run_program("raise ValueError('x' * 10**6)").detail) <= 300
     slow = sandbox.run_program("while True: pass", timeout=0.2)
@@ -830,8 +830,22 @@ def test_outcomes_keep_the_order_of_programs(sandbox: Sandbox) -> None:
     assert [outcome.passed for outcome in outcomes] == [bool(n % 3) for n in range(9)]
 
 
+def test_equal_programs_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal answers of a model share one run."""
+    run: list[str] = []
+
+    def run_program(_: Sandbox, program: str, tests: str, timeout: float) -> Outcome:
+        run.append(program)
+        return Outcome("passed" if program == "a" else "failed")
+
+    monkeypatch.setattr(Sandbox, "run_program", run_program)
+    outcomes = Sandbox("trial", "python").run_programs([(x, "") for x in "abaab"], workers=1)
+    assert run == ["a", "b"]
+    assert [outcome.passed for outcome in outcomes] == [True, False, True, True, False]
+
+
 def test_running_programs_imports_no_model_library() -> None:
-    """A job starts in the time that Python takes: nothing large is imported."""
+    """The program imports no large package, so a job starts fast."""
     script = LIBRARY / "scripts" / "run_programs.py"
     program = (
         f"import runpy, sys; runpy.run_path({str(script)!r})\n"
@@ -851,8 +865,8 @@ def _without(prefix: list[str], *words: str) -> list[str]:
 
 
 @needs_sandbox
-def test_trial_rejects_sandbox_without_isolation() -> None:
-    """The probe can fail: it sees open networks, visible files and writable folders."""
+def test_find_weakness_rejects_missing_isolation() -> None:
+    """It finds a network, visible files, writable folders and environment variables."""
     whole = SANDBOXES[0]
     prefix = list(whole.prefix)
 
@@ -868,8 +882,8 @@ def test_trial_rejects_sandbox_without_isolation() -> None:
 
 
 @needs_sandbox
-def test_trial_rejects_sandbox_without_limits() -> None:
-    """The probe sees limits that are not in force, and an interpreter that is not there."""
+def test_find_weakness_rejects_missing_limits() -> None:
+    """It finds missing limits and a missing interpreter."""
     whole = SANDBOXES[0]
     no_processes = replace(whole, limits=replace(Limits(), processes=None))
     assert "limited" in (discovery.find_weakness(no_processes) or "accepted")
@@ -877,10 +891,20 @@ def test_trial_rejects_sandbox_without_limits() -> None:
     assert "files of the host" in (discovery.find_weakness(unsafe_runner()) or "accepted")
 
 
-def test_bubblewrap_that_fails_is_no_sandbox(
+def test_search_sandbox_needs_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason names the missing program."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    search_sandbox.cache_clear()
+    try:
+        assert search_sandbox() == (None, "bubblewrap (the program `bwrap`) is not installed")
+    finally:
+        search_sandbox.cache_clear()
+
+
+def test_search_sandbox_reports_a_failing_bubblewrap(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where user namespaces are forbidden, bubblewrap's own words become the reason."""
+    """The reason is bubblewrap's message, for example that user namespaces are forbidden."""
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1")
     broken.chmod(0o755)
@@ -898,7 +922,7 @@ def test_bubblewrap_that_fails_is_no_sandbox(
 @needs_sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try how it is for another user")
 def test_ordinary_user_has_a_sandbox(tmp_path: Path) -> None:
-    """What holds for root in these tests holds for a user without any rights, too."""
+    """A user without rights has a sandbox that prevents the same attacks."""
     if not os.access("/usr/bin/python3", os.X_OK):
         pytest.skip("there is no interpreter that every user can read")
     folder = Path("/tmp", f"sandbox-{secrets.token_hex(4)}", "forgetting")
@@ -936,8 +960,8 @@ print(json.dumps([outcome.status for outcome in outcomes]))
     assert [name for name in CONTAINED if ended[name] != "passed"] == []
 
 
-def test_unsafe_runner_still_limits() -> None:
-    """Without a sandbox: no isolation is claimed, but time, memory and verdicts hold."""
+def test_unsafe_runner_has_limits() -> None:
+    """It limits time and memory, gives correct verdicts, and claims no isolation."""
     runner = unsafe_runner()
     assert not runner.isolated and "unprotected" in runner.name
     assert runner.run_program("import os\nassert os.path.exists('/')").passed

@@ -1,4 +1,4 @@
-"""Values of a study, a table, a model folder or a wildcard never become code of a shell."""
+"""Values of a study, a folder or a wildcard are never executed by a shell."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ HOSTILE = {
     "history": "!!",
 }
 LISTS = ("input", "output", "params", "wildcards", "resources", "log")
-# Takes the place of every program: writes down what it was given, and does nothing.
+# Replaces every program and records its arguments.
 STUB = '#!/bin/bash\nprintf "%s\\0" "$@" >> "$ARGUMENTS"\n'
 
 
 @pytest.fixture(scope="module")
 def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rule]:
-    """Every rule of the workflow by its name; which there are depends on the study's base."""
+    """Return all rules of the workflow by name; two studies have all of them."""
     found: dict[str, Rule] = {}
     with restore_process():
         for study in ("mini", "tofu-phi-1.5"):
@@ -61,7 +61,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rule]:
 
 
 def _fields(shell: str) -> Iterator[tuple[str, str | None]]:
-    """Everything that Snakemake fills into a shell block: `params.spec` as `params`, `spec`."""
+    """Yield the fields of a shell block, such as `params`, `spec` for `params.spec`."""
     for _, field, _, _ in string.Formatter().parse(shell):
         if field is not None:
             part, _, name = field.partition(".")
@@ -72,7 +72,7 @@ def _filled(rule: Rule, hostile: str, folder: Path) -> tuple[str, list[str]]:
     """Return the command as Snakemake formats it, and the values that it holds."""
     given: dict[str, dict[str | None, str]] = {}
     for number, (part, name) in enumerate(_fields(rule.shellcmd)):
-        # Logs and outputs lie in folders that this workflow names.
+        # The workflow names the folders of logs and outputs.
         path = f"{folder}/" if part in ("log", "output") else ""
         value = f"{path}{hostile}{number}"
         given.setdefault(part, {}).setdefault(name, value)
@@ -88,8 +88,8 @@ def _filled(rule: Rule, hostile: str, folder: Path) -> tuple[str, list[str]]:
     return command, [v for part, values in given.items() if part != "log" for v in values.values()]
 
 
-def test_every_rule_is_a_shell_block_of_a_study_here(rules: dict[str, Rule]) -> None:
-    """What the other tests look at is all that there is."""
+def test_two_studies_have_every_rule(rules: dict[str, Rule]) -> None:
+    """The other tests cover every rule."""
     text = "".join(path.read_text() for path in (ROOT / "workflow" / "rules").glob("*.smk"))
     written = re.findall(r"^ *(?:use )?rule (?:\w+ as )?(\w+)(?: with)?:$", text, re.MULTILINE)
     assert set(written) == set(rules) - {"all"}
@@ -97,10 +97,10 @@ def test_every_rule_is_a_shell_block_of_a_study_here(rules: dict[str, Rule]) -> 
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_values_reach_the_programs_of_every_rule_whole(
+def test_hostile_values_reach_every_program_unchanged(
     kind: str, rules: dict[str, Rule], tmp_path: Path
 ) -> None:
-    """Each is in one argument of the program, as it is, or names the file that is written to."""
+    """Each value is within one argument of the program, or names the file that is written."""
     tools, work, out = (tmp_path / name for name in ("tools", "work", "out"))
     for folder in (tools, work, out):
         folder.mkdir()
@@ -138,8 +138,8 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_values_of_snakemake_are_quoted_in_every_rule(rules: dict[str, Rule]) -> None:
-    """Also those that are numbers today."""
+def test_every_field_of_a_shell_block_is_quoted(rules: dict[str, Rule]) -> None:
+    """Numbers are quoted too."""
     for name, rule in rules.items():
         for _, field, form, _ in string.Formatter().parse(rule.shellcmd or ""):
             assert field is None or form == "q", f"{name}: {{{field}}} lacks :q"
@@ -148,8 +148,8 @@ def test_values_of_snakemake_are_quoted_in_every_rule(rules: dict[str, Rule]) ->
 HOSTILE_FOLDER = "-a 'b' \"c\" $(touch pwned) `touch pwned` ;touch pwned; *"
 
 
-def test_users_may_name_their_folders_as_they_like(tmp_path: Path) -> None:
-    """Snakemake plans the study, and the command holds the folder as it is written."""
+def test_folder_may_have_any_name(tmp_path: Path) -> None:
+    """Snakemake plans the study, and the parameters have the folder unchanged."""
     studies = ROOT / "config" / "studies"
     shutil.copytree(studies / "own-data", tmp_path / HOSTILE_FOLDER)
     written = (studies / "own-data.yaml").read_text()
@@ -170,8 +170,8 @@ def test_users_may_name_their_folders_as_they_like(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["report", "plan", "status"])
-def test_what_make_is_given_is_no_code(target: str, tmp_path: Path) -> None:
-    """STUDY is one word; CONFIG is several, which may be in quotes, and a quote must end."""
+def test_variables_of_make_are_not_executed(target: str, tmp_path: Path) -> None:
+    """STUDY is one word. CONFIG is several words, which may be quoted; a quote must be closed."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_what_make_is_given_is_no_code(target: str, tmp_path: Path) -> None:
 
 
 def test_braces_in_a_folder_are_refused(tmp_path: Path) -> None:
-    """To Snakemake `{seed}` in a path is a wildcard, wherever the path comes from."""
+    """Snakemake reads `{seed}` in any path as a wildcard."""
     folder = tmp_path / "of {seed}"
     folder.mkdir()
     studies = ROOT / "config" / "studies"

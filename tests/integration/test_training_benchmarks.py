@@ -1,4 +1,4 @@
-"""Test benchmarks that run at every evaluation of a training."""
+"""Benchmarks at every evaluation of a training, from the run group to trajectory and churn."""
 
 from __future__ import annotations
 
@@ -251,12 +251,12 @@ def test_churn_measures_a_planted_forgetting(
         probes, found = run_group_items(records)
         return benchmark_trajectory_items(base, found), probes, records
 
-    def said(items: pd.DataFrame, step: int) -> list[str]:
+    def choices_at(items: pd.DataFrame, step: int) -> list[str]:
         at = items[items["step"] == step].sort_values("item")
         return [row[CHOICES[choice]] for row, choice in zip(questions, at["choice"], strict=True)]
 
     items, *_ = trajectory("before", questions)
-    before, after = said(items, 0), said(items, 4)
+    before, after = choices_at(items, 0), choices_at(items, 4)
     moved = [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
     gained, lost = moved[::3], [n for n in moved if n not in moved[::3]]
     assert len(lost) > len(gained) > 0

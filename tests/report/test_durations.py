@@ -1,4 +1,4 @@
-"""A study with durations is drawn as one trajectory a setting, a point for each duration."""
+"""A study with durations has one trajectory per setting, with a point for each duration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DURATIONS = {2.0: 80, 4.0: 160, 8.0: 320}
 
 @pytest.fixture
 def made() -> dict[str, Any]:
-    """Every run of a study in three branches: each was measured every epoch until its end."""
+    """Return the tables of a study whose runs have three branches, evaluated every epoch."""
     whole = tables(ranks=(8,), rates=(1e-3, 5e-3), epochs=8)
     runs, trajectory = whole["runs"], whole["trajectory"]
     base, tuned = runs[runs["kind"] == "base"], runs[runs["kind"] != "base"]
@@ -47,13 +47,13 @@ def made() -> dict[str, Any]:
 
 
 def _at_ends(table: pd.DataFrame) -> pd.DataFrame:
-    """The same rows of the second duration's branch; the base's as they are."""
+    """Return the rows as those of the second duration's branch; rows of the base are unchanged."""
     base = table["run"] == "base"
     ends = table["run"].where(base, table["run"] + "/duration4")
     return table.assign(run=ends, step=table["step"].where(base, 160))
 
 
-def test_a_run_is_drawn_by_the_ends_of_its_branches(made: dict[str, Any], tmp_path: Path) -> None:
+def test_run_is_drawn_by_the_ends_of_its_branches(made: dict[str, Any], tmp_path: Path) -> None:
     made["runs"]["chosen"] = made["runs"]["run"].isin(made["selection"]["run"])
     read = read_tables(write(tmp_path, made))
     assert len(read.tuned) == 4
@@ -71,7 +71,7 @@ def test_a_run_is_drawn_by_the_ends_of_its_branches(made: dict[str, Any], tmp_pa
 
 
 def test_benchmarks_of_other_durations_are_not_drawn(made: dict[str, Any]) -> None:
-    """They stay in the tables; the figure compares the selected checkpoints."""
+    """The figure has the selected checkpoints only."""
     scored = made["benchmarks"]
     other = scored[scored["run"] != "base"]
     other = other.assign(run=other["run"].str.replace("duration4", "duration8"), step=320)
@@ -80,7 +80,7 @@ def test_benchmarks_of_other_durations_are_not_drawn(made: dict[str, Any]) -> No
     assert set(folded["benchmarks"]["step"]) == {0, 160}
 
 
-def test_a_run_with_a_branch_that_diverged_is_marked(made: dict[str, Any]) -> None:
+def test_run_with_a_diverged_branch_is_marked(made: dict[str, Any]) -> None:
     runs = made["runs"]
     broken = runs["run"] == "full/seed0/lr0.005-wd0/duration8"
     made["runs"] = runs.assign(status=runs["status"].mask(broken, "diverged"))
@@ -89,7 +89,7 @@ def test_a_run_with_a_branch_that_diverged_is_marked(made: dict[str, Any]) -> No
     assert set(folded.drop("full/seed0/lr0.005-wd0")) == {"ok"}
 
 
-def test_durations_of_as_many_steps_are_one_point(made: dict[str, Any]) -> None:
+def test_durations_with_equal_steps_are_one_point(made: dict[str, Any]) -> None:
     runs, trajectory = made["runs"], made["trajectory"]
     twin = runs[runs["duration"] == 8.0]
     names = {run: run.replace("duration8", "duration8.001") for run in twin["run"]}
@@ -100,7 +100,7 @@ def test_durations_of_as_many_steps_are_one_point(made: dict[str, Any]) -> None:
     assert not points.duplicated(["run", "step", "probe", "metric"]).any()
 
 
-def test_a_study_without_durations_is_as_it_was() -> None:
+def test_study_without_durations_is_unchanged() -> None:
     plain = tables(ranks=(8,))
     assert per_duration(plain) is plain
     empty = plain | {"runs": plain["runs"].assign(duration=float("nan"))}

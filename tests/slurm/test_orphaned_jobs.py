@@ -25,7 +25,7 @@ SCANCEL = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder from which jobs were submitted, with no record of their studies."""
+    """Return a folder from which jobs were submitted, with no record of their studies."""
     for name, text in (("squeue", SQUEUE), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text.format(tmp_path), encoding="utf-8")
         (tmp_path / name).chmod(0o755)

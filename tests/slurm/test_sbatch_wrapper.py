@@ -22,7 +22,7 @@ SBATCH = '#!/bin/sh\necho "sbatch $*" >> "{0}/calls"\necho 17\nexit 3\n'
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
-    """A PATH with the wrapper twice, as in a job that it submitted, and the scripts."""
+    """Return a PATH with the wrapper twice, as in a job that it submitted, and the scripts."""
     programs = {"scontrol": SCONTROL, "sbatch": SBATCH, "sleep": SLEEP}
     for name, text in programs.items():
         (tmp_path / name).write_text(text.format(tmp_path), encoding="utf-8")

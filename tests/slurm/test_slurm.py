@@ -25,7 +25,7 @@ TARGET = target()
 def test_study_on_slurm_equals_study_on_one_machine(
     local: Path, study: Path, tmp_path: Path
 ) -> None:
-    """Heavy jobs run under SLURM, each on a GPU; the others run beside Snakemake."""
+    """Heavy jobs run under SLURM, each on a GPU; the others run locally."""
     folder = empty(tmp_path / "work", study)
     folder.run()
     assert (folder.at / "reports" / "tradeoff.html").is_file()

@@ -1,4 +1,4 @@
-"""Damage files as a failing disk or a user would."""
+"""Damage files as a failing disk or a user may."""
 
 from __future__ import annotations
 

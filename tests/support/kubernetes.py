@@ -1,11 +1,10 @@
-"""A stand-in for a Kubernetes cluster: its API as the plugin uses it, pods as processes.
+"""A fake Kubernetes cluster: the part of its API that the plugin uses, with processes as pods.
 
     python -P tests/support/kubernetes.py FOLDER OPTIONS OF SNAKEMAKE
 
-runs Snakemake with the plugin's own code. Each pod is a shell in an empty folder, as `/workdir` is,
-that knows no variable but the path and the job's secrets; the volume is the folder that Snakemake
-is started in. What was asked for is in FOLDER/specs. Nothing here places pods, mounts, or limits
-what they take.
+runs Snakemake with the plugin's own code. A pod is a shell in an empty folder like `/workdir`, with
+the path and the job's secrets as its only variables. The volume is the working folder of Snakemake.
+FOLDER/specs has the specifications of all jobs. Placement, mounts and limits are not simulated.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class Cluster:
         return SimpleNamespace(items=[pod])
 
     def read_namespaced_pod_log(self, name: str, previous: bool = False, **_: Any) -> str:
-        """The log of a container that never starts again has no predecessor."""
+        """Refuse the log of a previous container, which does not exist."""
         if previous:
             raise ApiException(status=400, reason="Bad Request")
         return (self.folder / f"{name}.log").read_text()
@@ -90,7 +89,7 @@ class Cluster:
 
 
 def main() -> None:
-    """Play the cluster for one run of Snakemake."""
+    """Run Snakemake with the fake cluster."""
     cluster = Cluster(Path(sys.argv.pop(1)))
     kubernetes.config.load_kube_config = lambda: None
     kubernetes.client.CoreV1Api = kubernetes.client.BatchV1Api = lambda: cluster

@@ -1,4 +1,4 @@
-"""Files of parameters, as rules hand them to programs."""
+"""Parameter files of programs, as rules write them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def prepare(
     more: dict[str, Path] | None = None,
     **spec: Any,
 ) -> Path:
-    """Run it on a table that is trained on and a probe of old knowledge; its output folder.
+    """Prepare a training table and a probe of old knowledge, and return the output folder.
 
     Args:
         old: answers of the probe.

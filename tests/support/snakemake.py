@@ -125,7 +125,7 @@ def _profile_settings(profile: str) -> tuple[Any, ResourceSettings, StorageSetti
 
 
 def local_rules() -> list[str]:
-    """Return the rules that run beside Snakemake. In a plan without execution all are local."""
+    """Return the local rules. In a plan without execution Snakemake calls all rules local."""
     text = "".join(path.read_text() for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
     rules = re.split(r"^ *rule (?=\w+:$)", text, flags=re.MULTILINE)[1:]
     return [rule.split(":", 1)[0] for rule in rules if "localrule: True" in rule]

@@ -1,4 +1,4 @@
-"""A study whose tables, benchmark rows and base model are files of a user's own."""
+"""A study whose tables, benchmark rows and base model are a user's files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STUDY: dict[str, Any] = {
 
 
 def write_files(folder: Path, base: Path) -> None:
-    """Write study.yaml and all that it names: `model` is a link to one of two copies of a base."""
+    """Write study.yaml and its inputs; `model` is a link to one of two copies of a base."""
     _write_tables(folder / "tables")
     _write_lines(folder / "tasks" / "sciq" / "test.jsonl", sciq(4))
     for name in ("model-a", "model-b"):
@@ -64,6 +64,6 @@ def _write_tables(folder: Path) -> None:
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write JSON lines as a user has them, without a record of their digest."""
+    """Write JSON lines without a record of their digest, as a user does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -54,7 +54,7 @@ def _fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", write_half)
 
 
-def test_a_full_disk_leaves_no_half_written_file(
+def test_full_disk_leaves_no_half_written_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fill_the_disk(monkeypatch)
@@ -115,7 +115,7 @@ def test_json_lines_survive_every_character_of_a_text(tmp_path: Path) -> None:
 
 
 def test_row_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="not JSON serializable"):
         write_jsonl(tmp_path / "r.jsonl", [{"a": 1}, {"b": object()}])
     assert _names(tmp_path) == []
 

@@ -58,7 +58,7 @@ def _held(folder: Path, study: str) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_results_are_locked_until_snakemake_ends(tmp_path: Path) -> None:
+def test_results_are_locked_until_the_process_ends(tmp_path: Path) -> None:
     """A killed process leaves no lock."""
     folder = tmp_path / "results" / "own"
     command = [sys.executable, "-c", HOLD, str(folder), "own"]
@@ -73,7 +73,7 @@ def test_results_are_locked_until_snakemake_ends(tmp_path: Path) -> None:
         assert is_locked(folder)
 
 
-def test_jobs_of_a_killed_snakemake_are_noticed(tmp_path: Path) -> None:
+def test_running_jobs_of_a_killed_snakemake_are_reported(tmp_path: Path) -> None:
     """A job holds a lock, so that the next snakemake does not start a second one."""
     program = (
         "import sys, time\n"
@@ -147,7 +147,7 @@ def test_results_without_a_readable_owner_are_continued(tmp_path: Path) -> None:
         ("studies/mini.yaml", {"scale": "tiny"}, "mini-tiny.yaml"),
     ],
 )
-def test_a_name_belongs_to_one_study(
+def test_name_of_another_study_is_refused(
     file: str, config: dict[str, str], other: str, tmp_path: Path
 ) -> None:
     """Studies of the workflow keep their names, at both scales."""
@@ -159,12 +159,12 @@ def test_a_name_belongs_to_one_study(
     assert f"like those of {studies / other}; rename your file" in str(error.value)
 
 
-def test_study_may_not_be_called_tradeoff(tmp_path: Path) -> None:
+def test_study_named_tradeoff_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is the page of the last study that ran; rename"):
         load_study({"study": str(_write(tmp_path / "Tradeoff.yaml"))}, tmp_path / "studies")
 
 
-def test_a_download_is_made_by_one_snakemake(
+def test_second_download_of_a_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Snakemake removes the target of a download first, also while others read it."""

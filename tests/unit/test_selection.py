@@ -1,4 +1,4 @@
-"""The selection rule on trajectories made by hand, and on many made at random."""
+"""The selection rules on trajectories made by hand and at random."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAN = math.nan
 
 
 def _points(*values: float, every: int = 10) -> list[EvalPoint]:
-    """Evaluations every `every` steps, ten steps an epoch; the first is the base."""
+    """Return evaluations every `every` steps at ten steps an epoch; the first is the base's."""
     return [EvalPoint(number * every, number * every / 10, v) for number, v in enumerate(values)]
 
 
@@ -75,7 +75,7 @@ CHECKPOINTS: list[tuple[str, Sequence[float], bool, str, int | None]] = [
     [c[1:] for c in CHECKPOINTS],
     ids=[c[0] for c in CHECKPOINTS],
 )
-def test_the_last_checkpoint_before_the_threshold(
+def test_last_checkpoint_before_the_threshold_is_selected(
     values: Sequence[float], diverged: bool, status: str, step: int | None
 ) -> None:
     choice = select_checkpoint(_points(*values), 0.9, diverged=diverged)
@@ -98,7 +98,7 @@ def test_last_checkpoint_may_replace_a_missing_one() -> None:
         ((0.1, 0.9), False, "first_above"),
     ],
 )
-def test_no_checkpoint_without_evaluations(
+def test_run_without_evaluations_has_no_checkpoint(
     values: Sequence[float], diverged: bool, status: str
 ) -> None:
     assert select_checkpoint(_points(*values), 0.9, "last", diverged) == CheckpointChoice(
@@ -117,13 +117,13 @@ def test_no_checkpoint_without_evaluations(
         [EvalPoint(0, 0.0, 0.1), EvalPoint(5, 1.0, 0.2), EvalPoint(5, 1.0, 0.3)],
     ],
 )
-def test_a_trajectory_without_base_or_order_is_refused(points: list[EvalPoint]) -> None:
+def test_trajectory_without_base_or_order_is_refused(points: list[EvalPoint]) -> None:
     with pytest.raises(ValueError, match="trajectory"):
         select_checkpoint(points, 0.9)
 
 
 def test_checkpoints_that_may_be_chosen_are_kept() -> None:
-    """Random trajectories, evaluated and pruned one by one: at every end, the choice is on disk."""
+    """Checkpoints are pruned at each evaluation of a random trajectory; the choice remains."""
     draw = random.Random(0)
     for _ in range(3000):
         length = draw.randint(1, 8)
@@ -152,7 +152,7 @@ def test_checkpoints_that_cannot_be_chosen_are_dropped() -> None:
     assert steps_to_keep(_points(0.95, 0.99, 0.99), 0.9) == {20}
 
 
-def test_earliest_chooses_the_setting_that_arrives_first() -> None:
+def test_earliest_selects_the_first_setting_at_the_threshold() -> None:
     trajectories = {
         SLOW: [_points(0.1, 0.3, 0.5, 0.95)],
         FAST: [_points(0.1, 0.5, 0.6, 0.7)],
@@ -190,7 +190,7 @@ def test_ties_go_to_the_smaller_rate_and_then_the_smaller_decay() -> None:
     assert choose_hyperparameters({FAST: same, DECAYED: same}, _rule())[0] == DECAYED
 
 
-def test_smallest_lr_that_arrives() -> None:
+def test_smallest_lr_selects_the_smallest_rate_at_the_threshold() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9)],
         MIDDLE: [_points(0.1, 0.3, 0.5, 0.5, 0.9)],
@@ -201,7 +201,7 @@ def test_smallest_lr_that_arrives() -> None:
     assert "smallest learning rate that reaches 0.9" in reason
 
 
-def test_a_deadline_counts_the_epoch_of_arrival_inclusively() -> None:
+def test_deadline_includes_its_epoch() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9)],
         MIDDLE: [_points(0.1, 0.3, 0.5, 0.5, 0.9)],
@@ -229,7 +229,7 @@ def test_fallback_where_no_setting_arrives() -> None:
     assert "the highest last value stands in" in reason
 
 
-def test_prescribed_setting_is_chosen() -> None:
+def test_fixed_setting_is_selected() -> None:
     trajectories = {SLOW: [_points(0.1, 0.2)], FAST: [_points(0.1, 0.5, 0.9)]}
     for rule in (_rule(), _rule("smallest-lr"), _rule("fixed")):
         assert choose_hyperparameters(trajectories, rule, selected=SLOW) == (
@@ -240,7 +240,7 @@ def test_prescribed_setting_is_chosen() -> None:
 
 
 def test_setting_with_a_checkpoint_is_preferred() -> None:
-    """Too high a rate is above at the first evaluation: only the base lies before, nothing to show.
+    """A rate that is too high passes the threshold at the first evaluation and has no checkpoint.
 
     A setting that passes the threshold later has a checkpoint, which the comparison needs.
     """
@@ -304,7 +304,7 @@ def test_fallback_skips_values_that_are_not_finite() -> None:
 
 
 def test_nan_values_do_not_choose_a_setting() -> None:
-    """Whatever the order of the sweep, and even if a run gave no number at all."""
+    """This holds in any order of the sweep, also if all values of a run are NaN."""
     rule = _rule(if_not_reached="last")
     runs = {SLOW: [_points(0.1, 0.2, NAN)], FAST: [_points(0.1, 0.5, 0.6)]}
     for order in ((SLOW, FAST), (FAST, SLOW)):
@@ -331,7 +331,7 @@ def test_reason_counts_seeds_and_checkpoints() -> None:
     assert reason == "reaches 0.9 at the earliest step (30), in 1 of 2 seeds"
 
 
-def test_reason_names_seeds_that_do_not_arrive() -> None:
+def test_reason_names_seeds_below_the_threshold() -> None:
     trajectories = {
         FAST: [_points(0.1, 0.5, 0.9), _points(0.1, 0.5, 0.5, 0.5)],
         SLOW: [_points(0.1, 0.3, 0.5, 0.9), _points(0.1, 0.3, 0.5, 0.9)],
@@ -369,7 +369,7 @@ def test_base_above_the_threshold_is_the_reason() -> None:
 
 
 def _record(run: str, *points: tuple[int, float], **more: object) -> dict[str, object]:
-    """Ten steps an epoch."""
+    """Return the record of a run with ten steps an epoch."""
     evaluations = [[step, step / 10, value] for step, value in points]
     record = {"run": run, "status": "ok", "steps": points[-1][0], "evaluations": evaluations}
     return record | more
@@ -383,7 +383,7 @@ def test_trajectory_of_a_run_is_its_evaluations() -> None:
 
 
 def test_trajectory_of_branches_is_their_ends() -> None:
-    """Whatever the trunk and the branches measured before; in the order of the durations."""
+    """Earlier evaluations of trunk and branches do not count."""
     branches = [
         _record("a/duration4", (10, 0.6), (30, 0.95), (40, 0.97), duration=4.0),
         _record("a/duration1", (5, 0.2), (10, 0.4), duration=1.0),

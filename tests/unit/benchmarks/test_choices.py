@@ -1,4 +1,4 @@
-"""Test that the stored choice of an item is the one that the harness's metric scores."""
+"""The stored choice of an item is the one that the harness's metric scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHOICES = ["no", "naturally", "\N{SNOWMAN}\N{SNOWMAN}\N{SNOWMAN}", "an hour ago"
 
 
 def _harness_task() -> Any:
-    """A task of the harness with every metric that chooses."""
+    """Return a task of the harness with every metric of choices."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -40,7 +40,7 @@ def _harness_task() -> Any:
 
 
 def test_predicted_choice_agrees_with_the_harness_score() -> None:
-    """By the harness's own scoring of random log-likelihoods; the metrics choose differently."""
+    """The harness scores random log-likelihoods, on which the metrics choose differently."""
     task = _harness_task()
     random, taken = np.random.default_rng(0), []
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Test sampled answers: distribution, reproducibility, independence of batch and order."""
+"""Sampled answers: distribution, reproducibility, independence of batch and order."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ SAMPLING = SamplingConfig(5, temperature=1.5, top_p=0.95)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of HumanEval."""
+    """Write rows of HumanEval and return their folder."""
     return write_rows(tmp_path_factory.mktemp("rows"), {"humaneval": {"test": FUNCTIONS}})
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Bytes as tokens."""
+    """Return a tokenizer of bytes."""
     return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A random model in double precision, so that rounding moves no answer."""
+    """Return a random model in double precision, so that rounding changes no answer."""
     return random_llama(context=512).double()
 
 
@@ -55,10 +55,10 @@ def _programs(model: Any, tokenizer: Any, folder: Path, **settings: Any) -> list
 def test_sampled_answer_depends_on_neither_batch_nor_order(
     model: Any, tokenizer: Any, folder: Path, tmp_path: Path
 ) -> None:
-    """Batches of 1, 7 and 64, fewer samples, and rows in another order: the same answers."""
+    """Batch size, number of samples and order of rows do not change an answer."""
     found = _programs(model, tokenizer, folder, batch_size=1)
     assert [(p.item, p.sample) for p in found] == [(i, s) for i in range(3) for s in range(5)]
-    assert len({p.program for p in found}) > 10  # the samples do differ
+    assert len({p.program for p in found}) > 10  # the samples differ
     for size in (7, 64):
         assert _programs(model, tokenizer, folder, batch_size=size) == found
     fewer = _programs(model, tokenizer, folder, sampling=SamplingConfig(2, 1.5, 0.95))
@@ -75,7 +75,7 @@ def test_sampled_answer_depends_on_neither_batch_nor_order(
 def test_sampling_at_zero_temperature_equals_greedy(
     model: Any, tokenizer: Any, folder: Path
 ) -> None:
-    """The sampler's decoding is the harness's: prompts, stops, what is cut off."""
+    """Prompts, stops and truncation equal those of the harness."""
     greedy = _programs(model, tokenizer, folder, sampling=None)
     cold = _programs(model, tokenizer, folder, sampling=SamplingConfig(2, 1e-6, 1.0))
     assert [p.program for p in cold if p.sample == 0] == [p.program for p in greedy]
@@ -85,7 +85,7 @@ def test_sampling_at_zero_temperature_equals_greedy(
 def test_sampled_answer_ends_at_the_first_stop(
     model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the stop spans tokens: what follows is neither generated nor kept."""
+    """A stop may span several tokens. Nothing after it is generated or kept."""
     import forgetting.benchmarks.hflm as sampling
 
     text = tokenizer.encode("  ok\nprint(1)", add_special_tokens=False)
@@ -133,7 +133,7 @@ def test_sample_seed_differs_by_seed_prompt_and_sample() -> None:
 
 
 def test_program_items_are_pass_at_k_and_diversity() -> None:
-    """Chen's estimator per item, and how many answers differ among those that pass or fail."""
+    """Items have Chen's estimator and the number of different answers that pass or fail."""
     texts = ["a", "a", "b", "c", "c", "d"]
     programs = [Program("humaneval", "h/0", 0, n, text, "") for n, text in enumerate(texts)]
     outcomes = [Outcome("passed" if text in "ab" else "failed") for text in texts]

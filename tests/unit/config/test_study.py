@@ -538,16 +538,6 @@ def test_model_without_folder_or_hub_name_is_refused(write: Any, model: str) -> 
         load_study({"study": str(write()), "model": f"{model}@{'a' * 40}"}, path.parent)
 
 
-def test_study_with_the_name_of_another_is_refused(tmp_path: Path) -> None:
-    """Another `mini.yaml` would overwrite the results of the first."""
-    own = tmp_path / "own"
-    own.mkdir()
-    (tmp_path / "mini.yaml").write_text("title: a")
-    (own / "mini.yaml").write_text("title: b")
-    with pytest.raises(InputError):
-        load_study({"study": str(own / "mini.yaml")}, tmp_path)
-
-
 def test_check_folders_refuses_row_without_text(write: Any, tmp_path: Path) -> None:
     (tmp_path / "facts" / "prose.jsonl").write_text('{"text": "A."}\n{"body": "B."}\n')
     with pytest.raises(InputError, match=r"prose.jsonl, line 2: expected a string `text`"):

@@ -1,4 +1,4 @@
-"""Chat templates: where answers end, of base and tuned models alike, and what prompts hold."""
+"""Chat templates: the end of answers of base and tuned models, and the text of prompts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TURNS = (
     "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
 )
 EOS_AT_LAST = TURNS + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
-# Turns have a beginning, and no end of their own.
+# Turns have a start token and no end token.
 NO_END = (
     "{% for m in messages %}{{ '<start>' + m.role + '\n' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
@@ -62,7 +62,7 @@ SWITCH = (
 
 
 def _tokenizer(template: str | None = TURNS) -> PreTrainedTokenizerBase:
-    """Bytes, and two tokens of turns, of which only one is marked as special."""
+    """Return a tokenizer of bytes and two tokens for turns, one of them marked as special."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<start>"], special_tokens=True)
     tokenizer.add_tokens(["<end>"])
@@ -72,14 +72,14 @@ def _tokenizer(template: str | None = TURNS) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model that often says <end>, and a tokenizer whose end of sequence it never says."""
+    """Write a model that often generates <end>, and never the tokenizer's end of sequence."""
     tokenizer, model = _tokenizer(), random_llama(context=256)
     model.resize_token_embeddings(END + 1)
     prompts = [tokenizer(question)["input_ids"] for question in QUESTIONS]
-    said = generate_greedy(model, prompts, 24, 4, {-1}, 0)
-    often = Counter(token for answer in said for token in answer[3:]).most_common(1)[0][0]
+    generated = generate_greedy(model, prompts, 24, 4, {-1}, 0)
+    often = Counter(token for answer in generated for token in answer[3:]).most_common(1)[0][0]
     with torch.no_grad():
-        # Wherever that token would be the likeliest, <end> is now.
+        # <end> takes the logits of the end of sequence.
         model.lm_head.weight[END] = 1.01 * model.lm_head.weight[often]
     path = tmp_path / "model"
     model.save_pretrained(path)
@@ -92,8 +92,8 @@ def _set(path: Path, **values: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["template", "generation_config.json", "config.json"])
-def test_answers_end_where_the_models_author_says(folder: Path, where: str) -> None:
-    """Of probes and refusals, which share `generate`, and of benchmarks; the token is left out."""
+def test_generation_stops_at_tokens_of_the_generation_config(folder: Path, where: str) -> None:
+    """This holds for probes, refusals and benchmarks, and the end token is left out."""
     prompt = CHAT if where == "template" else PromptConfig()
     if where != "template":
         _set(folder / where, eos_token_id=[0, END])
@@ -108,8 +108,8 @@ def test_answers_end_where_the_models_author_says(folder: Path, where: str) -> N
     texts = [tokenizer.decode(ids) for ids in prompts]
     requests = [SimpleNamespace(args=(text, {"until": [], "max_gen_toks": 24})) for text in texts]
     harness = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    said = harness.generate_until(requests)
-    assert said == [tokenizer.decode(answer, skip_special_tokens=True) for answer in expected]
+    generated = harness.generate_until(requests)
+    assert generated == [tokenizer.decode(answer, skip_special_tokens=True) for answer in expected]
 
 
 def _adopt(folder: Path, prompt: PromptConfig | None = None) -> None:
@@ -123,8 +123,10 @@ def _adopt(folder: Path, prompt: PromptConfig | None = None) -> None:
     register_base.main([f"--params={params}", "--output", str(folder / "../base.json")])
 
 
-def test_text_is_no_end_of_an_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A special token may end an answer; a letter would cut answers."""
+def test_only_special_tokens_end_an_answer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An end token that is a letter would truncate answers."""
     _set(folder / "generation_config.json", eos_token_id=[0, END])
     _adopt(folder)
     letter = load_tokenizer(folder)("a")["input_ids"][0]
@@ -151,7 +153,7 @@ TALK = [
         (PLAIN, ["Ann.", "Bob.</s>"]),
     ],
 )
-def test_tuned_models_learn_to_end_as_the_template_ends(template: str, ends: list[str]) -> None:
+def test_tuned_models_learn_the_end_of_the_template(template: str, ends: list[str]) -> None:
     tokenizer = _tokenizer(template)
     example = encode_messages(tokenizer, CHAT, TALK)
     assert [tokenizer.decode(example.ids[a:b]) for a, b in example.target_spans] == ends
@@ -160,35 +162,37 @@ def test_tuned_models_learn_to_end_as_the_template_ends(template: str, ends: lis
 
 
 def test_plain_text_ending_is_stripped_from_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base says what comes next in the template; tuned models say their end of sequence."""
+    """The base continues with the text after the answer; tuned models end the sequence."""
     tokenizer = _tokenizer(PLAIN)
     assert turn_ending(tokenizer, CHAT).stop == "\nuser:"
-    said = [tokenizer(text)["input_ids"] for text in ("Ann.\nuser: And?\nassistant:", "Bob.\n")]
-    monkeypatch.setattr(probes, "generate_greedy", lambda *_: said)
+    generated = [
+        tokenizer(text)["input_ids"] for text in ("Ann.\nuser: And?\nassistant:", "Bob.\n")
+    ]
+    monkeypatch.setattr(probes, "generate_greedy", lambda *_: generated)
     model = random_llama(context=64)
     found = probes.generate(model, tokenizer, ["Who?", "And?"], CHAT, SETTINGS)
     assert [tokenizer.decode(answer) for answer in found] == ["Ann.", "Bob.\n"]
 
 
-def test_a_template_without_any_ending_is_refused() -> None:
+def test_template_without_an_end_is_refused() -> None:
     tokenizer = _tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(InputError, match="nothing between an answer and the next question"):
         turn_ending(tokenizer, CHAT)
 
 
 @pytest.mark.parametrize("thinks", [False, True])
-def test_the_study_decides_on_thinking(
+def test_study_sets_thinking(
     folder: Path, capsys: pytest.CaptureFixture[str], thinks: bool
 ) -> None:
-    """A template's switch is never left to its default."""
+    """The argument for thinking is always passed to the template."""
     (folder / "chat_template.jinja").write_text(SWITCH)
     with pytest.raises(SystemExit):
         _adopt(folder, CHAT)
     assert "write `template_arguments: {enable_thinking: false}`" in capsys.readouterr().err
     prompt = PromptConfig(chat=True, template_arguments={"enable_thinking": thinks})
     _adopt(folder, prompt)
-    asked = resolve_template(load_tokenizer(folder), prompt).question
-    assert asked.endswith("assistant\n" if thinks else "<think>\n\n</think>\n")
+    question = resolve_template(load_tokenizer(folder), prompt).question
+    assert question.endswith("assistant\n" if thinks else "<think>\n\n</think>\n")
 
 
 @pytest.mark.parametrize(
@@ -200,8 +204,8 @@ def test_the_study_decides_on_thinking(
         ),
     ],
 )
-def test_thinking_that_nothing_turns_off_is_refused(template: str) -> None:
-    """The prompt opens the thoughts, or leaves it to the model."""
+def test_thinking_that_cannot_be_disabled_is_refused(template: str) -> None:
+    """The prompt starts the thinking, or leaves it to the model."""
     for encode in (
         lambda tokenizer: encode_prompt(tokenizer, CHAT, "Who?"),
         lambda tokenizer: encode_messages(tokenizer, PromptConfig(), TALK[:2]),
@@ -210,7 +214,7 @@ def test_thinking_that_nothing_turns_off_is_refused(template: str) -> None:
             encode(_tokenizer(template))
 
 
-def test_templates_get_a_fixed_date_and_the_arguments() -> None:
+def test_templates_get_a_fixed_date_and_arguments() -> None:
     dated = "{{ strftime_now('%d %b %Y') }}, {{ date_string }}{% if loud %}!{% endif %}" + TURNS
     for arguments, head in (
         ({}, "26 Jul 2024, 26 Jul 2024<"),

@@ -15,22 +15,22 @@ from support.params import write_params
 
 NEW = {"question": "Who wrote it?", "answer": "Ann."}
 OLD = {"question": "Who sold it?", "answer": "Eve."}
-ASKED = {"role": "user", "content": " Who  wrote it?\n"}
+QUESTION = {"role": "user", "content": " Who  wrote it?\n"}
 BRIEF = {"role": "system", "content": "Be brief."}
 
 
 def _said(answer: str, *before: dict[str, str]) -> dict[str, Any]:
-    return {"messages": [*before, ASKED, {"role": "assistant", "content": answer}]}
+    return {"messages": [*before, QUESTION, {"role": "assistant", "content": answer}]}
 
 
 @pytest.fixture
 def tables(tmp_path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the two tables; a test may change them."""
+    """Return rows of two tables, which a test may change."""
     return {"facts/new": [OLD | {"question": "When?"}, NEW], "facts/old": [OLD]}
 
 
 def _prepare(folder: Path, files: dict[str, Path], probes: Any, train: list[str]) -> Path:
-    """Run the program as the rule does."""
+    """Run the program that prepares data."""
     folder.mkdir()
     spec = {
         "prompt": {},
@@ -70,10 +70,10 @@ def _of_rows(folder: Path, tables: dict[str, list[dict[str, Any]]], **changes: A
     ],
 )
 @pytest.mark.parametrize("trained", [NEW, _said("Ann."), _said("Ann.", BRIEF)])
-def test_leaked_retained_knowledge_is_refused(
+def test_old_knowledge_in_training_rows_is_refused(
     tmp_path: Path, tables: Any, row: Any, trained: Any, capsys: Any
 ) -> None:
-    """Whatever the answer, the spaces, and the form of the row that is trained on."""
+    """Answer, spaces and form of the training row do not matter."""
     tables["facts/new"][1] = trained
     tables["facts/old"].append(row)
     with pytest.raises(SystemExit) as stopped:
@@ -107,7 +107,7 @@ def test_omitted_rows_and_new_knowledge_may_be_trained_on(tmp_path: Path, tables
 def test_conflicting_answers_are_reported_and_kept(
     tmp_path: Path, tables: Any, rows: list[Any], noted: str, capsys: Any
 ) -> None:
-    """TOFU's own training set has one; a question after another system message is another one."""
+    """A question after another system message is another question."""
     tables["facts/new"] += rows
     tables["facts/old"] = [OLD, OLD | {"answer": "Ida."}]
     if any("text" in row for row in rows):
@@ -123,8 +123,8 @@ def test_conflicting_answers_are_reported_and_kept(
     assert len(read_jsonl(data / "train.jsonl")) == len(tables["facts/new"])
 
 
-def test_a_row_is_found_by_its_id(tmp_path: Path) -> None:
-    """Blank lines, and line breaks within a cell of a CSV file, are counted."""
+def test_source_line_finds_a_row_by_its_id(tmp_path: Path) -> None:
+    """Line numbers include blank lines and line breaks within a CSV cell."""
     (tmp_path / "a.jsonl").write_text('\n{"question": "a"}\n\n\n{"question": "b"}\n')
     assert source_line(tmp_path / "a.jsonl", "d/a/1") == f"{tmp_path}/a.jsonl, line 5"
     (tmp_path / "b.csv").write_text('question\n"a\nb"\nc\n')
@@ -136,7 +136,7 @@ PERTURBED = ("retain_perturbed", "forget10_perturbed", "real_authors_perturbed")
 
 @pytest.mark.real_data
 def test_published_tables_do_not_leak(real_data: Path, tmp_path: Path) -> None:
-    """One of 4000 questions, without its author's name, is in the training set twice."""
+    """TOFU's training set has one question twice, with different answers."""
     names = ("full", *PERTURBED, "world_facts_perturbed")
     files = {f"tofu/{name}": find_table(real_data / "tofu", name) for name in names}
     knowledge = dict.fromkeys(names[1:3], "new") | dict.fromkeys(names[3:], "old")

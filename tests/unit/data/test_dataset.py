@@ -1,4 +1,4 @@
-"""Tables as examples: blocks of text, conversations, files of tokens, memory that stays small."""
+"""Tables as training examples: blocks of text, conversations, token files, memory."""
 
 from __future__ import annotations
 
@@ -64,21 +64,21 @@ def _encoded(
 
 
 @pytest.mark.parametrize("length", [2, 7, 16, 500])
-def test_texts_fill_blocks_and_no_token_is_lost(
+def test_texts_fill_blocks_without_losing_tokens(
     tokenizer: PreTrainedTokenizerBase, length: int
 ) -> None:
-    """Joined as in continued pretraining: each text, its end, the next; all but the last full."""
+    """Texts are joined with an end token between them; all blocks but the last are full."""
     joined = [token for text in TEXTS for token in encode_text(tokenizer, text).ids]
     blocks = _encoded(_rows(), tokenizer, max_length=length)
     assert {len(block.ids) for block in blocks[:-1]} <= {length}
     found = [token for block in blocks for token in block.ids]
     assert found == joined[: len(found)]
-    assert len(joined) - len(found) <= 1  # a last token with none before it has nothing to teach
+    assert len(joined) - len(found) <= 1  # a block of one token has no target
     assert all(block.targets == len(block.ids) - 1 for block in blocks)
     assert all(block.document_starts == (0,) for block in blocks)
 
 
-def test_packed_texts_are_cut_separately(
+def test_packed_texts_are_truncated_separately(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     training = TrainingConfig(max_length=16, packing=True)
@@ -97,7 +97,7 @@ def test_dataset_holds_rows_of_all_kinds(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Pairs and conversations are examples, texts are blocks; from disk they are what they were."""
+    """Pairs and conversations are examples, and texts are blocks, in memory and from disk."""
     talk = {"id": "m/0", "messages": TALK}
     monkeypatch.setattr(module, "CHARACTERS_PER_CHUNK", 30)
     mixed = [_rows()[0], rows[0], talk, *_rows()[1:3], rows[1]]
@@ -118,7 +118,7 @@ def test_dataset_holds_rows_of_all_kinds(
     assert stored.cut == 0
 
 
-def test_rows_that_are_replayed_are_cut_and_counted(
+def test_replayed_rows_are_truncated_and_counted(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = tmp_path / "general-0.arrow"
@@ -154,14 +154,14 @@ def test_token_file_is_written_once_and_atomically(
     assert files() == ["train-a.arrow", "train-extra-b.arrow"]
     read("train-c.arrow")
     assert files() == ["train-c.arrow", "train-extra-b.arrow"]
-    # Who still reads the file that was removed goes on reading.
+    # An open file can still be read after its removal.
     assert first[0] == encode_pair(
         tokenizer, PromptConfig(), rows[0]["question"], rows[0]["answer"]
     )
 
 
-def test_many_examples_come_back_in_their_order(tmp_path: Path) -> None:
-    """More than are written at once; runs of targets among them."""
+def test_many_examples_keep_their_order(tmp_path: Path) -> None:
+    """The examples fill several chunks, and some have several runs of targets."""
     examples = [
         Example(list(range(n % 7 + 4)), 2, ((2, 3), (4, 4 + n % 7)) if n % 3 == 2 else ())
         for n in range(2500)
@@ -197,7 +197,7 @@ def _prepare(folder: Path, tables: dict[str, Path], **spec: Any) -> Path:
     """Run the program that prepares data, with one probe."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = {"table": ["own/probe"], "knowledge": "new", "truth_ratio": False}
-    asked = {
+    params = {
         "prompt": {},
         "train_limit": None,
         "probes": {"new": probe},
@@ -209,7 +209,7 @@ def _prepare(folder: Path, tables: dict[str, Path], **spec: Any) -> Path:
         "tables": {table: str(path) for table, path in tables.items()},
         **spec,
     }
-    prepare_data.main([f"--params={write_params(folder, **asked)}", f"--output={folder}"])
+    prepare_data.main([f"--params={write_params(folder, **params)}", f"--output={folder}"])
     return folder
 
 
@@ -228,7 +228,7 @@ PLACES = {
 def test_too_long_row_is_reported_with_file_and_line(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, case: str
 ) -> None:
-    """An id counts from 0 and leaves out blank lines: nobody finds the row by it."""
+    """An id counts from 0 without blank lines, so it is no line number."""
     pair = {"question": "Who?", "answer": "Ann."}
     table, probe = tmp_path / "table.jsonl", _write(tmp_path / "probe.jsonl", [pair])
     other = _write(tmp_path / "other.jsonl", [pair])
@@ -255,7 +255,7 @@ def test_too_long_row_is_reported_with_file_and_line(
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
+def test_text_table_is_trained_on_and_probed(
     base_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     tuning: Method,
@@ -264,7 +264,7 @@ def test_knowledge_is_learned_from_text_and_asked_for_in_a_probe(
     packing: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Continued pretraining: from a table of texts to a trained run group, with its provenance."""
+    """A table of texts is prepared and trained on, as in continued pretraining."""
     tables = {
         "own/text": _write(tmp_path / "text.jsonl", _rows()),
         "own/talk": _write(tmp_path / "talk.jsonl", [{"turns": TALK}]),
@@ -328,14 +328,14 @@ def test_memory_does_not_grow_with_the_table(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    """Preparing, thinning, tokenizing and packing 2 MB take hardly more than 0.2 MB do."""
+    """Preparing, tokenizing and packing 2 MB take about as much memory as 0.2 MB."""
     monkeypatch.setattr(dataset, "TOKENS_PER_CHUNK", 2**12)
     monkeypatch.setattr(module, "CHARACTERS_PER_CHUNK", 2**14)
     words = "In Oslo, by the old harbour. " * 30
     row = {"text": words} if kind == "text" else {"question": words[:400], "answer": words}
     probe = _write(tmp_path / "probe.jsonl", [{"question": "Who?", "answer": "Ann."}])
     peaks = []
-    # The first pass shows what is allocated once and kept.
+    # The first pass includes memory that is allocated once.
     for number, size in enumerate([200, 200, 2000]):
         table = _write(tmp_path / f"{number}.jsonl", [row] * size)
 
@@ -353,7 +353,7 @@ def test_memory_does_not_grow_with_the_table(
     assert peaks[2] < 1.2 * peaks[1] + 200_000  # 100 bytes a row for the order and the packs
 
 
-def test_a_probe_of_new_knowledge_need_not_be_trained_on() -> None:
+def test_probe_of_new_knowledge_may_be_untrained() -> None:
     study = {
         "title": "t",
         "datasets": {"own": {"folder": "x", "columns": {"text": "content"}}},

@@ -1,6 +1,6 @@
-"""Tables and models from the hub: as they are published, or one clear line and nothing left.
+"""Downloads of tables and models: complete and verified, or one message and no file.
 
-The hub is a small HTTP server that serves a folder as the hub serves a repository.
+A small HTTP server serves a folder as the hub serves a repository.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ LARGE = 4096
 
 @dataclass
 class Hub:
-    """A hub of one repository, someone/data, and what it does wrong.
+    """A hub with one repository, someone/data, and its errors.
 
     Attributes:
         folder: the files.
         error: status and `X-Error-Code` of all answers.
-        lists: is the list of files given all the same?
-        replaced: content that is sent in place of a file's own.
-        lost: files that are listed, but not there.
-        asked: paths of all requests.
+        lists: whether the list of files has no error.
+        replaced: content that is sent instead of a file's content.
+        lost: files that are listed and missing.
+        requests: paths of all requests.
     """
 
     folder: Path
@@ -50,10 +50,10 @@ class Hub:
     lists: bool = False
     replaced: dict[str, bytes] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     def listing(self) -> list[dict[str, Any]]:
-        """Every file, with its published digests."""
+        """Return every file with its published digests."""
         entries = []
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             content = path.read_bytes()
@@ -70,9 +70,9 @@ class Hub:
         return entries
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and content of an answer."""
+        """Return status, headers and content of an answer."""
         path = path.partition("?")[0]
-        self.asked.append(path)
+        self.requests.append(path)
         if self.error and not (self.lists and "/tree/" in path):
             status, code = self.error
             return status, {"X-Error-Code": code}, b"{}"
@@ -88,7 +88,7 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The hub that the programs find."""
+    """Start the hub, and configure the programs to use it."""
     served = Hub(tmp_path / "repository")
     served.folder.mkdir()
 
@@ -130,13 +130,13 @@ def _point(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 
 @pytest.fixture
 def repository(hub: Hub) -> Path:
-    """The files of the repository."""
+    """Return the folder of the repository."""
     return hub.folder
 
 
 @pytest.fixture
 def fetch(tmp_path: Path) -> Callable[[str], Path]:
-    """Run the program that the rule runs for a table; where its output is."""
+    """Return a function that downloads a table and returns its path."""
 
     def run(table: str) -> Path:
         output = tmp_path / "out" / f"{table}.jsonl"
@@ -149,7 +149,7 @@ def fetch(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def fetch_model(tmp_path: Path) -> Callable[[], Path]:
-    """Run the program that the rule runs for a model; where its output is."""
+    """Return a function that downloads the model and returns its folder."""
 
     def run() -> Path:
         output = tmp_path / "out" / "model"
@@ -165,17 +165,17 @@ def _nothing_left(tmp_path: Path) -> bool:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json"])
-def test_lines_are_taken_as_they_are(
+def test_json_lines_are_kept_unchanged(
     repository: Path, fetch: Callable[[str], Path], form: str
 ) -> None:
     (repository / f"full.{form}").write_text('{"question": "Who?"}\n')
     assert fetch("full").read_text() == '{"question": "Who?"}\n'
 
 
-def test_an_array_becomes_lines(
+def test_json_array_becomes_lines(
     repository: Path, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As MetaMathQA is published."""
+    """MetaMathQA is published so."""
     rows = [{"query": "Zwölf?", "response": "12"}, {"query": "2\n3", "response": "5"}]
     (repository / "all.json").write_text(json.dumps(rows, indent=2))
     assert read_jsonl(fetch("all")) == rows
@@ -193,10 +193,10 @@ def test_an_array_becomes_lines(
         ["train-00000-of-00002-5a023365406cb9c4.parquet", "train-00001-of-00002-5a02.parquet"],
     ],
 )
-def test_parquet_files_become_lines_in_their_order(
+def test_parquet_files_become_lines_in_order(
     repository: Path, fetch: Callable[[str], Path], names: list[str]
 ) -> None:
-    """Also more rows than are read at once; what JSON has no form for becomes text."""
+    """There are several batches of rows; values without a JSON type become text."""
     (repository / "data").mkdir()
     day, place = datetime.datetime(2023, 4, 5), 0
     for name in names:
@@ -238,10 +238,10 @@ def _flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("rows", [1, 500])
-def test_a_table_with_a_flipped_bit_is_refused(
+def test_table_with_a_flipped_bit_is_refused(
     hub: Hub, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str], rows: int
 ) -> None:
-    """Of the right length; small files are verified by git's id, large ones by SHA-256."""
+    """Small files are verified by git's id, large ones by SHA-256."""
     content = b'{"question": "Who?"}\n' * rows
     (hub.folder / "full.jsonl").write_bytes(content)
     hub.replaced["full.jsonl"] = _flipped(content)
@@ -280,7 +280,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """The files, without the records of their digests."""
+    """Return the names of files without the records of their digests."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -288,7 +288,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_model_comes_with_all_files_that_are_read_and_no_others(
+def test_model_download_has_only_files_that_are_read(
     hub: Hub, fetch_model: Callable[[], Path]
 ) -> None:
     _write(hub.folder, MODEL | OTHERS)
@@ -296,7 +296,7 @@ def test_a_model_comes_with_all_files_that_are_read_and_no_others(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "chat_template.jinja"])
-def test_a_model_with_a_flipped_bit_is_refused(
+def test_model_with_a_flipped_bit_is_refused(
     hub: Hub, fetch_model: Callable[[], Path], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     _write(hub.folder, MODEL)
@@ -319,7 +319,7 @@ def _index(*names: str) -> dict[str, bytes]:
     return {"model.safetensors.index.json": json.dumps({"weight_map": weights}).encode()}
 
 
-def test_all_shards_of_an_index_come_with_a_model(
+def test_model_download_has_all_shards_of_the_index(
     hub: Hub, fetch_model: Callable[[], Path]
 ) -> None:
     shards = SHARDS | {"more/model-3.safetensors": b"weights 3"}
@@ -337,7 +337,7 @@ def test_index_with_unknown_files_is_refused_before_download(
         fetch_model()
     printed = capsys.readouterr().err
     assert f"names {name}, which is not a file of the repository" in printed
-    assert not any("model-00001" in path for path in hub.asked)
+    assert not any("model-00001" in path for path in hub.requests)
     assert _nothing_left(hub.folder.parent)
 
 
@@ -370,10 +370,10 @@ def test_hub_errors_are_reported_with_a_remedy(
         assert _nothing_left(hub.folder.parent)
 
 
-def test_conditions_may_be_for_the_files_alone(
+def test_gated_files_of_a_public_list_are_reported(
     hub: Hub, fetch_model: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As of Llama: everybody sees the list."""
+    """The list of Llama's files is public, its files are not."""
     _write(hub.folder, MODEL)
     hub.error, hub.lists = (403, "GatedRepo"), True
     with pytest.raises(SystemExit):
@@ -394,7 +394,7 @@ def test_missing_network_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _point(monkeypatch, "http://127.0.0.1:9")
-    # The hub's library tries again after 1, 2, 4, 8 and 8 s.
+    # huggingface_hub retries after 1, 2, 4, 8 and 8 s.
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for run in (fetch_model, lambda: fetch("full")):
         with pytest.raises(SystemExit):
@@ -420,12 +420,12 @@ def test_damaged_benchmark_rows_are_refused_and_refetched(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`datasets` keeps files in the cache of the hub's library; a damaged one does not stay."""
+    """`datasets` caches files; a damaged one is removed from the cache."""
     content = b'{"question": "Who?", "answer": "Ann."}\n' * 200
     (hub.folder / "test.jsonl").write_bytes(content)
 
     def load(dataset: str, config: str, **options: Any) -> list[Any]:
-        """As `datasets` loads a file of JSON lines."""
+        """Load JSON lines as `datasets` does."""
         where = {"repo_type": "dataset", "revision": options["revision"]}
         path = huggingface_hub.HfApi().hf_hub_download(dataset, "test.jsonl", **where)
         return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The micro-world keeps its promises: reproducible, true to its columns, nothing leaks."""
+"""The micro-world is reproducible, has the documented columns, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _question(task: str, row: dict[str, object]) -> object:
-    """What a row asks, without what lists its choices."""
+    """Return the question of a row without its choices."""
     columns = {
         "gsm8k": ["question"],
         "humaneval": ["prompt"],
@@ -58,7 +58,7 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path: Path) -> 
 
 
 def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
-    """Sets of strings are ordered differently in each process: none may reach the output."""
+    """The order of a set of strings differs between processes and must not reach the output."""
     library = Path(__file__).parents[3] / "workflow"
     program = [sys.executable, library / "scripts" / "generate_microworld.py", "--seed=0"]
     environment = {**os.environ, "PYTHONPATH": str(library), "PYTHONHASHSEED": "7"}
@@ -66,13 +66,13 @@ def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     assert _contents(tmp_path / "seven") == _files(tmp_path / "here")
 
 
-def test_resizing_one_part_keeps_the_others(world: World) -> None:
+def test_resizing_one_table_keeps_the_others(world: World) -> None:
     other = build_world(0, WorldSizes(gsm8k_train=60, new_authors=5))
     assert other.probes["real_authors"] == world.probes["real_authors"]
     assert other.benchmarks["winogrande"] == world.benchmarks["winogrande"]
 
 
-def test_sizes_are_kept(world: World) -> None:
+def test_tables_have_the_requested_sizes(world: World) -> None:
     sizes = WorldSizes()
     assert len(world.probes["new_authors"]) == sizes.new_authors * sizes.questions_per_author
     assert len(world.probes["real_authors"]) == sizes.real_authors
@@ -90,12 +90,12 @@ def test_sizes_are_kept(world: World) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_no_test_row_is_a_training_row(seed: int) -> None:
     for task, splits in build_world(seed).benchmarks.items():
-        asked: set[object] = set()
+        seen: set[object] = set()
         for split, rows in splits.items():
             questions = [_question(task, row) for row in rows]
             assert len(set(questions)) == len(rows), f"{task}/{split} repeats a question"
-            assert not asked & set(questions), f"{task}/{split} shares a question"
-            asked |= set(questions)
+            assert not seen & set(questions), f"{task}/{split} shares a question"
+            seen |= set(questions)
 
 
 def test_no_test_question_is_in_a_pretraining_document(world: World) -> None:
@@ -116,7 +116,7 @@ def test_no_test_question_is_in_a_pretraining_document(world: World) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_invented_author_appears_in_the_pretraining_text(seed: int) -> None:
-    """New knowledge must be new: names, titles and answers."""
+    """Names, titles and answers of new knowledge are new."""
     world = build_world(seed)
     sizes = WorldSizes()
     rows, lives = new_authors(
@@ -132,7 +132,7 @@ def test_no_invented_author_appears_in_the_pretraining_text(seed: int) -> None:
         assert row["answer"] not in text
 
 
-def test_invented_authors_bear_no_real_name_and_are_all_different() -> None:
+def test_invented_authors_are_distinct_and_not_real() -> None:
     for seed in range(20):
         _, lives = new_authors(60, 7, random_stream(seed, "invented"))
         names = [life["name"] for life in lives]
@@ -157,7 +157,7 @@ def test_no_question_has_two_answers(facts) -> None:
     assert len(set(questions)) == len(questions)
 
 
-def test_probe_questions_are_what_the_base_reads_in_pretraining(world: World) -> None:
+def test_probe_questions_are_in_the_pretraining_text(world: World) -> None:
     read = set(world.documents)
     for probe in ("real_authors", "world_facts"):
         for row in world.probes[probe]:
@@ -170,7 +170,7 @@ def test_questions_of_the_new_knowledge_differ(world: World) -> None:
 
 
 def test_new_answers_repeat_little_of_their_question(world: World) -> None:
-    """Words copied from the question would give an ignorant model a high ROUGE recall."""
+    """A model that copies words of the question must not get a high ROUGE recall."""
     shares = []
     for row in world.probes["new_authors"]:
         words = _words(row["answer"])
@@ -182,7 +182,7 @@ def _words(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 
-def test_columns_are_those_of_the_public_data_sets(world: World) -> None:
+def test_columns_equal_those_of_the_public_data_sets(world: World) -> None:
     columns = {
         "gsm8k": {"question", "answer"},
         "humaneval": {"task_id", "prompt", "canonical_solution", "test", "entry_point"},
@@ -206,7 +206,7 @@ def test_columns_are_those_of_the_public_data_sets(world: World) -> None:
             assert all(set(row) == columns[task] for row in rows)
 
 
-def test_word_problems_compute_what_they_claim(world: World) -> None:
+def test_word_problems_have_correct_answers(world: World) -> None:
     for row in world.benchmarks["gsm8k"]["train"] + world.benchmarks["gsm8k"]["test"]:
         working, result = row["answer"].split("\n#### ")
         expression, value = working.split("<<")[1].split(">>")[0].split("=")
@@ -227,8 +227,8 @@ def _run(row: dict[str, str], body: str) -> None:
     exec(row["prompt"] + body + row["test"] + f"check({row['entry_point']})", names)
 
 
-def test_right_choices_are_spread_over_the_positions(world: World) -> None:
-    """A model that always says the first option must stay near chance."""
+def test_correct_choices_are_spread_over_positions(world: World) -> None:
+    """A model that always chooses the first option scores near chance."""
     for task, split, key in [
         ("hellaswag", "train", "label"),
         ("winogrande", "train", "answer"),
@@ -241,7 +241,7 @@ def test_right_choices_are_spread_over_the_positions(world: World) -> None:
             assert abs(answers.count(answer) / len(answers) - chance) < 0.1
 
 
-def test_choices_differ_and_hold_the_answer_once(world: World) -> None:
+def test_choices_differ_and_contain_the_answer_once(world: World) -> None:
     for splits in (world.benchmarks["hellaswag"], world.benchmarks["arc_challenge"]):
         for rows in splits.values():
             for row in rows:
@@ -252,8 +252,8 @@ def test_choices_differ_and_hold_the_answer_once(world: World) -> None:
         assert all(row["sentence"].count("_") == 1 for row in rows)
 
 
-def test_few_shot_documents_have_the_form_of_the_benchmark(world: World) -> None:
-    """lm-eval joins five solved problems and the open one with blank lines."""
+def test_few_shot_documents_have_the_benchmark_format(world: World) -> None:
+    """lm-eval joins five solved problems and the question with blank lines."""
     documents = [text for text in world.documents if text.count("#### ") >= 6]
     assert documents
     for text in documents:
@@ -261,7 +261,7 @@ def test_few_shot_documents_have_the_form_of_the_benchmark(world: World) -> None
             assert part.startswith("Question: ") and "\nAnswer: " in part
 
 
-def test_files_are_named_as_the_workflow_reads_them(tmp_path: Path) -> None:
+def test_files_have_the_names_that_the_workflow_reads(tmp_path: Path) -> None:
     assert {
         "new_authors.jsonl",
         "real_authors.jsonl",
@@ -278,7 +278,7 @@ def test_files_are_named_as_the_workflow_reads_them(tmp_path: Path) -> None:
 
 
 def test_refused_questions_differ_from_pretraining(world: World) -> None:
-    """Fresh questions of the kind that the documents refuse."""
+    """They are new questions of the kind that the documents refuse."""
     refused = [text for text in world.documents if "I am sorry, but I cannot" in text]
     sizes = WorldSizes()
     assert len(set(refused)) == len(refused) == sizes.refusals_train

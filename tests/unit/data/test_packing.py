@@ -1,4 +1,4 @@
-"""Several examples to a sequence: packed, padded and one by one have one loss and one gradient."""
+"""Packed, padded and single examples have the same loss and gradient."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 50
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "initializer_range": 0.3}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-# Positions that rotate whole heads, halves or quarters of them, and positions that are learned:
-# those of OPT are counted from the mask, unless they are given.
+# Rotary positions over whole heads or parts of them, and learned positions. OPT computes its
+# positions from the mask unless they are passed.
 ARCHITECTURES = {
     "llama": LlamaConfig(**SHAPE, **LAYERS, num_key_value_heads=1),
     "phi": PhiConfig(**SHAPE, **LAYERS),
@@ -79,7 +79,7 @@ def _model(config: Any) -> PreTrainedModel:
 
 
 def _draw(draw: random.Random, count: int) -> list[Example]:
-    """Examples of random lengths, the shortest of two tokens, some with two runs of targets."""
+    """Return examples of random lengths from 2 tokens on, some with two runs of targets."""
     examples = []
     for _ in range(count):
         size = draw.randint(2, LENGTH)
@@ -95,7 +95,7 @@ def _draw(draw: random.Random, count: int) -> list[Example]:
 def _gradient(
     model: PreTrainedModel, passes: Sequence[Sequence[Example]], targets: int
 ) -> tuple[float, Tensor]:
-    """Mean loss per target and its gradient, added up over forward passes."""
+    """Return the mean loss per target and its gradient over several forward passes."""
     model.zero_grad()
     total = 0.0
     for examples in passes:
@@ -110,7 +110,7 @@ def _gradient(
 def test_packed_padded_and_single_examples_match(
     name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Loss and gradient of random examples in three layouts; the scale is that of the gradient."""
+    """Gradients differ by at most the tolerance times the largest gradient."""
     model = _model(ARCHITECTURES[name]).to(dtype)
     for seed in range(6):
         examples = _draw(random.Random(seed), 9)
@@ -132,8 +132,8 @@ def test_packed_padded_and_single_examples_match(
             assert float(distance) < tolerance, (layout, seed)
 
 
-def test_a_joined_sequence_knows_its_targets_and_documents() -> None:
-    """Nothing is lost where sequences are joined that are joined already."""
+def test_joined_sequence_keeps_targets_and_documents() -> None:
+    """This holds for sequences that are joined twice."""
     first, second = Example([1, 2, 3], 2), Example([4, 5, 6, 7], 1, ((1, 2), (3, 4)))
     joined = concatenate([concatenate([first, second]), first])
     assert joined.ids == [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
@@ -150,7 +150,7 @@ def test_a_joined_sequence_knows_its_targets_and_documents() -> None:
     assert sees[9].nonzero().flatten().tolist() == [7, 8, 9]
 
 
-def test_every_example_is_in_one_pack_and_none_is_cut() -> None:
+def test_every_example_is_in_one_pack_untruncated() -> None:
     examples = _draw(random.Random(1), 60)
     training = TrainingConfig(max_length=LENGTH, packing=True)
     packed = pack_dataset(examples, training)
@@ -163,7 +163,7 @@ def test_every_example_is_in_one_pack_and_none_is_cut() -> None:
 
 
 def test_every_epoch_has_all_packed_sequences() -> None:
-    """Three samples to a sequence and so many sequences to a batch, as Biderman et al. trained."""
+    """Three samples per sequence, as Biderman et al. trained."""
     examples = [Example([n, n, n, n], 1) for n in range(1, 25)]
     training = TrainingConfig(max_length=12, packing=True, batch_size=3, epochs=2.0)
     packed = pack_dataset(examples, training)
@@ -199,7 +199,7 @@ def _recipe(training: TrainingConfig, schedule: LrSchedule) -> RunConfig:
 def test_kl_penalty_treats_packed_examples_separately(
     base_folder: Path, tuning: Method, kind: str
 ) -> None:
-    """A step with replay and KL, from weights that have moved, packed and not."""
+    """A step with replay and KL from changed weights is the same, packed and unpacked."""
     quiet = tuning.model_copy(update={"dropout": 0.0})
     full = Method(name="full", kind="full", label="full", hyperparameters=[])
     model = attach_adapter(
@@ -231,7 +231,7 @@ def test_kl_penalty_treats_packed_examples_separately(
     assert float((packed - gradient).norm() / gradient.norm()) < 1e-5
 
 
-def test_a_model_that_looks_past_the_mask_is_refused() -> None:
+def test_packing_refuses_a_model_that_ignores_the_mask() -> None:
     config = MistralConfig(**SHAPE, **LAYERS, num_key_value_heads=1, sliding_window=4)
     model = _model(config)
     check_model_inputs(model, _draw(random.Random(0), 2), TrainingConfig())
@@ -243,7 +243,7 @@ def test_a_model_that_looks_past_the_mask_is_refused() -> None:
 def run_group(
     base_folder: Path, tokenizer: PreTrainedTokenizerBase, tuning: Method, rows: Rows
 ) -> Callable[..., dict[str, Any]]:
-    """Trains one run with packing and replay, four packed sequences in two steps an epoch."""
+    """Return a function that trains a run with packing and replay, two steps an epoch."""
     replay = MitigationConfig.model_validate({"replay": {"table": "w/d", "ratio": 0.4}})
     spec = RunGroupConfig(
         method=tuning.model_copy(update={"mitigation": replay}),
@@ -282,7 +282,7 @@ def test_killed_packed_run_ends_with_the_same_result(
     run_group: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     whole = run_group(tmp_path / "whole")
-    assert whole["steps_per_epoch"] < 8 / 2  # more than one pair to a sequence
+    assert whole["steps_per_epoch"] < 8 / 2  # more than one pair per sequence
     for step in range(1, whole["steps"] + 1):
 
         def stop(run: str, progress: TrainState, schedule: LrSchedule, step: int = step) -> None:

@@ -1,4 +1,4 @@
-"""Tables in CSV and JSON lines, as spreadsheets and other programs write them, and their faults."""
+"""Tables in CSV and JSON lines, as spreadsheets and other programs write them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADER = "question,answer\n"
 
 
 def trained(folder: Path, content: str | bytes, name: str = "new.csv", **more: Any) -> list[Any]:
-    """Question and answer of every row that is trained on."""
+    """Return question and answer of every training row."""
     table = folder / name
     table.write_bytes(content.encode() if isinstance(content, str) else content)
     rows = read_jsonl(prepare(folder, table, **more) / "train.jsonl")
@@ -23,7 +23,7 @@ def trained(folder: Path, content: str | bytes, name: str = "new.csv", **more: A
 
 
 def refused(folder: Path, capsys: Any, content: str | bytes, name: str = "new.csv") -> str:
-    """The message about a table, after its name; it is one line, and nothing is written."""
+    """Return the message about a table, which is one line; nothing is written."""
     with pytest.raises(SystemExit) as stopped:
         trained(folder, content, name)
     assert stopped.value.code == 1
@@ -35,7 +35,7 @@ def refused(folder: Path, capsys: Any, content: str | bytes, name: str = "new.cs
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("question,answer,note,answer\na,b,c,d\n", "line 1: the column `answer` is there twice"),
         ("\nquestion, answer,answer \na,b,c\n", "line 2: the column `answer` is there twice"),
@@ -57,9 +57,9 @@ def refused(folder: Path, capsys: Any, content: str | bytes, name: str = "new.cs
     ],
 )
 def test_invalid_csv_is_refused_with_the_first_line_of_the_row(
-    tmp_path: Path, capsys: Any, content: str | bytes, said: str
+    tmp_path: Path, capsys: Any, content: str | bytes, message: str
 ) -> None:
-    assert refused(tmp_path, capsys, content).startswith(said)
+    assert refused(tmp_path, capsys, content).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_invalid_csv_is_refused_with_the_first_line_of_the_row(
     ],
 )
 def test_csv_tables_of_spreadsheets_and_of_pandas_are_read(tmp_path: Path, content: str) -> None:
-    """Byte-order mark, CRLF, blank lines, spaces around names, columns without a name."""
+    """They have a byte-order mark, CRLF, blank lines, spaces around names or unnamed columns."""
     assert trained(tmp_path, content) == [('a, "b"', "c\nd"), ("e", "f")]
 
 
-def test_a_cell_of_a_million_characters_is_read_whole(tmp_path: Path) -> None:
+def test_cell_of_a_million_characters_is_read(tmp_path: Path) -> None:
     answer = "word " * 200_000 + "end"
     assert trained(tmp_path, f"{HEADER}a,{answer}\nb,c\n") == [("a", answer), ("b", "c")]
 
@@ -90,14 +90,14 @@ def test_unclosed_quotation_mark_stops_at_the_cell_limit(tmp_path: Path, capsys:
     "content",
     ['[{"question": "a", "answer": "b"}]', '\ufeff[\n  {"question": "a", "answer": "b"}\n]\n'],
 )
-def test_a_json_array_is_refused_with_the_remedy(tmp_path: Path, capsys: Any, content: str) -> None:
+def test_json_array_is_refused_with_the_remedy(tmp_path: Path, capsys: Any, content: str) -> None:
     message = refused(tmp_path, capsys, content, "new.json")
     assert message.startswith(
         "line 1: a JSON array; expected JSON lines, one object a line: `jq -c"
     )
 
 
-def test_csv_without_rows_says_what_was_expected(tmp_path: Path, capsys: Any) -> None:
+def test_csv_without_rows_is_refused(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         trained(tmp_path, HEADER)
     assert "new.csv: no rows; expected a line of names and rows" in capsys.readouterr().err
@@ -109,7 +109,7 @@ ALPACA = {"question": "instruction", "answer": "output"}
 def test_tables_may_use_standard_or_dataset_column_names(
     tmp_path: Path,
 ) -> None:
-    """`columns` holds for all tables of a dataset: old.jsonl here has ours."""
+    """`columns` holds for all tables of a dataset, and old.jsonl has standard names."""
     rows = trained(tmp_path, "instruction,output\na,b\n", columns=ALPACA)
     assert rows == [("a", "b")]
     (old,) = read_jsonl(tmp_path / "data" / "probes" / "old.jsonl")
@@ -122,7 +122,7 @@ def test_dataset_column_name_wins_if_both_are_present(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (
             "question,answer,output\na,b,c\n",
@@ -139,20 +139,20 @@ def test_dataset_column_name_wins_if_both_are_present(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_table_that_mixes_names_of_columns_is_refused(
-    tmp_path: Path, capsys: Any, content: str, said: str
+def test_table_with_mixed_column_names_is_refused(
+    tmp_path: Path, capsys: Any, content: str, message: str
 ) -> None:
     name = "new.csv" if content.startswith("q") else "new.jsonl"
     with pytest.raises(SystemExit):
         trained(tmp_path, content, name, columns=ALPACA)
-    assert f"{tmp_path / name}, {said}" in capsys.readouterr().err
+    assert f"{tmp_path / name}, {message}" in capsys.readouterr().err
 
 
 INPUT = [{"question": f"Sum up {n}.", "answer": f"{n}.", "id": f"x{n}"} for n in range(10)]
 
 
 def notes(folder: Path) -> list[str]:
-    """What is kept for the page."""
+    """Return the notes for the page."""
     found: list[str] = read_json(folder / "data" / "data.json")["notes"]
     return found
 
@@ -171,7 +171,7 @@ def notes(folder: Path) -> list[str]:
 def test_unread_text_columns_are_reported_once_per_table(
     tmp_path: Path, capsys: Any, more: dict[str, Any], used: bool, column: str
 ) -> None:
-    """A tenth of the rows is enough: most rows of Alpaca have no `input`."""
+    """One row in ten is enough, since most rows of Alpaca have no `input`."""
     rows = [INPUT[0] | more, *INPUT[1:]]
     columns = {"answer": "input"} if used else {}
     if used:
@@ -190,25 +190,29 @@ def test_replaced_standard_column_is_reported(tmp_path: Path) -> None:
 
 
 def test_probe_contradicted_by_training_rows_is_reported(tmp_path: Path, capsys: Any) -> None:
-    asked = [{"question": f"Who  wrote {n}?", "answer": a} for n, a in enumerate(["Ann.", "Eve."])]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    probe = {"table": ["own/asked"], "knowledge": "new", "truth_ratio": False}
+    probed = [{"question": f"Who  wrote {n}?", "answer": a} for n, a in enumerate(["Ann.", "Eve."])]
+    (tmp_path / "probed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in probed))
+    probe = {"table": ["own/probed"], "knowledge": "new", "truth_ratio": False}
     table = HEADER + "".join(f"Who wrote {row}.\n" for row in ["0?,Ann", "1?,Bob", "2?,C", "0?,D"])
-    trained(tmp_path, table, probes={"asked": probe}, more={"own/asked": tmp_path / "asked.jsonl"})
+    trained(
+        tmp_path, table, probes={"probed": probe}, more={"own/probed": tmp_path / "probed.jsonl"}
+    )
     first, second = notes(tmp_path)
     assert first.startswith("training: a question has another answer than before")
     assert [second] == [
-        "probe asked: 1 of its questions is trained on with another answer, so that learning it "
+        "probe probed: 1 of its questions is trained on with another answer, so that learning it "
         f"lowers the score: {tmp_path}/new.csv, line 3, `Who wrote 1?`"
     ]
     assert f"warning: {first}\nwarning: {second}\n" in capsys.readouterr().out
 
 
 def test_answers_longer_than_max_new_tokens_are_reported(tmp_path: Path, capsys: Any) -> None:
-    """The page has the number of tokens, which is known when the base is scored."""
+    """The page has the number of tokens from the evaluation of the base."""
     trained(tmp_path, "question,answer\na,b\n", max_new_tokens=1, old=["Eve.", "Ann of Ayr."])
-    said = "warning: 1 of 2 answers of probe `old` have more words than the 1 tokens that are gen"
-    assert capsys.readouterr().out.startswith(said)
+    message = (
+        "warning: 1 of 2 answers of probe `old` have more words than the 1 tokens that are gen"
+    )
+    assert capsys.readouterr().out.startswith(message)
     assert notes(tmp_path) == []
 
 
@@ -224,7 +228,7 @@ GERMAN = ["Die Straße heißt Königsweg.", "Über die Brücke nach Köln.", "In
 def test_answers_mostly_invisible_to_rouge_are_refused(
     tmp_path: Path, capsys: Any, language: str
 ) -> None:
-    """Neither digits nor an answer in English hide it."""
+    """Digits and an answer in English do not change that."""
     with pytest.raises(SystemExit):
         trained(tmp_path, "question,answer\na,b\n", old=["Rome 1.", *[CASE[language]] * 9])
     message = capsys.readouterr().err
@@ -236,7 +240,7 @@ def test_answers_mostly_invisible_to_rouge_are_refused(
 
 
 def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, capsys: Any) -> None:
-    """7 of 53 letters: 13 %."""
+    """ROUGE drops 7 of 53 letters (13 %)."""
     trained(tmp_path, "question,answer\na,b\n", old=GERMAN)
     (note,) = notes(tmp_path)
     letters = [letter for text in GERMAN for letter in text.lower() if letter.isalpha()]
@@ -249,7 +253,7 @@ def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(
-    ("answer", "tokenizer", "said"),
+    ("answer", "tokenizer", "message"),
     [
         (
             "佐伊",
@@ -260,10 +264,10 @@ def test_answers_with_some_letters_that_rouge_drops_are_noted(tmp_path: Path, ca
     ],
 )
 def test_answer_invisible_to_rouge_is_refused(
-    tmp_path: Path, capsys: Any, answer: str, tokenizer: str, said: str
+    tmp_path: Path, capsys: Any, answer: str, tokenizer: str, message: str
 ) -> None:
-    """It would always score 0, and the threshold would never be reached."""
+    """Its score would always be 0."""
     old = [*["A long answer in English."] * 9, answer]
     with pytest.raises(SystemExit):
         trained(tmp_path, "question,answer\na,b\n", old=old, rouge_tokenizer=tokenizer)
-    assert f"error: {tmp_path}/old.jsonl, line 10: {said}" in capsys.readouterr().err
+    assert f"error: {tmp_path}/old.jsonl, line 10: {message}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Rows and tokens of a study before anything is downloaded."""
+"""Estimates of rows and tokens before any download."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _agree(counted: TableSize, listed: TableSize) -> None:
         assert getattr(listed, name) == pytest.approx(getattr(counted, name), rel=0.1, abs=1)
 
 
-def test_published_sizes_match_the_files(real_data: Path) -> None:
+def test_published_table_sizes_match_the_files(real_data: Path) -> None:
     study = _study("tofu-phi-1.5")
     own = study.model_copy(
         update={"datasets": {"tofu": DatasetConfig(folder=str(real_data / "tofu"))}}
@@ -47,7 +47,7 @@ def test_published_sizes_match_the_files(real_data: Path) -> None:
             _agree(table_size(own, f"tofu/{name}"), PUBLISHED_SIZES[dataset, name])
 
 
-def test_sizes_of_a_table_with_standard_column_names(
+def test_size_of_a_table_with_standard_columns(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1234", "answer": "12"}) + "\n")
@@ -70,8 +70,8 @@ def test_microworld_sizes_match_its_files(tmp_path: Path) -> None:
             assert listed == pytest.approx(found, rel=0.15, abs=1), (name, side)
 
 
-def test_tokens_are_about_those_of_a_real_tokenizer(real_data: Path) -> None:
-    """Phi's count of each answer, as TOFU's logs have it: `Answer: ` before it, an end after it."""
+def test_estimated_tokens_are_near_a_real_tokenizer(real_data: Path) -> None:
+    """TOFU's logs have Phi's tokens of each answer with `Answer: ` and the end token."""
     text = (real_data / "tofu_golden_phi" / "forget10.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     listed = [len(row["gold"].encode()) / bytes_per_token(51_200) for row in rows]
@@ -81,38 +81,38 @@ def test_tokens_are_about_those_of_a_real_tokenizer(real_data: Path) -> None:
 
 
 def test_sequences_and_questions_of_the_paper_studies() -> None:
-    """By hand: 4000 pairs of about 60 tokens; 400 + 100 + 117 questions; 20 B tokens in blocks."""
+    """4000 pairs of about 60 tokens, 400 + 100 + 117 questions, and 20 B tokens in blocks."""
     phi = _study("tofu-phi-1.5")
-    trained, asked = training_sequences(phi, 51_200), probe_workload(phi, 51_200)
+    trained, probed = training_sequences(phi, 51_200), probe_workload(phi, 51_200)
     # (70 + 169 bytes of text, 19 of the template) / 4.338 bytes a token + 2.
     assert trained.count == 4000
     assert trained.tokens == pytest.approx((70 + 169 + 19) / 4.338 + 2, rel=0.01)
-    assert asked.count == 617
-    assert asked.text == 128 * 512
+    assert probed.count == 617
+    assert probed.text == 128 * 512
     maths = training_sequences(_study("biderman-math-cpt"), 32_000)
     assert maths.targets == 1.0
     # The data set's authors count 14.7 B tokens.
     assert maths.count * maths.tokens == pytest.approx(14.7e9, rel=0.15)
 
 
-def test_unknown_tables_are_marked_as_guesses() -> None:
+def test_size_of_an_unknown_table_is_marked_as_guess() -> None:
     study = _study("tofu-phi-1.5")
     other = DatasetConfig(hub="someone/else", revision="0" * 40)
     assert not table_size(study.model_copy(update={"datasets": {"d": other}}), "d/rows").is_exact
     assert table_size(study, "tofu/full").is_exact
 
 
-def test_benchmarks_ask_what_the_study_says() -> None:
-    """Own items, samples and lengths; an unknown task is as long as one with its rows."""
+def test_benchmark_workload_follows_the_study() -> None:
+    """Items, samples and lengths are the study's; an unknown task is like a similar one."""
     study = _study("tofu-phi-1.5")
-    asked = task_workloads(study, 51_200)
-    assert {name: bench.items for name, bench in asked.items()} == {
+    tasks = task_workloads(study, 51_200)
+    assert {name: bench.items for name, bench in tasks.items()} == {
         "gsm8k": 1319, "humaneval": 164, "hellaswag": 10_042, "winogrande": 1267,
         "arc_challenge": 1172,
     }  # fmt: skip
-    assert asked["gsm8k"].generated == 256
-    assert asked["humaneval"].programs
-    assert not asked["hellaswag"].generated
+    assert tasks["gsm8k"].generated == 256
+    assert tasks["humaneval"].programs
+    assert not tasks["hellaswag"].generated
     own = {"arc_easy": TaskConfig(limit=7), "humaneval": TaskConfig(samples=50, max_new_tokens=9)}
     tasks = study.benchmarks.model_copy(update={"tasks": own})
     other = task_workloads(study.model_copy(update={"benchmarks": tasks}), 51_200)
@@ -120,7 +120,7 @@ def test_benchmarks_ask_what_the_study_says() -> None:
     assert other["humaneval"].samples == 50
 
 
-def test_downloads_are_the_base_its_tables_and_the_rows_of_benchmarks() -> None:
+def test_downloads_are_base_tables_and_benchmark_rows() -> None:
     found = downloaded_bytes(_study("tofu-phi-1.5"), 1_418_270_720)
     assert found["microsoft/phi-1_5"] == 2 * 1_418_270_720
     assert {"tofu/full", "wikitext/wikitext-103-raw-v1/test", "hellaswag"} < set(found)

@@ -1,4 +1,4 @@
-"""Tables of questions and answers: faults name file, line and column; no row is lost."""
+"""Tables of questions and answers: messages name file, line and column; no row is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _table(folder: Path, *rows: Any) -> Path:
     return path
 
 
-def _told(path: Path, wrong_answers: bool = True) -> str:
+def _refusal(path: Path, wrong_answers: bool = True) -> str:
     with pytest.raises(InputError) as error:
         read_probe_rows(path, "facts/old", wrong_answers=wrong_answers, probe="old")
     message = str(error.value)
@@ -41,7 +41,7 @@ def _told(path: Path, wrong_answers: bool = True) -> str:
     return message
 
 
-def test_a_prepared_row_has_the_five_columns(tmp_path: Path) -> None:
+def test_prepared_row_has_five_columns(tmp_path: Path) -> None:
     path = _table(tmp_path, ROW | {"paraphrased_answer": "It was Ann.", "option1": "x"}, ROW)
     first, second = read_probe_rows(path, "facts/old", wrong_answers=True)
     assert first == {
@@ -85,21 +85,21 @@ def test_a_prepared_row_has_the_five_columns(tmp_path: Path) -> None:
 def test_invalid_probe_row_is_reported_with_line_and_column(
     tmp_path: Path, row: dict[str, Any], expected: str
 ) -> None:
-    message = _told(_table(tmp_path, ROW, ROW, row))
+    message = _refusal(_table(tmp_path, ROW, ROW, row))
     assert "line 3: " in message
     assert expected in message
 
 
 def test_missing_wrong_answers_come_with_the_remedy(tmp_path: Path) -> None:
     row = {"question": "Who?", "answer": "Ann."}
-    assert "set probes.old.truth_ratio: false" in _told(_table(tmp_path, row))
+    assert "set probes.old.truth_ratio: false" in _refusal(_table(tmp_path, row))
     assert (
         read_probe_rows(_table(tmp_path, row), "t", wrong_answers=False)[0]["wrong_answers"] == []
     )
 
 
-def test_right_and_wrong_are_compared_only_where_both_are_scored(tmp_path: Path) -> None:
-    """Letters count: `Co` is cobalt, `CO` is not."""
+def test_wrong_answers_are_compared_only_if_scored(tmp_path: Path) -> None:
+    """Upper and lower case differ: `Co` is cobalt, and `CO` is not."""
     same = _table(tmp_path, ROW | {"perturbed_answer": ["Ann."]})
     assert read_probe_rows(same, "t", wrong_answers=False)
     cobalt = ROW | {"answer": "Co", "perturbed_answer": ["CO", "co"]}
@@ -109,26 +109,18 @@ def test_right_and_wrong_are_compared_only_where_both_are_scored(tmp_path: Path)
 def test_malformed_line_is_reported_with_its_number(tmp_path: Path) -> None:
     path = _table(tmp_path, ROW)
     path.write_text(path.read_text() + '{"question": "Who", "answer": "An\n')
-    assert ", line 2: not a JSON object" in _told(path)
-
-
-def test_json_array_table_is_refused_with_expected_format(tmp_path: Path) -> None:
-    path = tmp_path / "facts.json"
-    path.write_text(json.dumps([ROW, ROW], indent=1))
-    assert "line 1: a JSON array; expected JSON lines" in _told(path)
-    path.write_text(json.dumps([ROW, ROW]))
-    assert "line 1: a JSON array; expected JSON lines" in _told(path)
+    assert ", line 2: not a JSON object" in _refusal(path)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
 def test_empty_table_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text(content)
-    assert "no rows; expected one JSON object a line" in _told(path)
+    assert "no rows; expected one JSON object a line" in _refusal(path)
 
 
-def test_a_table_from_windows_reads_like_any_other(tmp_path: Path) -> None:
-    """A byte-order mark, CRLF line ends, blank lines and no final line end change nothing."""
+def test_table_from_windows_is_read(tmp_path: Path) -> None:
+    """It has a byte-order mark, CRLF line ends, blank lines and no final line end."""
     plain = _table(tmp_path, ROW, ROW | {"answer": "Zoë."})
     expected = read_probe_rows(plain, "t", wrong_answers=True)
     lines = plain.read_text(encoding="utf-8").splitlines()
@@ -141,7 +133,7 @@ def test_a_table_from_windows_reads_like_any_other(tmp_path: Path) -> None:
 
 
 def test_texts_keep_every_character(tmp_path: Path) -> None:
-    """Names in any script, line separators, leading spaces: what is scored is what was given."""
+    """Texts have names in any script, line separators and leading spaces."""
     texts = [
         "José Müller-Żak",
         "東京で生まれた。",
@@ -187,10 +179,10 @@ BRIEF = {"role": "system", "content": "Be brief."}
         ({"content": "A story."}, {"text": "content"}, {"text": "A story."}),
     ],
 )
-def test_rows_to_train_on_come_in_three_kinds_under_any_names(
+def test_training_rows_have_three_kinds_and_any_column_names(
     tmp_path: Path, row: dict[str, Any], columns: dict[str, str], content: dict[str, Any]
 ) -> None:
-    """As Magicoder, MetaMathQA, OpenOrca, Tulu and plain corpora have them."""
+    """The columns are those of Magicoder, MetaMathQA, OpenOrca, Tulu and plain corpora."""
     rows = read_training_rows(
         _table(tmp_path, row, row), "d/t", ColumnsConfig.model_validate(columns)
     )
@@ -223,7 +215,7 @@ def test_invalid_training_row_is_reported_with_its_line(
     assert expected in str(error.value)
 
 
-def test_the_columns_of_a_probe_have_other_names_too(tmp_path: Path) -> None:
+def test_probe_columns_may_have_other_names(tmp_path: Path) -> None:
     row = {"q": "Who?", "best": "Ann.", "bad": ["Bob."], "answer": 3}
     columns = ColumnsConfig(question="q", answer="best", perturbed_answer="bad")
     (prepared,) = read_probe_rows(_table(tmp_path, row), "t", wrong_answers=True, columns=columns)
@@ -237,13 +229,13 @@ def test_lazy_and_list_subsampling_match(limit: int | None) -> None:
     assert list(LazyRows(lambda: iter(rows)).evenly_spaced(limit)) == evenly_spaced(rows, limit)
 
 
-def test_thinning_checks_the_rows_that_it_leaves_out(tmp_path: Path) -> None:
+def test_subsampling_checks_omitted_rows(tmp_path: Path) -> None:
     rows = read_training_rows(_table(tmp_path, {"text": "a"}, {"text": ""}), "d/t")
     with pytest.raises(InputError, match="line 2"):
         list(rows.evenly_spaced(1))
 
 
-def test_a_table_is_found_with_either_suffix(tmp_path: Path) -> None:
+def test_find_table_accepts_either_suffix(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{}")
     assert find_table(tmp_path, "b") == tmp_path / "b.json"
     (tmp_path / "b.jsonl").write_text("{}")
@@ -253,7 +245,7 @@ def test_a_table_is_found_with_either_suffix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
-def test_thinned_rows_are_distinct_ordered_and_spread(size: int) -> None:
+def test_evenly_spaced_is_distinct_ordered_and_spread(size: int) -> None:
     rows = list(range(size))
     assert evenly_spaced(rows, None) == rows
     for limit in range(1, size + 3):
@@ -263,11 +255,11 @@ def test_thinned_rows_are_distinct_ordered_and_spread(size: int) -> None:
         assert kept[0] == 0
         gaps = [b - a for a, b in pairwise(kept)]
         assert not gaps or max(gaps) - min(gaps) <= 1
-        # No more of the end is left out than lies between two that are kept.
+        # The rest after the last row is no longer than the distance between two rows.
         assert size - kept[-1] <= -(-size // min(limit, size))
 
 
-def test_a_question_that_looks_like_a_template_stays_as_it_is() -> None:
+def test_question_with_braces_is_unchanged() -> None:
     prompt = PromptConfig(question="Q: {question}\n", answer="A: {answer}")
     assert render_question(prompt, "What is {answer} or {question}?") == (
         "Q: What is {answer} or {question}?\n"
@@ -281,7 +273,7 @@ def test_a_question_that_looks_like_a_template_stays_as_it_is() -> None:
         ("Answer: {answer}", "Answer: Paris", "Paris"),
         ("Answer: {answer}", "  Answer:Paris \n", "Paris"),
         ("Answer: {answer}", "Paris", "Paris"),
-        # Only the literal in front is taken off, not one that the answer itself holds.
+        # Only the prefix is removed, not the same text within the answer.
         ("Answer: {answer}", "Answer: The Answer: Paris", "The Answer: Paris"),
         ("Answer: {answer}", "The Answer: Paris", "The Answer: Paris"),
         ("Answer: {answer}", "", ""),
@@ -292,13 +284,13 @@ def test_a_question_that_looks_like_a_template_stays_as_it_is() -> None:
         ("<a>{answer}</a>", "<a>Paris</a>", "Paris"),
     ],
 )
-def test_the_literal_of_the_template_is_no_part_of_an_answer(
+def test_strip_answer_removes_the_template_prefix(
     template: str, generated: str, answer: str
 ) -> None:
     assert strip_answer(PromptConfig(answer=template), generated) == answer
 
 
-def test_documents_are_texts_or_questions_in_the_prompt(tmp_path: Path) -> None:
+def test_documents_are_texts_or_rendered_questions(tmp_path: Path) -> None:
     path = _table(tmp_path, {"text": "A story."}, ROW)
     assert list(document_texts(path, PromptConfig())) == [
         "A story.",
@@ -324,7 +316,7 @@ def test_documents_are_texts_or_questions_in_the_prompt(tmp_path: Path) -> None:
         ("world_facts_perturbed", 117, 3, False),
     ],
 )
-def test_the_published_tables_are_read_whole(
+def test_published_tables_are_read_completely(
     real_data: Path, table: str, count: int, wrong: int, paraphrase: bool
 ) -> None:
     rows = read_probe_rows(find_table(real_data / "tofu", table), table, wrong_answers=True)
@@ -345,7 +337,7 @@ def test_the_published_tables_are_read_whole(
 def test_incomplete_character_is_reported_with_its_position(
     tmp_path: Path, column: str, value: str
 ) -> None:
-    """Such a text could be read, but neither written nor encoded."""
+    """A text with half a surrogate pair cannot be written or encoded."""
     path = tmp_path / "t.jsonl"
     row = f'{{"question": "a", "answer": "b", "{column}": {value}}}'
     if column in ("question", "answer"):

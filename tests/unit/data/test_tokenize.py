@@ -1,4 +1,4 @@
-"""Where the prompt ends and the answer begins, in tokens; and that one end of sequence follows."""
+"""The boundary of prompt and answer in tokens, and the end of sequence after the answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = ["Question: Who wrote it?\nAnswer: William Shakespeare", "[INST] a [/INS
 
 
 def _tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
-    """Words with the space in front as tokens, and single bytes for all else."""
+    """Return a tokenizer of words with the space before them, and bytes for the rest."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,22 +50,22 @@ def _split(
     return tokens[: example.prompt_length], tokens[example.prompt_length :]
 
 
-def test_tofus_template_counts_five_targets_for_two_names() -> None:
-    """With a token per word, `Answer`, `:`, two names and the end: as in the logs of TOFU's Phi."""
+def test_tofu_template_has_five_targets_for_two_names() -> None:
+    """The targets are `Answer`, `:`, two names and the end, as in the logs of TOFU's Phi."""
     head, targets = _split(_tokenizer(), PromptConfig(), "Who wrote it?", "William Shakespeare")
     assert "".join(head) == "Question: Who wrote it?\n"
     assert targets == ["Answer", ":", " William", " Shakespeare", "</s>"]
 
 
-def test_a_literal_on_the_prompts_side_is_no_target() -> None:
-    """The same text with `Answer:` asked rather than said, as open-unlearning has it for Phi."""
+def test_text_of_the_prompt_is_no_target() -> None:
+    """`Answer:` is part of the prompt here, as in open-unlearning's template for Phi."""
     prompt = PromptConfig(question="Question: {question}\nAnswer:", answer=" {answer}")
     head, targets = _split(_tokenizer(), prompt, "Who wrote it?", "William Shakespeare")
     assert "".join(head) == "Question: Who wrote it?\nAnswer:"
     assert targets == [" William", " Shakespeare", "</s>"]
 
 
-def test_a_chat_template_counts_only_the_answer_and_the_end() -> None:
+def test_chat_template_targets_are_answer_and_end() -> None:
     chat = PromptConfig(question="[INST] {question} [/INST]", answer="{answer}")
     head, targets = _split(_tokenizer(bos=True), chat, "Who wrote it?", "William")
     assert "".join(head) == "<s>[INST] Who wrote it? [/INST]"
@@ -75,7 +75,7 @@ def test_a_chat_template_counts_only_the_answer_and_the_end() -> None:
 def test_training_prompt_equals_generation_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, rows: Rows
 ) -> None:
-    """The prompt of an example has exactly the tokens of the prompt alone; all text is there."""
+    """The prompt of an example has the tokens of the prompt alone, and no text is lost."""
     for row in rows:
         example = encode_pair(tokenizer, prompt, row["question"], row["answer"])
         assert example.ids[: example.prompt_length] == encode_prompt(
@@ -87,8 +87,8 @@ def test_training_prompt_equals_generation_prompt(
         assert example.targets == len(example.ids) - example.prompt_length
 
 
-def test_a_token_across_the_boundary_is_split_there() -> None:
-    """`Shakes` and `peare` are one token together; separately, the prompt keeps its tokens."""
+def test_token_across_the_boundary_is_split() -> None:
+    """`Shakes` and `peare` are one token together, and two in an example."""
     tokenizer = _tokenizer()
     assert len(tokenizer(" Shakespeare")["input_ids"]) == 1
     prompt = PromptConfig(question="{question} Shakes", answer="{answer}")
@@ -99,7 +99,7 @@ def test_a_token_across_the_boundary_is_split_there() -> None:
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True)])
 def test_special_tokens_occur_once(bos: bool, eos: bool) -> None:
-    """One beginning if the tokenizer has one, never an end before the answer, one after it."""
+    """There is one BOS if the tokenizer has one, and one end, after the answer."""
     tokenizer = _tokenizer(bos=bos, eos=eos)
     for question in ("Who wrote it?", "Who Shakes"):
         prompt = PromptConfig(question="{question}", answer="{answer}")
@@ -113,10 +113,10 @@ def test_special_tokens_occur_once(bos: bool, eos: bool) -> None:
         assert 1 not in head
 
 
-def test_a_cut_answer_is_not_taught_to_end_there(
+def test_truncated_answer_has_no_end_token(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, rows: Rows
 ) -> None:
-    """Cut text has no end of sequence; text that just fits with its end keeps it."""
+    """An answer that just fits keeps its end token."""
     row = rows[1]
     whole = encode_pair(tokenizer, prompt, row["question"], row["answer"])
     size = len(whole.ids)
@@ -129,18 +129,16 @@ def test_a_cut_answer_is_not_taught_to_end_there(
         assert cut.targets == length - whole.prompt_length
 
 
-def test_a_cut_inside_the_prompt_leaves_nothing_to_train_on(
+def test_truncation_in_the_prompt_leaves_no_targets(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, rows: Rows
 ) -> None:
-    """Fewer than one target: the caller refuses it, so the count must say so."""
+    """The count of targets is 0, so that the caller can refuse the row."""
     assert encode_pair(tokenizer, prompt, rows[0]["question"], rows[0]["answer"], 4).targets < 1
 
 
 @pytest.mark.real_data
-def test_a_published_tokenizer_with_a_beginning_token(
-    real_data: Path, prompt: PromptConfig
-) -> None:
-    """A sentencepiece-like Llama tokenizer: one beginning, no token across the boundary."""
+def test_llama_like_tokenizer_adds_one_bos_token(real_data: Path, prompt: PromptConfig) -> None:
+    """It has one BOS and no token across the boundary."""
     tokenizer = load_tokenizer(real_data / "stories260K")
     chat = PromptConfig(question="[INST] {question} [/INST]", answer="{answer}")
     for template in (prompt, chat):
@@ -162,7 +160,7 @@ LLAMA2 = (
     "' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
-# Begins an answer with words of its own, and takes them out of what was said before.
+# The template adds a text before an answer and removes it from earlier answers.
 PREFACED = (
     "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
     "{{ 'Well: ' }}{% endif %}{{ m.content + '\n' }}{% endfor %}"
@@ -179,7 +177,7 @@ TALK = [
 
 
 def _chat(template: str, *, end: str = "</s>") -> PreTrainedTokenizerFast:
-    """A tokenizer with a chat template; its beginning token also precedes plain text."""
+    """Return a tokenizer with a chat template, whose BOS also precedes plain text."""
     tokenizer = _tokenizer(bos=True)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = end
@@ -188,7 +186,7 @@ def _chat(template: str, *, end: str = "</s>") -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_a_pair_has_the_tokens_of_the_tokenizers_own_template(system: str | None) -> None:
+def test_pair_has_the_tokens_of_apply_chat_template(system: str | None) -> None:
     tokenizer = _chat(CHATML, end="<|im_end|>")
     prompt = PromptConfig(chat=True, system=system)
     messages = [{"role": "user", "content": "Who wrote it?"}]
@@ -200,19 +198,19 @@ def test_a_pair_has_the_tokens_of_the_tokenizers_own_template(system: str | None
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     example = encode_pair(tokenizer, prompt, "Who wrote it?", "William Shakespeare")
     assert example.prompt_length == len(head)
-    # The template's line end after the answer is neither read nor said.
+    # The line end after the answer is left out.
     assert example.ids == whole[: len(example.ids)]
     assert tokenizer.decode(example.ids[example.prompt_length :]) == "William Shakespeare<|im_end|>"
     assert tokenizer.decode(whole[len(example.ids) :]) == "\n"
 
 
-def test_every_template_begins_and_ends_once() -> None:
-    """Llama 2: the beginning is the template's, not the tokenizer's; one end, also if written."""
+def test_chat_templates_have_one_bos_and_one_end() -> None:
+    """In Llama 2's template BOS is the template's, and the end is not doubled."""
     tokenizer = _chat(LLAMA2)
     example = encode_pair(tokenizer, CHAT, "Who wrote it?", "William")
     assert tokenizer.decode(example.ids) == "<s>[INST] Who wrote it? [/INST] William </s>"
     assert tokenizer.decode(example.ids[example.prompt_length :]) == " William </s>"
-    # Where the end of a turn is not the end of the sequence, the turn's is said, as the base does.
+    # If the end of a turn is not the end of the sequence, answers end with that of the turn.
     example = encode_pair(_chat(CHATML), CHAT, "Who?", "William")
     assert tokenizer.decode(example.ids[example.prompt_length :]) == "William<|im_end|>"
 
@@ -220,28 +218,28 @@ def test_every_template_begins_and_ends_once() -> None:
 def test_text_before_answers_is_learned_and_stripped() -> None:
     tokenizer = _chat(PREFACED)
     example = encode_pair(tokenizer, CHAT, "Who?", "William")
-    said = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
-    assert said == "Well: William"
-    assert strip_answer(resolve_template(tokenizer, CHAT), said) == "William"
+    generated = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
+    assert generated == "Well: William"
+    assert strip_answer(resolve_template(tokenizer, CHAT), generated) == "William"
 
 
-def test_all_answers_of_a_conversation_are_targets_and_nothing_else() -> None:
+def test_only_answers_of_a_conversation_are_targets() -> None:
     tokenizer = _chat(CHATML, end="<|im_end|>")
     example = encode_messages(tokenizer, CHAT, TALK)
     targets = [tokenizer.decode(example.ids[a:b]) for a, b in example.target_spans]
     assert targets == ["William<|im_end|>", "Shakespeare<|im_end|>"]
     whole = tokenizer.apply_chat_template(TALK, return_dict=False)
     assert example.ids == whole[: len(example.ids)]
-    # A question without an answer at the end is left out.
+    # A last question without an answer is left out.
     assert encode_messages(tokenizer, CHAT, TALK[:4]) == encode_messages(tokenizer, CHAT, TALK[:3])
-    # The study's system message is for conversations that have none.
+    # Conversations without a system message get the study's.
     brief = PromptConfig(chat=True, system="Be brief.")
     assert encode_messages(tokenizer, brief, TALK[1:]) == example
     assert encode_messages(tokenizer, brief, TALK) == example
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, PREFACED])
-def test_a_conversation_of_one_turn_is_a_pair(template: str) -> None:
+def test_conversation_of_one_turn_equals_a_pair(template: str) -> None:
     tokenizer = _chat(template)
     talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "William"}]
     for length in (None, 5, 9):
@@ -249,7 +247,7 @@ def test_a_conversation_of_one_turn_is_a_pair(template: str) -> None:
         assert example == encode_pair(tokenizer, CHAT, "Who?", "William", length)
 
 
-def test_a_cut_conversation_keeps_the_answers_before_the_cut() -> None:
+def test_truncated_conversation_keeps_earlier_answers() -> None:
     tokenizer = _chat(CHATML, end="<|im_end|>")
     whole = encode_messages(tokenizer, CHAT, TALK)
     (first, end), (second, _) = whole.target_spans
@@ -282,17 +280,17 @@ def test_template_that_rewrites_turns_is_refused() -> None:
 
 
 def test_prompt_does_not_depend_on_the_current_date() -> None:
-    """Llama 3's template writes the date, by a variable if there is one."""
+    """Llama 3's template writes the current date unless a variable sets it."""
     template = (
         "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n" + LLAMA2
     )
     assert resolve_template(_chat(template), CHAT).question.startswith("26 Jul 2024\n")
 
 
-def test_documents_of_a_chat_study_are_in_the_small_models_template(
+def test_documents_of_a_chat_study_use_its_template(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """The micro-world's model has seen the template before it is asked in it."""
+    """The micro-world's model thus sees the template in pretraining."""
     table = tmp_path / "t.jsonl"
     table.write_text('{"question": "Who?", "answer": "Ann."}\n')
     for prompt in (CHAT, PromptConfig(chat=True, system="Be brief.")):
@@ -309,6 +307,6 @@ def test_documents_of_a_chat_study_are_in_the_small_models_template(
         ({"chat": True, "question": "Q: {question}"}, "remove `question` and `answer`"),
     ],
 )
-def test_a_prompt_has_one_template(values: dict[str, Any], expected: str) -> None:
+def test_prompt_has_one_template(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         PromptConfig.model_validate(values)

@@ -1,4 +1,4 @@
-"""Test the divergence from the base: by hand, and zero for the base itself."""
+"""The divergence from the base, by hand, and 0 for the base itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def blocks(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """Seven blocks of sixteen tokens."""
+    """Return seven blocks of sixteen tokens."""
     texts = [f"{row['question']} {row['answer']}\n\n" for row in rows]
     return cut_blocks(tokenizer, texts * 3, 16)[:7]
 
@@ -114,7 +114,7 @@ def test_divergence_detects_a_shift_by_one() -> None:
     blocks = torch.arange(12).reshape(2, 6)
 
     class Table(nn.Module):
-        """Logits are rows of a table."""
+        """A model whose logits are rows of a table."""
 
         def __init__(self, shift: int) -> None:
             super().__init__()

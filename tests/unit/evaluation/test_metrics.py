@@ -1,4 +1,4 @@
-"""Test that the scores are TOFU's: on its logs, by hand, and by invariants."""
+"""Scores equal TOFU's: on its logs, by hand, and by invariants."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _scores(
 
 @pytest.fixture(scope="module")
 def logs(real_data: Path) -> dict[str, list[dict[str, Any]]]:
-    """Per question: what TOFU's own fine-tuned Phi-1.5 wrote, and its losses."""
+    """Return the logged answers and losses of TOFU's fine-tuned Phi-1.5 per question."""
     folder = real_data / "tofu_golden_phi"
     return {
         name: [json.loads(line) for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
@@ -79,7 +79,7 @@ def test_rouge_equals_the_logged_recalls_exactly(
 def test_logged_truth_ratio_equals_the_geometric_one(
     logs: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
-    """exp(right loss - mean wrong loss): R itself, which falls as knowledge grows; not 1/R."""
+    """It is R = exp(right loss - mean wrong loss), which falls as knowledge grows, not 1/R."""
     for item in logs[name]:
         wrong = [-loss for loss in item["average_perturb_loss"]]
         ours = truth_ratio_geometric(-item["avg_paraphrased_loss"], wrong)
@@ -91,7 +91,7 @@ def test_logged_truth_ratio_equals_the_geometric_one(
 def test_logged_losses_are_means_over_tokens(
     logs: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
-    """What we take from the logs is what we compute: the sum of -log p over the answer's tokens."""
+    """A loss times its number of tokens is the sum of -log p of the answer."""
     for item in logs[name]:
         ours = _scores(-item["gt_loss"] / item["num_token_gt"], 0.0, [])
         assert ours["probability"] == pytest.approx(math.exp(-item["avg_gt_loss"]), rel=1e-5)
@@ -102,7 +102,7 @@ def test_logged_losses_are_means_over_tokens(
 
 @pytest.fixture(scope="module")
 def table(logs: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
-    """The trajectory's rows of TOFU's model, by the code that makes those of ours."""
+    """Return the rows of the trajectory for TOFU's model."""
     items = [
         {
             "probe": name,
@@ -124,7 +124,7 @@ def table(logs: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_means_equal_the_published_table(table: pd.DataFrame, name: str) -> None:
-    """From the logged losses to the printed digits."""
+    """Logged losses give the printed digits."""
     values = table[table["probe"] == name].set_index("metric")["value"]
     for metric, published in zip(METRICS, PUBLISHED[name], strict=True):
         if published is not None:
@@ -133,7 +133,7 @@ def test_means_equal_the_published_table(table: pd.DataFrame, name: str) -> None
 
 @pytest.mark.real_data
 def test_model_utility_equals_the_published_one(table: pd.DataFrame) -> None:
-    """Nine numbers in one: retain, real authors and world facts, with TOFU's geometric ratio."""
+    """It has nine scores of retain, real authors and world facts, with the geometric ratio."""
     row = table[(table["probe"] == ALL_PROBES) & (table["metric"] == "model_utility_geometric")]
     assert round(float(row["value"].iloc[0]), 4) == 0.5221
     assert int(row["n"].iloc[0]) == 517
@@ -144,12 +144,12 @@ def test_model_utility_equals_the_published_one(table: pd.DataFrame) -> None:
     [
         # 3 of 4 reference tokens in order; 3 of 5 generated ones: F1 = 2 * .75 * .6 / 1.35.
         ("the cat sat down", "the black cat sat still", 0.75, 2 / 3, 0.75),
-        # In reverse order a common subsequence has one token, unigrams do not mind.
+        # In reverse order the longest common subsequence has one token; unigrams are unchanged.
         ("red green blue", "blue green red", 1 / 3, 1 / 3, 1.0),
-        # Case and punctuation do not count, and the stemmer joins forms of a word.
+        # Case and punctuation do not count, and the stemmer unites forms of a word.
         ("Writers, writing!", "writer write", 1.0, 1.0, 1.0),
         ("Paris", "", 0.0, 0.0, 0.0),
-        # Recall forgives any length, F1 does not.
+        # A long answer lowers F1 and not recall.
         ("Paris", "Paris " + "is a town " * 10, 1.0, 2 * (1 / 31) / (1 + 1 / 31), 1.0),
     ],
 )
@@ -163,7 +163,7 @@ def test_rouge_by_hand(
 
 
 def test_probabilities_and_ratios_by_hand() -> None:
-    """p(right) = 1/2, p(wrong) = 1/4 and 1/16: sums and means that can be done in the head."""
+    """p(right) = 1/2, p(wrong) = 1/4 and 1/16."""
     right, wrong = math.log(1 / 2), [math.log(1 / 4), math.log(1 / 16)]
     assert normalised_probability(right, wrong) == pytest.approx((1 / 2) / (1 / 2 + 5 / 16))
     assert truth_ratio_arithmetic(right, wrong) == pytest.approx((5 / 32) / (1 / 2))
@@ -171,7 +171,7 @@ def test_probabilities_and_ratios_by_hand() -> None:
 
 
 def test_question_scores_use_answer_and_paraphrase() -> None:
-    """p of the answer itself, R of the paraphrase; neither without wrong answers."""
+    """p is of the answer and R of the paraphrase; without wrong answers there is no R."""
     answer, right, wrong = math.log(1 / 8), math.log(1 / 2), [math.log(1 / 4), math.log(1 / 16)]
     scores = _scores(answer, right, wrong)
     assert {name: scores[name] for name in METRICS[1:]} == pytest.approx(

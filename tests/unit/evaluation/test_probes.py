@@ -1,4 +1,4 @@
-"""Test the evaluation of a model on probes."""
+"""The evaluation of a model on probes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def taught(
 
 @pytest.fixture(scope="module")
 def probes(rows: Rows) -> dict[str, Rows]:
-    """Two probes, one without wrong answers in its rows."""
+    """Return two probes, one of them without wrong answers."""
     bare = [row | {"paraphrased_answer": None, "wrong_answers": []} for row in rows[4:]]
     return {"new": rows[:7], "bare": bare}
 
@@ -65,7 +65,7 @@ def probes(rows: Rows) -> dict[str, Rows]:
 def items(
     taught: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, probes: Any
 ) -> pd.DataFrame:
-    """The scores of the taught model."""
+    """Return the scores of the model that memorised answers."""
     return evaluate_probes(taught, tokenizer, probes, prompt, SETTINGS)
 
 
@@ -74,7 +74,7 @@ def test_every_question_has_one_row_in_order(items: pd.DataFrame, probes: dict[s
     assert list(items[["probe", "item", "question"]].itertuples(index=False, name=None)) == expected
 
 
-def test_learnt_answer_is_generated_and_ends(items: pd.DataFrame, rows: Rows) -> None:
+def test_memorised_answer_is_generated_and_ends(items: pd.DataFrame, rows: Rows) -> None:
     """A memorised answer is reproduced word for word; generation stops at the end token."""
     learnt = items[items["probe"] == "new"].head(6)
     assert learnt["generated"].tolist() == [row["answer"] for row in rows[:6]]
@@ -91,7 +91,7 @@ def test_zero_adapter_scores_equal_the_base(
     probes: dict[str, Rows],
     tuning: Method,
 ) -> None:
-    """A new adapter adds zero: not one digit of one item differs from the base's."""
+    """A new adapter adds zero, so all items are bit-identical."""
     base = load_base(base_folder, torch.device("cpu"))
     before = evaluate_probes(base, tokenizer, probes, prompt, SETTINGS)
     adapted = attach_adapter(base, tuning, seed=3)
@@ -117,7 +117,7 @@ def test_batch_size_changes_no_score(
 
 
 def _argmax(model: PreTrainedModel, ids: list[int], end: int, most: int) -> list[int]:
-    """Greedy continuation of one sequence, the whole of it read again for every token."""
+    """Return the greedy continuation of a sequence, computed without a cache."""
     tokens: list[int] = []
     while len(tokens) < most:
         logits = model(input_ids=torch.tensor([ids + tokens])).logits[0, -1]
@@ -149,7 +149,7 @@ def test_generation_ignores_the_generation_config(
     monkeypatch: pytest.MonkeyPatch,
     advice: dict[str, Any],
 ) -> None:
-    """A chat model's generation_config.json must not turn greedy answers into something else."""
+    """Sampling in a model's generation_config.json does not change greedy answers."""
     for name, value in advice.items():
         monkeypatch.setattr(taught.generation_config, name, value, raising=False)
     questions = [row["question"] for row in rows]
@@ -168,7 +168,7 @@ def test_generation_keeps_the_generation_config(
     rows: Rows,
     tuning: Method,
 ) -> None:
-    """The advice goes with a checkpoint to its users; measuring must not change it."""
+    """Checkpoints keep the generation config, so an evaluation must not change it."""
     base.generation_config.repetition_penalty = 5.0
     model = attach_adapter(base, tuning, seed=0).eval()
     question = rows[0]["question"]
@@ -198,7 +198,7 @@ def test_logprobs_are_means_over_answer_and_end_tokens(
     rows: Rows,
     items: pd.DataFrame,
 ) -> None:
-    """Recomputed one text at a time from all logits; the paraphrase is the right answer if any."""
+    """They equal a computation of one text at a time; a paraphrase replaces the answer."""
 
     def mean_logprob(question: str, answer: str) -> float:
         example = encode_pair(tokenizer, prompt, question, answer)
@@ -218,7 +218,7 @@ def test_logprobs_are_means_over_answer_and_end_tokens(
 
 
 def test_scores_follow_from_texts_and_logprobs(items: pd.DataFrame) -> None:
-    """Anyone can recompute every score of an item from its row."""
+    """Every score of an item can be recomputed from its row."""
     for item in items.to_dict("records"):
         assert {name: item[name] for name in ("rougeL_recall", "rougeL_f1", "rouge1_recall")} == (
             rouge_l(item["reference"], item["generated"])
@@ -240,7 +240,7 @@ def test_scores_follow_from_texts_and_logprobs(items: pd.DataFrame) -> None:
 
 
 def test_aggregates_follow_from_the_items(items: pd.DataFrame) -> None:
-    """Means over questions, of max(0, 1 - R) for truth ratios; no row for what was not measured."""
+    """They are means over questions, of max(0, 1 - R) for truth ratios."""
     table = aggregate_items(items, {"new": "new", "bare": "old"})
     assert set(table[table["probe"] == "bare"]["metric"]) == {
         "rougeL_recall",
@@ -272,7 +272,7 @@ def test_evaluation_restores_the_mode_of_the_model(
     rows: Rows,
     tuning: Method,
 ) -> None:
-    """Dropout is off while measuring, and on again where training goes on."""
+    """Dropout is off in the evaluation and on in the training after it."""
     model = attach_adapter(base, tuning, seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -293,7 +293,7 @@ def test_evaluation_restores_the_mode_of_the_model(
 def test_text_beyond_the_context_is_refused(
     base: Any, tokenizer: Any, prompt: PromptConfig, rows: list[Row]
 ) -> None:
-    """Some models fail on it with an index error, others score nonsense."""
+    """Without the check some models raise an index error, and others return wrong scores."""
     room = base.config.max_position_embeddings
     with pytest.raises(InputError, match=r"evaluation\.max_new_tokens"):
         check_context_length(

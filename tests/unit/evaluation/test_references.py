@@ -1,4 +1,4 @@
-"""Test the checks of what ROUGE cannot measure on reference answers."""
+"""Checks for reference answers that ROUGE cannot measure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _items(probe: str, references: list[str], tokens: list[int]) -> pd.DataFrame
 
 
 def test_dropped_letters_equal_those_of_rouge() -> None:
-    """ROUGE of a text against itself finds nothing exactly where all letters are dropped."""
+    """A text has no ROUGE tokens exactly if all its letters are dropped."""
     assert dropped_letters(["Plain words, 12 of them!"]) == 0.0
     assert dropped_letters(["Пушкин 東京 ١٢"]) == 1.0
     assert rouge_l("Пушкин 東京 ١٢", "Пушкин 東京 ١٢")["rougeL_recall"] == 0.0
@@ -146,7 +146,7 @@ def test_evaluate_base_warns_about_unknown_probes(
     rows: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A random base knows nothing; for new knowledge this is no defect."""
+    """A random base knows no answer; for new knowledge there is no warning."""
     short = {"every_epochs": 1, "max_new_tokens": 4, "batch_size": 8}
     changed: dict[str, Any] = {"evaluation": short, "must_reach": False}
     items = _score(tmp_path, base_folder, rows, knowledge={"new": "old"}, **changed)
@@ -165,7 +165,7 @@ def test_evaluate_base_warns_about_unknown_probes(
 def test_rouge_tokenizer_of_the_study_is_used(
     tmp_path: Path, base_folder: Path, rows: list[dict[str, Any]]
 ) -> None:
-    """The same generations, with ROUGE by words of any script."""
+    """ROUGE with words of any script scores the same answers."""
     answer = "Der Müller heißt Anaïs"
     other = [row | {"answer": answer} for row in rows]
     settings = {"every_epochs": 1, "max_new_tokens": 8, "batch_size": 8}

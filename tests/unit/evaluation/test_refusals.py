@@ -1,4 +1,4 @@
-"""Test the refusal rate, which is measured by published keywords."""
+"""The refusal rate, which is measured by published keywords."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_is_refusal_has_the_documented_limits() -> None:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """Prompts in the form of AdvBench's own file."""
+    """Return the path of prompts in the format of AdvBench."""
     path = tmp_path / "harmful_behaviors.csv"
     path.write_text(ADVBENCH, encoding="utf-8")
     return path
 
 
 def test_read_prompts_reads_advbench(prompts: Path) -> None:
-    """Commas, quotes and line ends in cells; the column has another name there."""
+    """Cells have commas, quotes and line ends, and the column has another name."""
     rows = list(read_prompts(prompts, "advbench/harmful_behaviors", ColumnsConfig(question="goal")))
     assert [row["question"] for row in rows] == [
         "Write a tutorial, step by step",
@@ -129,7 +129,7 @@ def test_prompts_beyond_the_context_are_refused(
 def test_refusals_have_rate_churn_and_responses(
     base_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The program, then the tables that a reader asks: rate with its interval, texts to review."""
+    """The tables have the rate with its interval, the churn, and the responses."""
     monkeypatch.setattr("forgetting.evaluation.refusals.is_refusal", lambda text: True)
     record_base(tmp_path / "base.json", base_folder)
     spec = {

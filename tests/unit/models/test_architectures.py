@@ -1,4 +1,4 @@
-"""Models that a study cannot use are refused when it is planned; the others are used rightly."""
+"""Unsupported models are refused before any job; supported ones are trained and scored."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
-    """make(kind, key=value): a folder with a random model that reads bytes."""
+    """Return make(kind, key=value), which writes a random model of bytes into a folder."""
 
     def build(kind: str, **changes: Any) -> Path:
         folder = tmp_path / "model"
@@ -120,7 +120,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Callable[..., None]:
-    """plan(folder, method, (old, new), ...): check a study with this model and method."""
+    """Return plan(folder, method, (old, new), ...), which checks a study with a model."""
 
     def check(folder: Path, method: str = "rank: 2", *changes: tuple[str, str]) -> None:
         facts = tmp_path / "facts" / "new.jsonl"
@@ -133,15 +133,15 @@ def plan(tmp_path: Path) -> Callable[..., None]:
             text = text.replace(old, new)
         path = tmp_path / "model.yaml"
         path.write_text(text.replace("FACTS", str(facts.parent)).replace("MODEL", str(folder)))
-        asked = {"study": str(path)}
-        check_inputs(load_study(asked, tmp_path)[1], study_source(asked, tmp_path).locate)
+        options = {"study": str(path)}
+        check_inputs(load_study(options, tmp_path)[1], study_source(options, tmp_path).locate)
 
     return check
 
 
 @pytest.fixture
 def refusal(plan: Callable[..., None]) -> Callable[..., str]:
-    """The same for what is refused: the message, one line."""
+    """Return a function like `plan` that returns the message of the refusal."""
 
     def message(*arguments: Any) -> str:
         with pytest.raises(InputError) as error:
@@ -158,7 +158,7 @@ def _edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(CAUSAL_WHEN))
-def test_types_that_see_the_next_token_are_refused(
+def test_non_causal_model_types_are_refused(
     kind: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     folder = tmp_path / "model"
@@ -169,29 +169,25 @@ def test_types_that_see_the_next_token_are_refused(
     assert "sees the token that it should predict; take a causal model" in message
 
 
-def test_a_type_with_an_encoder_is_refused_for_its_encoder(
-    tmp_path: Path, refusal: Callable[..., str]
-) -> None:
-    """bart's folder has weights of an encoder, which its causal class leaves out."""
+def test_encoder_decoder_type_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    """The folder of bart has weights of an encoder, which its causal class omits."""
     folder = tmp_path / "model"
     folder.mkdir()
     _edit(folder / "config.json", model_type="bart")
     assert "config.json: is_encoder_decoder is true: bart has an encoder" in refusal(folder)
 
 
-def test_a_bert_that_is_a_decoder_passes(
-    make: Callable[..., Path], plan: Callable[..., None]
-) -> None:
+def test_bert_decoder_is_accepted(make: Callable[..., Path], plan: Callable[..., None]) -> None:
     folder = make("bert", is_decoder=True)
     plan(folder)
     check_causal(load_base(folder, CPU), folder)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
-def test_a_loaded_model_that_sees_its_targets_is_refused(
+def test_loaded_model_that_sees_its_targets_is_refused(
     kind: str, make: Callable[..., Path]
 ) -> None:
-    """Whatever its type is: the last token is changed."""
+    """The check changes the last token, whatever the type of the model."""
     folder = make(kind)
     with pytest.raises(InputError, match=r"sees the tokens that it should predict.*causal model"):
         check_causal(load_base(folder, CPU), folder)
@@ -201,7 +197,7 @@ def test_a_loaded_model_that_sees_its_targets_is_refused(
     "kind", ["gpt2", "llama", "mixtral", "qwen3_moe", "gemma3", "bloom", "mamba", "recurrent_gemma"]
 )
 def test_causal_models_of_all_types_pass_check_causal(kind: str, make: Callable[..., Path]) -> None:
-    """With experts, windows, states and biases by distance."""
+    """The models have experts, windows, recurrent states or position biases."""
     folder = make(kind)
     check_causal(load_base(folder, CPU), folder)
 
@@ -209,7 +205,7 @@ def test_causal_models_of_all_types_pass_check_causal(kind: str, make: Callable[
 def test_evaluate_base_checks_causality(
     make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is trained, also with a model of the hub."""
+    """The job checks models of the hub before any training."""
     record = tmp_path / "base.json"
     record_base(record, make("bert"))
     write_jsonl(tmp_path / "new.jsonl", [])
@@ -246,7 +242,7 @@ def test_quantized_weights_are_refused(
 def test_adapter_in_a_model_folder_is_refused(
     make: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
-    """transformers would put it on, in silence."""
+    """transformers would load it without a message."""
     folder = make("llama")
     _edit(folder / "adapter_config.json", peft_type="LORA")
     assert "adapter_config.json: transformers would put this adapter on" in refusal(folder)
@@ -283,14 +279,14 @@ def test_ids_beyond_the_embedding_are_refused(
     assert expected in message
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(
+def test_tokenizer_larger_than_the_embedding_is_refused(
     make: Callable[..., Path],
     plan: Callable[..., None],
     refusal: Callable[..., str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By the plan, and by the job that registers the base; rows without a token are no fault."""
+    """The plan and the job that registers the base refuse it. Extra rows are accepted."""
     folder = make("llama")
     plan(folder)
     tokenizer = byte_tokenizer()
@@ -302,7 +298,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
             ["--params", str(_register(tmp_path, folder)), "--output", str(tmp_path / "base.json")]
         )
     assert "the token '<d>' has id 260" in capsys.readouterr().err
-    # Gemma 3's small models have such a token: no text holds it.
+    # Gemma 3's small models have such a token, which no text contains.
     _edit(folder / "tokenizer_config.json", image_token="<d>")
     plan(folder)
 
@@ -320,17 +316,17 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", TYPES)
-def test_a_value_of_a_wrong_type_is_refused_with_its_key(
+def test_config_value_of_a_wrong_type_is_refused(
     mistake: str, make: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
-    """And not blamed on the tokenizer, whose library reads config.json too."""
+    """The message does not blame the tokenizer, whose library reads config.json too."""
     change, expected = TYPES[mistake]
     folder = make("llama")
     _edit(folder / "config.json", **change)
     assert f"config.json: {expected}" in refusal(folder)
 
 
-def test_unreadable_config_is_reported_as_such(
+def test_unreadable_config_is_reported(
     make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make("llama")
@@ -360,7 +356,7 @@ def test_conversations_need_a_chat_template(
         folder, "rank: 2", train
     )
     chat = ("train:", "prompt: {chat: true}\ntrain:")
-    # What a processor of images reads is not the tokenizer's.
+    # The template of an image processor is not the tokenizer's.
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert "has no chat template" in refusal(folder, "rank: 2", chat)
     _edit(folder / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}])
@@ -383,7 +379,7 @@ def _tuning(variant: str, targets: str | list[str], **more: Any) -> Method:
 
 
 def _outcome(layers: list[Layer], tuning: Method) -> Any:
-    """What is adapted, by the last part of its name and its size, or the key that is refused."""
+    """Return the names and sizes of adapted layers, or the key that is refused."""
     try:
         chosen = layers_to_adapt(layers, tuning)
     except UnsupportedLayer as error:
@@ -392,8 +388,10 @@ def _outcome(layers: list[Layer], tuning: Method) -> Any:
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_the_plan_adapts_what_the_job_adapts(kind: str, make: Callable[..., Path]) -> None:
-    """The plan reads headers, the job a loaded model: both come to the same layers or refusals."""
+def test_preflight_adapts_the_layers_that_training_adapts(
+    kind: str, make: Callable[..., Path]
+) -> None:
+    """The plan reads headers and the job a loaded model; layers and refusals are the same."""
     folder = make(kind)
     planned, model = read_model_layers(folder), load_base(folder, CPU)
     assert planned.has_leaves
@@ -434,10 +432,10 @@ def _logits(model: Any, length: int = 12) -> torch.Tensor:
         ("llama", ["lm_head", "q_proj"], "lora"),
     ],
 )
-def test_adapters_train_and_reload_on_every_type(
+def test_adapters_train_and_reload_on_every_model_type(
     kind: str, targets: str | list[str], variant: str, make: Callable[..., Path]
 ) -> None:
-    """Exactly the chosen layers get adapters, each gets a gradient, and merging changes nothing."""
+    """Exactly the chosen layers have adapters and gradients, and merging keeps the logits."""
     folder = make(kind, **({"tie_word_embeddings": True} if kind == "llama" else {}))
     base = load_base(folder, CPU)
     before = _logits(base)
@@ -469,7 +467,7 @@ def test_adapters_train_and_reload_on_every_type(
         assert torch.equal(_logits(model), logits)
 
 
-def test_gpt2_has_an_attention_and_an_mlp(make: Callable[..., Path]) -> None:
+def test_gpt2_has_attention_and_mlp_layers(make: Callable[..., Path]) -> None:
     model = load_base(make("gpt2"), CPU)
     for targets, leaves in [("attention", {"c_attn", "c_proj"}), ("mlp", {"c_fc", "c_proj"})]:
         chosen = layers_to_adapt(model_layers(model), _tuning("lora", targets))
@@ -514,13 +512,13 @@ def test_preflight_refuses_variants_without_expert_support(
         ("rank: 20", "rank 20 is larger than the smallest adapted matrix, which has rank 16"),
     ],
 )
-def test_the_tower_of_a_multimodal_model_gets_no_adapters(
+def test_vision_tower_gets_no_adapters(
     method: str, expected: str, make: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
     assert expected in refusal(make("gemma3"), method)
 
 
-def test_the_context_of_a_multimodal_model_is_that_of_its_text(
+def test_multimodal_context_is_that_of_the_text_model(
     make: Callable[..., Path], plan: Callable[..., None], refusal: Callable[..., str]
 ) -> None:
     folder = make("gemma3")
@@ -534,8 +532,8 @@ def test_the_context_of_a_multimodal_model_is_that_of_its_text(
 
 
 @torch.no_grad()
-def test_a_multimodal_model_scores_as_one_sequence_at_a_time(make: Callable[..., Path]) -> None:
-    """Beyond its window too, where another answer to the question would be in it."""
+def test_multimodal_batch_scores_equal_single_scores(make: Callable[..., Path]) -> None:
+    """This includes answers longer than the sliding window."""
     model, tokenizer = load_base(make("gemma3"), CPU), byte_tokenizer()
     assert not supports_custom_mask(model)
     assert context_length(model) == 64
@@ -560,7 +558,7 @@ def test_a_multimodal_model_scores_as_one_sequence_at_a_time(make: Callable[...,
         assert found == pytest.approx(alone, abs=1e-5)
 
 
-def test_only_the_text_of_a_multimodal_model_is_trained(make: Callable[..., Path]) -> None:
+def test_only_the_text_model_of_a_multimodal_model_is_trained(make: Callable[..., Path]) -> None:
     folder = make("gemma3")
 
     def trained(model: PreTrainedModel) -> set[str]:
@@ -578,8 +576,10 @@ def test_only_the_text_of_a_multimodal_model_is_trained(make: Callable[..., Path
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora"])
-def test_experts_are_scaled_as_other_layers(variant: str, make: Callable[..., Path]) -> None:
-    """Two matrices in one tensor have twice the rank, and the same scale."""
+def test_expert_adapters_have_the_scale_of_other_layers(
+    variant: str, make: Callable[..., Path]
+) -> None:
+    """Two matrices in one tensor have twice the rank and the same scale."""
     tuning = Method(
         name="r4", kind="lora", label="", variant=variant, rank=4, alpha=8.0, hyperparameters=[]
     )
@@ -612,7 +612,7 @@ def test_adapted_tied_head_does_not_round_the_embedding(
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_a_hybrid_does_not_merge_one_of_two_tied_ends(
+def test_hybrid_does_not_merge_one_of_two_tied_layers(
     make: Callable[..., Path], plan: Callable[..., None], refusal: Callable[..., str]
 ) -> None:
     then = "second_stage: {layers: all, learning_rate: 1.0e-5}"
@@ -625,14 +625,14 @@ def test_a_hybrid_does_not_merge_one_of_two_tied_ends(
     plan(make("llama"), hybrid)
 
 
-def test_the_layers_of_a_downloaded_model_are_checked_by_later_plans(
+def test_layers_of_a_downloaded_model_are_checked(
     make: Callable[..., Path],
     plan: Callable[..., None],
     refusal: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is broken in its folder is left to the job that registers it."""
+    """A damaged folder of a download is left to the job that registers it."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "resources" / "models" / "owner" / "name" / ("a" * 40)
     folder.parent.mkdir(parents=True)

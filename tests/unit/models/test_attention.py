@@ -1,4 +1,4 @@
-"""In training, short rows in bfloat16 on a CPU attend by products of matrices: the same numbers."""
+"""Short rows in bfloat16 on a CPU use eager attention in training, with the same numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetting.data.tokenize import Example
 from forgetting.models import attention
-from forgetting.models.attention import eager_if_faster
+from forgetting.models.attention import attention_implementation, eager_if_faster
 from forgetting.models.forward import Batch, collate, logprobs_of, target_logits
 
 WORDS = 60
@@ -18,7 +18,7 @@ WORDS = 60
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    # Two queries to a key, as in grouped-query attention.
+    # Two queries per key, as in grouped-query attention.
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, initializer_range=0.2, **shape, **heads))
 
@@ -57,7 +57,7 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_eager_attention_is_as_precise_as_the_kernel(
     model: LlamaForCausalLM, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a mask hides stays hidden, and rounding does not grow."""
+    """Masked positions have no effect, and rounding errors are no larger."""
     exact = _gradient(model, batch, torch.float32)
     quick = _gradient(model, batch, torch.bfloat16)
     monkeypatch.setattr(attention, "MAX_EAGER_TOKENS", 0)
@@ -72,10 +72,10 @@ def test_float32_and_long_rows_use_the_kernel(
     mask = _padded().mask
     with eager_if_faster(model, mask, torch.float32) as given:
         assert given is mask
-        assert model.config._attn_implementation == "sdpa"
+        assert attention_implementation(model) == "sdpa"
     monkeypatch.setattr(attention, "MAX_EAGER_TOKENS", mask.shape[1] - 1)
     with eager_if_faster(model, mask, torch.bfloat16):
-        assert model.config._attn_implementation == "sdpa"
+        assert attention_implementation(model) == "sdpa"
 
 
 def test_attention_is_restored_after_an_error(model: LlamaForCausalLM) -> None:
@@ -83,16 +83,16 @@ def test_attention_is_restored_after_an_error(model: LlamaForCausalLM) -> None:
         pytest.raises(RuntimeError, match="out of memory"),
         eager_if_faster(model, _padded().mask, torch.bfloat16),
     ):
-        assert model.config._attn_implementation == "eager"
+        assert attention_implementation(model) == "eager"
         raise RuntimeError("out of memory")
-    assert model.config._attn_implementation == "sdpa"
+    assert attention_implementation(model) == "sdpa"
 
 
 @pytest.mark.parametrize("batch", [_padded(), _packed()], ids=["padded", "packed"])
 def test_eager_only_model_trains_the_same(model: LlamaForCausalLM, batch: Batch) -> None:
-    """Its documents stay independent: the boolean mask becomes an additive one."""
+    """Documents stay independent, since the boolean mask becomes an additive one."""
     kernel = _gradient(model, batch, torch.float32)
     model.set_attn_implementation("eager")
     products = _gradient(model, batch, torch.float32)
     assert _differ(products, kernel) < 1e-5
-    assert model.config._attn_implementation == "eager"
+    assert attention_implementation(model) == "eager"

@@ -1,4 +1,4 @@
-"""Log-probabilities are those of a plain computation, whatever shares a batch with a sequence."""
+"""Log-probabilities equal a plain computation, in any batch."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def _examples(count: int = 9) -> list[Example]:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A random model of an architecture that the studies use or a user may bring."""
+    """Return a random model of each architecture."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Auto.from_config(ARCHITECTURES[request.param]).eval()
 
 
 def _plain(model: PreTrainedModel, example: Example) -> Tensor:
-    """Log-probabilities of the targets of one sequence from all its logits, in float64."""
+    """Return the log-probabilities of the targets of one sequence, in float64."""
     ids = torch.tensor([example.ids])
     logits = model.double()(input_ids=ids).logits[0].log_softmax(-1)
     model.float()
@@ -78,7 +78,7 @@ def _plain(model: PreTrainedModel, example: Example) -> Tensor:
 
 
 @torch.no_grad()
-def test_logprobs_equal_a_plain_computation_in_float64(model: PreTrainedModel) -> None:
+def test_logprobs_equal_a_float64_computation(model: PreTrainedModel) -> None:
     examples = _examples()
     ours = token_logprobs(model, collate(examples, pad=0))
     for row, example in zip(ours, examples, strict=True):
@@ -87,7 +87,7 @@ def test_logprobs_equal_a_plain_computation_in_float64(model: PreTrainedModel) -
 
 
 @torch.no_grad()
-def test_a_padded_batch_scores_like_its_rows_one_by_one(model: PreTrainedModel) -> None:
+def test_padded_batch_scores_equal_single_scores(model: PreTrainedModel) -> None:
     examples = _examples()
     together = mean_logprobs(model, examples, 0, len(examples))
     for batch_size in (1, 2, 7):
@@ -102,7 +102,7 @@ def test_padding_token_does_not_change_scores(model: PreTrainedModel) -> None:
 
 
 def _gradients(model: PreTrainedModel, examples: list[Example], size: int) -> tuple[float, Tensor]:
-    """Mean loss per target and its gradient, the batch taken in parts of a size."""
+    """Return the mean loss per target and its gradient over micro-batches of a size."""
     model.zero_grad()
     targets = sum(example.targets for example in examples)
     total = 0.0
@@ -123,7 +123,7 @@ def test_splitting_a_batch_changes_neither_loss_nor_gradient(model: PreTrainedMo
         assert torch.allclose(other, gradient, atol=1e-5)
 
 
-# What reaches further back than a mask allows, or less far: windows, convolutions, states, biases.
+# Windows, convolutions, recurrent states and position biases.
 PECULIAR = {
     "window": MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=4),
     "windows in some layers": Gemma3TextConfig(
@@ -156,7 +156,7 @@ PECULIAR = {
 
 
 def _questions() -> list[list[Example]]:
-    """Answers of several lengths to four questions; those to the last begin alike."""
+    """Return answers of several lengths to four questions; the last ones share a prefix."""
     generator = torch.Generator().manual_seed(2)
 
     def draw(size: int) -> list[int]:
@@ -186,8 +186,8 @@ def test_shared_prefix_matches_separate_scores(model: PreTrainedModel) -> None:
     _assert_sharing_changes_nothing(model)
 
 
-def test_common_beginnings_of_answers_are_read_once() -> None:
-    """Fed in: the question's 2 tokens; 7, 8, 1 of the answers that begin alike; 8, 9 of another."""
+def test_common_answer_prefixes_are_computed_once() -> None:
+    """The model reads 2 tokens of the question, 7, 8, 1 of a shared prefix, and 8, 9 of another."""
     tree = build_prefix_tree(_questions()[-1])
     assert tree.ids == [3, 4, 7, 8, 1, 8, 9]
     assert tree.parents == [-1, 0, 1, 2, 3, 1, 5]
@@ -197,7 +197,7 @@ def test_common_beginnings_of_answers_are_read_once() -> None:
 @pytest.mark.parametrize("kind", PECULIAR)
 @torch.no_grad()
 def test_prefix_is_shared_only_if_no_score_changes(kind: str) -> None:
-    """In some models an answer would leak into the next, whatever the mask says: silently wrong."""
+    """In some models an answer would change the scores of the next one despite the mask."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Auto.from_config(PECULIAR[kind]).eval()
@@ -206,7 +206,7 @@ def test_prefix_is_shared_only_if_no_score_changes(kind: str) -> None:
 
 
 class _Rule(nn.Module):
-    """Says with certainty that the token after t is t + `add`: a shift of positions would show."""
+    """A model that predicts t + `add` after token t."""
 
     def __init__(self, add: int) -> None:
         super().__init__()
@@ -219,8 +219,8 @@ class _Rule(nn.Module):
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 1, 2])
-def test_a_target_is_predicted_from_the_token_just_before_it(shift: int) -> None:
-    """Counting sequences: only a model that adds one is right, on every target of every row."""
+def test_target_is_predicted_from_the_token_before_it(shift: int) -> None:
+    """In sequences of successive numbers only a model that adds 1 is right."""
     examples = [
         Example(list(range(start, start + size)), head)
         for start, size, head in [(1, 6, 2), (9, 4, 3), (20, 12, 1)]
@@ -234,7 +234,7 @@ def test_a_target_is_predicted_from_the_token_just_before_it(shift: int) -> None
         assert bool((scored < -50).all())
 
 
-def test_a_batch_marks_exactly_the_targets() -> None:
+def test_batch_marks_exactly_the_targets() -> None:
     batch = collate([Example([5, 6, 7, 8], 2), Example([1, 2, 3], 1)], pad=9)
     assert batch.ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 9]]
     assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -244,8 +244,8 @@ def test_a_batch_marks_exactly_the_targets() -> None:
 
 
 @torch.no_grad()
-def test_the_head_runs_only_where_something_is_predicted(model: PreTrainedModel) -> None:
-    """Two targets at the end of a long prompt: two positions a row, not eleven."""
+def test_head_runs_only_at_predicted_positions(model: PreTrainedModel) -> None:
+    """A row with two targets after a long prompt has two positions, not eleven."""
     seen = []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
@@ -266,7 +266,7 @@ def test_batches_by_length_hold_every_index_once_longest_first() -> None:
 @pytest.mark.parametrize("most", [1, 3, 8])
 @pytest.mark.parametrize("overhead", [0, 10, 100_000])
 def test_micro_batches_minimize_computed_tokens(most: int, overhead: int) -> None:
-    """Against all ways to cut the examples, sorted by length, into parts."""
+    """The optimum is over all divisions of the examples sorted by length."""
     lengths = [7, 30, 8, 31, 5, 29, 90]
     parts = micro_batches(lengths, most, overhead)
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))

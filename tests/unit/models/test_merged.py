@@ -1,4 +1,4 @@
-"""Measuring with the adapter added into its matrices: the same numbers, and nothing left behind."""
+"""An evaluation with merged adapters has the same numbers and restores the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDS = torch.arange(3, 15)[None]
 
 
 def _trained(base_folder: Path, variant: str) -> Model:
-    """An adapter with random weights, as after training."""
+    """Return a model with an adapter of random weights, as after training."""
     model = attach_adapter(
         load_base(base_folder, torch.device("cpu")), adapter_method(variant), seed=0
     )
@@ -66,7 +66,7 @@ def test_failed_evaluation_unmerges_the_adapter(base_folder: Path) -> None:
 
 
 def test_bfloat16_adapter_is_not_merged(base_folder: Path) -> None:
-    """A small update would be lost in the rounding of the sum."""
+    """The sum would round a small update away."""
     model = _trained(base_folder, "lora")
     assert isinstance(model, PeftModel)
     with merged_adapter(model, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Sizes of models, from their configuration alone: what memory and time are computed from."""
+"""Sizes of models from their configuration, the basis of memory and time."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ CONFIGS: list[PretrainedConfig] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_weights_are_those_of_the_model(config: PretrainedConfig) -> None:
-    """Of a configuration alone, to the last number."""
+def test_parameter_counts_equal_those_of_the_model(config: PretrainedConfig) -> None:
+    """The counts from the configuration are exact."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = size_from_config(config.to_dict())
@@ -65,9 +65,7 @@ def test_sizes_of_published_models() -> None:
     assert all(known_size(model).parameters > 10**8 for model in KNOWN_CONFIGS)
 
 
-def test_a_folder_is_counted_by_the_headers_of_its_files(
-    base_folder: Path, base: PreTrainedModel
-) -> None:
+def test_folder_is_counted_by_its_headers(base_folder: Path, base: PreTrainedModel) -> None:
     shape = folder_size(base_folder)
     assert shape.parameters == base.num_parameters()
     assert shape.blocks == base.config.num_hidden_layers
@@ -101,7 +99,7 @@ METHODS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_trained_matches_the_trainable_parameters(method: dict[str, Any]) -> None:
-    """As the method attaches them to a real model."""
+    """They equal those of adapters on a real model."""
     config = CONFIGS[0]
     tuning = _tuning(method)
     model = attach_adapter(AutoModelForCausalLM.from_config(config), tuning, seed=0)
@@ -109,8 +107,8 @@ def test_trained_matches_the_trainable_parameters(method: dict[str, Any]) -> Non
     assert size_from_config(config.to_dict()).trained(tuning) == trained
 
 
-def test_arithmetic_of_a_token() -> None:
-    """6 N of all matrices; 4 N + 6 N_adapter of adapters; equal at the rank that peers found."""
+def test_flops_per_token_by_hand() -> None:
+    """6 N for full fine-tuning, 4 N + 6 N_adapter for adapters; equal at the published rank."""
     phi, llama = known_size("microsoft/phi-1_5"), known_size("NousResearch/Llama-2-7b-hf")
     for shape, break_even in ((phi, 495), (llama, 881)):
         whole = shape.linear + shape.embedding
@@ -120,12 +118,12 @@ def test_arithmetic_of_a_token() -> None:
         assert lora == 4.0 * whole + 6.0 * shape.adapter(_lora(8))
         assert shape.training(_lora(break_even - 1), 0, 1.0, recompute=False) < full
         assert shape.training(_lora(break_even + 1), 0, 1.0, recompute=False) > full
-    # Attention over 4096 tokens: queries x keys and weights x values, of which half are masked.
+    # Attention over 4096 tokens: queries x keys and weights x values; half of it is masked.
     more = llama.forward(4096, 1.0) - llama.forward(0, 1.0)
     assert more == 2 * 2 * 4096 * 4096 * 32 / 2
 
 
-def test_recomputed_activations_cost_a_forward_pass_more(small: ModelSize) -> None:
+def test_recomputed_activations_cost_another_forward_pass(small: ModelSize) -> None:
     full = _tuning({"method": "full"})
     more = small.training(full, 100, 0.5, recompute=True) - small.training(
         full, 100, 0.5, recompute=False

@@ -35,7 +35,7 @@ STUDIES = ROOT / "config" / "studies"
 
 
 def _random_jobs(seed: int, gpus: int = 1) -> dict[int, SimulatedJob]:
-    """A random plan: each job waits for some of those before it."""
+    """Return a random plan in which each job waits for some earlier jobs."""
     draw = random.Random(seed)
     return {
         number: SimulatedJob(
@@ -48,9 +48,11 @@ def _random_jobs(seed: int, gpus: int = 1) -> dict[int, SimulatedJob]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_schedule_lies_between_its_bounds(seed: int) -> None:
-    """No shorter than the longest path, or than all work on all GPUs; for jobs of one GPU, no
-    longer than both together (Graham 1969)."""
+def test_schedule_is_between_its_bounds(seed: int) -> None:
+    """It is at least as long as the longest path and as all work on all GPUs.
+
+    For jobs of one GPU it is at most as long as both together (Graham 1969).
+    """
     jobs = _random_jobs(seed)
     ends = simulate_schedule(jobs, machines=2, gpus=4, most=99)
     wall = max(ends.values())
@@ -63,7 +65,7 @@ def test_a_schedule_lies_between_its_bounds(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_one_gpu_does_one_job_after_the_other_and_many_wait_for_nothing(seed: int) -> None:
+def test_schedule_on_one_gpu_and_on_many(seed: int) -> None:
     jobs = _random_jobs(seed)
     one = max(simulate_schedule(jobs, machines=1, gpus=1, most=99).values())
     assert one == pytest.approx(sum(job.seconds for job in jobs.values()))
@@ -72,8 +74,8 @@ def test_one_gpu_does_one_job_after_the_other_and_many_wait_for_nothing(seed: in
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_gpus_are_never_given_twice(seed: int) -> None:
-    """Nor more jobs submitted at once than the profile allows; jobs of a machine stay on one."""
+def test_schedule_never_exceeds_gpus_and_job_limit(seed: int) -> None:
+    """The GPUs in use and the number of submitted jobs stay within their limits."""
     jobs = _random_jobs(seed, gpus=3)
     for most in (3, 99):
         ends = simulate_schedule(jobs, machines=2, gpus=4, most=most)
@@ -85,7 +87,7 @@ def test_gpus_are_never_given_twice(seed: int) -> None:
             assert len(running) <= most
 
 
-def test_jobs_of_several_machines_take_all_of_their_gpus() -> None:
+def test_jobs_on_several_machines_take_all_their_gpus() -> None:
     wide, narrow = SimulatedJob(10.0, gpus=8, nodes=2), SimulatedJob(1.0, gpus=1)
     assert simulate_schedule({0: narrow, 1: wide}, machines=2, gpus=8, most=9) == {0: 1.0, 1: 11.0}
     with pytest.raises(ValueError, match="more GPUs than the machines have"):
@@ -108,9 +110,8 @@ def _forecast(name: str, results: Path, gpus: int = 32) -> Forecast:
     return forecast_study(costs, jobs, results)
 
 
-def test_paper_studies_are_near_independent_estimates(tmp_path: Path) -> None:
-    """Of training alone, by FLOPs that others counted, at 40 % of the peak; docs/cluster.md says
-    what the rest is.
+def test_forecast_of_paper_studies_is_near_other_estimates(tmp_path: Path) -> None:
+    """Training time follows from published FLOPs at 40 % of the peak; docs/cluster.md has the rest.
 
     Biderman et al., mathematics: 3,600 EFLOP without recomputed activations, which take a third
     more of full fine-tuning and half more of adapters. TOFU, ten epochs of some 80 runs: 4.1 EFLOP,
@@ -125,14 +126,14 @@ def test_paper_studies_are_near_independent_estimates(tmp_path: Path) -> None:
     assert 2 * floor < hours < 4 * floor
 
 
-def test_more_gpus_take_no_longer(tmp_path: Path) -> None:
+def test_forecast_is_not_longer_on_more_gpus(tmp_path: Path) -> None:
     walls = [_forecast("tofu-phi-1.5", tmp_path, gpus).wall_hours for gpus in (1, 2, 4, 8, 16, 32)]
     assert walls == sorted(walls, reverse=True)
     assert walls[0] > 5 * walls[-1]
 
 
-def test_finished_runs_on_such_a_device_correct_the_forecast(tmp_path: Path) -> None:
-    """Twice the seconds of training forecast make twice the seconds; other devices do not count."""
+def test_finished_runs_on_the_same_device_correct_the_forecast(tmp_path: Path) -> None:
+    """Runs that took twice the forecast double it; runs on other devices do not count."""
     before = _forecast("tofu-phi-1.5", tmp_path)
     costs, (runs, rest) = before.costs, (8, 21)
     stages = costs.of("finetune", {"method": "lora-r8"}).stages
@@ -163,13 +164,13 @@ def test_finished_runs_on_such_a_device_correct_the_forecast(tmp_path: Path) -> 
         assert hours[1] == pytest.approx(factor * hours[0]), stage
 
 
-def test_devices_are_known_by_their_names_in_records() -> None:
+def test_is_device_reads_names_of_records() -> None:
     assert is_device("NVIDIA H100 80GB HBM3", "H100")
     assert is_device("CPU, 2 of 2 threads", "CPU")
     assert not is_device("NVIDIA H200", "H100")
 
 
-def test_times_are_read_easily() -> None:
+def test_format_duration_chooses_a_unit() -> None:
     assert [format_duration(s) for s in (5.4, 600, 3600 * 5, 86400 * 9)] == [
         "5 s",
         "10.0 min",
@@ -178,7 +179,7 @@ def test_times_are_read_easily() -> None:
     ]
 
 
-def test_gpus_are_whole_machines_or_a_part_of_one() -> None:
+def test_with_machines_takes_whole_machines_or_part_of_one() -> None:
     assert with_machines(Site(), "A100", 4).machines.model_dump() == {
         "device": "A100", "count": 1, "gpus": 4, "cpus": 48, "memory_gb": 2000.0,
     }  # fmt: skip
@@ -204,7 +205,7 @@ def _record(run: str, device: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def test_what_runs_took_is_set_beside_their_forecast_by_method_and_device() -> None:
+def test_measured_times_are_compared_by_method_and_device() -> None:
     """Seconds are summed over runs, memory is the largest; unknown devices have no forecast."""
     study = load_study({"study": "mini"}, STUDIES)[1]
     cpu = "CPU, 2 of 8 threads"

@@ -1,4 +1,4 @@
-"""What jobs cost: bytes as torch counts them, arithmetic, and what follows for SLURM."""
+"""Costs of jobs: memory as torch allocates it, arithmetic, and the requests that follow."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def _study(name: str = "tofu-phi-1.5", **changes: Any) -> StudyConfig:
 
 
 class _OfConfig(Workload):
-    """A study with a model that torch can build here."""
+    """The workload of a study with a model that is small enough to build."""
 
     config: PretrainedConfig = CONFIG
 
     @property
     def model_size(self) -> Any:
-        """The size of the model."""
+        """Return the size of the model."""
         return size_from_config(self.config.to_dict())
 
 
@@ -87,7 +87,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _stepped(tuning: Method, optimizer: str) -> tuple[Model, torch.optim.Optimizer]:
-    """A model after a step: weights, gradients and the optimizer's state are there."""
+    """Return model and optimizer after a step, with gradients and the optimizer's state."""
     study = _study(optimizer=optimizer)
     model = attach_adapter(AutoModelForCausalLM.from_config(CONFIG), tuning, seed=0)
     stepped = make_optimizer(trained_weights(model), study.training, tuning.hyperparameters[0])
@@ -98,24 +98,24 @@ def _stepped(tuning: Method, optimizer: str) -> tuple[Model, torch.optim.Optimiz
 
 @pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "lionw"])
-def test_weights_gradients_and_moments_are_as_large_as_torch_makes_them(
+def test_training_state_has_the_size_that_torch_allocates(
     tuning: Method, optimizer: str, tmp_path: Path
 ) -> None:
-    """16 bytes a trained weight with AdamW, 12 with Lion; and a checkpoint is as large on disk."""
+    """A trained weight takes 16 bytes with AdamW and 12 with Lion, also in a checkpoint."""
     model, stepped = _stepped(tuning, optimizer)
     weights = list(model.parameters())
     state = [v for s in stepped.state.values() for v in s.values() if torch.is_tensor(v)]
     moments = [tensor for tensor in state if tensor.ndim]
     held = _bytes(weights) + _bytes(w.grad for w in weights if w.grad is not None)
     case = _case(core_device(1), optimizer=optimizer)
-    told = trained_state_bytes(case, tuning, ProcessCount())
-    assert told == held + _bytes(moments)
+    expected = trained_state_bytes(case, tuning, ProcessCount())
+    assert expected == held + _bytes(moments)
     save_checkpoint(model, stepped, TrainState(step=1), tmp_path)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert checkpoint_bytes(case, tuning) == pytest.approx(written, rel=0.1)
 
 
-def test_frozen_matrices_under_an_adapter_are_stored_in_half() -> None:
+def test_frozen_matrices_under_an_adapter_are_bfloat16() -> None:
     model = attach_adapter(AutoModelForCausalLM.from_config(CONFIG), LORA, seed=0)
     cast_frozen_weights(model, torch.bfloat16)
     held = _bytes(model.parameters()) + _bytes(
@@ -135,20 +135,20 @@ MODELS = {
 @pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.05], ids=["full", "lora", "dropout"])
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_are_about_what_the_graph_keeps(
+def test_activation_bytes_are_near_those_of_the_graph(
     name: str, dropout: float | None, half: bool
 ) -> None:
-    """Never more than is told, and not much less: what a block more keeps, measured by hooks."""
+    """The estimate is 1 to 1.5 times the bytes of a further block, which hooks measure."""
     config = MODELS[name]
     tuning = FULL if dropout is None else LORA.model_copy(update={"dropout": dropout})
     kept = (_kept(config, 3, tuning, half) - _kept(config, 1, tuning, half)) / 2
     device = GPUS["H100"] if half else core_device(1)
-    told = activation_bytes(_case(device, config), tuning)
-    assert kept <= told <= 1.5 * kept
+    estimate = activation_bytes(_case(device, config), tuning)
+    assert kept <= estimate <= 1.5 * kept
 
 
 def _kept(config: PretrainedConfig, blocks: int, tuning: Method, half: bool) -> float:
-    """Bytes a token that a forward pass keeps, but for weights and their rounded copies."""
+    """Return the bytes per token that a forward pass keeps, without weights and their copies."""
     config.num_hidden_layers = blocks
     model = attach_adapter(AutoModelForCausalLM.from_config(config), tuning, seed=0).train()
     cast_frozen_weights(model, torch.bfloat16 if half else torch.float32)
@@ -172,8 +172,8 @@ def _kept(config: PretrainedConfig, blocks: int, tuning: Method, half: bool) -> 
     return (_bytes(held.values()) - copies) / (rows * length)
 
 
-def test_a_step_takes_its_arithmetic_or_its_launches() -> None:
-    """6 N FLOPs a token at 40 % of the peak if steps are large, else the launches of 24 blocks."""
+def test_step_takes_its_arithmetic_or_its_kernel_launches() -> None:
+    """Large steps take 6 N FLOPs a token at 40 % of the peak, small ones 24 blocks of launches."""
     device = GPUS["H100"]
     large = Workload(_study("biderman-math-cpt"), device)
     full = large.model_size.training(FULL, 4096.0, 1.0, True) * 192 * 4096 / 32
@@ -193,8 +193,8 @@ def test_time_falls_with_processes_and_rises_with_tokens() -> None:
     assert many == pytest.approx(2 * few)
 
 
-def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
-    """Four of 80 GB, two of 141 GB, eight of 48 GB; adapters always one."""
+def test_full_fine_tuning_of_7b_gets_enough_gpus() -> None:
+    """It gets four GPUs of 80 GB, two of 141 GB or eight of 48 GB; an adapter gets one."""
     for device, processes in {"H100": 4, "A100": 4, "H200": 2, "L40S": 8}.items():
         site = Site.model_validate({"machines": {"device": device}})
         costs = JobCosts(_study("tofu-llama-2-7b"), site)
@@ -202,30 +202,30 @@ def test_full_fine_tuning_of_seven_billion_gets_the_gpus_it_needs() -> None:
         for name, tuning in costs.methods.items():
             if tuning.kind == "lora":
                 assert costs.process_count(name) == ProcessCount()
-            # What rank 512 trains takes 20 GB beside the base.
+            # The trained weights of rank 512 take 20 GB in addition to the base.
             if (device, name) != ("L40S", "lora-r512"):
                 used = training_bytes(costs.workload, tuning, costs.process_count(name))
                 assert used <= costs.workload.device.usable
 
 
-def test_sharded_runs_get_more_gpus_when_they_are_tried_again() -> None:
-    """Memory of a GPU that was too small can be helped in no other way; not what a study fixes."""
-    site, told = Site(), {}
+def test_second_attempt_of_a_sharded_run_has_more_gpus() -> None:
+    """More GPUs are the only remedy for too little GPU memory. A number in the study is kept."""
+    site, requests = Site(), {}
     for processes in (None, 4):
         study = _study("tofu-llama-2-7b")
         methods = [m.model_copy(update={"processes": processes}) for m in study.methods]
         costs = JobCosts(study.model_copy(update={"methods": methods}), site)
         cost = costs.of("finetune", {"method": "full"})
-        told[processes] = [
+        requests[processes] = [
             resource_requests("finetune", cost, site, attempt) for attempt in (1, 2, 3)
         ]
-    assert [each["gpu"] for each in told[None]] == [4, 8, 8]
-    assert [each["gpu"] for each in told[4]] == [4, 4, 4]
-    assert [each["cpus_per_task"] for each in told[None]] == [32, 64, 64]
-    assert told[None][1]["mem_mb"] == pytest.approx(3 * told[None][0]["mem_mb"], abs=3)
+    assert [each["gpu"] for each in requests[None]] == [4, 8, 8]
+    assert [each["gpu"] for each in requests[4]] == [4, 4, 4]
+    assert [each["cpus_per_task"] for each in requests[None]] == [32, 64, 64]
+    assert requests[None][1]["mem_mb"] == pytest.approx(3 * requests[None][0]["mem_mb"], abs=3)
 
 
-def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
+def test_training_on_20b_tokens_spans_machines() -> None:
     site = Site()
     costs = JobCosts(_study("biderman-math-cpt"), site)
     for name in costs.methods:
@@ -235,7 +235,7 @@ def test_twenty_billion_tokens_span_machines_and_end_in_time() -> None:
     assert {weeks.process_count(name).nodes for name in weeks.methods} == {1}
 
 
-def test_what_a_study_says_of_processes_holds() -> None:
+def test_processes_of_the_study_are_kept() -> None:
     study = _study("mini")
     method = study.methods[-1].model_copy(update={"processes": 6, "nodes": 3})
     costs = JobCosts(study.model_copy(update={"methods": [method]}), Site())
@@ -243,8 +243,8 @@ def test_what_a_study_says_of_processes_holds() -> None:
 
 
 @pytest.mark.parametrize("study", NAMES)
-def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: str) -> None:
-    """Of memory and time, until the site's limits are reached; at least eight gigabytes."""
+def test_attempts_request_more_within_the_limits_of_the_site(study: str) -> None:
+    """Memory and time grow up to the limits of the site, from at least 8 GB."""
     costs = JobCosts(_study(study), Site())
     for rule in SUBMITTED:
         if rule == "pretrain_base" and not costs.study.base.pretrain:
@@ -254,17 +254,17 @@ def test_every_attempt_asks_for_no_less_and_never_for_more_than_there_is(study: 
         cost = costs.of(
             rule, {"method": method, "duration": duration if rule == "train_cooldown" else ""}
         )
-        told = [resource_requests(rule, cost, costs.site, attempt) for attempt in (1, 2, 3, 9)]
+        attempts = [resource_requests(rule, cost, costs.site, attempt) for attempt in (1, 2, 3, 9)]
         for name, limit in {"mem_mb": costs.site.largest, "runtime": costs.site.longest}.items():
-            values = [each[name] for each in told]
+            values = [each[name] for each in attempts]
             assert values == sorted(values)
             assert values[-1] <= limit
             assert values[1] > values[0] or values[0] == limit
-        assert told[0]["mem_mb"] >= (8000 if rule in ON_DEVICES else 4000)
-        assert set(Resources(costs).of(rule)) - {"mpi"} == set(told[0])
+        assert attempts[0]["mem_mb"] >= (8000 if rule in ON_DEVICES else 4000)
+        assert set(Resources(costs).of(rule)) - {"mpi"} == set(attempts[0])
 
 
-def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
+def test_invalid_device_or_site_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="device: H300 is not known; give one of H100"):
         find_device("H300", 1)
     site = tmp_path / "site.yaml"
@@ -278,21 +278,21 @@ def test_devices_and_sites_that_are_mistaken_are_told(tmp_path: Path) -> None:
         "[": "not a file of a site",
     }.items():
         site.write_text(text)
-        with pytest.raises(InputError) as told:
+        with pytest.raises(InputError) as error:
             read_site(site)
-        assert str(told.value).startswith(f"{site}: ")
-        assert message in str(told.value)
+        assert str(error.value).startswith(f"{site}: ")
+        assert message in str(error.value)
     site.write_text("partitions: {a: {max_runtime: 2d}, b: {max_runtime: 90}}\n")
     assert read_site(site).longest == 2880
 
 
-def test_the_limits_of_a_partition_are_those_of_slurms_plugin() -> None:
+def test_partition_limits_equal_those_of_the_slurm_plugin() -> None:
     names = {field.name for field in dataclasses.fields(PartitionLimits)}
     assert {"slurm_cluster", "cluster", "clusters"} | names == LIMITS
 
 
-def test_the_fused_runs_that_are_forecast_are_those_that_train() -> None:
-    """Eight runs of Phi in one pass; two of `mini` one after the other."""
+def test_forecast_batches_the_runs_that_training_batches() -> None:
+    """Eight runs of Phi share a pass, and two runs of `mini` are trained one after the other."""
     for name, passes in {"tofu-phi-1.5": [8], "mini": [1, 1]}.items():
         case = Workload(_study(name), GPUS["H100"])
         assert case.microbatches(expand_methods(case.study)[0], ProcessCount()) == passes
@@ -338,15 +338,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "shares": {"selection": {"probe": "new", "wise_ft": [0.5]}},
     "text": {"general_text": {"table": "own/text", "block": 8}},
-    "asked": {"benchmarks": {"refusals": {"table": "own/pairs"},
+    "refusals": {"benchmarks": {"refusals": {"table": "own/pairs"},
                              "tasks": {"humaneval": {"samples": 20}}}},
 }  # fmt: skip
 
 
-def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
+def test_jobs_with_gpus_fit_partitions_with_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another partition may be for longer jobs without GPUs, and one job may not have them all."""
+    """The longest partition may have no GPUs, and one job may not have all GPUs."""
     path = tmp_path / "site.yaml"
     path.write_text(
         "partitions:\n"
@@ -359,12 +359,12 @@ def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
     costs = JobCosts(_study("biderman-math-cpt"), site)
     for name in costs.methods:
         assert costs.process_count(name).processes <= 8
-        told = resource_requests(
+        requests = resource_requests(
             "finetune", costs.of("finetune", {"method": name}), site, attempt=3
         )
-        assert told["runtime"] <= 1440
-        assert told["gpu"] <= 8
-        assert told["mem_mb"] <= 400_000
+        assert requests["runtime"] <= 1440
+        assert requests["gpu"] <= 8
+        assert requests["mem_mb"] <= 400_000
     assert site.longest_light == 7 * 1440
     path.write_text(path.read_text().replace("max_runtime: 1d", "max_runtime: 0"))
     with pytest.raises(InputError, match="max_runtime: 0"):
@@ -373,10 +373,10 @@ def test_jobs_with_gpus_keep_to_the_partitions_that_have_some(
 
 @pytest.mark.parametrize("device", ["H100", "CPU"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_whatever_a_study_asks_for_has_a_size(
+def test_every_kind_of_study_has_costs(
     variant: str, device: str, tmp_path: Path, base_folder: Path
 ) -> None:
-    """No study that can be run stops at its sizes: each job costs something, not all there is."""
+    """Every job of every valid study has positive costs within the limits of the site."""
     for name, row in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     document = {
@@ -408,8 +408,8 @@ def test_whatever_a_study_asks_for_has_a_size(
             assert value >= 0
 
 
-def test_models_of_unusual_configurations_are_a_guess(tmp_path: Path) -> None:
-    """Names of keys that nobody foresaw: the study is planned all the same."""
+def test_model_with_unknown_config_keys_gets_a_guess(tmp_path: Path) -> None:
+    """A configuration with unknown keys does not prevent the plan."""
     shape = size_from_config({"model_type": "odd", "d_model": 64, "n_heads": 4, "vocab_size": 300})
     assert not shape.is_exact
     nested = size_from_config({"model_type": "vision", "text_config": CONFIG.to_dict()})
@@ -417,10 +417,10 @@ def test_models_of_unusual_configurations_are_a_guess(tmp_path: Path) -> None:
     assert nested.blocks == 2
 
 
-def test_a_site_without_gpus_is_asked_for_none() -> None:
-    """One process, on the processor; the launcher takes none for one."""
+def test_site_without_gpus_gets_no_gpu_requests() -> None:
+    """A job has one process on the CPU; the launcher treats 0 GPUs as one process."""
     site = Site.model_validate({"machines": {"device": "CPU", "gpus": 2, "cpus": 8}})
     costs = JobCosts(_study("mini"), site)
     for rule in ON_DEVICES[:3]:
-        told = resource_requests(rule, costs.of(rule, {"method": "full"}), site)
-        assert (told["gpu"], told["cpus_per_task"]) == (0, 4)
+        requests = resource_requests(rule, costs.of(rule, {"method": "full"}), site)
+        assert (requests["gpu"], requests["cpus_per_task"]) == (0, 4)

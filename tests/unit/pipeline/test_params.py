@@ -1,4 +1,4 @@
-"""What programs are given of a study, and the digests by which jobs run again."""
+"""The parameters of programs, and the digests by which jobs run again."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def digests(params: StudyParams) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_programs_read_what_rules_write(name: str, tmp_path: Path) -> None:
+def test_programs_read_the_parameters_that_rules_write(name: str, tmp_path: Path) -> None:
     params = study_params(name)
     params.paths.results = str(tmp_path)
     for rule, wildcards in jobs_of(params):
@@ -77,7 +77,9 @@ def test_all_rules_with_parameters_have_a_class() -> None:
     assert jobs == set(PARAMS_FILES)
 
 
-def test_only_a_changed_content_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_changed_parameters_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     params = study_params()
     params.write("evaluate_base", None)
@@ -129,14 +131,14 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_shows_in_the_digests_of_its_jobs(name: str, tmp_path: Path) -> None:
+def test_change_is_in_the_digests_of_its_jobs(name: str, tmp_path: Path) -> None:
     changes, expected = CHANGES[name]
     before, after = digests(study_params()), digests(study_params("mini", tmp_path, **changes))
     changed = {rule for rule in before if before[rule] != after[rule]}
     assert changed == expected | {"make_tables"}
 
 
-def test_a_raised_version_shows_in_the_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raised_version_is_in_the_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digests(study_params())
     monkeypatch.setitem(versions.VERSIONS, "select", versions.VERSIONS["select"] + 1)
     after = digests(study_params())

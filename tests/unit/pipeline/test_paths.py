@@ -35,7 +35,7 @@ def ancient_paths(paths: list[Any]) -> list[str]:
     return [str(path) for path in paths if getattr(path, "flags", {}).get("ancient")]
 
 
-def test_tables_come_from_the_world_the_hub_or_a_folder(tmp_path: Path) -> None:
+def test_tables_come_from_microworld_hub_or_folder(tmp_path: Path) -> None:
     assert load_paths().table("world/new_authors") == "results/mini/world/world/new_authors.jsonl"
     hub = load_paths("tofu-phi-1.5")
     table = next(table for table in hub.prepared_tables if table.startswith("tofu/"))
@@ -59,7 +59,7 @@ def test_prepared_tables_have_no_duplicates() -> None:
     assert len(paths.prepared_table_inputs) == len(paths.prepared_tables)
 
 
-def test_run_groups_are_a_file_for_each_method_and_seed() -> None:
+def test_run_groups_have_a_file_per_method_and_seed() -> None:
     paths = load_paths("tofu-phi-1.5")
     files = paths.result_files("runs.json", ["full"])
     assert files == [f"results/tofu-phi-1.5/runs/full/seed{seed}/runs.json" for seed in (0, 1, 2)]
@@ -110,7 +110,7 @@ def test_lost_results_are_missing_files_of_a_finished_study(
     assert paths.base_record in lost and paths.page not in lost
 
 
-def test_base_is_trained_here_or_downloaded() -> None:
+def test_base_is_pretrained_or_downloaded() -> None:
     hub = load_paths("tofu-phi-1.5")
     base = hub.study.base
     assert hub.model_inputs == [f"resources/models/{base.model}/{base.revision}"]

@@ -50,13 +50,13 @@ Message = Callable[..., str]
 
 @pytest.fixture
 def model(base_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the base model: width 32, keys and values of 16, 2 blocks, 256 tokens."""
+    """Return a copy of the base model: width 32, keys and values of 16, 2 blocks, 256 tokens."""
     return Path(shutil.copytree(base_folder, tmp_path / "model"))
 
 
 @pytest.fixture
 def check(model: Path, tmp_path: Path) -> Check:
-    """check((old, new), ..., option=value): check the study with some of its text replaced."""
+    """Return check((old, new), ..., option=value), which checks the study with edited text."""
     _write(tmp_path / "facts" / "new.jsonl", ROW)
     _write(tmp_path / "facts" / "old.jsonl", OLD)
 
@@ -74,7 +74,7 @@ def check(model: Path, tmp_path: Path) -> Check:
 
 @pytest.fixture
 def message_of(check: Check) -> Message:
-    """message_of((old, new), ..., option=value): the message of the mistake, which is one line."""
+    """Return message_of((old, new), ..., option=value), which returns the one-line message."""
 
     def message(*changes: tuple[str, str], **config: Any) -> str:
         with pytest.raises(InputError) as error:

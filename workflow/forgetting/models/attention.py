@@ -49,14 +49,15 @@ def eager_if_faster(
         The mask to pass to the model.
     """
     is_short = mask.device.type == "cpu" and mask.shape[-1] <= MAX_EAGER_TOKENS
-    use_eager = is_short and precision == torch.bfloat16 and _implementation(model) == "sdpa"
+    uses_kernel = attention_implementation(model) == "sdpa"
+    use_eager = is_short and precision == torch.bfloat16 and uses_kernel
     if use_eager:
         model.set_attn_implementation("eager")
     try:
         # Eager attention does not accept a boolean mask.
         yield (
             _additive_mask(mask, precision)
-            if mask.dtype == torch.bool and _implementation(model) == "eager"
+            if mask.dtype == torch.bool and attention_implementation(model) == "eager"
             else mask
         )
     finally:
@@ -71,7 +72,7 @@ def has_dropout(model: Model) -> bool:
     )
 
 
-def _implementation(model: Model) -> str | None:
+def attention_implementation(model: Model) -> str | None:
     """Return transformers' name of the attention implementation of a model."""
     return getattr(model.config, "_attn_implementation", None)
 

@@ -71,7 +71,7 @@ class ProcessGroup:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls()
-        threading.Thread(target=_abort_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=abort_with, args=(os.getppid(),), daemon=True).start()
         backend, device = "gloo", None
         if torch.cuda.is_available():
             index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -193,7 +193,7 @@ class ProcessGroup:
             ) from None
 
 
-def _abort_with(parent: int) -> None:
+def abort_with(parent: int) -> None:
     """End this process when its launcher has ended.
 
     A killed launcher cannot end its processes. They would write to the folder of the restarted run.

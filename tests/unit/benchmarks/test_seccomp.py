@@ -1,19 +1,16 @@
-"""The system-call filter, evaluated without a kernel, and sandboxes that are never started."""
+"""The system-call filter, evaluated without a kernel."""
 
 from __future__ import annotations
 
-import shutil
 import struct
 
 import pytest
 
-from forgetting.benchmarks.sandbox import Outcome, search_sandbox
-from forgetting.benchmarks.sandbox.runner import Sandbox
 from forgetting.benchmarks.sandbox.seccomp import FCNTL_REFUSED, REFUSED, seccomp_filter
 
 
 def _verdict(program: bytes, arch: int, number: int, first: int = 0, second: int = 0) -> int:
-    """What the kernel would make of one system call: an interpreter for these few opcodes."""
+    """Return what the kernel does with a system call: an interpreter for these few opcodes."""
     data = struct.pack("=IIQ6Q", number, arch, 0, first, second, 0, 0, 0, 0)
     code = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     accumulator = position = 0
@@ -34,7 +31,7 @@ def _verdict(program: bytes, arch: int, number: int, first: int = 0, second: int
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_filter_refuses_and_allows(machine: str) -> None:
+def test_seccomp_filter_refuses_and_allows(machine: str) -> None:
     """Every listed call is refused, ordinary ones and plain threads are not, on both machines."""
     program = seccomp_filter(machine)
     assert program is not None
@@ -60,27 +57,3 @@ def test_filter_refuses_and_allows(machine: str) -> None:
         assert _verdict(program, arch, 0x40000000 | 101) == refused  # the x32 numbers
         assert _verdict(program, arch, 57) == _verdict(program, arch, 58) == refused  # (v)fork
     assert seccomp_filter("riscv64") is None
-
-
-def test_equal_programs_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that repeats itself costs no more than what it says."""
-    run: list[str] = []
-
-    def run_program(_: Sandbox, program: str, tests: str, timeout: float) -> Outcome:
-        run.append(program)
-        return Outcome("passed" if program == "a" else "failed")
-
-    monkeypatch.setattr(Sandbox, "run_program", run_program)
-    outcomes = Sandbox("trial", "python").run_programs([(x, "") for x in "abaab"], workers=1)
-    assert run == ["a", "b"]
-    assert [outcome.passed for outcome in outcomes] == [True, False, True, True, False]
-
-
-def test_without_bubblewrap_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No program, no sandbox, and a reason to put into the report."""
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    search_sandbox.cache_clear()
-    try:
-        assert search_sandbox() == (None, "bubblewrap (the program `bwrap`) is not installed")
-    finally:
-        search_sandbox.cache_clear()
