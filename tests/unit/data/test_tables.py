@@ -17,9 +17,6 @@ from forgetting.data.tables import (
     evenly_spaced,
     read_probe_rows,
     read_training_rows,
-    render_answer,
-    render_question,
-    strip_answer,
 )
 from forgetting.errors import InputError
 
@@ -269,10 +266,10 @@ def test_thinned_rows_are_distinct_ordered_and_spread(size: int) -> None:
 
 def test_a_question_that_looks_like_a_template_stays_as_it_is() -> None:
     prompt = PromptConfig(question="Q: {question}\n", answer="A: {answer}")
-    assert render_question(prompt, "What is {answer} or {question}?") == (
+    assert prompt.render_question("What is {answer} or {question}?") == (
         "Q: What is {answer} or {question}?\n"
     )
-    assert render_answer(prompt, "{0} {} {answer}") == "A: {0} {} {answer}"
+    assert prompt.render_answer("{0} {} {answer}") == "A: {0} {} {answer}"
 
 
 @pytest.mark.parametrize(
@@ -295,7 +292,7 @@ def test_a_question_that_looks_like_a_template_stays_as_it_is() -> None:
 def test_the_literal_of_the_template_is_no_part_of_an_answer(
     template: str, generated: str, answer: str
 ) -> None:
-    assert strip_answer(PromptConfig(answer=template), generated) == answer
+    assert PromptConfig(answer=template).strip_answer(generated) == answer
 
 
 def test_documents_are_texts_or_questions_in_the_prompt(tmp_path: Path) -> None:
