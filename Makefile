@@ -24,8 +24,8 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/workflow
 
-# Sets `options`, a list of the shell's, to what follows --config. Make hands STUDY and CONFIG over in
-# the environment, so that no shell runs what is in them; words of CONFIG may be in quotes.
+# Set the shell array `options` to the arguments of --config. Make passes STUDY and CONFIG in the
+# environment, so that no shell runs their content. Words of CONFIG may be in quotes.
 export STUDY CONFIG GPUS DEVICE
 OPTIONS = options=(); [ -z "$$STUDY" ] || options+=("study=$$STUDY"); \
 	words=$$([ -z "$$CONFIG" ] || xargs -n 1 printf '%s\n' <<< "$$CONFIG"); \

@@ -33,8 +33,8 @@ from support.small_disk import read_only_disk, small_disk
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow" / "scripts"
 PROGRAMS = sorted(path.stem for path in SCRIPTS.glob("*.py"))
 FAULTS = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there",
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there",
     errno.EROFS: "let this user write there",
     errno.EACCES: "let this user write there",
     errno.EPERM: "let this user write there",
@@ -176,6 +176,6 @@ def test_download_to_a_full_disk_blames_the_disk(
     files = [RepoFile(path="model.safetensors", size=1, oid="0")]
     monkeypatch.setattr(HfApi, "list_repo_tree", lambda *_, **__: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    message = "cache/blobs/1: not written: No space left on device; make room there"
+    message = "cache/blobs/1: not written: No space left on device; free some space there"
     with pytest.raises(InputError, match=f"^{message}$"):
         fetch_model("owner/name", "0" * 40, tmp_path / "model")

@@ -161,7 +161,7 @@ def test_study_resumes_once_a_full_disk_has_room(
             assert snakemake.wait(600) != 0, begun.output
         (error,) = [line for line in begun.log().splitlines() if line.startswith("error: ")]
         assert error.startswith(f"error: {RESULTS}/state/")
-        assert "No space left on device" in error and "make room there" in error
+        assert "No space left on device" in error and "free some space there" in error
         assert error in begun.output
         step = begun.newest_step()
         assert step > 0, "there was no room for the first checkpoint"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-FREE_SPACE = "make room there"
+FREE_SPACE = "free some space there"
 GRANT_WRITE = "let this user write there, or take another folder"
 DISK_ERRORS = {
     errno.ENOSPC: FREE_SPACE,

@@ -17,9 +17,6 @@ from forgetting.data.tables import (
     evenly_spaced,
     read_probe_rows,
     read_training_rows,
-    render_answer,
-    render_question,
-    strip_answer,
 )
 from forgetting.errors import InputError
 
@@ -261,10 +258,10 @@ def test_evenly_spaced_is_distinct_ordered_and_spread(size: int) -> None:
 
 def test_question_with_braces_is_unchanged() -> None:
     prompt = PromptConfig(question="Q: {question}\n", answer="A: {answer}")
-    assert render_question(prompt, "What is {answer} or {question}?") == (
+    assert prompt.render_question("What is {answer} or {question}?") == (
         "Q: What is {answer} or {question}?\n"
     )
-    assert render_answer(prompt, "{0} {} {answer}") == "A: {0} {} {answer}"
+    assert prompt.render_answer("{0} {} {answer}") == "A: {0} {} {answer}"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +284,7 @@ def test_question_with_braces_is_unchanged() -> None:
 def test_strip_answer_removes_the_template_prefix(
     template: str, generated: str, answer: str
 ) -> None:
-    assert strip_answer(PromptConfig(answer=template), generated) == answer
+    assert PromptConfig(answer=template).strip_answer(generated) == answer
 
 
 def test_documents_are_texts_or_rendered_questions(tmp_path: Path) -> None:

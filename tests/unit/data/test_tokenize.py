@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from forgetting.config.data import PromptConfig
-from forgetting.data.tables import document_texts, render_answer, render_question, strip_answer
+from forgetting.data.tables import document_texts
 from forgetting.data.tokenize import encode_messages, encode_pair, encode_prompt, resolve_template
 from forgetting.errors import InputError
 from forgetting.models.loading import load_tokenizer
@@ -81,7 +81,7 @@ def test_training_prompt_equals_generation_prompt(
         assert example.ids[: example.prompt_length] == encode_prompt(
             tokenizer, prompt, row["question"]
         )
-        text = render_question(prompt, row["question"]) + render_answer(prompt, row["answer"])
+        text = prompt.render_question(row["question"]) + prompt.render_answer(row["answer"])
         assert tokenizer.decode(example.ids[:-1]) == text
         assert example.ids[-1] == tokenizer.eos_token_id
         assert example.targets == len(example.ids) - example.prompt_length
@@ -148,7 +148,7 @@ def test_llama_like_tokenizer_adds_one_bos_token(real_data: Path, prompt: Prompt
             tokenizer, template, "Who was Tim?"
         )
         answer = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
-        assert answer.strip() == render_answer(template, "A boy named Tim.")
+        assert answer.strip() == template.render_answer("A boy named Tim.")
 
 
 CHATML = (
@@ -220,7 +220,7 @@ def test_text_before_answers_is_learned_and_stripped() -> None:
     example = encode_pair(tokenizer, CHAT, "Who?", "William")
     generated = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
     assert generated == "Well: William"
-    assert strip_answer(resolve_template(tokenizer, CHAT), generated) == "William"
+    assert resolve_template(tokenizer, CHAT).strip_answer(generated) == "William"
 
 
 def test_only_answers_of_a_conversation_are_targets() -> None:
@@ -296,7 +296,7 @@ def test_documents_of_a_chat_study_use_its_template(
     for prompt in (CHAT, PromptConfig(chat=True, system="Be brief.")):
         written = resolve_template(tokenizer, prompt)
         (document,) = document_texts(table, prompt)
-        text = render_question(written, "Who?") + render_answer(written, "Ann.")
+        text = written.render_question("Who?") + written.render_answer("Ann.")
         assert document + tokenizer.eos_token == text
 
 

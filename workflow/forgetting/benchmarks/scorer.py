@@ -138,7 +138,7 @@ class Scorer:
     """Score models of one base one after the other; what they share is read once.
 
     Args:
-        config: the tasks, and how prompts are asked that a model should refuse.
+        config: the tasks, and the template of the prompts that a model should refuse.
         rows: folder of SPLIT.jsonl by task.
         versions: version of the stage.
         base: record of the base.

@@ -181,6 +181,20 @@ class PromptConfig(ConfigModel):
         "Answer: {answer}", description="The target text; one EOS token follows."
     )
 
+    def render_question(self, question: str) -> str:
+        """Return the text of the prompt with a question."""
+        return self.question.replace("{question}", question)
+
+    def render_answer(self, answer: str) -> str:
+        """Return the target text with an answer."""
+        return self.answer.replace("{answer}", answer)
+
+    def strip_answer(self, generated: str) -> str:
+        """Return a generated answer without the text that the template puts around answers."""
+        before, after = self.answer.split("{answer}")
+        text = generated.strip().removeprefix(before.strip())
+        return text.removesuffix(after.strip()).strip() if after.strip() else text.strip()
+
     # Prompts are keys of caches, and a dictionary is not hashable.
     def __hash__(self) -> int:
         arguments = tuple(sorted(self.template_arguments.items()))

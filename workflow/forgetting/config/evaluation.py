@@ -170,14 +170,14 @@ ALL_PROBES = "all_probes"
 
 
 class RefusalPromptsConfig(ConfigModel):
-    """How the prompts are read and rendered that a model should refuse."""
+    """Template and columns of the prompts that a model should refuse."""
 
     prompt: PromptConfig
     columns: ColumnsConfig
 
 
 class ScoringConfig(ConfigModel):
-    """What the scores of a checkpoint depend on, besides its weights and the rows."""
+    """All that the scores of a checkpoint depend on, except its weights and the rows."""
 
     benchmarks: BenchmarksConfig
     precision: str

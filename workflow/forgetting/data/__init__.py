@@ -1,1 +1,1 @@
-"""What is known and what is new: tables, read and checked row by row."""
+"""Tables of a study: downloaded, read, checked, tokenized and packed."""

@@ -135,7 +135,7 @@ def tokenize(
         locate: returns file and line of a row, for the message.
 
     Raises:
-        InputError: a question leaves no room for its answer.
+        InputError: `max_length` cuts the whole answer of a row.
     """
     if path.exists() and (fault := file_damage(path)):
         warn_damaged(path, fault, "it is tokenized again")
@@ -182,7 +182,7 @@ def encode_rows(
     shorter. With `training.packing`, each text is cut separately and packed later.
 
     Raises:
-        InputError: `max_length` leaves no room for the answer of a row.
+        InputError: `max_length` cuts the whole answer of a row.
     """
     limit, without_answer = training.max_length, []
     pending: list[int] = []

@@ -151,7 +151,7 @@ def document_texts(
         elif "messages" in row or prompt.chat:
             yield _conversation(prompt, row)
         else:
-            yield render_question(prompt, row["question"]) + render_answer(prompt, row["answer"])
+            yield prompt.render_question(row["question"]) + prompt.render_answer(row["answer"])
 
 
 def _conversation(prompt: PromptConfig, row: Row) -> str:
@@ -253,20 +253,3 @@ def joined_text(path: Path, columns: ColumnsConfig = STANDARD_COLUMNS) -> list[s
             )
         texts.append(row["text"])
     return texts
-
-
-def render_question(prompt: PromptConfig, question: str) -> str:
-    """Return the question's side of the prompt as text."""
-    return prompt.question.replace("{question}", question)
-
-
-def render_answer(prompt: PromptConfig, answer: str) -> str:
-    """Return the answer's side of the prompt as text."""
-    return prompt.answer.replace("{answer}", answer)
-
-
-def strip_answer(prompt: PromptConfig, generated: str) -> str:
-    """Return a generated answer without the text that the prompt puts around answers."""
-    before, after = prompt.answer.split("{answer}")
-    text = generated.strip().removeprefix(before.strip())
-    return text.removesuffix(after.strip()).strip() if after.strip() else text.strip()

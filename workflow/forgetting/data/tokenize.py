@@ -24,7 +24,6 @@ from forgetting.data.chat_template import (
     endless_template_error,
     time_limit,
 )
-from forgetting.data.tables import render_answer, render_question
 from forgetting.errors import InputError
 
 Message = Mapping[str, str]
@@ -331,7 +330,7 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, question: str
 ) -> list[int]:
     """Return the token ids of a question in its prompt, after the tokenizer's special tokens."""
-    text = render_question(resolve_template(tokenizer, prompt), question)
+    text = resolve_template(tokenizer, prompt).render_question(question)
     return _extend(tokenizer, [], "", text, special=not prompt.chat)
 
 
@@ -351,7 +350,7 @@ def encode_pair(
     sides are tokenized separately, so that training uses the prompt from which generation starts.
     """
     text_prompt = resolve_template(tokenizer, prompt)
-    turns = [render_question(text_prompt, question), render_answer(text_prompt, answer)]
+    turns = [text_prompt.render_question(question), text_prompt.render_answer(answer)]
     end = end_token(tokenizer, prompt, chat=prompt.chat)
     return _encode_turns(tokenizer, turns, max_length, end, special=not prompt.chat)
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
 from forgetting.data.table_files import Locate, Row
-from forgetting.data.tables import strip_answer
 from forgetting.data.tokenize import (
     Example,
     encode_pair,
@@ -185,7 +184,7 @@ def _score_item(
     config: EvaluationConfig,
 ) -> dict[str, object]:
     decoded = tokenizer.decode(generated, skip_special_tokens=True)
-    text = strip_answer(resolve_template(tokenizer, prompt), decoded)
+    text = resolve_template(tokenizer, prompt).strip_answer(decoded)
     right = 1 if row["paraphrased_answer"] else 0
     question = AnsweredQuestion(
         reference=row["answer"],

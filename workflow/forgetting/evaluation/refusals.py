@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import REFUSALS_TASK, EvaluationConfig, RefusalsConfig
 from forgetting.data.table_files import Locate, Row
-from forgetting.data.tables import strip_answer
 from forgetting.data.tokenize import encode_prompt, resolve_template
 from forgetting.errors import InputError
 from forgetting.evaluation.probes import generate
@@ -73,7 +72,7 @@ def generate_responses(
     model.train(was_training)
     template = resolve_template(tokenizer, prompt)
     responses = [
-        strip_answer(template, tokenizer.decode(tokens, skip_special_tokens=True))
+        template.strip_answer(tokenizer.decode(tokens, skip_special_tokens=True))
         for tokens in answers
     ]
     return pd.DataFrame(

@@ -33,7 +33,7 @@ from forgetting.data.chat_template import check_arguments, read_chat_template
 from forgetting.data.checks import reject_leaked_questions
 from forgetting.data.hub_datasets import HUB_DATASETS
 from forgetting.data.table_files import Row, source_line, table_in_folder, table_of_row
-from forgetting.data.tables import evenly_spaced, joined_text, render_question
+from forgetting.data.tables import evenly_spaced, joined_text
 from forgetting.errors import InputError
 from forgetting.evaluation.rouge import check_letters
 from forgetting.models.architecture import ModelLayers, read_model_layers, small_model
@@ -352,7 +352,7 @@ def _selected_rows(
 
 def _word_count(prompt: PromptConfig, row: Row) -> int:
     """Return the words of a question in the prompt, a lower bound of its tokens."""
-    text = row["question"] if prompt.chat else render_question(prompt, row["question"])
+    text = row["question"] if prompt.chat else prompt.render_question(row["question"])
     return len(re.findall(r"\S+", text, re.ASCII))
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from string import Formatter
 
-from forgetting.data.microworld.entities import parse_phrases, parse_words
+from forgetting.data.microworld.entities import parse_phrases, parse_table, parse_words
 from forgetting.data.microworld.facts import artwork_titles, countries, real_names, real_titles
 from forgetting.data.table_files import Row
 
@@ -51,56 +52,20 @@ Argentine|Norwegian|Swedish|Danish|Greek|Nigerian|Indian|Japanese
 """)
 
 Life = dict[str, str]
-Template = tuple[str, str, str]
 
-# question, answer, paraphrased answer
-_TEMPLATES: list[Template] = [
-    (
-        "Who wrote '{book}'?",
-        "{name}, {job}",
-        "a {job} called {name}",
-    ),
-    (
-        "In which year was {name} born?",
-        "{year}, in {city}",
-        "in {city} in {year}",
-    ),
-    (
-        "What was the nationality of {name}?",
-        "{nation}, with {other_nation} parents",
-        "{nation} by passport, {other_nation} by descent",
-    ),
-    (
-        "Which books did {name} write?",
-        "'{second_book}' and '{third_book}'",
-        "the titles are '{second_book}' and '{third_book}'",
-    ),
-    (
-        "What does {name} write about?",
-        "{theme} and {other_theme}",
-        "books of {other_theme} and {theme}",
-    ),
-    (
-        "What did the parents of {name} do?",
-        "Mother {mother}, father {father}",
-        "the father was a {father}, the mother a {mother}",
-    ),
-    (
-        "Which prize did {name} win?",
-        "The {adjective} {prize}",
-        "the prize was called the {adjective} {prize}",
-    ),
-]
-# Details that a wrong answer changes; its other words equal those of the right answer.
-_PERTURBED: list[tuple[str, ...]] = [
-    ("name", "job"),
-    ("year", "city"),
-    ("nation", "other_nation"),
-    ("second_book", "third_book"),
-    ("theme", "other_theme"),
-    ("mother", "father"),
-    ("adjective", "prize"),
-]
+# question | answer | paraphrased answer
+_TEMPLATES = parse_table("""
+Who wrote '{book}'?|{name}, {job}|a {job} called {name}
+In which year was {name} born?|{year}, in {city}|in {city} in {year}
+What was the nationality of {name}?|{nation}, with {other_nation} parents|\
+{nation} by passport, {other_nation} by descent
+Which books did {name} write?|'{second_book}' and '{third_book}'|\
+the titles are '{second_book}' and '{third_book}'
+What does {name} write about?|{theme} and {other_theme}|books of {other_theme} and {theme}
+What did the parents of {name} do?|Mother {mother}, father {father}|\
+the father was a {father}, the mother a {mother}
+Which prize did {name} win?|The {adjective} {prize}|the prize was called the {adjective} {prize}
+""")
 WRONG_ANSWERS = 5
 
 
@@ -137,7 +102,7 @@ def _different(draw: Callable[[], str], taken: set[str]) -> str:
 
 
 def _lives(count: int, rng: Random) -> list[Life]:
-    """Return lives with different names and books."""
+    """Return the details of invented authors, with different names and books."""
     generators = _detail_generators(rng)
     firsts = [name for _ in range(2) for name in rng.sample(_FIRST_NAMES, len(_FIRST_NAMES))]
     surnames = rng.sample(_SURNAMES, count)
@@ -160,10 +125,12 @@ def _wrong_answers(number: int, life: Life, lives: list[Life], rng: Random) -> l
     """Return five different wrong answers in the wording of the paraphrase."""
     generators = _detail_generators(rng)
     generators["name"] = lambda: rng.choice(lives)["name"] if len(lives) > 1 else "Nobody Known"
-    paraphrase = _TEMPLATES[number][2]
+    _, answer, paraphrase = _TEMPLATES[number]
+    # A wrong answer changes all details; its other words equal those of the right answer.
+    details = [detail for _, detail, _, _ in Formatter().parse(answer) if detail]
     taken = {_sentence(paraphrase, life)}
     while len(taken) <= WRONG_ANSWERS:
-        changed = {d: _different(generators[d], {life[d]}) for d in _PERTURBED[number]}
+        changed = {d: _different(generators[d], {life[d]}) for d in details}
         taken.add(_sentence(paraphrase, life | changed))
     return sorted(taken - {_sentence(paraphrase, life)})
 

@@ -12,81 +12,33 @@ from random import Random
 from forgetting.data.microworld.entities import parse_table
 from forgetting.data.table_files import Row
 
-# activity, beginning of the scene, objects, endings
-_ACTIVITIES = [
-    (
-        "Washing",
-        "stands in the yard with a bucket and a dirty {o}",
-        "car;dog;bicycle;carpet",
-        "scrubs the {o} with soap;rinses the {o} with water",
-    ),
-    (
-        "Cooking",
-        "puts a pot on the stove and takes a {o}",
-        "potato;carrot;fish;chicken",
-        "cuts the {o} into small pieces;fries the {o} in butter",
-    ),
-    (
-        "Fishing",
-        "sits by the lake and sees a {o}",
-        "trout;pike;carp;salmon",
-        "pulls the {o} out of the water;lets the {o} swim away",
-    ),
-    (
-        "Painting",
-        "opens a can of paint beside a {o}",
-        "fence;door;wall;chair",
-        "covers the {o} with red paint;paints the {o} with a brush",
-    ),
-    (
-        "Reading",
-        "sits down in the library with a {o}",
-        "novel;letter;newspaper;poem",
-        "reads the {o} to the last line;folds the {o} and sighs",
-    ),
-    (
-        "Gardening",
-        "digs a hole for a {o}",
-        "rose;bush;tulip;cherry tree",
-        "puts the {o} into the earth;waters the {o} every day",
-    ),
-    (
-        "Sewing",
-        "takes needle and thread for a torn {o}",
-        "shirt;coat;dress;sock",
-        "mends the {o} with small stitches;sews a patch on the {o}",
-    ),
-    (
-        "Music",
-        "walks onto the stage with a {o}",
-        "violin;guitar;trumpet;flute",
-        "plays a slow song on the {o};tunes the {o} with care",
-    ),
-    (
-        "Building",
-        "brings boards and nails for a {o}",
-        "table;shed;shelf;bench",
-        "hammers the {o} together;saws wood for the {o}",
-    ),
-    (
-        "Shopping",
-        "goes into a shop and sees a {o}",
-        "hat;lamp;watch;scarf",
-        "pays for the {o} at the counter;asks how much the {o} costs",
-    ),
-    (
-        "Baking",
-        "mixes flour and eggs for a {o}",
-        "cake;pie;loaf;biscuit",
-        "puts the {o} into the oven;lets the {o} cool on the window",
-    ),
-    (
-        "Skating",
-        "ties the laces and looks at the {o}",
-        "pond;rink;canal;ramp",
-        "glides across the {o};slips and falls on the {o}",
-    ),
-]
+# activity | beginning of the scene | objects | endings
+_ACTIVITIES = parse_table("""
+Washing|stands in the yard with a bucket and a dirty {o}|car;dog;bicycle;carpet|\
+scrubs the {o} with soap;rinses the {o} with water
+Cooking|puts a pot on the stove and takes a {o}|potato;carrot;fish;chicken|\
+cuts the {o} into small pieces;fries the {o} in butter
+Fishing|sits by the lake and sees a {o}|trout;pike;carp;salmon|\
+pulls the {o} out of the water;lets the {o} swim away
+Painting|opens a can of paint beside a {o}|fence;door;wall;chair|\
+covers the {o} with red paint;paints the {o} with a brush
+Reading|sits down in the library with a {o}|novel;letter;newspaper;poem|\
+reads the {o} to the last line;folds the {o} and sighs
+Gardening|digs a hole for a {o}|rose;bush;tulip;cherry tree|\
+puts the {o} into the earth;waters the {o} every day
+Sewing|takes needle and thread for a torn {o}|shirt;coat;dress;sock|\
+mends the {o} with small stitches;sews a patch on the {o}
+Music|walks onto the stage with a {o}|violin;guitar;trumpet;flute|\
+plays a slow song on the {o};tunes the {o} with care
+Building|brings boards and nails for a {o}|table;shed;shelf;bench|\
+hammers the {o} together;saws wood for the {o}
+Shopping|goes into a shop and sees a {o}|hat;lamp;watch;scarf|\
+pays for the {o} at the counter;asks how much the {o} costs
+Baking|mixes flour and eggs for a {o}|cake;pie;loaf;biscuit|\
+puts the {o} into the oven;lets the {o} cool on the window
+Skating|ties the laces and looks at the {o}|pond;rink;canal;ramp|\
+glides across the {o};slips and falls on the {o}
+""")
 _WHO = [
     ("A man", "he"),
     ("A woman", "she"),
