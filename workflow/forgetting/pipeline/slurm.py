@@ -53,7 +53,16 @@ def cancel_orphaned_jobs(
             notes = [f"left alone, as another snakemake may wait for them: SLURM jobs {names}"]
     if not found:
         return notes
-    numbers = [job.number for job in found]
+    _cancel(folder, results, [job.number for job in found], patience)
+    names = _job_names(found)
+    cancelled = (
+        f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {names}"
+    )
+    return [*notes, cancelled]
+
+
+def _cancel(folder: Path, results: Path, numbers: list[str], patience: float) -> None:
+    """Cancel jobs and wait until they have left the queue."""
     query_queue("scancel", *numbers)
     deadline = time.monotonic() + patience
     while left := _remaining_jobs(folder, results, numbers):
@@ -63,11 +72,6 @@ def cancel_orphaned_jobs(
                 f"jobs {', '.join(left)}; start again when squeue no longer shows them"
             )
         time.sleep(1.0)
-    names = _job_names(found)
-    cancelled = (
-        f"cancelled, since the snakemake that waited for them was killed: SLURM jobs {names}"
-    )
-    return [*notes, cancelled]
 
 
 def _job_names(jobs: list[QueuedJob]) -> str:
