@@ -12,11 +12,10 @@ import pandas as pd
 import pytest
 
 from forgetting.report import frames
-from forgetting.report.chart_parts import MAX_OTHER_RUNS, grid
+from forgetting.report.chart_parts import MAX_OTHER_RUNS, MODES, grid, palette, theme
 from forgetting.report.charts import FIGURES
 from forgetting.report.frames import ReportTables
 from forgetting.report.page import chart_spec, static_svg
-from forgetting.report.theme import MODES, palette, theme
 from support.result_tables import report_tables
 from support.result_tables import tables as make_tables
 

@@ -24,12 +24,11 @@ from markupsafe import Markup, escape
 
 from forgetting.io import write_atomically
 from forgetting.report import frames, summary
-from forgetting.report.chart_parts import switching_titles
+from forgetting.report.chart_parts import MODES, palette, switching_titles, theme
 from forgetting.report.charts import FIGURES
 from forgetting.report.dot_plots import harness_metric
 from forgetting.report.frames import ReportTables, sampled_tasks
 from forgetting.report.narrative import narrative
-from forgetting.report.theme import MODES, palette, theme
 
 TEMPLATES = Path(__file__).parent / "templates"
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
