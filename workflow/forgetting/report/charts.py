@@ -1,7 +1,7 @@
 """The figures of the report, as Altair charts.
 
 Panels are concatenated, one per probe or benchmark, so that the page can lay them out in as many
-columns as fit. Colours are the category range of `forgetting.report.chart_parts.theme`, not part of a chart.
+columns as fit. Colours are the category range of `chart_parts.theme`, not part of a chart.
 """
 
 from __future__ import annotations
