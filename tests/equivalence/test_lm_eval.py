@@ -32,7 +32,7 @@ from forgetting.benchmarks.sandbox import Outcome, search_sandbox
 from forgetting.benchmarks.scores import BenchmarkResult, program_items, score_programs
 from forgetting.benchmarks.task_definitions import read_task_definition
 from forgetting.benchmarks.tasks import TaskSpec, load_task, without_code_eval
-from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.data.hub import HUB_DATASETS
 from forgetting.errors import InputError
 from support.models import byte_tokenizer, random_llama, write_rows
 

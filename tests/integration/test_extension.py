@@ -77,7 +77,7 @@ from pathlib import Path
 
 from forgetting.benchmarks.evaluate import run_benchmarks
 from forgetting.benchmarks.tasks import TaskSpec
-from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.data.hub import HUB_DATASETS
 from forgetting.pipeline.resources.workload import task_size
 from support.models import byte_tokenizer, random_llama, write_rows
 

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from forgetting.benchmarks.registry import benchmark, required_splits
-from forgetting.data.hub import fetch_rows
-from forgetting.data.hub_datasets import HUB_DATASETS, HubDataset
+from forgetting.data.hub import HUB_DATASETS, HubDataset, fetch_rows
 from forgetting.errors import reports_input_errors
 from forgetting.io import write_jsonl
 

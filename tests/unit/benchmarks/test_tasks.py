@@ -18,7 +18,7 @@ from forgetting.benchmarks.registry import (
 )
 from forgetting.benchmarks.task_definitions import AGGREGATIONS, read_task_definition
 from forgetting.benchmarks.tasks import TaskSpec, load_task
-from forgetting.data.hub_datasets import BUILT_IN_BENCHMARKS, HUB_DATASETS
+from forgetting.data.hub import BUILT_IN_BENCHMARKS, HUB_DATASETS
 from forgetting.errors import InputError
 from support.models import byte_tokenizer, random_llama, write_rows
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from forgetting.benchmarks.task_definitions import read_task_definition, tasks_folder
-from forgetting.data.hub_datasets import BUILT_IN_BENCHMARKS, HUB_DATASETS
+from forgetting.data.hub import BUILT_IN_BENCHMARKS, HUB_DATASETS
 from forgetting.errors import InputError
 
 SCORE_FILES = (

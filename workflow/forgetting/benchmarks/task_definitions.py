@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from forgetting.data.hub_datasets import BUILT_IN_BENCHMARKS
+from forgetting.data.hub import BUILT_IN_BENCHMARKS
 from forgetting.errors import InputError
 
 DEFAULT_METRICS = {

@@ -1,6 +1,6 @@
-"""Download tables and models from the Hugging Face hub at pinned revisions.
+"""The Hugging Face hub: known datasets and built-in benchmarks, and downloads.
 
-No other module uses the network.
+hub_datasets.yaml lists datasets with revisions and sizes. No other module uses the network.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import yaml
 
-from forgetting.data.hub_datasets import HubDataset
 from forgetting.digests import sha256
 from forgetting.errors import InputError, disk_fault
 from forgetting.inputs import is_model_file
@@ -27,6 +27,69 @@ from forgetting.io import atomic_folder, atomic_write, read_foreign_json
 
 WEIGHT_FILES = ".safetensors"
 USE_LOCAL_FOLDER = "or give a local folder instead"
+HUB_DATASETS_FILE = Path(__file__).with_name("hub_datasets.yaml")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """The published rows of a benchmark.
+
+    Attributes:
+        dataset, config: name and configuration on the hub.
+        revision: commit.
+        splits: the splits that the task reads.
+    """
+
+    dataset: str
+    config: str | None
+    revision: str
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BuiltInBenchmark:
+    """Facts about a benchmark that its definition in the harness does not hold.
+
+    Attributes:
+        definition: file below the harness's folder of tasks.
+        main_metric: the metric that is plotted, as `metric,filter`.
+        chance: score of blind guessing.
+        columns: the columns that the task reads.
+    """
+
+    definition: str
+    main_metric: str
+    chance: float
+    columns: tuple[str, ...]
+
+
+_CONTENT: dict[str, Any] = yaml.load(
+    HUB_DATASETS_FILE.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+)
+HUB_DATASETS = {
+    task: HubDataset(row["dataset"], row["config"], row["revision"], tuple(row["splits"]))
+    for task, row in _CONTENT["benchmarks"].items()
+}
+"""Datasets of the built-in benchmarks."""
+
+BUILT_IN_BENCHMARKS = {
+    task: BuiltInBenchmark(
+        row["definition"], row["main_metric"], row["chance"], tuple(row["columns"])
+    )
+    for task, row in _CONTENT["benchmarks"].items()
+}
+
+BENCHMARK_SIZES: dict[str, dict[str, Any]] = {
+    task: row["size"] for task, row in _CONTENT["benchmarks"].items()
+}
+"""Sizes of the built-in benchmarks: arguments of `TaskSize`."""
+
+HUB_TABLE_SIZES: dict[tuple[str, str], dict[str, Any]] = {
+    (dataset, table): size
+    for dataset, tables in _CONTENT["tables"].items()
+    for table, size in tables.items()
+}
+"""Sizes of published tables by dataset and table: arguments of `TableSize`."""
 
 
 def fetch_table(dataset: str, revision: str, table: str, target: Path) -> None:
@@ -126,6 +189,8 @@ def _copy_lines(path: Path, target: Path) -> None:
 
 def _lines(path: Path) -> Iterator[str]:
     """Yield the rows of a parquet file as lines of JSON; dates and similar types become strings."""
+    import pyarrow.parquet as pq
+
     for batch in pq.ParquetFile(path).iter_batches(1000):
         for row in batch.to_pylist():
             yield json.dumps(row, ensure_ascii=False, default=str) + "\n"

@@ -19,7 +19,7 @@ from typing import Any
 
 from forgetting.config.data import ColumnsConfig, TableRef
 from forgetting.config.study import StudyConfig
-from forgetting.data.hub_datasets import HUB_TABLE_SIZES
+from forgetting.data.hub import HUB_TABLE_SIZES
 from forgetting.data.table_files import columns_of, table_in_folder
 from forgetting.data.tables import evenly_spaced
 

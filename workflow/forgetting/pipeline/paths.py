@@ -33,7 +33,7 @@ from forgetting.config.expand import (
     selected_models,
 )
 from forgetting.config.study import StudyConfig
-from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.data.hub import HUB_DATASETS
 from forgetting.data.table_files import table_in_folder
 from forgetting.inputs import model_files
 

@@ -31,7 +31,7 @@ from forgetting.config.types import KeyPath, LocateKey, dotted
 from forgetting.data import tables
 from forgetting.data.chat_template import check_arguments, read_chat_template
 from forgetting.data.checks import reject_leaked_questions
-from forgetting.data.hub_datasets import HUB_DATASETS
+from forgetting.data.hub import HUB_DATASETS
 from forgetting.data.table_files import Row, source_line, table_in_folder, table_of_row
 from forgetting.data.tables import evenly_spaced, joined_text
 from forgetting.errors import InputError

@@ -11,7 +11,7 @@ from forgetting.benchmarks.registry import benchmark, task_with_same_dataset
 from forgetting.config.data import TableRef
 from forgetting.config.expand import Method
 from forgetting.config.study import StudyConfig
-from forgetting.data.hub_datasets import BENCHMARK_SIZES
+from forgetting.data.hub import BENCHMARK_SIZES
 from forgetting.data.table_sizes import (
     ProbeWorkload,
     TrainingSequences,
