@@ -91,11 +91,9 @@ def check_folders(study: StudyConfig, at: LocateKey = dotted) -> TableRows:
             continue
         columns = study.columns(table)
         if keys[0] == "probes":
-            probe = str(keys[1])
-            scored = study.probes[probe].truth_ratio
-            rows[keys] = tables.read_probe_rows(
-                path, table, wrong_answers=scored, probe=probe, columns=columns
-            )
+            name = str(keys[1])
+            read_probe = partial(tables.read_probe_rows, path, table, columns=columns, probe=name)
+            rows[keys] = read_probe(wrong_answers=study.probes[name].truth_ratio)
         elif keys[0] == "train":
             # The checks need no text, only which rows have one.
             rows[keys] = [
@@ -107,9 +105,8 @@ def check_folders(study: StudyConfig, at: LocateKey = dotted) -> TableRows:
             if keys[0] == "general_text":
                 _check_text(study, path, columns)
             else:
-                read_table = (
-                    tables.read_prompts if keys[0] == "benchmarks" else tables.read_training_rows
-                )
+                has_prompts = keys[0] == "benchmarks"
+                read_table = tables.read_prompts if has_prompts else tables.read_training_rows
                 for _ in read_table(path, table, columns):
                     pass
     return rows
