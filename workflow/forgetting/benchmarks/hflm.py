@@ -22,14 +22,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from forgetting.data.tokenize import Example
 from forgetting.errors import InputError
-from forgetting.evaluation.generation import can_drop_rows, left_padded, next_logits, stop_tokens
+from forgetting.evaluation.generation import can_drop_rows, decode, left_padded, stop_tokens
 from forgetting.evaluation.prefix_tree import build_prefix_tree, forward_trees, supports_custom_mask
 from forgetting.models.forward import length_batches
-from forgetting.models.loading import Model, unwrap_peft
+from forgetting.models.loading import Model
 
 
 @dataclass(frozen=True)
@@ -139,42 +138,18 @@ def _sample_batch(
     pad: int,
     is_complete: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Sample one batch; finished answers leave the batch and the cache."""
+    """Sample one batch, in which the answers to a prompt share its first forward pass."""
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
+    rows = torch.tensor([prompts.index(request.prompt) for request in requests]).to(model.device)
     numbers = torch.stack(
         [_uniform_numbers(request.seed, max_new_tokens) for request in requests]
     ).to(model.device)
-    cache = DynamicCache(config=unwrap_peft(model).config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    # Once the prompts are read, every answer gets its own row.
-    rows = torch.tensor([prompts.index(request.prompt) for request in requests]).to(model.device)
-    active = list(range(len(requests)))
-    answers: list[list[int]] = [[] for _ in requests]
-    for step in range(max_new_tokens):
-        logits = next_logits(model, ids, mask, positions, cache)
-        if step == 0:
-            cache.batch_select_indices(rows)
-            logits, mask, positions = logits[rows], mask[rows], positions[rows]
-        tokens = sample_top_p(logits, numbers[:, step], temperature, top_p)
-        kept = []
-        for position, (answer, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            if token in stops:
-                continue
-            answers[answer].append(token)
-            if not is_complete(answers[answer]):
-                kept.append(position)
-        if not kept:
-            break
-        if len(kept) < len(active):
-            unfinished = torch.tensor(kept).to(model.device)
-            cache.batch_select_indices(unfinished)
-            active = [active[position] for position in kept]
-            tokens, numbers = tokens[unfinished], numbers[unfinished]
-            mask, positions = mask[unfinished], positions[unfinished]
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return answers
+
+    def choose(logits: Tensor, step: int, answers: list[int]) -> Tensor:
+        return sample_top_p(logits, numbers[answers, step], temperature, top_p)
+
+    return decode(model, ids, mask, max_new_tokens, stops, choose, is_complete, rows)
 
 
 def _uniform_numbers(seed: int, count: int) -> Tensor:
