@@ -113,43 +113,23 @@ def sample_answers(
     order = sorted(range(len(requests)), key=lambda index: requests[index].prompt)
     for batch in length_batches([len(requests[index].prompt) for index in order], batch_size):
         indices = [order[position] for position in batch]
-        sampled = _sample_batch(
-            model,
-            [requests[index] for index in indices],
-            temperature,
-            top_p,
-            max_new_tokens,
-            stops,
-            pad,
-            is_complete,
+        prompts = list(dict.fromkeys(requests[index].prompt for index in indices))
+        ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
+        rows = torch.tensor([prompts.index(requests[index].prompt) for index in indices])
+        streams = [_uniform_numbers(requests[index].seed, max_new_tokens) for index in indices]
+        numbers = torch.stack(streams).to(model.device)
+
+        def choose(
+            logits: Tensor, step: int, active: list[int], numbers: Tensor = numbers
+        ) -> Tensor:
+            return sample_top_p(logits, numbers[active, step], temperature, top_p)
+
+        sampled = decode(
+            model, ids, mask, max_new_tokens, stops, choose, is_complete, rows.to(model.device)
         )
         for index, answer in zip(indices, sampled, strict=True):
             answers[index] = answer
     return answers
-
-
-def _sample_batch(
-    model: Model,
-    requests: Sequence[SampleRequest],
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    stops: Collection[int],
-    pad: int,
-    is_complete: Callable[[list[int]], bool],
-) -> list[list[int]]:
-    """Sample one batch, in which the answers to a prompt share its first forward pass."""
-    prompts = list(dict.fromkeys(request.prompt for request in requests))
-    ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
-    rows = torch.tensor([prompts.index(request.prompt) for request in requests]).to(model.device)
-    numbers = torch.stack(
-        [_uniform_numbers(request.seed, max_new_tokens) for request in requests]
-    ).to(model.device)
-
-    def choose(logits: Tensor, step: int, answers: list[int]) -> Tensor:
-        return sample_top_p(logits, numbers[answers, step], temperature, top_p)
-
-    return decode(model, ids, mask, max_new_tokens, stops, choose, is_complete, rows)
 
 
 def _uniform_numbers(seed: int, count: int) -> Tensor:
