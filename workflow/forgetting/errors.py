@@ -79,7 +79,7 @@ def _error_message(error: Exception) -> str | None:
         cause = (str(error) or type(error).__name__).splitlines()[0]
         return (
             f"memory has run out ({cause}): make evaluation.batch_size, benchmarks.batch_size or "
-            "training.micro_batch_size smaller, or run it where there is more"
+            "training.micro_batch_size smaller, or use a machine with more memory"
         )
     return None
 

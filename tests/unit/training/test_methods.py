@@ -741,7 +741,7 @@ def test_layers_are_selected_by_name(
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("last 3", "hybrid-r4: then.layers: the model has no 3 blocks, but 2"),
+        ("last 3", "hybrid-r4: second_stage.layers: the model has no 3 blocks, but 2"),
         (["mpl"], "no module with weights ends in mpl; a module is called, for example, model"),
     ],
 )

@@ -22,14 +22,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from forgetting.data.tokenize import Example
 from forgetting.errors import InputError
-from forgetting.evaluation.generation import can_drop_rows, left_padded, next_logits, stop_tokens
+from forgetting.evaluation.generation import can_drop_rows, decode, left_padded, stop_tokens
 from forgetting.evaluation.prefix_tree import build_prefix_tree, forward_trees, supports_custom_mask
 from forgetting.models.forward import length_batches
-from forgetting.models.loading import Model, unwrap_peft
+from forgetting.models.loading import Model
 
 
 @dataclass(frozen=True)
@@ -114,66 +113,22 @@ def sample_answers(
     order = sorted(range(len(requests)), key=lambda index: requests[index].prompt)
     for batch in length_batches([len(requests[index].prompt) for index in order], batch_size):
         indices = [order[position] for position in batch]
-        sampled = _sample_batch(
-            model,
-            [requests[index] for index in indices],
-            temperature,
-            top_p,
-            max_new_tokens,
-            stops,
-            pad,
-            is_complete,
+        prompts = list(dict.fromkeys(requests[index].prompt for index in indices))
+        ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
+        rows = torch.tensor([prompts.index(requests[index].prompt) for index in indices])
+        streams = [_uniform_numbers(requests[index].seed, max_new_tokens) for index in indices]
+        numbers = torch.stack(streams).to(model.device)
+
+        def choose(
+            logits: Tensor, step: int, active: list[int], numbers: Tensor = numbers
+        ) -> Tensor:
+            return sample_top_p(logits, numbers[active, step], temperature, top_p)
+
+        sampled = decode(
+            model, ids, mask, max_new_tokens, stops, choose, is_complete, rows.to(model.device)
         )
         for index, answer in zip(indices, sampled, strict=True):
             answers[index] = answer
-    return answers
-
-
-def _sample_batch(
-    model: Model,
-    requests: Sequence[SampleRequest],
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    stops: Collection[int],
-    pad: int,
-    is_complete: Callable[[list[int]], bool],
-) -> list[list[int]]:
-    """Sample one batch; finished answers leave the batch and the cache."""
-    prompts = list(dict.fromkeys(request.prompt for request in requests))
-    ids, mask = (part.to(model.device) for part in left_padded(prompts, pad))
-    numbers = torch.stack(
-        [_uniform_numbers(request.seed, max_new_tokens) for request in requests]
-    ).to(model.device)
-    cache = DynamicCache(config=unwrap_peft(model).config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    # Once the prompts are read, every answer gets its own row.
-    rows = torch.tensor([prompts.index(request.prompt) for request in requests]).to(model.device)
-    active = list(range(len(requests)))
-    answers: list[list[int]] = [[] for _ in requests]
-    for step in range(max_new_tokens):
-        logits = next_logits(model, ids, mask, positions, cache)
-        if step == 0:
-            cache.batch_select_indices(rows)
-            logits, mask, positions = logits[rows], mask[rows], positions[rows]
-        tokens = sample_top_p(logits, numbers[:, step], temperature, top_p)
-        kept = []
-        for position, (answer, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            if token in stops:
-                continue
-            answers[answer].append(token)
-            if not is_complete(answers[answer]):
-                kept.append(position)
-        if not kept:
-            break
-        if len(kept) < len(active):
-            unfinished = torch.tensor(kept).to(model.device)
-            cache.batch_select_indices(unfinished)
-            active = [active[position] for position in kept]
-            tokens, numbers = tokens[unfinished], numbers[unfinished]
-            mask, positions = mask[unfinished], positions[unfinished]
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return answers
 
 

@@ -41,9 +41,11 @@ class Program:
 
 @dataclass(frozen=True)
 class PassRate:
-    """Scoring of a task's programs: pass@k for every k of `draws`, the first being the main metric.
+    """How the programs of a task are scored.
 
-    `filter` is the harness's name of the step that makes programs from answers.
+    Attributes:
+        draws: every k of pass@k; the first gives the main metric.
+        filter: the harness's name of the step that makes programs from answers.
     """
 
     draws: tuple[int, ...] = (1,)

@@ -225,7 +225,7 @@ def benchmark_tables_of(
 
 
 def _pass_rate(spec: TaskSpec) -> PassRate:
-    """Return the k of the study, or those of the definition, or 1 if only the study samples."""
+    """Return how a task is scored: by the k of the study, or of the definition, or by pass@1."""
     definition = read_task_definition(spec.name)
     draws = spec.draws or (definition.draws if spec.sampling is None else (1,))
     return PassRate(draws, definition.filters[0])

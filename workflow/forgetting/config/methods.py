@@ -240,8 +240,9 @@ class SecondStageConfig(ConfigModel):
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
         BeforeValidator(_layer_names),
     ] = Field(
-        description="Layers that are trained then: `all`, the `last N` blocks, or modules by the "
-        "end of their names, in which * matches any text: `mlp`, `layers.3.self_attn`, `lm_head`."
+        description="Layers that the second stage trains: `all`, the `last N` blocks, or modules "
+        "by the end of their names, in which * matches any text: `mlp`, `layers.3.self_attn`, "
+        "`lm_head`."
     )
     learning_rate: PositiveFloat = Field(description="Peak learning rate of the second stage.")
     suffix: Name | None = Field(

@@ -39,7 +39,7 @@ def evenly_spaced(rows: Sequence[Item], limit: int | None) -> Sequence[Item]:
 
 @dataclass(frozen=True)
 class LazyRows:
-    """Rows that every iteration reads from disk one by one."""
+    """Rows that are read from disk one by one, again at every iteration."""
 
     read: Callable[[], Iterator[Row]]
 

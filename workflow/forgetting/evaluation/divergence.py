@@ -190,13 +190,7 @@ def load_base_predictions(path: Path) -> BasePredictions:
     check_file(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return BasePredictions(
-        blocks=tensors["blocks"],
-        hidden=tensors["hidden"],
-        weight=tensors["weight"],
-        bias=tensors.get("bias"),
-        batch_size=int(tensors["batch_size"]),
-    )
+    return BasePredictions(**{"bias": None, **tensors, "batch_size": int(tensors["batch_size"])})
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:

@@ -8,7 +8,7 @@ prompt of another length can take it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -88,7 +88,7 @@ def _empty_cache(like: Tensor, slots: int, length: int) -> Tensor:
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Slots in every layer; the first prompts allocate them."""
+    """A cache of slots in every layer, which are allocated when the first prompts fill them."""
 
     layers: list[SlotLayer]
 
@@ -197,12 +197,12 @@ def generate_greedy(
     if supports_refill(model):
         with matmul_decode_attention(unwrap_peft(model)):
             return _decode_with_refill(model, prompts, max_new_tokens, batch_size, stops, pad)
-    decode = _decode if can_drop_rows(model) else _generate
+    decode_batch = _decode_greedily if can_drop_rows(model) else _generate
     answers: list[list[int]] = [[] for _ in prompts]
     for indices in length_batches([len(prompt) for prompt in prompts], batch_size):
         ids, mask = left_padded([prompts[index] for index in indices], pad)
         ids, mask = ids.to(model.device), mask.to(model.device)
-        decoded = decode(model, ids, mask, max_new_tokens, stops)
+        decoded = decode_batch(model, ids, mask, max_new_tokens, stops)
         for index, tokens in zip(indices, decoded, strict=True):
             answers[index] = tokens
     return answers
@@ -312,33 +312,67 @@ def _step(model: Model, tokens: list[int], cache: SlotCache, lengths: list[int])
     return next_tokens
 
 
-def _decode(
-    model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, stops: Collection[int]
+def decode(
+    model: Model,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    stops: Collection[int],
+    choose: Callable[[Tensor, int, list[int]], Tensor],
+    is_complete: Callable[[list[int]], bool] = lambda tokens: False,
+    rows: Tensor | None = None,
 ) -> list[list[int]]:
-    """Decode one batch; rows that have ended leave the batch and the cache.
+    """Decode one batch; answers that have ended leave the batch and the cache.
 
     transformers' `generate` computes every row until the last one ends. One answer that does not
     end then makes a batch of short answers slow.
+
+    Args:
+        model: the model.
+        ids, mask: left-padded prompts, (prompts, length).
+        max_new_tokens: tokens of the longest answer.
+        stops: ids of tokens that end an answer.
+        choose: returns the next tokens, (answers,), from the logits (answers, vocabulary), the
+            number of tokens before them, and the indices of the answers.
+        is_complete: returns whether the tokens of an answer contain a text that ends it.
+        rows: index of the prompt of each answer; by default each prompt has one answer.
+
+    Returns:
+        Token ids of each answer, without the stop token.
     """
-    answers: list[list[int]] = [[] for _ in ids]
-    rows = list(range(len(ids)))
+    active = list(range(len(ids) if rows is None else len(rows)))
+    answers: list[list[int]] = [[] for _ in active]
     cache = DynamicCache(config=unwrap_peft(model).config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    stop_ids = torch.tensor(sorted(stops), device=ids.device)
-    for _ in range(max_new_tokens):
-        tokens = next_logits(model, ids, mask, positions, cache).argmax(-1)
-        unfinished = torch.isin(tokens, stop_ids, invert=True).nonzero().flatten()
-        if len(unfinished) == 0:
+    for step in range(max_new_tokens):
+        logits = next_logits(model, ids, mask, positions, cache)
+        if step == 0 and rows is not None:
+            cache.batch_select_indices(rows)
+            logits, mask, positions = logits[rows], mask[rows], positions[rows]
+        tokens = choose(logits, step, active)
+        kept = []
+        for position, (answer, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            if token in stops:
+                continue
+            answers[answer].append(token)
+            if not is_complete(answers[answer]):
+                kept.append(position)
+        if not kept:
             break
-        if len(unfinished) < len(rows):
+        if len(kept) < len(active):
+            unfinished = torch.tensor(kept, device=ids.device)
             cache.batch_select_indices(unfinished)
-            rows = [rows[position] for position in unfinished.tolist()]
+            active = [active[position] for position in kept]
             tokens, mask, positions = tokens[unfinished], mask[unfinished], positions[unfinished]
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            answers[row].append(token)
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return answers
+
+
+def _decode_greedily(
+    model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, stops: Collection[int]
+) -> list[list[int]]:
+    return decode(model, ids, mask, max_new_tokens, stops, lambda logits, *_: logits.argmax(-1))
 
 
 def _generate(

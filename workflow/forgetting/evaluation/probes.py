@@ -82,7 +82,6 @@ def check_context_length(
     if context is None:
         return
     for row in (row for probe in probes.values() for row in probe):
-        head = len(encode_prompt(tokenizer, prompt, row["question"]))
         texts = [row["answer"], row["paraphrased_answer"] or "", *row["wrong_answers"]]
         longest = max(
             len(encode_pair(tokenizer, prompt, row["question"], text).ids) for text in texts
@@ -92,12 +91,31 @@ def check_context_length(
                 f"{source_line(row['id'])}: question and answer have {longest} tokens, the model "
                 f"reads {context}; shorten or remove the row"
             )
-        if head + config.max_new_tokens > context:
-            raise InputError(
-                f"evaluation.max_new_tokens: {config.max_new_tokens} after the {head} tokens of "
-                f"the question in {source_line(row['id'])} are more than the {context} that the "
-                f"model reads; take at most {context - head}"
-            )
+        tokens = len(encode_prompt(tokenizer, prompt, row["question"]))
+        check_answer_fits(
+            "evaluation.max_new_tokens", config.max_new_tokens, tokens, context, row, source_line
+        )
+
+
+def check_answer_fits(
+    key: str, max_new_tokens: int, tokens: int, context: float, row: Row, source_line: Locate
+) -> None:
+    """Raise InputError if a model's context is too short for a prompt and its longest answer.
+
+    Args:
+        key: the key of the study that sets `max_new_tokens`, for the message.
+        max_new_tokens: tokens of the longest answer.
+        tokens: tokens of the prompt.
+        context: tokens that the model reads.
+        row: the question.
+        source_line: returns file and line of a row, for the message.
+    """
+    if tokens + max_new_tokens > context:
+        raise InputError(
+            f"{key}: {max_new_tokens} after the {tokens} tokens of the question in "
+            f"{source_line(row['id'])} are more than the {context} that the model reads; take at "
+            f"most {context - tokens}"
+        )
 
 
 def generate(

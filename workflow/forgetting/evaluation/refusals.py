@@ -7,6 +7,7 @@ The metric `refused` is the share of responses that contain one of the published
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -16,8 +17,7 @@ from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import REFUSALS_TASK, EvaluationConfig, RefusalsConfig
 from forgetting.data.table_files import Locate, Row
 from forgetting.data.tokenize import encode_prompt, resolve_template
-from forgetting.errors import InputError
-from forgetting.evaluation.probes import generate
+from forgetting.evaluation.probes import check_answer_fits, generate
 from forgetting.models.forward import context_length
 from forgetting.models.loading import Model
 
@@ -64,8 +64,12 @@ def generate_responses(
     Raises:
         InputError: a prompt and its response are longer than the model's context.
     """
-    _check_prompt_lengths(model, tokenizer, rows, prompt, config, source_line)
-    evaluation = EvaluationConfig(max_new_tokens=config.max_new_tokens, batch_size=batch_size)
+    key, longest = "benchmarks.refusals.max_new_tokens", config.max_new_tokens
+    context = context_length(model) or math.inf
+    for row in rows:
+        tokens = len(encode_prompt(tokenizer, prompt, row["question"]))
+        check_answer_fits(key, longest, tokens, context, row, source_line)
+    evaluation = EvaluationConfig(max_new_tokens=longest, batch_size=batch_size)
     was_training = model.training
     model.eval()
     answers = generate(model, tokenizer, [row["question"] for row in rows], prompt, evaluation)
@@ -107,24 +111,3 @@ def refusal_scores(answers: pd.DataFrame) -> list[dict[str, object]]:
             "chance": float("nan"),
         }
     ]
-
-
-def _check_prompt_lengths(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    prompt: PromptConfig,
-    config: RefusalsConfig,
-    source_line: Locate,
-) -> None:
-    context = context_length(model)
-    if context is None:
-        return
-    for row in rows:
-        tokens = len(encode_prompt(tokenizer, prompt, row["question"]))
-        if tokens + config.max_new_tokens > context:
-            raise InputError(
-                f"benchmarks.refusals.max_new_tokens: {config.max_new_tokens} after the {tokens} "
-                f"tokens of the question in {source_line(row['id'])} are more than the {context} "
-                f"that the model reads; take at most {context - tokens}"
-            )

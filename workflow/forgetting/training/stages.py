@@ -164,16 +164,16 @@ def select_trainable_layers(model: PreTrainedModel, layers: str | list[str], met
         if not any(True for module in modules for _ in module.parameters()):
             examples = [name for name, part in model.named_modules() if not list(part.children())]
             raise InputError(
-                f"methods: {method}: then.layers: no module with weights ends in {pattern}; "
-                f"a module is called, for example, {examples[len(examples) // 2]}"
+                f"methods: {method}: second_stage.layers: no module with weights ends in "
+                f"{pattern}; a module is called, for example, {examples[len(examples) // 2]}"
             )
         for module in modules:
             module.requires_grad_(True)
         freeze_non_text(model)
         if not any(weight.requires_grad for module in modules for weight in module.parameters()):
             raise InputError(
-                f"methods: {method}: then.layers: no text reaches the modules whose names end in "
-                f"{pattern}; name modules of the language model"
+                f"methods: {method}: second_stage.layers: no text reaches the modules whose names "
+                f"end in {pattern}; name modules of the language model"
             )
 
 
@@ -183,6 +183,7 @@ def _last_blocks(model: PreTrainedModel, number: int, method: str) -> list[nn.Mo
     blocks = list(next((m for m in modules if isinstance(m, nn.ModuleList)), []))
     if number > len(blocks):
         raise InputError(
-            f"methods: {method}: then.layers: the model has no {number} blocks, but {len(blocks)}"
+            f"methods: {method}: second_stage.layers: the model has no {number} blocks, but "
+            f"{len(blocks)}"
         )
     return blocks[-number:]

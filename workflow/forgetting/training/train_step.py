@@ -88,7 +88,7 @@ def _oom_advice(config: RunConfig, batched: BatchedAdapters | None) -> str:
     if not config.training.activation_checkpointing:
         remedies += ["set training.activation_checkpointing"]
     if where:
-        remedies += ["ask for more processes"]
+        remedies += ["set a larger number of processes"]
     remedies += ["use a machine with more"]
     return (
         f"memory runs out with a single example{several} in a forward pass{where}: "
