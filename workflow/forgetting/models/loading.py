@@ -228,6 +228,21 @@ change by 1e-4 and more.
 """
 
 
+def check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Raise `InputError` if a weight is not finite: every answer would be nonsense.
+
+    Args:
+        model: the model.
+        folder: of the model, for the message.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(
+                f"{folder}: the weight `{name}` has values that are not finite (NaN or infinite); "
+                "fetch or export the model again"
+            )
+
+
 @torch.inference_mode()
 def check_causal(model: PreTrainedModel, folder: Path) -> None:
     """Raise `InputError` if a model sees the tokens that it should predict.
