@@ -331,8 +331,9 @@ def silence_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # peft warns about AdaLoRA's rank pattern, whose names it resolves later.
-    warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+    # peft warns about patterns for AdaLoRA's ranks and for experts, whose names it resolves later.
+    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
