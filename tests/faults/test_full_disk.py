@@ -25,6 +25,7 @@ from forgetting.io import (
     atomic_folder,
     atomic_write,
     disk_errors_as_input_errors,
+    link_or_copy,
     write_jsonl,
 )
 from support.params import write_params
@@ -125,6 +126,20 @@ def test_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     with atomic_folder(target) as partial:
         (partial / "new").touch()
     assert [path.name for path in visible_files(target)] == ["new"]
+
+
+def test_copy_to_a_full_disk_blames_the_target(tmp_path: Path) -> None:
+    """Selected weights are copied if they are on another disk."""
+    origin, disk = tmp_path / "weights", tmp_path / "disk"
+    origin.write_bytes(bytes(100_000))
+    disk.mkdir()
+    message = f"^{disk / 'selected'}: not written: No space left on device; "
+    with (
+        small_disk(disk, 64),
+        pytest.raises(InputError, match=message),
+        atomic_folder(disk / "selected") as partial,
+    ):
+        link_or_copy(origin, partial / "weights")
 
 
 PRETRAINED = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "num_heads": 2}

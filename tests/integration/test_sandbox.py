@@ -317,6 +317,15 @@ def test_computed_objects_of_a_program_are_not_converted(sandbox: Sandbox, test:
 
 
 @needs_sandbox
+def test_modules_of_tests_are_not_the_programs(sandbox: Sandbox) -> None:
+    """Tests may rely on an import of the program, which gets them the library's module."""
+    tests = "assert math.isclose(f(2), 4)"
+    assert sandbox.run_program("import math\ndef f(x): return x * x", tests).passed
+    fake = "class math: isclose = staticmethod(lambda *_: True)\ndef f(x): return 9"
+    assert sandbox.run_program(fake, tests).status == "failed"
+
+
+@needs_sandbox
 def test_program_cannot_exploit_objects_of_its_tests(sandbox: Sandbox) -> None:
     """It can only call functions of the tests, and it cannot replace their modules."""
     tests = "import math\nseen = []\nassert f(lambda x: seen.append(x)) == 1 and seen == [7]"
@@ -356,6 +365,7 @@ HONEST = {
         "import math\ndef f(x): return math.sqrt(x)",
         "def check(c):\n assert math.isclose(c(2) ** 2, 2)\ncheck(f)",
     ),
+    "named like a module": ("def copy(x): return x[:]", "assert copy([1]) == [1]"),
     "a second function of the program": (
         "def encode(s): return s[::-1]\ndef decode(s): return s[::-1]",
         "def check(c):\n assert c(encode('ab')) == 'ab'\ncheck(decode)",

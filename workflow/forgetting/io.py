@@ -47,7 +47,9 @@ def disk_errors_as_input_errors(path: Path) -> Iterator[None]:
 
 def _other_path(error: Exception, path: Path) -> Path | None:
     """Return the file that an error names unless it is written for `path`."""
-    name, folder = getattr(error, "filename", None), path.parent.absolute()
+    # An error of a copy names the origin first, and then the file that was being written.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    folder = path.parent.absolute()
     if not isinstance(name, str):
         return None
     named = Path(name).absolute()

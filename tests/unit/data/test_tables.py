@@ -235,8 +235,11 @@ def test_subsampling_checks_omitted_rows(tmp_path: Path) -> None:
 def test_find_table_accepts_either_suffix(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{}")
     assert find_table(tmp_path, "b") == tmp_path / "b.json"
-    (tmp_path / "b.jsonl").write_text("{}")
-    assert find_table(tmp_path, "b") == tmp_path / "b.jsonl"
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert find_table(tmp_path, "a") == tmp_path / "a.jsonl"
+    (tmp_path / "b.csv").write_text("question,answer")
+    with pytest.raises(InputError, match=r"both b\.json and b\.csv could be the table b; rename"):
+        find_table(tmp_path, "b")
     with pytest.raises(InputError, match=r"there is no c\.jsonl \(nor \.json, nor \.csv\)"):
         find_table(tmp_path, "c")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forgetting.config.data import PromptConfig
@@ -202,12 +203,27 @@ def test_causal_models_of_all_types_pass_check_causal(kind: str, make: Callable[
     check_causal(load_base(folder, CPU), folder)
 
 
-def test_evaluate_base_checks_causality(
-    make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("bert", "sees the tokens that it should predict"),
+        ("llama", "the weight `model.norm.weight` has values that are not finite"),
+    ],
+)
+def test_evaluate_base_checks_the_loaded_model(
+    kind: str,
+    message: str,
+    make: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The job checks models of the hub before any training."""
-    record = tmp_path / "base.json"
-    record_base(record, make("bert"))
+    record, folder = tmp_path / "base.json", make(kind)
+    if kind == "llama":
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"][3] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    record_base(record, folder)
     write_jsonl(tmp_path / "new.jsonl", [])
     spec = {
         "prompt": PromptConfig().model_dump(),
@@ -224,7 +240,7 @@ def test_evaluate_base_checks_causality(
     options += ["--probes", str(tmp_path / "new.jsonl")]
     with pytest.raises(SystemExit):
         evaluate_base.main([*options, "--output", str(tmp_path / "items.parquet")])
-    assert "sees the tokens that it should predict" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "items.parquet").exists()
 
 

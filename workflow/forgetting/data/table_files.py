@@ -42,13 +42,18 @@ def find_table(folder: Path, table: str) -> Path:
     """Return the file of a table in a folder: TABLE.jsonl, TABLE.json or TABLE.csv.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or more than one.
     """
-    for suffix in (".jsonl", ".json", ".csv"):
-        path = folder / f"{table}{suffix}"
-        if path.is_file():
-            return path
-    raise InputError(f"{folder}: there is no {table}.jsonl (nor .json, nor .csv) in this folder")
+    names = [f"{table}{suffix}" for suffix in (".jsonl", ".json", ".csv")]
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    if not paths:
+        raise InputError(f"{folder}: there is no {names[0]} (nor .json, nor .csv) in this folder")
+    if len(paths) > 1:
+        raise InputError(
+            f"{folder}: both {paths[0].name} and {paths[1].name} could be the table {table}; "
+            "rename or remove one"
+        )
+    return paths[0]
 
 
 def table_in_folder(study: HasDatasets, table: str) -> Path | None:

@@ -37,6 +37,7 @@ from forgetting.models.loading import (
     Model,
     autocast,
     check_causal,
+    check_finite,
     get_device,
     load_base,
     load_tokenizer,
@@ -97,9 +98,11 @@ def evaluate_base(
         of each reference answer.
 
     Raises:
-        InputError: a question is longer than the context, a reference answer is longer than the
-            generated ones, or the selection metric is not finite.
+        InputError: a weight is not finite, the model sees its targets, a question is longer than
+            the context, a reference answer is longer than the generated ones, or the selection
+            metric is not finite.
     """
+    check_finite(base.model, base.folder)
     check_causal(base.model, base.folder)
     probes = _read_probes(probe_files)
     where = SourceLocator(probe_files[0].parents[1])

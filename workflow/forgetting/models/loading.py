@@ -228,6 +228,21 @@ change by 1e-4 and more.
 """
 
 
+def check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Raise `InputError` if a weight is not finite: every answer would be nonsense.
+
+    Args:
+        model: the model.
+        folder: of the model, for the message.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(
+                f"{folder}: the weight `{name}` has values that are not finite (NaN or infinite); "
+                "fetch or export the model again"
+            )
+
+
 @torch.inference_mode()
 def check_causal(model: PreTrainedModel, folder: Path) -> None:
     """Raise `InputError` if a model sees the tokens that it should predict.
@@ -316,8 +331,9 @@ def silence_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # peft warns about AdaLoRA's rank pattern, whose names it resolves later.
-    warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+    # peft warns about patterns for AdaLoRA's ranks and for experts, whose names it resolves later.
+    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 

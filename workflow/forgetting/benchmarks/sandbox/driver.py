@@ -17,6 +17,7 @@ of the program runs where the verdict is made.
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import json
@@ -374,6 +375,14 @@ def _names_of_program(tests: str) -> list[str]:
     return sorted(names - vars(builtins).keys() or names)
 
 
+def _modules_of_tests(tests: str) -> set[str]:
+    """Return the modules that tests do not use in another way, such as a function called `copy`."""
+    nodes = [*ast.walk(ast.parse(tests))]
+    owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    other = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in owners}
+    return {*_MODULES.split()} - other
+
+
 def _apply_limits(limits: dict[str, Any], user: int | None) -> None:
     """Give up root, if this process has it, and set the resource limits.
 
@@ -442,6 +451,8 @@ def run_tests() -> None:
         names = _names_of_program(job["tests"])
         defined = peer.call("define", job["program"], names)
         namespace = {name: defined[name] for name in names if name in defined}
+        for name in namespace.keys() & _modules_of_tests(job["tests"]):
+            namespace[name] = importlib.import_module(name)  # not an object of the program
         exec(compile(job["tests"], "<tests>", "exec"), namespace)
     except MemoryError:
         status, detail = "out_of_memory", "MemoryError"
