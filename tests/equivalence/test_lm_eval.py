@@ -179,12 +179,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def _untouched(name: str) -> Any:
     """Return the harness's task exactly as defined."""
     import lm_eval
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
+    from lm_eval.tasks import TaskManager
 
-    path = Path(lm_eval.__file__).parent / "tasks" / benchmark(name).definition
+    folder = (Path(lm_eval.__file__).parent / "tasks" / benchmark(name).definition).parent
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     with without_code_eval(name == "humaneval"):
-        return ConfigurableTask(config=load_yaml(path))
+        return manager.load([name])["tasks"][name]
 
 
 def _prompts(task: Any) -> list[Any]:

@@ -169,9 +169,7 @@ def test_lost_result_is_made_again(folder: Path, name: str) -> None:
     assert _due(folder) == LOST[name]
 
 
-def test_what_is_lost_a_second_time_is_made_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_result_lost_twice_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page was copied last when the same results were missing."""
     lost = "results/study/tables/runs.parquet"
     with monkeypatch.context() as patch:
@@ -182,8 +180,8 @@ def test_what_is_lost_a_second_time_is_made_again(
     assert _due(folder) == LAST
 
 
-def test_page_and_tables_that_are_lost_together_are_made_again(folder: Path) -> None:
-    """The copy of the page is there, which Snakemake would take for up to date."""
+def test_lost_page_and_tables_are_made_again(folder: Path) -> None:
+    """Snakemake would take the copy of the page for up to date."""
     for path in (folder / "results/study/tables").glob("*.*"):
         path.unlink()
     (folder / "results/study/study.json").unlink()

@@ -272,6 +272,7 @@ def test_page_compares_measured_times_with_the_forecast() -> None:
     }
     study = load_study({"study": "mini"}, STUDIES)[1]
     made = make_tables(ranks=(2,))
+    assert "forecast against measured" not in _words(ReportTables(**made))
     made["study"]["forecast"] = rows = forecast_against_measured(study, [record])
     page = _words(ReportTables(**made))
     table = page.split("forecast against measured")[1].split("</table>")[0]

@@ -1,4 +1,4 @@
-"""Sizes and names of the library's modules, programs and rules."""
+"""Sizes and names of the library's modules, programs and rules; imports of the tests."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_library_has_few_modules_of_moderate_size() -> None:
 
 
 def test_modules_have_different_names() -> None:
-    """But for sections of a study, which are named as what they configure."""
+    """Modules of `config` have the names of what they configure."""
     names: dict[str, list[str]] = defaultdict(list)
     for path in MODULES:
         if path.parent.name != "config":
@@ -74,3 +74,23 @@ def test_rules_define_no_functions() -> None:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"^\s*(def|class) |\blambda\b", text, re.MULTILINE), path.name
     assert line_count(WORKFLOW / "rules" / "common.smk") <= MAX_COMMON_LINES
+
+
+TESTS = WORKFLOW.parent / "tests"
+PRIVATE_IMPORTS = {"test_model_types.py"}  # transformers has no public table of renamed weights
+
+
+@pytest.mark.parametrize(
+    "path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS))
+)
+def test_tests_import_no_test_and_no_private_name(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        parts = [part for name in names for part in name.split(".")]
+        assert not [part for part in parts if part.startswith("test_") or part == "tests"]
+        private = [part for part in parts if part.startswith("_")]
+        assert not private or path.name in PRIVATE_IMPORTS

@@ -81,10 +81,8 @@ def test_every_kind_of_task_scores_as_in_the_harness(
     """Choices, a likelihood and a generated answer score as in the harness."""
     import datasets
     from lm_eval import simple_evaluate
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
 
     names = list(ROWS)
     specs = [TaskSpec(name, max_gen_toks=8 if name == "gsm8k_cot" else None) for name in names]
@@ -96,11 +94,11 @@ def test_every_kind_of_task_scores_as_in_the_harness(
         return datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s, rows in splits})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    tasks = [ConfigurableTask(config=load_yaml(read_task_definition(name).path)) for name in names]
+    folders = {str(Path(read_task_definition(name).path).parent) for name in names}
     theirs = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
-        tasks=tasks,
-        task_manager=TaskManager(include_defaults=False),
+        tasks=names,
+        task_manager=TaskManager(include_path=sorted(folders), include_defaults=False),
         gen_kwargs={"max_gen_toks": 8},
         bootstrap_iters=0,
     )

@@ -9,14 +9,15 @@ import pytest
 import yaml
 
 from forgetting import versions
-from forgetting.errors import InputError
-from forgetting.pipeline.params import (
+from forgetting.config.job_params import (
+    LOCATIONS,
     BenchmarkParams,
     EvaluateBaseParams,
     FinetuneParams,
     Params,
-    StudyParams,
 )
+from forgetting.errors import InputError
+from forgetting.pipeline.params import StudyParams
 from forgetting.pipeline.paths import PARAMS_FILES, Paths
 from forgetting.study.load import load_study
 
@@ -70,6 +71,15 @@ def test_programs_read_the_parameters_that_rules_write(name: str, tmp_path: Path
         params.write(rule, wildcards)
         path = Path(params.paths.params(rule).format(**wildcards))
         assert type(written).read(path) == written
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_in_digests_have_no_path_of_the_checkout(name: str) -> None:
+    """A finished study is still finished after its folder was moved."""
+    params = study_params(name)
+    for rule, wildcards in jobs_of(params):
+        text = params.of(rule, wildcards).model_dump_json(exclude=LOCATIONS)
+        assert str(STUDIES.parents[1]) not in text, rule
 
 
 def test_all_rules_with_parameters_have_a_class() -> None:
