@@ -12,7 +12,13 @@ from typing import Any
 
 from forgetting.errors import InputError
 from forgetting.io import read_foreign_json
-from forgetting.models.model_types import CAUSAL_MODEL_TYPES, RENAMED_MODELS
+
+MODEL_TYPES: dict[str, list[str]] = read_foreign_json(Path(__file__).with_name("model_types.json"))
+"""Model types of transformers that have a causal language model (`causal`), and those of them whose
+weights transformers renames or merges when it loads them (`renamed`).
+
+tests/unit/models/test_model_types.py compares them with transformers, and writes them.
+"""
 
 CAUSAL_WHEN: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(
@@ -96,7 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
-    if kind not in CAUSAL_MODEL_TYPES:
+    if kind not in MODEL_TYPES["causal"]:
         raise InputError(
             f"{path}: transformers has no causal language model of type {kind}; code that comes "
             "with a model is not run"
@@ -249,9 +255,3 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def is_renamed(config: Mapping[str, Any]) -> bool:
-    """Return whether transformers renames the weights of this type when it loads them."""
-    names = [config["model_type"], *(config.get("architectures") or [])]
-    return any(name in RENAMED_MODELS for name in names)
