@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from forgetting.config.base_model import SmallModelConfig
 from forgetting.errors import InputError
-from forgetting.models.architecture import read_model_layers
+from forgetting.models.architecture import ModelLayers, read_model_layers
 from forgetting.models.loading import load_base, load_meta_model
 from forgetting.models.size import small_model_size
 from forgetting.study.load import load_study, study_source
@@ -142,7 +142,11 @@ def test_small_model_size_predicts_the_layers_of_new_model(tokenizer: Any) -> No
         for name, module in built.named_modules()
         if isinstance(getattr(module, "weight", None), torch.Tensor)
     }
-    assert small_model_size(spec).layers.shapes == shapes
+    assert _shapes(small_model_size(spec).layers) == shapes
+
+
+def _shapes(layers: ModelLayers) -> dict[str, tuple[int, ...]]:
+    return {layer.name: layer.shape for layer in layers.layers}
 
 
 def test_read_model_layers_agrees_with_the_loaded_model(model: Path) -> None:
@@ -154,7 +158,7 @@ def test_read_model_layers_agrees_with_the_loaded_model(model: Path) -> None:
         if isinstance(getattr(module, "weight", None), torch.Tensor)
     }
     layers = read_model_layers(model)
-    assert layers.shapes == shapes
+    assert _shapes(layers) == shapes
     assert (layers.is_complete, layers.blocks, layers.context) == (True, 2, 256)
     assert load_meta_model(model).num_parameters() == loaded.num_parameters()
 

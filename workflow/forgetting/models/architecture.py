@@ -74,11 +74,6 @@ class ModelLayers:
     blocks: int | None
     context: int | None
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every weight, by the name of its module."""
-        return {layer.name: layer.shape for layer in self.layers}
-
     def within(self, pattern: str) -> list[Layer]:
         """Return the weights in modules whose names end in a pattern."""
         return [layer for layer in self.layers if _is_within(layer.name, pattern)]

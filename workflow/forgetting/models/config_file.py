@@ -241,17 +241,11 @@ def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 def placeholders(folder: Path) -> set[str]:
     """Return the tokens of a tokenizer that represent images or sound."""
-    config = _tokenizer_config(folder)
-    tokens = {config.get(key) for key in PLACEHOLDER_KEYS}
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        tokens |= {extra.get(key) for key in PLACEHOLDER_KEYS}
-    return {token for token in tokens if isinstance(token, str)}
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
-        content = read_foreign_json(folder / "tokenizer_config.json")
+        config = read_foreign_json(folder / "tokenizer_config.json")
     except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return set()
+    extra = config.get("extra_special_tokens") if isinstance(config, dict) else None
+    sections = [section for section in (config, extra) if isinstance(section, dict)]
+    tokens = [section.get(key) for section in sections for key in PLACEHOLDER_KEYS]
+    return {token for token in tokens if isinstance(token, str)}

@@ -89,10 +89,14 @@ class ModelSize:
         return self.vocab_size * self.hidden_size
 
     @property
+    def embeddings(self) -> int:
+        """Return the number of weights of input embedding and LM head, which may be tied."""
+        return self.embedding if self.tie_word_embeddings else 2 * self.embedding
+
+    @property
     def parameters(self) -> int:
         """Return the number of weights, with tied ones counted once."""
-        ends = self.embedding if self.tie_word_embeddings else 2 * self.embedding
-        return self.linear + ends + self.vectors
+        return self.linear + self.embeddings + self.vectors
 
     @property
     def cache(self) -> int:
@@ -122,10 +126,9 @@ class ModelSize:
 
     def trained(self, method: Method) -> int:
         """Return the number of weights that a method trains at once, the maximum over stages."""
-        ends = self.embedding if self.tie_word_embeddings else 2 * self.embedding
         if method.kind == "full":
-            return self.parameters - (0 if method.trains_embeddings else ends)
-        first_stage = self.adapter(method) + (ends if method.trains_embeddings else 0)
+            return self.parameters - (0 if method.trains_embeddings else self.embeddings)
+        first_stage = self.adapter(method) + (self.embeddings if method.trains_embeddings else 0)
         if method.second_stage is None:
             return first_stage
         return max(first_stage, self.second_stage_limit(method.second_stage.layers))
@@ -207,7 +210,7 @@ def folder_size(folder: Path) -> ModelSize:
         size,
         layers=ModelLayers(layers, True, True, size.blocks, size.layers.context),
         vectors=sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1),
-        tie_word_embeddings=not any(name.endswith("lm_head") for name in shapes),
+        tie_word_embeddings=any(layer.kind == "tied head" for layer in layers),
     )
 
 
