@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING
+
 # transformers has no public list of the models whose weights it renames at loading.
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import (
