@@ -152,26 +152,23 @@ def layers_to_adapt(layers: Sequence[Layer], method: Method) -> list[Layer]:
 
 def check_variant(layers: Sequence[Layer], method: Method) -> None:
     """Raise `UnsupportedLayer` if variant, dropout or mitigation does not support a layer."""
+    others = "name other layers in target_modules (attention, or a list)"
     for layer in layers:
+        where = f"{layer.path}, {DESCRIPTIONS.get(layer.kind, '')}"
         if layer.kind in VARIANTS[method.variant].unsupported_layers:
             raise UnsupportedLayer(
                 "variant",
-                f"{method.variant} cannot adapt {layer.path}, {DESCRIPTIONS[layer.kind]}; "
-                "take variant lora or rslora, or name other layers in target_modules "
-                "(attention, or a list)",
+                f"{method.variant} cannot adapt {where}; take variant lora or rslora, or {others}",
             )
         if method.dropout and layer.kind in NO_DROPOUT:
             raise UnsupportedLayer(
-                "dropout",
-                f"dropout is not supported on {layer.path}, {DESCRIPTIONS[layer.kind]}; "
-                "take dropout: 0, or name other layers in target_modules (attention, or a list)",
+                "dropout", f"dropout is not supported on {where}; take dropout: 0, or {others}"
             )
         if layer.kind == "tensor" and _penalizes_weights(method):
             raise UnsupportedLayer(
                 "mitigation",
-                f"ewc and l2_sp need the update of a matrix, not of {layer.path}, "
-                f"{DESCRIPTIONS[layer.kind]}; take another mitigation, or name other layers in "
-                "target_modules (attention, or a list)",
+                f"ewc and l2_sp need the update of a matrix, not of {where}; take another "
+                f"mitigation, or {others}",
             )
 
 
