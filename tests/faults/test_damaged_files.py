@@ -37,7 +37,7 @@ from forgetting.io import (
     write_jsonl,
     write_table,
 )
-from forgetting.models.loading import PRETRAINED, model_parameters, read_base
+from forgetting.models.loading import PRETRAINED, load_meta_model, read_base
 from forgetting.report.frames import read_tables
 from forgetting.results.build_tables import benchmark_tables
 from forgetting.training.checkpoints import run_damage
@@ -425,7 +425,7 @@ def test_wrong_number_of_parameters_is_refused(model: Path) -> None:
 
     from forgetting.models.loading import load_base
 
-    count, cpu = model_parameters(model), torch.device("cpu")
+    count, cpu = load_meta_model(model).num_parameters(), torch.device("cpu")
     assert load_base(model, cpu, count).num_parameters() == count
     with pytest.raises(InputError, match=f"{count:,} parameters were loaded, and {count - 1:,}"):
         load_base(model, cpu, count - 1)

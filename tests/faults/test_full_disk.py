@@ -161,7 +161,8 @@ def _arguments(name: str, work: Path, target: Path) -> list[str]:
     return [
         *("--params", str(write_params(work, model=SMALL, seed=0, precision="float32"))),
         *("--documents", str(documents), "--state", str(target / "state")),
-        *("--folder", str(target / "model"), "--output", str(target / "base.json")),
+        *("--folder", str(target / "model"), "--layers", str(target / "layers.json")),
+        *("--output", str(target / "base.json")),
     ]
 
 

@@ -147,6 +147,7 @@ def pretrain(folder: Path) -> dict[str, Any]:
             f"--documents={folder / 'documents.jsonl'}",
             f"--folder={folder / 'model'}",
             f"--state={folder / 'state'}",
+            f"--layers={folder / 'layers.json'}",
             f"--output={folder / 'base.json'}",
         ]
     )

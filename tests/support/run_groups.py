@@ -18,7 +18,7 @@ from forgetting.digests import sha256_of_all, visible_files
 from forgetting.inputs import model_identity
 from forgetting.io import write_json
 from forgetting.models.forward import Batch
-from forgetting.models.loading import model_parameters
+from forgetting.models.loading import load_meta_model
 from forgetting.training.run_group import RunContext
 
 
@@ -32,7 +32,7 @@ def record_base(path: Path, folder: Path, identity: str = "b") -> None:
             "origin": "made for a test",
             "identity": identity,
             "files": files,
-            "parameters": model_parameters(folder),
+            "parameters": load_meta_model(folder).num_parameters(),
         },
     )
 

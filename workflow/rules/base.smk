@@ -1,7 +1,8 @@
 """The base model: trained here, downloaded, or a folder; then its scores, the zero point.
 
-Outputs: results/STUDY/base/base.json (what and where it is), base/items.parquet (its scores), and
-base/benchmarks.parquet where the study evaluates benchmarks during training.
+Outputs: results/STUDY/base/base.json (what and where it is), base/layers.json (its weights),
+base/items.parquet (its scores), and base/benchmarks.parquet where the study evaluates benchmarks
+during training.
 """
 
 if STUDY.base.pretrain:
@@ -11,7 +12,8 @@ if STUDY.base.pretrain:
         input:
             documents=PATHS.data("documents.jsonl"),
         output:
-            PATHS.base_record,
+            record=PATHS.base_record,
+            layers=PATHS.base_layers,
         log:
             f"{PATHS.logs}/pretrain_base.log",
         conda:
@@ -36,7 +38,8 @@ if STUDY.base.pretrain:
                 --documents {input.documents:q} \
                 --folder {params.folder:q} \
                 --state {params.state:q} \
-                --output {output:q}
+                --layers {output.layers:q} \
+                --output {output.record:q}
             """
 
 else:
@@ -67,7 +70,8 @@ else:
         input:
             PATHS.model_inputs,
         output:
-            PATHS.base_record,
+            record=PATHS.base_record,
+            layers=PATHS.base_layers,
         log:
             f"{PATHS.logs}/register_base.log",
         localrule: True
@@ -84,7 +88,8 @@ else:
 
             python "$SCRIPTS"/register_base.py \
                 --params {params.file:q} \
-                --output {output:q}
+                --layers {output.layers:q} \
+                --output {output.record:q}
             """
 
 

@@ -12,7 +12,15 @@ from forgetting.data.tables import read_prepared
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
 from forgetting.io import write_json
-from forgetting.models.loading import PRETRAINED, get_device, resolve_precision, silence_libraries
+from forgetting.models.adapters import model_layers
+from forgetting.models.architecture import write_layers
+from forgetting.models.loading import (
+    PRETRAINED,
+    get_device,
+    load_meta_model,
+    resolve_precision,
+    silence_libraries,
+)
 from forgetting.system import describe_computation
 from forgetting.training.distributed import SINGLE_PROCESS
 from forgetting.training.pretrain import pretrain
@@ -21,12 +29,13 @@ from forgetting.training.training_job import ProgressLogger
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write the model's folder, then the record that names it."""
+    """Write the model's folder and its layers, then the record that names it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
     parser.add_argument("--documents", type=Path, required=True, help="JSON lines with `text`")
     parser.add_argument("--folder", type=Path, required=True, help="of the model")
     parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--layers", type=Path, required=True, help="layers of the base (JSON)")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     silence_libraries()
@@ -37,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     precision = resolve_precision(params.precision, device)
     log = partial(ProgressLogger(SINGLE_PROCESS), "pretraining")
     done = pretrain(documents, params.model, folder, options.state, params.seed, log, precision)
+    layers = model_layers(load_meta_model(folder))
+    write_layers(options.layers, folder, layers, done.parameters)
     files, identity = model_identity(folder)
     record = {
         "path": str(folder),

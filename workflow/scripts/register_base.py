@@ -10,34 +10,36 @@ from forgetting.data.tokenize import chat_template_text, turn_ending
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
 from forgetting.io import write_json
-from forgetting.models.architecture import read_model_layers
+from forgetting.models.adapters import model_layers
+from forgetting.models.architecture import read_model_layers, write_layers
 from forgetting.models.config_file import check_ids, placeholders
 from forgetting.models.loading import (
     check_config,
     check_stops,
+    load_meta_model,
     load_tokenizer,
-    model_parameters,
     silence_libraries,
 )
 
 
 @reports_input_errors
 def main(argv: list[str] | None = None) -> None:
-    """Write the record that names the model's folder."""
+    """Write the layers of the model, then the record that names its folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, required=True, help="parameters (JSON)")
+    parser.add_argument("--layers", type=Path, required=True, help="layers of the base (JSON)")
     parser.add_argument("--output", type=Path, required=True, help="record of the base (JSON)")
     options = parser.parse_args(argv)
     silence_libraries()
     params = RegisterBaseParams.read(options.params)
     folder = params.folder
-    architecture = read_model_layers(folder)
+    read_model_layers(folder)  # checks the files
     check_config(folder)
+    model = load_meta_model(folder)
     tokenizer = load_tokenizer(folder)
     check_stops(folder, tokenizer)
-    if architecture.rows is not None:
-        unused = placeholders(folder)
-        check_ids(folder, tokenizer.get_vocab(), architecture.rows, unused)
+    rows = len(model.get_input_embeddings().weight)
+    check_ids(folder, tokenizer.get_vocab(), rows, placeholders(folder))
     if params.prompt:
         # Errors of the chat template are found before anything is trained.
         chat_template_text(tokenizer, params.prompt)
@@ -48,9 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         "origin": params.origin,
         "identity": identity,
         "files": files,
-        "parameters": model_parameters(folder),
+        "parameters": model.num_parameters(),
         "downloaded": params.downloaded,
     }
+    write_layers(options.layers, folder, model_layers(model), model.num_parameters())
     write_json(options.output, record)
     print(f"{params.origin}: {record['parameters']:,} parameters")
 

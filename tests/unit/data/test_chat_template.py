@@ -120,7 +120,8 @@ def _adopt(folder: Path, prompt: PromptConfig | None = None) -> None:
         downloaded=False,
         prompt=prompt.model_dump(mode="json") if prompt else None,
     )
-    register_base.main([f"--params={params}", "--output", str(folder / "../base.json")])
+    outputs = [f"--layers={folder / '../layers.json'}", f"--output={folder / '../base.json'}"]
+    register_base.main([f"--params={params}", *outputs])
 
 
 def test_only_special_tokens_end_an_answer(

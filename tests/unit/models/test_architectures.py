@@ -26,8 +26,8 @@ from forgetting.models.architecture import read_model_layers
 from forgetting.models.config_file import CAUSAL_WHEN
 from forgetting.models.forward import collate, context_length, target_logits, token_logprobs
 from forgetting.models.layers import Layer, UnsupportedLayer, layers_to_adapt
-from forgetting.models.loading import check_causal, load_base
-from forgetting.models.tuned import merged_adapter
+from forgetting.models.loading import check_causal, load_base, load_meta_model
+from forgetting.models.tuned import WEIGHTS, merged_adapter
 from forgetting.study.load import load_study, study_source
 from forgetting.study.preflight import check_inputs
 from forgetting.training.stages import select_trainable_layers
@@ -70,7 +70,10 @@ DEEPSEEK = {
     **{"v_head_dim": 8, "num_key_value_heads": 4, "head_dim": 4},
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "bloom": {"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "bloom": {
+        **{"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        **{"bos_token_id": 0, "eos_token_id": 0},
+    },
     "deepseek_v3": USUAL | EXPERTS | DEEPSEEK,
     "dots1": USUAL
     | EXPERTS
@@ -123,7 +126,12 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 def plan(tmp_path: Path) -> Callable[..., None]:
     """Return plan(folder, method, (old, new), ...), which checks a study with a model."""
 
-    def check(folder: Path, method: str = "rank: 2", *changes: tuple[str, str]) -> None:
+    def check(
+        folder: Path,
+        method: str = "rank: 2",
+        *changes: tuple[str, str],
+        record: Path | None = None,
+    ) -> None:
         facts = tmp_path / "facts" / "new.jsonl"
         facts.parent.mkdir(exist_ok=True)
         if not facts.exists():
@@ -135,7 +143,8 @@ def plan(tmp_path: Path) -> Callable[..., None]:
         path = tmp_path / "model.yaml"
         path.write_text(text.replace("FACTS", str(facts.parent)).replace("MODEL", str(folder)))
         options = {"study": str(path)}
-        check_inputs(load_study(options, tmp_path)[1], study_source(options, tmp_path).locate)
+        locate = study_source(options, tmp_path).locate
+        check_inputs(load_study(options, tmp_path)[1], locate, record)
 
     return check
 
@@ -144,9 +153,9 @@ def plan(tmp_path: Path) -> Callable[..., None]:
 def refusal(plan: Callable[..., None]) -> Callable[..., str]:
     """Return a function like `plan` that returns the message of the refusal."""
 
-    def message(*arguments: Any) -> str:
+    def message(*arguments: Any, **options: Any) -> str:
         with pytest.raises(InputError) as error:
-            plan(*arguments)
+            plan(*arguments, **options)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -310,17 +319,19 @@ def test_tokenizer_larger_than_the_embedding_is_refused(
     tokenizer.save_pretrained(folder)
     assert "tokenizer.json: the token '<d>' has id 260, but the embedding" in refusal(folder)
     with pytest.raises(SystemExit):
-        register_base.main(
-            ["--params", str(_register(tmp_path, folder)), "--output", str(tmp_path / "base.json")]
-        )
+        _register(tmp_path, folder)
     assert "the token '<d>' has id 260" in capsys.readouterr().err
     # Gemma 3's small models have such a token, which no text contains.
     _edit(folder / "tokenizer_config.json", image_token="<d>")
     plan(folder)
 
 
-def _register(folder: Path, model: Path) -> Path:
-    return write_params(folder, folder=str(model), origin="x", downloaded=False, prompt=None)
+def _register(tmp_path: Path, model: Path) -> Path:
+    """Register a base model, and return the record of its layers."""
+    params = write_params(tmp_path, folder=str(model), origin="x", downloaded=False, prompt=None)
+    record, layers = tmp_path / "base.json", tmp_path / "layers.json"
+    register_base.main([f"--params={params}", f"--output={record}", f"--layers={layers}"])
+    return layers
 
 
 TYPES: dict[str, tuple[dict[str, Any], str]] = {
@@ -348,9 +359,7 @@ def test_unreadable_config_is_reported(
     folder = make("llama")
     _edit(folder / "config.json", hidden_act=7)
     with pytest.raises(SystemExit):
-        register_base.main(
-            ["--params", str(_register(tmp_path, folder)), "--output", str(tmp_path / "base.json")]
-        )
+        _register(tmp_path, folder)
     message = capsys.readouterr().err
     assert "config.json: no configuration of a model can be read" in message
     assert "hidden_act" in message
@@ -425,6 +434,113 @@ def test_preflight_adapts_the_layers_that_training_adapts(
             if isinstance(in_plan, str):
                 with pytest.raises(InputError, match=f"methods: x: {in_plan}: "):
                     attach_adapter(model, tuning, 0)
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_register_base_records_the_layers_of_the_loaded_model(
+    kind: str, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Names, shapes, kinds and the number of parameters, for plans and readers."""
+    folder = make(kind)
+    record = _register(tmp_path, folder)
+    planned, model = read_model_layers(folder, record), load_base(folder, CPU)
+    assert planned.layers == model_layers(model)
+    assert planned.is_complete and planned.has_leaves
+    written = json.loads(record.read_text())
+    assert written["parameters"] == model.num_parameters()
+    assert json.loads((tmp_path / "base.json").read_text())["parameters"] == written["parameters"]
+
+
+def test_recorded_layers_make_the_plan_exact(
+    make: Callable[..., Path],
+    plan: Callable[..., None],
+    refusal: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """A record is used if it is intact and belongs to this config.json."""
+    folder = make("granitemoe", num_local_experts=4)
+    method = "rank: 2, target_modules: [query]"
+    plan(folder, method)
+    record = _register(tmp_path, folder)
+    assert "no linear layer query" in refusal(folder, method, record=record)
+    content = record.read_text()
+    record.write_text(content[:-9])
+    plan(folder, method, record=record)
+    record.write_text(content)
+    _edit(folder / "config.json", attention_dropout=0.5)
+    plan(folder, method, record=record)
+
+
+DISAGREEMENTS: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"hidden_size": 64}, "lm_head.weight of shape 260 x 64, but it has 260 x 32"),
+    ("llama", {"intermediate_size": 72}, "mlp.down_proj.weight of shape 32 x 72, but it has"),
+    ("llama", {"num_key_value_heads": 4}, "k_proj.weight of shape 32 x 32, but it has 16 x 32"),
+    ("llama", {"num_hidden_layers": 3}, "layers.2.input_layernorm.weight, which the safetensors"),
+    (
+        "llama",
+        {"num_hidden_layers": 1},
+        "has no place for the weight model.layers.1.input_layernorm",
+    ),
+    ("gpt2", {"n_layer": 1}, "has no place for the weight transformer.h.1.attn.c_attn.weight"),
+    ("gpt2", {"tie_word_embeddings": False}, "lm_head.weight, which the safetensors lack;"),
+    ("gpt_neox", {"intermediate_size": 72}, "dense_4h_to_h.weight of shape 32 x 72, but it has"),
+    ("opt", {"word_embed_proj_dim": 16}, "embed_tokens.weight of shape 260 x 16, but it has 260"),
+    ("mixtral", {"num_local_experts": 3}, "experts.down_proj of shape 3 x 32 x 64, but it has 4 x"),
+    ("qwen3_moe", {"moe_intermediate_size": 24}, "experts.down_proj of shape 4 x 32 x 24, but"),
+    *(
+        (
+            kind,
+            {"vocab_size": 261},
+            "weight lm_head.bias of shape 261,"
+            if kind == "phi"
+            else "of shape 261 x 32, but it has 260 x",
+        )
+        for kind in MODELS
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "expected"), DISAGREEMENTS)
+def test_register_base_refuses_weights_of_another_config(
+    kind: str,
+    changes: dict[str, Any],
+    expected: str,
+    make: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make(kind) / "config.json"
+    config = json.loads(path.read_text())
+    _edit(path, **{"text_config": config["text_config"] | changes} if kind == "gemma3" else changes)
+    with pytest.raises(SystemExit):
+        _register(tmp_path, path.parent)
+    message = capsys.readouterr().err
+    assert f"{path}: " in message and expected in message
+    assert "copy config.json and all safetensors from the same model" in message
+    assert not (tmp_path / "base.json").exists() and not (tmp_path / "layers.json").exists()
+
+
+def test_experts_that_cannot_be_merged_are_refused(make: Callable[..., Path]) -> None:
+    folder = make("mixtral")
+    weights = load_file(folder / WEIGHTS)
+    del weights["model.layers.0.block_sparse_moe.experts.1.w1.weight"]
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"no causal .* conversion .*; copy config\.json and all"):
+        load_meta_model(folder)
+
+
+def test_tied_weights_must_be_equal(make: Callable[..., Path]) -> None:
+    """transformers would not tie two weights that differ, although config.json says so."""
+    folder = make("llama", tie_word_embeddings=True)
+    count, weights = load_meta_model(folder).num_parameters(), load_file(folder / WEIGHTS)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert load_meta_model(folder).num_parameters() == count
+    assert load_base(folder, CPU, count).num_parameters() == count
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head\.weight and "):
+        load_meta_model(folder)
 
 
 def _trained(model: Any) -> dict[str, tuple[int, ...]]:

@@ -71,6 +71,15 @@ def test_folder_is_counted_by_its_headers(base_folder: Path, base: PreTrainedMod
     assert shape.blocks == base.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_folder_size_finds_tied_embeddings(config: PretrainedConfig, tmp_path: Path) -> None:
+    """Whatever the files call the LM head."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    size = folder_size(tmp_path)
+    assert size.tie_word_embeddings == config.tie_word_embeddings
+    assert size.embeddings == size_from_config(config.to_dict()).embeddings
+
+
 def test_small_model_size_matches_transformers(small: ModelSize) -> None:
     config = LlamaConfig(
         hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,

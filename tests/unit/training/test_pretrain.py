@@ -76,10 +76,12 @@ def test_record_has_device_precision_and_threads(documents, tmp_path) -> None:
         "documents": tmp_path / "documents.jsonl",
         "folder": tmp_path / "model",
         "state": tmp_path / "state",
+        "layers": tmp_path / "layers.json",
         "output": tmp_path / "base.json",
     }
     pretrain_base.main([f"--{key}={value}" for key, value in arguments.items()])
     record = read_json(tmp_path / "base.json")
+    assert read_json(tmp_path / "layers.json")["parameters"] == record["parameters"]
     assert record["precision"] == "float32" and record["machine"]["threads"] == 1
     assert record["device"].startswith("CPU, 1 of ")
 

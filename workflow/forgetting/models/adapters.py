@@ -196,7 +196,7 @@ def _config(model: PreTrainedModel, method: Method) -> LoraConfig:
         "target_modules": [layer.name for layer in layers if layer.kind != "tensor"],
         "modules_to_save": embeddings,
         # Otherwise peft trains one copy for the input and another one for the head.
-        "ensure_weight_tying": embeddings is not None and _is_tied(model),
+        "ensure_weight_tying": embeddings is not None and _tied_weight(model) is not None,
         "bias": "none",
     }
     if method.rank_budget:
@@ -245,7 +245,7 @@ def _layer_kind(model: PreTrainedModel, module: nn.Module, weight: nn.Parameter)
     if weight is getattr(module, "weight", None) and isinstance(module, (nn.Linear, Conv1D)):
         if module is not model.get_output_embeddings():
             return "linear"
-        return "tied head" if weight is model.get_input_embeddings().weight else "head"
+        return "tied head" if weight is _tied_weight(model) else "head"
     if isinstance(module, nn.Embedding):
         return "embedding"
     name = type(module).__name__
@@ -257,11 +257,6 @@ def _embedding_modules(model: Model) -> dict[str, nn.Module]:
     """Return the input embedding and the LM head, by name."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: m for name, m in model.named_modules() if any(m is end for end in ends)}
-
-
-def _is_tied(model: Model) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def embedding_weights(model: Model) -> set[str]:
@@ -334,10 +329,15 @@ def adapted_weight(layer: Any) -> torch.Tensor:
 
 def is_tied(model: Model, layer: Any) -> bool:
     """Return whether the input embedding and the LM head share the weight of an adapted layer."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = [_base_layer(end).weight for end in ends if end is not None]
-    return len(weights) == 2 and weights[0] is weights[1] and adapted_weight(layer) is weights[0]
+    return adapted_weight(layer) is _tied_weight(model)
 
 
-def _base_layer(module: Any) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def _tied_weight(model: Model) -> torch.Tensor | None:
+    """Return the weight that the input embedding and the LM head share, or None."""
+    first, last = (
+        end.get_base_layer().weight
+        if isinstance(end, BaseTunerLayer)
+        else getattr(end, "weight", None)
+        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    return first if first is last else None

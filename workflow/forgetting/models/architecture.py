@@ -1,30 +1,32 @@
 """Layers of a base model, read from its files alone, without loading it or importing transformers.
 
 Preflight checks use them to find mistakes in a study before any job starts. Safetensors begin with
-a header of names and shapes. A model that is pretrained here has the layers of its configuration.
+a header of names and shapes, which transformers may rename or merge when it loads them. The job
+that registers or pretrains a base records the layers of the loaded model; later plans read these.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from forgetting.config.base_model import SmallModelConfig
+from forgetting.digests import file_damage, sha256
 from forgetting.errors import InputError
-from forgetting.io import read_foreign_json
+from forgetting.io import read_foreign_json, write_json
 from forgetting.models.config_file import (
+    MODEL_TYPES,
     check_special_tokens,
     check_tokenizer,
     has_dropout_config,
-    is_renamed,
     read_config,
     text_config_section,
 )
-from forgetting.models.layers import EMBEDDINGS, Kind, Layer, check_agreement, mark_expert_layers
+from forgetting.models.layers import Kind, Layer, mark_expert_layers
 
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -42,14 +44,16 @@ SAME_LEAF_TYPES = {
 Their experts are merged as in `_merge_experts`. Each type is tested.
 """
 
+EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte")
+"""Names of the input embedding in files."""
+
 HEADS = ("lm_head", "embed_out")
 """Names of the LM head in files; GPT-NeoX uses the second."""
 
-EXPERT_TENSORS = {
-    **dict.fromkeys(("w1", "w3", "gate_proj", "up_proj", "gate_up_proj"), "gate_up_proj"),
-    **dict.fromkeys(("w2", "down_proj"), "down_proj"),
-}
-"""Matrices of an expert, and the tensor of all experts into which they are merged."""
+EXPERT_MATRIX = re.compile(
+    r"(.*\.experts)\.\d+\.(w1|w2|w3|gate_proj|up_proj|gate_up_proj|down_proj)"
+)
+"""A matrix of one expert: name of the module of all experts, and of the matrix."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,6 @@ class ModelLayers:
         has_leaves: whether the last part of the names identifies the layers of the loaded model.
         blocks: number of transformer blocks, if known.
         context: longest sequence that the model reads, in tokens, if limited.
-        rows: rows of the input embedding, if known.
     """
 
     layers: Sequence[Layer]
@@ -70,12 +73,6 @@ class ModelLayers:
     has_leaves: bool
     blocks: int | None
     context: int | None
-    rows: int | None = None
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every weight, by the name of its module."""
-        return {layer.name: layer.shape for layer in self.layers}
 
     def within(self, pattern: str) -> list[Layer]:
         """Return the weights in modules whose names end in a pattern."""
@@ -123,18 +120,17 @@ def layers_of(shapes: Mapping[str, tuple[int, ...]], *, multimodal: bool = False
 def _merge_experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Merge experts as transformers does when it loads them: (experts, rows, columns)."""
     merged: dict[str, tuple[int, ...]] = {}
-    experts: dict[str, set[str]] = {}
     for name, shape in shapes.items():
-        prefix, _, rest = name.partition(".experts.")
-        number, _, leaf = rest.partition(".")
-        if not number.isdigit() or leaf not in EXPERT_TENSORS or len(shape) != 2:
+        match = EXPERT_MATRIX.fullmatch(name)
+        if match is None or len(shape) != 2:
             merged[name] = shape
             continue
-        tensor = EXPERT_TENSORS[leaf]
-        path = f"{prefix}.experts.{tensor}"
-        experts.setdefault(path, set()).add(number)
-        rows = shape[0] * (2 if tensor == "gate_up_proj" and leaf != tensor else 1)
-        merged[path] = (len(experts[path]), rows, shape[1])
+        experts, leaf = match.groups()
+        is_down = leaf in ("w2", "down_proj")
+        path = f"{experts}.{'down_proj' if is_down else 'gate_up_proj'}"
+        count = merged.get(path, (0,))[0] + (leaf not in ("w3", "up_proj"))
+        rows = shape[0] if is_down or leaf == "gate_up_proj" else 2 * shape[0]
+        merged[path] = (count, rows, shape[1])
     return merged
 
 
@@ -145,29 +141,12 @@ def _input_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return next(iter([*usual, *others]), None)
 
 
-def small_model(config: SmallModelConfig) -> ModelLayers:
-    """Return the layers of a model that is pretrained here, named like those of a Llama."""
-    width, mlp_width = config.hidden_size, config.intermediate_size
-    block = {
-        **{f"self_attn.{name}_proj": (width, width) for name in "qkvo"},
-        **{f"mlp.{name}_proj": (mlp_width, width) for name in ("gate", "up")},
-        "mlp.down_proj": (width, mlp_width),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        f"model.layers.{number}.{name}": shape
-        for number in range(config.num_layers)
-        for name, shape in block.items()
-    }
-    shapes |= {"model.embed_tokens": (config.vocab_size, width), "model.norm": (width,)}
-    return ModelLayers(
-        layers_of(shapes), True, True, config.num_layers, config.max_position_embeddings
-    )
-
-
-def read_model_layers(folder: Path) -> ModelLayers:
+def read_model_layers(folder: Path, record: Path | None = None) -> ModelLayers:
     """Return the layers of a model in a folder in Hugging Face format.
+
+    Args:
+        folder: holds the model.
+        record: where `write_layers` may have recorded the layers of the loaded model.
 
     Raises:
         InputError: a file is missing or invalid; names the file and the expected content.
@@ -180,29 +159,51 @@ def read_model_layers(folder: Path) -> ModelLayers:
             "model into it"
         )
     text = text_config_section(config)
-    check_agreement(folder / "config.json", text, shapes)
     embedding = _input_embedding(shapes)
-    rows = shapes[embedding][0] if embedding and len(shapes[embedding]) == 2 else None
-    if rows is not None:
-        check_special_tokens(folder, config, rows)
-        check_tokenizer(folder, rows)
+    if embedding and len(shapes[embedding]) == 2:
+        check_special_tokens(folder, config, shapes[embedding][0])
+        check_tokenizer(folder, shapes[embedding][0])
     blocks = text.get("num_hidden_layers") or text.get("n_layer")
     context = text.get("max_position_embeddings") or text.get("n_positions")
-    is_complete = not is_renamed(config)
+    recorded = _recorded_layers(record, folder) if record else None
+    is_complete = recorded is not None or config["model_type"] not in MODEL_TYPES["renamed"]
     return ModelLayers(
-        layers_of(shapes, multimodal=text is not config),
+        recorded or layers_of(shapes, multimodal=text is not config),
         is_complete,
         is_complete or config["model_type"] in SAME_LEAF_TYPES,
         blocks if isinstance(blocks, int) else None,
         context if isinstance(context, int) else None,
-        rows,
     )
+
+
+def write_layers(path: Path, folder: Path, layers: Iterable[Layer], parameters: int) -> None:
+    """Record the layers of a loaded model, as JSON.
+
+    Args:
+        path: of the record.
+        folder: of the model, whose config.json determines the layers.
+        layers: all weights of the model.
+        parameters: number of parameters of the model.
+    """
+    content = [asdict(layer) for layer in layers]
+    config = sha256(folder / "config.json")
+    write_json(path, {"config": config, "parameters": parameters, "layers": content})
+
+
+def _recorded_layers(record: Path, folder: Path) -> list[Layer] | None:
+    """Return the recorded layers, or None without an intact record of a model of this config."""
+    if file_damage(record):
+        return None
+    content = read_foreign_json(record)
+    if content["config"] != sha256(folder / "config.json"):
+        return None
+    return [Layer(**layer | {"shape": tuple(layer["shape"])}) for layer in content["layers"]]
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight in a folder, by module, from the safetensors' headers."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _shards(folder):
+    for path in weight_files(folder):
         for name, entry in _header(path).items():
             # Merged experts are named tensors of their module, without the suffix `weight`.
             is_expert_tensor = ".experts." in name and len(entry["shape"]) == 3
@@ -211,8 +212,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _shards(folder: Path) -> list[Path]:
-    """Return the files of the weights: a single one, or those that an index names."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors of a model: a single file, or those that an index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]

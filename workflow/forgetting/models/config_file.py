@@ -12,7 +12,13 @@ from typing import Any
 
 from forgetting.errors import InputError
 from forgetting.io import read_foreign_json
-from forgetting.models.model_types import CAUSAL_MODEL_TYPES, RENAMED_MODELS
+
+MODEL_TYPES: dict[str, list[str]] = read_foreign_json(Path(__file__).with_name("model_types.json"))
+"""Model types of transformers that have a causal language model (`causal`), and those of them whose
+weights transformers renames or merges when it loads them (`renamed`).
+
+tests/unit/models/test_model_types.py compares them with transformers, and writes them.
+"""
 
 CAUSAL_WHEN: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(
@@ -96,7 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise InputError(f"{path}: expected a JSON object with `model_type`, as transformers has")
-    if kind not in CAUSAL_MODEL_TYPES:
+    if kind not in MODEL_TYPES["causal"]:
         raise InputError(
             f"{path}: transformers has no causal language model of type {kind}; code that comes "
             "with a model is not run"
@@ -235,23 +241,11 @@ def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 def placeholders(folder: Path) -> set[str]:
     """Return the tokens of a tokenizer that represent images or sound."""
-    config = _tokenizer_config(folder)
-    tokens = {config.get(key) for key in PLACEHOLDER_KEYS}
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        tokens |= {extra.get(key) for key in PLACEHOLDER_KEYS}
-    return {token for token in tokens if isinstance(token, str)}
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
-        content = read_foreign_json(folder / "tokenizer_config.json")
+        config = read_foreign_json(folder / "tokenizer_config.json")
     except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def is_renamed(config: Mapping[str, Any]) -> bool:
-    """Return whether transformers renames the weights of this type when it loads them."""
-    names = [config["model_type"], *(config.get("architectures") or [])]
-    return any(name in RENAMED_MODELS for name in names)
+        return set()
+    extra = config.get("extra_special_tokens") if isinstance(config, dict) else None
+    sections = [section for section in (config, extra) if isinstance(section, dict)]
+    tokens = [section.get(key) for section in sections for key in PLACEHOLDER_KEYS]
+    return {token for token in tokens if isinstance(token, str)}

@@ -1,21 +1,17 @@
-"""Layers of a model: which ones a method adapts, and whether they agree with config.json.
+"""Layers of a model: which ones a method adapts.
 
-Preflight checks read the layers from the headers of files, jobs read them from the loaded model.
-Both use the same rules. `check_agreement` compares only what is certain: lengths that every model
-type shares, and the blocks of Llama-like types. Loading the model checks the rest.
+Preflight checks take the layers from files, jobs take them from the loaded model. Both use the same
+rules.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Literal
 
 from forgetting.config.expand import Method
 from forgetting.config.variants import VARIANTS
-from forgetting.errors import InputError
 
 Kind = Literal["linear", "head", "tied head", "embedding", "tensor", "other"]
 
@@ -156,26 +152,23 @@ def layers_to_adapt(layers: Sequence[Layer], method: Method) -> list[Layer]:
 
 def check_variant(layers: Sequence[Layer], method: Method) -> None:
     """Raise `UnsupportedLayer` if variant, dropout or mitigation does not support a layer."""
+    others = "name other layers in target_modules (attention, or a list)"
     for layer in layers:
+        where = f"{layer.path}, {DESCRIPTIONS.get(layer.kind, '')}"
         if layer.kind in VARIANTS[method.variant].unsupported_layers:
             raise UnsupportedLayer(
                 "variant",
-                f"{method.variant} cannot adapt {layer.path}, {DESCRIPTIONS[layer.kind]}; "
-                "take variant lora or rslora, or name other layers in target_modules "
-                "(attention, or a list)",
+                f"{method.variant} cannot adapt {where}; take variant lora or rslora, or {others}",
             )
         if method.dropout and layer.kind in NO_DROPOUT:
             raise UnsupportedLayer(
-                "dropout",
-                f"dropout is not supported on {layer.path}, {DESCRIPTIONS[layer.kind]}; "
-                "take dropout: 0, or name other layers in target_modules (attention, or a list)",
+                "dropout", f"dropout is not supported on {where}; take dropout: 0, or {others}"
             )
         if layer.kind == "tensor" and _penalizes_weights(method):
             raise UnsupportedLayer(
                 "mitigation",
-                f"ewc and l2_sp need the update of a matrix, not of {layer.path}, "
-                f"{DESCRIPTIONS[layer.kind]}; take another mitigation, or name other layers in "
-                "target_modules (attention, or a list)",
+                f"ewc and l2_sp need the update of a matrix, not of {where}; take another "
+                f"mitigation, or {others}",
             )
 
 
@@ -197,94 +190,3 @@ def check_rank(layers: Sequence[Layer], method: Method) -> None:
 def _penalizes_weights(method: Method) -> bool:
     sections = method.mitigation.sections.values() if method.mitigation else ()
     return any(section.needs_weight_update for section in sections)
-
-
-LayerShape = tuple[int, ...]
-ExpectedLength = tuple[str | None, int | None]
-"""A key of config.json and its value, the length of a side of a matrix; None if unknown."""
-
-EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte")
-LLAMA_LIKE_TYPES = {"gemma", "gemma2", "llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3"}
-"""Types whose blocks have the matrices of a Llama; norms and biases may differ."""
-
-
-def check_agreement(
-    path: Path, config: Mapping[str, Any], shapes: Mapping[str, LayerShape]
-) -> None:
-    """Refuse weights that do not belong to the model of config.json.
-
-    Args:
-        path: of config.json.
-        config: its content.
-        shapes: of the weights in the same folder, by the name of their module.
-
-    Raises:
-        InputError: names the file, the key and the weight.
-    """
-    expected = _expected_shapes(config)
-    for name, shape in shapes.items():
-        lengths = expected.get(name) or next(
-            (lengths for end, lengths in expected.items() if name.endswith(f".{end}")), ()
-        )
-        for (key, length), actual in zip(lengths, shape, strict=False):
-            if length is not None and length != actual:
-                raise InputError(
-                    f"{path}: {key} is {length}, where the weights have {actual} ({name}, "
-                    f"{' x '.join(map(str, shape))}), so they are of another model; copy "
-                    "config.json and all safetensors from the same one"
-                )
-    if config["model_type"] in LLAMA_LIKE_TYPES:
-        _check_blocks(path, config, shapes)
-
-
-def _check_blocks(path: Path, config: Mapping[str, Any], shapes: Mapping[str, LayerShape]) -> None:
-    """Refuse weights of more or fewer blocks than config.json has."""
-    expected = config.get("num_hidden_layers")
-    numbers = [re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in shapes]
-    blocks = len({int(number[1]) for number in numbers if number})
-    if _is_count(expected) and blocks != expected:
-        raise InputError(
-            f"{path}: num_hidden_layers is {expected}, and there are weights of {blocks} blocks; "
-            "copy config.json and all safetensors from the same model"
-        )
-
-
-def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[ExpectedLength, ExpectedLength]]:
-    """Return the expected rows and columns of matrices, by the end of their names."""
-    width = _first(config, "hidden_size", "n_embd", "d_model")
-    # Moshi's embedding has an additional row.
-    rows = _first(config, "vocab_size") if config["model_type"] != "moshi" else (None, None)
-    # Some types project narrower embeddings to the width of the blocks.
-    narrow = _first(config, "word_embed_proj_dim", "embedding_size", "input_embedding_size")
-    embedding = (rows, width if narrow[0] is None else narrow)
-    expected = dict.fromkeys(EMBEDDINGS, embedding)
-    if config["model_type"] not in LLAMA_LIKE_TYPES:
-        return expected
-    expected["lm_head"] = embedding
-    mlp_width = _first(config, "intermediate_size")
-    expected |= {f"mlp.{name}_proj": (mlp_width, width) for name in ("gate", "up")}
-    expected["mlp.down_proj"] = (width, mlp_width)
-    queries = _heads_width(config, "num_attention_heads")
-    keys = _heads_width(config, "num_key_value_heads")
-    expected |= {"self_attn.q_proj": (queries, width), "self_attn.o_proj": (width, queries)}
-    return expected | {f"self_attn.{name}_proj": (keys, width) for name in "kv"}
-
-
-def _heads_width(config: Mapping[str, Any], key: str) -> ExpectedLength:
-    """Return the total width of the heads that a key counts, or None if it is unknown."""
-    heads = _first(config, key)
-    size = config.get("head_dim")
-    if heads[1] is None or not _is_count(size):
-        return None, None
-    return f"{heads[0]} x head_dim", heads[1] * size
-
-
-def _first(config: Mapping[str, Any], *names: str) -> ExpectedLength:
-    """Return the first of several keys that has a positive number, and the number."""
-    return next(
-        ((name, config[name]) for name in names if _is_count(config.get(name))), (None, None)
-    )
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from forgetting.digests import sha256_of_each
-from forgetting.errors import InputError
+from forgetting.errors import InputError, is_out_of_memory
 from forgetting.inputs import model_files
 from forgetting.io import damage_error, read_foreign_json, read_json, removal_command
+from forgetting.models.architecture import weight_files
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model that can be evaluated: plain, or with an adapter."""
@@ -153,9 +154,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_base(folder: Path, device: torch.device, parameters: int | None = None) -> PreTrainedModel:
     """Return a causal language model in Hugging Face format, in float32 and evaluation mode.
 
-    Only safetensors are read, and no code of the model's author is run. A weight that is missing
-    from the files or has another shape is refused: transformers would initialize it at random. So
-    is a weight of a block that the model has no place for: transformers would ignore it.
+    Only safetensors are read, and no code of the model's author is run.
 
     Args:
         folder: holds the model.
@@ -165,31 +164,8 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
     Raises:
         InputError: names the folder and the fault.
     """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # They are reported below.
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: no causal language model can be read ({error})") from None
-    missing = [*sorted(info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(
-            f"{folder}: its safetensors lack the weight `{missing[0]}`{more}, or have another "
-            "shape than config.json asks for; take a complete model, with the config.json that "
-            "belongs to it"
-        )
-    if unused := _unused_block_weights(model, info["unexpected_keys"]):
-        raise InputError(
-            f"{folder}: its safetensors have the weight `{unused[0]}`, for which the model of "
-            "config.json has no place, so that another model would be loaded; take the config.json "
-            "that belongs to the weights"
-        )
-    count = sum(parameter.numel() for parameter in model.parameters())
+    model = _from_pretrained(folder)
+    count = model.num_parameters()
     if parameters is not None and count != parameters:
         raise InputError(
             f"{folder}: {count:,} parameters were loaded, and {parameters:,} are recorded; take "
@@ -199,6 +175,78 @@ def load_base(folder: Path, device: torch.device, parameters: int | None = None)
     stops = declared_stops(folder)
     loaded.generation_config.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)
     return loaded
+
+
+def load_meta_model(folder: Path) -> PreTrainedModel:
+    """Return the model of a folder on the meta device: all of its weights, without their values.
+
+    transformers renames, merges and ties the weights as it does when it loads their values.
+
+    Raises:
+        InputError: the weights do not belong to config.json; names the folder and the fault.
+    """
+    model = _from_pretrained(folder, device_map="meta")
+    for names in model.all_tied_weights_keys.items():
+        # transformers ties two weights that are both in the files only if they are equal.
+        tensors = _read_tensors(folder, names)
+        if len(tensors) == 2 and not torch.equal(*tensors):
+            raise InputError(
+                f"{folder / 'config.json'}: tie_word_embeddings is true, but {' and '.join(names)} "
+                "differ in the safetensors; set it to false, or copy config.json of the model again"
+            )
+    model.tie_weights()
+    return model
+
+
+def _read_tensors(folder: Path, names: Iterable[str]) -> list[torch.Tensor]:
+    """Return those of the named weights that the files of a model have."""
+    tensors: list[torch.Tensor] = []
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            tensors += [file.get_tensor(name) for name in set(names) & set(file.keys())]
+    return tensors
+
+
+def _from_pretrained(folder: Path, **options: Any) -> PreTrainedModel:
+    """Return a model in float32, after checking that its weights belong to config.json.
+
+    transformers would initialize missing weights at random and ignore additional ones.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # They are reported below.
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        message = " ".join(str(error).split())
+        raise InputError(
+            f"{folder}: no causal language model can be read ({message}); {COMPLETE_MODEL}"
+        ) from None
+    config = folder / "config.json"
+    if info["mismatched_keys"]:
+        (name, actual, expected), *others = sorted(info["mismatched_keys"])
+        raise InputError(
+            f"{config}: asks for the weight {name} of shape {_product(expected)}, but it has "
+            f"{_product(actual)} in the safetensors{_more(others)}; {COMPLETE_MODEL}"
+        )
+    if info["missing_keys"]:
+        name, *others = sorted(info["missing_keys"])
+        raise InputError(
+            f"{config}: asks for the weight {name}, which the safetensors lack{_more(others)}; "
+            f"{COMPLETE_MODEL}"
+        )
+    if unused := _unused_block_weights(model, info["unexpected_keys"]):
+        raise InputError(
+            f"{config}: has no place for the weight {unused[0]} of the safetensors"
+            f"{_more(unused[1:])}, so that another model would be loaded; {COMPLETE_MODEL}"
+        )
+    return model
 
 
 BUFFER = re.compile(r"(inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
@@ -217,6 +265,17 @@ def _unused_block_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> 
     return sorted(
         key for key in unexpected if key.startswith(tuple(stacks)) and not BUFFER.search(key)
     )
+
+
+COMPLETE_MODEL = "copy config.json and all safetensors from the same model"
+
+
+def _product(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _more(names: Sequence[object]) -> str:
+    return f" (and {len(names)} more)" if names else ""
 
 
 CAUSALITY_CHECK_TOKENS = 16
@@ -375,17 +434,3 @@ def _first_difference(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, 
         if digest != recorded[path.relative_to(folder).as_posix()]:
             return path, "differs from what was recorded of the base (sha256)"
     return None
-
-
-def model_parameters(folder: Path) -> int:
-    """Return the number of parameters of a folder's model after loading.
-
-    The files may hold more numbers, such as buffers and copies of tied weights, or fewer.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no causal language model can be read ({error})") from None
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from forgetting.config.base_model import BaseModelConfig, SmallModelConfig, is_local
 from forgetting.config.expand import Method
 from forgetting.config.variants import VARIANTS
@@ -22,60 +24,13 @@ from forgetting.models.architecture import ModelLayers, layers_of, read_shapes, 
 from forgetting.models.config_file import text_config_section
 from forgetting.models.layers import Layer, selected_layers
 
-LLAMA_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
-KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
-    "NousResearch/Llama-2-7b-hf": LLAMA_7B,
-    "NousResearch/Llama-2-7b-chat-hf": LLAMA_7B,
-    "meta-llama/Llama-2-7b-hf": LLAMA_7B,
-    "meta-llama/Llama-2-7b-chat-hf": LLAMA_7B,
-    "microsoft/phi-1_5": {
-        "model_type": "phi",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "vocab_size": 51200,
-        "max_position_embeddings": 2048,
-    },
-    "HuggingFaceTB/SmolLM2-135M": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-1.7B": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "openai-community/gpt2": {
-        "model_type": "gpt2",
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "vocab_size": 50257,
-        "n_positions": 1024,
-    },
-}
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("known_models.yaml").read_bytes()
+)
 """The size-related keys of config.json of models on the hub, by the name of the model."""
+
+GUESS = "meta-llama/Llama-2-7b-hf"
+"""Model whose size unknown models are assumed to have."""
 
 UNGATED_MLP_TYPES = {
     *("phi", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2"),
@@ -134,10 +89,14 @@ class ModelSize:
         return self.vocab_size * self.hidden_size
 
     @property
+    def embeddings(self) -> int:
+        """Return the number of weights of input embedding and LM head, which may be tied."""
+        return self.embedding if self.tie_word_embeddings else 2 * self.embedding
+
+    @property
     def parameters(self) -> int:
         """Return the number of weights, with tied ones counted once."""
-        ends = self.embedding if self.tie_word_embeddings else 2 * self.embedding
-        return self.linear + ends + self.vectors
+        return self.linear + self.embeddings + self.vectors
 
     @property
     def cache(self) -> int:
@@ -167,10 +126,9 @@ class ModelSize:
 
     def trained(self, method: Method) -> int:
         """Return the number of weights that a method trains at once, the maximum over stages."""
-        ends = self.embedding if self.tie_word_embeddings else 2 * self.embedding
         if method.kind == "full":
-            return self.parameters - (0 if method.trains_embeddings else ends)
-        first_stage = self.adapter(method) + (ends if method.trains_embeddings else 0)
+            return self.parameters - (0 if method.trains_embeddings else self.embeddings)
+        first_stage = self.adapter(method) + (self.embeddings if method.trains_embeddings else 0)
         if method.second_stage is None:
             return first_stage
         return max(first_stage, self.second_stage_limit(method.second_stage.layers))
@@ -252,15 +210,14 @@ def folder_size(folder: Path) -> ModelSize:
         size,
         layers=ModelLayers(layers, True, True, size.blocks, size.layers.context),
         vectors=sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1),
-        tie_word_embeddings=not any(name.endswith("lm_head") for name in shapes),
+        tie_word_embeddings=any(layer.kind == "tied head" for layer in layers),
     )
 
 
 def known_size(model: str) -> ModelSize:
     """Return the size of a model on the hub; unknown models are guessed to have 7 B weights."""
-    if model in KNOWN_CONFIGS:
-        return size_from_config(KNOWN_CONFIGS[model])
-    return replace(size_from_config(LLAMA_7B), is_exact=False)
+    size = size_from_config(KNOWN_CONFIGS.get(model, KNOWN_CONFIGS[GUESS]))
+    return replace(size, is_exact=model in KNOWN_CONFIGS)
 
 
 def size_from_config(config: Mapping[str, Any]) -> ModelSize:
@@ -281,7 +238,7 @@ def size_from_config(config: Mapping[str, Any]) -> ModelSize:
     head_dim = value("head_dim", default=width // heads)
     keys, queries = value("num_key_value_heads", default=heads) * head_dim, heads * head_dim
     model_type = str(config.get("model_type", "llama"))
-    block = {
+    block: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (queries, width),
         "self_attn.k_proj": (keys, width),
         "self_attn.v_proj": (keys, width),
@@ -291,14 +248,26 @@ def size_from_config(config: Mapping[str, Any]) -> ModelSize:
     }
     if model_type not in UNGATED_MLP_TYPES:
         block["mlp.gate_proj"] = (mlp_width, width)
+    block["input_layernorm"] = (width,)
+    if model_type != "phi":
+        block["post_attention_layernorm"] = (width,)
     shapes = {
-        f"model.layers.{number}.{name}": matrix
+        f"model.layers.{number}.{name}": shape
         for number in range(blocks)
-        for name, matrix in block.items()
+        for name, shape in block.items()
     }
-    shapes |= {"model.embed_tokens": (vocab_size, width), "lm_head": (vocab_size, width)}
+    shapes |= {"model.embed_tokens": (vocab_size, width), "model.norm": (width,)}
+    is_tied = bool(config.get("tie_word_embeddings", model_type == "gpt2"))
+    if not is_tied:
+        shapes["lm_head"] = (vocab_size, width)
     context = value("max_position_embeddings", "n_positions") or None
-    is_tied = config.get("tie_word_embeddings", model_type == "gpt2")
+    vectors = sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    if model_type in UNGATED_MLP_TYPES:  # Norms and linear layers have biases.
+        vectors += width + sum(shape[0] for name, shape in shapes.items() if ".layers." in name)
+    if model_type == "phi":  # The LM head has one, too.
+        vectors += vocab_size
+    if model_type in LEARNED_POSITION_TYPES:
+        vectors += width * (context or 0)
     return ModelSize(
         layers=ModelLayers(layers_of(shapes), True, True, blocks, context),
         blocks=blocks,
@@ -307,23 +276,7 @@ def size_from_config(config: Mapping[str, Any]) -> ModelSize:
         keys=keys,
         queries=queries,
         vocab_size=vocab_size,
-        tie_word_embeddings=bool(is_tied),
+        tie_word_embeddings=is_tied,
         batchable_rows=rows_are_independent(config) and model_type not in CUSTOM_LINEAR_TYPES,
-        vectors=_vector_parameters(model_type, shapes, blocks, width, vocab_size)
-        + (width * (context or 0) if model_type in LEARNED_POSITION_TYPES else 0),
+        vectors=vectors,
     )
-
-
-def _vector_parameters(
-    model_type: str, shapes: Mapping[str, tuple[int, ...]], blocks: int, width: int, vocab_size: int
-) -> int:
-    """Return the number of weights in norms and biases.
-
-    Llama-like types have two norms per block and no biases.
-    """
-    biases = sum(shape[0] for name, shape in shapes.items() if ".layers." in name)
-    if model_type == "phi":  # One LayerNorm per block; all layers and the LM head have biases.
-        return 2 * (blocks + 1) * width + biases + vocab_size
-    if model_type in UNGATED_MLP_TYPES:
-        return 2 * (2 * blocks + 1) * width + biases
-    return (2 * blocks + 1) * width

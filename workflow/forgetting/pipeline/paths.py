@@ -73,6 +73,7 @@ class Paths:
         world: folder of a generated dataset.
         probes: prepared questions of every probe.
         base_record: what the base is and where.
+        base_layers: the layers of the base as transformers loads it.
         base_items: the base's scores on every probe.
         base_predictions: the base's predictions on the general text, if the study has one.
         base_benchmarks: the base's scores on the benchmarks of trainings, if the study has any.
@@ -103,6 +104,7 @@ class Paths:
         self.world = f"{self.results}/world/{{dataset}}"
         self.probes = [self.data(f"probes/{name}.jsonl") for name in study.probes]
         self.base_record = self.base("base.json")
+        self.base_layers = self.base("layers.json")
         self.base_items = self.base("items.parquet")
         self.base_predictions = [self.base("targets.safetensors")] if self.text_tables else []
         in_training = ["benchmarks.parquet"] if self.training_tasks else []

@@ -78,12 +78,12 @@ class Pipeline:
         source = study_source(config, studies)
         origin = study_origin(source.path, studies)
         check_owner(Path("results", name), origin)
-        check_inputs(study, source.locate)
+        paths = Paths(study, name)
+        check_inputs(study, source.locate, Path(paths.base_layers))
         costs = JobCosts(study, read_site(basedir / "profiles" / "slurm" / "partitions.yaml"))
         check_single_node(costs)
         library = basedir / "workflow"
         code = source_digest(library) if config.get("rerun_on_code_change") else None
-        paths = Paths(study, name)
         templates = library / "forgetting" / "report" / "templates"
         return cls(
             study=study,

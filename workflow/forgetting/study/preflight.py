@@ -36,7 +36,7 @@ from forgetting.data.table_files import Row, source_line, table_in_folder, table
 from forgetting.data.tables import evenly_spaced, joined_text
 from forgetting.errors import InputError
 from forgetting.evaluation.rouge import check_letters
-from forgetting.models.architecture import ModelLayers, read_model_layers, small_model
+from forgetting.models.architecture import ModelLayers, read_model_layers
 from forgetting.models.layers import (
     UnsupportedLayer,
     check_rank,
@@ -44,6 +44,7 @@ from forgetting.models.layers import (
     layers_to_adapt,
     selected_layers,
 )
+from forgetting.models.size import small_model_size
 from forgetting.schedule import validate_warmup
 
 LARGE_TABLE_BYTES = 50 * 2**20
@@ -53,8 +54,15 @@ TableRows = dict[KeyPath, list[Row]]
 """Rows of the tables in folders, by the key path at which the study names the table."""
 
 
-def check_inputs(study: StudyConfig, at: LocateKey = dotted) -> None:
+def check_inputs(
+    study: StudyConfig, at: LocateKey = dotted, layers_record: Path | None = None
+) -> None:
     """Run all preflight checks.
+
+    Args:
+        study: what is checked.
+        at: returns the place of a key, for messages.
+        layers_record: where an earlier job may have recorded the layers of the base model.
 
     Raises:
         InputError: the first mistake, with its place in the study, command line or file.
@@ -66,7 +74,7 @@ def check_inputs(study: StudyConfig, at: LocateKey = dotted) -> None:
         probe_rows = _selected_rows(rows, ("probes", name), len(probe.table), probe.limit)
         check_letters(probe_rows, name, study.evaluation.rouge_tokenizer, partial(_locate, study))
     _check_warmup(study, rows, at)
-    model = _model_layers(study, at)
+    model = _model_layers(study, at, layers_record)
     _check_chat_template(study, rows, at)
     if model:
         for number, method in expand_methods_numbered(study):
@@ -198,20 +206,20 @@ def _same_rows(study: StudyConfig, table: str, other: str) -> bool:
     return path is None and first.table == second.table and same_origin
 
 
-def _model_layers(study: StudyConfig, at: LocateKey) -> ModelLayers | None:
+def _model_layers(study: StudyConfig, at: LocateKey, record: Path | None) -> ModelLayers | None:
     """Return the layers of the base model, or None if they are not known yet."""
     model = study.base.model
     if study.base.pretrain:
-        return small_model(study.base.pretrain)
+        return small_model_size(study.base.pretrain).layers
     if model is None:
         return None
     if not is_local(model):
-        return _downloaded(Path("resources/models") / model / str(study.base.revision))
+        return _downloaded(Path("resources/models") / model / str(study.base.revision), record)
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise InputError(f"{at('base', 'model')}: there is no folder {folder}")
     try:
-        layers = read_model_layers(folder)
+        layers = read_model_layers(folder, record)
     except InputError as error:
         raise InputError(f"{at('base', 'model')}: {error}") from None
     if study.prompt.chat and not read_chat_template(folder):
@@ -223,10 +231,10 @@ def _model_layers(study: StudyConfig, at: LocateKey) -> ModelLayers | None:
     return layers
 
 
-def _downloaded(folder: Path) -> ModelLayers | None:
+def _downloaded(folder: Path, record: Path | None) -> ModelLayers | None:
     """Return the layers of a downloaded hub model; register_base reports its mistakes."""
     try:
-        return read_model_layers(folder) if folder.is_dir() else None
+        return read_model_layers(folder, record) if folder.is_dir() else None
     except InputError:
         return None
 
