@@ -223,8 +223,14 @@ def test_batched_runs_replay_general_text(harness: Harness, tmp_path: Path) -> N
         assert ours.tokens == theirs.tokens > 4 * sum(len(e.ids) for e in harness.examples)
 
 
-def test_batched_runs_may_adapt_some_modules_only(harness: Harness, tmp_path: Path) -> None:
-    harness.method = harness.method.model_copy(update={"target_modules": ["q_proj", "down_proj"]})
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_batched_runs_may_adapt_some_modules_only(
+    harness: Harness, tmp_path: Path, modules: list[str], dropout: float
+) -> None:
+    """The output head reads the target positions only, which are those of every run."""
+    changes = {"target_modules": modules, "dropout": dropout}
+    harness.method = harness.method.model_copy(update=changes)
     reference = harness.copy_to(tmp_path / "single")
     for ours, theirs in zip(harness.batched(), reference.single(), strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
@@ -550,7 +556,7 @@ def test_run_group_is_batched_unless_the_study_says_never(
         run_group_config(tuning, SETTINGS, "auto")
     )
     single = GroupTrainer(context, tmp_path / "single")(run_group_config(tuning, SETTINGS, "never"))
-    assert [record["trained_together"] for record in batched + single] == [3, 3, 3, 1, 1, 1]
+    assert [record["batched_runs"] for record in batched + single] == [3, 3, 3, 1, 1, 1]
     for ours, theirs in zip(batched, single, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
         assert ours.keys() == theirs.keys()
@@ -615,7 +621,7 @@ def test_a_run_without_memory_in_a_pass_is_trained_singly(
         run_group_config(tuning, SETTINGS, "auto")
     )
     single = GroupTrainer(context, tmp_path / "single")(run_group_config(tuning, SETTINGS, "never"))
-    assert [record["trained_together"] for record in batched] == [2, 2, 1]
+    assert [record["batched_runs"] for record in batched] == [2, 2, 1]
     for ours, theirs in zip(batched, single, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
 
@@ -665,7 +671,7 @@ def test_other_methods_train_one_run_after_the_other(
     records = GroupTrainer(context, tmp_path)(
         run_group_config(tuning, SETTINGS[:2], "auto", **changes)
     )
-    assert [record["trained_together"] for record in records] == [1, 1]
+    assert [record["batched_runs"] for record in records] == [1, 1]
     assert [record["status"] for record in records] == ["ok", "ok"]
 
 

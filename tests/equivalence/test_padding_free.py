@@ -306,7 +306,7 @@ def test_a_step_computes_nothing_for_padding(
 
     def gradient() -> tuple[float, Tensor]:
         (loss,) = train_step.compute_gradients(
-            model, recipe, [[(examples, None)]], TrainState(), torch.optim.SGD(model.parameters())
+            model, recipe, [(examples, None)], TrainState(), torch.optim.SGD(model.parameters())
         )
         return loss.tokens, torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -321,21 +321,13 @@ def test_a_step_computes_nothing_for_padding(
     assert _differ(joined, padded) < close
 
 
-def test_batched_runs_have_equal_tokens_and_separate_sums() -> None:
-    """What fills up the shorter ones is no target, and no document is longer than before."""
+def test_loss_sums_are_separate_for_each_batched_run() -> None:
+    """Every run reads the same examples, in the order of the runs."""
     examples = _examples(4)
-    runs = [examples[:4], examples[4:8], examples[:2] + examples[6:8]]
-    shared = microbatches.MicroBatch(runs, padded=False)
-    even = microbatches.pad_runs_to_equal_tokens(runs, pad=0)
-    (length,) = {sum(len(example.ids) for example in own) for own in even}
-    assert length == max(sum(len(example.ids) for example in own) for own in runs)
-    longest = max(len(example.ids) for example in examples)
-    for own, filled in zip(runs, even, strict=True):
-        assert filled[: len(own)] == own
-        assert all(e.targets == 0 and len(e.ids) <= longest for e in filled[len(own) :])
-    batch = shared.to_batch(0, torch.device("cpu"))
-    assert batch.ids.shape == (1, 3 * length)
-    values = torch.arange(batch.labels.numel(), dtype=torch.float32)[None]
-    counts = [sum(example.targets for example in own) for own in runs]
-    expected = [float(part.sum()) for part in values.flatten().split(counts)]
-    assert shared.loss_sums(values).tolist() == pytest.approx(expected)
+    for padded in (True, False):
+        shared = microbatches.MicroBatch(examples, 3, padded)
+        batch = shared.to_batch(0, torch.device("cpu"))
+        assert batch.ids.numel() % 3 == 0
+        values = torch.arange(batch.labels.numel(), dtype=torch.float32).view_as(batch.labels)
+        expected = [float(part.sum()) for part in values.flatten().chunk(3)]
+        assert shared.loss_sums(values).tolist() == pytest.approx(expected)

@@ -224,7 +224,7 @@ def test_kl_penalty_treats_packed_examples_separately(
         recipe = replace(_recipe(training, plan), mitigations=mitigations)
         groups = [(list(rows), penalty), (list(replayed), penalty)]
         optimizer = torch.optim.SGD(trained, lr=0.0)
-        (loss,) = compute_gradients(model, recipe, [groups], TrainState(), optimizer)
+        (loss,) = compute_gradients(model, recipe, groups, TrainState(), optimizer)
         found.append((loss, torch.cat([p.grad.flatten() for p in trained if p.grad is not None])))
     (loss, gradient), (packed_loss, packed) = found
     assert packed_loss == pytest.approx(loss, rel=1e-5)

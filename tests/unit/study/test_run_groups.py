@@ -41,10 +41,10 @@ def test_supports_batching_needs_independent_rows(tmp_path: Path, tuning: Method
     gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100, **still)
     assert not supports_batching(_meta_model(gpt2, tmp_path, tuning))  # its layers are no nn.Linear
     llama = LlamaConfig(**SMALL, num_attention_heads=2)
-    for other in ("embed_tokens", "lm_head"):
+    for other, supported in (("embed_tokens", False), ("lm_head", True)):
         more = {"target_modules": ["q_proj", other], "dropout": 0.0}
         changed = tuning.model_copy(update=more)
-        assert not supports_batching(_meta_model(llama, tmp_path, changed))
+        assert supports_batching(_meta_model(llama, tmp_path, changed)) == supported
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def _gradients(gym: Gym, build: Callable[[Model], Mitigations], tuning: Method, 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0)
     groups = loss_groups(gym.examples[:7], recipe, 1)
-    compute_gradients(model, recipe, [groups], TrainState(step=1), optimizer)
+    compute_gradients(model, recipe, groups, TrainState(step=1), optimizer)
     return [parameter.grad for parameter in trained]
 
 

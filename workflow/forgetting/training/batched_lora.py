@@ -1,8 +1,9 @@
 """Batched LoRA: several runs of one method in one forward and backward pass over a shared base.
 
-The batches of the runs are concatenated along the rows. The frozen matrices multiply all rows at
-once, and the matrices A and B of each run multiply the rows of that run. The weights of a run are
-slices of stacked tensors, so a run keeps its own optimizer, checkpoints and evaluations.
+Every run reads the same batch, which is repeated along the rows once for each run. The frozen
+matrices multiply all rows at once, and the matrices A and B of a run multiply its own rows. The
+weights of a run are slices of stacked tensors, so a run keeps its own optimizer, checkpoints and
+evaluations.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _adapted_layers(model: Model) -> Iterator[tuple[str, Any]]:
 
 
 class BatchedAdapters:
-    """The adapters of several runs of one rank, stacked per layer.
+    """The adapters of several runs, stacked per layer.
 
     A has the shape (runs, rank, in) and B (runs, out, rank). The parameters of the runs become
     slices of these tensors, and their gradients slices of the gradients.
@@ -150,17 +151,12 @@ def _batched_forward(
 
 
 def supports_batching(model: Model) -> bool:
-    """Return whether the rows of a batch are independent and all adapters are plain LoRA.
-
-    An adapter on the output head is not supported. The head is evaluated at target positions only,
-    and runs that read different rows have different numbers of targets.
-    """
+    """Return whether the rows of a batch are independent and all adapters are plain LoRA."""
     layers = [layer for _, layer in _adapted_layers(model)]
     return (
         isinstance(model, PeftModel)
         and rows_are_independent(text_config(model).to_dict())
         and all(_is_plain_lora_layer(layer) for layer in layers)
-        and not isinstance(model.get_output_embeddings(), LoraLayer)
     )
 
 

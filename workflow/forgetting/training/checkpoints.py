@@ -263,7 +263,7 @@ def write_final_state(folder: Path, progress: TrainState, step: int, batched_run
         step: step of the batch at which the state is recorded.
         batched_runs: number of runs in the batch.
     """
-    state = {"step": step, "together": batched_runs, "progress": vars(progress)}
+    state = {"step": step, "batched_runs": batched_runs, "progress": vars(progress)}
     write_json(folder / FINAL, state)
 
 
@@ -276,7 +276,7 @@ def read_final_state(folder: Path) -> TrainState | None:
 def batch_members(folder: Path) -> int:
     """Return the number of runs in the batch of a run that has ended, or 1 without a batch."""
     path = folder / FINAL
-    return int(read_json(path)["together"]) if path.exists() else 1
+    return int(read_json(path)["batched_runs"]) if path.exists() else 1
 
 
 @dataclass(frozen=True)

@@ -364,7 +364,7 @@ def _run_record(run: RunFolder, progress: TrainState) -> dict[str, Any]:
         "evaluations": progress.evaluations,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
-        "trained_together": batch_members(run.folder),
+        "batched_runs": batch_members(run.folder),
     }
 
 

@@ -125,11 +125,10 @@ def train_batched(
     base_value: float,
     evaluate: Evaluate,
     log: Callable[[int, TrainState, LrSchedule], None],
-    initial: Sequence[AdapterState] | None = None,
 ) -> list[TrainState]:
     """Train several runs in shared forward and backward passes, each as `train_run` would.
 
-    The runs may differ in hyperparameters and, with plain adapters, in seed, rank and scale. They
+    The runs differ in hyperparameters only, so they read the same examples in the same order. They
     resume from the newest evaluation that all have reached. A finished run leaves the batch, and
     the others continue. The time of a step is divided evenly among the runs that take part.
 
@@ -137,13 +136,12 @@ def train_batched(
         model: in the initial state of the runs; holds the weights of one of them afterwards.
         runs_to_train: configuration and folder of every run.
         log: called with the index of a run after each of its steps.
-        initial: initial adapter of each run; by default that of `model` for all.
     """
     step = rewind_to_common_step([folder for _, folder in runs_to_train])
-    initial = initial or [AdapterState.of(model)] * len(runs_to_train)
+    initial = AdapterState.of(model)
     runs = []
-    for (config, folder), start in zip(runs_to_train, initial, strict=True):
-        adapter = start.copy()
+    for config, folder in runs_to_train:
+        adapter = initial.copy()
         optimizer = _build_optimizer(adapter, config)
         run = TrainingRun(config, folder, adapter, optimizer, group_size=len(runs_to_train))
         run.activate(model)
@@ -190,8 +188,8 @@ def _train_loop(
         losses, tokens = _train_step(model, examples, running, batched)
         step += 1
         seconds = (time.monotonic() - started) / len(running)
-        for run, loss, count in zip(running, losses, tokens, strict=True):
-            _record_step(model, run.state, loss, count, seconds)
+        for run, loss in zip(running, losses, strict=True):
+            _record_step(model, run.state, loss, tokens, seconds)
         sound = [run for run in running if run.state.status == "running"]
         if step in schedule.evaluations:
             for run in sound:
@@ -287,26 +285,21 @@ def _train_step(
     examples: Sequence[Example],
     runs: Sequence[TrainingRun],
     batched: BatchedAdapters | None,
-) -> tuple[list[StepLoss], list[int]]:
+) -> tuple[list[StepLoss], int]:
     """Update each run by the mean loss over all target tokens of its batch.
 
     Returns:
-        The loss of each run, and the number of tokens that it has read.
+        The loss of each run, and the number of tokens that each has read.
     """
     first = runs[0]
-    configs = {run.config.seed: run.config for run in runs}
-    by_seed = {
-        seed: loss_groups(examples, config, first.state.step) for seed, config in configs.items()
-    }
-    batches = [by_seed[run.config.seed] for run in runs]
+    groups = loss_groups(examples, first.config, first.state.step)
     optimizer = batched or first.optimizer
-    losses = compute_gradients(model, first.config, batches, first.state, optimizer)
+    losses = compute_gradients(model, first.config, groups, first.state, optimizer)
     for run, loss in zip(runs, losses, strict=True):
         run.state.micro_batch_size = first.state.micro_batch_size
         if not has_diverged(model, run.state, loss):
             _optimizer_step(model, run)
-    tokens = [sum(len(e.ids) for members, _ in groups for e in members) for groups in batches]
-    return losses, tokens
+    return losses, sum(len(e.ids) for members, _ in groups for e in members)
 
 
 def _optimizer_step(model: Model, run: TrainingRun) -> None:

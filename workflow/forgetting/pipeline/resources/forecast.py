@@ -76,7 +76,7 @@ def _is_planned(costs: JobCosts, record: Mapping[str, Any]) -> bool:
     if method is None or int(seed.removeprefix("seed")) not in costs.study.seeds:
         return False
     passes = costs.workload.microbatches(method, ProcessCount(record.get("processes", 1)))
-    return int(record["trained_together"]) in passes
+    return int(record["batched_runs"]) in passes
 
 
 def _compare_run(costs: JobCosts, record: Mapping[str, Any]) -> MeasuredRun:
