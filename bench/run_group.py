@@ -80,6 +80,6 @@ def _train(bench: Bench, runs: int) -> tuple[int, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         plans = [(config, Path(folder) / str(number)) for number, config in enumerate(configs)]
-        train_batched(model, bench.examples, plans, 0.0, evaluate, log)
+        train_batched(model, bench.examples, plans, evaluate, log)
     start, end = recorded[schedule.steps_per_epoch], recorded[schedule.steps - 1]
     return len(configs) * (end[0] - start[0]), end[1] - start[1]

@@ -39,8 +39,9 @@ from forgetting.training.batched_lora import meta_model, trained_weights
 from forgetting.training.checkpoints import ResumePoints, TrainState, resume_groups
 from forgetting.training.mitigations import Mitigations
 from forgetting.training.run_config import RunConfig
-from forgetting.training.run_group import RunContext, run_key, train_run_group
+from forgetting.training.run_group import train_run_group
 from forgetting.training.trainer import train_batched, train_run
+from forgetting.training.training_job import RunContext, TrainingJob, run_key
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
 from support.run_groups import examples_in, run_context, run_group_config
 
@@ -84,13 +85,11 @@ class Harness:
         ]
 
     def batched(self) -> list[TrainState]:
-        return train_batched(
-            self.model(), self.examples, self.plans(), 0.001, self.evaluate, self.log
-        )
+        return train_batched(self.model(), self.examples, self.plans(), self.evaluate, self.log)
 
     def single(self) -> list[TrainState]:
         return [
-            train_run(self.model(), self.examples, config, 0.001, self.evaluate, folder, _no_log)
+            train_run(self.model(), self.examples, config, self.evaluate, folder, _no_log)
             for config, folder in self.plans()
         ]
 
@@ -139,6 +138,7 @@ def harness(
             batch_size=4, micro_batch_size=3, schedule="constant", warmup_epochs=0.5
         ),
         schedule=LrSchedule(1, 1, 0, frozenset()),
+        base_value=0.1,
         threshold=1.0,
         stop_after_evaluations=None,
         precision=torch.float32,
@@ -540,11 +540,13 @@ class GroupTrainer:
     ) -> list[dict[str, Any]]:
         self.logged.clear()
         return train_run_group(
-            config,
-            self.context,
-            {"versions": "c"},
-            self.state,
-            log or (lambda run, *_: self.logged.append(run)),
+            TrainingJob(
+                config,
+                self.context,
+                {"versions": "c"},
+                self.state,
+                log or (lambda run, *_: self.logged.append(run)),
+            )
         )
 
 

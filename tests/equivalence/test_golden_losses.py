@@ -87,6 +87,7 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
         seed=0,
         training=training,
         schedule=LrSchedule.plan(len(examples), training, 1.0),
+        base_value=0.1,
         threshold=1.0,
         stop_after_evaluations=None,
         precision=torch.float32,
@@ -96,7 +97,7 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
     start = {name: p.detach().clone() for name, p in weights(model).items()}
     nothing = pd.DataFrame({"value": [0.0]})
     progress = train_run(
-        model, examples, config, 0.0, lambda _: (nothing, 0.0), folder / "run", lambda *_: None
+        model, examples, config, lambda _: (nothing, 0.0), folder / "run", lambda *_: None
     )
     return outcome(model, start, progress.losses)
 

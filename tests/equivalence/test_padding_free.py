@@ -296,6 +296,7 @@ def test_a_step_computes_nothing_for_padding(
         seed=0,
         training=training,
         schedule=LrSchedule.plan(len(examples), training, 1.0),
+        base_value=0.1,
         threshold=1.0,
         stop_after_evaluations=None,
         precision=precision,

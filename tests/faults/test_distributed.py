@@ -49,8 +49,7 @@ from forgetting.training.distributed import (
     ProcessGroup,
     split_by_tokens,
 )
-from forgetting.training.run_group import RunContext, run_key
-from forgetting.training.training_job import run_group_items
+from forgetting.training.training_job import RunContext, TrainingJob, run_group_items, run_key
 from support.benchmark_rows import sciq
 from support.params import finetune_params
 from support.processes import FORKS, Stopped, run_in_processes, train, train_in_group, weights
@@ -358,8 +357,8 @@ def _trunk_and_branch(spec: RunGroupConfig, context: RunContext, state: Path) ->
         """Log nothing."""
 
     try:
-        trunks = train_trunks(spec, changed, {"base": "b"}, state, log)
-        return train_cooldowns(spec, 1.0, trunks, changed, {"base": "b"}, state, log)
+        trunks = train_trunks(TrainingJob(spec, changed, {"base": "b"}, state, log))
+        return train_cooldowns(TrainingJob(spec, changed, {"base": "b"}, state, log), 1.0, trunks)
     finally:
         process_group.destroy()
 

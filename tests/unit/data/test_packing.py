@@ -39,8 +39,9 @@ from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.mitigations import Mitigations, token_kl
 from forgetting.training.run_config import RunConfig, loss_groups
-from forgetting.training.run_group import RunContext, check_model_inputs, train_run_group
+from forgetting.training.run_group import check_model_inputs, train_run_group
 from forgetting.training.train_step import compute_gradients
+from forgetting.training.training_job import RunContext, TrainingJob
 from support.kill import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,6 +189,7 @@ def _recipe(training: TrainingConfig, schedule: LrSchedule) -> RunConfig:
         seed=4,
         training=training,
         schedule=schedule,
+        base_value=0.1,
         threshold=0.9,
         stop_after_evaluations=None,
         precision=torch.float32,
@@ -272,7 +274,7 @@ def run_group(
     )
 
     def run(state: Path, log: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-        (record,) = train_run_group(spec, context, {}, state, log)
+        (record,) = train_run_group(TrainingJob(spec, context, {}, state, log))
         return record
 
     return run

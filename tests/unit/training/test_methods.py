@@ -35,13 +35,14 @@ from forgetting.training import trainer as module
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.mitigations import Mitigations, build_mitigations
 from forgetting.training.run_config import RunConfig, batch_indices
-from forgetting.training.run_group import RunContext, train_run_group
+from forgetting.training.run_group import train_run_group
 from forgetting.training.stages import (
     RunFactory,
     second_stage_step,
     select_trainable_layers,
     train_stages,
 )
+from forgetting.training.training_job import RunContext, TrainingJob
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
 from support.training import (
     CPU,
@@ -215,7 +216,7 @@ def test_run_group_keeps_only_weights(
         general_text={"a/b": rows[7:]},
     )
     spec = RunGroupConfig.model_validate_json(spec.model_dump_json())
-    records = train_run_group(spec, context, {}, tmp_path, lambda *_: None)
+    records = train_run_group(TrainingJob(spec, context, {}, tmp_path, lambda *_: None))
     assert [record["status"] for record in records] == ["ok", "ok"]
     assert records[0]["losses"][0] == records[1]["losses"][0]
     for record in records:
@@ -670,7 +671,7 @@ def test_hybrid_penalty_is_towards_the_base_model(harness: TrainingHarness) -> N
 
     factory = RunFactory(
         load_base=lambda: load_base(harness.base, CPU),
-        build_mitigations=lambda model: build_mitigations(model, mitigation, {}, 0),
+        build_mitigations=lambda model: build_mitigations(model, mitigation, {}, (), 0),
         train=train,
     )
     train_stages(method, harness.config, factory, harness.folder)

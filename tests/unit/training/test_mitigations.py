@@ -49,9 +49,10 @@ from forgetting.training.mitigations import (
     token_kl,
 )
 from forgetting.training.run_config import RunConfig, batch_indices, loss_groups
-from forgetting.training.run_group import RunContext, run_key, train_run_group
+from forgetting.training.run_group import train_run_group
 from forgetting.training.train_step import compute_gradients
 from forgetting.training.trainer import train_run
+from forgetting.training.training_job import RunContext, TrainingJob, run_key
 from scripts import evaluate_wise_ft
 from support.kill import Killed
 from support.params import write_params
@@ -89,6 +90,7 @@ class Gym:
             seed=3,
             training=training,
             schedule=LrSchedule.plan(7, training, 1.0),
+            base_value=0.1,
             threshold=0.9,
             stop_after_evaluations=None,
             precision=torch.float32,
@@ -112,9 +114,7 @@ class Gym:
             return pd.DataFrame({"value": [0.1]}), 0.1
 
         folder = self.work / name
-        progress = train_run(
-            model, self.examples[:7], recipe, 0.1, evaluate, folder, lambda *_: None
-        )
+        progress = train_run(model, self.examples[:7], recipe, evaluate, folder, lambda *_: None)
         return progress, model.eval()
 
     def drift(self, model: Model) -> float:
@@ -140,7 +140,9 @@ def gym(
 
 def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Mitigations]:
     mitigation = MitigationConfig.model_validate(sections)
-    return lambda model: build_mitigations(model, mitigation, {"world/documents": gym.general}, 3)
+    return lambda model: build_mitigations(
+        model, mitigation, {"world/documents": gym.general}, REPLAY_ROWS, 3
+    )
 
 
 def _as_variant(variant: str) -> Method:
@@ -758,14 +760,16 @@ def test_run_group_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -
         general_text={"world/documents": [{"id": "d/0", "text": "Oslo."}, rows[8]]},
     )
     spec = RunGroupConfig.model_validate_json(spec.model_dump_json())
-    both = train_run_group(spec, context, {}, gym.work / "both", lambda *_: None)
+    both = train_run_group(TrainingJob(spec, context, {}, gym.work / "both", lambda *_: None))
     second = tuning.model_copy(update={"hyperparameters": tuning.hyperparameters[1:]})
     (alone,) = train_run_group(
-        spec.model_copy(update={"method": second}),
-        context,
-        {},
-        gym.work / "one",
-        lambda *_: None,
+        TrainingJob(
+            spec.model_copy(update={"method": second}),
+            context,
+            {},
+            gym.work / "one",
+            lambda *_: None,
+        )
     )
     assert both[1]["losses"] == alone["losses"]
     assert both[0]["losses"][0] == both[1]["losses"][0]

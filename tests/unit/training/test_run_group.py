@@ -22,8 +22,8 @@ from forgetting.errors import InputError
 from forgetting.models.adapters import attach_adapter
 from forgetting.models.loading import load_base
 from forgetting.training import run_group as module
-from forgetting.training.run_group import RunContext, run_key, train_run_group
-from forgetting.training.training_job import run_group_items
+from forgetting.training.run_group import train_run_group
+from forgetting.training.training_job import RunContext, TrainingJob, run_group_items, run_key
 from support.kill import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,11 +79,13 @@ class GroupTrainer:
     def __call__(self, config: RunGroupConfig, **inputs: str) -> list[dict[str, Any]]:
         self.logged: list[str] = []
         return train_run_group(
-            config,
-            self.context,
-            INPUTS | inputs,
-            self.state,
-            lambda run, *_: self.logged.append(run),
+            TrainingJob(
+                config,
+                self.context,
+                INPUTS | inputs,
+                self.state,
+                lambda run, *_: self.logged.append(run),
+            )
         )
 
     @property
@@ -268,7 +270,7 @@ def test_a_kill_in_the_second_run_keeps_the_first(
             raise Killed
 
     with pytest.raises(Killed):
-        train_run_group(config, train.context, INPUTS, train.state, stop)
+        train_run_group(TrainingJob(config, train.context, INPUTS, train.state, stop))
     records = train(config)
     assert train.logged == ["lora-r4/seed0/lr0.005-wd0"] * 2
     whole = GroupTrainer(train.context, tmp_path / "whole")(config)

@@ -550,7 +550,6 @@ def test_rounding_frozen_weights_changes_no_bit(harness: TrainingHarness) -> Non
             model,
             harness.examples,
             config,
-            0.1,
             lambda _: (pd.DataFrame({"value": [0.5]}), 0.5),
             folder,
             harness.log,

@@ -63,6 +63,34 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device | str = 
     return Batch(ids.to(device), mask.to(device), columns.to(device), labels.to(device), positions)
 
 
+def block_diagonal_causal_mask(
+    lengths: Sequence[Sequence[int]], row_length: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return position ids that restart per document and a block-diagonal causal mask.
+
+    Args:
+        lengths: tokens of the documents of each row, in their order.
+        row_length: tokens of a row, including padding at its end.
+        device: of the returned tensors.
+
+    Returns:
+        Position ids, (rows, length), and whether a position (third) attends to another (fourth),
+        (rows, 1, length, length). Padding attends to padding, to keep the result finite.
+    """
+    positions = torch.zeros((len(lengths), row_length), dtype=torch.long)
+    document_ids = torch.full((len(lengths), row_length), -1)
+    for row, documents in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(documents):
+            positions[row, start : start + length] = torch.arange(length)
+            document_ids[row, start : start + length] = number
+            start += length
+    document_ids = document_ids.to(device)
+    causal = torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
+    mask = (document_ids[:, :, None] == document_ids[:, None, :]) & causal
+    return positions.to(device), mask[:, None]
+
+
 BATCH_OVERHEAD_TOKENS = 256
 """Fixed cost of attention in one more length bucket, in tokens."""
 

@@ -27,6 +27,7 @@ from forgetting.training.checkpoints import (
     BRANCH_CHECKPOINTS,
     TrainState,
     apply_recorded_oom,
+    items_file,
     load_latest,
     prune_checkpoints,
     read_final_state,
@@ -59,6 +60,16 @@ class TrainingRun:
     group_size: int = 1
     """Number of runs that share the model, this one included."""
 
+    @classmethod
+    def start(
+        cls, config: RunConfig, folder: Path, adapter: AdapterState, group_size: int = 1
+    ) -> TrainingRun:
+        """Return a run before its first step, with a new optimizer."""
+        optimizer = make_optimizer(
+            adapter.weights, config.training, config.hyperparameters, config.lr_ratios
+        )
+        return cls(config, folder, adapter, optimizer, group_size=group_size)
+
     def activate(self, model: Model) -> None:
         """Install the weights of this run in the shared model."""
         if self.group_size > 1:
@@ -75,7 +86,6 @@ def train_run(
     model: Model,
     examples: Sequence[Example],
     config: RunConfig,
-    base_value: float,
     evaluate: Evaluate,
     folder: Path,
     log: Callable[[TrainState, LrSchedule], None],
@@ -92,7 +102,6 @@ def train_run(
     reached the threshold.
 
     Args:
-        base_value: selection metric of the base model.
         log: called after every step.
         first_stage: final state of the first stage of a two-stage run. A first stage ends at
             `config.until` with status `running`.
@@ -101,8 +110,7 @@ def train_run(
         OutOfMemory: memory ran out in one of several processes. After a restart they resume from
             the newest checkpoint with half the examples in a forward pass.
     """
-    adapter = AdapterState.of(model)
-    run = TrainingRun(config, folder, adapter, _build_optimizer(adapter, config))
+    run = TrainingRun.start(config, folder, AdapterState.of(model))
     run.state = first_stage or load_latest(model, run.optimizer, folder, config.process_group)
     run.state = config.process_group.broadcast(read_final_state(folder)) or run.state
     apply_recorded_oom(run.state, folder, config.process_group)
@@ -111,7 +119,7 @@ def train_run(
         log(state, schedule)
 
     try:
-        _train_loop(model, examples, [run], run.state.step, base_value, evaluate, log_run)
+        _train_loop(model, examples, [run], run.state.step, evaluate, log_run)
     except OutOfMemory as error:
         record_oom(folder, error.examples)
         raise
@@ -122,7 +130,6 @@ def train_batched(
     model: Model,
     examples: Sequence[Example],
     runs_to_train: Sequence[tuple[RunConfig, Path]],
-    base_value: float,
     evaluate: Evaluate,
     log: Callable[[int, TrainState, LrSchedule], None],
 ) -> list[TrainState]:
@@ -141,25 +148,13 @@ def train_batched(
     initial = AdapterState.of(model)
     runs = []
     for config, folder in runs_to_train:
-        adapter = initial.copy()
-        optimizer = _build_optimizer(adapter, config)
-        run = TrainingRun(config, folder, adapter, optimizer, group_size=len(runs_to_train))
+        run = TrainingRun.start(config, folder, initial.copy(), len(runs_to_train))
         run.activate(model)
         run.state = load_latest(model, run.optimizer, folder)
         run.state = read_final_state(folder) or run.state
         runs.append(run)
-    _train_loop(model, examples, runs, step, base_value, evaluate, log)
+    _train_loop(model, examples, runs, step, evaluate, log)
     return [run.state for run in runs]
-
-
-def _build_optimizer(adapter: AdapterState, config: RunConfig) -> torch.optim.Optimizer:
-    return make_optimizer(
-        adapter.weights,
-        config.training,
-        config.hyperparameters,
-        config.loraplus_lr_ratio,
-        config.lr_ratios,
-    )
 
 
 def _train_loop(
@@ -167,13 +162,12 @@ def _train_loop(
     examples: Sequence[Example],
     runs: Sequence[TrainingRun],
     step: int,
-    base_value: float,
     evaluate: Evaluate,
     log: Callable[[int, TrainState, LrSchedule], None],
 ) -> None:
     """Train all runs from `step` to their ends, and evaluate them at the planned steps."""
     schedule = runs[0].config.schedule
-    _finish_runs(model, examples, runs, step, base_value)
+    _finish_runs(model, examples, runs, step)
     model.train()
     batched: BatchedAdapters | None = None
     active: list[TrainingRun] = []
@@ -201,7 +195,7 @@ def _train_loop(
         for run in sound:
             log(runs.index(run), run.state, schedule)
         if step in schedule.evaluations or not any(run.is_running for run in sound):
-            _finish_runs(model, examples, runs, step, base_value)
+            _finish_runs(model, examples, runs, step)
 
 
 def _activate(model: Model, runs: Sequence[TrainingRun]) -> BatchedAdapters | None:
@@ -243,22 +237,18 @@ def _evaluate_run(model: Model, run: TrainingRun, evaluate: Evaluate) -> None:
     run.activate(model)
     items, value = evaluate(model)
     if config.process_group.is_main:
-        write_table(run.folder / f"items-{state.step:07d}.parquet", items)
+        write_table(items_file(run.folder, state.step), items)
     state.evaluations.append([state.step, state.step / config.schedule.steps_per_epoch, value])
     save_checkpoint(model, run.optimizer, state, run.folder, config.process_group)
 
 
 def _finish_runs(
-    model: Model,
-    examples: Sequence[Example],
-    runs: Sequence[TrainingRun],
-    step: int,
-    base_value: float,
+    model: Model, examples: Sequence[Example], runs: Sequence[TrainingRun], step: int
 ) -> None:
     """Finish the runs that are complete, record their final states, then prune all checkpoints."""
     for run in runs:
         state, config = run.state, run.config
-        evaluations = recorded_evaluations(state.evaluations, base_value)
+        evaluations = recorded_evaluations(state.evaluations, config.base_value)
         stopped = is_finished(evaluations, config.threshold, config.stop_after_evaluations)
         if state.status == "running" and (stopped or state.step >= config.schedule.steps):
             run.activate(model)
@@ -269,7 +259,9 @@ def _finish_runs(
             write_final_state(run.folder, state, step, run.group_size)
     for run in runs:
         config = run.config
-        prune_checkpoints(run.folder, run.state, base_value, config.threshold, config.process_group)
+        prune_checkpoints(
+            run.folder, run.state, config.base_value, config.threshold, config.process_group
+        )
 
 
 @torch.inference_mode()
