@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from forgetting.config.data import PromptConfig
 from forgetting.config.evaluation import EvaluationConfig
 from forgetting.config.expand import Method
 from forgetting.config.methods import Hyperparameters, RankBudgetConfig, SecondStageConfig
+from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.training import TrainingConfig
-from forgetting.data.tokenize import Example, encode_pair
+from forgetting.data.tokenize import Example, encode_pair, encode_text
 from forgetting.evaluation.metrics import mean_score
 from forgetting.evaluation.probes import evaluate_probes
 from forgetting.models.adapters import attach_adapter
@@ -99,6 +105,11 @@ def run_config(
     return RunConfig(training=training, pad=pad, **defaults | changes)
 
 
+def no_items(_: Model) -> tuple[pd.DataFrame, float]:
+    """Evaluate nothing."""
+    return pd.DataFrame({"value": [0.1]}), 0.1
+
+
 def move_weights(model: Model) -> Model:
     """Change all trained weights at random, and return the model."""
     torch.manual_seed(9)
@@ -173,6 +184,43 @@ class TrainingHarness:
         """Return the same runs in another folder."""
         return replace(self, folder=folder, logged=[])
 
+    def with_untied_head(self, folder: Path) -> TrainingHarness:
+        """Return the same run on a base with a separate output head, which is written to folder."""
+        shutil.copytree(self.base, folder)
+        config = LlamaConfig.from_pretrained(self.base, tie_word_embeddings=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            LlamaForCausalLM(config).save_pretrained(folder)
+        return replace(self, base=folder)
+
+    def with_mitigation(
+        self, method: Method, sections: Mapping[str, Any] | None, **changes: Any
+    ) -> TrainingHarness:
+        """Return a run on seven rows with mitigations; the last three rows are the general text.
+
+        Three epochs in batches of four, each of two forward passes.
+
+        Args:
+            method: method of the run.
+            sections: mitigation section of a study, or None.
+            changes: fields of the training section.
+        """
+        mitigation = MitigationConfig.model_validate(sections) if sections else None
+        general = [
+            encode_text(self.tokenizer, f"{row['answer']} {row['question']}")
+            for row in self.rows[7:]
+        ]
+        harness = replace(
+            self,
+            method=method.model_copy(update={"mitigation": mitigation}),
+            examples=self.examples[:7],
+            general=general,
+        )
+        harness.set_rate(2e-3 if method.kind == "full" else 0.01)
+        settings = {"epochs": 3.0, "micro_batch_size": 2, "warmup_epochs": 0.0} | changes
+        harness.set_training(**settings)
+        return harness
+
     def load(self) -> PreTrainedModel:
         """Load the base model from disk."""
         return load_base(self.base, CPU)
@@ -218,11 +266,9 @@ class TrainingHarness:
 
     def batched(self) -> list[TrainState]:
         """Train the runs of all settings in shared passes."""
-
-        def log(number: int, state: TrainState, schedule: LrSchedule) -> None:
-            self.logged.append((number, state.step))
-
-        return train_batched(self.model(), self.examples, self.plans(), self.evaluate, log)
+        return train_batched(
+            self.model(), self.examples, self.plans(), self.evaluate, self.log_batched
+        )
 
     def single(self) -> list[TrainState]:
         """Train the runs of all settings one after the other."""
@@ -244,6 +290,10 @@ class TrainingHarness:
     def log(self, state: TrainState, schedule: LrSchedule) -> None:
         """Note the steps that are logged."""
         self.logged.append(state.step)
+
+    def log_batched(self, number: int, state: TrainState, schedule: LrSchedule) -> None:
+        """Note the runs and steps that are logged."""
+        self.logged.append((number, state.step))
 
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoints on disk, including unfinished ones."""
