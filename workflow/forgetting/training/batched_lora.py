@@ -177,15 +177,15 @@ def meta_model(base: Path, method: Method) -> Model:
         return attach_adapter(model, method.model_copy(update={"variant": "lora"}), seed=0)
 
 
-def batchable_groups(
+def runs_per_pass(
     method: Method,
     runs: int,
     base: Path,
     training: TrainingConfig,
     tokens: float,
     device: torch.device,
-) -> list[list[int]]:
-    """Return which runs share a forward pass, as lists of run indices; every run is in one list.
+) -> list[int]:
+    """Return the number of runs of a run group that share each forward pass.
 
     Args:
         method: method of all runs.
@@ -195,12 +195,11 @@ def batchable_groups(
         tokens: tokens of an optimizer step of one run.
         device: device that trains.
     """
-    singles = [[run] for run in range(runs)]
     if tokens > MAX_BATCHED_TOKENS[device.type] or not may_batch(method, training):
-        return singles
+        return [1] * runs
     model = meta_model(base, method)
     if not supports_batching(model):
-        return singles
+        return [1] * runs
     trained = sum(weight.numel() for weight in trained_weights(model).values())
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     memory = None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from forgetting.models.loading import Model, autocast, load_base, recompute_acti
 from forgetting.models.tuned import merged_adapter
 from forgetting.schedule import LrSchedule, validate_warmup
 from forgetting.system import describe_computation, peak_memory_gib
-from forgetting.training.batched_lora import batchable_groups, trained_weights
+from forgetting.training.batched_lora import runs_per_pass, trained_weights
 from forgetting.training.checkpoints import (
     TrainState,
     batch_members,
@@ -123,39 +124,20 @@ def train_run_group(job: TrainingJob, *, branches: bool = False) -> list[dict[st
     Raises:
         InputError: the warm-up is longer than the runs, or the data or the method does not fit.
     """
-    config, process_group = job.config, job.context.process_group
-    runs = [job.run(setting) for setting in config.method.hyperparameters]
+    process_group = job.context.process_group
+    runs = [job.run(setting) for setting in job.config.method.hyperparameters]
     missing = process_group.broadcast([run for run in runs if not run.record.exists()])
-    groups, data = [[index] for index in range(len(runs))], None
+    groups, data = [[run] for run in runs], None
     if missing:
         for run in missing if process_group.is_main else ():
             _remove_unfinished(run.folder)
         with process_group.main_first():
             data = load_training_data(job)
-        _check_training_data(data, config.training, process_group, branches=branches)
-        if process_group.world_size == 1:
-            tokens = data.tokens_per_step(config.training)
-            groups = batchable_groups(
-                config.method,
-                len(runs),
-                job.context.base,
-                config.training,
-                tokens,
-                job.context.device,
-            )
-    # Finished runs keep their place in the groups, so that a killed job resumes the same groups.
-    for group in ([runs[index] for index in indices] for indices in groups):
-        unfinished = {run.folder: run for run in group if run in missing}
-        if process_group.is_main:
-            discard_damaged(list(unfinished))
-        process_group.barrier()
-        for folders in resume_groups(list(unfinished)):
-            batch = [unfinished[folder] for folder in folders]
-            assert data
-            records = _train_runs(job, batch, data)
-            for run, record in zip(batch, records, strict=True):
-                if process_group.is_main:
-                    write_json(run.record, record | {"key": run.key})
+        _check_training_data(data, job.config.training, process_group, branches=branches)
+        groups = _groups_by_pass(job, runs, data)
+    for group in groups:
+        if data:
+            _train_group(job, [run for run in group if run in missing], data)
         for run in group if process_group.is_main else ():
             # After the record: without this state, a run without a record could not resume.
             drop_training_state(run.folder)
@@ -164,6 +146,39 @@ def train_run_group(job: TrainingJob, *, branches: bool = False) -> list[dict[st
         read_json(run.record, removal_command(run.folder)) | {"folder": str(run.folder)}
         for run in runs
     ]
+
+
+def _groups_by_pass(
+    job: TrainingJob, runs: Sequence[RunFolder], data: TrainingData
+) -> list[list[RunFolder]]:
+    """Return the runs that share each pass.
+
+    Finished runs keep their place in the groups, so that a killed job resumes the same groups.
+    """
+    context, training = job.context, job.config.training
+    if context.process_group.world_size > 1:
+        return [[run] for run in runs]
+    tokens = data.tokens_per_step(training)
+    sizes = runs_per_pass(
+        job.config.method, len(runs), context.base, training, tokens, context.device
+    )
+    remaining = iter(runs)
+    return [list(islice(remaining, size)) for size in sizes]
+
+
+def _train_group(job: TrainingJob, runs: Sequence[RunFolder], data: TrainingData) -> None:
+    """Train unfinished runs in groups that can resume from one step; write their records."""
+    process_group = job.context.process_group
+    run_of = {run.folder: run for run in runs}
+    if process_group.is_main:
+        discard_damaged(list(run_of))
+    process_group.barrier()
+    for folders in resume_groups(list(run_of)):
+        batch = [run_of[folder] for folder in folders]
+        records = _train_runs(job, batch, data)
+        for run, record in zip(batch, records, strict=True):
+            if process_group.is_main:
+                write_json(run.record, record | {"key": run.key})
 
 
 def _remove_unfinished(folder: Path) -> None:
