@@ -53,7 +53,7 @@ def runs_table(
     """Return one row per run, the base first: hyperparameters, status, choice and cost.
 
     With several durations each cooldown branch is a run, whose steps include those of its trunk.
-    Runs that were trained together share the seconds evenly.
+    Batched runs share the seconds evenly.
     """
     chosen = {row["run"]: row["step"] for row in selection.to_dict("records") if row["run"]}
     by_run = {record["run"]: record for record in records}
