@@ -739,7 +739,7 @@ def test_out_of_memory_in_one_process_restarts_all(
     done = launched("1:4", specs[kind], nodes, fault=OOM_MESSAGE, most=1, **there)
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr
-    message = "memory ran out with 2 examples in a pass; going on with 1 from step 3"
+    message = "memory ran out with 2 examples in a pass; continuing with 1 from step 3"
     assert done.stdout.count("memory ran out") == done.stdout.count(message) == 1
     assert done.stdout.count("step 6/6") == 1
     (record,) = json.loads((tmp_path / "runs.json").read_text())

@@ -116,7 +116,7 @@ class TrainState:
         self.micro_batch_size = rows // 2
         if verbose:
             print(
-                f"memory ran out with {rows} examples in a pass; going on with "
+                f"memory ran out with {rows} examples in a pass; continuing with "
                 f"{self.micro_batch_size} from step {self.step}",
                 flush=True,
             )
