@@ -13,9 +13,12 @@ from forgetting.config.expand import Method
 from forgetting.config.methods import Hyperparameters
 from forgetting.models.loading import Model
 from forgetting.training import checkpoints, stages, trainer
+from forgetting.training import pretrain as pretrain_module
 from forgetting.training import run_group as run_group_module
+from forgetting.training.pretrain import pretrain
 from forgetting.training.stages import second_stage_step
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
+from support.pretraining import SPEC, file_digests, some_documents
 from support.run_groups import RunGroupHarness, are_equal, run_context, run_group_config
 from support.training import (
     FULL,
@@ -267,3 +270,56 @@ def test_a_run_killed_before_its_record_resumes(
     (whole,) = RunGroupHarness(train.context, tmp_path / "whole")(config)
     assert are_equal(record, whole)
     assert record["steps"] == whole["steps"] == 4
+
+
+# --- a pretraining ------------------------------------------------------------------------------
+
+PRETRAINING_MOMENTS = {
+    "in a step": (trainer, "_train_step", 6),
+    "while a checkpoint is written": (checkpoints, "save_weights", 3),
+    "before the checkpoints are removed": (pretrain_module, "remove_folder", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return some_documents()
+
+
+@pytest.fixture(scope="module")
+def pretrained(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the files of a pretraining that was not killed."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    pretrain(documents, SPEC, folder / "base", folder / "state", seed=3)
+    return file_digests(folder / "base")
+
+
+@pytest.mark.parametrize("moment", PRETRAINING_MOMENTS)
+def test_killed_pretraining_resumes_with_the_same_bytes(
+    documents: list[str], pretrained: dict[str, str], tmp_path: Path, moment: str
+) -> None:
+    out, state, steps = tmp_path / "out" / "base", tmp_path / "state", []
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, *PRETRAINING_MOMENTS[moment], after=False)
+        with pytest.raises(Killed):
+            pretrain(documents, SPEC, out, state, seed=3)
+    pretrain(documents, SPEC, out, state, seed=3, log=lambda now, _: steps.append(now.step))
+    assert 1 not in steps, "it starts from the beginning"
+    assert file_digests(out) == pretrained
+    assert not state.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["base"]
+
+
+def test_checkpoints_of_another_pretraining_are_ignored(
+    documents: list[str], pretrained: dict[str, str], tmp_path: Path
+) -> None:
+    """Of a killed pretraining whose configuration or seed has changed since."""
+    out, state = tmp_path / "base", tmp_path / "state"
+    for spec, seed in ((SPEC, 4), (SPEC.model_copy(update={"warmup": 0.2}), 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, trainer, "_train_step", 6, after=False)
+            with pytest.raises(Killed):
+                pretrain(documents, spec, out, state, seed)
+    assert len([*state.iterdir()]) == 1
+    pretrain(documents, SPEC, out, state, seed=3)
+    assert file_digests(out) == pretrained

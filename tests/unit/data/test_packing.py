@@ -29,7 +29,7 @@ from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.training import TrainingConfig
-from forgetting.data.dataset import PackedDataset, pack_dataset
+from forgetting.data.dataset import PackedDataset, bin_pack, pack_dataset
 from forgetting.data.tokenize import Example, concatenate
 from forgetting.errors import InputError
 from forgetting.models.adapters import attach_adapter
@@ -297,3 +297,12 @@ def test_killed_packed_run_ends_with_the_same_result(
         again = run_group(state)
         assert again["losses"] == whole["losses"]
         assert again["evaluations"] == whole["evaluations"]
+
+
+def test_bins_hold_every_document_once() -> None:
+    lengths = [7, 3, 9, 1, 10, 5, 5, 2, 8] * 30
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = bin_pack(lengths, 10, order)
+    assert sorted(d for block in blocks for d in block) == sorted(order)
+    assert all(sum(lengths[d] for d in block) <= 10 for block in blocks)
+    assert len(blocks) <= 1.15 * sum(lengths) / 10
