@@ -113,34 +113,6 @@ def concatenate_examples(examples: Sequence[Example]) -> Batch:
     return Batch(ids, mask, columns, ids[:, columns + 1], positions, layout)
 
 
-def block_diagonal_causal_mask(
-    lengths: Sequence[Sequence[int]], row_length: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Return position ids that restart per document and a block-diagonal causal mask.
-
-    Args:
-        lengths: tokens of the documents of each row, in their order.
-        row_length: tokens of a row, including padding at its end.
-        device: of the returned tensors.
-
-    Returns:
-        Position ids, (rows, length), and whether a position (third) attends to another (fourth),
-        (rows, 1, length, length). Padding attends to padding, to keep the result finite.
-    """
-    positions = torch.zeros((len(lengths), row_length), dtype=torch.long)
-    document_ids = torch.full((len(lengths), row_length), -1)
-    for row, documents in enumerate(lengths):
-        start = 0
-        for number, length in enumerate(documents):
-            positions[row, start : start + length] = torch.arange(length)
-            document_ids[row, start : start + length] = number
-            start += length
-    document_ids = document_ids.to(device)
-    causal = torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
-    mask = (document_ids[:, :, None] == document_ids[:, None, :]) & causal
-    return positions.to(device), mask[:, None]
-
-
 def context_length(model: Model) -> int | None:
     """Return the number of tokens that the model can read, or None if its config has no limit."""
     config = text_config(model)
