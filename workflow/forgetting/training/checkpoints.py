@@ -48,6 +48,9 @@ from forgetting.training.sharded_checkpoints import (
     save_sharded,
 )
 
+STATE_FILE = "progress.json"
+"""File of a checkpoint with the `TrainState` of the run; it is written last."""
+
 BRANCH_CHECKPOINTS = "starts"
 """Subfolder of a trunk with the checkpoints that its cooldown branches start from."""
 
@@ -70,7 +73,7 @@ def items_file(folder: Path, step: float) -> Path:
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """Return the complete checkpoints in a folder by step, in rising order."""
-    checkpoints = sorted(file.parent for file in folder.glob("step-*/progress.json"))
+    checkpoints = sorted(file.parent for file in folder.glob(f"step-*/{STATE_FILE}"))
     return {int(path.name.removeprefix("step-")): path for path in checkpoints}
 
 
@@ -81,7 +84,7 @@ def newest_step(folder: Path) -> int:
 
 def evaluated_items(folder: Path, checkpoint: Path) -> list[Path]:
     """Return the files of the items of all evaluations up to a checkpoint of a run."""
-    evaluations = read_json(checkpoint / "progress.json")["evaluations"]
+    evaluations = read_json(checkpoint / STATE_FILE)["evaluations"]
     return [items_file(folder, step) for step, *_ in evaluations]
 
 
@@ -141,7 +144,7 @@ def save_checkpoint(
         elif process_group.is_main:
             _write_checkpoint(model, optimizer, partial)
         if process_group.is_main:
-            write_json(partial / "progress.json", vars(progress))
+            write_json(partial / STATE_FILE, vars(progress))
     process_group.barrier()
 
 
@@ -213,7 +216,7 @@ def load_latest(
         else:
             restore_weights(model, checkpoint)
         restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER_FILE))
-    return TrainState(**read_json(checkpoint / "progress.json"))
+    return TrainState(**read_json(checkpoint / STATE_FILE))
 
 
 def record_oom(folder: Path, rows: int) -> None:
