@@ -32,6 +32,7 @@ from forgetting.models.loading import Model
 from forgetting.models.tuned import (
     METHOD_FILE,
     OPTIMIZER_FILE,
+    STATE_FILE,
     checkpoint_damage,
     restore_weights,
     save_tensors,
@@ -47,9 +48,6 @@ from forgetting.training.sharded_checkpoints import (
     restore_optimizer,
     save_sharded,
 )
-
-STATE_FILE = "progress.json"
-"""File of a checkpoint with the `TrainState` of the run; it is written last."""
 
 BRANCH_CHECKPOINTS = "starts"
 """Subfolder of a trunk with the checkpoints that its cooldown branches start from."""

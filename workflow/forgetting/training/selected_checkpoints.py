@@ -18,7 +18,7 @@ from forgetting.digests import sha256_of_all, visible_files
 from forgetting.errors import InputError
 from forgetting.evaluation.metrics import mean_score
 from forgetting.io import damage_error, link_recorded, read_json, read_table, removal_command
-from forgetting.models.tuned import METHOD_FILE, OPTIMIZER_FILE, checkpoint_damage
+from forgetting.models.tuned import METHOD_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_damage
 from forgetting.selection import (
     CheckpointChoice,
     Trajectory,
@@ -26,7 +26,7 @@ from forgetting.selection import (
     select_checkpoint,
     trajectory_of,
 )
-from forgetting.training.checkpoints import STATE_FILE, checkpoint_folder
+from forgetting.training.checkpoints import checkpoint_folder
 
 
 @dataclass(frozen=True)
