@@ -288,7 +288,7 @@ def test_the_largest_rank_that_fits_is_trained(
     assert train(changed(config, method=method))[0]["status"] == "ok"
 
 
-def test_bfloat16_trains_and_keeps_float32checkpoint_weights(
+def test_bfloat16_trains_and_keeps_float32_weights(
     train: RunGroupHarness, config: RunGroupConfig
 ) -> None:
     train.context = replace(train.context, precision=torch.bfloat16)
