@@ -345,7 +345,7 @@ def _write_run(folder: Path, *steps: int, points: int = 2, ended: int | None = N
     for step in steps:
         checkpoint = folder / f"step-{step:07d}"
         checkpoint.mkdir(parents=True)
-        write_json(checkpoint / "progress.json", {"evaluations": [[]] * points})
+        write_json(checkpoint / "progress.json", {"evaluations": [[step, 0.0, 0.0]] * points})
         (checkpoint / "optimizer.safetensors").touch()
     folder.mkdir(exist_ok=True)
     if ended is not None:
