@@ -12,8 +12,8 @@ from transformers import get_inverse_sqrt_schedule
 
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.training import TrainingConfig
-from forgetting.training.batched_lora import trained_weights
 from forgetting.schedule import LrSchedule, decay_start, learning_rate
+from forgetting.training.batched_lora import trained_weights
 from forgetting.training.optimizer import (
     LionW,
     learning_rate_ratios,
