@@ -1,4 +1,4 @@
-"""AdaLoRA, hybrids and trained embeddings: they match peft and resume bit for bit."""
+"""AdaLoRA, hybrids and trained embeddings: trained weights, scales, ranks, stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mitigations of forgetting: each against its formula, and in training against none at all."""
+"""Mitigations of forgetting: each against its formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer: losses match a plain loop, and killed runs resume bit for bit."""
+"""The trainer: schedules, checkpoints, divergence and memory."""
 
 from __future__ import annotations
 
