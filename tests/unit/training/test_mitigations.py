@@ -84,8 +84,8 @@ def test_l2_sp_of_adapters_equals_that_of_merged_matrices(
     harness: TrainingHarness, variant: str, embeddings: str
 ) -> None:
     """tr((B^T B)(A A^T)) is the norm of the product, and so are the gradients."""
-    tuning = LORA.model_copy(update={"variant": variant, "embeddings": embeddings})
-    model = _model(harness, tuning)
+    method = LORA.model_copy(update={"variant": variant, "embeddings": embeddings})
+    model = _model(harness, method)
     penalty = l2_sp(model, 0.5)
     assert penalty(model).item() == 0.0
     move_weights(model)
@@ -95,7 +95,7 @@ def test_l2_sp_of_adapters_equals_that_of_merged_matrices(
         0.25
         * torch.stack(
             [
-                (layer.lora_B["default"].weight @ layer.lora_A["default"].weight * tuning.scale)
+                (layer.lora_B["default"].weight @ layer.lora_A["default"].weight * method.scale)
                 .square()
                 .sum()
                 for layer in adapted_layers(model)
@@ -129,8 +129,8 @@ def test_l2_sp_of_full_fine_tuning_pulls_each_weight_back(harness: TrainingHarne
 
 
 def test_l2_sp_covers_an_adapted_embedding(harness: TrainingHarness) -> None:
-    tuning = LORA.model_copy(update={"target_modules": ["embed_tokens"]})
-    model = _model(harness, tuning)
+    method = LORA.model_copy(update={"target_modules": ["embed_tokens"]})
+    model = _model(harness, method)
     penalty = l2_sp(model, 1.0)
     move_weights(model)
     (layer,) = adapted_layers(model)
@@ -160,9 +160,9 @@ def test_kl_matches_a_computation_by_hand() -> None:
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
 def test_kl_starts_at_0_with_gradient_0(harness: TrainingHarness, variant: str) -> None:
-    """With dropout in the adapter too: the base is asked without it."""
-    tuning = _as_variant(variant)
-    model = _model(harness, tuning.model_copy(update={"dropout": 0.5})).train()
+    """The base predicts without the dropout of the adapter."""
+    method = _as_variant(variant)
+    model = _model(harness, method.model_copy(update={"dropout": 0.5})).train()
     penalty = token_kl(model, 2.0)
     batch = collate(harness.examples[:3], harness.config.pad)
     value = penalty(model, batch, target_logits(model, batch))
@@ -421,13 +421,13 @@ def _study(*mitigations: dict[str, Any] | None, **changes: Any) -> StudyConfig:
 
 def test_methods_with_mitigations_have_own_names() -> None:
     study = _study(None, {"l2_sp": {"weight": 0.01}}, {"l2_sp": {"weight": 0.1}, "suffix": "near"})
-    named = [(tuning.name, tuning.label) for tuning in expand_methods(study)]
+    named = [(method.name, method.label) for method in expand_methods(study)]
     assert named[::2] == [
         ("lora-r2", "rank 2"),
         ("lora-r2-l2_sp0.01", "rank 2, l2_sp0.01"),
         ("lora-r2-near", "rank 2, near"),
     ]
-    assert [tuning.mitigation for tuning in expand_methods(study)][::2] == [
+    assert [method.mitigation for method in expand_methods(study)][::2] == [
         method.mitigation for method in study.methods
     ]
 
@@ -438,7 +438,7 @@ def test_mitigations_of_one_name_need_a_suffix() -> None:
     with pytest.raises(ValueError, match=r"more than one method lora-r2-replay0.1; .* by `suffix`"):
         expand_methods(_study(*sections))
     named = expand_methods(_study(sections[0], sections[1] | {"suffix": "facts"}))
-    assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
+    assert [method.name for method in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
 
 
 def test_bad_table_is_reported_before_any_job(tmp_path: Path) -> None:
