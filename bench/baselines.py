@@ -80,6 +80,7 @@ def run_config(bench: Bench, hyperparameters: Hyperparameters) -> RunConfig:
         seed=bench.seed,
         training=training,
         schedule=LrSchedule.plan(len(bench.examples), training, 2.0),
+        base_value=0.0,
         threshold=1.0,
         stop_after_evaluations=None,
         precision=bench.precision,
@@ -117,7 +118,7 @@ def ours(bench: Bench) -> float:
     model = bench.model()
     cast_frozen_weights(model, bench.precision)
     with tempfile.TemporaryDirectory() as folder:
-        train_run(model, bench.examples, config, 0.0, evaluate, Path(folder), log)
+        train_run(model, bench.examples, config, evaluate, Path(folder), log)
     start, end = times
     return end - start
 

@@ -1,8 +1,8 @@
 """Compare batched LoRA with training the runs of a group one after the other.
 
-train.py calls `compare`. The runs differ in learning rate, or also in rank and seed. They train two
-epochs; the second is timed, without its last step and evaluation. Both ways alternate round by
-round, so that other load on the machine affects both.
+train.py calls `compare`. The runs differ in learning rate. They train two epochs; the second is
+timed, without its last step and evaluation. Both ways alternate round by round, so that other load
+on the machine affects both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from forgetting.config.methods import Hyperparameters
 from forgetting.models.adapters import cast_frozen_weights
 from forgetting.models.loading import Model
 from forgetting.schedule import LrSchedule
-from forgetting.training.batched_lora import AdapterState
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.trainer import train_batched
 
@@ -28,38 +27,22 @@ STEPS = 8
 """Steps of an epoch."""
 
 
-def compare(
-    benches: Sequence[Bench], runs: int, batch_sizes: Sequence[int], rounds: int
-) -> pd.DataFrame:
-    """Return one row per number of pairs in a step: both speeds and their ratio.
-
-    The runs are distributed evenly over the methods of the benches. With several methods, every run
-    has its own seed.
-    """
+def compare(bench: Bench, runs: int, batch_sizes: Sequence[int], rounds: int) -> pd.DataFrame:
+    """Return one row per number of pairs in a step: both speeds and their ratio."""
     rows = []
-    methods = ", ".join(bench.method.name for bench in benches)
     for size in batch_sizes:
-        run_group = [
-            replace(
-                bench,
-                batch_size=size,
-                examples=bench.examples[: STEPS * size],
-                seed=number if len(benches) > 1 else 0,
-            )
-            for bench in benches
-            for number in range(runs // len(benches))
-        ]
+        sized = replace(bench, batch_size=size, examples=bench.examples[: STEPS * size])
         times = []
         for number in range(rounds):
-            times.append((_speed([[run] for run in run_group]), _speed([run_group])))
-            label = f"{runs} runs, {methods}, {size} pairs to a step, round {number + 1}"
+            times.append((_speed(sized, runs, batched=1), _speed(sized, 1, batched=runs)))
+            label = f"{runs} runs, {bench.method.name}, {size} pairs to a step, round {number + 1}"
             print(f"{label}: {times[-1][0]:,.0f} and {times[-1][1]:,.0f} tokens/s", flush=True)
         sequential, batched = (statistics.median(column) for column in zip(*times, strict=True))
         ratios = [batched_speed / speed for speed, batched_speed in times]
-        tokens = run_group[0].tokens * size / len(run_group[0].examples)
+        tokens = sized.tokens * size / len(sized.examples)
         rows.append(
             {
-                "run group": f"{runs // len(benches)} x {methods}",
+                "run group": f"{runs} x {bench.method.name}",
                 "pairs to a step": size,
                 "tokens to a step": f"{tokens:.0f}",
                 "one after the other, tokens/s": f"{sequential:,.0f}",
@@ -71,23 +54,19 @@ def compare(
     return pd.DataFrame(rows)
 
 
-def _speed(groups: Sequence[Sequence[Bench]]) -> float:
-    """Return the tokens of all runs per second, trained in these groups."""
-    tokens, seconds = zip(*[_train(group) for group in groups], strict=True)
+def _speed(bench: Bench, groups: int, batched: int) -> float:
+    """Return the tokens of all runs per second, in groups of batched runs one after the other."""
+    tokens, seconds = zip(*[_train(bench, batched) for _ in range(groups)], strict=True)
     return float(sum(tokens) / sum(seconds))
 
 
-def _train(group: Sequence[Bench]) -> tuple[int, float]:
-    """Return the tokens of a group in the timed steps, and their seconds."""
-    adapters = []
-    for bench in group:
-        model = bench.model()
-        adapters.append(AdapterState.of(model))
+def _train(bench: Bench, runs: int) -> tuple[int, float]:
+    """Return the tokens of batched runs in the timed steps, and their seconds."""
+    model = bench.model()
     cast_frozen_weights(model, bench.precision)
-    rates = [LEARNING_RATE * 1.2**number for number in range(len(group))]
     configs = [
-        run_config(bench, Hyperparameters(learning_rate=rate))
-        for bench, rate in zip(group, rates, strict=True)
+        run_config(bench, Hyperparameters(learning_rate=LEARNING_RATE * 1.2**number))
+        for number in range(runs)
     ]
     schedule = configs[0].schedule
     recorded: dict[int, tuple[int, float]] = {}
@@ -101,6 +80,6 @@ def _train(group: Sequence[Bench]) -> tuple[int, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         plans = [(config, Path(folder) / str(number)) for number, config in enumerate(configs)]
-        train_batched(model, group[0].examples, plans, 0.0, evaluate, log, adapters)
+        train_batched(model, bench.examples, plans, evaluate, log)
     start, end = recorded[schedule.steps_per_epoch], recorded[schedule.steps - 1]
     return len(configs) * (end[0] - start[0]), end[1] - start[1]

@@ -178,12 +178,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         peak = matmul_rate(benches[0].precision)
         names = [OURS, *(name for name in options.contenders if name != OURS)]
         tables = [measure(bench, names, options.rounds, peak) for bench in benches]
-        adapted = [bench for bench in benches if bench.method.kind == "lora"]
-        sweeps = [[bench] for bench in adapted] + ([adapted] if len(adapted) > 1 else [])
         run_groups = [
-            compare(sweep, options.run_group, options.run_group_batch_sizes, options.rounds)
-            for sweep in sweeps
-            if options.run_group >= 2 * len(sweep)
+            compare(bench, options.run_group, options.run_group_batch_sizes, options.rounds)
+            for bench in benches
+            if bench.method.kind == "lora" and options.run_group > 1
         ]
     table = pd.concat(tables).to_markdown(index=False)
     if run_groups:

@@ -26,6 +26,7 @@ from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.training.pretrain import train_tokenizer
 from support.faults import target, without
 from support.slurm import RESULTS, Folder, cluster_answers, write_study
+from support.training import TrainingHarness
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PLACES = ["Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Hanoi", "Perth", "Cairo", "Riga"]
@@ -148,6 +149,27 @@ def tuning() -> Method:
         dropout=0.1,
         hyperparameters=[Hyperparameters(learning_rate=0.01)],
     )
+
+
+@pytest.fixture
+def harness(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    rows: list[dict[str, Any]],
+    tuning: Method,
+    tmp_path: Path,
+) -> TrainingHarness:
+    """Return a run with adapters of rank 4 and dropout in a folder of its own."""
+    return TrainingHarness.build(base_folder, tokenizer, prompt, rows, tuning, tmp_path / "run")
+
+
+@pytest.fixture(params=["tied", "untied"])
+def any_head(
+    request: pytest.FixtureRequest, harness: TrainingHarness, tmp_path: Path
+) -> TrainingHarness:
+    """Return a run whose base has its embedding as output head, or a matrix of its own."""
+    return harness if request.param == "tied" else harness.with_untied_head(tmp_path / "untied")
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig
 from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
-from forgetting.config.training import TrainingConfig
-from forgetting.data.tokenize import Example, encode_pair
-from forgetting.evaluation.metrics import mean_score
-from forgetting.evaluation.probes import evaluate_probes
 from forgetting.io import write_json
-from forgetting.models.adapters import attach_adapter
 from forgetting.models.forward import target_logits
-from forgetting.models.loading import Model, load_base
+from forgetting.models.loading import Model
 from forgetting.schedule import LrSchedule
 from forgetting.study import run_groups
 from forgetting.training import checkpoints, microbatches, train_step
@@ -38,11 +31,10 @@ from forgetting.training import trainer as module
 from forgetting.training.batched_lora import meta_model, trained_weights
 from forgetting.training.checkpoints import ResumePoints, TrainState, resume_groups
 from forgetting.training.mitigations import Mitigations
-from forgetting.training.run_config import RunConfig
-from forgetting.training.run_group import RunContext, run_key, train_run_group
-from forgetting.training.trainer import train_batched, train_run
+from forgetting.training.training_job import RunContext, run_key
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
-from support.run_groups import examples_in, run_context, run_group_config
+from support.run_groups import RunGroupHarness, run_context, run_group_config
+from support.training import TrainingHarness, limit_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,104 +46,18 @@ SETTINGS = (
 )
 
 
-@dataclass
-class Harness:
-    """Runs with different hyperparameters, in folders numbered from 0."""
-
-    base: Path
-    tokenizer: PreTrainedTokenizerBase
-    prompt: PromptConfig
-    rows: Rows
-    method: Method
-    folder: Path
-    config: RunConfig
-    examples: list[Example]
-    settings: Sequence[Hyperparameters] = SETTINGS
-    logged: list[tuple[int, int]] = field(default_factory=list)
-    dtype: torch.dtype = torch.float32
-
-    def model(self) -> Model:
-        """Return a newly loaded base with an adapter."""
-        model = attach_adapter(
-            load_base(self.base, torch.device("cpu")), self.method, self.config.seed
-        )
-        return model.to(self.dtype)
-
-    def plans(self) -> list[tuple[RunConfig, Path]]:
-        return [
-            (replace(self.config, hyperparameters=setting), self.folder / str(number))
-            for number, setting in enumerate(self.settings)
-        ]
-
-    def batched(self) -> list[TrainState]:
-        return train_batched(
-            self.model(), self.examples, self.plans(), 0.001, self.evaluate, self.log
-        )
-
-    def single(self) -> list[TrainState]:
-        return [
-            train_run(self.model(), self.examples, config, 0.001, self.evaluate, folder, _no_log)
-            for config, folder in self.plans()
-        ]
-
-    def evaluate(self, model: Model) -> tuple[pd.DataFrame, float]:
-        items = evaluate_probes(
-            model,
-            self.tokenizer,
-            {"p": self.rows[:2]},
-            self.prompt,
-            EvaluationConfig(max_new_tokens=2),
-        )
-        return items, mean_score(items, "p", "probability")
-
-    def log(self, number: int, progress: TrainState, schedule: LrSchedule) -> None:
-        self.logged.append((number, progress.step))
-
-    def copy_to(self, folder: Path) -> Harness:
-        return replace(self, folder=folder, logged=[])
-
-    def set_schedule(self, epochs: float, every: float, **changes: Any) -> None:
-        """Set the epochs of the runs and of the intervals between evaluations."""
-        training = self.config.training.model_copy(update={"epochs": epochs, **changes})
-        schedule = LrSchedule.plan(len(self.examples), training, every)
-        self.config = replace(self.config, training=training, schedule=schedule)
-
-
-def _no_log(*_: Any) -> None:
-    pass
-
-
 @pytest.fixture
-def harness(
-    base_folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: PromptConfig,
-    rows: Rows,
-    tuning: Method,
-    tmp_path: Path,
-) -> Harness:
+def harness(harness: TrainingHarness) -> TrainingHarness:
     """Ten rows in batches of four for four epochs: twelve steps, four evaluations, dropout."""
-    examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
-    config = RunConfig(
-        hyperparameters=SETTINGS[0],
-        seed=5,
-        training=TrainingConfig(
-            batch_size=4, micro_batch_size=3, schedule="constant", warmup_epochs=0.5
-        ),
-        schedule=LrSchedule(1, 1, 0, frozenset()),
-        threshold=1.0,
-        stop_after_evaluations=None,
-        precision=torch.float32,
-        pad=tokenizer.pad_token_id,
-    )
-    harness = Harness(
-        base_folder, tokenizer, prompt, rows, tuning, tmp_path / "runs", config, examples
-    )
-    harness.set_schedule(4.0, 1.0)
+    harness.settings, harness.values = SETTINGS, None
+    harness.config = replace(harness.config, base_value=0.001, threshold=1.0)
+    harness.set_training(schedule="constant")
     return harness
 
 
-def _assert_close(batched: Harness, single: Harness, rel: float = 1e-4, atol: float = 2e-4) -> None:
+def _assert_close(
+    batched: TrainingHarness, single: TrainingHarness, rel: float = 1e-4, atol: float = 2e-4
+) -> None:
     """Assert that items and checkpoints of all runs agree, up to rounding."""
     for number in range(len(batched.settings)):
         ours, theirs = (harness.folder / str(number) for harness in (batched, single))
@@ -174,7 +80,7 @@ def _assert_close(batched: Harness, single: Harness, rel: float = 1e-4, atol: fl
 @pytest.mark.parametrize("variant", ["lora", "rslora", "pissa"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_batched_run_equals_the_single_run(
-    harness: Harness, tmp_path: Path, variant: str, dropout: float
+    harness: TrainingHarness, tmp_path: Path, variant: str, dropout: float
 ) -> None:
     """36 steps with three rates and decays and the same dropout masks: equal losses and weights.
 
@@ -183,7 +89,7 @@ def test_batched_run_equals_the_single_run(
     """
     harness.dtype = torch.float64
     harness.method = harness.method.model_copy(update={"variant": variant, "dropout": dropout})
-    harness.set_schedule(12.0, 6.0, schedule="linear")
+    harness.set_training(every=6.0, epochs=12.0, schedule="linear")
     reference = harness.copy_to(tmp_path / "single")
     for ours, theirs in zip(harness.batched(), reference.single(), strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
@@ -197,11 +103,11 @@ def test_batched_run_equals_the_single_run(
 
 @pytest.mark.parametrize("optimizer", ["lionw", "adafactor"])
 def test_every_batched_run_has_its_own_optimizer(
-    harness: Harness, tmp_path: Path, optimizer: str
+    harness: TrainingHarness, tmp_path: Path, optimizer: str
 ) -> None:
     """With momentum (LionW) or factored moments (Adafactor), and with LoRA+."""
-    harness.config = replace(harness.config, loraplus_lr_ratio=4.0)
-    harness.set_schedule(4.0, 2.0, optimizer=optimizer)
+    harness.method = harness.method.model_copy(update={"loraplus_lr_ratio": 4.0})
+    harness.set_training(every=2.0, optimizer=optimizer)
     harness.settings = [
         setting.model_copy(update={"learning_rate": setting.learning_rate / 10})
         for setting in SETTINGS
@@ -212,33 +118,39 @@ def test_every_batched_run_has_its_own_optimizer(
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
 
 
-def test_batched_runs_replay_general_text(harness: Harness, tmp_path: Path) -> None:
+def test_batched_runs_replay_general_text(harness: TrainingHarness, tmp_path: Path) -> None:
     mitigations = Mitigations(replay=harness.examples[6:], replay_ratio=0.4)
     harness.examples = harness.examples[:6]
     harness.config = replace(harness.config, mitigations=mitigations)
-    harness.set_schedule(4.0, 2.0)
+    harness.set_training(every=2.0)
     reference = harness.copy_to(tmp_path / "single")
     for ours, theirs in zip(harness.batched(), reference.single(), strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
         assert ours.tokens == theirs.tokens > 4 * sum(len(e.ids) for e in harness.examples)
 
 
-def test_batched_runs_may_adapt_some_modules_only(harness: Harness, tmp_path: Path) -> None:
-    harness.method = harness.method.model_copy(update={"target_modules": ["q_proj", "down_proj"]})
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_batched_runs_may_adapt_some_modules_only(
+    harness: TrainingHarness, tmp_path: Path, modules: list[str], dropout: float
+) -> None:
+    """The output head reads the target positions only, which are those of every run."""
+    changes = {"target_modules": modules, "dropout": dropout}
+    harness.method = harness.method.model_copy(update=changes)
     reference = harness.copy_to(tmp_path / "single")
     for ours, theirs in zip(harness.batched(), reference.single(), strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
 
 
-def test_gradients_are_clipped_per_run(harness: Harness, tmp_path: Path) -> None:
+def test_gradients_are_clipped_per_run(harness: TrainingHarness, tmp_path: Path) -> None:
     """A bound that is always exceeded: with a common norm, the runs would depend on each other."""
-    harness.set_schedule(4.0, 4.0, max_grad_norm=1e-3)
+    harness.set_training(every=4.0, max_grad_norm=1e-3)
     reference = harness.copy_to(tmp_path / "single")
     for ours, theirs in zip(harness.batched(), reference.single(), strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
 
 
-def test_batched_bfloat16_is_within_its_rounding(harness: Harness, tmp_path: Path) -> None:
+def test_batched_bfloat16_is_within_its_rounding(harness: TrainingHarness, tmp_path: Path) -> None:
     harness.config = replace(harness.config, precision=torch.bfloat16)
     reference = harness.copy_to(tmp_path / "single")
     for ours, theirs in zip(harness.batched(), reference.single(), strict=True):
@@ -247,7 +159,7 @@ def test_batched_bfloat16_is_within_its_rounding(harness: Harness, tmp_path: Pat
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_batched_rows_are_padding_free_without_dropout(
-    harness: Harness, dropout: float, monkeypatch: pytest.MonkeyPatch
+    harness: TrainingHarness, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The passes have exactly the tokens of the runs, unless dropout forbids it."""
     harness.method = harness.method.model_copy(update={"dropout": dropout})
@@ -279,14 +191,14 @@ def _poison(monkeypatch: pytest.MonkeyPatch, rate: float, step: int) -> None:
 
 
 @pytest.fixture
-def mixed(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Harness:
+def mixed(harness: TrainingHarness, monkeypatch: pytest.MonkeyPatch) -> TrainingHarness:
     """The second run diverges at step 7; the third ends at step 9, at the threshold."""
     harness.config = replace(harness.config, threshold=0.022, stop_after_evaluations=0)
     _poison(monkeypatch, 0.003, 7)
     return harness
 
 
-def test_a_run_that_ends_leaves_the_batch(mixed: Harness, tmp_path: Path) -> None:
+def test_a_run_that_ends_leaves_the_batch(mixed: TrainingHarness, tmp_path: Path) -> None:
     reference = mixed.copy_to(tmp_path / "single")
     ended, expected = mixed.batched(), reference.single()
     assert [(p.status, p.step) for p in ended] == [("ok", 12), ("diverged", 7), ("ok", 9)]
@@ -302,7 +214,7 @@ def test_a_run_that_ends_leaves_the_batch(mixed: Harness, tmp_path: Path) -> Non
 
 
 def test_an_ended_run_keeps_no_other_weights_in_memory(
-    mixed: Harness, monkeypatch: pytest.MonkeyPatch
+    mixed: TrainingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights are no longer slices of the stacked tensors."""
     original, adapters, ended = module._train_step, {}, set()
@@ -320,7 +232,7 @@ def test_an_ended_run_keeps_no_other_weights_in_memory(
     assert len(ended) == 2
 
 
-def test_infinite_products_stay_in_their_run(harness: Harness, tmp_path: Path) -> None:
+def test_infinite_products_stay_in_their_run(harness: TrainingHarness, tmp_path: Path) -> None:
     """A rate far too high harms no other run."""
     harness.settings = [SETTINGS[0], Hyperparameters(learning_rate=1e30), SETTINGS[1]]
     reference = harness.copy_to(tmp_path / "single")
@@ -330,7 +242,7 @@ def test_infinite_products_stay_in_their_run(harness: Harness, tmp_path: Path) -
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
 
 
-def test_all_runs_of_a_batch_may_diverge(harness: Harness) -> None:
+def test_all_runs_of_a_batch_may_diverge(harness: TrainingHarness) -> None:
     harness.settings = [Hyperparameters(learning_rate=1e30), Hyperparameters(learning_rate=1e25)]
     first = harness.batched()
     assert [progress.status for progress in first] == ["diverged", "diverged"]
@@ -338,7 +250,7 @@ def test_all_runs_of_a_batch_may_diverge(harness: Harness) -> None:
 
 
 def test_step_time_is_divided_among_the_runs(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: TrainingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
@@ -351,18 +263,21 @@ def test_step_time_is_divided_among_the_runs(
 # Evaluations: of runs 0, 1, 2 at steps 3 and 6, of 0 and 2 at 9, of 0 at 12.
 MOMENTS = {
     "in a step": (module, "_train_step", (2, 5, 8, 9, 11)),
-    "in an evaluation": (Harness, "evaluate", (2, 5, 8)),
+    "in an evaluation": (TrainingHarness, "evaluate", (2, 5, 8)),
     "at the items": (module, "write_table", (3, 7)),
     "at the weights": (checkpoints, "save_weights", (2, 6)),
     "at the record of progress": (checkpoints, "write_json", (1, 5, 7, 9)),
     "at a final state": (module, "write_final_state", (1, 2, 3)),
     "at pruning": (module, "prune_checkpoints", (2, 5, 7, 8, 10, 11)),
-    "at logging": (Harness, "log", (9, 16, 24)),
+    "at logging": (TrainingHarness, "log_batched", (9, 16, 24)),
 }
 
 
 def _assert_same_bits(
-    harness: Harness, ended: list[TrainState], other: Harness, expected: list[TrainState]
+    harness: TrainingHarness,
+    ended: list[TrainState],
+    other: TrainingHarness,
+    expected: list[TrainState],
 ) -> None:
     for ours, theirs in zip(ended, expected, strict=True):
         assert replace(ours, seconds=0.0) == replace(theirs, seconds=0.0)
@@ -382,7 +297,11 @@ def _assert_same_bits(
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_batch_ends_with_the_same_bits(
-    mixed: Harness, moment: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixed: TrainingHarness,
+    moment: str,
+    after: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Kills come at any moment, also between the checkpoints of two runs.
 
@@ -401,7 +320,7 @@ def test_a_killed_batch_ends_with_the_same_bits(
 
 
 def test_a_batch_that_is_killed_repeatedly_ends(
-    mixed: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixed: TrainingHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a partition with preemption: each start gets a few steps further."""
     reference = mixed.copy_to(tmp_path / "reference")
@@ -414,7 +333,9 @@ def test_a_batch_that_is_killed_repeatedly_ends(
     _assert_same_bits(mixed, mixed.batched(), reference, expected)
 
 
-def test_a_finished_batch_trains_nothing(mixed: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_batch_trains_nothing(
+    mixed: TrainingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended = mixed.batched()
     monkeypatch.setattr(module, "_train_step", None)
     assert mixed.batched() == ended
@@ -424,7 +345,7 @@ def _write_run(folder: Path, *steps: int, points: int = 2, ended: int | None = N
     for step in steps:
         checkpoint = folder / f"step-{step:07d}"
         checkpoint.mkdir(parents=True)
-        write_json(checkpoint / "progress.json", {"evaluations": [[]] * points})
+        write_json(checkpoint / "progress.json", {"evaluations": [[step, 0.0, 0.0]] * points})
         (checkpoint / "optimizer.safetensors").touch()
     folder.mkdir(exist_ok=True)
     if ended is not None:
@@ -462,20 +383,11 @@ def test_resume_groups_ignores_checkpoints_without_moments(tmp_path: Path) -> No
 
 
 def test_out_of_memory_halves_the_pass_of_all_runs(
-    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harness: TrainingHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness.method = harness.method.model_copy(update={"dropout": 0.0})
     roomy = harness.copy_to(tmp_path / "roomy").batched()
-    attempts = []
-
-    def limited(model: Model, batch: Any) -> torch.Tensor:
-        attempts.append(examples_in(batch))
-        if attempts[-1] > 5:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
-        return target_logits(model, batch)
-
-    monkeypatch.setattr(train_step, "target_logits", limited)
-    monkeypatch.setitem(microbatches.FORWARD_OVERHEAD_TOKENS, "cpu", 10_000)
+    attempts = limit_examples(monkeypatch, 5)
     for ours, theirs in zip(harness.batched(), roomy, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
         assert ours.micro_batch_size == 1
@@ -484,13 +396,11 @@ def test_out_of_memory_halves_the_pass_of_all_runs(
 
 @pytest.mark.parametrize(("dropout", "passes"), [(0.0, 2), (0.1, 1)])
 def test_rows_of_many_runs_are_split_into_passes(
-    harness: Harness, dropout: float, passes: int, monkeypatch: pytest.MonkeyPatch
+    harness: TrainingHarness, dropout: float, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout they are not, because masks are drawn per pass."""
     harness.method = harness.method.model_copy(update={"dropout": dropout})
-    harness.config = replace(
-        harness.config, training=harness.config.training.model_copy(update={"micro_batch_size": 4})
-    )
+    harness.set_training(micro_batch_size=4)
     monkeypatch.setattr(run_groups, "TOKENS_PER_PASS", 3 * 2 * 40)
     monkeypatch.setitem(microbatches.FORWARD_OVERHEAD_TOKENS, "cpu", 10**6)
     counted: list[int] = []
@@ -521,36 +431,17 @@ def context(
     return run_context(base_folder, tokenizer, rows, base_value=0.001)
 
 
-@dataclass
-class GroupTrainer:
-    """Train run groups in one folder and note the run of every step."""
-
-    context: RunContext
-    state: Path
-    logged: list[str] = field(default_factory=list)
-
-    def __call__(
-        self, config: RunGroupConfig, log: Callable[..., None] | None = None
-    ) -> list[dict[str, Any]]:
-        self.logged.clear()
-        return train_run_group(
-            config,
-            self.context,
-            {"versions": "c"},
-            self.state,
-            log or (lambda run, *_: self.logged.append(run)),
-        )
-
-
 def test_run_group_is_batched_unless_the_study_says_never(
     context: RunContext, tuning: Method, tmp_path: Path
 ) -> None:
     """Records agree up to rounding, and plain peft reads the checkpoints."""
-    batched = GroupTrainer(context, tmp_path / "batched")(
+    batched = RunGroupHarness(context, tmp_path / "batched")(
         run_group_config(tuning, SETTINGS, "auto")
     )
-    single = GroupTrainer(context, tmp_path / "single")(run_group_config(tuning, SETTINGS, "never"))
-    assert [record["trained_together"] for record in batched + single] == [3, 3, 3, 1, 1, 1]
+    single = RunGroupHarness(context, tmp_path / "single")(
+        run_group_config(tuning, SETTINGS, "never")
+    )
+    assert [record["batched_runs"] for record in batched + single] == [3, 3, 3, 1, 1, 1]
     for ours, theirs in zip(batched, single, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
         assert ours.keys() == theirs.keys()
@@ -570,7 +461,7 @@ def test_batched_checkpoint_reloads_its_rank_and_scale(
 ) -> None:
     """Plain peft computes with the rank and scale of the run, and other logits than the base."""
     changes = {"rank": 2, "variant": "rslora", "alpha": 3.0}
-    trainer = GroupTrainer(context, tmp_path)
+    trainer = RunGroupHarness(context, tmp_path)
     ids = torch.tensor([context.tokenizer("Where was the author born?")["input_ids"]])
     for record in trainer(run_group_config(tuning, SETTINGS, "auto", **changes)):
         checkpoint = Path(record["folder"]) / "step-0000004"
@@ -593,8 +484,10 @@ def test_half_trained_runs_resume_under_another_batched_lora(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = [*SETTINGS, SETTINGS[0].model_copy(update={"learning_rate": 0.005})]
-    single = GroupTrainer(context, tmp_path / "single")(run_group_config(tuning, settings, "never"))
-    trainer = GroupTrainer(context, tmp_path / "killed")
+    single = RunGroupHarness(context, tmp_path / "single")(
+        run_group_config(tuning, settings, "never")
+    )
+    trainer = RunGroupHarness(context, tmp_path / "killed")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, module, "save_checkpoint", 5, after=True)
         trainer(run_group_config(tuning, settings, before))
@@ -611,11 +504,13 @@ def test_a_run_without_memory_in_a_pass_is_trained_singly(
 ) -> None:
     weights = trained_weights(meta_model(context.base, tuning)).values()
     monkeypatch.setattr(run_groups, "CPU_BYTES", 2 * 16 * sum(w.numel() for w in weights))
-    batched = GroupTrainer(context, tmp_path / "batched")(
+    batched = RunGroupHarness(context, tmp_path / "batched")(
         run_group_config(tuning, SETTINGS, "auto")
     )
-    single = GroupTrainer(context, tmp_path / "single")(run_group_config(tuning, SETTINGS, "never"))
-    assert [record["trained_together"] for record in batched] == [2, 2, 1]
+    single = RunGroupHarness(context, tmp_path / "single")(
+        run_group_config(tuning, SETTINGS, "never")
+    )
+    assert [record["batched_runs"] for record in batched] == [2, 2, 1]
     for ours, theirs in zip(batched, single, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
 
@@ -623,7 +518,7 @@ def test_a_run_without_memory_in_a_pass_is_trained_singly(
 def test_batched_run_group_trains_only_missing_runs(
     context: RunContext, tuning: Method, tmp_path: Path
 ) -> None:
-    trainer = GroupTrainer(context, tmp_path)
+    trainer = RunGroupHarness(context, tmp_path)
     first = trainer(run_group_config(tuning, SETTINGS[:2], "auto"))
     records = trainer(run_group_config(tuning, SETTINGS, "auto"))
     assert records[:2] == first
@@ -647,7 +542,7 @@ def test_a_rate_added_to_a_killed_sweep_loses_no_work(
             update={"training": config.training.model_copy(update={"epochs": 4.0})}
         )
 
-    trainer = GroupTrainer(context, tmp_path)
+    trainer = RunGroupHarness(context, tmp_path)
     with pytest.raises(Killed):
         trainer(long(SETTINGS[:2]), stop)
     records = trainer(long(SETTINGS))
@@ -662,10 +557,10 @@ def test_a_rate_added_to_a_killed_sweep_loses_no_work(
 def test_other_methods_train_one_run_after_the_other(
     context: RunContext, tuning: Method, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    records = GroupTrainer(context, tmp_path)(
+    records = RunGroupHarness(context, tmp_path)(
         run_group_config(tuning, SETTINGS[:2], "auto", **changes)
     )
-    assert [record["trained_together"] for record in records] == [1, 1]
+    assert [record["batched_runs"] for record in records] == [1, 1]
     assert [record["status"] for record in records] == ["ok", "ok"]
 
 
@@ -696,7 +591,7 @@ def test_seconds_of_batched_runs_are_shares(
     context: RunContext, tuning: Method, tmp_path: Path
 ) -> None:
     """The seconds of a batch are neither counted per run nor lost."""
-    records: Sequence[Mapping[str, Any]] = GroupTrainer(context, tmp_path)(
+    records: Sequence[Mapping[str, Any]] = RunGroupHarness(context, tmp_path)(
         run_group_config(tuning, SETTINGS, "auto")
     )
     shares = {record["wall_seconds"] for record in records}

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
@@ -21,9 +20,8 @@ from forgetting.config.training import TrainingConfig
 from forgetting.data.tokenize import Example
 from forgetting.models.adapters import attach_adapter
 from forgetting.models.loading import load_base
-from forgetting.schedule import LrSchedule
 from forgetting.training import run_config as batches
-from forgetting.training.run_config import RunConfig
+from forgetting.training.optimizer import learning_rate_ratios
 from forgetting.training.trainer import train_run
 from golden.make_losses import (
     ALPHA,
@@ -42,6 +40,7 @@ from golden.make_losses import (
     weights,
     write_base,
 )
+from support.training import FULL, no_items, run_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +49,7 @@ GOLDEN = json.loads(FILE.read_text())
 
 def _method(case: Case) -> Method:
     if case.variant is None:
-        return Method(name="full", kind="full", label="full", hyperparameters=[])
+        return FULL
     return Method(
         name="adapter",
         kind="lora",
@@ -82,22 +81,15 @@ def _train_ours(case: Case, folder: Path) -> dict[str, Any]:
         scale_parameter=case.scale_parameter,
     )
     examples = [Example(ids=ids, prompt_length=prompt) for ids, prompt in rows()]
-    config = RunConfig(
+    config = run_config(
+        examples,
+        training,
+        PAD,
         hyperparameters=Hyperparameters(learning_rate=case.rate, weight_decay=case.decay),
-        seed=0,
-        training=training,
-        schedule=LrSchedule.plan(len(examples), training, 1.0),
-        threshold=1.0,
-        stop_after_evaluations=None,
-        precision=torch.float32,
-        pad=PAD,
-        loraplus_lr_ratio=case.loraplus_lr_ratio,
+        lr_ratios=learning_rate_ratios(model, method),
     )
     start = {name: p.detach().clone() for name, p in weights(model).items()}
-    nothing = pd.DataFrame({"value": [0.0]})
-    progress = train_run(
-        model, examples, config, 0.0, lambda _: (nothing, 0.0), folder / "run", lambda *_: None
-    )
+    progress = train_run(model, examples, config, no_items, folder / "run", lambda *_: None)
     return outcome(model, start, progress.losses)
 
 

@@ -22,8 +22,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from forgetting.config.expand import Method
-from forgetting.config.methods import Hyperparameters
 from forgetting.config.training import TrainingConfig
 from forgetting.data.tokenize import Example, concatenate
 from forgetting.evaluation.prefix_tree import supports_custom_mask
@@ -37,11 +35,10 @@ from forgetting.models.attention import (
 )
 from forgetting.models.forward import collate, concatenate_examples, logprobs_of, target_logits
 from forgetting.models.loading import recompute_activations
-from forgetting.schedule import LrSchedule
 from forgetting.training import microbatches, train_step
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.microbatches import attention_for, use_padding_free
-from forgetting.training.run_config import RunConfig
+from support.training import adapter_method, run_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,17 +213,9 @@ def test_long_documents_are_padded_and_packs_of_short_ones_are_not(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_adapter_with_dropout_uses_padded_rows(dropout: float) -> None:
-    """Its masks are drawn by place, and are those of the run in a fused run group."""
-    tuning = Method(
-        name="lora-r2",
-        kind="lora",
-        label="",
-        rank=2,
-        alpha=4.0,
-        dropout=dropout,
-        hyperparameters=[],
-    )
-    model = attach_adapter(_model(LlamaConfig(**SHAPE, **LAYERS)), tuning, seed=0)
+    """Dropout masks depend on the position in the batch, which batched runs share."""
+    method = adapter_method(dropout=dropout)
+    model = attach_adapter(_model(LlamaConfig(**SHAPE, **LAYERS)), method, seed=0)
     assert use_padding_free(model, _examples(0), torch.float32) is (dropout == 0.0)
 
 
@@ -286,27 +275,18 @@ def test_attention_is_restored_after_an_error() -> None:
 def test_a_step_computes_nothing_for_padding(
     precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the engine: as many tokens enter the blocks as the step's examples have, in passes of
-    at most so many examples, and the gradient is that of padded rows."""
+    """As many tokens enter the blocks as the examples of the step have, in passes of at most four
+    examples, and the gradient is that of padded rows."""
     model = _model(LlamaConfig(**{**SHAPE, "initializer_range": 0.1}, **LAYERS)).train()
     examples = _examples(3)
     training = TrainingConfig(epochs=1.0, batch_size=9, micro_batch_size=4, warmup_epochs=0.0)
-    recipe = RunConfig(
-        hyperparameters=Hyperparameters(learning_rate=1e-3),
-        seed=0,
-        training=training,
-        schedule=LrSchedule.plan(len(examples), training, 1.0),
-        threshold=1.0,
-        stop_after_evaluations=None,
-        precision=precision,
-        pad=0,
-    )
+    config = run_config(examples, training, pad=0, precision=precision)
     seen: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
 
     def gradient() -> tuple[float, Tensor]:
         (loss,) = train_step.compute_gradients(
-            model, recipe, [[(examples, None)]], TrainState(), torch.optim.SGD(model.parameters())
+            model, config, [(examples, None)], TrainState(), torch.optim.SGD(model.parameters())
         )
         return loss.tokens, torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -321,21 +301,13 @@ def test_a_step_computes_nothing_for_padding(
     assert _differ(joined, padded) < close
 
 
-def test_batched_runs_have_equal_tokens_and_separate_sums() -> None:
-    """What fills up the shorter ones is no target, and no document is longer than before."""
+def test_loss_sums_are_separate_for_each_batched_run() -> None:
+    """Every run reads the same examples, in the order of the runs."""
     examples = _examples(4)
-    runs = [examples[:4], examples[4:8], examples[:2] + examples[6:8]]
-    shared = microbatches.MicroBatch(runs, padded=False)
-    even = microbatches.pad_runs_to_equal_tokens(runs, pad=0)
-    (length,) = {sum(len(example.ids) for example in own) for own in even}
-    assert length == max(sum(len(example.ids) for example in own) for own in runs)
-    longest = max(len(example.ids) for example in examples)
-    for own, filled in zip(runs, even, strict=True):
-        assert filled[: len(own)] == own
-        assert all(e.targets == 0 and len(e.ids) <= longest for e in filled[len(own) :])
-    batch = shared.to_batch(0, torch.device("cpu"))
-    assert batch.ids.shape == (1, 3 * length)
-    values = torch.arange(batch.labels.numel(), dtype=torch.float32)[None]
-    counts = [sum(example.targets for example in own) for own in runs]
-    expected = [float(part.sum()) for part in values.flatten().split(counts)]
-    assert shared.loss_sums(values).tolist() == pytest.approx(expected)
+    for padded in (True, False):
+        shared = microbatches.MicroBatch(examples, 3, padded)
+        batch = shared.to_batch(0, torch.device("cpu"))
+        assert batch.ids.numel() % 3 == 0
+        values = torch.arange(batch.labels.numel(), dtype=torch.float32).view_as(batch.labels)
+        expected = [float(part.sum()) for part in values.flatten().chunk(3)]
+        assert shared.loss_sums(values).tolist() == pytest.approx(expected)

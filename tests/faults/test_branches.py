@@ -27,9 +27,9 @@ from forgetting.training import checkpoints, train_step
 from forgetting.training import run_group as run_group_module
 from forgetting.training import trainer as train_module
 from forgetting.training.branches import single_duration, train_cooldowns, train_trunks
-from forgetting.training.run_group import RunContext, run_key, train_run_group
+from forgetting.training.run_group import train_run_group
 from forgetting.training.train_step import StepLoss
-from forgetting.training.training_job import run_group_items
+from forgetting.training.training_job import RunContext, TrainingJob, run_group_items, run_key
 from support.kill import BEFORE_AND_AFTER, Killed, kill_at
 from support.run_groups import examples_in
 
@@ -97,20 +97,23 @@ class BranchHarness:
 
     def trunks(self, config: RunGroupConfig) -> Records:
         """Train the trunks, as `finetune` does."""
-        return train_trunks(config, self.context, INPUTS, self.state, self.log)
+        return train_trunks(TrainingJob(config, self.context, INPUTS, self.state, self.log))
 
     def branches(
         self, config: RunGroupConfig, duration: float, trunks: Records | None = None
     ) -> Records:
         """Train the branches of a duration after the trunks, as `train_cooldown` does."""
         trunks = self.trunks(config) if trunks is None else trunks
-        return train_cooldowns(config, duration, trunks, self.context, INPUTS, self.state, self.log)
+        return train_cooldowns(
+            TrainingJob(config, self.context, INPUTS, self.state, self.log), duration, trunks
+        )
 
     def single(self, config: RunGroupConfig, duration: float) -> Records:
         """Train the runs of a duration without a trunk."""
         own = single_duration(config, duration)
         return train_run_group(
-            own, self.context, INPUTS, self.single_state, lambda *_: None, branches=True
+            TrainingJob(own, self.context, INPUTS, self.single_state, lambda *_: None),
+            branches=True,
         )
 
     def log(self, run: str, progress: Any, schedule: Any) -> None:

@@ -49,8 +49,7 @@ from forgetting.training.distributed import (
     ProcessGroup,
     split_by_tokens,
 )
-from forgetting.training.run_group import RunContext, run_key
-from forgetting.training.training_job import run_group_items
+from forgetting.training.training_job import RunContext, TrainingJob, run_group_items, run_key
 from support.benchmark_rows import sciq
 from support.params import finetune_params
 from support.processes import FORKS, Stopped, run_in_processes, train, train_in_group, weights
@@ -358,8 +357,8 @@ def _trunk_and_branch(spec: RunGroupConfig, context: RunContext, state: Path) ->
         """Log nothing."""
 
     try:
-        trunks = train_trunks(spec, changed, {"base": "b"}, state, log)
-        return train_cooldowns(spec, 1.0, trunks, changed, {"base": "b"}, state, log)
+        trunks = train_trunks(TrainingJob(spec, changed, {"base": "b"}, state, log))
+        return train_cooldowns(TrainingJob(spec, changed, {"base": "b"}, state, log), 1.0, trunks)
     finally:
         process_group.destroy()
 
@@ -740,7 +739,7 @@ def test_out_of_memory_in_one_process_restarts_all(
     done = launched("1:4", specs[kind], nodes, fault=OOM_MESSAGE, most=1, **there)
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr
-    message = "memory ran out with 2 examples in a pass; going on with 1 from step 3"
+    message = "memory ran out with 2 examples in a pass; continuing with 1 from step 3"
     assert done.stdout.count("memory ran out") == done.stdout.count(message) == 1
     assert done.stdout.count("step 6/6") == 1
     (record,) = json.loads((tmp_path / "runs.json").read_text())

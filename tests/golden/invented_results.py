@@ -167,7 +167,7 @@ def _record(run: str, setting: Hyperparameters) -> dict[str, Any]:
         "hyperparameters": setting.model_dump(),
         **{"run": run, "status": "ok", "steps": 2, "steps_per_epoch": 1, "tokens": 200},
         **{"trainable_parameters": 10, "wall_seconds": 2.0, "tokens_per_second": 100.0},
-        **{"trained_together": 1, "peak_memory_gib": 1.0, "cut_rows": 0},
+        **{"batched_runs": 1, "peak_memory_gib": 1.0, "cut_rows": 0},
         **{"evaluations": [[1, 1.0, 0.2], [2, 2.0, 0.4]], "losses": [2.0, 1.0]},
     }
 

@@ -32,6 +32,7 @@ from forgetting.io import read_json, read_jsonl, write_jsonl
 from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.training.pretrain import train_tokenizer
 from forgetting.training.run_group import train_run_group
+from forgetting.training.training_job import TrainingJob
 from forgetting.versions import VERSIONS
 from golden.invented_results import (
     STUDY,
@@ -231,7 +232,7 @@ def train(folder: Path) -> dict[str, Any]:
             **{key: getattr(study, key) for key in ("prompt", "training", "evaluation")},
             **{key: getattr(study, key) for key in ("selection", "precision")},
         )
-        records = train_run_group(spec, context, {}, folder / name, lambda *_: None)
+        records = train_run_group(TrainingJob(spec, context, {}, folder / name, lambda *_: None))
         outputs[name] = [
             {
                 **{key: record[key] for key in ("losses", "penalties", "evaluations", "status")},

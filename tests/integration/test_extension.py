@@ -36,7 +36,7 @@ from forgetting.training.mitigations import build_mitigations
 
 mitigation = MitigationConfig(l1={"weight": 0.5})
 assert mitigation.name == "l10.5"
-built = build_mitigations(torch.nn.Linear(2, 1), mitigation, {}, seed=0)
+built = build_mitigations(torch.nn.Linear(2, 1), mitigation, {}, (), seed=0)
 model = torch.nn.Linear(2, 1, bias=False)
 torch.nn.init.constant_(model.weight, -3.0)
 (penalty,) = built.weight_penalties

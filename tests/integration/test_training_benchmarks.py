@@ -26,7 +26,7 @@ from forgetting.models.tuned import load_tuned, merged_adapter
 from forgetting.results.churn import churn_table
 from forgetting.results.trajectories import benchmark_trajectory_items, benchmark_trajectory_table
 from forgetting.training.run_group import train_run_group
-from forgetting.training.training_job import run_group_items
+from forgetting.training.training_job import TrainingJob, run_group_items
 from scripts import evaluate_base
 from support.benchmark_rows import TASKS, sciq, write_task_rows
 from support.params import write_params
@@ -79,7 +79,9 @@ def trained(
         spec = run_group_config(tuning, settings, batched_lora, **method)
         spec = spec.model_copy(update={"precision": precision})
         inputs = {"base": "a", "train": "b", "versions": "c"}
-        return train_run_group(spec, context, inputs, tmp_path / folder, lambda *_: None)
+        return train_run_group(
+            TrainingJob(spec, context, inputs, tmp_path / folder, lambda *_: None)
+        )
 
     return train
 

@@ -265,7 +265,7 @@ def test_page_compares_measured_times_with_the_forecast() -> None:
         "training_seconds": 7.5,
         "wall_seconds": 22.5,
         "tokens_per_second": 100.0,
-        "trained_together": 1,
+        "batched_runs": 1,
         "peak_memory_gib": 1.0,
         "device": "CPU, 1 of 2 threads",
         "processes": 1,

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from forgetting.config.expand import RunGroupConfig
 from forgetting.models.loading import silence_libraries
 from forgetting.training.distributed import ProcessGroup
-from forgetting.training.run_group import RunContext, train_run_group
+from forgetting.training.run_group import train_run_group
+from forgetting.training.training_job import RunContext, TrainingJob
 
 PATIENCE = 600.0
 """Seconds after which a process group is considered to hang, and is ended."""
@@ -127,7 +128,9 @@ def train_in_group(
     process_group = ProcessGroup.init()
     try:
         return train_run_group(
-            config, replace(context, process_group=process_group), {"base": "b"}, state, log
+            TrainingJob(
+                config, replace(context, process_group=process_group), {"base": "b"}, state, log
+            )
         )
     finally:
         process_group.destroy()

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _train(params: FinetuneParams, job: TrainingJob) -> list[dict[str, Any]]:
     train = train_trunks if params.run_group.training.durations else train_run_group
-    return train(job.config, job.context, job.inputs, job.state, job.log)
+    return train(job)
 
 
 if __name__ == "__main__":

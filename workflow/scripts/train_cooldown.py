@@ -23,10 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     def train(params: TrainCooldownParams, job: TrainingJob) -> list[dict[str, Any]]:
-        trunks = read_json(options.trunks)
-        return train_cooldowns(
-            job.config, params.duration, trunks, job.context, job.inputs, job.state, job.log
-        )
+        return train_cooldowns(job, params.duration, read_json(options.trunks))
 
     run_training_job(options, TrainCooldownParams, train)
 

@@ -35,7 +35,8 @@ from forgetting.digests import visible_files
 from forgetting.errors import InputError
 from forgetting.io import read_json
 from forgetting.models.loading import load_base
-from forgetting.training.run_group import RunContext, check_model_inputs, train_run_group
+from forgetting.training.run_group import check_model_inputs, train_run_group
+from forgetting.training.training_job import RunContext, TrainingJob
 from support.params import write_params
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "workflow" / "scripts"))
@@ -300,7 +301,7 @@ def test_text_table_is_trained_on_and_probed(
         device=torch.device("cpu"),
         precision=torch.float32,
     )
-    (done,) = train_run_group(spec, context, {}, tmp_path / "state", lambda *_: None)
+    (done,) = train_run_group(TrainingJob(spec, context, {}, tmp_path / "state", lambda *_: None))
     joined = sum(len(encode_text(tokenizer, text).ids) for text in TEXTS)
     talk = len(encode_messages(tokenizer, PromptConfig(), TALK, 32).ids)
     assert done["tokens"] == pytest.approx(3 * (joined + talk), abs=3 * len(TEXTS))

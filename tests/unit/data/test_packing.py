@@ -29,7 +29,7 @@ from forgetting.config.expand import Method, RunGroupConfig
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.training import TrainingConfig
-from forgetting.data.dataset import PackedDataset, pack_dataset
+from forgetting.data.dataset import PackedDataset, bin_pack, pack_dataset
 from forgetting.data.tokenize import Example, concatenate
 from forgetting.errors import InputError
 from forgetting.models.adapters import attach_adapter
@@ -39,8 +39,9 @@ from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.mitigations import Mitigations, token_kl
 from forgetting.training.run_config import RunConfig, loss_groups
-from forgetting.training.run_group import RunContext, check_model_inputs, train_run_group
+from forgetting.training.run_group import check_model_inputs, train_run_group
 from forgetting.training.train_step import compute_gradients
+from forgetting.training.training_job import RunContext, TrainingJob
 from support.kill import Killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,6 +189,7 @@ def _recipe(training: TrainingConfig, schedule: LrSchedule) -> RunConfig:
         seed=4,
         training=training,
         schedule=schedule,
+        base_value=0.1,
         threshold=0.9,
         stop_after_evaluations=None,
         precision=torch.float32,
@@ -224,7 +226,7 @@ def test_kl_penalty_treats_packed_examples_separately(
         recipe = replace(_recipe(training, plan), mitigations=mitigations)
         groups = [(list(rows), penalty), (list(replayed), penalty)]
         optimizer = torch.optim.SGD(trained, lr=0.0)
-        (loss,) = compute_gradients(model, recipe, [groups], TrainState(), optimizer)
+        (loss,) = compute_gradients(model, recipe, groups, TrainState(), optimizer)
         found.append((loss, torch.cat([p.grad.flatten() for p in trained if p.grad is not None])))
     (loss, gradient), (packed_loss, packed) = found
     assert packed_loss == pytest.approx(loss, rel=1e-5)
@@ -272,7 +274,7 @@ def run_group(
     )
 
     def run(state: Path, log: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-        (record,) = train_run_group(spec, context, {}, state, log)
+        (record,) = train_run_group(TrainingJob(spec, context, {}, state, log))
         return record
 
     return run
@@ -295,3 +297,12 @@ def test_killed_packed_run_ends_with_the_same_result(
         again = run_group(state)
         assert again["losses"] == whole["losses"]
         assert again["evaluations"] == whole["evaluations"]
+
+
+def test_bins_hold_every_document_once() -> None:
+    lengths = [7, 3, 9, 1, 10, 5, 5, 2, 8] * 30
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = bin_pack(lengths, 10, order)
+    assert sorted(d for block in blocks for d in block) == sorted(order)
+    assert all(sum(lengths[d] for d in block) <= 10 for block in blocks)
+    assert len(blocks) <= 1.15 * sum(lengths) / 10

@@ -295,7 +295,7 @@ def test_forecast_batches_the_runs_that_training_batches() -> None:
     """Eight runs of Phi share a pass, and two runs of `mini` are trained one after the other."""
     for name, passes in {"tofu-phi-1.5": [8], "mini": [1, 1]}.items():
         case = Workload(_study(name), GPUS["H100"])
-        assert case.microbatches(expand_methods(case.study)[0], ProcessCount()) == passes
+        assert case.runs_per_pass(expand_methods(case.study)[0], ProcessCount()) == passes
 
 
 ROWS: dict[str, dict[str, Any]] = {

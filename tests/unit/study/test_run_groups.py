@@ -15,7 +15,7 @@ from forgetting.config.training import TrainingConfig
 from forgetting.models.loading import Model
 from forgetting.study import run_groups
 from forgetting.study.run_groups import is_plain_lora, partition_runs, rows_per_pass
-from forgetting.training.batched_lora import batchable_groups, meta_model, supports_batching
+from forgetting.training.batched_lora import meta_model, runs_per_pass, supports_batching
 
 FULL = Method(name="full", kind="full", label="full", hyperparameters=[])
 
@@ -41,10 +41,10 @@ def test_supports_batching_needs_independent_rows(tmp_path: Path, tuning: Method
     gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100, **still)
     assert not supports_batching(_meta_model(gpt2, tmp_path, tuning))  # its layers are no nn.Linear
     llama = LlamaConfig(**SMALL, num_attention_heads=2)
-    for other in ("embed_tokens", "lm_head"):
+    for other, supported in (("embed_tokens", False), ("lm_head", True)):
         more = {"target_modules": ["q_proj", other], "dropout": 0.0}
         changed = tuning.model_copy(update=more)
-        assert not supports_batching(_meta_model(llama, tmp_path, changed))
+        assert supports_batching(_meta_model(llama, tmp_path, changed)) == supported
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_is_plain_lora_by_method(tuning: Method, changes: dict[str, Any], applie
     assert not is_plain_lora(FULL)
 
 
-def test_batchable_groups_by_step_size_and_memory(
+def test_runs_per_pass_by_step_size_and_memory(
     base_folder: Path, tuning: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU: only small steps, as many runs as a pass has rows, within a bound on memory."""
@@ -78,9 +78,7 @@ def test_batchable_groups_by_step_size_and_memory(
 
     def sizes(count: int, tokens: float = 100.0, **changes: Any) -> list[int]:
         changed = training.model_copy(update=changes)
-        groups = batchable_groups(tuning, count, base_folder, changed, tokens, cpu)
-        assert [run for group in groups for run in group] == list(range(count))
-        return [len(group) for group in groups]
+        return runs_per_pass(tuning, count, base_folder, changed, tokens, cpu)
 
     assert sizes(12) == [6, 6]
     assert sizes(3) == [1, 1, 1]
@@ -110,7 +108,7 @@ def test_batchable_groups_by_step_size_and_memory(
 )
 def test_partition_runs_fills_few_passes_evenly(runs: int, max_runs: int, sizes: list[int]) -> None:
     """A pass of fewer than four runs would not be faster: these runs are trained singly."""
-    assert [len(part) for part in partition_runs(runs, 1, max_runs, 10**9)] == sizes
+    assert partition_runs(runs, 1, max_runs, 10**9) == sizes
 
 
 def _fewest_passes(runs: int, capacity: int) -> int:
@@ -128,8 +126,8 @@ def test_partition_runs_needs_the_fewest_passes(capacity: int) -> None:
     for runs in range(50):
         for bounds in ((capacity, 10**9), (10**9, 16 * 5 * capacity)):
             parts = partition_runs(runs, 5, *bounds)
-            assert [run for part in parts for run in part] == list(range(runs))
-            sizes = {len(part) for part in parts} - {1}
+            assert sum(parts) == runs
+            sizes = set(parts) - {1}
             assert all(run_groups.MIN_RUNS <= size <= capacity for size in sizes)
             assert len(parts) == _fewest_passes(runs, capacity)
 

@@ -1,46 +1,36 @@
-"""Mitigations of forgetting: each against its formula, and in training against none at all."""
+"""Mitigations of forgetting: each against its formula."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from forgetting.config.data import PromptConfig
-from forgetting.config.evaluation import EvaluationConfig, SelectionConfig
+from forgetting.config.evaluation import EvaluationConfig
 from forgetting.config.expand import Method, RunGroupConfig, expand_methods
-from forgetting.config.methods import Hyperparameters, RankBudgetConfig
+from forgetting.config.methods import Hyperparameters
 from forgetting.config.mitigations import MitigationConfig
 from forgetting.config.study import StudyConfig
-from forgetting.config.training import TrainingConfig
-from forgetting.data.tokenize import Example, encode_pair, encode_text
+from forgetting.data.tokenize import encode_text
 from forgetting.errors import InputError
 from forgetting.evaluation.evaluate_models import interpolated_models, interpolated_weights
 from forgetting.evaluation.probes import evaluate_probes
 from forgetting.io import write_json, write_jsonl
-from forgetting.models.adapters import attach_adapter
 from forgetting.models.attention import eager_if_faster
 from forgetting.models.forward import collate, target_logits, token_logprobs
-from forgetting.models.loading import Model, load_base
-from forgetting.models.tuned import save_weights, trained_state
-from forgetting.schedule import LrSchedule
+from forgetting.models.loading import Model
+from forgetting.models.tuned import save_weights
 from forgetting.study.preflight import check_folders
 from forgetting.study.smoke import smoke_size
-from forgetting.training import trainer as module
-from forgetting.training.checkpoints import TrainState
 from forgetting.training.mitigations import (
-    Mitigations,
     adapted_layers,
-    build_mitigations,
     ewc,
     fisher_information,
     kl_penalty,
@@ -48,99 +38,23 @@ from forgetting.training.mitigations import (
     replay_indices,
     token_kl,
 )
-from forgetting.training.run_config import RunConfig, batch_indices, loss_groups
-from forgetting.training.run_group import RunContext, run_key, train_run_group
-from forgetting.training.train_step import compute_gradients
-from forgetting.training.trainer import train_run
+from forgetting.training.run_config import batch_indices
+from forgetting.training.training_job import run_key
 from scripts import evaluate_wise_ft
-from support.kill import Killed
 from support.params import write_params
-from support.run_groups import digests_in, record_base
+from support.run_groups import (
+    RunGroupHarness,
+    digests_in,
+    record_base,
+    run_context,
+    run_group_config,
+)
+from support.training import FULL, TrainingHarness, adapter_method, move_weights, no_items
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Rows = list[dict[str, Any]]
-CPU = torch.device("cpu")
-FULL = Method(name="full", kind="full", label="full", hyperparameters=[])
-LORA = Method(name="lora-r4", kind="lora", label="rank 4", rank=4, alpha=8.0, hyperparameters=[])
-RATES = {"lora": 0.01, "full": 2e-3}
 
-
-@dataclass
-class Gym:
-    """Trains the tiny base model on seven rows; the last three represent retained knowledge."""
-
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    examples: list[Example]
-    general: list[Example]
-    work: Path
-
-    def model(self, tuning: Method = LORA) -> Model:
-        """Return the base model with an untrained adapter."""
-        return attach_adapter(load_base(self.folder, CPU), tuning, 3)
-
-    def recipe(self, tuning: Method = LORA, **changes: Any) -> RunConfig:
-        """Three epochs in batches of four, each of two forward passes."""
-        training = TrainingConfig(epochs=3.0, batch_size=4, micro_batch_size=2, warmup_epochs=0.0)
-        training = training.model_copy(update=changes)
-        return RunConfig(
-            hyperparameters=Hyperparameters(learning_rate=RATES[tuning.kind]),
-            seed=3,
-            training=training,
-            schedule=LrSchedule.plan(7, training, 1.0),
-            threshold=0.9,
-            stop_after_evaluations=None,
-            precision=torch.float32,
-            pad=self.tokenizer.pad_token_id,
-        )
-
-    def run(
-        self,
-        build: Callable[[Model], Mitigations] | None,
-        tuning: Method = LORA,
-        name: str = "run",
-        **changes: Any,
-    ) -> tuple[TrainState, Model]:
-        """Train a run with mitigations on a freshly loaded base model."""
-        model = self.model(tuning)
-        recipe = self.recipe(tuning, **changes)
-        if build:
-            recipe = replace(recipe, mitigations=build(model))
-
-        def evaluate(_: Model) -> tuple[pd.DataFrame, float]:
-            return pd.DataFrame({"value": [0.1]}), 0.1
-
-        folder = self.work / name
-        progress = train_run(
-            model, self.examples[:7], recipe, 0.1, evaluate, folder, lambda *_: None
-        )
-        return progress, model.eval()
-
-    def drift(self, model: Model) -> float:
-        """Mean change of the logits on text that is not trained on."""
-        batch = collate(self.examples[7:], self.tokenizer.pad_token_id)
-        with torch.no_grad():
-            base = target_logits(load_base(self.folder, CPU), batch)
-            return float((target_logits(model, batch) - base).abs().mean())
-
-
-@pytest.fixture
-def gym(
-    base_folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: PromptConfig,
-    rows: Rows,
-    tmp_path: Path,
-) -> Gym:
-    examples = [encode_pair(tokenizer, prompt, row["question"], row["answer"]) for row in rows]
-    general = [encode_text(tokenizer, f"{row['answer']} {row['question']}") for row in rows[7:]]
-    return Gym(base_folder, tokenizer, examples, general, tmp_path)
-
-
-def _builder(gym: Gym, **sections: Any) -> Callable[[Model], Mitigations]:
-    mitigation = MitigationConfig.model_validate(sections)
-    return lambda model: build_mitigations(model, mitigation, {"world/documents": gym.general}, 3)
+LORA = adapter_method(dropout=0.0)
 
 
 def _as_variant(variant: str) -> Method:
@@ -149,87 +63,16 @@ def _as_variant(variant: str) -> Method:
         return FULL
     if variant == "embeddings":
         return LORA.model_copy(update={"embeddings": "trained"})
-    budget = RankBudgetConfig() if variant == "adalora" else None
-    initial = 6 if budget else None
-    return LORA.model_copy(
-        update={"variant": variant, "rank_budget": budget, "initial_rank": initial}
-    )
+    return adapter_method(variant, dropout=0.0)
 
 
-def _moved(model: Model) -> Model:
-    """Random changes of all that is trained."""
-    torch.manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
+def _model(harness: TrainingHarness, method: Method = LORA) -> Model:
+    """Return the base model with an untrained adapter."""
+    return replace(harness, method=method).model()
 
-
-def _same(first: tuple[TrainState, Model], second: tuple[TrainState, Model]) -> bool:
-    ours, theirs = trained_state(first[1]), trained_state(second[1])
-    same = all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    return same and first[0].losses == second[0].losses
-
-
-def _gradients(gym: Gym, build: Callable[[Model], Mitigations], tuning: Method, size: int) -> Any:
-    """Gradients of one step of a run that has moved away from the base."""
-    model = gym.model(tuning)
-    recipe = replace(gym.recipe(tuning, micro_batch_size=size), mitigations=build(model))
-    _moved(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.0)
-    groups = loss_groups(gym.examples[:7], recipe, 1)
-    compute_gradients(model, recipe, [groups], TrainState(step=1), optimizer)
-    return [parameter.grad for parameter in trained]
-
-
-# --- in training --------------------------------------------------------------------------------
 
 REPLAY = {"table": "world/documents", "ratio": 0.3}
 EWC = {"table": "world/documents", "samples": 2}
-WEIGHTLESS = {
-    "l2_sp": {"l2_sp": {"weight": 0.0}},
-    "kl": {"kl": {"weight": 0.0}},
-    "ewc": {"ewc": EWC | {"weight": 0.0}},
-}
-STRONG = {
-    "l2_sp": {"l2_sp": {"weight": 100.0}},
-    "kl": {"kl": {"weight": 30.0}},
-    "ewc": {"ewc": EWC | {"weight": 1e5}},
-    "kl on replay": {"replay": REPLAY, "kl": {"weight": 30.0, "tokens": "replay"}},
-}
-SPLIT = STRONG | {"replay": {"replay": REPLAY}}
-
-
-@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("sections", WEIGHTLESS.values(), ids=WEIGHTLESS)
-def test_weight_0_equals_no_mitigation(gym: Gym, tuning: Method, sections: Any) -> None:
-    """Bit for bit."""
-    without = gym.run(None, tuning, "without")
-    assert _same(gym.run(_builder(gym, **sections), tuning), without)
-
-
-@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("sections", STRONG.values(), ids=STRONG)
-def test_strong_mitigation_keeps_the_model_near_the_base(
-    gym: Gym, tuning: Method, sections: Any
-) -> None:
-    """On text that is not trained on, outputs move much less far."""
-    _, without = gym.run(None, tuning, "without")
-    _, kept = gym.run(_builder(gym, **sections), tuning)
-    assert 0 < gym.drift(kept) < 0.8 * gym.drift(without)
-
-
-@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
-def test_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Method, sections: Any) -> None:
-    whole = _gradients(gym, _builder(gym, **sections), tuning, 32)
-    for size in (1, 3):
-        for ours, theirs in zip(
-            _gradients(gym, _builder(gym, **sections), tuning, size), whole, strict=True
-        ):
-            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # --- L2-SP --------------------------------------------------------------------------------------
@@ -238,21 +81,21 @@ def test_gradient_does_not_depend_on_the_split(gym: Gym, tuning: Method, section
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
 @pytest.mark.parametrize("variant", ["lora", "rslora"])
 def test_l2_sp_of_adapters_equals_that_of_merged_matrices(
-    gym: Gym, variant: str, embeddings: str
+    harness: TrainingHarness, variant: str, embeddings: str
 ) -> None:
     """tr((B^T B)(A A^T)) is the norm of the product, and so are the gradients."""
-    tuning = LORA.model_copy(update={"variant": variant, "embeddings": embeddings})
-    model = gym.model(tuning)
+    method = LORA.model_copy(update={"variant": variant, "embeddings": embeddings})
+    model = _model(harness, method)
     penalty = l2_sp(model, 0.5)
     assert penalty(model).item() == 0.0
-    _moved(model)
-    before = {n: p.clone() for n, p in load_base(gym.folder, CPU).named_parameters()}
+    move_weights(model)
+    before = {n: p.clone() for n, p in harness.load().named_parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     formed = (
         0.25
         * torch.stack(
             [
-                (layer.lora_B["default"].weight @ layer.lora_A["default"].weight * tuning.scale)
+                (layer.lora_B["default"].weight @ layer.lora_A["default"].weight * method.scale)
                 .square()
                 .sum()
                 for layer in adapted_layers(model)
@@ -273,23 +116,23 @@ def test_l2_sp_of_adapters_equals_that_of_merged_matrices(
     assert value == pytest.approx(0.25 * float(sum(distances)), rel=1e-4)
 
 
-def test_l2_sp_of_full_fine_tuning_pulls_each_weight_back(gym: Gym) -> None:
+def test_l2_sp_of_full_fine_tuning_pulls_each_weight_back(harness: TrainingHarness) -> None:
     """Its gradient is weight * (theta - theta0)."""
-    model = gym.model(FULL)
+    model = _model(harness, FULL)
     penalty = l2_sp(model, 0.5)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert penalty(model).item() == 0.0
-    _moved(model)
+    move_weights(model)
     penalty(model).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, 0.5 * (parameter - start[name]), atol=1e-7)
 
 
-def test_l2_sp_covers_an_adapted_embedding(gym: Gym) -> None:
-    tuning = LORA.model_copy(update={"target_modules": ["embed_tokens"]})
-    model = gym.model(tuning)
+def test_l2_sp_covers_an_adapted_embedding(harness: TrainingHarness) -> None:
+    method = LORA.model_copy(update={"target_modules": ["embed_tokens"]})
+    model = _model(harness, method)
     penalty = l2_sp(model, 1.0)
-    _moved(model)
+    move_weights(model)
     (layer,) = adapted_layers(model)
     formed = 0.5 * layer.get_delta_weight("default").square().sum()
     assert penalty(model).item() == pytest.approx(formed.item(), rel=1e-5)
@@ -316,12 +159,12 @@ def test_kl_matches_a_computation_by_hand() -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
-def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
-    """With dropout in the adapter too: the base is asked without it."""
-    tuning = _as_variant(variant)
-    model = gym.model(tuning.model_copy(update={"dropout": 0.5})).train()
+def test_kl_starts_at_0_with_gradient_0(harness: TrainingHarness, variant: str) -> None:
+    """The base predicts without the dropout of the adapter."""
+    method = _as_variant(variant)
+    model = _model(harness, method.model_copy(update={"dropout": 0.5})).train()
     penalty = token_kl(model, 2.0)
-    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    batch = collate(harness.examples[:3], harness.config.pad)
     value = penalty(model, batch, target_logits(model, batch))
     assert value.item() == 0.0
     assert model.training
@@ -332,15 +175,15 @@ def test_kl_starts_at_0_with_gradient_0(gym: Gym, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
-def test_kl_is_towards_the_base_model_from_disk(gym: Gym, variant: str) -> None:
+def test_kl_is_towards_the_base_model_from_disk(harness: TrainingHarness, variant: str) -> None:
     """Whatever became of the model; the sum over its tokens, with the gradient of the formula."""
-    model = gym.model(_as_variant(variant))
+    model = _model(harness, _as_variant(variant))
     penalty = token_kl(model, 2.0)
-    _moved(model)
-    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    move_weights(model)
+    batch = collate(harness.examples[:3], harness.config.pad)
     logits = target_logits(model, batch)
     value = penalty(model, batch, logits)
-    p = target_logits(load_base(gym.folder, CPU), batch).detach().double().log_softmax(-1)
+    p = target_logits(harness.load(), batch).detach().double().log_softmax(-1)
     q = target_logits(model, batch).double().log_softmax(-1)
     formed = 2.0 * (p.exp() * (p - q)).sum(-1)[batch.labels != -100].sum()
     # In float32 the terms, some positive and some negative, cancel all but a hundredth.
@@ -351,28 +194,28 @@ def test_kl_is_towards_the_base_model_from_disk(gym: Gym, variant: str) -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_kl_of_a_nonzero_adapter_is_towards_a_copy(gym: Gym) -> None:
+def test_kl_of_a_nonzero_adapter_is_towards_a_copy(harness: TrainingHarness) -> None:
     """Without such an adapter the model would not be the base."""
-    model = _moved(gym.model())
+    model = move_weights(_model(harness))
     penalty = token_kl(model, 1.0)
-    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    batch = collate(harness.examples[:3], harness.config.pad)
     assert penalty(model, batch, target_logits(model, batch)).item() == 0.0
 
 
-def test_kl_is_computed_in_float32(gym: Gym) -> None:
-    model = gym.model(FULL)
+def test_kl_is_computed_in_float32(harness: TrainingHarness) -> None:
+    model = _model(harness, FULL)
     penalty = token_kl(model, 1.0)
-    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    batch = collate(harness.examples[:3], harness.config.pad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = penalty(_moved(model), batch, target_logits(model, batch))
+        value = penalty(move_weights(model), batch, target_logits(model, batch))
     assert value.dtype == torch.float32
 
 
-def test_kl_of_an_untrained_model_is_0_in_bfloat16(gym: Gym) -> None:
+def test_kl_of_an_untrained_model_is_0_in_bfloat16(harness: TrainingHarness) -> None:
     """The frozen copy attends as the model does, so that the two round alike."""
-    model = gym.model(FULL)
+    model = _model(harness, FULL)
     penalty = token_kl(model, 1.0)
-    batch = collate(gym.examples[:3], gym.tokenizer.pad_token_id)
+    batch = collate(harness.examples[:3], harness.config.pad)
     half = torch.bfloat16
     with eager_if_faster(model, batch.mask, half) as mask, torch.autocast("cpu", dtype=half):
         batch = replace(batch, mask=mask)
@@ -382,43 +225,12 @@ def test_kl_of_an_untrained_model_is_0_in_bfloat16(gym: Gym) -> None:
 # --- EWC ----------------------------------------------------------------------------------------
 
 
-class Unigram(torch.nn.Module):
-    """Predicts the same distribution, softmax(theta), whatever came before."""
-
-    device = CPU
-
-    def __init__(self, probabilities: list[float]) -> None:
-        super().__init__()
-        self.theta = torch.nn.Parameter(torch.tensor(probabilities).log())
-
-    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> Any:
-        shape = (len(input_ids), len(logits_to_keep), len(self.theta))
-        return SimpleNamespace(logits=self.theta.expand(shape))
-
-
-def test_fisher_matches_known_information() -> None:
-    """p (1 - p) of a softmax, though the text says one and the same token again and again."""
-    p = [0.6, 0.3, 0.1]
-    model: Any = Unigram(p)
-    rows = [Example(ids=[1] * 9, prompt_length=1)] * 3000
-    (found,) = fisher_information(model, [model.theta], rows, 0)
-    assert found.tolist() == pytest.approx([x * (1 - x) for x in p], abs=0.01)
-    (again,) = fisher_information(model, [model.theta], rows, 0)
-    assert torch.equal(found, again)
-    # Near the base the penalty is KL(base || model), of one changed weight exactly.
-    penalty = ewc(model, 1.0, rows, 0)
-    base = model.theta.detach().clone()
-    with torch.no_grad():
-        model.theta[1] += 0.05
-    exact = kl_penalty(base, model.theta, torch.tensor(0)).item()
-    assert penalty(model).item() == pytest.approx(exact, rel=0.08)
-
-
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
-def test_ewc_is_the_weighted_distance(gym: Gym, embeddings: str) -> None:
+def test_ewc_is_the_weighted_distance(harness: TrainingHarness, embeddings: str) -> None:
     """Of all weights, and of adapters the same as of the matrices merged, with their gradients."""
-    model = gym.model(LORA.model_copy(update={"embeddings": embeddings}))
-    full = gym.model(FULL)
+    model = _model(harness, LORA.model_copy(update={"embeddings": embeddings}))
+    full = _model(harness, FULL)
+    general = [encode_text(harness.tokenizer, row["question"]) for row in harness.rows[7:]]
     names = [
         name.removesuffix(".base_layer.weight").removeprefix("base_model.model.") + ".weight"
         for name, _ in model.named_parameters()
@@ -427,14 +239,14 @@ def test_ewc_is_the_weighted_distance(gym: Gym, embeddings: str) -> None:
     assert len(names) == 14
     names += ["model.embed_tokens.weight"] if embeddings == "trained" else []
     weights = dict(full.named_parameters())
-    information = fisher_information(full, list(weights.values()), gym.general, 3)
+    information = fisher_information(full, list(weights.values()), general, 3)
     by_name = dict(zip(weights, information, strict=True))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
 
-    penalty, whole = ewc(model, 0.5, gym.general, 3), ewc(full, 0.5, gym.general, 3)
+    penalty, whole = ewc(model, 0.5, general, 3), ewc(full, 0.5, general, 3)
     assert penalty(model).item() == whole(full).item() == 0.0
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
-    _moved(model)
+    move_weights(model)
     value = penalty(model)
     value.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n in trained)
@@ -444,7 +256,7 @@ def test_ewc_is_the_weighted_distance(gym: Gym, embeddings: str) -> None:
     terms = [(by_name[n] * (merged[n] - start[n]).square()).sum() for n in names]
     assert value.item() == pytest.approx(0.25 * torch.stack(terms).sum().item(), rel=1e-4)
 
-    _moved(full)
+    move_weights(full)
     whole(full).backward()
     for name, parameter in full.named_parameters():
         expected = 0.5 * by_name[name] * (parameter - start[name])
@@ -478,84 +290,47 @@ def test_replay_depends_on_seed_and_step_only() -> None:
     assert sorted(replay_indices(2, 0.75, 5, 0, 2)) == [0, 0, 0, 1, 1, 1]
 
 
-def test_all_tokens_of_a_text_are_targets(gym: Gym) -> None:
-    example = encode_text(gym.tokenizer, "In Oslo, by the harbour.")
+def test_all_tokens_of_a_text_are_targets(harness: TrainingHarness) -> None:
+    example = encode_text(harness.tokenizer, "In Oslo, by the harbour.")
     assert example.targets == len(example.ids) - 1 > 5
-    assert example.ids[-1] == gym.tokenizer.eos_token_id
-    assert gym.tokenizer.decode(example.ids[:-1]) == "In Oslo, by the harbour."
-    assert encode_text(gym.tokenizer, "In Oslo, by the harbour.", 4).ids == example.ids[:4]
+    assert example.ids[-1] == harness.tokenizer.eos_token_id
+    assert harness.tokenizer.decode(example.ids[:-1]) == "In Oslo, by the harbour."
+    assert encode_text(harness.tokenizer, "In Oslo, by the harbour.", 4).ids == example.ids[:4]
 
 
-def test_loss_is_the_mean_over_new_and_replayed_targets(gym: Gym) -> None:
-    """Of the first step, whose weights are those of the base."""
-    half = {"table": "world/documents", "ratio": 0.5}
-    progress, _ = gym.run(_builder(gym, replay=half), FULL)
-    new = [gym.examples[index] for index in batch_indices(7, 4, 3, 0)]
-    old = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 4)]
+def test_loss_is_the_mean_over_new_and_replayed_targets(harness: TrainingHarness) -> None:
+    """The loss of the first step, whose weights are those of the base."""
+    run = harness.with_mitigation(FULL, {"replay": {"table": "world/documents", "ratio": 0.5}})
+    seed = run.config.seed
+    progress, _ = run.run(no_items)
+    new = [run.examples[index] for index in batch_indices(7, 4, seed, 0)]
+    old = [run.general[index] for index in replay_indices(3, 0.5, seed, 0, 4)]
     assert len(old) == len(new) == 4
-    batch = collate([*new, *old], gym.tokenizer.pad_token_id)
+    batch = collate([*new, *old], run.config.pad)
     with torch.no_grad():
-        logprobs = token_logprobs(load_base(gym.folder, CPU), batch)
+        logprobs = token_logprobs(run.load(), batch)
     assert progress.losses[0] == pytest.approx(-logprobs.sum().item() / batch.targets, rel=1e-5)
     # Six steps of 21 new and as many old examples.
-    drawn = [gym.general[index] for index in replay_indices(3, 0.5, 3, 0, 21)]
-    seen = [*(gym.examples[:7] * 3), *drawn]
+    drawn = [run.general[index] for index in replay_indices(3, 0.5, seed, 0, 21)]
+    seen = [*(run.examples * 3), *drawn]
     assert progress.tokens == sum(len(example.ids) for example in seen)
-
-
-def test_replay_lowers_the_loss_on_replayed_text(gym: Gym) -> None:
-    """The general text is predicted better than by a run without."""
-    batch = collate(gym.general, gym.tokenizer.pad_token_id)
-    half = {"table": "world/documents", "ratio": 0.5}
-    found = []
-    for name, build in (("without", None), ("with", _builder(gym, replay=half))):
-        _, model = gym.run(build, LORA, name, epochs=8.0)
-        with torch.no_grad():
-            found.append(-token_logprobs(model, batch).sum().item() / batch.targets)
-    assert found[1] < 0.8 * found[0]
-
-
-@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("sections", SPLIT.values(), ids=SPLIT)
-def test_killed_run_with_mitigations_resumes(
-    gym: Gym, tuning: Method, sections: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit: what the mitigation compares with is the base, not what was resumed from."""
-    tuning = tuning.model_copy(update={"dropout": 0.1}) if tuning.kind == "lora" else tuning
-    reference = gym.run(_builder(gym, **sections), tuning, "reference")
-    original, calls = module._train_step, 0
-
-    def deadly(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise Killed
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_train_step", deadly)
-        with pytest.raises(Killed):
-            gym.run(_builder(gym, **sections), tuning)
-    assert _same(gym.run(_builder(gym, **sections), tuning), reference)
 
 
 # --- WiSE-FT ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "embeddings", "full"])
-def test_interpolation_scales_the_update(gym: Gym, variant: str) -> None:
+def test_interpolation_scales_the_update(harness: TrainingHarness, variant: str) -> None:
     """Nothing of it is the base bit for bit, all of it the tuned model, half lies in between."""
-    model = gym.model(_as_variant(variant))
-    _moved(model).eval()
-    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    model = _model(harness, _as_variant(variant))
+    move_weights(model).eval()
+    batch = collate(harness.examples, harness.config.pad)
     with torch.no_grad():
-        base = target_logits(load_base(gym.folder, CPU), batch)
+        base = target_logits(harness.load(), batch)
         tuned = target_logits(model, batch)
         found = {
             share: target_logits(between, batch)
-            for share, between in interpolated_models(
-                load_base(gym.folder, CPU), model, [1.0, 0.0, 0.5]
-            )
+            for share, between in interpolated_models(harness.load(), model, [1.0, 0.0, 0.5])
         }
     assert torch.equal(found[0.0], base)
     assert torch.allclose(found[1.0], tuned, atol=1e-3)
@@ -563,17 +338,17 @@ def test_interpolation_scales_the_update(gym: Gym, variant: str) -> None:
     assert not torch.allclose(found[0.5], tuned, atol=0.1)
 
 
-def test_interpolation_of_an_adapter_changes_its_scale(gym: Gym) -> None:
+def test_interpolation_of_an_adapter_changes_its_scale(harness: TrainingHarness) -> None:
     """As peft's own scaling of the layers gives it."""
-    model = _moved(gym.model()).eval()
-    batch = collate(gym.examples, gym.tokenizer.pad_token_id)
+    model = move_weights(_model(harness)).eval()
+    batch = collate(harness.examples, harness.config.pad)
     with torch.no_grad():
         for layer in adapted_layers(model):
             layer.scale_layer(0.25)
         expected = target_logits(model, batch)
         for layer in adapted_layers(model):
             layer.unscale_layer()
-        ((_, quarter),) = interpolated_models(load_base(gym.folder, CPU), model, [0.25])
+        ((_, quarter),) = interpolated_models(harness.load(), model, [0.25])
         assert torch.allclose(target_logits(quarter, batch), expected, atol=1e-3)
 
 
@@ -584,45 +359,46 @@ def test_interpolated_weights_lie_on_the_line() -> None:
     assert torch.equal(interpolated_weights(base, tuned, 1.0)["w"], tuned["w"])
 
 
-def test_wise_ft_evaluates_every_share_of_the_selected(gym: Gym, rows: Rows) -> None:
+def test_wise_ft_evaluates_every_share_of_the_selected(
+    harness: TrainingHarness, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """At 0 as the base is measured, at 1 as the checkpoint; nothing where none was selected."""
     settings = EvaluationConfig(max_new_tokens=3)
-    model, base = _moved(gym.model(FULL)), load_base(gym.folder, CPU)
-    save_weights(model, gym.work / "selected" / "seed1")
-    write_jsonl(gym.work / "probes" / "old.jsonl", rows[:2])
-    record_base(gym.work / "base.json", gym.folder)
+    model, base = move_weights(_model(harness, FULL)), harness.load()
+    save_weights(model, tmp_path / "selected" / "seed1")
+    write_jsonl(tmp_path / "probes" / "old.jsonl", rows[:2])
+    record_base(tmp_path / "base.json", harness.base)
     chosen = {"seed": 1, "run": "full/seed1/lr1-wd0", "step": 7, "reason": ""}
-    chosen["files"] = digests_in(gym.work / "selected" / "seed1")
+    chosen["files"] = digests_in(tmp_path / "selected" / "seed1")
     spec = {"prompt": {}, "evaluation": settings.model_dump(), "precision": "float32"}
     spec |= {"model": "seed1", "shares": [0.0, 0.5, 1.0]}
     found = []
     for step in (7, None):
-        write_json(gym.work / "selection.json", [chosen | {"step": step}])
+        write_json(tmp_path / "selection.json", [chosen | {"step": step}])
         evaluate_wise_ft.main(
             [
-                f"--params={write_params(gym.work, **spec)}",
-                f"--base={gym.work / 'base.json'}",
-                f"--probes={gym.work / 'probes' / 'old.jsonl'}",
-                f"--selection={gym.work / 'selection.json'}",
-                f"--checkpoints={gym.work / 'selected'}",
-                f"--output={gym.work / 'items.parquet'}",
+                f"--params={write_params(tmp_path, **spec)}",
+                f"--base={tmp_path / 'base.json'}",
+                f"--probes={tmp_path / 'probes' / 'old.jsonl'}",
+                f"--selection={tmp_path / 'selection.json'}",
+                f"--checkpoints={tmp_path / 'selected'}",
+                f"--output={tmp_path / 'items.parquet'}",
             ]
         )
-        found.append(pd.read_parquet(gym.work / "items.parquet"))
+        found.append(pd.read_parquet(tmp_path / "items.parquet"))
     assert found[1].empty
     assert found[0].groupby(["run", "step", "share"]).size().to_dict() == {
         (chosen["run"], 7, share): 2 for share in (0.0, 0.5, 1.0)
     }
     for share, expected in ((0.0, base), (1.0, model.eval())):
         items = evaluate_probes(
-            expected, gym.tokenizer, {"old": rows[:2]}, PromptConfig(), settings
+            expected, harness.tokenizer, {"old": rows[:2]}, PromptConfig(), settings
         )
         at = found[0][found[0]["share"] == share].reset_index(drop=True)
         pd.testing.assert_frame_equal(at[items.columns], items, check_dtype=False)
 
 
-# --- in the run group and the study
-# ----------------------------------------------------------------
+# --- in the run group and the study -------------------------------------------------------------
 
 METHOD: dict[str, Any] = {"method": "lora", "rank": [2, 4], "learning_rate": 1e-3}
 STUDY: dict[str, Any] = {
@@ -645,13 +421,13 @@ def _study(*mitigations: dict[str, Any] | None, **changes: Any) -> StudyConfig:
 
 def test_methods_with_mitigations_have_own_names() -> None:
     study = _study(None, {"l2_sp": {"weight": 0.01}}, {"l2_sp": {"weight": 0.1}, "suffix": "near"})
-    named = [(tuning.name, tuning.label) for tuning in expand_methods(study)]
+    named = [(method.name, method.label) for method in expand_methods(study)]
     assert named[::2] == [
         ("lora-r2", "rank 2"),
         ("lora-r2-l2_sp0.01", "rank 2, l2_sp0.01"),
         ("lora-r2-near", "rank 2, near"),
     ]
-    assert [tuning.mitigation for tuning in expand_methods(study)][::2] == [
+    assert [method.mitigation for method in expand_methods(study)][::2] == [
         method.mitigation for method in study.methods
     ]
 
@@ -662,7 +438,7 @@ def test_mitigations_of_one_name_need_a_suffix() -> None:
     with pytest.raises(ValueError, match=r"more than one method lora-r2-replay0.1; .* by `suffix`"):
         expand_methods(_study(*sections))
     named = expand_methods(_study(sections[0], sections[1] | {"suffix": "facts"}))
-    assert [tuning.name for tuning in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
+    assert [method.name for method in named][::2] == ["lora-r2-replay0.1", "lora-r2-facts"]
 
 
 def test_bad_table_is_reported_before_any_job(tmp_path: Path) -> None:
@@ -726,56 +502,31 @@ def test_smoke_study_replaces_a_hub_table_by_the_micro_world() -> None:
     assert study.datasets["text"].generate == "micro-world"
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_run_group_trains_with_its_mitigation(gym: Gym, rows: Rows, kind: str) -> None:
-    """The runs of a sweep share a base: each has its own penalties on what it was at the start."""
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+def test_run_group_trains_with_its_mitigation(
+    harness: TrainingHarness, method: Method, tmp_path: Path
+) -> None:
+    """Each run of a sweep has penalties on the distance from what its model was at the start."""
     penalty = {"weight": 1.0}
     sections = {"replay": REPLAY, "kl": penalty, "ewc": EWC | penalty, "l2_sp": penalty}
-    tuning = (LORA if kind == "lora" else FULL).model_copy(
-        update={
-            "hyperparameters": [Hyperparameters(learning_rate=rate) for rate in (1e-2, 1e-3)],
-            "mitigation": MitigationConfig.model_validate(sections),
-        }
+    fast, slow = (Hyperparameters(learning_rate=rate) for rate in (1e-2, 1e-3))
+
+    def config(mitigation: dict[str, Any], *settings: Hyperparameters) -> RunGroupConfig:
+        changes = {"mitigation": MitigationConfig.model_validate(mitigation)}
+        return run_group_config(method, settings, "never", **changes)
+
+    general = [{"id": "d/0", "text": "Oslo."}, harness.rows[8]]
+    context = run_context(
+        harness.base, harness.tokenizer, harness.rows, general_text={"world/documents": general}
     )
-    spec = RunGroupConfig(
-        method=tuning,
-        seed=0,
-        prompt=PromptConfig(),
-        training=TrainingConfig(epochs=1.0, batch_size=4, warmup_epochs=0.0),
-        evaluation=EvaluationConfig(max_new_tokens=2),
-        selection=SelectionConfig(probe="new"),
-        precision="float32",
-        knowledge={"new": "new"},
-    )
-    context = RunContext(
-        base=gym.folder,
-        tokenizer=gym.tokenizer,
-        train=rows[:7],
-        probes={"new": rows[:1]},
-        base_value=0.1,
-        device=CPU,
-        precision=torch.float32,
-        general_text={"world/documents": [{"id": "d/0", "text": "Oslo."}, rows[8]]},
-    )
-    spec = RunGroupConfig.model_validate_json(spec.model_dump_json())
-    both = train_run_group(spec, context, {}, gym.work / "both", lambda *_: None)
-    second = tuning.model_copy(update={"hyperparameters": tuning.hyperparameters[1:]})
-    (alone,) = train_run_group(
-        spec.model_copy(update={"method": second}),
-        context,
-        {},
-        gym.work / "one",
-        lambda *_: None,
-    )
-    assert both[1]["losses"] == alone["losses"]
-    assert both[0]["losses"][0] == both[1]["losses"][0]
-    assert both[0]["losses"][1] != both[1]["losses"][1]
-    other = tuning.model_copy(
-        update={"mitigation": MitigationConfig.model_validate({"replay": REPLAY})}
-    )
+    first, second = RunGroupHarness(context, tmp_path / "both")(config(sections, fast, slow))
+    (alone,) = RunGroupHarness(context, tmp_path / "one")(config(sections, slow))
+    assert second["losses"] == alone["losses"]
+    assert first["losses"][0] == second["losses"][0]
+    assert first["losses"][1] != second["losses"][1]
     keys = [
-        run_key(spec.model_copy(update={"method": which}), tuning.hyperparameters[0], inputs)
-        for which in (tuning, other)
+        run_key(config(each, fast), fast, inputs)
+        for each in (sections, {"replay": REPLAY})
         for inputs in ({}, {"table world/documents": "0"})
     ]
     assert len(set(keys)) == 4

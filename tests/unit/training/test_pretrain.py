@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,45 +9,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from forgetting.config.base_model import SmallModelConfig
-from forgetting.data.dataset import bin_pack
-from forgetting.data.microworld import build_world
-from forgetting.data.microworld.entities import WorldSizes
 from forgetting.errors import InputError
 from forgetting.io import read_json, write_jsonl
 from forgetting.schedule import LrSchedule
-from forgetting.training import checkpoints, trainer
-from forgetting.training import pretrain as pretraining
 from forgetting.training.checkpoints import TrainState
 from forgetting.training.pretrain import pretrain, train_tokenizer
 from scripts import pretrain_base
-from support.kill import Killed, kill_at
 from support.params import write_params
+from support.pretraining import SPEC, file_digests, some_documents
 
-SPEC = SmallModelConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    vocab_size=600,
-    block_size=64,
-    batch_tokens=256,
-    epochs=1.5,
-)
-SIZES = WorldSizes(gsm8k_train=12, humaneval_train=12, hellaswag_train=12, winogrande_train=12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models as small as these are slower on several threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    return build_world(0, SIZES).documents[:60]
+    return some_documents()
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +31,6 @@ def base(documents, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pretrained") / "base"
     pretrain(documents, SPEC, out, out.parent / "state", seed=3)
     return out
-
-
-def _digest(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
-def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
-    pretrain(documents, SPEC, tmp_path / "again", tmp_path / "state", seed=3)
-    assert _digest(tmp_path / "again") == _digest(base)
 
 
 def test_record_has_device_precision_and_threads(documents, tmp_path) -> None:
@@ -86,18 +52,19 @@ def test_record_has_device_precision_and_threads(documents, tmp_path) -> None:
     assert record["device"].startswith("CPU, 1 of ")
 
 
-def test_global_random_state_is_neither_used_nor_changed(documents, base, tmp_path) -> None:
+def test_equal_inputs_give_equal_bytes(documents, base, tmp_path) -> None:
+    """The global random state is neither used nor changed."""
     torch.manual_seed(99)
     before = torch.get_rng_state()
     pretrain(documents, SPEC, tmp_path / "again", tmp_path / "state", seed=3)
     assert torch.equal(before, torch.get_rng_state())
-    assert _digest(tmp_path / "again") == _digest(base)
+    assert file_digests(tmp_path / "again") == file_digests(base)
 
 
 def test_another_seed_gives_another_model(documents, base, tmp_path) -> None:
     pretrain(documents, SPEC, tmp_path / "other", tmp_path / "state", seed=4)
     name = "model.safetensors"
-    assert _digest(tmp_path / "other")[name] != _digest(base)[name]
+    assert file_digests(tmp_path / "other")[name] != file_digests(base)[name]
 
 
 def test_transformers_loads_what_was_saved(base) -> None:
@@ -123,7 +90,7 @@ def test_a_failure_leaves_the_old_folder(documents, base, tmp_path, monkeypatch)
 
     with pytest.raises(KeyboardInterrupt):
         pretrain(documents, SPEC, out, tmp_path / "state", seed=4, log=fail)
-    assert _digest(out) == _digest(base)
+    assert file_digests(out) == file_digests(base)
 
 
 def test_no_documents_is_an_error_that_says_so(tmp_path) -> None:
@@ -140,44 +107,6 @@ def test_progress_is_logged_after_every_step(documents, tmp_path) -> None:
     done = pretrain(documents, SPEC, tmp_path / "base", tmp_path / "state", seed=0, log=log)
     assert [step for step, _, _ in logged] == [*range(1, done.steps + 1)]
     assert logged[-1] == (done.steps, done.steps, done.final_loss)
-
-
-MOMENTS = {
-    "in a step": (trainer, "_train_step", 6),
-    "while a checkpoint is written": (checkpoints, "save_weights", 3),
-    "before the checkpoints are removed": (pretraining, "remove_folder", 1),
-}
-"""Moments at which a pretraining is killed: owner, function and number of the call."""
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_pretraining_resumes_with_the_same_bytes(
-    documents, base, tmp_path, monkeypatch, moment: str
-) -> None:
-    out, state, steps = tmp_path / "out" / "base", tmp_path / "state", []
-    with monkeypatch.context() as patch:
-        kill_at(patch, *MOMENTS[moment], after=False)
-        with pytest.raises(Killed):
-            pretrain(documents, SPEC, out, state, seed=3)
-    pretrain(documents, SPEC, out, state, seed=3, log=lambda now, _: steps.append(now.step))
-    assert 1 not in steps, "it starts from the beginning"
-    assert _digest(out) == _digest(base)
-    assert not state.exists() and [path.name for path in out.parent.iterdir()] == ["base"]
-
-
-def test_checkpoints_of_another_pretraining_are_ignored(
-    documents, base, tmp_path, monkeypatch
-) -> None:
-    """Of a killed pretraining whose configuration or seed has changed since."""
-    out, state = tmp_path / "base", tmp_path / "state"
-    for other in ({"seed": 4}, {"seed": 3, "config": SPEC.model_copy(update={"warmup": 0.2})}):
-        with monkeypatch.context() as patch:
-            kill_at(patch, trainer, "_train_step", 6, after=False)
-            with pytest.raises(Killed):
-                pretrain(documents, output=out, state=state, **{"config": SPEC, **other})
-    assert len([*state.iterdir()]) == 1
-    pretrain(documents, SPEC, out, state, seed=3)
-    assert _digest(out) == _digest(base)
 
 
 def test_a_diverging_pretraining_ends_with_a_message(documents, tmp_path) -> None:
@@ -247,15 +176,6 @@ def test_prompt_tokens_do_not_depend_on_the_answer(base, prompt, rest) -> None:
 
 def test_tokenizer_has_the_requested_vocab_size(documents, tmp_path) -> None:
     assert len(train_tokenizer(documents, 500, tmp_path)) == 500
-
-
-def test_bins_hold_every_document_once() -> None:
-    lengths = [7, 3, 9, 1, 10, 5, 5, 2, 8] * 30
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
-    blocks = bin_pack(lengths, 10, order)
-    assert sorted(d for block in blocks for d in block) == sorted(order)
-    assert all(sum(lengths[d] for d in block) <= 10 for block in blocks)
-    assert len(blocks) <= 1.15 * sum(lengths) / 10
 
 
 def test_unknown_keys_are_refused() -> None:

@@ -47,8 +47,9 @@ SCHEMA = pa.schema(
 # Python integers take 36 bytes each until they are written.
 TOKENS_PER_CHUNK = 2**16
 CHARACTERS_PER_CHUNK = 2**20
-# Only the newest blocks are tried, because older ones are nearly full.
 MAX_OPEN_BINS = 64
+"""Number of blocks that packing tries to fill; older ones are nearly full."""
+
 Element = TypeVar("Element")
 
 
@@ -290,9 +291,9 @@ def bin_pack(lengths: Sequence[int], block: int, order: Sequence[int]) -> list[l
     return blocks
 
 
-# Shuffling millions of examples takes longer than a step. The runs of a group may have different
-# seeds, each with an order of new examples and one of replayed examples.
-@lru_cache(maxsize=16)
+# Shuffling millions of examples takes longer than a step. A step needs one order of new examples
+# and one of replayed examples, and two of each where an epoch ends.
+@lru_cache(maxsize=4)
 def shuffled(count: int, seed: int) -> torch.Tensor:
     """Return a permutation of the numbers below `count` that depends on the seed alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -63,31 +63,9 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device | str = 
     return Batch(ids.to(device), mask.to(device), columns.to(device), labels.to(device), positions)
 
 
-BATCH_OVERHEAD_TOKENS = 256
-"""Fixed cost of attention in one more length bucket, in tokens."""
-
-
-def concatenate_examples(examples: Sequence[Example]) -> Batch:
-    """Return a padding-free batch: all documents of the examples in one row.
-
-    The model must read it within `padding_free_attention`.
-    """
-    row = concatenate(examples)
-    layout = PaddingFreeLayout.of(
-        row.document_lengths,
-        micro_batches(row.document_lengths, len(row.document_starts), BATCH_OVERHEAD_TOKENS),
-    )
-    ids = torch.tensor([row.ids])
-    spans = [torch.arange(begin - 1, end - 1) for begin, end in row.target_spans]
-    columns = torch.cat(spans)
-    positions = torch.cat([torch.arange(length) for length in row.document_lengths])[None]
-    mask = torch.ones_like(ids)
-    return Batch(ids, mask, columns, ids[:, columns + 1], positions, layout)
-
-
 def block_diagonal_causal_mask(
     lengths: Sequence[Sequence[int]], row_length: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return position ids that restart per document and a block-diagonal causal mask.
 
     Args:
@@ -111,6 +89,28 @@ def block_diagonal_causal_mask(
     causal = torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
     mask = (document_ids[:, :, None] == document_ids[:, None, :]) & causal
     return positions.to(device), mask[:, None]
+
+
+BATCH_OVERHEAD_TOKENS = 256
+"""Fixed cost of attention in one more length bucket, in tokens."""
+
+
+def concatenate_examples(examples: Sequence[Example]) -> Batch:
+    """Return a padding-free batch: all documents of the examples in one row.
+
+    The model must read it within `padding_free_attention`.
+    """
+    row = concatenate(examples)
+    layout = PaddingFreeLayout.of(
+        row.document_lengths,
+        micro_batches(row.document_lengths, len(row.document_starts), BATCH_OVERHEAD_TOKENS),
+    )
+    ids = torch.tensor([row.ids])
+    spans = [torch.arange(begin - 1, end - 1) for begin, end in row.target_spans]
+    columns = torch.cat(spans)
+    positions = torch.cat([torch.arange(length) for length in row.document_lengths])[None]
+    mask = torch.ones_like(ids)
+    return Batch(ids, mask, columns, ids[:, columns + 1], positions, layout)
 
 
 def context_length(model: Model) -> int | None:

@@ -205,6 +205,9 @@ def load_adapter(base: PreTrainedModel, checkpoint: Path) -> PeftModel:
     return model
 
 
+STATE_FILE = "progress.json"
+"""File of a checkpoint with the state of its run; it is written last."""
+
 OPTIMIZER_FILE = "optimizer.safetensors"
 METHOD_FILE = "method.safetensors"
 """Files of a checkpoint with the state of the optimizer and of the method, for resuming."""
@@ -212,6 +215,6 @@ METHOD_FILE = "method.safetensors"
 
 def checkpoint_damage(checkpoint: Path) -> tuple[Path, str] | None:
     """Return a damaged file of a checkpoint and its fault, or None."""
-    if not (checkpoint / "progress.json").exists():
-        return checkpoint / "progress.json", "is missing"
+    if not (checkpoint / STATE_FILE).exists():
+        return checkpoint / STATE_FILE, "is missing"
     return folder_damage(checkpoint, optional=(OPTIMIZER_FILE, METHOD_FILE))

@@ -53,7 +53,7 @@ def runs_table(
     """Return one row per run, the base first: hyperparameters, status, choice and cost.
 
     With several durations each cooldown branch is a run, whose steps include those of its trunk.
-    Runs that were trained together share the seconds evenly.
+    Batched runs share the seconds evenly.
     """
     chosen = {row["run"]: row["step"] for row in selection.to_dict("records") if row["run"]}
     by_run = {record["run"]: record for record in records}
@@ -83,13 +83,13 @@ def runs_table(
                     "trainable_parameters": record["trainable_parameters"],
                     "seconds": record["wall_seconds"],
                     "tokens_per_second": record["tokens_per_second"],
-                    "trained_together": record["trained_together"],
+                    "batched_runs": record["batched_runs"],
                     "peak_memory_gib": record["peak_memory_gib"],
                 }
             )
     table = pd.DataFrame(rows)
     integers = ["rank", "seed", "selected_step", "steps", "tokens", "trainable_parameters"]
-    integers += ["trained_together"]
+    integers += ["batched_runs"]
     return table.astype(dict.fromkeys(integers, "Int64") | {"duration": "float"})
 
 

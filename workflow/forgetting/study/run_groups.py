@@ -8,7 +8,6 @@ takes longer than their arithmetic.
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 
 from forgetting.config.expand import Method
 from forgetting.config.training import TrainingConfig
@@ -88,8 +87,8 @@ def memory_limit(parameters: int, memory: float | None) -> int:
     return CPU_BYTES if memory is None else max(0, int(memory - 4 * parameters) // 2)
 
 
-def partition_runs(runs: int, weights: int, max_runs: int, max_bytes: int) -> list[list[int]]:
-    """Return the runs that share each pass, as lists of run indices.
+def partition_runs(runs: int, weights: int, max_runs: int, max_bytes: int) -> list[int]:
+    """Return the number of runs that share each pass.
 
     There are as few passes as possible, of sizes as equal as possible. A pass has at least
     `MIN_RUNS` runs within both bounds, or a single run.
@@ -102,13 +101,11 @@ def partition_runs(runs: int, weights: int, max_runs: int, max_bytes: int) -> li
     """
     capacity = min(max_runs, max_bytes // (BYTES_PER_WEIGHT * weights))
     if capacity < MIN_RUNS:
-        return [[run] for run in range(runs)]
+        return [1] * runs
     passes, batched = math.ceil(runs / capacity), runs
     if runs < passes * MIN_RUNS:
         # The last pass would be too small: fill the others, and train the rest one by one.
         passes = runs // capacity
         batched = passes * capacity
     size, larger = divmod(batched, passes) if passes else (0, 0)
-    sizes = [size + 1] * larger + [size] * (passes - larger) + [1] * (runs - batched)
-    ends = list(accumulate(sizes))
-    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    return [size + 1] * larger + [size] * (passes - larger) + [1] * (runs - batched)

@@ -1,8 +1,9 @@
 """Batched LoRA: several runs of one method in one forward and backward pass over a shared base.
 
-The batches of the runs are concatenated along the rows. The frozen matrices multiply all rows at
-once, and the matrices A and B of each run multiply the rows of that run. The weights of a run are
-slices of stacked tensors, so a run keeps its own optimizer, checkpoints and evaluations.
+Every run reads the same batch, which is repeated along the rows once for each run. The frozen
+matrices multiply all rows at once, and the matrices A and B of a run multiply its own rows. The
+weights of a run are slices of stacked tensors, so a run keeps its own optimizer, checkpoints and
+evaluations.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _adapted_layers(model: Model) -> Iterator[tuple[str, Any]]:
 
 
 class BatchedAdapters:
-    """The adapters of several runs of one rank, stacked per layer.
+    """The adapters of several runs, stacked per layer.
 
     A has the shape (runs, rank, in) and B (runs, out, rank). The parameters of the runs become
     slices of these tensors, and their gradients slices of the gradients.
@@ -150,17 +151,12 @@ def _batched_forward(
 
 
 def supports_batching(model: Model) -> bool:
-    """Return whether the rows of a batch are independent and all adapters are plain LoRA.
-
-    An adapter on the output head is not supported. The head is evaluated at target positions only,
-    and runs that read different rows have different numbers of targets.
-    """
+    """Return whether the rows of a batch are independent and all adapters are plain LoRA."""
     layers = [layer for _, layer in _adapted_layers(model)]
     return (
         isinstance(model, PeftModel)
         and rows_are_independent(text_config(model).to_dict())
         and all(_is_plain_lora_layer(layer) for layer in layers)
-        and not isinstance(model.get_output_embeddings(), LoraLayer)
     )
 
 
@@ -181,15 +177,15 @@ def meta_model(base: Path, method: Method) -> Model:
         return attach_adapter(model, method.model_copy(update={"variant": "lora"}), seed=0)
 
 
-def batchable_groups(
+def runs_per_pass(
     method: Method,
     runs: int,
     base: Path,
     training: TrainingConfig,
     tokens: float,
     device: torch.device,
-) -> list[list[int]]:
-    """Return which runs share a forward pass, as lists of run indices; every run is in one list.
+) -> list[int]:
+    """Return the number of runs of a run group that share each forward pass.
 
     Args:
         method: method of all runs.
@@ -199,12 +195,11 @@ def batchable_groups(
         tokens: tokens of an optimizer step of one run.
         device: device that trains.
     """
-    singles = [[run] for run in range(runs)]
     if tokens > MAX_BATCHED_TOKENS[device.type] or not may_batch(method, training):
-        return singles
+        return [1] * runs
     model = meta_model(base, method)
     if not supports_batching(model):
-        return singles
+        return [1] * runs
     trained = sum(weight.numel() for weight in trained_weights(model).values())
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     memory = None

@@ -1,4 +1,4 @@
-"""Checkpoints of runs: save, resume, prune, and resume runs that are trained together.
+"""Checkpoints of runs: save, resume, prune, and resume batched runs at one step.
 
 The last bits of a batched step depend on which runs are in it. A killed batch therefore resumes
 from the newest evaluation that all its runs have stored, so that its result is bit-identical. All
@@ -32,6 +32,7 @@ from forgetting.models.loading import Model
 from forgetting.models.tuned import (
     METHOD_FILE,
     OPTIMIZER_FILE,
+    STATE_FILE,
     checkpoint_damage,
     restore_weights,
     save_tensors,
@@ -56,6 +57,33 @@ OOM_FILE = "no-room.json"
 
 FINAL = "end.json"
 """File of a run that was trained in a batch: how the run ended."""
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step in the folder of a run."""
+    return folder / f"step-{step:07d}"
+
+
+def items_file(folder: Path, step: float) -> Path:
+    """Return the file with the items of the evaluation at a step in the folder of a run."""
+    return folder / f"items-{int(step):07d}.parquet"
+
+
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the complete checkpoints in a folder by step, in rising order."""
+    checkpoints = sorted(file.parent for file in folder.glob(f"step-*/{STATE_FILE}"))
+    return {int(path.name.removeprefix("step-")): path for path in checkpoints}
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest complete checkpoint, or 0 if there is none."""
+    return max(complete_checkpoints(folder), default=0)
+
+
+def evaluated_items(folder: Path, checkpoint: Path) -> list[Path]:
+    """Return the files of the items of all evaluations up to a checkpoint of a run."""
+    evaluations = read_json(checkpoint / STATE_FILE)["evaluations"]
+    return [items_file(folder, step) for step, *_ in evaluations]
 
 
 @dataclass
@@ -89,7 +117,7 @@ class TrainState:
         self.micro_batch_size = rows // 2
         if verbose:
             print(
-                f"memory ran out with {rows} examples in a pass; going on with "
+                f"memory ran out with {rows} examples in a pass; continuing with "
                 f"{self.micro_batch_size} from step {self.step}",
                 flush=True,
             )
@@ -106,7 +134,7 @@ def save_checkpoint(
 
     The main process writes it. Of a sharded model, every process writes its shard.
     """
-    final = folder / f"step-{progress.step:07d}"
+    final = checkpoint_folder(folder, progress.step)
     with atomic_folder(final) if process_group.is_main else nullcontext(final) as temporary:
         partial = process_group.broadcast(temporary)
         if is_sharded(model):
@@ -114,7 +142,7 @@ def save_checkpoint(
         elif process_group.is_main:
             _write_checkpoint(model, optimizer, partial)
         if process_group.is_main:
-            write_json(partial / "progress.json", vars(progress))
+            write_json(partial / STATE_FILE, vars(progress))
     process_group.barrier()
 
 
@@ -128,7 +156,7 @@ def _write_checkpoint(model: Model, optimizer: torch.optim.Optimizer, folder: Pa
 
 
 def discard_damaged(folders: Sequence[Path]) -> None:
-    """Empty the folders of unfinished runs that are trained together, if one of them is damaged.
+    """Empty the folders of unfinished batched runs, if one of them is damaged.
 
     A run whose newest checkpoint lacks the state of the optimizer counts as damaged.
     """
@@ -147,16 +175,15 @@ def run_damage(folder: Path) -> tuple[Path, str] | None:
         if damage := checkpoint_damage(checkpoint):
             return damage
     files = {path for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
-    newest = max(folder.glob("step-*/progress.json"), default=None)
-    if newest is not None:
-        if not is_resumable(newest.parent):
-            return newest.parent / OPTIMIZER_FILE, "is missing"
-        method, optimizer = newest.parent / METHOD_FILE, newest.parent / OPTIMIZER_FILE
+    if checkpoints := complete_checkpoints(folder):
+        newest = checkpoints[max(checkpoints)]
+        method, optimizer = newest / METHOD_FILE, newest / OPTIMIZER_FILE
+        if not is_resumable(newest):
+            return optimizer, "is missing"
         # `prune_checkpoints` removes the optimizer's state first.
         if optimizer.exists() and record_path(method).exists() and not method.exists():
             return method, "is missing"
-        points = read_json(newest)["evaluations"]
-        files |= {folder / f"items-{int(step):07d}.parquet" for step, *_ in points}
+        files |= set(evaluated_items(folder, newest))
     return next(((path, kind) for path in sorted(files) if (kind := file_damage(path))), None)
 
 
@@ -175,19 +202,19 @@ def load_latest(
             shutil.rmtree(leftover)
         elif not is_record(leftover):
             leftover.unlink()
-    newest = process_group.broadcast(max(folder.glob("step-*/progress.json"), default=None))
-    if newest is None:
+    step = process_group.broadcast(newest_step(folder))
+    if step == 0:
         return TrainState()
-    checkpoint = newest.parent
+    checkpoint = checkpoint_folder(folder, step)
     if is_sharded(model) or (checkpoint / SHARD_FOLDER).exists():
         load_sharded(model, optimizer, checkpoint)
-        return TrainState(**read_json(newest))
-    if (checkpoint / METHOD_FILE).exists():
-        load_adalora_training_state(model, load_file(checkpoint / METHOD_FILE))
     else:
-        restore_weights(model, checkpoint)
-    restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER_FILE))
-    return TrainState(**read_json(newest))
+        if (checkpoint / METHOD_FILE).exists():
+            load_adalora_training_state(model, load_file(checkpoint / METHOD_FILE))
+        else:
+            restore_weights(model, checkpoint)
+        restore_optimizer(optimizer, load_file(checkpoint / OPTIMIZER_FILE))
+    return TrainState(**read_json(checkpoint / STATE_FILE))
 
 
 def record_oom(folder: Path, rows: int) -> None:
@@ -208,12 +235,6 @@ def apply_recorded_oom(
     ]
     if recorded and (progress.micro_batch_size or math.inf) > min(recorded) // 2:
         progress.halve_micro_batch(min(recorded), verbose=process_group.is_main)
-
-
-def newest_step(folder: Path) -> int:
-    """Return the step of the newest complete checkpoint, or 0 if there is none."""
-    newest = max(folder.glob("step-*/progress.json"), default=None)
-    return 0 if newest is None else int(read_json(newest)["step"])
 
 
 def drop_training_state(folder: Path) -> None:
@@ -239,11 +260,11 @@ def prune_checkpoints(
     keeps it too, because the same files hold weights and moments.
     """
     points = recorded_evaluations(progress.evaluations, base_value)
-    kept = {f"step-{step:07d}" for step in steps_to_keep(points, threshold)}
+    kept = {checkpoint_folder(folder, step) for step in steps_to_keep(points, threshold)}
     for checkpoint in folder.glob("step-*") if process_group.is_main else ():
-        if checkpoint.name not in kept:
+        if checkpoint not in kept:
             remove_folder(checkpoint)
-        elif checkpoint.name != max(kept):
+        elif checkpoint != max(kept):
             # The file of the optimizer goes first, because `is_resumable` looks for it.
             remove_file(checkpoint / OPTIMIZER_FILE)
             remove_file(checkpoint / METHOD_FILE)
@@ -263,7 +284,7 @@ def write_final_state(folder: Path, progress: TrainState, step: int, batched_run
         step: step of the batch at which the state is recorded.
         batched_runs: number of runs in the batch.
     """
-    state = {"step": step, "together": batched_runs, "progress": vars(progress)}
+    state = {"step": step, "batched_runs": batched_runs, "progress": vars(progress)}
     write_json(folder / FINAL, state)
 
 
@@ -276,7 +297,7 @@ def read_final_state(folder: Path) -> TrainState | None:
 def batch_members(folder: Path) -> int:
     """Return the number of runs in the batch of a run that has ended, or 1 without a batch."""
     path = folder / FINAL
-    return int(read_json(path)["together"]) if path.exists() else 1
+    return int(read_json(path)["batched_runs"]) if path.exists() else 1
 
 
 @dataclass(frozen=True)
@@ -298,13 +319,10 @@ class ResumePoints:
         The run can restart from 0 until its second evaluation, before which no checkpoint is
         removed. Checkpoints without the state of the optimizer are no resume points.
         """
-        files = {
-            int(path.parent.name.removeprefix("step-")): path
-            for path in folder.glob("step-*/progress.json")
-        }
+        stored = complete_checkpoints(folder)
         final = folder / FINAL
-        can_restart = not files or len(read_json(files[max(files)])["evaluations"]) == 1
-        resumable = {step for step, path in files.items() if is_resumable(path.parent)}
+        can_restart = not stored or len(evaluated_items(folder, stored[max(stored)])) == 1
+        resumable = {step for step, path in stored.items() if is_resumable(path)}
         return cls(
             frozenset(resumable | {0} if can_restart else resumable),
             int(read_json(final)["step"]) if final.exists() else None,

@@ -188,8 +188,8 @@ class ProcessGroup:
                 raise
             time.sleep(END_GRACE_SECONDS)
             raise InputError(
-                f"process {self.rank} no longer hears from the others ({error}); started again, "
-                "the run goes on from its newest checkpoint"
+                f"process {self.rank} lost the connection to the other processes ({error}); "
+                "start the job again: the run resumes from its newest checkpoint"
             ) from None
 
 

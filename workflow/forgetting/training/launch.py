@@ -145,8 +145,8 @@ def _kill_message(error: ChildFailedError, processes: str) -> str | None:
         return None
     return (
         f"error: process {rank} of 0 to {int(processes) - 1} was killed by "
-        f"{failure.signal_name()} and the others were ended: perhaps memory ran out. "
-        "Started again, the run goes on from its newest checkpoint"
+        f"{failure.signal_name()} and the others were ended; perhaps memory ran out. "
+        "Start the job again: the run resumes from its newest checkpoint"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from forgetting.models.attention import (
     has_dropout,
     padding_free_attention,
 )
-from forgetting.models.forward import Batch, collate, concatenate_examples, micro_batches
+from forgetting.models.forward import Batch, collate, concatenate_examples
 from forgetting.models.loading import Model
 from forgetting.study.run_groups import rows_per_pass
 from forgetting.training.distributed import ProcessGroup
@@ -40,51 +39,29 @@ class MicroBatch:
     """The examples of a forward and backward pass.
 
     Attributes:
-        examples: by run; equally many of each run that shares the pass.
+        examples: examples that each run reads.
+        runs: number of runs that share the pass.
         padded: whether each example is a padded row. Otherwise one row holds all, without padding.
     """
 
-    examples: list[list[Example]]
+    examples: list[Example]
+    runs: int
     padded: bool
 
-    @property
-    def examples_per_run(self) -> int:
-        """Return the number of examples of each run."""
-        return len(self.examples[0])
-
     def to_batch(self, pad: int, device: torch.device) -> Batch:
-        """Return the batch, run after run; padding-free, all runs have equally many tokens."""
-        if self.padded:
-            return collate(list(chain(*self.examples)), pad, device)
-        return concatenate_examples(list(chain(*pad_runs_to_equal_tokens(self.examples, pad))))
+        """Return the batch: the examples once for each run."""
+        rows = self.examples * self.runs
+        return collate(rows, pad, device) if self.padded else concatenate_examples(rows)
 
     def loss_sums(self, logprobs: Tensor) -> Tensor:
         """Return the sum over target tokens for each run, given the log-probabilities of a pass."""
-        if self.padded or len(self.examples) == 1:
-            return logprobs.view(len(self.examples), -1).sum(1)
-        counts = [sum(example.targets for example in run) for run in self.examples]
-        return torch.stack([part.sum() for part in torch.split(logprobs.flatten(), counts)])
-
-
-def pad_runs_to_equal_tokens(runs: Sequence[list[Example]], pad: int) -> list[list[Example]]:
-    """Return the examples of several runs, filled up by documents without targets.
-
-    Batched adapters need equally many tokens of each run.
-    """
-    tokens = [sum(len(example.ids) for example in run) for run in runs]
-    longest = max(len(example.ids) for example in chain(*runs))
-
-    def fill(missing: int) -> list[Example]:
-        sizes = [longest] * (missing // longest) + [missing % longest] * (missing % longest > 0)
-        return [Example([pad] * size, size) for size in sizes]
-
-    target = max(tokens)
-    return [run + fill(target - count) for run, count in zip(runs, tokens, strict=True)]
+        return logprobs.view(self.runs, -1).sum(1)
 
 
 def split_batch(
     model: Model,
-    batches: Sequence[Sequence[list[Example]]],
+    groups: Sequence[list[Example]],
+    runs: int,
     process_group: ProcessGroup,
     limit: int,
     precision: torch.dtype,
@@ -94,22 +71,22 @@ def split_batch(
     Groups never share a pass: short answers would be padded to the length of long texts.
 
     Args:
-        batches: for every run, the examples of each loss group.
-        limit: examples of each run in a pass.
+        groups: examples of each loss group.
+        runs: number of runs that share each pass.
+        limit: examples in a pass, which each run reads.
     """
-    kind, runs = model.device.type, len(batches)
+    kind = model.device.type
     # Dropout masks are drawn per pass: with dropout, a run is split as it would be without others.
     shared = runs > 1 and not has_dropout(model)
     split = []
-    for by_run in zip(*batches, strict=True):
-        examples = list(chain(*by_run))
+    for examples in groups:
         padded, size = not use_padding_free(model, examples, precision), limit
         if shared and examples:
             longest = max(len(example.ids) for example in examples)
             size = rows_per_pass(limit, runs, longest, kind)
         overhead = FORWARD_OVERHEAD_TOKENS[kind] // (runs if shared else 1) if padded else NO_SPLIT
-        parts = _split_by_length(by_run, process_group, size, overhead)
-        split.append([MicroBatch(part, padded) for part in parts])
+        parts = process_group.microbatches(examples, size, overhead)
+        split.append([MicroBatch(part, runs, padded) for part in parts])
     return split
 
 
@@ -130,21 +107,6 @@ def use_padding_free(model: Model, examples: Sequence[Example], precision: torch
             for size in example.document_lengths
         )
     )
-
-
-def _split_by_length(
-    by_run: Sequence[list[Example]], process_group: ProcessGroup, limit: int, overhead: int
-) -> list[list[list[Example]]]:
-    """Return the examples of each pass, by run.
-
-    Every run passes its longest examples first, so that a pass has examples of similar length.
-    """
-    if len(by_run) == 1:
-        return [[part] for part in process_group.microbatches(by_run[0], limit, overhead)]
-    ordered = [sorted(run, key=lambda example: -len(example.ids)) for run in by_run]
-    longest = [max(len(example.ids) for example in ranked) for ranked in zip(*ordered, strict=True)]
-    parts = micro_batches(longest, limit, overhead)
-    return [[[run[index] for index in part] for run in ordered] for part in parts]
 
 
 @contextmanager

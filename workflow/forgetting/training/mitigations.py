@@ -66,6 +66,7 @@ def build_mitigations(
     model: Model,
     mitigation: MitigationConfig | None,
     tables: Mapping[str, Sequence[Example]],
+    replay: Sequence[Example],
     seed: int,
     load_base: Callable[[], Model] | None = None,
 ) -> Mitigations:
@@ -75,6 +76,8 @@ def build_mitigations(
         model: computes what the base model does; it is not trained yet.
         mitigation: of the method.
         tables: examples of general text, by table.
+        replay: examples of the replayed table, packed as those of the new knowledge are.
+        seed: seed of the run.
         load_base: load the base model again where `model` is sharded and cannot be copied.
     """
     if mitigation is None:
@@ -86,7 +89,7 @@ def build_mitigations(
         if key in WEIGHT_PENALTIES
     ]
     return Mitigations(
-        replay=tables[mitigation.replay.table] if mitigation.replay else (),
+        replay=replay,
         replay_ratio=mitigation.replay.ratio if mitigation.replay else 0.0,
         new_token_penalty=kl if mitigation.kl and mitigation.kl.tokens == "all" else None,
         replay_token_penalty=kl,

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from transformers import Adafactor
 
+from forgetting.config.expand import Method
 from forgetting.config.methods import Hyperparameters
 from forgetting.config.training import TrainingConfig
+from forgetting.models.adapters import embedding_weights
+from forgetting.models.loading import Model
 
 
 def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
     training: TrainingConfig,
     hyperparameters: Hyperparameters,
-    loraplus_lr_ratio: float | None = None,
     lr_ratios: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of a study over trained weights by name.
@@ -34,16 +36,12 @@ def make_optimizer(
 
     Args:
         parameters: trained weights by name.
-        loraplus_lr_ratio: learning rate of the matrices B of adapters, as a multiple of that of A
-            (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
-        lr_ratios: the same for other weights, by name.
+        lr_ratios: factors on the learning rate of single weights, by name.
     """
     rate, decay = hyperparameters.learning_rate, hyperparameters.weight_decay
     members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         ratio = (lr_ratios or {}).get(name, 1.0)
-        if loraplus_lr_ratio is not None and ".lora_B." in name:
-            ratio = loraplus_lr_ratio
         decayed = training.decay_norms_and_biases or not _is_norm_or_bias(name, parameter)
         members.setdefault((ratio, decay if decayed else 0.0), []).append(parameter)
     groups: list[dict[str, Any]] = [
@@ -63,6 +61,21 @@ def make_optimizer(
         return LionW(groups, rate, training.resolved_betas, decay)
     fused = uses_fused_kernel(training, parameters.values())
     return torch.optim.AdamW(groups, betas=training.resolved_betas, weight_decay=decay, fused=fused)
+
+
+def learning_rate_ratios(model: Model, method: Method) -> dict[str, float]:
+    """Return the factors of a method on the learning rate of single weights, by name.
+
+    They are those of embeddings, and of the matrices B of adapters with LoRA+ (Hayou et al. 2024,
+    arXiv 2402.12354).
+    """
+    ratios: dict[str, float] = {}
+    if method.embedding_lr_ratio is not None:
+        ratios |= dict.fromkeys(embedding_weights(model), method.embedding_lr_ratio)
+    if method.loraplus_lr_ratio is not None:
+        names = [name for name, _ in model.named_parameters() if ".lora_B." in name]
+        ratios |= dict.fromkeys(names, method.loraplus_lr_ratio)
+    return ratios
 
 
 def uses_fused_kernel(training: TrainingConfig, parameters: Iterable[Tensor]) -> bool:

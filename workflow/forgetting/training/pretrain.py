@@ -186,12 +186,13 @@ def pretrain(
             seed=seed,
             training=training,
             schedule=LrSchedule.plan(len(examples), training, config.epochs / CHECKPOINTS),
+            base_value=0.0,
             threshold=math.inf,
             stop_after_evaluations=None,
             precision=precision,
             pad=tokenizer.pad_token_id,
         )
-        final = train_run(model, examples, run, 0.0, _skip_evaluation, checkpoints, log)
+        final = train_run(model, examples, run, _skip_evaluation, checkpoints, log)
         if final.status == "diverged":
             raise InputError(
                 f"base.pretrain: the loss diverged after {final.step} of {run.schedule.steps} "

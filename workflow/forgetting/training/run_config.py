@@ -31,11 +31,11 @@ class RunConfig:
         seed: seed of the order of the data and of dropout.
         training: training section of the study.
         schedule: steps, evaluations and learning-rate schedule.
+        base_value: value of the selection metric for the base model.
         threshold: value of the selection metric at which a run counts as having learned.
         stop_after_evaluations: evaluations after the threshold at which the run ends, if any.
         precision: type in which matrices are multiplied.
         pad: id of the padding token.
-        loraplus_lr_ratio: learning rate of B over that of A, with LoRA+.
         lr_ratios: factors on the learning rate of single weights, by name.
         until: step at which the first of two stages ends, if there are two.
         mitigations: penalties and replayed examples.
@@ -46,11 +46,11 @@ class RunConfig:
     seed: int
     training: TrainingConfig
     schedule: LrSchedule
+    base_value: float
     threshold: float
     stop_after_evaluations: int | None
     precision: torch.dtype
     pad: int
-    loraplus_lr_ratio: float | None = None
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
     until: int | None = None
     mitigations: Mitigations = field(default_factory=Mitigations)

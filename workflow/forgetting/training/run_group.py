@@ -10,24 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from forgetting.benchmarks.during_training import merge_items
-from forgetting.config.expand import RunGroupConfig, run_name
-from forgetting.config.methods import Hyperparameters
+from forgetting.config.expand import RunGroupConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.data.dataset import TokenizedDataset, example_lengths, pack_dataset, tokenize
-from forgetting.data.table_files import Locate, Row
+from forgetting.data.table_files import Row
 from forgetting.data.tokenize import Example
 from forgetting.errors import InputError
-from forgetting.evaluation.divergence import BasePredictions, append_divergence
+from forgetting.evaluation.divergence import append_divergence
 from forgetting.evaluation.metrics import mean_score
 from forgetting.evaluation.prefix_tree import supports_custom_mask
 from forgetting.evaluation.probes import evaluate_probes
@@ -37,7 +36,7 @@ from forgetting.models.loading import Model, autocast, load_base, recompute_acti
 from forgetting.models.tuned import merged_adapter
 from forgetting.schedule import LrSchedule, validate_warmup
 from forgetting.system import describe_computation, peak_memory_gib
-from forgetting.training.batched_lora import batchable_groups, trained_weights
+from forgetting.training.batched_lora import runs_per_pass, trained_weights
 from forgetting.training.checkpoints import (
     TrainState,
     batch_members,
@@ -46,7 +45,6 @@ from forgetting.training.checkpoints import (
     resume_groups,
 )
 from forgetting.training.distributed import (
-    SINGLE_PROCESS,
     ProcessGroup,
     evaluate_distributed,
     is_sharded,
@@ -58,91 +56,7 @@ from forgetting.training.optimizer import uses_fused_kernel
 from forgetting.training.run_config import RunConfig
 from forgetting.training.stages import RunFactory, prepare_batched_runs, train_stages
 from forgetting.training.trainer import train_batched, train_run
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run of the run group, and the folder with its results and checkpoints."""
-
-    hyperparameters: Hyperparameters
-    name: str
-    key: str
-    folder: Path
-
-    @classmethod
-    def of(
-        cls,
-        config: RunGroupConfig,
-        hyperparameters: Hyperparameters,
-        inputs: Mapping[str, str],
-        state: Path,
-    ) -> RunFolder:
-        """Return the folder of a run within `state`, the folder of all runs."""
-        name = run_name(config.method.name, config.seed, hyperparameters)
-        key = run_key(config, hyperparameters, inputs)
-        return cls(hyperparameters, name, key, state / name / key)
-
-    @property
-    def record(self) -> Path:
-        """Return the file that is written when the run is finished."""
-        return self.folder / "run.json"
-
-
-def run_key(
-    config: RunGroupConfig, hyperparameters: Hyperparameters, inputs: Mapping[str, str]
-) -> str:
-    """Return a digest of all that a run depends on: settings, inputs and stage versions."""
-    values = config.model_dump(
-        exclude={"method": {"hyperparameters", "selected_hyperparameters", "label"}}
-    )
-    # How a batch is split into forward passes, and which runs share them, changes no result.
-    for key in ("activation_checkpointing", "batched_lora"):
-        del values["training"][key]
-    if not config.method.dropout:  # dropout masks are drawn per pass
-        del values["training"]["micro_batch_size"]
-    # The rule decides which checkpoints are kept; how hyperparameters are compared does not.
-    values["selection"] = {
-        key: values["selection"][key]
-        for key in ("probe", "metric", "threshold", "stop_after_evaluations")
-    }
-    # A trunk does not depend on the shorter durations: a further one only adds a branch.
-    values["training"]["durations"] = bool(config.training.durations)
-    return content_key({"spec": values, "hyperparameters": hyperparameters.model_dump(), **inputs})
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What all runs of a run group share.
-
-    Attributes:
-        base: folder of the base model.
-        tokenizer: tokenizer of the base model.
-        train: rows of the new knowledge.
-        probes: rows of each probe.
-        base_value: value of the selection metric for the base model.
-        device: device that trains.
-        precision: type in which matrices are multiplied.
-        general_text: rows of the tables that the mitigation of the method reads.
-        base_predictions: predictions of the base model on the general text of the study.
-        training_benchmarks: evaluates a model on the in-training benchmarks, if there are any.
-        process_group: processes that train each run.
-        parameters: number of parameters of the base, from its record.
-        source_line: returns the file and line of a row, for messages.
-    """
-
-    base: Path
-    tokenizer: PreTrainedTokenizerBase
-    train: Iterable[Row]
-    probes: Mapping[str, list[Row]]
-    base_value: float
-    device: torch.device
-    precision: torch.dtype
-    general_text: Mapping[str, Iterable[Row]] = field(default_factory=dict)
-    base_predictions: BasePredictions | None = None
-    training_benchmarks: Callable[[Model], pd.DataFrame] | None = None
-    process_group: ProcessGroup = SINGLE_PROCESS
-    parameters: int | None = None
-    source_line: Locate = str
+from forgetting.training.training_job import RunContext, RunFolder, TrainingJob
 
 
 @dataclass(frozen=True)
@@ -152,22 +66,23 @@ class TrainingData:
     Attributes:
         train: examples of the new knowledge.
         sequences: what a batch consists of: the same examples, packed if the study says so.
-        general: examples of the mitigation's tables.
+        general: examples of the mitigation's tables, by table.
+        replay: replayed examples, packed as `sequences` are.
     """
 
     train: TokenizedDataset
     sequences: Sequence[Example]
     general: Mapping[str, TokenizedDataset]
+    replay: Sequence[Example]
 
     def tokens_per_step(self, training: TrainingConfig) -> float:
         """Return the mean number of tokens of an optimizer step of one run."""
         return float(self.train.lengths.sum() / len(self.sequences) * training.batch_size)
 
 
-def load_training_data(
-    config: RunGroupConfig, context: RunContext, inputs: Mapping[str, str], folder: Path
-) -> TrainingData:
-    """Tokenize all tables into files in `folder`, which all run groups of a study share."""
+def load_training_data(job: TrainingJob) -> TrainingData:
+    """Tokenize all tables into files, which all run groups of a study share, and pack them."""
+    config, context, inputs = job.config, job.context, job.inputs
 
     def read(table: str, rows: Iterable[Row], digest: str | None, blocks: bool) -> TokenizedDataset:
         key = {"digest": digest, "prompt": config.prompt.model_dump(), "blocks": blocks}
@@ -175,13 +90,12 @@ def load_training_data(
         key |= {name: getattr(config.training, name) for name in ("max_length", "packing")}
         if table in config.columns:
             key["columns"] = config.columns[table].model_dump()
-        path = folder / f"{table.replace('/', '-')}-{content_key(key)}.arrow"
         return tokenize(
             rows,
             context.tokenizer,
             config.prompt,
             config.training,
-            path,
+            job.state / "tokens" / f"{table.replace('/', '-')}-{content_key(key)}.arrow",
             blocks=blocks,
             locate=context.source_line,
         )
@@ -191,65 +105,39 @@ def load_training_data(
         table: read(table, rows, inputs.get(f"table {table}"), blocks=False)
         for table, rows in context.general_text.items()
     }
-    return TrainingData(train, pack_dataset(train, config.training), general)
+    replay = config.method.mitigation.replay if config.method.mitigation else None
+    return TrainingData(
+        train,
+        pack_dataset(train, config.training),
+        general,
+        pack_dataset(general[replay.table], config.training) if replay else (),
+    )
 
 
-Log = Callable[[str, TrainState, LrSchedule], None]
-"""Called after every step with the name of the run."""
-
-
-def train_run_group(
-    config: RunGroupConfig,
-    context: RunContext,
-    inputs: Mapping[str, str],
-    state: Path,
-    log: Log,
-    *,
-    branches: bool = False,
-) -> list[dict[str, Any]]:
+def train_run_group(job: TrainingJob, *, branches: bool = False) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; return the records of all, in the sweep's order.
 
     Args:
-        config: settings of the runs.
-        context: models, data and devices of the runs.
-        inputs: digests of the inputs, by name.
-        state: folder of all runs.
-        log: called after every step.
+        job: the runs, and all that they share.
         branches: whether the runs are cooldown branches, which may be shorter than the warm-up.
 
     Raises:
         InputError: the warm-up is longer than the runs, or the data or the method does not fit.
     """
-    process_group = context.process_group
-    runs = [
-        RunFolder.of(config, setting, inputs, state) for setting in config.method.hyperparameters
-    ]
+    process_group = job.context.process_group
+    runs = [job.run(setting) for setting in job.config.method.hyperparameters]
     missing = process_group.broadcast([run for run in runs if not run.record.exists()])
-    groups, data = [[index] for index in range(len(runs))], None
+    groups, data = [[run] for run in runs], None
     if missing:
         for run in missing if process_group.is_main else ():
             _remove_unfinished(run.folder)
         with process_group.main_first():
-            data = load_training_data(config, context, inputs, state / "tokens")
-        _check_training_data(data, config.training, process_group, branches=branches)
-        if process_group.world_size == 1:
-            tokens = data.tokens_per_step(config.training)
-            groups = batchable_groups(
-                config.method, len(runs), context.base, config.training, tokens, context.device
-            )
-    # Finished runs keep their place in the groups, so that a killed job resumes the same groups.
-    for group in ([runs[index] for index in indices] for indices in groups):
-        unfinished = {run.folder: run for run in group if run in missing}
-        if process_group.is_main:
-            discard_damaged(list(unfinished))
-        process_group.barrier()
-        for folders in resume_groups(list(unfinished)):
-            batch = [unfinished[folder] for folder in folders]
-            assert data
-            records = _train_batched(config, batch, context, data, log)
-            for run, record in zip(batch, records, strict=True):
-                if process_group.is_main:
-                    write_json(run.record, record | {"key": run.key})
+            data = load_training_data(job)
+        _check_training_data(data, job.config.training, process_group, branches=branches)
+        groups = _groups_by_pass(job, runs, data)
+    for group in groups:
+        if data:
+            _train_group(job, [run for run in group if run in missing], data)
         for run in group if process_group.is_main else ():
             # After the record: without this state, a run without a record could not resume.
             drop_training_state(run.folder)
@@ -258,6 +146,39 @@ def train_run_group(
         read_json(run.record, removal_command(run.folder)) | {"folder": str(run.folder)}
         for run in runs
     ]
+
+
+def _groups_by_pass(
+    job: TrainingJob, runs: Sequence[RunFolder], data: TrainingData
+) -> list[list[RunFolder]]:
+    """Return the runs that share each pass.
+
+    Finished runs keep their place in the groups, so that a killed job resumes the same groups.
+    """
+    context, training = job.context, job.config.training
+    if context.process_group.world_size > 1:
+        return [[run] for run in runs]
+    tokens = data.tokens_per_step(training)
+    sizes = runs_per_pass(
+        job.config.method, len(runs), context.base, training, tokens, context.device
+    )
+    remaining = iter(runs)
+    return [list(islice(remaining, size)) for size in sizes]
+
+
+def _train_group(job: TrainingJob, runs: Sequence[RunFolder], data: TrainingData) -> None:
+    """Train unfinished runs in groups that can resume from one step; write their records."""
+    process_group = job.context.process_group
+    run_of = {run.folder: run for run in runs}
+    if process_group.is_main:
+        discard_damaged(list(run_of))
+    process_group.barrier()
+    for folders in resume_groups(list(run_of)):
+        batch = [run_of[folder] for folder in folders]
+        records = _train_runs(job, batch, data)
+        for run, record in zip(batch, records, strict=True):
+            if process_group.is_main:
+                write_json(run.record, record | {"key": run.key})
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -285,31 +206,27 @@ def _check_training_data(
         raise InputError(f"training.{mistake[0]}: {mistake[1]}")
 
 
-def _train_batched(
-    config: RunGroupConfig,
-    runs: Sequence[RunFolder],
-    context: RunContext,
-    data: TrainingData,
-    log: Log,
+def _train_runs(
+    job: TrainingJob, runs: Sequence[RunFolder], data: TrainingData
 ) -> list[dict[str, Any]]:
     """Train several runs in shared steps, or a single run in its stages; return their records.
 
     The time of shared work is divided evenly among the runs.
     """
     started = time.monotonic()
+    config, context = job.config, job.context
     load, build = _load_base_and_mitigations(config, context, data)
-    value = context.base_value
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
         return _evaluate_items(model, config, context)
 
-    def log_run(index: int, progress: TrainState, schedule: LrSchedule) -> None:
-        log(runs[index].name, progress, schedule)
+    def log(index: int, progress: TrainState, schedule: LrSchedule) -> None:
+        job.log(runs[index].name, progress, schedule)
 
     def train(model: Model, run_config: RunConfig, previous: TrainState | None) -> TrainState:
-        folder, log_step = runs[0].folder, partial(log_run, 0)
+        folder = runs[0].folder
         return train_run(
-            model, data.sequences, run_config, value, evaluate, folder, log_step, previous
+            model, data.sequences, run_config, evaluate, folder, partial(log, 0), previous
         )
 
     factory = RunFactory(load_base=load, build_mitigations=build, train=train)
@@ -320,7 +237,7 @@ def _train_batched(
     else:
         model, configs = prepare_batched_runs(config.method, configs, factory)
         plans = [(each, run.folder) for each, run in zip(configs, runs, strict=True)]
-        states = train_batched(model, data.sequences, plans, value, evaluate, log_run)
+        states = train_batched(model, data.sequences, plans, evaluate, log)
     trained = list(trained_weights(model).values())
     shared = {
         "trainable_parameters": sum(weight.numel() for weight in trained),
@@ -343,11 +260,11 @@ def _run_config(
         seed=config.seed,
         training=config.training,
         schedule=LrSchedule.plan(sequences, config.training, config.evaluation.every_epochs),
+        base_value=context.base_value,
         threshold=config.selection.threshold,
         stop_after_evaluations=config.selection.stop_after_evaluations,
         precision=context.precision,
         pad=context.tokenizer.pad_token_id,
-        loraplus_lr_ratio=config.method.loraplus_lr_ratio,
         process_group=context.process_group,
     )
 
@@ -364,7 +281,7 @@ def _run_record(run: RunFolder, progress: TrainState) -> dict[str, Any]:
         "evaluations": progress.evaluations,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
-        "trained_together": batch_members(run.folder),
+        "batched_runs": batch_members(run.folder),
     }
 
 
@@ -389,10 +306,9 @@ def _load_base_and_mitigations(
         mitigation = config.method.mitigation
         # A sharded model may have rounded matrices, which need autocast.
         with autocast(context.device, precision) if is_sharded(model) else nullcontext():
-            mitigations = build_mitigations(
-                model, mitigation, data.general, config.seed, load_frozen
+            return build_mitigations(
+                model, mitigation, data.general, data.replay, config.seed, load_frozen
             )
-        return replace(mitigations, replay=pack_dataset(mitigations.replay, config.training))
 
     return load, build
 

@@ -18,7 +18,7 @@ from forgetting.digests import sha256_of_all, visible_files
 from forgetting.errors import InputError
 from forgetting.evaluation.metrics import mean_score
 from forgetting.io import damage_error, link_recorded, read_json, read_table, removal_command
-from forgetting.models.tuned import METHOD_FILE, OPTIMIZER_FILE, checkpoint_damage
+from forgetting.models.tuned import METHOD_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_damage
 from forgetting.selection import (
     CheckpointChoice,
     Trajectory,
@@ -26,6 +26,7 @@ from forgetting.selection import (
     select_checkpoint,
     trajectory_of,
 )
+from forgetting.training.checkpoints import checkpoint_folder
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,13 @@ def _link_weights(stored: StoredRun, step: int, target: Path) -> dict[str, Any]:
     Returns:
         The folder they come from, the file that names it, and the digest of each file.
     """
-    origin = stored.folder / f"step-{step:07d}"
+    origin = checkpoint_folder(stored.folder, step)
     if damage := checkpoint_damage(origin):
         remedy = removal_command(stored.folder, stored.index)
         raise damage_error(*damage, remedy, "the run is trained again")
     target.mkdir()
     for file in visible_files(origin):
-        if file.name not in (OPTIMIZER_FILE, METHOD_FILE, "progress.json"):
+        if file.name not in (OPTIMIZER_FILE, METHOD_FILE, STATE_FILE):
             link_recorded(file, target / file.name)
     files, _ = sha256_of_all(visible_files(target))
     return {"checkpoint": str(origin), "checkpoints": str(stored.index), "files": files}

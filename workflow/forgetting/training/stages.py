@@ -24,7 +24,6 @@ from forgetting.errors import InputError
 from forgetting.models.adapters import (
     attach_adapter,
     cast_frozen_weights,
-    embedding_weights,
     orthogonality_penalty,
     set_rank_schedule,
 )
@@ -34,6 +33,7 @@ from forgetting.schedule import LrSchedule
 from forgetting.training.checkpoints import TrainState, newest_step
 from forgetting.training.distributed import shard_model
 from forgetting.training.mitigations import Mitigations
+from forgetting.training.optimizer import learning_rate_ratios
 from forgetting.training.run_config import RunConfig
 
 
@@ -88,10 +88,8 @@ def prepare_run(method: Method, config: RunConfig, factory: RunFactory) -> tuple
         mitigations = replace(
             mitigations, weight_penalties=(*mitigations.weight_penalties, penalty)
         )
-    ratios: dict[str, float] = {}
-    if method.embedding_lr_ratio is not None:
-        ratios = dict.fromkeys(embedding_weights(model), method.embedding_lr_ratio)
     cast_frozen_weights(model, config.precision)
+    ratios = learning_rate_ratios(model, method)
     return model, replace(config, mitigations=mitigations, lr_ratios=ratios)
 
 
@@ -135,7 +133,6 @@ def _prepare_second_stage(
         schedule=replace(
             config.schedule, restart=second_stage_step(method.second_stage, config.schedule)
         ),
-        loraplus_lr_ratio=None,
         mitigations=mitigations,
     )
 

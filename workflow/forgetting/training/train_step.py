@@ -35,7 +35,7 @@ class StepLoss(NamedTuple):
 def compute_gradients(
     model: Model,
     config: RunConfig,
-    batches: Sequence[Sequence[LossGroup]],
+    groups: Sequence[LossGroup],
     state: TrainState,
     optimizer: torch.optim.Optimizer | BatchedAdapters,
 ) -> list[StepLoss]:
@@ -46,7 +46,7 @@ def compute_gradients(
     depend on the number, up to the order of summation.
 
     Args:
-        batches: loss groups of each run.
+        groups: loss groups of the step, which are those of every run.
         state: of the first run; `halve_micro_batch` changes it.
         optimizer: holds the gradients: that of a single run, or the batched adapters of several.
 
@@ -56,21 +56,22 @@ def compute_gradients(
         InputError: out of memory with a single example.
     """
     batched = optimizer if isinstance(optimizer, BatchedAdapters) else None
+    runs = batched.size if batched else 1
+    examples = [members for members, _ in groups]
     allowed, process_group = config.training.micro_batch_size, config.process_group
     while True:
         limit = min(state.micro_batch_size or allowed, allowed)
-        examples = [[members for members, _ in groups] for groups in batches]
-        micro_batches = split_batch(model, examples, process_group, limit, config.precision)
+        micro_batches = split_batch(model, examples, runs, process_group, limit, config.precision)
         torch.manual_seed(process_group.rank_seed(config.seed * 1_000_003 + state.step))
         optimizer.zero_grad()
         try:
             with batched.active() if batched else nullcontext():
-                return _accumulate_gradients(model, config, batches, micro_batches)
+                return _accumulate_gradients(model, config, groups, micro_batches, runs)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, where the error no longer keeps the tensors of its frames alive.
-        largest = max(micro.examples_per_run for group in micro_batches for micro in group)
+        largest = max(len(micro.examples) for group in micro_batches for micro in group)
         if largest == 1:
             raise InputError(_oom_advice(config, batched))
         if process_group.world_size > 1:
@@ -99,28 +100,25 @@ def _oom_advice(config: RunConfig, batched: BatchedAdapters | None) -> str:
 def _accumulate_gradients(
     model: Model,
     config: RunConfig,
-    batches: Sequence[Sequence[LossGroup]],
+    groups: Sequence[LossGroup],
     micro_batches: Sequence[Sequence[MicroBatch]],
+    runs: int,
 ) -> list[StepLoss]:
     """Run all forward and backward passes of a step, then those of the weight penalties.
 
     With several processes, each passes its share of the examples; all return the same losses.
 
     Args:
-        batches: loss groups of each run.
-        micro_batches: of each loss group.
+        groups: loss groups of the step.
+        micro_batches: micro-batches of each loss group.
+        runs: number of runs that share each pass.
     """
     device, process_group = model.device, config.process_group
-    targets = torch.tensor(
-        [
-            sum(example.targets for members, _ in groups for example in members)
-            for groups in batches
-        ],
-        device=device,
-    )
-    penalized = sum(e.targets for members, penalty in batches[0] if penalty for e in members)
-    total, extra = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
-    for (_, token_penalty), group in zip(batches[0], micro_batches, strict=True):
+    # A tensor, because a GPU divides by a Python number with another rounding.
+    targets = torch.tensor(sum(e.targets for members, _ in groups for e in members), device=device)
+    penalized = sum(e.targets for members, penalty in groups if penalty for e in members)
+    total, extra = torch.zeros(2, runs, dtype=torch.float64, device=device)
+    for (_, token_penalty), group in zip(groups, micro_batches, strict=True):
         for micro in group:
             padded = micro.to_batch(config.pad, device)
             with attention_for(model, padded, config.precision) as batch:

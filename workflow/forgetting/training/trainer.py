@@ -27,6 +27,7 @@ from forgetting.training.checkpoints import (
     BRANCH_CHECKPOINTS,
     TrainState,
     apply_recorded_oom,
+    items_file,
     load_latest,
     prune_checkpoints,
     read_final_state,
@@ -59,6 +60,16 @@ class TrainingRun:
     group_size: int = 1
     """Number of runs that share the model, this one included."""
 
+    @classmethod
+    def start(
+        cls, config: RunConfig, folder: Path, adapter: AdapterState, group_size: int = 1
+    ) -> TrainingRun:
+        """Return a run before its first step, with a new optimizer."""
+        optimizer = make_optimizer(
+            adapter.weights, config.training, config.hyperparameters, config.lr_ratios
+        )
+        return cls(config, folder, adapter, optimizer, group_size=group_size)
+
     def activate(self, model: Model) -> None:
         """Install the weights of this run in the shared model."""
         if self.group_size > 1:
@@ -75,7 +86,6 @@ def train_run(
     model: Model,
     examples: Sequence[Example],
     config: RunConfig,
-    base_value: float,
     evaluate: Evaluate,
     folder: Path,
     log: Callable[[TrainState, LrSchedule], None],
@@ -92,7 +102,6 @@ def train_run(
     reached the threshold.
 
     Args:
-        base_value: selection metric of the base model.
         log: called after every step.
         first_stage: final state of the first stage of a two-stage run. A first stage ends at
             `config.until` with status `running`.
@@ -101,8 +110,7 @@ def train_run(
         OutOfMemory: memory ran out in one of several processes. After a restart they resume from
             the newest checkpoint with half the examples in a forward pass.
     """
-    adapter = AdapterState.of(model)
-    run = TrainingRun(config, folder, adapter, _build_optimizer(adapter, config))
+    run = TrainingRun.start(config, folder, AdapterState.of(model))
     run.state = first_stage or load_latest(model, run.optimizer, folder, config.process_group)
     run.state = config.process_group.broadcast(read_final_state(folder)) or run.state
     apply_recorded_oom(run.state, folder, config.process_group)
@@ -111,7 +119,7 @@ def train_run(
         log(state, schedule)
 
     try:
-        _train_loop(model, examples, [run], run.state.step, base_value, evaluate, log_run)
+        _train_loop(model, examples, [run], run.state.step, evaluate, log_run)
     except OutOfMemory as error:
         record_oom(folder, error.examples)
         raise
@@ -122,14 +130,12 @@ def train_batched(
     model: Model,
     examples: Sequence[Example],
     runs_to_train: Sequence[tuple[RunConfig, Path]],
-    base_value: float,
     evaluate: Evaluate,
     log: Callable[[int, TrainState, LrSchedule], None],
-    initial: Sequence[AdapterState] | None = None,
 ) -> list[TrainState]:
     """Train several runs in shared forward and backward passes, each as `train_run` would.
 
-    The runs may differ in hyperparameters and, with plain adapters, in seed, rank and scale. They
+    The runs differ in hyperparameters only, so they read the same examples in the same order. They
     resume from the newest evaluation that all have reached. A finished run leaves the batch, and
     the others continue. The time of a step is divided evenly among the runs that take part.
 
@@ -137,31 +143,18 @@ def train_batched(
         model: in the initial state of the runs; holds the weights of one of them afterwards.
         runs_to_train: configuration and folder of every run.
         log: called with the index of a run after each of its steps.
-        initial: initial adapter of each run; by default that of `model` for all.
     """
     step = rewind_to_common_step([folder for _, folder in runs_to_train])
-    initial = initial or [AdapterState.of(model)] * len(runs_to_train)
+    initial = AdapterState.of(model)
     runs = []
-    for (config, folder), start in zip(runs_to_train, initial, strict=True):
-        adapter = start.copy()
-        optimizer = _build_optimizer(adapter, config)
-        run = TrainingRun(config, folder, adapter, optimizer, group_size=len(runs_to_train))
+    for config, folder in runs_to_train:
+        run = TrainingRun.start(config, folder, initial.copy(), len(runs_to_train))
         run.activate(model)
         run.state = load_latest(model, run.optimizer, folder)
         run.state = read_final_state(folder) or run.state
         runs.append(run)
-    _train_loop(model, examples, runs, step, base_value, evaluate, log)
+    _train_loop(model, examples, runs, step, evaluate, log)
     return [run.state for run in runs]
-
-
-def _build_optimizer(adapter: AdapterState, config: RunConfig) -> torch.optim.Optimizer:
-    return make_optimizer(
-        adapter.weights,
-        config.training,
-        config.hyperparameters,
-        config.loraplus_lr_ratio,
-        config.lr_ratios,
-    )
 
 
 def _train_loop(
@@ -169,13 +162,12 @@ def _train_loop(
     examples: Sequence[Example],
     runs: Sequence[TrainingRun],
     step: int,
-    base_value: float,
     evaluate: Evaluate,
     log: Callable[[int, TrainState, LrSchedule], None],
 ) -> None:
     """Train all runs from `step` to their ends, and evaluate them at the planned steps."""
     schedule = runs[0].config.schedule
-    _finish_runs(model, examples, runs, step, base_value)
+    _finish_runs(model, examples, runs, step)
     model.train()
     batched: BatchedAdapters | None = None
     active: list[TrainingRun] = []
@@ -190,8 +182,8 @@ def _train_loop(
         losses, tokens = _train_step(model, examples, running, batched)
         step += 1
         seconds = (time.monotonic() - started) / len(running)
-        for run, loss, count in zip(running, losses, tokens, strict=True):
-            _record_step(model, run.state, loss, count, seconds)
+        for run, loss in zip(running, losses, strict=True):
+            _record_step(model, run.state, loss, tokens, seconds)
         sound = [run for run in running if run.state.status == "running"]
         if step in schedule.evaluations:
             for run in sound:
@@ -203,7 +195,7 @@ def _train_loop(
         for run in sound:
             log(runs.index(run), run.state, schedule)
         if step in schedule.evaluations or not any(run.is_running for run in sound):
-            _finish_runs(model, examples, runs, step, base_value)
+            _finish_runs(model, examples, runs, step)
 
 
 def _activate(model: Model, runs: Sequence[TrainingRun]) -> BatchedAdapters | None:
@@ -245,22 +237,18 @@ def _evaluate_run(model: Model, run: TrainingRun, evaluate: Evaluate) -> None:
     run.activate(model)
     items, value = evaluate(model)
     if config.process_group.is_main:
-        write_table(run.folder / f"items-{state.step:07d}.parquet", items)
+        write_table(items_file(run.folder, state.step), items)
     state.evaluations.append([state.step, state.step / config.schedule.steps_per_epoch, value])
     save_checkpoint(model, run.optimizer, state, run.folder, config.process_group)
 
 
 def _finish_runs(
-    model: Model,
-    examples: Sequence[Example],
-    runs: Sequence[TrainingRun],
-    step: int,
-    base_value: float,
+    model: Model, examples: Sequence[Example], runs: Sequence[TrainingRun], step: int
 ) -> None:
     """Finish the runs that are complete, record their final states, then prune all checkpoints."""
     for run in runs:
         state, config = run.state, run.config
-        evaluations = recorded_evaluations(state.evaluations, base_value)
+        evaluations = recorded_evaluations(state.evaluations, config.base_value)
         stopped = is_finished(evaluations, config.threshold, config.stop_after_evaluations)
         if state.status == "running" and (stopped or state.step >= config.schedule.steps):
             run.activate(model)
@@ -271,7 +259,9 @@ def _finish_runs(
             write_final_state(run.folder, state, step, run.group_size)
     for run in runs:
         config = run.config
-        prune_checkpoints(run.folder, run.state, base_value, config.threshold, config.process_group)
+        prune_checkpoints(
+            run.folder, run.state, config.base_value, config.threshold, config.process_group
+        )
 
 
 @torch.inference_mode()
@@ -287,26 +277,21 @@ def _train_step(
     examples: Sequence[Example],
     runs: Sequence[TrainingRun],
     batched: BatchedAdapters | None,
-) -> tuple[list[StepLoss], list[int]]:
+) -> tuple[list[StepLoss], int]:
     """Update each run by the mean loss over all target tokens of its batch.
 
     Returns:
-        The loss of each run, and the number of tokens that it has read.
+        The loss of each run, and the number of tokens that each has read.
     """
     first = runs[0]
-    configs = {run.config.seed: run.config for run in runs}
-    by_seed = {
-        seed: loss_groups(examples, config, first.state.step) for seed, config in configs.items()
-    }
-    batches = [by_seed[run.config.seed] for run in runs]
+    groups = loss_groups(examples, first.config, first.state.step)
     optimizer = batched or first.optimizer
-    losses = compute_gradients(model, first.config, batches, first.state, optimizer)
+    losses = compute_gradients(model, first.config, groups, first.state, optimizer)
     for run, loss in zip(runs, losses, strict=True):
         run.state.micro_batch_size = first.state.micro_batch_size
         if not has_diverged(model, run.state, loss):
             _optimizer_step(model, run)
-    tokens = [sum(len(e.ids) for members, _ in groups for e in members) for groups in batches]
-    return losses, tokens
+    return losses, sum(len(e.ids) for members, _ in groups for e in members)
 
 
 def _optimizer_step(model: Model, run: TrainingRun) -> None:

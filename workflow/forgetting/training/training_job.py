@@ -1,27 +1,32 @@
-"""A job that trains a run group: its command line, its inputs, its outputs and its progress log."""
+"""A job that trains a run group: its command line, inputs, runs, outputs and progress log."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from forgetting.benchmarks.during_training import TrainingBenchmarks, split_items
-from forgetting.config.expand import RunGroupConfig
+from forgetting.config.expand import RunGroupConfig, run_name
 from forgetting.config.job_params import FinetuneParams
+from forgetting.config.methods import Hyperparameters
 from forgetting.data.checks import SourceLocator
+from forgetting.data.table_files import Locate, Row
 from forgetting.data.tables import prepared_rows, read_prepared, read_training_rows
 from forgetting.digests import sha256
-from forgetting.evaluation.divergence import load_base_predictions
+from forgetting.evaluation.divergence import BasePredictions, load_base_predictions
 from forgetting.evaluation.metrics import mean_score
-from forgetting.io import read_table, removal_command, write_json, write_table
+from forgetting.io import content_key, read_table, removal_command, write_json, write_table
 from forgetting.models.loading import (
+    Model,
     get_device,
     load_tokenizer,
     read_base,
@@ -29,30 +34,111 @@ from forgetting.models.loading import (
     silence_libraries,
 )
 from forgetting.schedule import LrSchedule
-from forgetting.training.checkpoints import TrainState
-from forgetting.training.distributed import ProcessGroup
-from forgetting.training.run_group import RunContext
+from forgetting.training.checkpoints import TrainState, items_file
+from forgetting.training.distributed import SINGLE_PROCESS, ProcessGroup
 
 P = TypeVar("P", bound=FinetuneParams)
 
 
+Log: TypeAlias = Callable[[str, TrainState, LrSchedule], None]
+"""Called after every step with the name of the run."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all runs of a run group share.
+
+    Attributes:
+        base: folder of the base model.
+        tokenizer: tokenizer of the base model.
+        train: rows of the new knowledge.
+        probes: rows of each probe.
+        base_value: value of the selection metric for the base model.
+        device: device that trains.
+        precision: type in which matrices are multiplied.
+        general_text: rows of the tables that the mitigation of the method reads.
+        base_predictions: predictions of the base model on the general text of the study.
+        training_benchmarks: evaluates a model on the in-training benchmarks, if there are any.
+        process_group: processes that train each run.
+        parameters: number of parameters of the base, from its record.
+        source_line: returns the file and line of a row, for messages.
+    """
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    train: Iterable[Row]
+    probes: Mapping[str, list[Row]]
+    base_value: float
+    device: torch.device
+    precision: torch.dtype
+    general_text: Mapping[str, Iterable[Row]] = field(default_factory=dict)
+    base_predictions: BasePredictions | None = None
+    training_benchmarks: Callable[[Model], pd.DataFrame] | None = None
+    process_group: ProcessGroup = SINGLE_PROCESS
+    parameters: int | None = None
+    source_line: Locate = str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run of the run group, and the folder with its results and checkpoints."""
+
+    hyperparameters: Hyperparameters
+    name: str
+    key: str
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """Return the file that is written when the run is finished."""
+        return self.folder / "run.json"
+
+
 @dataclass(frozen=True)
 class TrainingJob:
-    """The inputs of a training job.
+    """The runs that a job trains, and all that they share.
 
     Attributes:
         config: settings of the runs.
-        context: models, data and devices that the runs share.
+        context: models, data and devices of the runs.
         inputs: digests of the inputs, by name, which are part of the key of every run.
-        state: folder of runs and checkpoints.
-        log: reports the progress of a run.
+        state: folder of all runs.
+        log: called after every step.
     """
 
     config: RunGroupConfig
     context: RunContext
-    inputs: dict[str, str]
+    inputs: Mapping[str, str]
     state: Path
-    log: ProgressLogger
+    log: Log
+
+    def run(self, hyperparameters: Hyperparameters) -> RunFolder:
+        """Return the run with these hyperparameters, and its folder."""
+        name = run_name(self.config.method.name, self.config.seed, hyperparameters)
+        key = run_key(self.config, hyperparameters, self.inputs)
+        return RunFolder(hyperparameters, name, key, self.state / name / key)
+
+
+def run_key(
+    config: RunGroupConfig, hyperparameters: Hyperparameters, inputs: Mapping[str, str]
+) -> str:
+    """Return a digest of all that a run depends on: settings, inputs and stage versions."""
+    values = config.model_dump(
+        exclude={"method": {"hyperparameters", "selected_hyperparameters", "label"}}
+    )
+    # How a batch is split into forward passes, and which runs share them, changes no result.
+    for key in ("activation_checkpointing", "batched_lora"):
+        del values["training"][key]
+    if not config.method.dropout:  # dropout masks are drawn per pass
+        del values["training"]["micro_batch_size"]
+    # The rule decides which checkpoints are kept; how hyperparameters are compared does not.
+    values["selection"] = {
+        key: values["selection"][key]
+        for key in ("probe", "metric", "threshold", "stop_after_evaluations")
+    }
+    # A trunk does not depend on the shorter durations: a further one only adds a branch.
+    values["training"]["durations"] = bool(config.training.durations)
+    return content_key({"spec": values, "hyperparameters": hyperparameters.model_dump(), **inputs})
 
 
 def training_parser(description: str | None) -> argparse.ArgumentParser:
@@ -163,7 +249,7 @@ def run_group_items(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame,
     for record in records:
         for step, epoch, _ in record["evaluations"]:
             folder = Path(record["folder"])
-            table = read_table(folder / f"items-{int(step):07d}.parquet", removal_command(folder))
+            table = read_table(items_file(folder, step), removal_command(folder))
             table.insert(0, "run", record["run"])
             table.insert(1, "step", int(step))
             table.insert(2, "epoch", epoch)

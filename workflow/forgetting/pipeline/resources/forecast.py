@@ -75,8 +75,8 @@ def _is_planned(costs: JobCosts, record: Mapping[str, Any]) -> bool:
     method = costs.methods.get(name)
     if method is None or int(seed.removeprefix("seed")) not in costs.study.seeds:
         return False
-    passes = costs.workload.microbatches(method, ProcessCount(record.get("processes", 1)))
-    return int(record["trained_together"]) in passes
+    passes = costs.workload.runs_per_pass(method, ProcessCount(record.get("processes", 1)))
+    return int(record["batched_runs"]) in passes
 
 
 def _compare_run(costs: JobCosts, record: Mapping[str, Any]) -> MeasuredRun:

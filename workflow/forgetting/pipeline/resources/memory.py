@@ -123,7 +123,7 @@ def training_bytes(
         rows: sequences of a run in a forward pass. By default the study's micro-batch, reduced to
             the memory of a GPU, since a single process that exhausts it halves the micro-batch.
     """
-    passes = workload.microbatches(method, group)
+    passes = workload.runs_per_pass(method, group)
     peak = max(_pass_bytes(workload, method, group, runs, rows) for runs in set(passes))
     if rows is None and group.processes == 1 and workload.device.is_gpu:
         return max(
@@ -200,7 +200,7 @@ def disk_bytes(workload: Workload, method: Method, group: ProcessCount) -> float
     tokens = 4.0 * workload.training_sequences.count * workload.training_sequences.tokens
     stored = len(workload.study.training.durations)
     unfinished = unfinished_bytes(workload, method, group, stored)
-    training = max(workload.microbatches(method, group)) * unfinished
+    training = max(workload.runs_per_pass(method, group)) * unfinished
     return tokens + training + len(method.hyperparameters) * finished_bytes(workload, method)
 
 

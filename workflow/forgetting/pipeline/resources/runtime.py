@@ -150,7 +150,7 @@ def run_group_seconds(
         evaluations: evaluations of each run.
         stored: checkpoints of each run in addition to those of evaluations.
     """
-    passes, runs = workload.microbatches(method, group), len(method.hyperparameters)
+    passes, runs = workload.runs_per_pass(method, group), len(method.hyperparameters)
     steps_of_all = sum(step_seconds(workload, method, group, shared) for shared in passes)
     written = runs * checkpoint_bytes(workload, method) / shard_count(method, group)
     in_training = training_benchmark_workloads(workload.study, workload.task_workloads)

@@ -200,7 +200,7 @@ class Workload:
         every = self.study.evaluation.every_epochs
         return LrSchedule.plan(self.training_sequences.count, single, every)
 
-    def microbatches(self, method: Method, group: ProcessCount) -> list[int]:
+    def runs_per_pass(self, method: Method, group: ProcessCount) -> list[int]:
         """Return the number of runs that share each forward pass of a run group."""
         training, runs = self.study.training, len(method.hyperparameters)
         tokens = self.training_sequences.tokens * training.batch_size
@@ -211,8 +211,7 @@ class Workload:
         memory = self.device.memory if self.device.is_gpu else None
         max_bytes = memory_limit(self.model_size.parameters, memory)
         weights = self.model_size.trained(method)
-        passes = partition_runs(runs, weights, training.micro_batch_size, max_bytes)
-        return [len(shared) for shared in passes]
+        return partition_runs(runs, weights, training.micro_batch_size, max_bytes)
 
     def rows(self, group: ProcessCount) -> int:
         """Return the sequences of a forward pass of one process."""
