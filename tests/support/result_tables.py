@@ -108,7 +108,9 @@ def tables(
         "trajectory": pd.DataFrame(evaluations),
         "selection": _integers(pd.DataFrame(chosen), "step"),
         "comparisons": _comparisons(
-            probes, [_label(row["method"]) for row in chosen if row["step"]]
+            probes,
+            [_label(row["method"]) for row in chosen if row["step"]],
+            "methods" if len(seeds) > 1 else "models",
         ),
         "benchmarks": pd.DataFrame(scores, columns=columns),
         "benchmark_trajectory": _benchmark_trajectory(runs, TRAINING_TASKS)
@@ -167,19 +169,19 @@ def hostile_tables() -> dict[str, Any]:
     return made
 
 
-def _comparisons(probes: Any, labels: list[str]) -> pd.DataFrame:
+def _comparisons(probes: Any, labels: list[str], scope: str) -> pd.DataFrame:
     """Return comparisons in which every later method keeps 0.2 (0.1 to 0.3) more of the old.
 
     On new knowledge the methods do not differ.
     """
     columns = ["probe", "metric", "label", "other", "difference", "low", "high"]
     rows = [
-        (probe, "rougeL_recall", label, other, *bounds, *bounds[1:], 200)
+        (probe, "rougeL_recall", label, other, *bounds, *bounds[1:], scope, 200)
         for probe, knowledge in probes.items()
         for bounds in [(-0.2, -0.3, -0.1) if knowledge == "old" else (0.01, -0.03, 0.05)]
         for label, other in combinations(dict.fromkeys(labels), 2)
     ]
-    return pd.DataFrame(rows, columns=[*columns, "low_all", "high_all", "n"])
+    return pd.DataFrame(rows, columns=[*columns, "low_all", "high_all", "scope", "n"])
 
 
 def _learnt(speed: float, epoch: int) -> float:

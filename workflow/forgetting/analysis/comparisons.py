@@ -1,59 +1,76 @@
-"""Differences between methods on the same questions, at the selected checkpoints.
+"""Differences between methods at the selected checkpoints, on the same items.
 
-The largest of k pairwise differences excludes 0 far more often than 5 % of the time under the null
-(in 25 % of studies with five equal methods). `low_all` and `high_all` are Bonferroni-corrected,
-with level 1 - 0.05/k: they hold for all k pairs simultaneously in at least 95 % of studies, and so
-for the largest difference. Holm's procedure gives the largest difference the same bounds.
+Every pair of methods is compared on every probe, on the general text and on every benchmark. The
+largest of k differences excludes 0 far more often than 5 % of the time where all methods are equal
+(in 25 % of studies with five). So the tests of one probe and metric are corrected for all of its
+pairs.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
+import math
 
 import pandas as pd
 
-from forgetting.analysis.intervals import tango_interval
-from forgetting.evaluation.metrics import PROBE_METRICS, item_scores
-
-METRICS = [name for name, metric in PROBE_METRICS.items() if metric.compares_methods]
-COMPARISON_COLUMNS = (
-    *("probe", "metric", "label", "other", "difference"),
-    *("low", "high", "low_all", "high_all", "n"),
+from forgetting.analysis.method_differences import COLUMNS, pairwise_differences
+from forgetting.evaluation.metrics import (
+    PROBE_METRICS,
+    TEXT_SCORES,
+    UNBOUNDED_METRICS,
+    item_scores,
 )
-MISS_PROBABILITY = 0.05
-"""Share of studies in which a 95 % interval, or one of those for all pairs, may miss."""
+
+COMPARED_METRICS = (
+    *(name for name, metric in PROBE_METRICS.items() if metric.compares_methods),
+    *TEXT_SCORES,
+)
+SCORE_COLUMNS = ("probe", "metric", "run", "step", "item", "value", "is_fraction")
 
 
-def compare_methods(items: pd.DataFrame, selection: pd.DataFrame) -> pd.DataFrame:
-    """Return the difference of every pair of methods on every probe.
-
-    Two models that answer the same questions share what makes a question hard. Their difference is
-    therefore known better than either value: two separate intervals may overlap where the interval
-    of the difference is far from 0. A question's score is its mean over the seeds that have a
-    checkpoint. The intervals are Tango's (`forgetting.analysis.intervals.tango_interval`).
+def compare_methods(
+    items: pd.DataFrame, benchmark_items: pd.DataFrame, selection: pd.DataFrame
+) -> pd.DataFrame:
+    """Return the difference of every pair of methods, on every probe and benchmark.
 
     Args:
         items: the items of all runs (run, step, probe, item and scores).
-        selection: label, run and step of each method and seed.
+        benchmark_items: run, step, task, item, metric and value of the main metric of each task.
+        selection: label, seed, run and step of each method and seed.
 
     Returns:
-        probe, metric, label, other, difference (label minus other), low, high (95 % for this pair),
-        low_all, high_all (95 % for all pairs of the probe and metric simultaneously), n.
+        probe (or task) and metric, then the columns of
+        `forgetting.analysis.method_differences.pairwise_differences`.
     """
-    chosen = selection.dropna(subset=["step"])[["label", "run", "step"]]
-    scored = items.merge(chosen, on=["run", "step"], how="inner")
-    rows = []
-    for metric in METRICS if len(scored) else ():
-        values = scored.assign(value=item_scores(scored, metric)).dropna(subset=["value"])
-        for probe, group in values.groupby("probe", sort=False):
-            table = group.pivot_table(index="item", columns="label", values="value", sort=False)
-            labels = [label for label in chosen["label"].unique() if label in table]
-            pairs = list(combinations(labels, 2))
-            for label, other in pairs:
-                differences = (table[label] - table[other]).dropna().to_numpy()
-                single = tango_interval(differences, 1 - MISS_PROBABILITY)
-                simultaneous = tango_interval(differences, 1 - MISS_PROBABILITY / len(pairs))
-                numbers = (differences.mean(), *single, *simultaneous, len(differences))
-                row = (probe, metric, label, other, *numbers)
-                rows.append(dict(zip(COMPARISON_COLUMNS, row, strict=True)))
-    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+    chosen = selection.dropna(subset=["step"])[["label", "seed", "run", "step"]]
+    parts = [*_probe_scores(items), *_benchmark_scores(benchmark_items)]
+    scores = pd.concat(parts).merge(chosen, on=["run", "step"]).assign(cluster=math.nan)
+    tables = [
+        pairwise_differences(group, is_fraction=bool(group["is_fraction"].iloc[0])).assign(
+            probe=probe, metric=metric
+        )
+        for (probe, metric), group in scores.groupby(["probe", "metric"], sort=False)
+    ]
+    columns = ["probe", "metric", *COLUMNS]
+    return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def _probe_scores(items: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the scores of probes and general text by metric, one row per item."""
+    return [
+        items[["probe", "run", "step", "item"]]
+        .assign(
+            metric=metric,
+            value=item_scores(items, metric),
+            is_fraction=metric not in UNBOUNDED_METRICS,
+        )
+        .dropna(subset=["value"])
+        for metric in COMPARED_METRICS
+        if metric in items
+    ]
+
+
+def _benchmark_scores(items: pd.DataFrame) -> list[pd.DataFrame]:
+    if items.empty:
+        return []
+    scores = items.rename(columns={"task": "probe"}).assign(is_fraction=True)
+    return [scores[list(SCORE_COLUMNS)]]

@@ -29,7 +29,7 @@ TABLE_COLUMNS = {
     "trajectory": "run step epoch tokens probe knowledge metric value low high n "
     "change_low change_high",
     "selection": "method seed run step epoch status reason",
-    "comparisons": "probe metric label other difference low high low_all high_all n",
+    "comparisons": "probe metric label other difference low high low_all high_all scope n",
     "benchmarks": "run method label seed step task metric main value low high n chance num_fewshot",
 }
 BENCHMARK_TRAJECTORY_COLUMNS = "run step epoch task metric value low high n chance"

@@ -41,7 +41,7 @@ def narrative(tables: ReportTables) -> tuple[list[str], list[str]]:
     if len(selected) > 1:
         rankable, learning = _rankable_methods(tables, selected)
         answer += [_compare_pair(tables, name, rankable, base) for name in old]
-        answer.append(learning)
+        answer += [_single_runs(tables) if rankable else "", learning]
     elif selected:
         answer += [_single_method(name, selected[0], base) for name in old]
     answer.append(_overlong_answers(tables, selected, base))
@@ -184,6 +184,16 @@ def _compare_pair(
     return (
         f"{sentence}: on the same questions {paired['difference']:.2f} more "
         f"({_number(paired['low'])} to {_number(paired['high'])}){verdict}."
+    )
+
+
+def _single_runs(tables: ReportTables) -> str:
+    """Return a sentence if the intervals lack the noise of training."""
+    if not (tables.comparisons["scope"] == "models").any():
+        return ""
+    return (
+        "These are differences between single runs. Another seed may change their order, so they "
+        "do not rank the methods."
     )
 
 

@@ -141,14 +141,15 @@ def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataF
         if found.training_benchmarks
         else None
     )
+    main_items = main_metric_items(benchmarks, scored)
     every = pd.concat([found.base_items.assign(run="base", step=0, epoch=0.0), *found.items])
     tables = {
         "runs": runs,
         "trajectory": trajectory_table(found.base_items, found.items, found.records, knowledge),
         "items": every,
         "selection": found.selection,
-        "comparisons": compare_methods(every, found.selection),
-        "churn": churn_table(every, responses, main_metric_items(benchmarks, scored), trajectories),
+        "comparisons": compare_methods(every, main_items, found.selection),
+        "churn": churn_table(every, responses, main_items, trajectories),
         "benchmarks": benchmarks,
         "benchmark_items": scored,
         "benchmark_responses": responses,
