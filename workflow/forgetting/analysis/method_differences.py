@@ -190,8 +190,8 @@ def _twice_counted(table: pd.DataFrame, clusters: pd.Series) -> float:
     if count < 2 or seeds < 2:
         return 0.0
     rest = sums - sums.mean(axis=0) - sums.mean(axis=1, keepdims=True) + sums.mean()
-    squares = float((rest**2).sum())
-    return squares / ((seeds - 1) * (count - 1)) * count / seeds
+    mean_square = (rest**2).sum() / ((seeds - 1) * (count - 1))
+    return float(mean_square * count / seeds)
 
 
 def total_variance(seeds: Variance | None, items: Variance, twice: float = 0.0) -> Variance:
