@@ -179,7 +179,7 @@ def test_batched_rows_are_padding_free_without_dropout(
 
 def _poison(monkeypatch: pytest.MonkeyPatch, rate: float, step: int) -> None:
     """Make the loss of the run with this rate NaN at a step."""
-    original = module._train_step
+    original = module.train_batch
 
     def poisoned(model: Model, examples: Any, runs: Any, stack: Any) -> Any:
         for run in runs:
@@ -187,7 +187,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, rate: float, step: int) -> None:
                 next(iter(run.adapter.weights.values())).data.fill_(math.nan)
         return original(model, examples, runs, stack)
 
-    monkeypatch.setattr(module, "_train_step", poisoned)
+    monkeypatch.setattr(module, "train_batch", poisoned)
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_an_ended_run_keeps_no_other_weights_in_memory(
     mixed: TrainingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights are no longer slices of the stacked tensors."""
-    original, adapters, ended = module._train_step, {}, set()
+    original, adapters, ended = module.train_batch, {}, set()
 
     def watched(model: Model, examples: Any, runs: Any, stack: Any) -> Any:
         adapters.update({run.folder: run.adapter for run in runs})
@@ -227,7 +227,7 @@ def test_an_ended_run_keeps_no_other_weights_in_memory(
                 assert weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
         return original(model, examples, runs, stack)
 
-    monkeypatch.setattr(module, "_train_step", watched)
+    monkeypatch.setattr(module, "train_batch", watched)
     mixed.batched()
     assert len(ended) == 2
 
@@ -262,7 +262,7 @@ def test_step_time_is_divided_among_the_runs(
 
 # Evaluations: of runs 0, 1, 2 at steps 3 and 6, of 0 and 2 at 9, of 0 at 12.
 MOMENTS = {
-    "in a step": (module, "_train_step", (2, 5, 8, 9, 11)),
+    "in a step": (module, "train_batch", (2, 5, 8, 9, 11)),
     "in an evaluation": (TrainingHarness, "evaluate", (2, 5, 8)),
     "at the items": (module, "write_table", (3, 7)),
     "at the weights": (checkpoints, "save_weights", (2, 6)),
@@ -327,7 +327,7 @@ def test_a_batch_that_is_killed_repeatedly_ends(
     expected = reference.batched()
     for _ in range(3):
         with monkeypatch.context() as patch:
-            kill_at(patch, module, "_train_step", 4, after=True)
+            kill_at(patch, module, "train_batch", 4, after=True)
             with pytest.raises(Killed):
                 mixed.batched()
     _assert_same_bits(mixed, mixed.batched(), reference, expected)
@@ -337,7 +337,7 @@ def test_a_finished_batch_trains_nothing(
     mixed: TrainingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = mixed.batched()
-    monkeypatch.setattr(module, "_train_step", None)
+    monkeypatch.setattr(module, "train_batch", None)
     assert mixed.batched() == ended
 
 

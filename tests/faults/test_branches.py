@@ -255,14 +255,14 @@ def test_training_seconds_of_a_branch_exclude_the_trunk(
 
 def _poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Make the loss of a step NaN, in every run that does that step."""
-    original = train_module._train_step
+    original = train_module.train_batch
 
     def poisoned(model: Any, examples: Any, runs: Any, stack: Any) -> Any:
         losses, tokens = original(model, examples, runs, stack)
         nothing = [StepLoss(float("nan"), 0.0)] * len(runs)
         return (nothing if runs[0].state.step == at else losses), tokens
 
-    monkeypatch.setattr(train_module, "_train_step", poisoned)
+    monkeypatch.setattr(train_module, "train_batch", poisoned)
 
 
 def test_branches_before_a_trunk_diverges_are_valid(
@@ -377,7 +377,7 @@ def _assert_kills_change_nothing(
 
 # Of the six checkpoints, the first, third and sixth are those that branches start from.
 TRUNK_MOMENTS = [
-    (train_module, "_train_step", 6),
+    (train_module, "train_batch", 6),
     (train_module, "write_table", 2),
     (train_module, "save_checkpoint", 6),
     (checkpoints, "save_weights", 3),
@@ -431,7 +431,7 @@ def test_a_killed_trunk_resumes_from_a_start(
     rarely = EvaluationConfig(max_new_tokens=2, every_epochs=9.0)
     config = config.model_copy(update={"evaluation": rarely})
     with monkeypatch.context() as patch:
-        kill_at(patch, train_module, "_train_step", 8, after=False)
+        kill_at(patch, train_module, "train_batch", 8, after=False)
         with pytest.raises(Killed):
             harness.trunks(config)
     assert harness.logged[-1][1] == 7
@@ -446,8 +446,8 @@ BRANCH_MOMENTS = [
     (module, "rename_synced", 1),
     (Path, "rename", 1),
     (Path, "rename", 2),
-    (train_module, "_train_step", 1),
-    (train_module, "_train_step", 2),
+    (train_module, "train_batch", 1),
+    (train_module, "train_batch", 2),
     (train_module, "write_table", 1),
     (checkpoints, "save_tensors", 1),
     (train_module, "prune_checkpoints", 2),

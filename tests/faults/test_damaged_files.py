@@ -280,7 +280,7 @@ def test_damaged_checkpoint_is_never_resumed(
     shutil.rmtree("state")
     for output in ("runs.json", "chosen.json"):
         Path(output).unlink()
-    whole = run_group._evaluate_items
+    whole = run_group.evaluate_run_items
     count = 0
 
     def killed(*arguments: Any) -> Any:
@@ -290,10 +290,10 @@ def test_damaged_checkpoint_is_never_resumed(
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(run_group, "_evaluate_items", killed)
+    monkeypatch.setattr(run_group, "evaluate_run_items", killed)
     with pytest.raises(KeyboardInterrupt):
         chain.run()
-    monkeypatch.setattr(run_group, "_evaluate_items", whole)
+    monkeypatch.setattr(run_group, "evaluate_run_items", whole)
     (path,) = Path().glob(f"{RUN}/{file}")
     DAMAGES[how](path)
     capsys.readouterr()

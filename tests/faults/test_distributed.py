@@ -533,7 +533,7 @@ import os, signal, sys
 from forgetting.training import train_step, trainer
 from finetune import main
 
-step, forward = trainer._train_step, train_step.target_logits
+step, forward = trainer.train_batch, train_step.target_logits
 moment, fault, most = sys.argv.pop(1).split(",")
 here = False
 
@@ -550,7 +550,7 @@ def limited(model, batch):
         raise RuntimeError(fault)
     return forward(model, batch)
 
-trainer._train_step, train_step.target_logits = watched, limited
+trainer.train_batch, train_step.target_logits = watched, limited
 main()
 """
 

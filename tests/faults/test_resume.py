@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- one run ------------------------------------------------------------------------------------
 
 MOMENTS = {
-    "in a step": (trainer, "_train_step", (2, 12)),
+    "in a step": (trainer, "train_batch", (2, 12)),
     "in an evaluation": (TrainingHarness, "evaluate", (1, 4)),
     "at the items": (trainer, "write_table", (1, 3)),
     "at the weights": (checkpoints, "save_weights", (1, 3)),
@@ -122,7 +122,7 @@ def test_half_removed_old_checkpoint_is_ignored(harness: TrainingHarness, tmp_pa
 def test_every_variant_resumes(harness: TrainingHarness, variant: str, tmp_path: Path) -> None:
     harness.method = adapter_method(variant)
     reference = harness.run_in(tmp_path / "reference")
-    harness.assert_resumes(tmp_path / "reference", reference, trainer, "_train_step", 8)
+    harness.assert_resumes(tmp_path / "reference", reference, trainer, "train_batch", 8)
 
 
 @pytest.mark.parametrize("optimizer", ["lionw", "adafactor"])
@@ -130,15 +130,15 @@ def test_every_optimizer_resumes(harness: TrainingHarness, optimizer: str, tmp_p
     """The optimizer state, factored or not, is restored bit for bit."""
     harness.set_training(optimizer=optimizer)
     reference = harness.run_in(tmp_path / "reference")
-    harness.assert_resumes(tmp_path / "reference", reference, trainer, "_train_step", 8)
+    harness.assert_resumes(tmp_path / "reference", reference, trainer, "train_batch", 8)
 
 
 # --- AdaLoRA, embeddings, hybrids ---------------------------------------------------------------
 
 ADALORA_MOMENTS = {
-    "before the budget falls": (trainer, "_train_step", 2),
-    "while it falls": (trainer, "_train_step", 5),
-    "when it has fallen": (trainer, "_train_step", 11),
+    "before the budget falls": (trainer, "train_batch", 2),
+    "while it falls": (trainer, "train_batch", 5),
+    "when it has fallen": (trainer, "train_batch", 11),
     "at the method's state": (checkpoints, "adalora_training_state", 2),
     "at the file of it": (checkpoints, "save_tensors", 4),
 }
@@ -162,7 +162,7 @@ def test_killed_run_with_trained_embeddings_resumes(
 ) -> None:
     any_head.method = adapter_method(variant, embeddings="trained", embedding_lr_ratio=0.2)
     reference = any_head.run_in(tmp_path / "reference")
-    any_head.assert_resumes(tmp_path / "reference", reference, trainer, "_train_step", 8)
+    any_head.assert_resumes(tmp_path / "reference", reference, trainer, "train_batch", 8)
 
 
 @pytest.mark.parametrize("start", [0.5, 0.6])
@@ -175,7 +175,7 @@ def test_killed_hybrid_resumes_bit_for_bit(
     switch = second_stage_step(harness.method.second_stage, harness.config.schedule)
     assert switch == {0.5: 6, 0.6: 7}[start]
     for call in (2, switch, switch + 1, switch + 2, 10):
-        harness.assert_resumes(tmp_path / "reference", reference, trainer, "_train_step", call)
+        harness.assert_resumes(tmp_path / "reference", reference, trainer, "train_batch", call)
     again, _ = harness.run()
     assert again.losses == reference[0].losses
 
@@ -218,7 +218,7 @@ def test_killed_run_with_mitigations_resumes(
     """A mitigation compares with the base, not with the checkpoint that the run resumes from."""
     harness = harness.with_mitigation(method, sections)
     reference = harness.run_in(tmp_path / "reference")
-    harness.assert_resumes(tmp_path / "reference", reference, trainer, "_train_step", 5)
+    harness.assert_resumes(tmp_path / "reference", reference, trainer, "train_batch", 5)
 
 
 # --- a run group --------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_run_killed_before_its_record_resumes(
 # --- a pretraining ------------------------------------------------------------------------------
 
 PRETRAINING_MOMENTS = {
-    "in a step": (trainer, "_train_step", 6),
+    "in a step": (trainer, "train_batch", 6),
     "while a checkpoint is written": (checkpoints, "save_weights", 3),
     "before the checkpoints are removed": (pretrain_module, "remove_folder", 1),
 }
@@ -317,7 +317,7 @@ def test_checkpoints_of_another_pretraining_are_ignored(
     out, state = tmp_path / "base", tmp_path / "state"
     for spec, seed in ((SPEC, 4), (SPEC.model_copy(update={"warmup": 0.2}), 3)):
         with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, trainer, "_train_step", 6, after=False)
+            kill_at(patch, trainer, "train_batch", 6, after=False)
             with pytest.raises(Killed):
                 pretrain(documents, spec, out, state, seed)
     assert len([*state.iterdir()]) == 1

@@ -116,7 +116,7 @@ def test_killed_run_resumes_bit_for_bit(
     """One of the kills of faults/test_resume.py."""
     harness.method = method
     reference = harness.run_in(tmp_path / "reference")
-    harness.assert_resumes(tmp_path / "reference", reference, module, "_train_step", 8)
+    harness.assert_resumes(tmp_path / "reference", reference, module, "train_batch", 8)
 
 
 def test_only_newest_checkpoint_has_optimizer_state(harness: TrainingHarness) -> None:
@@ -144,7 +144,7 @@ def test_finished_run_trains_nothing_again(
     harness: TrainingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     progress, model = harness.run()
-    monkeypatch.setattr(module, "_train_step", None)
+    monkeypatch.setattr(module, "train_batch", None)
     again, same = harness.run()
     assert again == progress
     theirs = trained_state(same)

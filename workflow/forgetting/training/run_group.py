@@ -218,7 +218,7 @@ def _train_runs(
     load, build = _load_base_and_mitigations(config, context, data)
 
     def evaluate(model: Model) -> tuple[pd.DataFrame, float]:
-        return _evaluate_items(model, config, context)
+        return evaluate_run_items(model, config, context)
 
     def log(index: int, progress: TrainState, schedule: LrSchedule) -> None:
         job.log(runs[index].name, progress, schedule)
@@ -313,7 +313,7 @@ def _load_base_and_mitigations(
     return load, build
 
 
-def _evaluate_items(
+def evaluate_run_items(
     model: Model, config: RunGroupConfig, context: RunContext
 ) -> tuple[pd.DataFrame, float]:
     """Return the items of all probes, and the value of the selection metric."""

@@ -179,7 +179,7 @@ def _train_loop(
                     run.adapter.detach()
             batched, active = _activate(model, running), running
         started = time.monotonic()
-        losses, tokens = _train_step(model, examples, running, batched)
+        losses, tokens = train_batch(model, examples, running, batched)
         step += 1
         seconds = (time.monotonic() - started) / len(running)
         for run, loss in zip(running, losses, strict=True):
@@ -272,7 +272,7 @@ def _is_finite_after_update(model: Model, examples: Sequence[Example], config: R
         return bool(torch.isfinite(token_logprobs(model, batch)).all())
 
 
-def _train_step(
+def train_batch(
     model: Model,
     examples: Sequence[Example],
     runs: Sequence[TrainingRun],
