@@ -12,15 +12,8 @@ from forgetting.data.tables import read_prepared
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
 from forgetting.io import write_json
-from forgetting.models.adapters import model_layers
-from forgetting.models.architecture import write_layers
-from forgetting.models.loading import (
-    PRETRAINED,
-    get_device,
-    load_meta_model,
-    resolve_precision,
-    silence_libraries,
-)
+from forgetting.models.adapters import record_layers
+from forgetting.models.loading import PRETRAINED, get_device, resolve_precision, silence_libraries
 from forgetting.system import describe_computation
 from forgetting.training.distributed import SINGLE_PROCESS
 from forgetting.training.pretrain import pretrain
@@ -46,8 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     precision = resolve_precision(params.precision, device)
     log = partial(ProgressLogger(SINGLE_PROCESS), "pretraining")
     done = pretrain(documents, params.model, folder, options.state, params.seed, log, precision)
-    layers = model_layers(load_meta_model(folder))
-    write_layers(options.layers, folder, layers, done.parameters)
+    record_layers(folder, options.layers)
     files, identity = model_identity(folder)
     record = {
         "path": str(folder),

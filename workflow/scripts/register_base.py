@@ -10,16 +10,10 @@ from forgetting.data.tokenize import chat_template_text, turn_ending
 from forgetting.errors import reports_input_errors
 from forgetting.inputs import model_identity
 from forgetting.io import write_json
-from forgetting.models.adapters import model_layers
-from forgetting.models.architecture import read_model_layers, write_layers
+from forgetting.models.adapters import record_layers
+from forgetting.models.architecture import read_model_layers
 from forgetting.models.config_file import check_ids, placeholders
-from forgetting.models.loading import (
-    check_config,
-    check_stops,
-    load_meta_model,
-    load_tokenizer,
-    silence_libraries,
-)
+from forgetting.models.loading import check_config, check_stops, load_tokenizer, silence_libraries
 
 
 @reports_input_errors
@@ -35,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = params.folder
     read_model_layers(folder)  # checks the files
     check_config(folder)
-    model = load_meta_model(folder)
+    model = record_layers(folder, options.layers)
     tokenizer = load_tokenizer(folder)
     check_stops(folder, tokenizer)
     rows = len(model.get_input_embeddings().weight)
@@ -53,7 +47,6 @@ def main(argv: list[str] | None = None) -> None:
         "parameters": model.num_parameters(),
         "downloaded": params.downloaded,
     }
-    write_layers(options.layers, folder, model_layers(model), model.num_parameters())
     write_json(options.output, record)
     print(f"{params.origin}: {record['parameters']:,} parameters")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from forgetting.config.expand import Method
 from forgetting.config.methods import RankBudgetConfig
 from forgetting.config.variants import VARIANTS
 from forgetting.errors import InputError
+from forgetting.models.architecture import write_layers
 from forgetting.models.layers import (
     Kind,
     Layer,
@@ -34,7 +36,7 @@ from forgetting.models.layers import (
     layers_to_adapt,
     mark_expert_layers,
 )
-from forgetting.models.loading import Model, freeze_non_text, text_modules
+from forgetting.models.loading import Model, freeze_non_text, load_meta_model, text_modules
 
 
 def is_adalora(model: Model) -> bool:
@@ -239,6 +241,17 @@ def model_layers(model: PreTrainedModel) -> list[Layer]:
             for key, weight in module.named_parameters(recurse=False)
         ]
     )
+
+
+def record_layers(folder: Path, path: Path) -> PreTrainedModel:
+    """Write the layers of the model in a folder as JSON, and return it without values of weights.
+
+    Raises:
+        InputError: the weights do not belong to config.json; names the folder and the fault.
+    """
+    model = load_meta_model(folder)
+    write_layers(path, folder, model_layers(model), model.num_parameters())
+    return model
 
 
 def _layer_kind(model: PreTrainedModel, module: nn.Module, weight: nn.Parameter) -> Kind:
