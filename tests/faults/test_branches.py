@@ -122,7 +122,7 @@ class BranchHarness:
 
     def starts(self) -> list[str]:
         """Return the remaining checkpoints of the trunk that branches start from."""
-        return sorted(path.name for path in self.state.glob("*/*/*/*/starts/*"))
+        return sorted(path.name for path in self.state.glob("*/*/*/*/branch_points/*"))
 
 
 @pytest.fixture
@@ -417,7 +417,7 @@ def test_a_killed_trunk_stores_the_same_starts(
             expected["evaluations"],
         )
         assert harness.starts() == whole.starts()
-        for file in Path(expected["folder"], "starts").rglob("*.safetensors"):
+        for file in Path(expected["folder"], "branch_points").rglob("*.safetensors"):
             ours = Path(trunk["folder"]) / file.relative_to(expected["folder"])
             assert ours.read_bytes() == file.read_bytes()
 
@@ -495,7 +495,7 @@ def test_a_partly_removed_start_is_not_used(
     original = shutil.rmtree
 
     def deadly(path: Any, *more: Any, **options: Any) -> None:
-        if Path(path).parent.name == "starts" and Path(path).exists():
+        if Path(path).parent.name == "branch_points" and Path(path).exists():
             next(Path(path).glob("*model.safetensors")).unlink()
             raise Killed
         original(path, *more, **options)

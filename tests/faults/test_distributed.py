@@ -745,7 +745,7 @@ def test_out_of_memory_in_one_process_restarts_all(
     (record,) = json.loads((tmp_path / "runs.json").read_text())
     _agree(record, reference(kind, 2))
     _agree(record, reference(kind, 1))
-    assert not list(tmp_path.rglob("no-room.json"))
+    assert not list(tmp_path.rglob("oom.json"))
 
 
 def _memory_for_one_row(spec: RunGroupConfig, context: RunContext, state: Path) -> Records:
@@ -769,11 +769,11 @@ def test_later_job_knows_that_memory_ran_out(
     """
     with pytest.raises(OutOfMemory):
         run_in_processes(2, _memory_for_one_row, specs["full"], context, tmp_path)
-    assert [path.read_text() for path in tmp_path.rglob("no-room.json")] == ["2\n"]
+    assert [path.read_text() for path in tmp_path.rglob("oom.json")] == ["2\n"]
     roomy = _training(specs["full"], micro_batch_size=4)
     (record,), _ = run_in_processes(2, _memory_for_one_row, roomy, context, tmp_path)
     _agree(record, reference("full", 1))
-    assert not list(tmp_path.rglob("no-room.json"))
+    assert not list(tmp_path.rglob("oom.json"))
 
 
 def test_single_example_out_of_memory_ends_all(
@@ -789,7 +789,7 @@ def test_single_example_out_of_memory_ends_all(
     assert ended.stderr.count("\n") == 1
     assert "training.max_length" in ended.stderr
     assert "memory ran out" not in ended.stdout
-    assert not list(tmp_path.rglob("no-room.json"))
+    assert not list(tmp_path.rglob("oom.json"))
 
 
 @pytest.mark.slow

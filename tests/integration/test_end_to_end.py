@@ -287,7 +287,7 @@ def test_study_with_durations_has_results_of_each(tmp_path: Path) -> None:
     }
     state = folder / results / "state"
     assert not list(state.rglob("optimizer.safetensors"))
-    assert not [path for path in state.glob("*/*/*/*/starts/*") if path.is_dir()]
+    assert not [path for path in state.glob("*/*/*/*/branch_points/*") if path.is_dir()]
 
     shutil.rmtree(state / "duration2" / "full")
     shutil.rmtree(folder / results / "branches" / "full" / "seed0" / "duration2")

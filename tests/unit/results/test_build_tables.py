@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +12,7 @@ from forgetting.benchmarks.sandbox import Outcome
 from forgetting.benchmarks.scores import ITEM_COLUMNS, SCORE_COLUMNS
 from forgetting.errors import InputError
 from forgetting.io import read_json, write_json, write_table
-from forgetting.pipeline.paths import Paths
 from forgetting.results.build_tables import benchmark_tables, main_metric_items
-from forgetting.results.job_results import tables_of
-from golden.invented_results import job_results, make_study
 
 LABELS = {"base": {"run": "base", "method": "base", "label": "base"}}
 
@@ -124,16 +120,3 @@ def test_benchmark_intervals_of_counts_and_perplexities(tmp_path: Path) -> None:
 def test_benchmark_interval_of_none_right_starts_at_zero(tmp_path: Path) -> None:
     scores, _, _ = benchmark_tables([_model(tmp_path / "base")], LABELS)
     assert scores["low"][0] == 0.0
-
-
-def test_tables_have_the_names_that_the_rule_expects(tmp_path: Path) -> None:
-    task = {"sciq": {"revision": "0" * 40}}
-    study = make_study(benchmarks={"tasks": task, "during_training": {"sciq": 2}})
-    found = job_results(study, tmp_path)
-    base = pd.DataFrame(
-        {"task": "sciq", "item": [0, 1], "metric": "acc,none", "value": [0.0, 1.0]}
-    ).assign(response="", choice=pd.array([0, 1], dtype="Int64"))
-    runs = [base.assign(run=record["run"], step=1, epoch=1.0) for record in found.records]
-    made, _ = tables_of(study, replace(found, training_benchmarks=[base, *runs]))
-    expected = [Path(path).stem for path in Paths(study, "made").tables]
-    assert sorted(made) == sorted(expected)

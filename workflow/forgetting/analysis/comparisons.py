@@ -24,7 +24,6 @@ COMPARED_METRICS = (
     *(name for name, metric in PROBE_METRICS.items() if metric.compares_methods),
     *TEXT_SCORES,
 )
-SCORE_COLUMNS = ("probe", "metric", "run", "step", "item", "value", "is_fraction")
 
 
 def compare_methods(
@@ -73,4 +72,4 @@ def _benchmark_scores(items: pd.DataFrame) -> list[pd.DataFrame]:
     if items.empty:
         return []
     scores = items.rename(columns={"task": "probe"}).assign(is_fraction=True)
-    return [scores[list(SCORE_COLUMNS)]]
+    return [scores[["probe", "run", "step", "item", "metric", "value", "is_fraction"]]]

@@ -149,7 +149,7 @@ class StudyParams:
 
     @cached_property
     def _training_benchmarks(self) -> TrainingBenchmarksConfig | None:
-        """The benchmarks of every evaluation; the same questions for the base and for runs."""
+        """Return the benchmarks of every evaluation; the base and the runs get the same items."""
         benchmarks = self.study.benchmarks
         if not benchmarks.during_training:
             return None

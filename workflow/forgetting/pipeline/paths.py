@@ -149,7 +149,7 @@ class Paths:
 
     @cached_property
     def prepared_tables(self) -> dict[str, str]:
-        """Files of the tables that are prepared for training, pretraining and probes, by table."""
+        """Return the files of the prepared tables, by table: training, pretraining and probes."""
         documents = self.study.base.pretrain.documents if self.study.base.pretrain else []
         probes = [table for probe in self.study.probes.values() for table in probe.table]
         tables = dict.fromkeys([*self.study.train, *probes, *documents])
@@ -157,7 +157,7 @@ class Paths:
 
     @property
     def prepared_table_inputs(self) -> list[str]:
-        """The same files as inputs of a rule."""
+        """Return those files as inputs of a rule."""
         return self.table_inputs(self.prepared_tables)
 
     def mitigation_tables(self, method: str) -> list[str]:
@@ -295,7 +295,7 @@ class Paths:
 
     @property
     def method_benchmarks(self) -> list[str]:
-        """What a job writes of every model of a method that it scores."""
+        """Return the files that a benchmark job writes, for every model of its method."""
         return [
             f"{self.results}/benchmarks/{{method}}/{name}/{file}"
             for name in self.scored_models
@@ -304,7 +304,7 @@ class Paths:
 
     @property
     def base_benchmark_results(self) -> list[str]:
-        """The same of the base."""
+        """Return the files that the benchmark job of the base model writes."""
         return [f"{self.results}/benchmarks/base/{file}" for file in SCORE_FILES]
 
     def benchmarks(self, file: str) -> str:
@@ -425,7 +425,7 @@ class Paths:
 
     @property
     def publish_log(self) -> str:
-        """The log of the job that copies the page."""
+        """Return the log of the job that copies the page."""
         return f"{self.logs}/publish.log"
 
 

@@ -105,7 +105,7 @@ class QueuedJob:
 
     @property
     def rule(self) -> str:
-        """The rule that it is for."""
+        """Return the rule that submitted the job."""
         return self.comment.removeprefix("rule_").split("_wildcards_", 1)[0]
 
     @property

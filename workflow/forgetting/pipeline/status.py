@@ -63,7 +63,7 @@ def planned_jobs(config: Mapping[str, str], everything: bool = True) -> dict[int
     )
 
     printed = io.StringIO()
-    # Dry runs print every job, however quiet they are asked to be.
+    # Dry runs print every job, even with --quiet.
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:

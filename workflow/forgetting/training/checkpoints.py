@@ -49,10 +49,10 @@ from forgetting.training.sharded_checkpoints import (
     save_sharded,
 )
 
-BRANCH_CHECKPOINTS = "starts"
+BRANCH_CHECKPOINTS = "branch_points"
 """Subfolder of a trunk with the checkpoints that its cooldown branches start from."""
 
-OOM_FILE = "no-room.json"
+OOM_FILE = "oom.json"
 """File of a run: the micro-batch size at which one of several processes ran out of memory."""
 
 FINAL = "end.json"

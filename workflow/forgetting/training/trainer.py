@@ -95,13 +95,18 @@ def train_run(
 
     Each evaluation writes its items to folder/items-STEP.parquet and then a checkpoint to
     folder/step-STEP. Checkpoints that the selection rule can no longer choose are removed. Where
-    cooldown branches leave a trunk, a checkpoint is written to folder/starts/step-STEP and kept.
+    cooldown branches leave a trunk, a checkpoint is written to folder/branch_points/step-STEP and kept.
 
     A loss that is not finite, or exceeds the limit of `has_diverged`, ends the run with status
     `diverged`. With `config.stop_after_evaluations` a run also ends that many evaluations after it
     reached the threshold.
 
     Args:
+        model: with the adapters of the method, if it has any.
+        examples: tokenized training rows.
+        config: hyperparameters, schedule and evaluation steps of the run.
+        evaluate: scores the model on the probes, and on in-training benchmarks.
+        folder: of the run's state.
         log: called after every step.
         first_stage: final state of the first stage of a two-stage run. A first stage ends at
             `config.until` with status `running`.
