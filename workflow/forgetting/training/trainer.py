@@ -95,7 +95,7 @@ def train_run(
 
     Each evaluation writes its items to folder/items-STEP.parquet and then a checkpoint to
     folder/step-STEP. Checkpoints that the selection rule can no longer choose are removed. Where
-    cooldown branches leave a trunk, a checkpoint is written to folder/branch_points/step-STEP and kept.
+    cooldown branches leave a trunk, a checkpoint in folder/branch_points/step-STEP is kept.
 
     A loss that is not finite, or exceeds the limit of `has_diverged`, ends the run with status
     `diverged`. With `config.stop_after_evaluations` a run also ends that many evaluations after it
