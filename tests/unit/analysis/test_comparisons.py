@@ -95,6 +95,18 @@ def test_the_intervals_are_those_of_pairwise_differences() -> None:
     assert row[["low", "high", "p"]].tolist() == expected[["low", "high", "p"]].tolist()
 
 
+def test_a_metric_that_no_probe_has_is_left_out() -> None:
+    """Probes without wrong answers have an empty column of truth ratios."""
+    items = pd.concat(
+        [
+            _items(f"{label}/seed0", HARD_AND_EASY).assign(truth_ratio_arithmetic=None)
+            for label in "ab"
+        ]
+    )
+    table = compare_methods(items, NO_BENCHMARKS, _selection(("a", 0, 5), ("b", 0, 5)))
+    assert table["metric"].tolist() == ["rougeL_recall"]
+
+
 def test_compare_methods_keeps_columns_without_selection() -> None:
     table = compare_methods(_items("a/seed0", [1.0]), NO_BENCHMARKS, _selection(("a", 0, None)))
     assert table.empty

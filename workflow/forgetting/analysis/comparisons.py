@@ -43,6 +43,8 @@ def compare_methods(
     chosen = selection.dropna(subset=["step"])[["label", "seed", "run", "step"]]
     parts = [*_probe_scores(items), *_benchmark_scores(benchmark_items)]
     scores = pd.concat(parts).merge(chosen, on=["run", "step"]).assign(cluster=math.nan)
+    # A column in which no probe has a score may hold objects.
+    scores = scores.astype({"value": float, "is_fraction": bool})
     tables = [
         pairwise_differences(group, is_fraction=bool(group["is_fraction"].iloc[0])).assign(
             probe=probe, metric=metric

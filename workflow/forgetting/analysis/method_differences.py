@@ -143,12 +143,11 @@ class RunNoise:
     def _unpooled(self, label: str, other: str) -> Variance:
         parts = [self.variances[name] / self.counts[name] for name in (label, other)]
         freedom = [self.counts[name] - 1 for name in (label, other)]
-        return _sum(*map(Variance, parts, freedom))
+        return _with_freedom(sum(parts), *map(Variance, parts, freedom))
 
 
-def _sum(*parts: Variance) -> Variance:
-    """Return the sum of independent variances, with Satterthwaite's degrees of freedom."""
-    total = math.fsum(part.value for part in parts)
+def _with_freedom(total: float, *parts: Variance) -> Variance:
+    """Return a variance that is made of these parts, with Satterthwaite's degrees of freedom."""
     spread = sum(part.value**2 / part.df for part in parts)
     return Variance(total, total**2 / spread if spread else min(part.df for part in parts))
 
@@ -204,9 +203,8 @@ def total_variance(seeds: Variance | None, items: Variance, twice: float = 0.0) 
     """
     if seeds is None:
         return items
-    value = max(seeds.value + items.value - twice, seeds.value, items.value)
-    spread = seeds.value**2 / seeds.df + items.value**2 / items.df
-    return Variance(value, value**2 / spread)
+    total = max(seeds.value + items.value - twice, seeds.value, items.value)
+    return _with_freedom(total, seeds, items)
 
 
 def difference_row(
