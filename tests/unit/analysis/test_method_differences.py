@@ -186,7 +186,7 @@ def test_items_that_never_differ_leave_room_for_others() -> None:
     assert losses["low"] == losses["high"] == 0
     seeds = {(label, seed): [1.0, 0.0, 0.5] for label in "ab" for seed in (0, 1)}
     losses = pairwise_differences(_scores(seeds), is_fraction=False).iloc[0]
-    assert losses["low"] == losses["high"] == 0
+    assert (losses["low"], losses["high"]) == pytest.approx((0, 0), abs=1e-9)
 
 
 def test_duplicates_are_refused() -> None:
