@@ -33,6 +33,7 @@ from forgetting.analysis.power_laws import (
     redrawn_fits,
 )
 from forgetting.config.evaluation import TEXT_PROBE
+from forgetting.config.expand import MIN_LAW_RANKS
 
 OUTCOMES = ("loss", "forgetting")
 
@@ -45,15 +46,16 @@ The paper leaves out 50 of 260 steps.
 LAST_SHARE = 200 / 260
 """Share of the longest run after which points are predicted from the earlier ones."""
 
-MIN_RANKS = 3
 MIN_EVALUATIONS = 5
 MIN_SEEDS = 3
 """Seeds of every rank that intervals of the power laws need: with one they cover .72 to .88."""
 
 MIN_RUNS_LINEAR = 6
 MIN_RANKS_HELD_OUT = 4
+MIN_EARLY_STEPS = 3
 
 DRAWS = 400
+HELD_OUT_STARTS = 4
 PREDICTED_STEPS = 12
 PROFILE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, MAX_RHO)
 
@@ -134,12 +136,7 @@ def law_tables(points: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]
     if not np.isfinite(points[[*OUTCOMES, "trainable_parameters", "step"]].to_numpy(float)).all():
         raise ValueError("a loss, forgetting, step or number of parameters is not finite")
     used = usable_points(points)
-    if used["trainable_parameters"].nunique() < MIN_RANKS:
-        note = (
-            f"The laws of forgetting need {MIN_RANKS} ranks whose chosen runs have "
-            f"{MIN_EVALUATIONS} evaluations after the first {FIRST_SHARE:.0%} of the steps; "
-            f"{used['trainable_parameters'].nunique()} have them."
-        )
+    if note := _why_no_law(used):
         return {name: _table(name, []) for name in LAW_COLUMNS}, [note]
     data = _Data(used)
     power = data.power_fits()
@@ -151,6 +148,23 @@ def law_tables(points: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]
         "law_profile": _profile_rows(data, power[0]),
     }
     return {name: _table(name, rows[name]) for name in LAW_COLUMNS}, []
+
+
+def _why_no_law(points: pd.DataFrame) -> str:
+    """Return a note on what points lack for a law, empty if nothing."""
+    ranks = points["trainable_parameters"].nunique()
+    if ranks < MIN_LAW_RANKS:
+        return (
+            f"The laws of forgetting need {MIN_LAW_RANKS} ranks whose chosen runs have "
+            f"{MIN_EVALUATIONS} evaluations after the first {FIRST_SHARE:.0%} of the steps; "
+            f"{ranks} have them."
+        )
+    constant = [outcome for outcome in OUTCOMES if points[outcome].nunique() == 1]
+    return (
+        f"No law of forgetting is fitted: {' and '.join(constant)} never changes."
+        if constant
+        else ""
+    )
 
 
 def _table(name: str, rows: list[dict[str, object]]) -> pd.DataFrame:
@@ -319,7 +333,8 @@ def _predict_logs(known: Grid, values: Array, wanted: Grid) -> Array:
 
 def _predictor(form: Form) -> Predictor:
     def predict(known: Grid, values: Array, wanted: Grid) -> Array:
-        return fit_laws(form, known, values[:, None]).predict(wanted)[:, 0]
+        fit = fit_laws(form, known, values[:, None], starts=HELD_OUT_STARTS)
+        return fit.laws[0].predict(wanted)
 
     return predict
 
@@ -341,9 +356,9 @@ def _comparison_rows(data: _Data) -> list[dict[str, object]]:
     if len(counts) < MIN_RANKS_HELD_OUT:
         notes.append(f"a rank is held out only of {MIN_RANKS_HELD_OUT} ranks or more")
     # Two steps of what is left determine no curve.
-    late = [last] if len(np.unique(data.steps[~last])) >= MIN_RANKS and last.any() else []
+    late = [last] if len(np.unique(data.steps[~last])) >= MIN_EARLY_STEPS else []
     if not late:
-        notes.append(f"fewer than {MIN_RANKS} steps before the last ones")
+        notes.append(f"fewer than {MIN_EARLY_STEPS} steps before the last ones")
     rows: list[dict[str, object]] = []
     for number, outcome in enumerate(OUTCOMES):
         values = data.values[:, number]
@@ -375,7 +390,8 @@ def _held_out(data: _Data, values: Array, predict: Predictor, held: Array) -> Ar
     known, wanted = (
         Grid(data.grid.x[part], data.grid.y[part], data.grid.reference) for part in (~held, held)
     )
-    return predict(known, values[~held], wanted) - values[held]
+    errors: Array = predict(known, values[~held], wanted) - values[held]
+    return errors
 
 
 def _root_mean(errors: list[Array]) -> float:

@@ -137,7 +137,8 @@ class Law:
     def predict(self, grid: Grid) -> Array:
         """Return the value at each point of a grid with the reference of the fit."""
         log_value, _ = self.form.log_value(self.theta, grid.x, grid.y)
-        return self.offset + self.scale * np.exp(log_value)
+        values: Array = self.offset + self.scale * np.exp(log_value)
+        return values
 
     def constants(self) -> dict[str, float]:
         """Return the constants of f by name."""
@@ -193,7 +194,7 @@ def _solve(form: Form, theta: Array, grid: Grid, values: Array) -> tuple[Law, Ar
     log_value, slopes = form.log_value(theta, grid.x, grid.y)
     top = float(log_value.max())  # Divided out, since f overflows for steep laws.
     f = np.exp(log_value - top)
-    centred = f - f.mean()
+    centred: Array = f - f.mean()
     square = max(float(centred @ centred), 1e-300)
     scale = float(centred @ values) / square
     offset = float(values.mean()) - scale * float(f.mean())
@@ -285,7 +286,8 @@ def noise_sd(values: Array, fitted: Array, constants: int) -> Array:
     """Return the standard deviation of each column around a fit with that many constants."""
     freedom = max(len(values) - constants, 1)
     sd: Array = np.sqrt(((values - fitted) ** 2).sum(axis=0) / freedom)
-    return np.maximum(sd, MIN_NOISE * values.std(axis=0))
+    floor: Array = MIN_NOISE * values.std(axis=0)
+    return np.where(sd > floor, sd, floor)
 
 
 def _best(
@@ -316,8 +318,7 @@ def profile_rho(fit: Fit, grid: Grid, values: Array, noise: Array, rhos: Array) 
     for rho in rhos:
         problem = _Problem(form, grid, values, noise, fixed=math.log(rho))
         costs.append(_best(problem, np.random.default_rng(0), 2, [own]).cost)
-    grown: Array = 2.0 * (np.array(costs) - best)
-    return np.maximum(grown, 0.0)
+    return 2.0 * (np.array(costs) - min(best, *costs))
 
 
 def redrawn_fits(
