@@ -171,7 +171,7 @@ def test_noise_in_the_loss_flattens_least_squares_alone(seeds: int) -> None:
     truth = _linear(_points("OpenOrca"))["slope_ols"]["estimate"]
     noise = (4 * NOISE["OpenOrca"][0], NOISE["OpenOrca"][1])
     studies = [
-        _linear(_points("OpenOrca", seeds, noise, draw)) for draw in range(60 if seeds == 1 else 30)
+        _linear(_points("OpenOrca", seeds, noise, draw)) for draw in range(40 if seeds == 1 else 15)
     ]
     mean = {
         name: np.mean([study[name]["estimate"] for study in studies])
@@ -287,7 +287,8 @@ def test_comparison_prefers_the_true_law_and_a_product_to_logarithms() -> None:
 
 
 def test_comparison_of_exact_data_has_no_error_for_the_true_law() -> None:
-    table = law_tables(_points("News"))[0]["law_comparison"].set_index(["outcome", "law"])
+    points = _points("News", steps=range(50, 261, 30))
+    table = law_tables(points)[0]["law_comparison"].set_index(["outcome", "law"])
     powers = list(laws.LAWS)[-1]
     columns = ["leave_one_rank_out", "largest_rank", "last_steps"]
     for outcome in laws.OUTCOMES:
@@ -295,7 +296,7 @@ def test_comparison_of_exact_data_has_no_error_for_the_true_law() -> None:
 
 
 def test_three_ranks_hold_out_none_and_say_so() -> None:
-    tables, _ = law_tables(_points("News", ranks=(8, 32, 128)))
+    tables, _ = law_tables(_points("News", ranks=(8, 32, 128), steps=range(50, 261, 30)))
     table = tables["law_comparison"]
     assert table[["leave_one_rank_out", "largest_rank"]].isna().all(axis=None)
     assert table["last_steps"].notna().all()
