@@ -12,6 +12,7 @@ import pytest
 from forgetting.analysis import laws
 from forgetting.analysis.laws import law_points, law_tables, linear_rows
 from forgetting.analysis.power_laws import (
+    LAWS,
     PRODUCT,
     SUM_OF_POWERS,
     Grid,
@@ -86,6 +87,7 @@ def _points(
                     rank=rank,
                     seed=seed,
                     trainable_parameters=PARAMETERS_OF_RANK * rank,
+                    learning_rate=1e-4,
                     step=at,
                 )
             )
@@ -220,16 +222,17 @@ def _coverage(name: str, studies: int, draws: int, steps: Iterable[int]) -> dict
 
 def test_intervals_of_three_seeds_cover_level_and_slopes() -> None:
     """Six quantities of eight studies: the mean is about .90; over points it would be about .5."""
-    coverage = _coverage("OpenOrca", studies=6, draws=40, steps=range(50, 261, 42))
+    coverage = _coverage("OpenOrca", studies=5, draws=40, steps=range(50, 261, 42))
     assert np.mean(list(coverage.values())) >= 0.78
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_intervals_of_three_seeds_cover_in_many_studies(name: str) -> None:
-    """Each quantity in 100 studies: .95 less three standard errors of .02, and .05."""
-    coverage = _coverage(name, studies=100, draws=100, steps=STEPS)
-    assert {quantity: each for quantity, each in coverage.items() if each < 0.83} == {}
+    """They cover .87 to .92 of 60 studies; a standard error of one quantity is .04."""
+    coverage = _coverage(name, studies=60, draws=80, steps=range(50, 261, 30))
+    assert {quantity: each for quantity, each in coverage.items() if each < 0.8} == {}
+    assert np.mean(list(coverage.values())) >= 0.86
 
 
 @pytest.fixture
@@ -259,6 +262,28 @@ def test_tables_of_three_seeds() -> None:
     assert (predictions["low"] < predictions["high"]).all()
 
 
+def test_short_runs_different_rates_and_impossible_values_are_said() -> None:
+    points = _points("News", ranks=(8, 32, 128, 256), steps=range(50, 261, 30))
+    points["loss"] -= 2.03
+    points.loc[points["rank"] == 32, "learning_rate"] = 2e-4
+    points = points[(points["rank"] < 256) | (points["step"] < 150)]
+    points = points[(points["rank"] != 128) | (points["step"] < 250)]
+    tables, notes = law_tables(points)
+    assert notes == [
+        "Too few evaluations for the laws of forgetting: r256/seed0.",
+        "The laws of forgetting are over runs of different learning rates.",
+    ]
+    power = tables["law_power"].set_index(["outcome", "quantity"])["note"]
+    assert "below 0, which no cross-entropy is" in power["loss", "asymptote"]
+    assert "below 0" not in power["forgetting", "asymptote"]
+    predictions = tables["law_predictions"]
+    after = predictions["step"] > np.where(predictions["rank"] == 128, 230, 260)
+    assert (predictions["extrapolated"] == after).all()
+    negative = predictions["estimate"] < 0
+    assert negative.any()
+    assert (predictions["note"].str.startswith("below 0") == negative).all()
+
+
 def test_two_seeds_of_a_rank_give_no_interval_and_say_why() -> None:
     points = _points("News", 3, NOISE["News"], steps=range(50, 261, 42), ranks=(8, 32, 256))
     points = points[points["run"] != "r32/seed1"]
@@ -277,7 +302,7 @@ def test_comparison_prefers_the_true_law_and_a_product_to_logarithms() -> None:
     table = law_tables(points)[0]["law_comparison"]
     assert (table["r2"] > 0.9).all()
     errors = table.set_index(["outcome", "law"])[["leave_one_rank_out", "last_steps"]]
-    logarithms, product, powers = laws.LAWS
+    logarithms, product, powers = LAWS
     for column in errors:
         for outcome in laws.OUTCOMES:
             assert (
@@ -289,7 +314,7 @@ def test_comparison_prefers_the_true_law_and_a_product_to_logarithms() -> None:
 def test_comparison_of_exact_data_has_no_error_for_the_true_law() -> None:
     points = _points("News", steps=range(50, 261, 30))
     table = law_tables(points)[0]["law_comparison"].set_index(["outcome", "law"])
-    powers = list(laws.LAWS)[-1]
+    powers = list(LAWS)[-1]
     columns = ["leave_one_rank_out", "largest_rank", "last_steps"]
     for outcome in laws.OUTCOMES:
         assert table.loc[(outcome, powers), columns].max() < 1e-4
@@ -352,6 +377,7 @@ def test_loss_of_a_probe_is_the_mean_over_tokens_of_the_chosen_runs() -> None:
             "rank": pd.array([None, 8, 8], dtype="Int64"),
             "seed": pd.array([None, 1, 1], dtype="Int64"),
             "trainable_parameters": pd.array([None, 100, 100], dtype="Int64"),
+            "learning_rate": [np.nan, 1e-3, 2e-3],
             "chosen": [False, True, False],
             "status": "ok",
         }
@@ -359,6 +385,7 @@ def test_loss_of_a_probe_is_the_mean_over_tokens_of_the_chosen_runs() -> None:
     points = law_points(items, runs, ["lora-r8"], "new")
     # Answers of 3 + 1 and 1 + 1 tokens.
     assert points.to_dict("records") == [
-        {"run": "a", "rank": 8, "seed": 1, "trainable_parameters": 100, "step": 10}
+        {"run": "a", "rank": 8, "seed": 1, "trainable_parameters": 100}
+        | {"learning_rate": 1e-3, "step": 10}
         | {"loss": pytest.approx((4 * 1.0 + 2 * 4.0) / 6), "forgetting": pytest.approx(0.3)}
     ]

@@ -13,20 +13,20 @@ on the general text. Both are in nats per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from forgetting.analysis.power_laws import (
+    LAWS,
     MAX_RHO,
-    PRODUCT,
     SUM_OF_POWERS,
     Array,
     Fit,
-    Form,
     Grid,
+    Predictor,
     fit_laws,
     noise_sd,
     profile_rho,
@@ -55,10 +55,10 @@ MIN_RANKS_HELD_OUT = 4
 MIN_EARLY_STEPS = 3
 
 DRAWS = 400
-HELD_OUT_STARTS = 4
 PREDICTED_STEPS = 12
 PROFILE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, MAX_RHO)
 
+IMPOSSIBLE = "below 0, which no cross-entropy is: the law does not hold here"
 NOT_IDENTIFIABLE = "not identifiable: other values fit as well"
 
 LAW_COLUMNS = {
@@ -90,10 +90,10 @@ def law_points(
         probe: the probe whose answers' loss is taken.
 
     Returns:
-        run, rank, seed, trainable_parameters, step, loss, forgetting.
+        run, rank, seed, trainable_parameters, learning_rate, step, loss, forgetting.
     """
     chosen = runs[runs["chosen"] & (runs["status"] == "ok") & runs["method"].isin(list(methods))]
-    columns = ["run", "rank", "seed", "trainable_parameters"]
+    columns = ["run", "rank", "seed", "trainable_parameters", "learning_rate"]
     asked = items[items["probe"] == probe]
     lengths = asked[asked["run"] == "base"].set_index("item")["reference_tokens"] + 1.0
     tokens = asked["item"].map(lengths)
@@ -116,10 +116,11 @@ def usable_points(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def law_tables(points: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Return the tables of the laws, and a note if there are too few points for any.
+    """Return the tables of the laws, and notes on what they cannot say.
 
     Args:
-        points: run, rank, seed, trainable_parameters, step (at least 1), loss and forgetting.
+        points: run, rank, seed, trainable_parameters, learning_rate, step (at least 1), loss and
+            forgetting.
 
     Returns:
         The tables of `LAW_COLUMNS`, without rows if there are too few points. `law_linear` is the
@@ -138,6 +139,11 @@ def law_tables(points: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]
     used = usable_points(points)
     if note := _why_no_law(used):
         return {name: _table(name, []) for name in LAW_COLUMNS}, [note]
+    notes = []
+    if left_out := sorted(set(points["run"]) - set(used["run"])):
+        notes.append(f"Too few evaluations for the laws of forgetting: {', '.join(left_out)}.")
+    if used["learning_rate"].nunique() > 1:
+        notes.append("The laws of forgetting are over runs of different learning rates.")
     data = _Data(used)
     power = data.power_fits()
     rows = {
@@ -147,7 +153,7 @@ def law_tables(points: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]
         "law_predictions": _prediction_rows(data, power),
         "law_profile": _profile_rows(data, power[0]),
     }
-    return {name: _table(name, rows[name]) for name in LAW_COLUMNS}, []
+    return {name: _table(name, rows[name]) for name in LAW_COLUMNS}, notes
 
 
 def _why_no_law(points: pd.DataFrame) -> str:
@@ -233,6 +239,7 @@ class _Data:
         self.ranks = points.drop_duplicates("trainable_parameters").set_index(
             "trainable_parameters"
         )["rank"]
+        self.last_steps = points.groupby("trainable_parameters")["step"].max()
         self.run_count = points["run"].nunique()
         seeds = points.groupby("rank")["run"].nunique()
         self.seeds = int(seeds.min())
@@ -272,7 +279,8 @@ def _power_rows(data: _Data, fits: list[Fit]) -> list[dict[str, object]]:
         at_bound = laws[0].at_bound()
         summaries, constants = [law.summary() for law in laws], [law.constants() for law in laws]
         for name in summaries[0]:
-            add(outcome, name, [each[name] for each in summaries])
+            notes = _asymptote_notes(summaries[0][name], at_bound) if name == "asymptote" else []
+            add(outcome, name, [each[name] for each in summaries], *notes)
         for name in constants[0]:
             bound = "at its bound" if name in at_bound else ""
             if name != "rho":
@@ -284,6 +292,11 @@ def _power_rows(data: _Data, fits: list[Fit]) -> list[dict[str, object]]:
         row |= {"low": math.nan, "high": math.nan, "runs": data.run_count, "seeds": data.seeds}
         rows.append(row | {"note": "where level and slopes are given"})
     return rows
+
+
+def _asymptote_notes(value: float, at_bound: list[str]) -> list[str]:
+    notes = [f"not determined: {' and '.join(at_bound)} at a bound"] if at_bound else []
+    return [*notes, IMPOSSIBLE] if value < 0 else notes
 
 
 def _prediction_rows(data: _Data, fits: list[Fit]) -> list[dict[str, object]]:
@@ -299,10 +312,14 @@ def _prediction_rows(data: _Data, fits: list[Fit]) -> list[dict[str, object]]:
             "rank": data.ranks[count],
             "trainable_parameters": count,
             "step": int(step),
-            "extrapolated": bool(step > last),
+            "extrapolated": bool(step > data.last_steps[count]),
             "estimate": float(drawn[0, point, number]),
             **data.interval(list(drawn[1:, point, number])),
-            "note": data.note,
+            "note": "; ".join(
+                note
+                for note in (IMPOSSIBLE if drawn[0, point, number] < 0 else "", data.note)
+                if note
+            ),
         }
         for number, outcome in enumerate(OUTCOMES)
         for point, (count, step) in enumerate(zip(parameters, at, strict=True))
@@ -315,36 +332,6 @@ def _profile_rows(data: _Data, fit: Fit) -> list[dict[str, object]]:
     return [
         {"rho": rho, "chi_square": float(each)} for rho, each in zip(PROFILE, grown, strict=True)
     ]
-
-
-Predictor = Callable[[Grid, Array, Grid], Array]
-"""Fits a law to the values at some points, and returns its predictions at others."""
-
-
-def _predict_logs(known: Grid, values: Array, wanted: Grid) -> Array:
-    """Predict by a + b ln P + c ln N."""
-
-    def design(grid: Grid) -> Array:
-        return np.column_stack([np.ones_like(grid.x), grid.x, grid.y])
-
-    predicted: Array = design(wanted) @ np.linalg.lstsq(design(known), values, rcond=None)[0]
-    return predicted
-
-
-def _predictor(form: Form) -> Predictor:
-    def predict(known: Grid, values: Array, wanted: Grid) -> Array:
-        fit = fit_laws(form, known, values[:, None], starts=HELD_OUT_STARTS)
-        return fit.laws[0].predict(wanted)
-
-    return predict
-
-
-LAWS: dict[str, tuple[int, Predictor]] = {
-    "a + b ln P + c ln N": (3, _predict_logs),
-    "s + K P^-a N^-b": (4, _predictor(PRODUCT)),
-    "s + K (w P^-alpha + (1 - w) N^-beta)^rho": (6, _predictor(SUM_OF_POWERS)),
-}
-"""The number of constants of each law, and its predictions."""
 
 
 def _comparison_rows(data: _Data) -> list[dict[str, object]]:

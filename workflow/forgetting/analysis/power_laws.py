@@ -30,6 +30,7 @@ AT_BOUND = 1e-3
 """A logarithm this near to its bound counts as on it."""
 
 STARTS = 8
+HELD_OUT_STARTS = 4
 REFIT_EVALUATIONS = 60
 
 MIN_NOISE = 1e-7
@@ -358,3 +359,33 @@ def redrawn_fits(
                 )
         refits.append(refit(fit, grid, drawn, noise))
     return refits
+
+
+Predictor = Callable[[Grid, Array, Grid], Array]
+"""Fits a law to the values at some points, and returns its predictions at others."""
+
+
+def _predict_logs(known: Grid, values: Array, wanted: Grid) -> Array:
+    """Predict by a + b ln P + c ln N."""
+
+    def design(grid: Grid) -> Array:
+        return np.column_stack([np.ones_like(grid.x), grid.x, grid.y])
+
+    predicted: Array = design(wanted) @ np.linalg.lstsq(design(known), values, rcond=None)[0]
+    return predicted
+
+
+def _predictor(form: Form) -> Predictor:
+    def predict(known: Grid, values: Array, wanted: Grid) -> Array:
+        fit = fit_laws(form, known, values[:, None], starts=HELD_OUT_STARTS)
+        return fit.laws[0].predict(wanted)
+
+    return predict
+
+
+LAWS: dict[str, tuple[int, Predictor]] = {
+    "a + b ln P + c ln N": (3, _predict_logs),
+    "s + K P^-a N^-b": (4, _predictor(PRODUCT)),
+    "s + K (w P^-alpha + (1 - w) N^-beta)^rho": (6, _predictor(SUM_OF_POWERS)),
+}
+"""The number of constants of each law, and its predictions."""
