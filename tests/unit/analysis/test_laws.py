@@ -366,6 +366,9 @@ def test_loss_of_a_probe_is_the_mean_over_tokens_of_the_chosen_runs() -> None:
             item("a", 10, "old", 0, logprob_answer=-9.0),
             item("a", 10, TEXT_PROBE, 0, forgetting_ce_hard=0.2),
             item("a", 10, TEXT_PROBE, 1, forgetting_ce_hard=0.4),
+            item("a", 20, "new", 0, logprob_answer=np.nan),
+            item("a", 20, "new", 1, logprob_answer=-4.0),
+            item("a", 20, TEXT_PROBE, 0, forgetting_ce_hard=0.2),
             item("b", 10, "new", 0, logprob_answer=-1.0),
             item("b", 10, TEXT_PROBE, 0, forgetting_ce_hard=0.2),
         ]
@@ -382,6 +385,7 @@ def test_loss_of_a_probe_is_the_mean_over_tokens_of_the_chosen_runs() -> None:
             "status": "ok",
         }
     )
+    assert law_tables(law_points(items, runs, ["lora-r2"], "new"))[1][0].endswith("0 have them.")
     points = law_points(items, runs, ["lora-r8"], "new")
     # Answers of 3 + 1 and 1 + 1 tokens.
     assert points.to_dict("records") == [

@@ -80,7 +80,7 @@ LAW_COLUMNS = {
 def law_points(
     items: pd.DataFrame, runs: pd.DataFrame, methods: Iterable[str], probe: str
 ) -> pd.DataFrame:
-    """Return loss and forgetting of the chosen runs at every evaluation.
+    """Return loss and forgetting of the chosen runs at every evaluation where both are finite.
 
     Args:
         items: the items of the base model and of all runs; reference_tokens, the length of each
@@ -98,11 +98,16 @@ def law_points(
     lengths = asked[asked["run"] == "base"].set_index("item")["reference_tokens"] + 1.0
     tokens = asked["item"].map(lengths)
     sums = pd.DataFrame({"loss": -asked["logprob_answer"] * tokens, "tokens": tokens})
-    totals = sums.groupby([asked["run"], asked["step"]]).sum()
+    totals = sums.groupby([asked["run"], asked["step"]]).sum(skipna=False)
     text = items[items["probe"] == TEXT_PROBE]
     forgetting = text.groupby(["run", "step"])["forgetting_ce_hard"].mean()
     both = pd.DataFrame({"loss": totals["loss"] / totals["tokens"], "forgetting": forgetting})
-    points = both.dropna().reset_index().merge(chosen[columns], on="run")
+    points = (
+        both.replace([np.inf, -np.inf], np.nan)
+        .dropna()
+        .reset_index()
+        .merge(chosen[columns], on="run")
+    )
     return points[[*columns, "step", *OUTCOMES]].astype(
         dict.fromkeys(["rank", "seed", "trainable_parameters"], "int64")
     )
