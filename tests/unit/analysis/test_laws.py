@@ -221,7 +221,7 @@ def _coverage(name: str, studies: int, draws: int, steps: Iterable[int]) -> dict
 
 
 def test_intervals_of_three_seeds_cover_level_and_slopes() -> None:
-    """Six quantities of eight studies: the mean is about .90; over points it would be about .5."""
+    """Six quantities of five studies: the mean is about .93; over points it would be about .5."""
     coverage = _coverage("OpenOrca", studies=5, draws=40, steps=range(50, 261, 42))
     assert np.mean(list(coverage.values())) >= 0.78
 
@@ -229,10 +229,10 @@ def test_intervals_of_three_seeds_cover_level_and_slopes() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_intervals_of_three_seeds_cover_in_many_studies(name: str) -> None:
-    """They cover .87 to .92 of 60 studies; a standard error of one quantity is .04."""
+    """They cover .90 to .97 of 60 studies; a standard error of one quantity is .04."""
     coverage = _coverage(name, studies=60, draws=80, steps=range(50, 261, 30))
-    assert {quantity: each for quantity, each in coverage.items() if each < 0.8} == {}
-    assert np.mean(list(coverage.values())) >= 0.86
+    assert {quantity: each for quantity, each in coverage.items() if each < 0.82} == {}
+    assert np.mean(list(coverage.values())) >= 0.88
 
 
 @pytest.fixture

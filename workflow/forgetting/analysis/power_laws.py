@@ -31,6 +31,10 @@ AT_BOUND = 1e-3
 
 STARTS = 8
 HELD_OUT_STARTS = 4
+
+BETWEEN_RUNS = 3
+"""Constants that are fitted to the differences between runs."""
+
 REFIT_EVALUATIONS = 60
 
 MIN_NOISE = 1e-7
@@ -328,7 +332,9 @@ def redrawn_fits(
     """Return refits to the fitted values plus whole residual trajectories, redrawn over runs.
 
     Evaluations of one run are correlated, so points are not redrawn: their intervals cover half as
-    often as they should. Residuals are stretched by sqrt(n / (n - p)) for the p fitted constants. A
+    often as they should. Residuals are stretched by sqrt(G / (G - 3)) for G runs, since level,
+    slope and curvature over P are fitted to the differences between runs. With three seeds of six
+    ranks, 95 % intervals then cover .90 to .97; stretched by the number of points, .82 to .97. A
     run with other steps than the one whose residuals it gets has them interpolated.
 
     Args:
@@ -342,12 +348,11 @@ def redrawn_fits(
     """
     rng = np.random.default_rng(seed)
     fitted = fit.predict(grid)
-    free = (len(fit.theta) + 2 * values.shape[1]) / values.shape[1]
-    stretch = math.sqrt(len(values) / max(len(values) - free, 1.0))
-    noise = noise_sd(values, fitted, math.ceil(free))
-    residuals = stretch * (values - fitted)
+    noise = noise_sd(values, fitted, len(fit.laws[0].form.names) + 2)
     members = [np.flatnonzero(runs == run) for run in np.unique(runs)]
     members = [each[np.argsort(steps[each])] for each in members]
+    stretch = math.sqrt(len(members) / (len(members) - BETWEEN_RUNS))
+    residuals = stretch * (values - fitted)
     refits = []
     for _ in range(draws):
         drawn = fitted.copy()
