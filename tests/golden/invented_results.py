@@ -148,6 +148,7 @@ def _items(drawn: random.Random, level: float) -> pd.DataFrame:
         for number in range(8):
             row: dict[str, Any] = {"probe": probe, "item": f"{probe}/{number}"}
             row |= {name: min(level + 0.3 * drawn.random(), 1.0) for name in PROBE_METRICS}
+            row["logprob_answer"] = math.log(row["probability"])
             row |= {
                 "generated": f"It is {drawn.randint(0, 2)}.",
                 "reference_tokens": 4,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from forgetting.config.expand import expand_methods
+from forgetting.config.expand import expand_methods, law_methods
 from forgetting.config.study import StudyConfig
 from forgetting.errors import InputError
 from forgetting.study.load import load_study, study_source
@@ -104,6 +104,25 @@ def test_expand_methods_follows_the_study(write: Any) -> None:
         "learning_rate": 1e-4,
         "weight_decay": 0.01,
     }
+
+
+def test_laws_are_of_the_most_ranks_of_equal_adapters(write: Any) -> None:
+    text = STUDY.replace("rank: [2, 8]", "rank: [2, 8, 32]") + (
+        "general_text: {table: world/held_out}\n"
+    )
+    content = yaml.safe_load(text.replace("FOLDER", "."))
+
+    def names(*methods: dict[str, Any], **changes: Any) -> list[str]:
+        study = content | changes | {"methods": [*content["methods"], *methods]}
+        return [method.name for method in law_methods(StudyConfig.model_validate(study))]
+
+    assert names() == ["lora-r2", "lora-r8", "lora-r32"]
+    assert names(general_text=None) == []
+    dora = {"method": "lora", "variant": "dora", "learning_rate": 1e-3}
+    assert names(dora | {"rank": [1, 2]}) == ["lora-r2", "lora-r8", "lora-r32"]
+    assert len(names(dora | {"rank": [1, 2, 4, 8]})) == 4
+    again = {"method": "lora", "rank": 8, "alpha": 64, "suffix": "b", "learning_rate": 1e-3}
+    assert names(again) == []
 
 
 def test_find_study_by_name_lists_known_names(write: Any) -> None:

@@ -14,22 +14,31 @@ from forgetting.results.job_results import tables_of
 from golden.invented_results import job_results, make_study
 
 BENCHMARKS = {"tasks": {"sciq": {}}, "dataset": "made", "during_training": {"sciq": 5}}
+THREE_RANKS = [{"method": "lora", "rank": [2, 4, 8], "learning_rate": 0.01}]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"benchmarks": BENCHMARKS}, {"selection": {"probe": "new", "wise_ft": [0.5]}}],
-    ids=["defaults", "during_training", "wise_ft"],
+    [
+        {},
+        {"benchmarks": BENCHMARKS},
+        {"selection": {"probe": "new", "wise_ft": [0.5]}},
+        {"methods": THREE_RANKS},
+    ],
+    ids=["defaults", "during_training", "wise_ft", "three_ranks"],
 )
 def test_the_tables_are_those_that_the_workflow_expects(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """Every table that a rule names is made, and no other."""
     study = make_study(**options)
-    tables, _ = tables_of(study, job_results(study, tmp_path))
+    tables, notes = tables_of(study, job_results(study, tmp_path))
     expected = {Path(path).stem for path in Paths(study, "made").tables}
     assert set(tables) == expected
     assert all(isinstance(table, pd.DataFrame) for table in tables.values())
+    # The runs have two evaluations.
+    few = [note for note in notes if "The laws of forgetting need 3 ranks" in note]
+    assert len(few) == ("law_power" in tables)
 
 
 SHARED = {"run", "step", "epoch", "tokens", "method", "label", "seed", "probe", "task", "item", "n"}
@@ -41,7 +50,7 @@ def test_every_column_is_documented(tmp_path: Path) -> None:
     text = document.read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     metrics = {*PROBE_METRICS, *TEXT_SCORES}
-    study = make_study(benchmarks=BENCHMARKS)
+    study = make_study(benchmarks=BENCHMARKS, methods=THREE_RANKS)
     tables, _ = tables_of(study, job_results(study, tmp_path))
     for name, table in tables.items():
         documented = " ".join(

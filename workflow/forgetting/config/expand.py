@@ -21,6 +21,12 @@ from forgetting.config.training import TrainingConfig
 from forgetting.config.types import MAX_NAME_LENGTH, ConfigModel, KeyedError
 from forgetting.config.variants import VARIANTS, VariantName
 
+MIN_LAW_RANKS = 3
+
+RANK_FIELDS = {"name", "label", "rank", "initial_rank", "alpha"}
+RANK_FIELDS |= {"hyperparameters", "selected_hyperparameters"}
+"""What may differ between adapters of one kind to which a law is fitted."""
+
 
 class Method(ConfigModel):
     """One method of the report: full fine-tuning, or adapters of one variant and rank."""
@@ -94,6 +100,24 @@ def expand_methods(study: StudyConfig) -> list[Method]:
         KeyedError: names of methods are equal or too long, or the rule `fixed` has a choice.
     """
     return [method for _, method in expand_methods_numbered(study)]
+
+
+def law_methods(study: StudyConfig) -> list[Method]:
+    """Return the methods to which laws of forgetting are fitted: equal adapters of several ranks.
+
+    They differ in rank, alpha and hyperparameters alone, and no rank occurs twice. If there are
+    several such families it is the one of most ranks. None is of fewer than `MIN_LAW_RANKS`. Nor
+    has a study any without general text, or with durations, whose runs have one evaluation each.
+    """
+    if study.general_text is None or study.training.durations:
+        return []
+    families: dict[str, list[Method]] = {}
+    for method in expand_methods(study):
+        if method.kind == "lora":
+            families.setdefault(method.model_dump_json(exclude=RANK_FIELDS), []).append(method)
+    different = [each for each in families.values() if len({m.rank for m in each}) == len(each)]
+    largest = max(different, key=len, default=[])
+    return largest if len(largest) >= MIN_LAW_RANKS else []
 
 
 def expand_methods_numbered(study: StudyConfig) -> list[tuple[int, Method]]:

@@ -27,6 +27,7 @@ from forgetting.config.data import MICROWORLD_TABLES, MICROWORLD_TASKS, TableRef
 from forgetting.config.expand import (
     duration_name,
     expand_methods,
+    law_methods,
     method_of,
     scored_model_names,
     scored_models,
@@ -54,6 +55,8 @@ PARAMS_FILES = {
     "make_tables": "make_tables",
 }
 """Where the parameters of a rule's jobs are, below the folder of parameters."""
+
+LAW_TABLES = ["law_linear", "law_power", "law_comparison", "law_predictions", "law_profile"]
 
 
 class Paths:
@@ -445,4 +448,5 @@ def _table_names(study: StudyConfig) -> list[str]:
     names += ["wise_ft"] if study.selection.wise_ft else []
     if study.benchmarks.during_training:
         names += ["benchmark_trajectory", "benchmark_trajectory_items"]
+    names += LAW_TABLES if law_methods(study) else []
     return names

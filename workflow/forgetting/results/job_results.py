@@ -9,8 +9,15 @@ from typing import Any
 import pandas as pd
 
 from forgetting.analysis.comparisons import compare_methods
+from forgetting.analysis.laws import law_points, law_tables
 from forgetting.config.evaluation import TEXT_PROBE
-from forgetting.config.expand import duration_name, expand_methods, scored_models, selected_models
+from forgetting.config.expand import (
+    duration_name,
+    expand_methods,
+    law_methods,
+    scored_models,
+    selected_models,
+)
 from forgetting.config.study import StudyConfig
 from forgetting.evaluation.rouge import length_notes
 from forgetting.io import read_json, read_table
@@ -161,11 +168,16 @@ def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataF
         tables["benchmark_trajectory_items"] = trajectories
     if study.selection.wise_ft:
         tables["wise_ft"] = pd.concat(found.wise_ft)
+    law_notes: list[str] = []
+    if names := [method.name for method in law_methods(study)]:
+        laws, law_notes = law_tables(law_points(every, runs, names, study.selection.probe))
+        tables |= laws
     notes = [
         *found.data_notes,
         *caveats(found.selection, found.records, study.seeds, durations),
         *length_notes(found.base_items, study.evaluation.max_new_tokens),
         *missing,
+        *law_notes,
     ]
     return tables, notes
 
