@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ STUDY: dict[str, Any] = {
     "precision": "float32",
     "seeds": [0, 1],
 }
+
+
+MATCHED = ("matched_differences", "matched_values")
 
 
 def make_study(**changes: Any) -> StudyConfig:
@@ -131,12 +135,18 @@ def job_results(study: StudyConfig, folder: Path) -> JobResults:
 def tables(folder: Path) -> dict[str, Any]:
     """Aggregate invented results of two methods and two seeds."""
     study = make_study()
-    made, notes = tables_of(study, job_results(study, folder))
+    found = job_results(study, folder)
+    made, notes = tables_of(study, found)
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
     # The last evaluations are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
+    # The invented base knows what is new: nothing would be matched.
+    lower = found.base_items.assign(probability=found.base_items["probability"] / 4)
+    matched, _ = tables_of(study, replace(found, base_items=lower))
+    means = {name: matched[name].query("level.isna()") for name in MATCHED}
     return {
         **{name: columns_of(table) for name, table in zip(kept, ends, strict=True)},
+        **{name: columns_of(table) for name, table in means.items()},
         "notes": notes,
     }
 

@@ -70,6 +70,8 @@ TABLES = [
     "items",
     "selection",
     "comparisons",
+    "matched_differences",
+    "matched_values",
     "benchmarks",
     "benchmark_items",
 ]

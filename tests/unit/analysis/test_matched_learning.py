@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -178,6 +178,12 @@ def test_one_seed_compares_models_and_equal_methods_do_not_differ() -> None:
     assert row["high"] == pytest.approx(stats.t.ppf(0.975, 19) / 20), "one item may change by 1"
 
 
+def test_a_single_method_has_values_and_no_pairs() -> None:
+    differences, values = compare_at_matched_learning(*_study({("a", 0): (X, HIGH)}), RULE, ["old"])
+    assert differences.empty
+    assert values["value"].notna().all()
+
+
 def test_losses_are_lower_where_more_is_kept() -> None:
     items, chosen = _study({("a", 0): (X, LOW), ("b", 0): (X, HIGH)})
     text = items[items["probe"] == "old"].rename(columns={"rougeL_recall": "forgetting_kl"})
@@ -190,11 +196,12 @@ def test_losses_are_lower_where_more_is_kept() -> None:
     }
 
 
-def test_nothing_is_compared_where_the_base_knows_what_is_new() -> None:
+@pytest.mark.parametrize(("base", "old"), [(0.95, ["old"]), (0.0, [])])
+def test_nothing_is_compared_where_nothing_can_be_learnt_or_forgotten(
+    base: float, old: list[str]
+) -> None:
     curves = {(label, 0): (X, HIGH) for label in "ab"}
-    differences, values = compare_at_matched_learning(
-        *_study(curves, base=(0.95, 0.9)), RULE, ["old"]
-    )
+    differences, values = compare_at_matched_learning(*_study(curves, (base, 0.9)), RULE, old)
     assert differences.empty
     assert values.empty
     assert "range_high" in differences
@@ -235,31 +242,36 @@ def _simulated(
     }
 
     def rows(
-        run: str, step: int, means: dict[str, float], shared: Callable[[str], np.ndarray]
-    ) -> list[pd.DataFrame]:
-        parts = []
-        for probe, mean in means.items():
-            latent = shared(probe) + 0.5 * random.standard_normal(len(own[probe]))
-            right = latent < stats.norm.ppf(np.clip(mean, 0.01, 0.99))
-            part = {"item": np.arange(len(right)), "rougeL_recall": right.astype(float)}
-            parts.append(pd.DataFrame(part).assign(run=run, step=step, probe=probe))
-            parts[-1]["cluster"] = cluster if probe == "old" else math.nan
+        run: str, step: int, means: tuple[float, float], shared: dict[str, np.ndarray]
+    ) -> list[tuple[object, ...]]:
+        parts: list[tuple[object, ...]] = []
+        for probe, mean in zip(("new", "old"), means, strict=True):
+            noise = 0.5 * random.standard_normal(len(own[probe]))
+            limit = stats.norm.ppf(min(max(mean, 0.01), 0.99))
+            right = (own[probe] + shared[probe] + noise < limit).astype(float).tolist()
+            groups = cluster.tolist() if probe == "old" else [math.nan] * len(right)
+            parts += [
+                (run, step, probe, item, value, group)
+                for item, (value, group) in enumerate(zip(right, groups, strict=True))
+            ]
         return parts
 
-    base = {probe: math.sqrt(0.15) * random.standard_normal(len(own[probe])) for probe in own}
-    tables = rows("base", 0, {"new": 0.02, "old": 0.9}, lambda probe: own[probe] + base[probe])
+    def drawn() -> dict[str, np.ndarray]:
+        return {probe: math.sqrt(0.15) * random.standard_normal(len(own[probe])) for probe in own}
+
+    table = rows("base", 0, (0.02, 0.9), drawn())
     chosen = []
     for number, drop in enumerate(drops):
-        method = {probe: math.sqrt(0.15) * random.standard_normal(len(own[probe])) for probe in own}
+        method = drawn()
         for seed in range(seeds):
             run = f"m{number}/{seed}"
             shift, speed = run_sd * random.standard_normal(), random.uniform(0.8, 1.2)
             for step in range(1, 10):
                 x = 0.02 + 0.96 / (1 + math.exp(-speed * (step - 4.5)))
-                means = {"new": x, "old": 0.9 - drop * math.sqrt(x) + shift}
-                tables += rows(run, step, means, lambda probe, m=method: own[probe] + m[probe])  # type: ignore[misc]
+                table += rows(run, step, (x, 0.9 - drop * math.sqrt(x) + shift), method)
             chosen.append({"label": f"m{number}", "seed": seed, "run": run, "status": "ok"})
-    return pd.concat(tables), pd.DataFrame(chosen).assign(end=math.nan)
+    columns = ["run", "step", "probe", "item", "rougeL_recall", "cluster"]
+    return pd.DataFrame(table, columns=columns), pd.DataFrame(chosen).assign(end=math.nan)
 
 
 def _coverage(studies: int, seeds: int, run_sd: float) -> tuple[float, float]:
@@ -278,16 +290,16 @@ def _coverage(studies: int, seeds: int, run_sd: float) -> tuple[float, float]:
 
 
 def test_interval_covers_the_true_difference() -> None:
-    """25 studies of three seeds hold it in 80 % or more: .95 less three standard errors."""
-    coverage, bias = _coverage(25, 3, 0.045)
+    """12 studies of three seeds hold it in 10 or more: .95 less two standard errors."""
+    coverage, bias = _coverage(12, 3, 0.045)
     assert coverage >= 0.8
     assert abs(bias) < 0.04
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seeds", "run_sd"), [(2, 0.045), (3, 0.02), (3, 0.09), (5, 0.045)])
+@pytest.mark.parametrize(("seeds", "run_sd"), [(2, 0.045), (3, 0.09), (5, 0.02)])
 def test_coverage_is_nominal(seeds: int, run_sd: float) -> None:
-    """150 studies hold it within .05 of .95: .02, and two standard errors of the simulation."""
-    coverage, bias = _coverage(150, seeds, run_sd)
-    assert 0.90 <= coverage <= 1.0
+    """100 studies hold it within .06 of .95: .02, and two standard errors of the simulation."""
+    coverage, bias = _coverage(100, seeds, run_sd)
+    assert 0.89 <= coverage <= 1.0
     assert abs(bias) < 0.02

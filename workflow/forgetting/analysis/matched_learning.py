@@ -48,19 +48,14 @@ DRAWS = 120
 """Number of draws of items."""
 
 _BETTER = dict.fromkeys(UNBOUNDED_METRICS & set(TEXT_SCORES), "lower")
-
 _Measure = Mapping[str, Any]
-"""Columns that describe a metric and its sample."""
-
 _Lost = Mapping[str, Mapping[str, int]]
-"""Numbers of diverged and missing runs by label."""
 
 MEASURE = ["probe", "metric", "better", "level", "range_low", "range_high"]
 DIFFERENCE_COLUMNS = [*MEASURE, *COLUMNS, "reached", "reached_other"]
 VALUE_COLUMNS = [
     *MEASURE,
-    *("label", "value", "low", "high", "scope", "seeds", "reached"),
-    *("diverged", "missing"),
+    *("label", "value", "low", "high", "scope", "seeds", "reached", "diverged", "missing"),
 ]
 
 
@@ -73,8 +68,7 @@ def value_at_level(x: np.ndarray, y: np.ndarray, level: float) -> float:
         level: of x.
 
     Returns:
-        The value; NaN if x never reaches the level, or if it does so between the base and an
-        evaluation more than `LARGEST_STEP` above it.
+        The value; NaN if x never reaches the level, or in a first bracket above `LARGEST_STEP`.
     """
     rising = _isotonic(np.asarray(x, dtype=float)[None])
     first = int(np.argmax(rising[0] >= level))
@@ -111,8 +105,6 @@ class _Run:
     """The trajectory of a method and seed.
 
     Attributes:
-        label: of the method.
-        seed: of the training.
         points: rows of its evaluations in the tables of scores, the base first.
         x: isotonic new knowledge: of the sample in the first row, then of the draws.
     """
@@ -183,9 +175,9 @@ def compare_at_matched_learning(
             runs.append(run)
     slow = {run.label for run in runs if run.maximum < start}
     ends = [run.maximum for run in runs if run.label not in slow]
-    if not ends or start >= rule.threshold:  # There is nothing to match.
-        return pd.DataFrame(columns=DIFFERENCE_COLUMNS), pd.DataFrame(columns=VALUE_COLUMNS)
-    high = min(rule.threshold, *ends)
+    if not ends or start >= rule.threshold:
+        old = []  # There is nothing to match.
+    high = min([rule.threshold, *ends])
     levels = np.union1d(np.linspace(start, rule.threshold, LEVELS), [high])
     span = _Range(levels, start, high)
     differences, values = [], []
@@ -195,13 +187,15 @@ def compare_at_matched_learning(
             continue
         measure = {
             **{"probe": probe, "metric": metric, "better": _BETTER.get(metric, "higher")},
-            **{"range_low": start, "range_high": high},
-            **{"n": scores.shape[1], "clusters": clusters.nunique()},
+            **{"range_low": start, "range_high": high, "n": scores.shape[1]},
+            "clusters": clusters.nunique(),
         }
         y = _draw_weights(clusters, seed=1) @ scores.reindex(new.index).to_numpy().T
         pairs, methods = _compare(runs, _values(runs, y, span, slow), span, lost, measure)
         differences.append(pairs)
         values.append(methods)
+    if not values:
+        return pd.DataFrame(columns=DIFFERENCE_COLUMNS), pd.DataFrame(columns=VALUE_COLUMNS)
     return pd.concat(differences, ignore_index=True), pd.concat(values, ignore_index=True)
 
 
@@ -257,8 +251,8 @@ def _compare(
         runs: that are compared.
         values: of the runs, (runs, 1 + draws, levels and mean).
         span: of the levels.
-        lost: runs that are not compared.
-        measure: what is compared.
+        lost: numbers of diverged and missing runs by label.
+        measure: columns that describe the metric and its sample.
     """
     pairs: list[dict[str, Any]] = []
     methods: list[dict[str, Any]] = []

@@ -443,7 +443,8 @@ def scored_models_folder(wildcards: Wildcards, output: Any) -> str:
 
 
 def _table_names(study: StudyConfig) -> list[str]:
-    names = ["runs", "trajectory", "items", "selection", "comparisons", "churn"]
+    names = ["runs", "trajectory", "items", "selection", "comparisons"]
+    names += ["matched_differences", "matched_values", "churn"]
     names += ["benchmarks", "benchmark_items", "benchmark_responses"]
     names += ["wise_ft"] if study.selection.wise_ft else []
     if study.benchmarks.during_training:

@@ -30,6 +30,9 @@ TABLE_COLUMNS = {
     "change_low change_high",
     "selection": "method seed run step epoch status reason",
     "comparisons": "probe metric label other difference low high low_all high_all scope n",
+    "matched_differences": "probe metric level label other difference low_all high_all",
+    "matched_values": "probe metric level range_low range_high label value low high scope seeds "
+    "reached diverged missing",
     "benchmarks": "run method label seed step task metric main value low high n chance num_fewshot",
 }
 BENCHMARK_TRAJECTORY_COLUMNS = "run step epoch task metric value low high n chance"
@@ -44,6 +47,8 @@ class ReportTables:
     trajectory: pd.DataFrame
     selection: pd.DataFrame
     comparisons: pd.DataFrame
+    matched_differences: pd.DataFrame
+    matched_values: pd.DataFrame
     benchmarks: pd.DataFrame
     study: dict[str, Any]
     benchmark_trajectory: pd.DataFrame = field(default_factory=pd.DataFrame)

@@ -28,6 +28,7 @@ from forgetting.report.chart_parts import MODES, palette, switching_titles, them
 from forgetting.report.charts import FIGURES
 from forgetting.report.dot_plots import harness_metric
 from forgetting.report.frames import ReportTables, sampled_tasks
+from forgetting.report.matched import matched_rows, matched_sentence
 from forgetting.report.narrative import narrative
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -100,6 +101,8 @@ def render(tables: ReportTables, specs: dict[str, dict[str, Any]]) -> str:
         computed=summary.computed_on(tables),
         notes=tables.study.get("notes", []),
         forecast=tables.study.get("forecast", []),
+        matched=matched_rows(tables),
+        matched_sentence=matched_sentence(tables),
         answer=answer,
         qualified=qualified,
         rouge_tokenizer=tables.rouge_tokenizer,
@@ -153,6 +156,8 @@ def table_downloads(tables: ReportTables) -> list[dict[str, str]]:
     """Return the tables that the page offers as CSV, as data URLs."""
     downloads = {
         "summary": summary.summary_frame(tables),
+        "matched_values": tables.matched_values,
+        "matched_differences": tables.matched_differences,
         "selection": tables.selection,
         "runs": tables.runs,
         "benchmarks": tables.benchmarks,

@@ -93,6 +93,25 @@ def runs_table(
     return table.astype(dict.fromkeys(integers, "Int64") | {"duration": "float"})
 
 
+def chosen_runs(runs: pd.DataFrame, selection: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of the chosen hyperparameters of every method and seed.
+
+    Args:
+        runs: the table of runs.
+        selection: a row for each method and seed.
+
+    Returns:
+        label, seed, run (missing if no hyperparameters are chosen), status, and the last step as
+        `end` of a cooldown branch. With several durations every branch has a row.
+    """
+    setting = ["label", "seed", "learning_rate", "weight_decay"]
+    chosen = runs[runs["chosen"].astype(bool)][setting].drop_duplicates()
+    found = runs.merge(chosen, on=setting)
+    found["end"] = found["steps"].astype(float).where(found["duration"].notna())
+    every = selection[["label", "seed"]].astype({"seed": "Int64"})
+    return every.merge(found[["label", "seed", "run", "status", "end"]], how="left")
+
+
 def benchmark_tables(
     models: Sequence[Path], labels: Mapping[str, Mapping[str, Any]]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from forgetting.analysis.comparisons import compare_methods
 from forgetting.analysis.laws import law_points, law_tables
+from forgetting.analysis.matched_learning import compare_at_matched_learning
 from forgetting.config.evaluation import TEXT_PROBE
 from forgetting.config.expand import (
     duration_name,
@@ -25,6 +26,7 @@ from forgetting.results.build_tables import (
     BASE,
     benchmark_tables,
     caveats,
+    chosen_runs,
     in_study_order,
     main_metric_items,
     responses_table,
@@ -150,12 +152,18 @@ def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataF
     )
     main_items = main_metric_items(benchmarks, scored)
     every = pd.concat([found.base_items.assign(run="base", step=0, epoch=0.0), *found.items])
+    old = [name for name, kind in knowledge.items() if kind != "new"]
+    matched = compare_at_matched_learning(
+        every, chosen_runs(runs, found.selection), study.selection, old
+    )
     tables = {
         "runs": runs,
         "trajectory": trajectory_table(found.base_items, found.items, found.records, knowledge),
         "items": every,
         "selection": found.selection,
         "comparisons": compare_methods(every, main_items, found.selection),
+        "matched_differences": matched[0],
+        "matched_values": matched[1],
         "churn": churn_table(every, responses, main_items, trajectories),
         "benchmarks": benchmarks,
         "benchmark_items": scored,
