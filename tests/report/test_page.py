@@ -126,7 +126,8 @@ def test_page_offers_tables_as_csv(written: Path) -> None:
         for tag, attributes in Elements((written / "tradeoff.html").read_text()).tags
         if tag == "a" and "download" in attributes
     }
-    names = ("summary", "selection", "runs", "benchmarks", "benchmark_trajectory")
+    names = ["summary", "selection", "runs", "benchmarks", "benchmark_trajectory"]
+    names += ["matched_values", "matched_differences"]
     assert set(links) == {f"mini-{name}.csv" for name in names}
     text = base64.b64decode(links["mini-selection.csv"].split(",", 1)[1]).decode()
     rows = list(csv.DictReader(io.StringIO(text)))

@@ -156,8 +156,8 @@ def table_downloads(tables: ReportTables) -> list[dict[str, str]]:
     """Return the tables that the page offers as CSV, as data URLs."""
     downloads = {
         "summary": summary.summary_frame(tables),
-        "matched_values": tables.matched_values,
-        "matched_differences": tables.matched_differences,
+        "matched_values": tables.matched_values.round(5),
+        "matched_differences": tables.matched_differences.round(5),
         "selection": tables.selection,
         "runs": tables.runs,
         "benchmarks": tables.benchmarks,
