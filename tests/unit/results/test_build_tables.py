@@ -12,7 +12,7 @@ from forgetting.benchmarks.sandbox import Outcome
 from forgetting.benchmarks.scores import ITEM_COLUMNS, SCORE_COLUMNS
 from forgetting.errors import InputError
 from forgetting.io import read_json, write_json, write_table
-from forgetting.results.build_tables import benchmark_tables, main_metric_items
+from forgetting.results.build_tables import benchmark_tables, chosen_runs, main_metric_items
 
 LABELS = {"base": {"run": "base", "method": "base", "label": "base"}}
 
@@ -120,3 +120,20 @@ def test_benchmark_intervals_of_counts_and_perplexities(tmp_path: Path) -> None:
 def test_benchmark_interval_of_none_right_starts_at_zero(tmp_path: Path) -> None:
     scores, _, _ = benchmark_tables([_model(tmp_path / "base")], LABELS)
     assert scores["low"][0] == 0.0
+
+
+def test_chosen_runs_have_a_row_for_every_method_and_seed() -> None:
+    """All branches of a chosen setting end a trajectory; a method without a setting has no run."""
+    rows = [
+        *(("a", 0.1, f"a/{end}", duration, end, end == 8) for duration, end in ((1, 4), (2, 8))),
+        ("a", 0.2, "a/other", 1, 4, False),
+        ("b", 0.1, "b/4", 1, 4, False),
+    ]
+    columns = ["label", "learning_rate", "run", "duration", "steps", "chosen"]
+    runs = pd.DataFrame(rows, columns=columns).assign(seed=0, weight_decay=0.0, status="ok")
+    selection = pd.DataFrame({"label": ["a", "b"], "seed": [0, 0]})
+    chosen = chosen_runs(runs.astype({"seed": "Int64"}), selection)
+    assert chosen["label"].tolist() == ["a", "a", "b"]
+    assert chosen["run"].tolist()[:2] == ["a/4", "a/8"]
+    assert chosen["end"].tolist()[:2] == [4, 8]
+    assert chosen["run"].isna().tolist() == [False, False, True]
