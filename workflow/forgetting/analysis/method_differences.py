@@ -85,7 +85,7 @@ def pairwise_differences(scores: pd.DataFrame, *, is_fraction: bool = True) -> p
         for pair in pairs
     ]
     differences = pd.DataFrame(rows, columns=list(COLUMNS))
-    differences["p_holm"] = _holm(differences["p"])
+    differences["p_holm"] = holm(differences["p"])
     return differences
 
 
@@ -275,7 +275,7 @@ def compare_pair(
     }
 
 
-def _holm(p: pd.Series) -> pd.Series:
+def holm(p: pd.Series) -> pd.Series:
     """Return Holm's adjusted p-values; NaN stays NaN and counts as no test."""
     adjusted = p.astype(float).copy()
     tested = adjusted.notna()
