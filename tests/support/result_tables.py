@@ -150,8 +150,9 @@ def _benchmark_trajectory(runs: list[dict[str, Any]], tasks: Sequence[str]) -> p
 def write(folder: Path, made: dict[str, Any]) -> Path:
     """Write the tables as the report expects them, and return the folder."""
     write_table(folder / "benchmark_trajectory.parquet", made["benchmark_trajectory"])
-    for name in ("runs", "trajectory", "selection", "comparisons", "benchmarks"):
-        write_table(folder / f"{name}.parquet", made[name])
+    for name in ("runs", "trajectory", "selection", "comparisons", "benchmarks", "durations"):
+        if name in made:
+            write_table(folder / f"{name}.parquet", made[name])
     write_json(folder / "study.json", made["study"])
     return folder
 
