@@ -1,6 +1,6 @@
 """Benchmarks by duration of the training: how much is learnt and lost with more tokens.
 
-Biderman et al. 2024 (arXiv 2405.09673, section 4) measure forgetting by the mean of HellaSwag,
+Biderman et al. 2024 (arXiv 2405.09673) measure forgetting by the mean of HellaSwag,
 ARC-Challenge and WinoGrande.
 """
 
