@@ -184,8 +184,9 @@ def point_draws(
     sums = coded.pivot_table(index=keys, columns="cluster", values="value", aggfunc="sum")
     sizes = clusters.value_counts().sort_index().to_numpy()
     count = len(sizes)
-    drawn = random.multinomial(count, [1 / count] * count, DRAWS) if count else np.ones((DRAWS, 0))
-    drawn = np.vstack([np.ones(count), drawn])
+    drawn = np.ones((1 + DRAWS, count))
+    if count:
+        drawn[1:] = random.multinomial(count, [1 / count] * count, DRAWS)
     means = sums.to_numpy() @ drawn.T / (drawn @ sizes)
     points = {
         point: _over_seeds(means[rows], weights[point[0]].T)
@@ -218,13 +219,13 @@ def front_ranks(points: np.ndarray) -> np.ndarray:
         ValueError: a coordinate is NaN.
     """
     values = _without_nan(points)
-    at_least = (values[:, None] >= values[None]).all(axis=2)
+    at_least: np.ndarray = (values[:, None] >= values[None]).all(axis=2)
     beats = at_least & ~at_least.T
     ranks = np.zeros(len(values), dtype=int)
-    rank = 0
-    while (left := ranks == 0).any():
-        rank += 1
-        ranks[left & ~beats[left].any(axis=0)] = rank
+    left = np.ones(len(values), dtype=bool)
+    while left.any():
+        ranks[left] += 1
+        left &= beats[left].any(axis=0)
     return ranks
 
 

@@ -131,13 +131,20 @@ def per_duration(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     # Two durations may round to the same number of steps. Their ends are then equal.
     ends = _renamed(trajectory[is_end], trunk)
     ends = ends.drop_duplicates(["run", "step", "probe", "metric"])
-    scores = [name for name in ("benchmarks", "durations") if name in tables]
-    return tables | {
-        "runs": pd.concat([runs[runs["duration"].isna()], _merged_branches(branches, trunk)]),
-        "trajectory": ends.reset_index(drop=True),
-        "selection": _renamed(selection, trunk),
-        **{name: _renamed(tables[name], trunk) for name in scores},
+    scores = {
+        name: _renamed(tables[name], trunk)
+        for name in ("benchmarks", "durations")
+        if name in tables
     }
+    return (
+        tables
+        | scores
+        | {
+            "runs": pd.concat([runs[runs["duration"].isna()], _merged_branches(branches, trunk)]),
+            "trajectory": ends.reset_index(drop=True),
+            "selection": _renamed(selection, trunk),
+        }
+    )
 
 
 def _renamed(table: pd.DataFrame, trunk: dict[str, str]) -> pd.DataFrame:
