@@ -219,7 +219,7 @@ def front_ranks(points: np.ndarray) -> np.ndarray:
         ValueError: a coordinate is NaN.
     """
     values = _without_nan(points)
-    at_least: np.ndarray = (values[:, None] >= values[None]).all(axis=2)
+    at_least = np.all(values[:, None] >= values[None], axis=2)
     beats = at_least & ~at_least.T
     ranks = np.zeros(len(values), dtype=int)
     left = np.ones(len(values), dtype=bool)

@@ -136,15 +136,12 @@ def per_duration(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         for name in ("benchmarks", "durations")
         if name in tables
     }
-    return (
-        tables
-        | scores
-        | {
-            "runs": pd.concat([runs[runs["duration"].isna()], _merged_branches(branches, trunk)]),
-            "trajectory": ends.reset_index(drop=True),
-            "selection": _renamed(selection, trunk),
-        }
-    )
+    merged = {
+        "runs": pd.concat([runs[runs["duration"].isna()], _merged_branches(branches, trunk)]),
+        "trajectory": ends.reset_index(drop=True),
+        "selection": _renamed(selection, trunk),
+    }
+    return tables | scores | merged
 
 
 def _renamed(table: pd.DataFrame, trunk: dict[str, str]) -> pd.DataFrame:
