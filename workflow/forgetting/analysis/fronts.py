@@ -25,7 +25,7 @@ from forgetting.config.evaluation import TEXT_PROBE
 
 SCORE, KL = "rougeL_recall", "forgetting_kl"
 HYPERPARAMETERS = ("learning_rate", "weight_decay", "duration")
-DRAWS = 400
+FRONT_DRAWS = 400
 """Resamples of items and seeds."""
 
 _PLANE = ("new", "old", "metric")
@@ -147,7 +147,7 @@ def seed_weights(runs: pd.DataFrame, random: np.random.Generator) -> dict[Any, n
         setting: np.vstack(
             [
                 np.full(count, 1 / count),
-                random.multinomial(count, [1 / count] * count, DRAWS) / count,
+                random.multinomial(count, [1 / count] * count, FRONT_DRAWS) / count,
             ]
         )
         for setting, count in counts.items()
@@ -184,9 +184,9 @@ def point_draws(
     sums = coded.pivot_table(index=keys, columns="cluster", values="value", aggfunc="sum")
     sizes = clusters.value_counts().sort_index().to_numpy()
     count = len(sizes)
-    drawn = np.ones((1 + DRAWS, count))
+    drawn = np.ones((1 + FRONT_DRAWS, count))
     if count:
-        drawn[1:] = random.multinomial(count, [1 / count] * count, DRAWS)
+        drawn[1:] = random.multinomial(count, [1 / count] * count, FRONT_DRAWS)
     means = sums.to_numpy() @ drawn.T / (drawn @ sizes)
     points = {
         point: _over_seeds(means[rows], weights[point[0]].T)
@@ -194,7 +194,7 @@ def point_draws(
         if len(rows) == weights[point[0]].shape[1]
     }
     index = pd.MultiIndex.from_tuples(list(points), names=["setting", "point"])
-    return pd.DataFrame(np.array(list(points.values())).reshape(-1, 1 + DRAWS), index)
+    return pd.DataFrame(np.array(list(points.values())).reshape(-1, 1 + FRONT_DRAWS), index)
 
 
 def _over_seeds(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
