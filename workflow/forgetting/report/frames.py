@@ -331,7 +331,7 @@ def selected_scores(tables: ReportTables) -> pd.DataFrame:
     selected = selected_runs(tables)
     shown = {("base", 0), *zip(selected["run"], selected["step"].astype(int), strict=True)}
     is_shown = [model in shown for model in zip(rows["run"], rows["step"], strict=True)]
-    return rows[is_shown].drop_duplicates(["run", "task", "metric"])
+    return rows.loc[is_shown].drop_duplicates(["run", "task", "metric"])
 
 
 def available_scores(tables: ReportTables) -> pd.DataFrame:
