@@ -103,7 +103,8 @@ def job_results(study: StudyConfig, folder: Path) -> JobResults:
     items, records, selection = [], [], []
     for method in expand_methods(study):
         for seed in study.seeds:
-            run = run_name(method.name, seed, method.hyperparameters[0])
+            duration = next(iter(study.training.durations), None)
+            run = run_name(method.name, seed, method.hyperparameters[0], duration)
             steps = [
                 _items(drawn, 0.2 * step).assign(run=run, step=step, epoch=float(step))
                 for step in (1, 2)
@@ -138,6 +139,7 @@ def tables(folder: Path) -> dict[str, Any]:
     found = job_results(study, folder)
     made, notes = tables_of(study, found)
     kept = ("runs", "trajectory", "comparisons", "churn", "benchmarks")
+    kept += ("fronts", "hypervolumes", "dominance")
     # The last evaluations are enough.
     ends = [made[name].query("step != 1") if "step" in made[name] else made[name] for name in kept]
     # The invented base knows what is new: nothing would be matched.
@@ -191,7 +193,8 @@ def _scored(folder: Path, run: str, drawn: random.Random) -> Path:
     score = {"task": "sciq", "metric": "acc,none", "main": True, "value": mean, "stderr": 0.1}
     write_table(folder / "scores.parquet", pd.DataFrame([score | {"n": 10, "chance": 0.25}]))
     write_table(folder / "items.parquet", items)
-    responses = items[["task", "item"]].assign(prompt_hash="", response="", target="")
+    responses = items[["task", "item"]].assign(prompt_hash="", target="")
+    responses["response"] = "[-1.0, -2.0, -3.0, -4.0]"
     responses["choice"] = pd.array([int(value) for value in values], dtype="Int64")
     write_table(folder / "responses.parquet", responses)
     write_json(folder / "programs.json", describe([]))

@@ -8,10 +8,20 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from forgetting.report.charts import old_versus_new
-from forgetting.report.frames import at_selected, measured_probes, per_duration, read_tables
+from forgetting.analysis.durations import duration_table
+from forgetting.report.charts import benchmark_durations, old_versus_new
+from forgetting.report.frames import (
+    ReportTables,
+    at_selected,
+    available_scores,
+    duration_rows,
+    measured_probes,
+    per_duration,
+    read_tables,
+)
+from forgetting.report.page import chart_spec, figure_numbers
 from forgetting.report.summary import run_rows
-from support.result_tables import tables, write
+from support.result_tables import TASKS, tables, write
 
 DURATIONS = {2.0: 80, 4.0: 160, 8.0: 320}
 
@@ -70,14 +80,44 @@ def test_run_is_drawn_by_the_ends_of_its_branches(made: dict[str, Any], tmp_path
     assert old_versus_new(read).to_dict()
 
 
-def test_benchmarks_of_other_durations_are_not_drawn(made: dict[str, Any]) -> None:
-    """The figure has the selected checkpoints only."""
+def _all_ends(made: dict[str, Any]) -> dict[str, Any]:
+    """Return the study with benchmarks of the ends of every duration, and their table."""
     scored = made["benchmarks"]
-    other = scored[scored["run"] != "base"]
-    other = other.assign(run=other["run"].str.replace("duration4", "duration8"), step=320)
-    folded = per_duration(made | {"benchmarks": pd.concat([scored, other])})
-    assert len(folded["benchmarks"]) == len(scored)
-    assert set(folded["benchmarks"]["step"]) == {0, 160}
+    tuned = scored[scored["run"] != "base"]
+    parts = [scored[scored["run"] == "base"]]
+    for duration, steps in DURATIONS.items():
+        run = tuned["run"].str.replace("duration4", f"duration{duration:g}")
+        parts.append(tuned.assign(run=run, step=steps, value=tuned["value"] - steps / 10_000))
+    benchmarks = pd.concat(parts, ignore_index=True)
+    runs = made["runs"].assign(tokens=1000 * made["runs"]["steps"])
+    durations = duration_table(benchmarks, runs)
+    return made | {"benchmarks": benchmarks, "runs": runs, "durations": durations}
+
+
+def test_benchmarks_of_every_duration_are_kept(made: dict[str, Any], tmp_path: Path) -> None:
+    """The figure of selected checkpoints has one duration, the tables and the others have all."""
+    whole = _all_ends(made)
+    read = read_tables(write(tmp_path, whole))
+    assert len(read.benchmarks) == len(whole["benchmarks"]) == (1 + 2 * 3) * 5
+    assert len(read.durations) == (1 + 2 * 3) * 6
+    drawn = available_scores(read)
+    assert len(drawn) == (1 + 2) * 5
+    assert set(drawn["step"]) == {0, 160}
+    for task in (*TASKS, "forgetting_mean"):
+        rows = duration_rows(read, task)
+        for _, group in rows.groupby("run"):
+            assert list(group["tokens"]) == [0, 80_000, 160_000, 320_000]
+            assert list(group["epoch"]) == [0, 2, 4, 8]
+            assert group["value"].iloc[1:].is_monotonic_decreasing
+
+
+def test_benchmarks_are_drawn_by_tokens(made: dict[str, Any], tmp_path: Path) -> None:
+    read = read_tables(write(tmp_path, _all_ends(made)))
+    spec = chart_spec(benchmark_durations(read))
+    titles = [" ".join(panel["title"]["text"]) for panel in spec["concat"]]
+    assert titles == [*(task.replace("_", " ") for task in TASKS), "forgetting mean"]
+    assert "durations" in figure_numbers(read)
+    assert "durations" not in figure_numbers(ReportTables(**tables(ranks=(8,), epochs=8)))
 
 
 def test_run_with_a_diverged_branch_is_marked(made: dict[str, Any]) -> None:

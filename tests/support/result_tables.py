@@ -151,9 +151,10 @@ def _benchmark_trajectory(runs: list[dict[str, Any]], tasks: Sequence[str]) -> p
 def write(folder: Path, made: dict[str, Any]) -> Path:
     """Write the tables as the report expects them, and return the folder."""
     write_table(folder / "benchmark_trajectory.parquet", made["benchmark_trajectory"])
-    names = ["runs", "trajectory", "selection", "comparisons", "benchmarks"]
+    names = ["runs", "trajectory", "selection", "comparisons", "benchmarks", "durations"]
     for name in [*names, "matched_differences", "matched_values"]:
-        write_table(folder / f"{name}.parquet", made[name])
+        if name in made:
+            write_table(folder / f"{name}.parquet", made[name])
     write_json(folder / "study.json", made["study"])
     return folder
 

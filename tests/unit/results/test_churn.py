@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from forgetting.results.churn import churn_table
+from forgetting.results.churn import CORRECTED, POSSIBLE, chance_corrected, churn_table
 
 NOTHING = pd.DataFrame()
 
@@ -112,6 +113,9 @@ def test_churn_of_benchmarks_by_choice_and_by_text(items: pd.DataFrame) -> None:
     assert rows.loc["gsm8k", ["answer", "agreement", "gained", "lost"]].tolist() == [
         "generated", 0.5, 0.5, 0.0,
     ]  # fmt: skip
+    # Two options; the base is right in all: nothing is lost by luck, and all may be lost.
+    assert rows.loc["arc", [*CORRECTED, *POSSIBLE]].tolist() == [0.0, 0.5, 0.0, 1.0]
+    assert rows.loc["gsm8k", [*CORRECTED, *POSSIBLE]].isna().all()
 
 
 def test_churn_compares_generated_numbers_as_text(items: pd.DataFrame) -> None:
@@ -138,3 +142,62 @@ def test_churn_leaves_out_unbounded_scores(items: pd.DataFrame) -> None:
     table = churn_table(items, NOTHING, NOTHING, trajectory_items).set_index("probe")
     assert set(table.index) == {"p", "exact"}
     assert (table.loc["exact", "gained"], table.loc["exact", "lost"]) == (0.5, 0.0)
+
+
+def _outcomes(right: int, lost: int, gained: int, wrong: int, options: int) -> list[np.ndarray]:
+    """Return scores before and after, and options, of items that these numbers describe."""
+    before = [1.0] * (right + lost) + [0.0] * (gained + wrong)
+    after = [1.0] * right + [0.0] * lost + [1.0] * gained + [0.0] * wrong
+    return [np.array(before), np.array(after), np.full(len(before), float(options))]
+
+
+def _corrected(columns: list[np.ndarray]) -> dict[str, float]:
+    gained, gained_low, gained_high, lost, lost_low, lost_high, *possible = chance_corrected(
+        *columns
+    )
+    assert gained_low <= gained <= gained_high
+    assert lost_low <= lost <= lost_high
+    values = {"gained": gained, "lost": lost, "gained_possible": possible[0]}
+    return values | {"lost_possible": possible[1]}
+
+
+def test_correction_for_chance_by_hand() -> None:
+    """Of 20 items .60 are right before and .50 after; luck among 4 explains .40 * .50 / 3."""
+    values = _corrected(_outcomes(8, 4, 2, 6, 4))
+    assert values["lost"] == pytest.approx(0.20 - 0.40 * 0.50 / 3)
+    assert values["gained"] == pytest.approx(0.10 - 0.40 * 0.50 / 3)
+    assert values["lost"] - values["gained"] == pytest.approx(0.60 - 0.50)
+    assert values["lost_possible"] == pytest.approx(0.4667, abs=1e-4)
+    assert values["gained_possible"] == pytest.approx(0.3333, abs=1e-4)
+
+
+def test_correction_below_zero_is_kept() -> None:
+    """Luck explains .1008 of each, more than the .05 that changed; the paper reports 0."""
+    values = _corrected(_outcomes(8, 1, 1, 10, 4))
+    assert values["lost"] == values["gained"] == pytest.approx(0.05 - 0.55**2 / 3)
+    assert max(values["lost"], 0.0) == 0.0
+
+
+def test_items_with_different_options_are_corrected_apart() -> None:
+    parts = [_outcomes(8, 4, 2, 6, 4), _outcomes(5, 3, 1, 11, 2)]
+    both = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    values, apart = _corrected(both), [_corrected(part) for part in parts]
+    for name, value in values.items():
+        assert value == pytest.approx(np.mean([part[name] for part in apart])), name
+
+
+def test_redrawn_guesses_are_no_forgetting() -> None:
+    """Nobody knows anything: a quarter is right by luck, before and after."""
+    random = np.random.default_rng(1)
+    before, after = (random.random((2, 20000)) < 0.25).astype(float)
+    lost, low, high = chance_corrected(before, after, np.full(20000, 4.0))[3:6]
+    assert float(np.mean((before == 1) & (after == 0))) > 0.18
+    assert low < 0 < high
+    assert high - low < 0.02
+    assert abs(lost) < 0.005
+
+
+@pytest.mark.parametrize(("score", "options"), [(0.5, 4.0), (1.0, 1.0), (1.0, float("nan"))])
+def test_no_correction_without_options_or_of_partial_scores(score: float, options: float) -> None:
+    scores, kinds = np.array([score, 0.0]), np.array([4.0, options])
+    assert np.isnan(chance_corrected(scores, scores, kinds)).all()

@@ -16,6 +16,8 @@ from golden.invented_results import job_results, make_study
 BENCHMARKS = {"tasks": {"sciq": {}}, "dataset": "made", "during_training": {"sciq": 5}}
 THREE_RANKS = [{"method": "lora", "rank": [2, 4, 8], "learning_rate": 0.01}]
 
+DURATIONS = {"epochs": 2, "batch_size": 4, "schedule": "wsd", "durations": [2]}
+
 
 @pytest.mark.parametrize(
     "options",
@@ -24,8 +26,9 @@ THREE_RANKS = [{"method": "lora", "rank": [2, 4, 8], "learning_rate": 0.01}]
         {"benchmarks": BENCHMARKS},
         {"selection": {"probe": "new", "wise_ft": [0.5]}},
         {"methods": THREE_RANKS},
+        {"training": DURATIONS},
     ],
-    ids=["defaults", "during_training", "wise_ft", "three_ranks"],
+    ids=["defaults", "during_training", "wise_ft", "three_ranks", "durations"],
 )
 def test_the_tables_are_those_that_the_workflow_expects(
     tmp_path: Path, options: dict[str, Any]
@@ -50,8 +53,11 @@ def test_every_column_is_documented(tmp_path: Path) -> None:
     text = document.read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     metrics = {*PROBE_METRICS, *TEXT_SCORES}
-    study = make_study(benchmarks=BENCHMARKS, methods=THREE_RANKS)
-    tables, _ = tables_of(study, job_results(study, tmp_path))
+    tables: dict[str, pd.DataFrame] = {}
+    measured = {"benchmarks": BENCHMARKS, "methods": THREE_RANKS}
+    for number, options in enumerate([measured, {"training": DURATIONS}]):
+        study = make_study(**options)
+        tables |= tables_of(study, job_results(study, tmp_path / str(number)))[0]
     for name, table in tables.items():
         documented = " ".join(
             row[1] for row in rows if name in row[0].removeprefix("| ").split(", ")

@@ -443,9 +443,10 @@ def scored_models_folder(wildcards: Wildcards, output: Any) -> str:
 
 
 def _table_names(study: StudyConfig) -> list[str]:
-    names = ["runs", "trajectory", "items", "selection", "comparisons"]
-    names += ["matched_differences", "matched_values", "churn"]
+    names = ["runs", "trajectory", "items", "selection", "comparisons", "churn"]
+    names += ["matched_differences", "matched_values", "fronts", "hypervolumes", "dominance"]
     names += ["benchmarks", "benchmark_items", "benchmark_responses"]
+    names += ["durations"] if study.training.durations else []
     names += ["wise_ft"] if study.selection.wise_ft else []
     if study.benchmarks.during_training:
         names += ["benchmark_trajectory", "benchmark_trajectory_items"]

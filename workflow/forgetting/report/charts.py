@@ -303,7 +303,7 @@ def benchmark_trajectories(tables: ReportTables, width: int = 250) -> alt.Concat
     rows = tables.benchmark_trajectory
     metrics = dict(zip(rows["task"], rows["metric"], strict=True)) if len(rows) else {}
     panels = [
-        _benchmark_panel(tables, task, metric, task_rows)
+        _benchmark_panel(tables, task, metric, task_rows, "epoch")
         for task, metric in metrics.items()
         if len(task_rows := frames.training_benchmark_rows(tables, task))
     ]
@@ -314,12 +314,33 @@ def benchmark_trajectories(tables: ReportTables, width: int = 250) -> alt.Concat
     return chart_parts.combine_panels(sized, [chart_parts.focus()], description, narrowest=230)
 
 
+def benchmark_durations(tables: ReportTables, width: int = 250) -> alt.ConcatChart:
+    """Draw benchmarks by the tokens trained on, with a point at the end of every duration."""
+    rows = tables.durations
+    metrics = dict(zip(rows["task"], rows["metric"], strict=True)) if len(rows) else {}
+    panels = [
+        _benchmark_panel(tables, task, metric, frames.duration_rows(tables, task), "tokens")
+        for task, metric in metrics.items()
+    ]
+    if not panels:
+        return chart_parts.empty_chart("The study has no benchmarks of several durations.")
+    description = "Benchmark scores by training tokens, with the base's and the chance level."
+    sized = [panel.properties(width=width, height=230) for panel in panels]
+    return chart_parts.combine_panels(sized, [chart_parts.focus()], description, narrowest=230)
+
+
 def _benchmark_panel(
-    tables: ReportTables, task: str, metric: str, rows: pd.DataFrame
+    tables: ReportTables,
+    task: str,
+    metric: str,
+    rows: pd.DataFrame,
+    x_field: Literal["epoch", "tokens"],
 ) -> alt.LayerChart:
     chosen, others = chart_parts.split_selected(rows)
     selected = rows.merge(frames.selected_runs(tables), on=["run", "step"], how="inner")
-    x = alt.X("epoch:Q").title("epoch").axis(grid=False, tickCount=6, labelFlush=False)
+    title, pattern = ("epoch", alt.Undefined) if x_field == "epoch" else ("training tokens", "~s")
+    x = alt.X(f"{x_field}:Q").title(title)
+    x = x.axis(grid=False, tickCount=6, labelFlush=False, format=pattern)
     y = alt.Y("value:Q").title(harness_metric(metric)).scale(zero=False).axis(tickCount=6)
     colour = chart_parts.colour(frames.method_labels(tables))
     tooltip = [
@@ -340,8 +361,8 @@ def _benchmark_panel(
             opacity=chart_parts.opacity(0.16, 0, chart_parts.ANY_FOCUSED),
         ),
         *chart_parts.trajectory_lines(chosen, others, {"x": x, "y": y, "color": colour}, tooltip),
-        chart_parts.diverged_marker(frames.last_evaluations(rows), "epoch", "value"),
-        chart_parts.selected_marker(selected, "epoch", "value", tooltip),
+        chart_parts.diverged_marker(frames.last_evaluations(rows), x_field, "value"),
+        chart_parts.selected_marker(selected, x_field, "value", tooltip),
     ]
     items = f"{int(rows['n'].max())} items"
     return chart_parts.stack_panels(layers).properties(
@@ -393,4 +414,5 @@ FIGURES = {
     "divergence": divergence_chart,
     "benchmarks": benchmarks,
     "benchmark_trajectory": benchmark_trajectories,
+    "durations": benchmark_durations,
 }

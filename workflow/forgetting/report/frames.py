@@ -35,7 +35,11 @@ TABLE_COLUMNS = {
     "reached diverged missing",
     "benchmarks": "run method label seed step task metric main value low high n chance num_fewshot",
 }
-BENCHMARK_TRAJECTORY_COLUMNS = "run step epoch task metric value low high n chance"
+OPTIONAL_COLUMNS = {
+    "benchmark_trajectory": "run step epoch task metric value low high n chance",
+    "durations": "run step duration tokens task metric value low high n chance",
+}
+"""Columns of the tables that only some studies have."""
 _MEASURES = ["value", "low", "high", "epoch", "chance"]
 
 
@@ -53,6 +57,8 @@ class ReportTables:
     study: dict[str, Any]
     benchmark_trajectory: pd.DataFrame = field(default_factory=pd.DataFrame)
     """In-training benchmarks; empty in a study without them."""
+    durations: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Benchmarks of the ends of all durations; empty in a study of one duration."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -92,14 +98,12 @@ def read_tables(folder: Path) -> ReportTables:
     path = folder / "study.json"
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; it holds the study and its provenance")
-    benchmarks = folder / "benchmark_trajectory.parquet"
-    return ReportTables(
-        **per_duration(tables),
-        study=read_json(path),
-        benchmark_trajectory=_read(benchmarks, BENCHMARK_TRAJECTORY_COLUMNS.split())
-        if benchmarks.is_file()
-        else pd.DataFrame(),
-    )
+    tables |= {
+        name: _read(folder / f"{name}.parquet", columns.split())
+        for name, columns in OPTIONAL_COLUMNS.items()
+        if (folder / f"{name}.parquet").is_file()
+    }
+    return ReportTables(**per_duration(tables), study=read_json(path))
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -116,7 +120,7 @@ def per_duration(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Return the tables with the branches of a trunk as one run, measured at the end of each.
 
     That run has the name and description of its longest branch, without the duration. Evaluations
-    before the end of a branch are left out, and so are benchmarks of ends that are not selected.
+    before the end of a branch are left out.
     """
     runs = tables["runs"]
     if "duration" not in runs or runs["duration"].isna().all():
@@ -132,14 +136,17 @@ def per_duration(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     # Two durations may round to the same number of steps. Their ends are then equal.
     ends = _renamed(trajectory[is_end], trunk)
     ends = ends.drop_duplicates(["run", "step", "probe", "metric"])
-    benchmarks = tables["benchmarks"]
-    shown = {"base", *selection.dropna(subset=["step"])["run"]}
-    return tables | {
+    scores = {
+        name: _renamed(tables[name], trunk)
+        for name in ("benchmarks", "durations")
+        if name in tables
+    }
+    merged = {
         "runs": pd.concat([runs[runs["duration"].isna()], _merged_branches(branches, trunk)]),
         "trajectory": ends.reset_index(drop=True),
         "selection": _renamed(selection, trunk),
-        "benchmarks": _renamed(benchmarks[benchmarks["run"].isin(shown)], trunk),
     }
+    return tables | scores | merged
 
 
 def _renamed(table: pd.DataFrame, trunk: dict[str, str]) -> pd.DataFrame:
@@ -216,6 +223,14 @@ def training_benchmark_rows(tables: ReportTables, task: str) -> pd.DataFrame:
     """Return an in-training benchmark at every evaluation, with columns as `measured_probes`."""
     rows = tables.benchmark_trajectory
     return _with_base_row(tables, rows[rows["task"] == task], ("chance",))
+
+
+def duration_rows(tables: ReportTables, task: str) -> pd.DataFrame:
+    """Return a benchmark at the end of every duration, with columns as `measured_probes`."""
+    rows = tables.durations.rename(columns={"duration": "epoch"})
+    # Two durations may round to the same number of steps. Their ends are then equal.
+    rows = rows[rows["task"] == task].drop_duplicates(["run", "step"])
+    return _with_base_row(tables, rows, ("chance", "tokens"))
 
 
 def _with_base_row(tables: ReportTables, rows: pd.DataFrame, extra: Sequence[str]) -> pd.DataFrame:
@@ -312,9 +327,21 @@ def truth_ratios(tables: ReportTables, probe: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def available_scores(tables: ReportTables) -> pd.DataFrame:
-    """Return the main metric of each benchmark for the models that were scored."""
+def selected_scores(tables: ReportTables) -> pd.DataFrame:
+    """Return the benchmarks of the base and of the selected checkpoints.
+
+    A study with several durations may have scored the ends of all.
+    """
     rows = tables.benchmarks
+    selected = selected_runs(tables)
+    shown = {("base", 0), *zip(selected["run"], selected["step"].astype(int), strict=True)}
+    is_shown = [model in shown for model in zip(rows["run"], rows["step"], strict=True)]
+    return rows.loc[is_shown].drop_duplicates(["run", "task", "metric"])
+
+
+def available_scores(tables: ReportTables) -> pd.DataFrame:
+    """Return the main metric of each benchmark for the base and the selected checkpoints."""
+    rows = selected_scores(tables)
     rows = rows[rows["main"].astype(bool)].dropna(subset=["value"])
     return _rounded_values(rows)
 
@@ -344,7 +371,7 @@ class SampledTask:
 
 def sampled_tasks(tables: ReportTables) -> list[SampledTask]:
     """Return every task with sampled answers; values are means over seeds."""
-    scores = tables.benchmarks
+    scores = selected_scores(tables)
     if scores.empty:
         return []
     names = scores["metric"].str.partition(",")[0]

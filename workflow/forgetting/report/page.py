@@ -27,7 +27,7 @@ from forgetting.report import frames, summary
 from forgetting.report.chart_parts import MODES, palette, switching_titles, theme
 from forgetting.report.charts import FIGURES
 from forgetting.report.dot_plots import harness_metric
-from forgetting.report.frames import ReportTables, sampled_tasks
+from forgetting.report.frames import OPTIONAL_COLUMNS, ReportTables, sampled_tasks
 from forgetting.report.matched import matched_rows, matched_sentence
 from forgetting.report.narrative import narrative
 
@@ -40,7 +40,7 @@ def write_report(tables: ReportTables, page: Path, folder: Path) -> None:
     specs = {
         name: chart_spec(figure(tables))
         for name, figure in FIGURES.items()
-        if name != "benchmark_trajectory" or len(tables.benchmark_trajectory)
+        if name not in OPTIONAL_COLUMNS or len(getattr(tables, name))
     }
     for name, spec in specs.items():
         svg = static_svg(spec, _method_kinds(tables))
@@ -132,6 +132,7 @@ def figure_numbers(tables: ReportTables) -> dict[str, int]:
         "divergence": not tables.config.get("general_text"),
         "benchmarks": not (benchmarks.get("tasks") or benchmarks.get("refusals")),
         "benchmark_trajectory": not benchmarks.get("during_training"),
+        "durations": not len(tables.durations),
     }
     shown = [name for name in FIGURES if not left_out.get(name)]
     return {name: number for number, name in enumerate(shown, start=1)}
@@ -162,6 +163,7 @@ def table_downloads(tables: ReportTables) -> list[dict[str, str]]:
         "runs": tables.runs,
         "benchmarks": tables.benchmarks,
         "benchmark_trajectory": tables.benchmark_trajectory,
+        "durations": tables.durations,
     }
     return [
         {"name": name, "url": _data_url(frame)} for name, frame in downloads.items() if len(frame)

@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 
 from forgetting.analysis.comparisons import compare_methods
+from forgetting.analysis.durations import duration_table
+from forgetting.analysis.fronts import front_tables
 from forgetting.analysis.laws import law_points, law_tables
 from forgetting.analysis.matched_learning import compare_at_matched_learning
 from forgetting.config.evaluation import TEXT_PROBE
@@ -156,14 +158,16 @@ def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataF
     matched = compare_at_matched_learning(
         every, chosen_runs(runs, found.selection), study.selection, old
     )
+    comparisons = compare_methods(every, main_items, found.selection)
     tables = {
         "runs": runs,
         "trajectory": trajectory_table(found.base_items, found.items, found.records, knowledge),
         "items": every,
         "selection": found.selection,
-        "comparisons": compare_methods(every, main_items, found.selection),
+        "comparisons": comparisons,
         "matched_differences": matched[0],
         "matched_values": matched[1],
+        **front_tables(every, runs, found.selection, comparisons, knowledge),
         "churn": churn_table(every, responses, main_items, trajectories),
         "benchmarks": benchmarks,
         "benchmark_items": scored,
@@ -174,6 +178,8 @@ def tables_of(study: StudyConfig, found: JobResults) -> tuple[dict[str, pd.DataF
             trajectories, benchmarks, found.records
         )
         tables["benchmark_trajectory_items"] = trajectories
+    if durations:
+        tables["durations"] = duration_table(benchmarks, runs)
     if study.selection.wise_ft:
         tables["wise_ft"] = pd.concat(found.wise_ft)
     law_notes: list[str] = []
