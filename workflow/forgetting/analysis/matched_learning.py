@@ -44,7 +44,7 @@ RANGE_START = 0.3
 LARGEST_STEP = 0.4
 """The first bracket is not interpolated if it is wider: the old score bends most there."""
 
-DRAWS = 120
+ITEM_DRAWS = 120
 """Number of draws of items."""
 
 _BETTER = dict.fromkeys(UNBOUNDED_METRICS & set(TEXT_SCORES), "lower")
@@ -224,10 +224,10 @@ def _scores(keyed: pd.DataFrame, probe: str, metric: str) -> tuple[pd.DataFrame,
 
 
 def _draw_weights(clusters: pd.Series, seed: int) -> np.ndarray:
-    """Return the weights of items, (1 + DRAWS, items): of the sample, then of draws of clusters."""
+    """Return the weights of items, (1 + ITEM_DRAWS, items): of the sample, then of draws of clusters."""
     codes, known = pd.factorize(clusters)
     count = len(known)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), ITEM_DRAWS)
     weights = np.vstack([np.ones(len(codes)), draws[:, codes]])
     shares: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
     return shares
