@@ -224,7 +224,7 @@ def _scores(keyed: pd.DataFrame, probe: str, metric: str) -> tuple[pd.DataFrame,
 
 
 def _draw_weights(clusters: pd.Series, seed: int) -> np.ndarray:
-    """Return the weights of items, (1 + ITEM_DRAWS, items): of the sample, then of draws of clusters."""
+    """Return weights (1 + ITEM_DRAWS, items): of the sample, then of draws of clusters."""
     codes, known = pd.factorize(clusters)
     count = len(known)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), ITEM_DRAWS)
