@@ -150,7 +150,7 @@ def test_token_file_is_written_once_and_atomically(
     first = read("train-a.arrow")
     read("train-extra-b.arrow")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "encode_rows", None)
+        patch.setattr(dataset, "encode_rows", None)
         assert list(read("train-a.arrow")) == list(first)
     assert files() == ["train-a.arrow", "train-extra-b.arrow"]
     read("train-c.arrow")
