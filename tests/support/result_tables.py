@@ -207,8 +207,10 @@ def _matched(old: Sequence[str], labels: Sequence[str], seeds: int) -> dict[str,
         for label, other in combinations(labels, 2)
     ]
     columns = ["probe", "metric", "level", "label", "other", "difference", "low_all", "high_all"]
+    value_columns = [*shared, *scope, *columns[:4], "value", "low", "high", "diverged", "missing"]
+    value_columns = list(dict.fromkeys([*value_columns, "reached"]))
     return {
-        "matched_values": pd.DataFrame(values),
+        "matched_values": pd.DataFrame(values, columns=value_columns),
         "matched_differences": pd.DataFrame(differences, columns=columns),
     }
 
