@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,15 @@ from forgetting.analysis.method_differences import (
     pairwise_differences,
 )
 from support.simulated_scores import simulated_scores
+
+
+@pytest.fixture(autouse=True)
+def frozen() -> Iterator[None]:
+    """Spare the garbage collection that statsmodels starts for every correction."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 FIVE = (0.70, 0.62, 0.66, 0.66, 0.66)
 DIFFERENCE = 0.08
