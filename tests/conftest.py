@@ -19,11 +19,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from forgetting.benchmarks.during_training import TrainingBenchmarks
 from forgetting.config.data import PromptConfig
+from forgetting.config.evaluation import TrainingBenchmarksConfig
 from forgetting.config.expand import Method
 from forgetting.config.methods import Hyperparameters
 from forgetting.models.loading import load_base, load_tokenizer
 from forgetting.training.pretrain import train_tokenizer
+from support.benchmark_rows import TASKS, write_task_rows
 from support.faults import target, without
 from support.slurm import RESULTS, Folder, cluster_answers, write_study
 from support.training import TrainingHarness
@@ -170,6 +173,22 @@ def any_head(
 ) -> TrainingHarness:
     """Return a run whose base has its embedding as output head, or a matrix of its own."""
     return harness if request.param == "tied" else harness.with_untied_head(tmp_path / "untied")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Write rows of two tasks, one with choices and one with generated answers."""
+    return write_task_rows(tmp_path / "rows")
+
+
+@pytest.fixture
+def training_benchmarks(
+    folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> TrainingBenchmarks:
+    """Return what evaluates a model on these two tasks."""
+    return TrainingBenchmarks(
+        TrainingBenchmarksConfig(tasks=TASKS, batch_size=4), folders, tokenizer
+    )
 
 
 @pytest.fixture(scope="session")

@@ -28,28 +28,13 @@ from forgetting.results.trajectories import benchmark_trajectory_items, benchmar
 from forgetting.training.run_group import train_run_group
 from forgetting.training.training_job import TrainingJob, run_group_items
 from scripts import evaluate_base
-from support.benchmark_rows import TASKS, sciq, write_task_rows
+from support.benchmark_rows import TASKS, sciq
 from support.params import write_params
 from support.run_groups import record_base, run_context, run_group_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> dict[str, Path]:
-    """Write rows of two tasks, one with choices and one with generated answers."""
-    return write_task_rows(tmp_path / "rows")
-
-
-@pytest.fixture
-def training_benchmarks(
-    folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
-) -> TrainingBenchmarks:
-    return TrainingBenchmarks(
-        TrainingBenchmarksConfig(tasks=TASKS, batch_size=4), folders, tokenizer
-    )
 
 
 @pytest.fixture

@@ -17,24 +17,9 @@ from forgetting.config.evaluation import TrainingBenchmarksConfig
 from forgetting.errors import InputError
 from forgetting.io import write_jsonl
 from forgetting.models.loading import load_base
-from support.benchmark_rows import SUMS, TASKS, write_task_rows
+from support.benchmark_rows import SUMS, TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> dict[str, Path]:
-    """Write rows of two tasks, one with choices and one with generated answers."""
-    return write_task_rows(tmp_path / "rows")
-
-
-@pytest.fixture
-def training_benchmarks(
-    folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
-) -> TrainingBenchmarks:
-    return TrainingBenchmarks(
-        TrainingBenchmarksConfig(tasks=TASKS, batch_size=4), folders, tokenizer
-    )
 
 
 def test_digest_changes_with_rows_and_settings(

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from forgetting.analysis.method_differences import LEVEL, holm, item_clusters
+from forgetting.analysis.method_differences import LEVEL, holm, item_clusters, resampled
 from forgetting.config.evaluation import TEXT_PROBE
 
 SCORE, KL = "rougeL_recall", "forgetting_kl"
@@ -144,13 +144,7 @@ def seed_weights(runs: pd.DataFrame, random: np.random.Generator) -> dict[Any, n
     """
     counts = {setting: len(set(seeds)) for setting, seeds in runs.groupby("setting")["seed"]}
     return {
-        setting: np.vstack(
-            [
-                np.full(count, 1 / count),
-                random.multinomial(count, [1 / count] * count, FRONT_DRAWS) / count,
-            ]
-        )
-        for setting, count in counts.items()
+        setting: resampled(count, FRONT_DRAWS, random) / count for setting, count in counts.items()
     }
 
 
@@ -183,10 +177,7 @@ def point_draws(
     coded = coded[by_run["finite"].transform("all")]
     sums = coded.pivot_table(index=keys, columns="cluster", values="value", aggfunc="sum")
     sizes = clusters.value_counts().sort_index().to_numpy()
-    count = len(sizes)
-    drawn = np.ones((1 + FRONT_DRAWS, count))
-    if count:
-        drawn[1:] = random.multinomial(count, [1 / count] * count, FRONT_DRAWS)
+    drawn = resampled(len(sizes), FRONT_DRAWS, random)
     means = sums.to_numpy() @ drawn.T / (drawn @ sizes)
     points = {
         point: _over_seeds(means[rows], weights[point[0]].T)

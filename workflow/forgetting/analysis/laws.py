@@ -94,11 +94,11 @@ def law_points(
     """
     chosen = runs[runs["chosen"] & (runs["status"] == "ok") & runs["method"].isin(list(methods))]
     columns = ["run", "rank", "seed", "trainable_parameters", "learning_rate"]
-    asked = items[items["probe"] == probe]
-    lengths = asked[asked["run"] == "base"].set_index("item")["reference_tokens"] + 1.0
-    tokens = asked["item"].map(lengths)
-    sums = pd.DataFrame({"loss": -asked["logprob_answer"] * tokens, "tokens": tokens})
-    totals = sums.groupby([asked["run"], asked["step"]]).sum(skipna=False)
+    answers = items[items["probe"] == probe]
+    lengths = answers[answers["run"] == "base"].set_index("item")["reference_tokens"] + 1.0
+    tokens = answers["item"].map(lengths)
+    sums = pd.DataFrame({"loss": -answers["logprob_answer"] * tokens, "tokens": tokens})
+    totals = sums.groupby([answers["run"], answers["step"]]).sum(skipna=False)
     text = items[items["probe"] == TEXT_PROBE]
     forgetting = text.groupby(["run", "step"])["forgetting_ce_hard"].mean()
     both = pd.DataFrame({"loss": totals["loss"] / totals["tokens"], "forgetting": forgetting})
@@ -130,7 +130,7 @@ def law_tables(points: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]
     Returns:
         The tables of `LAW_COLUMNS`, without rows if there are too few points. `law_linear` is the
         linear law. `law_power` has level, slopes, asymptote and constants of the power laws.
-        `law_comparison` has the errors of predictions beside those of simpler laws.
+        `law_comparison` has the errors of predictions, and those of simpler laws.
         `law_predictions` has the predictions of the power laws on a grid of ranks and steps, to
         twice the last step. `law_profile` has the growth of chi-square at fixed rho.
 

@@ -3,7 +3,7 @@
 What learns less has less to forget. So every trajectory is interpolated at fixed levels of the new
 knowledge, and methods are compared at each level and in the mean over the common range. The range
 ends at the smallest maximum of all compared runs: a mean over those runs alone that reach a higher
-level would flatter a method of which only the best runs get there.
+level would flatter a method of which only the best runs reach it.
 
 The variance of training seeds is that of `forgetting.analysis.method_differences`. The variance of
 items is that of bootstrap draws of items, new and old, for all runs and evaluations at once.
@@ -30,6 +30,8 @@ from forgetting.analysis.method_differences import (
     difference_row,
     holm,
     item_clusters,
+    least_item_variance,
+    resampled,
     total_variance,
 )
 from forgetting.config.evaluation import SelectionConfig
@@ -226,9 +228,7 @@ def _scores(keyed: pd.DataFrame, probe: str, metric: str) -> tuple[pd.DataFrame,
 def _draw_weights(clusters: pd.Series, seed: int) -> np.ndarray:
     """Return weights (1 + ITEM_DRAWS, items): of the sample, then of draws of clusters."""
     codes, known = pd.factorize(clusters)
-    count = len(known)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), ITEM_DRAWS)
-    weights = np.vstack([np.ones(len(codes)), draws[:, codes]])
+    weights = resampled(len(known), ITEM_DRAWS, np.random.default_rng(seed))[:, codes]
     shares: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
     return shares
 
@@ -293,8 +293,7 @@ def _interval(
     """Return the columns of `difference_row` for an estimate that is followed by its draws."""
     items = Variance(math.nan, math.nan)
     if measure["clusters"] > 1:
-        # The least that the choice of items adds, as in `method_differences.item_variance`.
-        least = 0.0 if measure["metric"] in UNBOUNDED_METRICS else 1 / measure["n"] ** 2
+        least = least_item_variance(measure["n"], measure["metric"] not in UNBOUNDED_METRICS)
         items = Variance(max(float(draws[1:].var(ddof=1)), least), measure["clusters"] - 1)
     variance = total_variance(seeds, items)
     return difference_row(float(draws[0]), variance, pairs, noise.sd, seeds is not None)

@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -128,13 +129,19 @@ class RunNoise:
             return None
         contrast = np.zeros(self.design.shape[1])
         contrast[self.labels.index(label)], contrast[self.labels.index(other)] = 1.0, -1.0
-        projection = np.linalg.pinv(self.design) @ self.design
-        if not np.allclose(contrast @ projection, contrast):
+        if not np.allclose(contrast @ self._projection, contrast):
             return None  # No chain of common seeds connects the two.
-        if self._is_unequal():
+        if self._is_unequal:
             return self._unpooled(label, other)
         return Variance(float(contrast @ self.fit.cov_params() @ contrast), self.df)
 
+    @cached_property
+    def _projection(self) -> np.ndarray:
+        """Return the projection onto the contrasts that the runs determine."""
+        projection: np.ndarray = np.linalg.pinv(self.design) @ self.design
+        return projection
+
+    @cached_property
     def _is_unequal(self) -> bool:
         sds = np.sqrt(self.variances.to_numpy())
         enough = self.counts.min() >= MIN_SEEDS_UNPOOLED
@@ -165,13 +172,29 @@ def item_variance(
         clusters: of the items.
         is_fraction: whether the scores are between 0 and 1.
     """
-    n = len(differences)
     sums = _cluster_sums((differences - differences.mean()).to_numpy(), differences.index, clusters)
     count = len(sums)
     if count < 2:
         return Variance(math.nan, math.nan)
     variance = count / (count - 1) * float((sums**2).sum())
-    return Variance(max(variance, 1 / n**2 if is_fraction else 0.0), count - 1)
+    return Variance(max(variance, least_item_variance(len(differences), is_fraction)), count - 1)
+
+
+def least_item_variance(items: int, is_fraction: bool) -> float:
+    """Return the least variance that the choice of items causes: 0 unless scores are fractions."""
+    return 1 / items**2 if is_fraction else 0.0
+
+
+def resampled(count: int, draws: int, random: np.random.Generator) -> np.ndarray:
+    """Return how often items or seeds are in the sample (once each), then in every resample.
+
+    Returns:
+        (1 + draws, count).
+    """
+    drawn = np.ones((1 + draws, count))
+    if count:
+        drawn[1:] = random.multinomial(count, np.full(count, 1 / count), draws)
+    return drawn
 
 
 def _cluster_sums(values: np.ndarray, items: pd.Index, clusters: pd.Series) -> np.ndarray:

@@ -308,7 +308,15 @@ def difference(tables: ReportTables, probe: str, label: str, other: str) -> pd.S
     the largest of the differences.
     """
     rows = tables.comparisons
-    rows = rows[(rows["probe"] == probe) & (rows["metric"] == ROUGE)]
+    return pair_difference(rows[(rows["probe"] == probe) & (rows["metric"] == ROUGE)], label, other)
+
+
+def pair_difference(rows: pd.DataFrame, label: str, other: str) -> pd.Series | None:
+    """Return the difference of a pair, label minus other, with low and high; None without a row.
+
+    Args:
+        rows: label, other, difference, low_all and high_all, each pair once in either order.
+    """
     for first, second, sign in ((label, other, 1), (other, label, -1)):
         pair = rows[(rows["label"] == first) & (rows["other"] == second)]
         if len(pair):

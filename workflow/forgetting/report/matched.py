@@ -60,14 +60,8 @@ def _difference(tables: ReportTables, probe: str, label: str, best: str) -> Esti
     """Return the mean of a method minus that of the best one."""
     rows = tables.matched_differences
     rows = rows[(rows["probe"] == probe) & (rows["metric"] == frames.ROUGE) & rows["level"].isna()]
-    for first, second, sign in ((label, best, 1), (best, label, -1)):
-        pair = rows[(rows["label"] == first) & (rows["other"] == second)]
-        if len(pair):
-            difference, *bounds = (
-                sign * float(pair[name].iloc[0]) for name in ("difference", "low_all", "high_all")
-            )
-            return difference, min(bounds), max(bounds)
-    return None
+    pair = frames.pair_difference(rows, label, best)
+    return None if pair is None else (pair["difference"], pair["low"], pair["high"])
 
 
 def matched_sentence(tables: ReportTables) -> str:
